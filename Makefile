@@ -1,0 +1,74 @@
+# make demo: install into .venv and run the demo.    make test: set up and run all tests.
+# Nothing is assumed but Python >= 3.10 with venv and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
+           CMakeLists.txt pyproject.toml
+
+.PHONY: demo test test-cpp test-python test-sanitize gpu-test cuda-build bench-cpu lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/tidaldecode demo
+
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.tools
+	tests/install_googletest.sh
+	$(BIN)/cmake --preset cpu-release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset cpu-release
+	$(BIN)/ctest --preset cpu-release
+
+test-python: $(VENV)/.test-deps $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitize: $(VENV)/.tools
+	tests/install_googletest.sh
+	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset cpu-asan
+	$(BIN)/ctest --preset cpu-asan
+
+# Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
+cuda-build: $(VENV)/.tools
+	tests/install_googletest.sh
+	$(BIN)/python tests/ensure_cublas.py
+	$(BIN)/cmake --preset cuda-release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset cuda-release
+
+# On a machine with a GPU: build, all tests on it, compute-sanitizer, a short benchmark, JSON.
+gpu-test:
+	tests/gpu_test.sh
+
+bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_cpu.py $(MODEL)
+
+lint: $(VENV)/.lint-deps
+	$(BIN)/ruff check python tests benchmarks
+	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint-deps
+	$(BIN)/ruff check --fix python tests benchmarks
+	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.tools: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'cmake>=3.26,<5' ninja pybind11 scipy-openblas32
+	touch $@
+
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install .
+	touch $@
+
+$(VENV)/.test-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0
+	touch $@
+
+$(VENV)/.lint-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==14.0.6
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,281 @@
+// Microseconds per attention and selection op, through the Backend seam, as a decode step calls
+// them.
+//
+// Every row runs one op on many caches in turn, more than the L2 holds, recorded as one step; the
+// time is that of several replays queued back to back, divided by the ops in them, launch gaps
+// included. Medians of `--samples` such measurements. Random data. One JSON line per row on stdout.
+//
+//   bench_ops [--device cuda:0|cpu] [--samples 20] [--filter TEXT]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace tidal {
+namespace {
+
+struct Shape {
+  std::string name;  // "gqa", "mha"
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
+};
+
+struct Row {
+  std::string op;
+  Shape shape;
+  int64_t batch_size;
+  int64_t seq_len;
+  int64_t token_budget = 0;
+  Granularity granularity = Granularity::kKvHead;
+};
+
+constexpr int64_t kHeadDim = 128;
+constexpr int64_t kPageSize = 64;
+constexpr DType kDType = DType::kBFloat16;
+constexpr double kBytesPerReplay = 1.5e9;  // many times any L2
+constexpr int64_t kMaxCaches = 32;
+
+std::vector<Row> Rows() {
+  const Shape gqa = {"gqa", 32, 8}, mha = {"mha", 32, 32};
+  std::vector<Row> rows;
+  for (int64_t n : {10240, 32768, 131072}) rows.push_back({"attention_full", gqa, 1, n});
+  for (int64_t n : {10240, 102400}) rows.push_back({"attention_full", mha, 1, n});
+  rows.push_back({"attention_full", gqa, 8, 32768});
+  rows.push_back({"attention_select", gqa, 1, 131072});
+  rows.push_back({"select_top_k", gqa, 1, 131072, 1024});
+  rows.push_back({"select_top_k", mha, 1, 102400, 1024, Granularity::kHead});
+  for (int64_t b : {1, 8}) rows.push_back({"attention_sparse", gqa, b, 131072 / b, 1024});
+  for (int64_t k : {256, 1024, 4096}) rows.push_back({"attention_sparse", mha, 1, 102400, k});
+  return rows;
+}
+
+// One device buffer filled with random 16-bit floats; every cache is a window of it at its own
+// offset.
+class Bench {
+ public:
+  Bench(const Device& device, int samples) : samples_(samples) {
+    backend_ = MakeBackend({.device = device});
+  }
+
+  void Run(const Row& row) {
+    buffers_.clear();
+    int64_t pages_per_row = (row.seq_len + kPageSize - 1) / kPageSize;
+    int64_t num_pages = pages_per_row * row.batch_size;
+    int64_t cache_bytes = 2 * num_pages * kPageSize * row.shape.num_kv_heads * kHeadDim * 2;
+    int64_t read_bytes = row.op == "attention_sparse" ? 2 * row.batch_size * row.token_budget *
+                                                            row.shape.num_kv_heads * kHeadDim * 2
+                                                      : cache_bytes;
+    // Caches of sparse rows need not be whole: few of them already leave the L2 cold.
+    auto wanted =
+        static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(read_bytes)));
+    int64_t num_caches = std::clamp<int64_t>(wanted, 4, kMaxCaches);
+    int64_t memory = backend_->info().free_bytes / 2;
+    num_caches = std::max<int64_t>(1, std::min(num_caches, memory / cache_bytes));
+
+    Inputs in = MakeInputs(row, num_pages, pages_per_row, num_caches);
+    std::function<void(int64_t)> op = OpOf(row, in);
+    auto step = [&] {
+      for (int64_t i = 0; i < num_caches; ++i) op(i);
+    };
+    backend_->RunStep({.batch_size = ++step_id_, .sparse = false}, step);
+    backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
+    Report(row, num_caches, read_bytes, Measure(step, num_caches));
+  }
+
+ private:
+  struct Inputs {
+    std::vector<PagedKv> caches;
+    TensorView q, out, scores, lse, token_idx, num_selected;
+  };
+
+  TensorView Tensor(DType dtype, std::initializer_list<int64_t> shape) {
+    TensorView view(nullptr, dtype, shape);
+    buffers_.push_back(backend_->Allocate(view.bytes(), "benchmark data"));
+    view.ptr = buffers_.back().data();
+    return view;
+  }
+
+  // Random normal values; a block of them repeated, since generation is slower than the device.
+  TensorView RandomHalf(std::initializer_list<int64_t> shape) {
+    TensorView view = Tensor(kDType, shape);
+    constexpr int64_t kBlock = (int64_t{1} << 22) + 7;  // odd: repeats do not line up with pages
+    if (noise_.empty()) {
+      std::mt19937 engine(1);
+      std::normal_distribution<float> normal;
+      for (int64_t i = 0; i < kBlock; ++i) noise_.push_back(FromFloat<BFloat16>(normal(engine)));
+    }
+    for (int64_t begin = 0; begin < view.numel(); begin += kBlock) {
+      int64_t count = std::min(kBlock, view.numel() - begin);
+      TensorView part(view.data<BFloat16>() + begin, kDType, {count});
+      backend_->Upload(part, noise_.data());
+    }
+    return view;
+  }
+
+  TensorView Ints(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape) {
+    TensorView view = Tensor(DType::kInt32, shape);
+    backend_->Upload(view, values.data());
+    return view;
+  }
+
+  Inputs MakeInputs(const Row& row, int64_t num_pages, int64_t pages_per_row, int64_t num_caches) {
+    std::mt19937 engine(2);
+    int64_t b = row.batch_size, hq = row.shape.num_q_heads, hkv = row.shape.num_kv_heads;
+    Inputs in;
+    std::vector<int32_t> pages(static_cast<size_t>(num_pages));
+    for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
+    std::shuffle(pages.begin(), pages.end(), engine);
+    TensorView page_table = Ints(pages, {b, pages_per_row});
+    std::vector<int32_t> lens(static_cast<size_t>(b), static_cast<int32_t>(row.seq_len));
+    TensorView seq_lens = Ints(lens, {b});
+    for (int64_t i = 0; i < num_caches; ++i) {
+      in.caches.push_back({.k_pages = RandomHalf({num_pages, hkv, kPageSize, kHeadDim}),
+                           .v_pages = RandomHalf({num_pages, hkv, kPageSize, kHeadDim}),
+                           .page_table = page_table,
+                           .seq_lens = seq_lens});
+    }
+    in.q = RandomHalf({b, hq, kHeadDim});
+    in.out = Tensor(kDType, {b, hq, kHeadDim});
+    in.scores = Tensor(DType::kFloat32, {b, hq, row.seq_len});
+    in.lse = Tensor(DType::kFloat32, {b, hq});
+    if (row.token_budget > 0) {
+      int64_t sets = NumSets(row.granularity, hq, hkv);
+      if (row.op == "attention_sparse") sets = hkv;
+      in.token_idx = Ints(RandomSets(b * sets, row.token_budget, row.seq_len, engine),
+                          {b, sets, row.token_budget});
+      std::vector<int32_t> counts(static_cast<size_t>(b), static_cast<int32_t>(row.token_budget));
+      in.num_selected = Ints(counts, {b});
+    }
+    // Real scores and lse for select_top_k.
+    backend_->AttentionSelect({.attention = Attention(in, 0), .scores = in.scores, .lse = in.lse});
+    return in;
+  }
+
+  static std::vector<int32_t> RandomSets(int64_t num_sets, int64_t budget, int64_t seq_len,
+                                         std::mt19937& engine) {
+    std::vector<int32_t> all(static_cast<size_t>(seq_len)), sets;
+    for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+    for (int64_t set = 0; set < num_sets; ++set) {
+      std::vector<int32_t> chosen;
+      std::sample(all.begin(), all.end(), std::back_inserter(chosen), budget, engine);
+      sets.insert(sets.end(), chosen.begin(), chosen.end());
+    }
+    return sets;
+  }
+
+  static AttentionArgs Attention(const Inputs& in, int64_t cache) {
+    return {.q = in.q,
+            .kv = in.caches[static_cast<size_t>(cache)],
+            .sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+            .out = in.out};
+  }
+
+  std::function<void(int64_t)> OpOf(const Row& row, const Inputs& in) {
+    if (row.op == "attention_full") {
+      return [&](int64_t i) { backend_->AttentionFull(Attention(in, i)); };
+    }
+    if (row.op == "attention_select") {
+      return [&](int64_t i) {
+        backend_->AttentionSelect(
+            {.attention = Attention(in, i), .scores = in.scores, .lse = in.lse});
+      };
+    }
+    if (row.op == "attention_sparse") {
+      return [&](int64_t i) {
+        backend_->AttentionSparse({.attention = Attention(in, i),
+                                   .token_idx = in.token_idx,
+                                   .num_selected = in.num_selected,
+                                   .dense_len = 0});
+      };
+    }
+    return [&](int64_t) {
+      backend_->SelectTopK({.scores = in.scores,
+                            .lse = in.lse,
+                            .seq_lens = in.caches[0].seq_lens,
+                            .num_kv_heads = row.shape.num_kv_heads,
+                            .granularity = row.granularity,
+                            .pooling = Pooling::kSum,
+                            .sink_tokens = 1,
+                            .recent_tokens = 1,
+                            .token_idx = in.token_idx,
+                            .num_selected = in.num_selected});
+    };
+  }
+
+  void Wait() {
+    float ignored[1];
+    TensorView first = buffers_.front().bytes() >= 4
+                           ? TensorView(buffers_.front().data(), DType::kFloat32, {1})
+                           : TensorView();
+    backend_->Download(ignored, first);
+  }
+
+  double Measure(const std::function<void()>& step, int64_t ops_per_step) {
+    constexpr int kReplays = 10;
+    std::vector<double> us;
+    for (int sample = 0; sample < samples_ + 2; ++sample) {
+      Wait();
+      auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < kReplays; ++i) {
+        backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
+      }
+      Wait();
+      std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+      us.push_back(elapsed.count() / static_cast<double>(kReplays * ops_per_step));
+    }
+    us.erase(us.begin(), us.begin() + 2);  // warm-up
+    std::nth_element(us.begin(), us.begin() + samples_ / 2, us.end());
+    return us[static_cast<size_t>(samples_ / 2)];
+  }
+
+  void Report(const Row& row, int64_t num_caches, int64_t bytes, double us) const {
+    std::printf(
+        "{\"op\": \"%s\", \"shape\": \"%s\", \"num_q_heads\": %lld, \"num_kv_heads\": %lld, "
+        "\"head_dim\": %lld, \"batch_size\": %lld, \"seq_len\": %lld, \"token_budget\": %lld, "
+        "\"caches\": %lld, \"median_of\": %d, \"us\": %.2f, \"tb_per_s\": %.3f}\n",
+        row.op.c_str(), row.shape.name.c_str(), static_cast<long long>(row.shape.num_q_heads),
+        static_cast<long long>(row.shape.num_kv_heads), static_cast<long long>(kHeadDim),
+        static_cast<long long>(row.batch_size), static_cast<long long>(row.seq_len),
+        static_cast<long long>(row.token_budget), static_cast<long long>(num_caches), samples_, us,
+        row.op == "select_top_k" ? 0.0 : static_cast<double>(bytes) / us * 1e-6);
+    std::fflush(stdout);
+  }
+
+  int samples_;
+  std::unique_ptr<Backend> backend_;
+  std::vector<Buffer> buffers_;
+  std::vector<BFloat16> noise_;
+  int64_t step_id_ = 0;
+};
+
+}  // namespace
+}  // namespace tidal
+
+int main(int argc, char** argv) {
+  tidal::Device device = {tidal::DeviceType::kCuda, 0};
+  int samples = 20;
+  std::string filter;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    std::string option = argv[i], value = argv[i + 1];
+    if (option == "--device" && value == "cpu") device = {tidal::DeviceType::kCpu, 0};
+    if (option == "--samples") samples = std::stoi(value);
+    if (option == "--filter") filter = value;
+  }
+  try {
+    tidal::Bench bench(device, samples);
+    for (const tidal::Row& row : tidal::Rows()) {
+      if (row.op.find(filter) != std::string::npos) bench.Run(row);
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_ops: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,113 @@
+// What the checkpoint is (ModelConfig), what the user wants of the engine (DecodeConfig) and of one
+// request (SamplingParams). Plain values; each setting has its one default here.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "tidal/dtype.h"
+
+namespace tidal {
+
+enum class RopeType : int32_t { kDefault, kLinear, kDynamic, kLlama3, kYarn, kLongrope };
+
+// Rotary position embedding, with the parameters of every type Hugging Face configs name.
+// Meaning and formulas: src/model/rope.cc.
+struct RopeConfig {
+  RopeType type = RopeType::kDefault;
+  double theta = 10000.0;
+  double factor = 1.0;                           // linear, dynamic, llama3, yarn, longrope
+  double low_freq_factor = 1.0;                  // llama3
+  double high_freq_factor = 4.0;                 // llama3
+  int64_t original_max_position_embeddings = 0;  // llama3, yarn, longrope
+  std::optional<double> attention_factor;        // yarn, longrope; derived from factor if unset
+  double beta_fast = 32.0;                       // yarn
+  double beta_slow = 1.0;                        // yarn
+  double mscale = 0.0;                           // yarn; 0 = unset
+  double mscale_all_dim = 0.0;                   // yarn; 0 = unset
+  bool truncate = true;                          // yarn
+  std::vector<double> short_factor;              // longrope, [head_dim / 2]
+  std::vector<double> long_factor;               // longrope, [head_dim / 2]
+};
+
+// A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+struct ModelConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_position_embeddings = 0;
+  double rms_norm_eps = 1e-5;
+  bool qkv_bias = false;
+  bool o_bias = false;
+  bool mlp_bias = false;
+  bool qk_norm = false;  // per-head RMSNorm of q and k before RoPE (qwen3)
+  bool tie_word_embeddings = false;
+  RopeConfig rope;
+
+  int64_t group_size() const { return num_q_heads / num_kv_heads; }
+  int64_t q_size() const { return num_q_heads * head_dim; }
+  int64_t kv_size() const { return num_kv_heads * head_dim; }
+};
+
+enum class DeviceType : int32_t { kCpu, kCuda };
+
+struct Device {
+  DeviceType type = DeviceType::kCpu;
+  int32_t index = 0;
+};
+
+// Which heads share one set of positions.
+enum class Granularity : int32_t {
+  kKvHead,  // one set per KV head; softmax over all positions, pooled over the group's query heads
+  kHead,    // one set per query head; raw q.k (the paper)
+  kLayer,   // one set for all heads; softmax, pooled over all query heads
+};
+
+enum class Pooling : int32_t { kSum, kMax };
+
+struct DecodeConfig {
+  Device device;
+  DType dtype = DType::kBFloat16;     // of the weights
+  DType kv_dtype = DType::kBFloat16;  // of the cache; on CUDA it must equal dtype
+
+  // The plan. Empty select_layers = dense decoding.
+  std::vector<int64_t> select_layers;
+  int64_t full_layers = 2;      // dense layers before the first select layer
+  int64_t token_budget = 1024;  // positions a sparse layer attends to, per set, >= 1
+  Granularity granularity = Granularity::kKvHead;
+  Pooling pooling = Pooling::kSum;
+  int64_t sink_tokens = 1;         // first positions, always chosen
+  int64_t recent_tokens = 1;       // last positions, always chosen, >= 1
+  int64_t sparse_min_context = 0;  // sequences of at most this length are decoded densely
+
+  // Memory.
+  int64_t max_seq_len = 0;     // tokens of one sequence, prompt and output
+  int64_t max_batch_size = 8;  // sequences decoded together
+  int64_t page_size = 64;      // tokens per KV page
+  int64_t num_pages = 0;       // 0: what memory allows, at most max_batch_size x max_seq_len
+
+  // Execution.
+  int64_t prefill_chunk = 0;  // prompt tokens per pass; 0: the backend's choice
+  bool cuda_graphs = true;    // false: launch every kernel of a step by itself
+  int32_t num_threads = 0;    // CPU backend; 0: one per core
+};
+
+// How one sequence chooses its next tokens and when it ends.
+struct SamplingParams {
+  int64_t max_new_tokens = 256;
+  double temperature = 0.0;         // 0 = greedy: the highest logit, lowest id on ties
+  int64_t top_k = 0;                // 0 = off
+  double top_p = 1.0;               // (0, 1]
+  double min_p = 0.0;               // [0, 1], relative to the most likely token
+  double repetition_penalty = 1.0;  // > 0; applies to tokens of prompt and output
+  uint64_t seed = 0;
+  std::vector<int32_t> stop_token_ids;  // ending ids, the model's own end-of-text ids included
+};
+
+}  // namespace tidal

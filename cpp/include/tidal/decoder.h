@@ -1,0 +1,150 @@
+// The front door: a model in memory, ready to continue token sequences. Knows ids, never text.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tidal/config.h"
+#include "tidal/plan.h"
+#include "tidal/weights.h"
+
+namespace tidal {
+
+enum class FinishReason : int32_t {
+  kNone,    // still running
+  kStop,    // a stop token, or Generation::Stop
+  kLength,  // max_new_tokens reached
+  kAbort,   // cancelled
+  kError,   // the model gave no usable logits (NaN, or all -inf)
+};
+
+struct SequenceResult {
+  std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
+  FinishReason finish_reason = FinishReason::kNone;
+  std::string error;  // non-empty iff finish_reason is kError
+  int64_t prompt_tokens = 0;
+  double time_to_first_token_s = 0.0;  // from the start of the call
+  double decode_s = 0.0;               // from the first to the last token
+};
+
+// What one Advance() did.
+struct TokenEvent {
+  int64_t sequence = 0;  // index into the prompts of the call
+  int32_t token_id = 0;
+};
+
+struct PrefillProgress {
+  int64_t tokens_done = 0;
+  int64_t tokens_total = 0;  // over all prompts of the call
+};
+
+// The positions one select layer chose for one sequence in its last sparse step.
+struct LayerSelection {
+  int64_t layer = 0;
+  int64_t num_sets = 0;  // KV heads, query heads or 1, by granularity
+  int64_t num_selected = 0;
+  std::vector<int32_t> token_idx;  // [num_sets, num_selected], ascending per set
+};
+
+class Decoder;
+
+// One running call: its sequences own pages and batch rows from construction to destruction.
+// Several may be alive at once; each must be destroyed before its Decoder.
+class Generation {
+ public:
+  ~Generation();
+  Generation(const Generation&) = delete;
+  Generation& operator=(const Generation&) = delete;
+
+  // Does one unit of work: a prefill chunk or a decode step. Returns the tokens it produced (none
+  // for a chunk that does not end a prompt). Does nothing once done().
+  std::vector<TokenEvent> Advance();
+
+  bool done() const;
+  PrefillProgress prefill_progress() const;
+
+  // Ends a sequence (a stop string was found, the user cancelled). No effect if it has ended.
+  void Stop(int64_t sequence, FinishReason reason);
+
+  const std::vector<SequenceResult>& results() const;
+
+ private:
+  friend class Decoder;
+  struct Impl;
+  explicit Generation(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct MemoryUse {
+  int64_t weight_bytes = 0;
+  int64_t kv_bytes = 0;
+  int64_t scratch_bytes = 0;
+};
+
+class Decoder {
+ public:
+  using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+
+  // Loads the weights onto the device and allocates everything a step needs.
+  // Throws ConfigError, WeightsError, InvalidArgument, UnsupportedError, OutOfMemoryError,
+  // BackendError.
+  Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
+          const LoadProgress& progress = nullptr);
+  ~Decoder();
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
+
+  // Reserves pages and rows for all sequences of the call, each up to prompt + max_new_tokens.
+  // params has one entry per prompt. Throws InvalidArgument for a bad prompt or parameter and
+  // CapacityError if the call does not fit, before any work is done.
+  std::unique_ptr<Generation> Start(const std::vector<std::vector<int32_t>>& prompts,
+                                    const std::vector<SamplingParams>& params);
+
+  // Logits of the last `num_positions` tokens after dense prefill: [num_positions, vocab_size]
+  // float32.
+  std::vector<float> PrefillLogits(const std::vector<int32_t>& token_ids, int64_t num_positions);
+
+  // Teacher forcing: prefills the first `num_prefill` ids densely, then decodes the others one step
+  // at a time through the plan. Row i holds the logits after num_prefill + i ids: [token_ids.size()
+  // - num_prefill + 1, vocab_size] float32.
+  std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
+
+  // What each select layer chose for `sequence` (index into the prompts of the last Start) in its
+  // last sparse step; empty if it has had none, or if it still runs and others have stepped since.
+  std::vector<LayerSelection> Selection(int64_t sequence) const;
+
+  const ModelConfig& model() const;
+  const DecodeConfig& config() const;  // with automatic values filled in
+  const DecodePlan& plan() const;
+  MemoryUse memory_use() const;
+  int64_t num_free_pages() const;
+  int64_t num_free_rows() const;  // batch rows no running sequence owns
+
+ private:
+  friend class Generation;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// A device the engine can (or could) run on, and why not.
+struct DeviceStatus {
+  std::string name;      // "cpu", "cuda:0"
+  std::string hardware;  // processor or GPU name; for the CPU its instruction set
+  bool available = false;
+  std::string reason;  // why it is not available
+  int64_t memory_bytes = 0;
+  int64_t free_bytes = 0;
+};
+
+// CPU first, then every CUDA device, or one unavailable "cuda" entry that says why. Never throws.
+std::vector<DeviceStatus> ListDevices();
+
+// Libraries compiled in or found: {"OpenBLAS", "0.3.34 ..."}, {"cuBLASLt", "13.0"}.
+std::vector<std::pair<std::string, std::string>> ListLibraries();
+
+const char* VersionString();
+
+}  // namespace tidal

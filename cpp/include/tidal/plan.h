@@ -1,0 +1,48 @@
+// DecodePlan: which layers look at the whole cache, which choose positions, which follow.
+//
+// TidalDecode (arXiv 2410.05076, section 3): a few token-selection layers score every cached
+// position, the layers after them attend only to what was chosen.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tidal {
+
+enum class LayerKind : int32_t {
+  kFull,    // F: dense attention over all positions
+  kSelect,  // S: dense attention, whose scores also choose a set of positions
+  kSparse,  // s: attention over the last chosen set only
+};
+
+// One LayerKind per layer; an immutable value, valid by construction.
+class DecodePlan {
+ public:
+  // Every layer full: dense decoding, through the same code.
+  static DecodePlan Dense(int64_t num_layers);
+
+  // Layers before `full_layers` are full, those in `select_layers` select, all others are sparse;
+  // layers between `full_layers` and the first select layer are full too (nothing is chosen yet).
+  // Throws InvalidArgument if select_layers is empty, not strictly ascending, or not within
+  // [full_layers, num_layers), or if full_layers < 1.
+  static DecodePlan Tidal(int64_t num_layers, int64_t full_layers,
+                          const std::vector<int64_t>& select_layers);
+
+  int64_t num_layers() const { return static_cast<int64_t>(kinds_.size()); }
+  LayerKind kind(int64_t layer) const { return kinds_[static_cast<size_t>(layer)]; }
+  bool is_dense() const { return select_layers_.empty(); }
+  const std::vector<int64_t>& select_layers() const { return select_layers_; }
+
+  // "FFSsssSsss": one letter per layer.
+  std::string ToString() const;
+
+ private:
+  DecodePlan(std::vector<LayerKind> kinds, std::vector<int64_t> select_layers)
+      : kinds_(std::move(kinds)), select_layers_(std::move(select_layers)) {}
+
+  std::vector<LayerKind> kinds_;
+  std::vector<int64_t> select_layers_;
+};
+
+}  // namespace tidal

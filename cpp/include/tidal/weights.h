@@ -1,0 +1,56 @@
+// Where weights come from: named tensors that can be read piece by piece.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "tidal/dtype.h"
+
+namespace tidal {
+
+struct WeightInfo {
+  DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
+  std::vector<int64_t> shape;
+};
+
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+
+  // nullptr if there is no such tensor.
+  virtual const WeightInfo* Find(const std::string& name) const = 0;
+
+  // Reads `bytes` bytes of the tensor's row-major data, from byte `offset` on, into `dst`.
+  // Throws WeightsError if they cannot be read. Callable from one thread at a time.
+  virtual void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const = 0;
+};
+
+// One tensor inside a file: the part of a safetensors header that the engine needs.
+struct WeightFileEntry {
+  std::string name;
+  WeightInfo info;
+  std::string path;
+  int64_t file_offset = 0;  // of the tensor's first byte, from the start of the file
+};
+
+// Tensors in files, read with pread (a file cut short while loading is an error, not a crash).
+class FileWeightSource final : public WeightSource {
+ public:
+  explicit FileWeightSource(std::vector<WeightFileEntry> entries);
+  ~FileWeightSource() override;
+  FileWeightSource(const FileWeightSource&) = delete;
+  FileWeightSource& operator=(const FileWeightSource&) = delete;
+
+  const WeightInfo* Find(const std::string& name) const override;
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+
+ private:
+  int FileDescriptor(const std::string& path) const;
+
+  std::unordered_map<std::string, WeightFileEntry> entries_;
+  mutable std::unordered_map<std::string, int> open_files_;
+};
+
+}  // namespace tidal

@@ -1,0 +1,277 @@
+// Binds the letters of an op's shapes to sizes, tensor by tensor; the first tensor that disagrees
+// is reported.
+#include "backend/check_args.h"
+
+#include <initializer_list>
+#include <string>
+
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// A letter of a shape and the size it stands for: given, or bound by the first tensor that has it.
+struct Dim {
+  const char* name;
+  int64_t size = -1;
+};
+
+constexpr uint32_t Bit(DType dtype) {
+  return 1u << static_cast<uint32_t>(dtype);
+}
+
+// A role of elements and the dtypes it may still have: the first tensor in the role decides.
+struct Kind {
+  const char* name;
+  uint32_t dtypes;
+};
+
+constexpr uint32_t kFloats = Bit(DType::kFloat32) | Bit(DType::kBFloat16) | Bit(DType::kFloat16);
+
+std::string DTypeList(uint32_t dtypes) {
+  std::string list;
+  for (DType dtype :
+       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kUInt8}) {
+    if ((dtypes & Bit(dtype)) == 0) continue;
+    if (!list.empty()) list += " or ";
+    list += DTypeName(dtype);
+  }
+  return list;
+}
+
+std::string GotShape(const TensorView& view) {
+  std::string text = "[";
+  for (int axis = 0; axis < view.rank; ++axis) {
+    if (axis > 0) text += ", ";
+    text += std::to_string(view.dim(axis));
+  }
+  return text + "]";
+}
+
+std::string WantedShape(std::initializer_list<Dim*> dims) {
+  std::string text = "[";
+  for (const Dim* dim : dims) {
+    if (text.size() > 1) text += ", ";
+    text += dim->name;
+    if (dim->size >= 0) text += " = " + std::to_string(dim->size);
+  }
+  return text + "]";
+}
+
+class OpCheck {
+ public:
+  explicit OpCheck(const char* op, std::optional<DType> act = std::nullopt) : op_(op) {
+    if (act) act_.dtypes = Bit(*act);
+  }
+
+  void Tensor(const char* name, const TensorView& view, std::initializer_list<Dim*> dims,
+              Kind& kind) {
+    bool same = view.rank == static_cast<int>(dims.size());
+    int axis = 0;
+    for (Dim* dim : dims) {
+      if (!same) break;
+      const int64_t size = view.dim(axis++);
+      same = size >= 0 && (dim->size < 0 || dim->size == size);
+      if (same) dim->size = size;
+    }
+    TIDAL_CHECK(same, InvalidArgument, op_, ": ", name, ": got shape ", GotShape(view),
+                ", expected ", WantedShape(dims));
+    TIDAL_CHECK((kind.dtypes & Bit(view.dtype)) != 0, InvalidArgument, op_, ": ", name, ": got ",
+                DTypeName(view.dtype), ", expected ", DTypeList(kind.dtypes), " (", kind.name, ")");
+    kind.dtypes = Bit(view.dtype);
+    TIDAL_CHECK(view.ptr != nullptr || view.numel() == 0, InvalidArgument, op_, ": ", name,
+                ": got no memory, expected ", GotShape(view), " ", DTypeName(view.dtype));
+  }
+
+  void Optional(const char* name, const TensorView& view, std::initializer_list<Dim*> dims,
+                Kind& kind) {
+    if (view) Tensor(name, view, dims, kind);
+  }
+
+  void Cache(const PagedKv& kv, Dim& batch, Dim& num_kv_heads, Dim& head_dim) {
+    Dim num_pages{"num_pages"}, page_size{"page_size"}, max_pages{"max_pages"};
+    Tensor("k_pages", kv.k_pages, {&num_pages, &num_kv_heads, &page_size, &head_dim}, kv_);
+    Tensor("v_pages", kv.v_pages, {&num_pages, &num_kv_heads, &page_size, &head_dim}, kv_);
+    Tensor("page_table", kv.page_table, {&batch, &max_pages}, int32_);
+    Tensor("seq_lens", kv.seq_lens, {&batch}, int32_);
+    TIDAL_CHECK(page_size.size >= 1, InvalidArgument, op_,
+                ": k_pages: got page_size 0, expected at least 1");
+  }
+
+  void Groups(const Dim& num_q_heads, const Dim& num_kv_heads) {
+    TIDAL_CHECK(num_kv_heads.size >= 1 && num_q_heads.size % num_kv_heads.size == 0,
+                InvalidArgument, op_, ": got Hq = ", num_q_heads.size,
+                ", Hkv = ", num_kv_heads.size, ", expected a multiple of Hkv query heads");
+  }
+
+  Kind& act() { return act_; }
+  Kind& weight() { return weight_; }
+  Kind& float32() { return float32_; }
+  Kind& int32() { return int32_; }
+  Kind& uint8() { return uint8_; }
+
+ private:
+  const char* op_;
+  Kind act_{"act", kFloats};
+  Kind weight_{"weight", kFloats};
+  Kind kv_{"kv", kFloats};
+  Kind float32_{"float32", Bit(DType::kFloat32)};
+  Kind int32_{"int32", Bit(DType::kInt32)};
+  Kind uint8_{"uint8", Bit(DType::kUInt8)};
+};
+
+// What the decode ops share; returns their letters to tie further tensors to.
+struct DecodeDims {
+  Dim batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv"}, head_dim{"D"};
+};
+
+DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
+  DecodeDims dims;
+  op.Tensor("q", args.q, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
+  op.Tensor("out", args.out, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
+  op.Cache(args.kv, dims.batch, dims.num_kv_heads, dims.head_dim);
+  op.Groups(dims.num_q_heads, dims.num_kv_heads);
+  return dims;
+}
+
+}  // namespace
+
+void Check(const EmbedArgs& args, std::optional<DType> act) {
+  OpCheck op("Embed", act);
+  Dim tokens{"T"}, hidden{"H"}, vocab{"V"};
+  op.Tensor("token_ids", args.token_ids, {&tokens}, op.int32());
+  op.Tensor("table", args.table, {&vocab, &hidden}, op.weight());
+  op.Tensor("out", args.out, {&tokens, &hidden}, op.float32());
+}
+
+void Check(const RmsNormArgs& args, std::optional<DType> act) {
+  OpCheck op("RmsNorm", act);
+  Dim tokens{"T"}, hidden{"H"};
+  op.Tensor("x", args.x, {&tokens, &hidden}, op.float32());
+  op.Tensor("weight", args.weight, {&hidden}, op.weight());
+  op.Tensor("out", args.out, {&tokens, &hidden}, op.act());
+}
+
+void Check(const LinearArgs& args, std::optional<DType> act) {
+  OpCheck op("Linear", act);
+  Dim tokens{"T"}, in_features{"K"}, out_features{"N"};
+  op.Tensor("x", args.x, {&tokens, &in_features}, op.act());
+  op.Tensor("weight", args.weight, {&out_features, &in_features}, op.weight());
+  op.Optional("bias", args.bias, {&out_features}, op.weight());
+  const bool float_out =
+      args.output == LinearOutput::kAccumulate || args.out.dtype == DType::kFloat32;
+  op.Tensor("out", args.out, {&tokens, &out_features}, float_out ? op.float32() : op.act());
+}
+
+void Check(const RopeTableArgs& args, std::optional<DType> act) {
+  OpCheck op("RopeTable", act);
+  Dim tokens{"T"}, batch{"B"}, half{"D / 2"};
+  op.Tensor("positions", args.positions, {&tokens}, op.int32());
+  op.Tensor("seq_idx", args.seq_idx, {&tokens}, op.int32());
+  op.Tensor("inv_freq", args.inv_freq, {&batch, &half}, op.float32());
+  Dim head_dim{"D", 2 * half.size};
+  op.Tensor("cos_sin", args.cos_sin, {&tokens, &head_dim}, op.float32());
+}
+
+void Check(const RopeAppendKvArgs& args, std::optional<DType> act) {
+  OpCheck op("RopeAppendKv", act);
+  Dim tokens{"T"}, batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv"}, head_dim{"D"};
+  op.Tensor("q", args.q, {&tokens, &num_q_heads, &head_dim}, op.act());
+  op.Cache(args.kv, batch, num_kv_heads, head_dim);
+  op.Groups(num_q_heads, num_kv_heads);
+  Dim qkv{"(Hq + 2 Hkv) * D", (num_q_heads.size + 2 * num_kv_heads.size) * head_dim.size};
+  op.Tensor("qkv", args.qkv, {&tokens, &qkv}, op.act());
+  op.Tensor("cos_sin", args.cos_sin, {&tokens, &head_dim}, op.float32());
+  op.Optional("q_norm", args.q_norm, {&head_dim}, op.weight());
+  op.Optional("k_norm", args.k_norm, {&head_dim}, op.weight());
+  op.Tensor("positions", args.positions, {&tokens}, op.int32());
+  op.Tensor("seq_idx", args.seq_idx, {&tokens}, op.int32());
+  TIDAL_CHECK(head_dim.size % 2 == 0, InvalidArgument, "RopeAppendKv: q: got D = ", head_dim.size,
+              ", expected an even head_dim");
+}
+
+void Check(const AttentionPrefillArgs& args, std::optional<DType> act) {
+  OpCheck op("AttentionPrefill", act);
+  Dim tokens{"T"}, batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv"}, head_dim{"D"};
+  op.Tensor("q", args.q, {&tokens, &num_q_heads, &head_dim}, op.act());
+  op.Tensor("out", args.out, {&tokens, &num_q_heads, &head_dim}, op.act());
+  op.Cache(args.kv, batch, num_kv_heads, head_dim);
+  op.Groups(num_q_heads, num_kv_heads);
+  Dim starts{"B + 1", batch.size + 1};
+  op.Tensor("q_starts", args.q_starts, {&starts}, op.int32());
+}
+
+void Check(const AttentionArgs& args, std::optional<DType> act) {
+  OpCheck op("AttentionFull", act);
+  CheckDecode(op, args);
+}
+
+void Check(const AttentionSelectArgs& args, std::optional<DType> act) {
+  OpCheck op("AttentionSelect", act);
+  DecodeDims dims = CheckDecode(op, args.attention);
+  Dim max_len{"max_len"};
+  op.Tensor("scores", args.scores, {&dims.batch, &dims.num_q_heads, &max_len}, op.float32());
+  op.Tensor("lse", args.lse, {&dims.batch, &dims.num_q_heads}, op.float32());
+}
+
+void Check(const SelectTopKArgs& args, std::optional<DType> act) {
+  OpCheck op("SelectTopK", act);
+  Dim batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv", args.num_kv_heads}, max_len{"max_len"};
+  Dim token_budget{"token_budget"};
+  op.Tensor("scores", args.scores, {&batch, &num_q_heads, &max_len}, op.float32());
+  op.Tensor("lse", args.lse, {&batch, &num_q_heads}, op.float32());
+  op.Tensor("seq_lens", args.seq_lens, {&batch}, op.int32());
+  op.Groups(num_q_heads, num_kv_heads);
+  Dim num_sets{"num_sets", NumSets(args.granularity, num_q_heads.size, num_kv_heads.size)};
+  op.Tensor("token_idx", args.token_idx, {&batch, &num_sets, &token_budget}, op.int32());
+  op.Tensor("num_selected", args.num_selected, {&batch}, op.int32());
+  TIDAL_CHECK(
+      args.sink_tokens >= 0 && args.recent_tokens >= 1 &&
+          args.sink_tokens + args.recent_tokens <= token_budget.size,
+      InvalidArgument, "SelectTopK: got sink_tokens ", args.sink_tokens, ", recent_tokens ",
+      args.recent_tokens,
+      ", expected sink_tokens >= 0, recent_tokens >= 1 and a sum of at most token_budget = ",
+      token_budget.size);
+}
+
+void Check(const AttentionSparseArgs& args, std::optional<DType> act) {
+  OpCheck op("AttentionSparse", act);
+  DecodeDims dims = CheckDecode(op, args.attention);
+  Dim num_sets{"num_sets"}, token_budget{"token_budget"};
+  op.Tensor("token_idx", args.token_idx, {&dims.batch, &num_sets, &token_budget}, op.int32());
+  op.Tensor("num_selected", args.num_selected, {&dims.batch}, op.int32());
+  const int64_t sets = num_sets.size;
+  TIDAL_CHECK(sets == dims.num_kv_heads.size || sets == dims.num_q_heads.size || sets == 1,
+              InvalidArgument, "AttentionSparse: token_idx: got num_sets = ", sets,
+              ", expected Hkv = ", dims.num_kv_heads.size, ", Hq = ", dims.num_q_heads.size,
+              " or 1");
+}
+
+void Check(const SiluMulArgs& args, std::optional<DType> act) {
+  OpCheck op("SiluMul", act);
+  Dim tokens{"T"}, intermediate{"I"};
+  op.Tensor("out", args.out, {&tokens, &intermediate}, op.act());
+  Dim both{"2 * I", 2 * intermediate.size};
+  op.Tensor("gate_up", args.gate_up, {&tokens, &both}, op.act());
+}
+
+void Check(const GatherRowsArgs& args, std::optional<DType> act) {
+  OpCheck op("GatherRows", act);
+  Dim tokens{"T"}, rows{"R"}, hidden{"H"};
+  op.Tensor("x", args.x, {&tokens, &hidden}, op.float32());
+  op.Tensor("rows", args.rows, {&rows}, op.int32());
+  op.Tensor("out", args.out, {&rows, &hidden}, op.float32());
+}
+
+void Check(const SampleArgs& args, std::optional<DType> act) {
+  OpCheck op("Sample", act);
+  Dim batch{"B"}, vocab{"V"}, num_slots{"num_slots"};
+  Dim row_bytes{"sizeof(SamplingRow)", static_cast<int64_t>(sizeof(SamplingRow))};
+  op.Tensor("logits", args.logits, {&batch, &vocab}, op.float32());
+  op.Tensor("rows", args.rows, {&batch, &row_bytes}, op.uint8());
+  op.Tensor("seq_lens", args.seq_lens, {&batch}, op.int32());
+  op.Tensor("seen", args.seen, {&num_slots, &vocab}, op.uint8());
+  op.Tensor("token_ids", args.token_ids, {&batch}, op.int32());
+}
+
+}  // namespace tidal

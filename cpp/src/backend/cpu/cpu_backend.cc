@@ -1,0 +1,163 @@
+// Wires the seam (backend/backend.h) to the CPU ops: checks arguments, then calls. Memory is host
+// memory and a step is simply run.
+#include "backend/cpu/cpu_backend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "backend/check_args.h"
+#include "backend/cpu/attend_rows.h"
+#include "backend/cpu/attention_prefill.h"
+#include "backend/cpu/blas.h"
+#include "backend/cpu/cpu_info.h"
+#include "backend/cpu/linear.h"
+#include "backend/cpu/ops.h"
+#include "backend/cpu/select_top_k.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// Prompt tokens of a pass: many enough for the matrix products to run at full speed, few enough
+// that the activations of a layer stay in the last cache level.
+constexpr int64_t kPrefillChunk = 1024;
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const CpuKernels& kernels, int num_threads) {
+    context_.kernels = &kernels;
+    context_.num_threads = num_threads;
+  }
+
+  BackendInfo info() const override {
+    BackendInfo info;
+    info.name = "cpu";
+    info.free_bytes = ReadHostMemory().free_bytes;
+    info.prefill_chunk = kPrefillChunk;
+    return info;
+  }
+  DType activation_dtype(DType) const override { return DType::kFloat32; }
+
+  Buffer Allocate(int64_t bytes, const std::string& what) override {
+    return AllocateHostMemory(bytes, what);
+  }
+  void Reserve(const StepLimits& limits) override { ReserveScratch(context_, limits); }
+  void* BeginUpload(void* dst, int64_t) override { return dst; }
+  void CommitUpload(void*, int64_t) override {}
+  void Upload(const TensorView& dst, const void* host) override {
+    std::memcpy(dst.ptr, host, static_cast<size_t>(dst.bytes()));
+  }
+  void Download(void* host, const TensorView& src) override {
+    std::memcpy(host, src.ptr, static_cast<size_t>(src.bytes()));
+  }
+  void RunStep(const StepKey&, const std::function<void()>& step) override { step(); }
+
+  void Embed(const EmbedArgs& args) override { Run(CpuEmbed, args); }
+  void RmsNorm(const RmsNormArgs& args) override { Run(CpuRmsNorm, args); }
+  void Linear(const LinearArgs& args) override { Run(CpuLinear, args); }
+  void RopeTable(const RopeTableArgs& args) override { Run(CpuRopeTable, args); }
+  void RopeAppendKv(const RopeAppendKvArgs& args) override { Run(CpuRopeAppendKv, args); }
+  void AttentionPrefill(const AttentionPrefillArgs& args) override {
+    Run(CpuAttentionPrefill, args);
+  }
+  void AttentionFull(const AttentionArgs& args) override { Run(CpuAttentionFull, args); }
+  void AttentionSelect(const AttentionSelectArgs& args) override { Run(CpuAttentionSelect, args); }
+  void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
+  void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
+  void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
+  void GatherRows(const GatherRowsArgs& args) override { Run(CpuGatherRows, args); }
+  void Sample(const SampleArgs& args) override { Run(CpuSample, args); }
+
+ private:
+  template <typename Args>
+  void Run(void (*op)(CpuContext&, const Args&), const Args& args) {
+    Check(args, DType::kFloat32);
+    op(context_, args);
+  }
+
+  CpuContext context_;
+};
+
+bool ProcessorHas([[maybe_unused]] CpuIsa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == CpuIsa::kAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           ProcessorHas(CpuIsa::kAvx2);
+  }
+  // Every processor with AVX2 has F16C.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool HasIsa(CpuIsa isa) {
+  return isa == CpuIsa::kAuto || isa == CpuIsa::kGeneric || ProcessorHas(isa);
+}
+
+const CpuKernels& SelectKernels(CpuIsa isa) {
+  TIDAL_CHECK(HasIsa(isa), UnsupportedError, "CPU backend: this processor has no ",
+              isa == CpuIsa::kAvx2 ? "AVX2 with FMA" : "AVX-512 (F, BW, VL, DQ)",
+              "; use CpuIsa::kAuto");
+#if defined(__x86_64__)
+  if (isa == CpuIsa::kAvx512 || (isa == CpuIsa::kAuto && HasIsa(CpuIsa::kAvx512))) {
+    return Avx512Kernels();
+  }
+  if (isa == CpuIsa::kAvx2 || (isa == CpuIsa::kAuto && HasIsa(CpuIsa::kAvx2))) {
+    return Avx2Kernels();
+  }
+#endif
+  return GenericKernels();
+}
+
+std::unique_ptr<Backend> MakeCpuBackend(const BackendOptions& options, CpuIsa isa) {
+  TIDAL_CHECK(options.num_threads >= 0, InvalidArgument, "num_threads: got ", options.num_threads,
+              ", expected a count >= 0 (0: one per core)");
+  TIDAL_CHECK(options.device.type == DeviceType::kCpu && options.device.index == 0, BackendError,
+              "CPU backend: got ",
+              options.device.type == DeviceType::kCpu ? "cpu:" : "cuda:", options.device.index,
+              ", expected the one CPU; pass device=\"cpu\"");
+  UseOneBlasThread();
+  const int threads = options.num_threads > 0 ? options.num_threads : omp_get_max_threads();
+  return std::make_unique<CpuBackend>(SelectKernels(isa), threads);
+}
+
+std::unique_ptr<Backend> MakeCpuBackend(const BackendOptions& options) {
+  return MakeCpuBackend(options, CpuIsa::kAuto);
+}
+
+int ThreadIndex() {
+  return omp_get_thread_num();
+}
+
+void ReserveScratch(CpuContext& context, const StepLimits& limits) {
+  const ModelConfig& model = limits.model;
+  const int64_t rows = limits.max_batch_size;
+  const int64_t head_dim = model.head_dim;
+  context.scratch.Take<AttendRow>(Scratch::kPlan, rows);
+  context.scratch.Take<float>(
+      Scratch::kRecords,
+      std::max(
+          AttendRecordFloats(rows, 1, model.num_q_heads, head_dim, limits.max_seq_len),
+          AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)));
+  const int64_t in_features =
+      std::max({model.hidden_size, model.q_size(), model.intermediate_size});
+  // Sample's candidates take two floats each.
+  const int64_t thread_floats = std::max({LinearScratchFloats(in_features),
+                                          PrefillScratchFloats(model.group_size(), head_dim),
+                                          2 * model.vocab_size, head_dim + 16});
+  context.scratch.Take<float>(Scratch::kThreads, context.num_threads * thread_floats);
+  if (limits.token_budget > 0) {
+    const int64_t sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
+    context.scratch.Take<uint32_t>(Scratch::kKeys,
+                                   SelectScratchWords(rows * sets, limits.max_seq_len));
+  }
+}
+
+}  // namespace tidal

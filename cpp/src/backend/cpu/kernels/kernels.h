@@ -1,0 +1,140 @@
+// The table of inner loops of the CPU backend: one per instruction set, chosen once at run time.
+//
+// A kernel is the work of one thread on one piece of an op; the ops (../*.cc) cut the work, run the
+// threads and own the scratch. Members that read stored weights or cache come in threes, indexed by
+// StorageIndex: float32, bfloat16, float16. The kernels throw nothing and allocate nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "tidal/dtype.h"
+
+namespace tidal {
+
+// out[t, n] = x[t] . weight[n] (+ bias[n]) for t < num_rows and n < num_outputs. The bits of out[t,
+// n] depend on x[t], weight[n] and bias[n] only.
+struct LinearTile {
+  const float* x = nullptr;      // [num_rows, in_features]
+  const void* weight = nullptr;  // [num_outputs, in_features]
+  const void* bias = nullptr;    // [num_outputs], or absent
+  float* out = nullptr;          // out[t, n] is at t * out_stride + n
+  int64_t num_rows = 0;
+  int64_t num_outputs = 0;
+  int64_t in_features = 0;
+  int64_t out_stride = 0;
+  bool accumulate = false;
+};
+
+// One span of attended tokens for queries that share a KV head: the running softmax's maximum, sum
+// and weighted values. Span element i is position token_idx[i], or i itself without a list.
+struct AttendSpan {
+  // Query m is at q + (m / group_size) * q_stride + (m % group_size) * head_dim.
+  const float* q = nullptr;
+  int64_t q_stride = 0;
+  int64_t group_size = 0;
+  int64_t num_queries = 0;
+  int64_t head_dim = 0;
+  float sm_scale = 0.0f;
+
+  const void* k_pages =
+      nullptr;  // page 0 of this KV head; page p is page_stride elements x p further
+  const void* v_pages = nullptr;
+  int64_t page_stride = 0;
+  int64_t page_size = 0;
+  const int32_t* page_table = nullptr;
+
+  const int32_t* token_idx = nullptr;  // or absent
+  int64_t begin = 0;                   // span elements [begin, end)
+  int64_t end = 0;
+  // Query m sees positions below causal_len + m / group_size.
+  int64_t causal_len = 0;
+
+  // Query m's sm_scale * q.k of element i goes to scores + m * scores_stride + i; or absent.
+  float* scores = nullptr;
+  int64_t scores_stride = 0;
+
+  // Record of query m at partial + m * PartialStride(head_dim): head_dim weighted values, maximum,
+  // sum.
+  float* partial = nullptr;
+};
+
+// Floats of one record of AttendSpan; a multiple of a cache line so that threads share none.
+constexpr int64_t PartialStride(int64_t head_dim) {
+  return (head_dim + 2 + 15) / 16 * 16;
+}
+
+// The records of all spans of one query, in ascending order, to its output.
+struct MergeSpans {
+  const float* partial = nullptr;  // span s at partial + s * stride
+  int64_t stride = 0;
+  int64_t num_spans = 0;
+  int64_t head_dim = 0;
+  float* out = nullptr;  // [head_dim]
+  float* lse = nullptr;  // or absent
+};
+
+// One row of a block of prefill scores, turned into weights in place.
+struct SoftmaxRow {
+  float* scores = nullptr;  // [width]; out: exp(score - maximum), 0 from `visible` on
+  int64_t visible = 0;
+  int64_t width = 0;
+  float* maximum = nullptr;  // running
+  float* sum = nullptr;      // running
+  float* acc = nullptr;      // [head_dim] running weighted values: rescaled to the new maximum
+  int64_t head_dim = 0;
+};
+
+// Ranking keys of positions [0, count) of one set: larger is better, equal scores give equal keys,
+// NaN gives 0.
+struct RankKeys {
+  const float* scores = nullptr;  // head h at scores + h * scores_stride
+  int64_t scores_stride = 0;
+  const float* lse = nullptr;  // [num_heads]; absent: one head, ranked by the raw score
+  int64_t num_heads = 0;
+  int64_t count = 0;
+  bool pool_max = false;          // else the sum in ascending head order
+  uint32_t* keys = nullptr;       // out [count]
+  uint32_t* block_max = nullptr;  // out: largest key of each kRankBlock positions
+};
+
+inline constexpr int64_t kRankBlock = 64;
+
+struct CpuKernels {
+  const char* name;  // "AVX-512", "AVX2", "generic"
+
+  void (*linear[3])(const LinearTile& tile);
+  void (*attend_span[3])(const AttendSpan& span);
+  void (*merge_spans)(const MergeSpans& merge);
+  void (*softmax_row)(const SoftmaxRow& row);
+  void (*rank_keys)(const RankKeys& rank);
+
+  // dst[i] = float32(src[i])
+  void (*widen[3])(const void* src, int64_t count, float* dst);
+  // out = weight * (x / rms(x)); out may be x
+  void (*rms_norm[3])(const float* x, const void* weight, int64_t size, float eps, float* out);
+  // Rotate-half of one head: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin; out may be x.
+  // cos_sin: head_dim / 2 cosines, then as many sines.
+  void (*rotate_half)(const float* x, const float* cos_sin, int64_t head_dim, float* out);
+  // out = gate / (1 + exp(-gate)) * up
+  void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  // out = x * factor
+  void (*scale)(const float* x, float factor, int64_t count, float* out);
+};
+
+inline int StorageIndex(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return 1;
+    case DType::kFloat16:
+      return 2;
+    default:
+      return 0;
+  }
+}
+
+const CpuKernels& GenericKernels();
+// Only on x86-64.
+const CpuKernels& Avx2Kernels();
+const CpuKernels& Avx512Kernels();
+
+}  // namespace tidal

@@ -1,0 +1,26 @@
+// Fills the kernel table from this translation unit's instantiations. Included last by
+// kernels_*.cc.
+#pragma once
+
+#include "backend/cpu/kernels/attend.h"
+#include "backend/cpu/kernels/kernels.h"
+#include "backend/cpu/kernels/linear.h"
+#include "backend/cpu/kernels/rows.h"
+
+namespace tidal::TIDAL_CPU_ISA {
+
+inline constexpr CpuKernels kTable = {
+    .name = TIDAL_CPU_ISA_NAME,
+    .linear = {Linear<float>, Linear<BFloat16>, Linear<Float16>},
+    .attend_span = {Attend<float>, Attend<BFloat16>, Attend<Float16>},
+    .merge_spans = Merge,
+    .softmax_row = Softmax,
+    .rank_keys = Rank,
+    .widen = {Widen<float>, Widen<BFloat16>, Widen<Float16>},
+    .rms_norm = {RmsNorm<float>, RmsNorm<BFloat16>, RmsNorm<Float16>},
+    .rotate_half = RotateHalf,
+    .silu_mul = SiluMul,
+    .scale = Scale,
+};
+
+}  // namespace tidal::TIDAL_CPU_ISA

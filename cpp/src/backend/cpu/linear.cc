@@ -1,0 +1,114 @@
+// Linear: few rows by our own kernel at the speed of reading the weights, many rows by OpenBLAS.
+#include <algorithm>
+
+#include "backend/cpu/blas.h"
+#include "backend/cpu/linear.h"
+#include "backend/cpu/ops.h"
+
+namespace tidal {
+namespace {
+
+// Up to here the kernel for few rows runs, whose rows do not depend on each other (a batched decode
+// step equals its rows alone); OpenBLAS picks its loops by shape and does not promise that.
+constexpr int64_t kFewRows = 64;
+// One thread's piece of a large product: the widened weight panel (512 KiB at in_features 512)
+// stays in L2, and 512 rows make widening it a thousandth of the work.
+constexpr int64_t kPanelRows = 512;
+constexpr int64_t kPanelOutputs = 256;
+
+int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+void LinearFewRows(CpuContext& context, const LinearArgs& args) {
+  const int64_t num_rows = args.x.dim(0);
+  const int64_t in_features = args.x.dim(1);
+  const int64_t num_outputs = args.weight.dim(0);
+  const int64_t element_bytes = DTypeBytes(args.weight.dtype);
+  const auto kernel = context.kernels->linear[StorageIndex(args.weight.dtype)];
+  const int threads = context.ThreadsFor(num_outputs * in_features);
+  // 16 outputs: a cache line of `out`.
+  context.ParallelRange(threads, num_outputs, 16, [&](int64_t begin, int64_t end) {
+    LinearTile tile;
+    tile.x = args.x.data<float>();
+    tile.weight = static_cast<const char*>(args.weight.ptr) + begin * in_features * element_bytes;
+    if (args.bias) tile.bias = static_cast<const char*>(args.bias.ptr) + begin * element_bytes;
+    tile.out = args.out.data<float>() + begin;
+    tile.num_rows = num_rows;
+    tile.num_outputs = end - begin;
+    tile.in_features = in_features;
+    tile.out_stride = num_outputs;
+    tile.accumulate = args.output == LinearOutput::kAccumulate;
+    kernel(tile);
+  });
+}
+
+void AddBias(const CpuContext& context, const LinearArgs& args, int64_t output, int64_t count,
+             float* bias, const SgemmArgs& product) {
+  const char* src = static_cast<const char*>(args.bias.ptr) + output * DTypeBytes(args.bias.dtype);
+  context.kernels->widen[StorageIndex(args.bias.dtype)](src, count, bias);
+  for (int64_t row = 0; row < product.m; ++row) {
+    float* out = product.c + row * product.ldc;
+    for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+  }
+}
+
+// scratch: room for a widened panel and a bias, of the calling thread.
+void RunPanel(const CpuContext& context, const LinearArgs& args, int64_t row, int64_t output,
+              float* scratch) {
+  const int64_t in_features = args.x.dim(1);
+  const int64_t num_outputs = args.weight.dim(0);
+  const int64_t count = std::min(kPanelOutputs, num_outputs - output);
+  const char* weight = static_cast<const char*>(args.weight.ptr) +
+                       output * in_features * DTypeBytes(args.weight.dtype);
+  SgemmArgs product;
+  product.m = std::min(kPanelRows, args.x.dim(0) - row);
+  product.n = count;
+  product.k = in_features;
+  product.a = args.x.data<float>() + row * in_features;
+  product.lda = in_features;
+  if (args.weight.dtype == DType::kFloat32) {
+    product.b = reinterpret_cast<const float*>(weight);
+  } else {
+    context.kernels->widen[StorageIndex(args.weight.dtype)](weight, count * in_features, scratch);
+    product.b = scratch;
+  }
+  product.ldb = in_features;
+  product.b_transposed = true;
+  product.c = args.out.data<float>() + row * num_outputs + output;
+  product.ldc = num_outputs;
+  product.accumulate = args.output == LinearOutput::kAccumulate;
+  Sgemm(product);
+  if (args.bias) {
+    AddBias(context, args, output, count, scratch + kPanelOutputs * in_features, product);
+  }
+}
+
+void LinearManyRows(CpuContext& context, const LinearArgs& args) {
+  const int64_t row_panels = CeilDiv(args.x.dim(0), kPanelRows);
+  const int64_t output_panels = CeilDiv(args.weight.dim(0), kPanelOutputs);
+  const int64_t scratch_floats = LinearScratchFloats(args.x.dim(1));
+  float* scratch =
+      context.scratch.Take<float>(Scratch::kThreads, context.num_threads * scratch_floats);
+  const int threads = context.ThreadsForProduct(args.x.numel() * args.weight.dim(0));
+  context.ParallelFor(threads, row_panels * output_panels, [&](int64_t task) {
+    RunPanel(context, args, task % row_panels * kPanelRows, task / row_panels * kPanelOutputs,
+             scratch + ThreadIndex() * scratch_floats);
+  });
+}
+
+}  // namespace
+
+int64_t LinearScratchFloats(int64_t in_features) {
+  return kPanelOutputs * (in_features + 1);
+}
+
+void CpuLinear(CpuContext& context, const LinearArgs& args) {
+  if (args.x.dim(0) <= kFewRows) {
+    LinearFewRows(context, args);
+  } else {
+    LinearManyRows(context, args);
+  }
+}
+
+}  // namespace tidal

@@ -1,0 +1,28 @@
+// The ops of the CPU backend as functions; meaning and shapes: backend/op_args.h. The arguments
+// have been checked (backend/check_args.h).
+#pragma once
+
+#include "backend/backend.h"
+#include "backend/cpu/context.h"
+#include "backend/op_args.h"
+
+namespace tidal {
+
+void CpuEmbed(CpuContext& context, const EmbedArgs& args);
+void CpuRmsNorm(CpuContext& context, const RmsNormArgs& args);
+void CpuLinear(CpuContext& context, const LinearArgs& args);
+void CpuRopeTable(CpuContext& context, const RopeTableArgs& args);
+void CpuRopeAppendKv(CpuContext& context, const RopeAppendKvArgs& args);
+void CpuAttentionPrefill(CpuContext& context, const AttentionPrefillArgs& args);
+void CpuAttentionFull(CpuContext& context, const AttentionArgs& args);
+void CpuAttentionSelect(CpuContext& context, const AttentionSelectArgs& args);
+void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args);
+void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
+void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);
+void CpuGatherRows(CpuContext& context, const GatherRowsArgs& args);
+void CpuSample(CpuContext& context, const SampleArgs& args);
+
+// Takes the scratch of every op at its largest, so that steps allocate nothing.
+void ReserveScratch(CpuContext& context, const StepLimits& limits);
+
+}  // namespace tidal

@@ -1,0 +1,164 @@
+// The ops that treat tokens one by one: Embed, RmsNorm, RopeTable, RopeAppendKv, SiluMul,
+// GatherRows.
+#include <cmath>
+#include <cstring>
+
+#include "backend/cpu/ops.h"
+
+namespace tidal {
+namespace {
+
+// Calls body(t) for the tokens of a pass; `elements` are those of one token.
+template <typename Body>
+void ForTokens(const CpuContext& context, int64_t num_tokens, int64_t elements, const Body& body) {
+  const int threads = context.ThreadsFor(num_tokens * elements);
+  context.ParallelRange(threads, num_tokens, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(t);
+  });
+}
+
+template <typename T>
+void NarrowTo(const float* src, int64_t count, void* dst) {
+  T* to = static_cast<T*>(dst);
+  for (int64_t i = 0; i < count; ++i) to[i] = FromFloat<T>(src[i]);
+}
+
+void Narrow(const float* src, int64_t count, DType dtype, void* dst) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      NarrowTo<BFloat16>(src, count, dst);
+      break;
+    case DType::kFloat16:
+      NarrowTo<Float16>(src, count, dst);
+      break;
+    default:
+      std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(float));
+  }
+}
+
+// Row `position` of row `seq`'s cache, of KV head `head`.
+void* CacheRow(const TensorView& pages, const TensorView& page_table, int64_t seq, int64_t position,
+               int64_t head) {
+  const int64_t page_size = pages.dim(2);
+  const int64_t page = page_table.data<int32_t>()[seq * page_table.dim(1) + position / page_size];
+  const int64_t offset =
+      ((page * pages.dim(1) + head) * page_size + position % page_size) * pages.dim(3);
+  return static_cast<char*>(pages.ptr) + offset * DTypeBytes(pages.dtype);
+}
+
+// One head, normalised if `norm` is there, then rotated.
+void NormAndRotate(const CpuContext& context, const float* x, const TensorView& norm, float eps,
+                   const float* cos_sin, int64_t head_dim, float* out) {
+  if (norm) {
+    context.kernels->rms_norm[StorageIndex(norm.dtype)](x, norm.ptr, head_dim, eps, out);
+    x = out;
+  }
+  context.kernels->rotate_half(x, cos_sin, head_dim, out);
+}
+
+// `rotated`: [head_dim] floats of the calling thread.
+void AppendToken(const CpuContext& context, const RopeAppendKvArgs& args, int64_t t,
+                 float* rotated) {
+  const int64_t num_q_heads = args.q.dim(1), head_dim = args.q.dim(2);
+  const int64_t num_kv_heads = args.kv.k_pages.dim(1);
+  const float* qkv = args.qkv.data<float>() + t * args.qkv.dim(1);
+  const float* cos_sin = args.cos_sin.data<float>() + t * head_dim;
+  float* q = args.q.data<float>() + t * num_q_heads * head_dim;
+  for (int64_t h = 0; h < num_q_heads; ++h) {
+    NormAndRotate(context, qkv + h * head_dim, args.q_norm, args.norm_eps, cos_sin, head_dim,
+                  q + h * head_dim);
+  }
+  const int64_t position = args.positions.data<int32_t>()[t];
+  if (position < 0) return;
+  const int64_t seq = args.seq_idx.data<int32_t>()[t];
+  const float* k = qkv + num_q_heads * head_dim;
+  const float* v = k + num_kv_heads * head_dim;
+  for (int64_t h = 0; h < num_kv_heads; ++h) {
+    NormAndRotate(context, k + h * head_dim, args.k_norm, args.norm_eps, cos_sin, head_dim,
+                  rotated);
+    Narrow(rotated, head_dim, args.kv.k_pages.dtype,
+           CacheRow(args.kv.k_pages, args.kv.page_table, seq, position, h));
+    Narrow(v + h * head_dim, head_dim, args.kv.v_pages.dtype,
+           CacheRow(args.kv.v_pages, args.kv.page_table, seq, position, h));
+  }
+}
+
+}  // namespace
+
+void CpuEmbed(CpuContext& context, const EmbedArgs& args) {
+  const int64_t size = args.table.dim(1);
+  const int64_t row_bytes = size * DTypeBytes(args.table.dtype);
+  const auto widen = context.kernels->widen[StorageIndex(args.table.dtype)];
+  ForTokens(context, args.token_ids.dim(0), size, [&](int64_t t) {
+    const int64_t token = args.token_ids.data<int32_t>()[t];
+    widen(static_cast<const char*>(args.table.ptr) + token * row_bytes, size,
+          args.out.data<float>() + t * size);
+  });
+}
+
+void CpuRmsNorm(CpuContext& context, const RmsNormArgs& args) {
+  const int64_t size = args.x.dim(1);
+  const auto norm = context.kernels->rms_norm[StorageIndex(args.weight.dtype)];
+  ForTokens(context, args.x.dim(0), size, [&](int64_t t) {
+    norm(args.x.data<float>() + t * size, args.weight.ptr, size, args.eps,
+         args.out.data<float>() + t * size);
+  });
+}
+
+void CpuRopeTable(CpuContext& context, const RopeTableArgs& args) {
+  const int64_t half = args.inv_freq.dim(1);
+  // A sine takes about as long as touching 16 floats.
+  ForTokens(context, args.positions.dim(0), 32 * half, [&](int64_t t) {
+    float* out = args.cos_sin.data<float>() + t * 2 * half;
+    const int32_t position = args.positions.data<int32_t>()[t];
+    if (position < 0) {
+      std::memset(out, 0, static_cast<size_t>(2 * half) * sizeof(float));
+      return;
+    }
+    const int64_t seq = args.seq_idx.data<int32_t>()[t];
+    const float* inv_freq = args.inv_freq.data<float>() + seq * half;
+    for (int64_t i = 0; i < half; ++i) {
+      // The angle is rounded to float32, as transformers does.
+      const float angle = static_cast<float>(position) * inv_freq[i];
+      out[i] = std::cos(angle) * args.attention_scaling;
+      out[half + i] = std::sin(angle) * args.attention_scaling;
+    }
+  });
+}
+
+void CpuRopeAppendKv(CpuContext& context, const RopeAppendKvArgs& args) {
+  const int64_t head_dim = args.q.dim(2);
+  // A cache line more than a head, so that no two threads write to one.
+  const int64_t stride = (head_dim + 15) / 16 * 16;
+  float* rotated = context.scratch.Take<float>(Scratch::kThreads, context.num_threads * stride);
+  ForTokens(context, args.qkv.dim(0), args.qkv.dim(1),
+            [&](int64_t t) { AppendToken(context, args, t, rotated + ThreadIndex() * stride); });
+}
+
+void CpuSiluMul(CpuContext& context, const SiluMulArgs& args) {
+  const int64_t size = args.out.dim(1);
+  // A row of a decode step is cut too: exp and division make an element cost about four.
+  const int threads = context.ThreadsFor(4 * args.out.numel());
+  constexpr int64_t kPiece = 1024;
+  const int64_t pieces = (size + kPiece - 1) / kPiece;
+  context.ParallelRange(threads, args.out.dim(0) * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / pieces, first = i % pieces * kPiece;
+      const float* gate = args.gate_up.data<float>() + t * 2 * size + first;
+      const int64_t count = size - first < kPiece ? size - first : kPiece;
+      context.kernels->silu_mul(gate, gate + size, count,
+                                args.out.data<float>() + t * size + first);
+    }
+  });
+}
+
+void CpuGatherRows(CpuContext& context, const GatherRowsArgs& args) {
+  const int64_t size = args.x.dim(1);
+  ForTokens(context, args.rows.dim(0), size, [&](int64_t r) {
+    const int64_t row = args.rows.data<int32_t>()[r];
+    std::memcpy(args.out.data<float>() + r * size, args.x.data<float>() + row * size,
+                static_cast<size_t>(size) * sizeof(float));
+  });
+}
+
+}  // namespace tidal

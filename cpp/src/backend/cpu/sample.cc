@@ -1,0 +1,145 @@
+// Sample: from a row of logits to the next token. Order of the steps and meaning: SampleArgs.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "backend/cpu/ops.h"
+#include "core/philox.h"
+
+namespace tidal {
+namespace {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+// Gumbel noise lies in (-2.9, 16.7): u has 23 bits and a half step (core/philox.h).
+constexpr float kMaxNoise = 17.0f;
+
+struct Candidate {
+  float value;  // logit / temperature
+  int32_t token_id;
+};
+
+// Best first: higher value, then lower id.
+bool Better(const Candidate& a, const Candidate& b) {
+  return a.value > b.value || (a.value == b.value && a.token_id < b.token_id);
+}
+// As a heap order: the best on top.
+bool Worse(const Candidate& a, const Candidate& b) {
+  return Better(b, a);
+}
+
+// Lowest id of the highest logit; -1 if the row holds a NaN or +inf, or nothing above -inf.
+int32_t ArgMax(const float* logits, int64_t vocab_size) {
+  float best = kMinusInf;
+  int64_t best_id = -1;
+  bool usable = true;
+  for (int64_t i = 0; i < vocab_size; ++i) {
+    // False for NaN too.
+    usable &= logits[i] <= std::numeric_limits<float>::max();
+    if (logits[i] > best) {
+      best = logits[i];
+      best_id = i;
+    }
+  }
+  return usable ? static_cast<int32_t>(best_id) : -1;
+}
+
+void Penalise(float* logits, const uint8_t* seen, int64_t vocab_size, float penalty) {
+  for (int64_t i = 0; i < vocab_size; ++i) {
+    if (seen[i] == 0) continue;
+    logits[i] = logits[i] > 0.0f ? logits[i] / penalty : logits[i] * penalty;
+  }
+}
+
+// Keeps the smallest best-first prefix whose share of the probability of all candidates reaches
+// top_p. Takes from a heap: a likely prefix is short, and sorting a whole vocabulary is not needed.
+int64_t KeepTopP(Candidate* candidates, int64_t count, float top_p, float best) {
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += std::exp(candidates[i].value - best);
+  std::make_heap(candidates, candidates + count, Worse);
+  Candidate* end = candidates + count;
+  double mass = 0.0;
+  while (end != candidates && !(mass >= static_cast<double>(top_p) * total && mass > 0.0)) {
+    std::pop_heap(candidates, end, Worse);
+    --end;
+    mass += std::exp(end->value - best);
+  }
+  // The taken ones lie at the back.
+  const int64_t kept = candidates + count - end;
+  std::copy(end, candidates + count, candidates);
+  return kept;
+}
+
+int64_t KeepMinP(Candidate* candidates, int64_t count, float min_p, float best) {
+  Candidate* end = std::remove_if(candidates, candidates + count, [&](const Candidate& c) {
+    return !(std::exp(c.value - best) >= min_p);
+  });
+  return end - candidates;
+}
+
+int32_t Draw(const Candidate* candidates, int64_t count, uint64_t seed, int32_t position) {
+  float best = kMinusInf;
+  int32_t best_id = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const Candidate& candidate = candidates[i];
+    // Most tokens cannot win whatever their noise: no logarithms for them.
+    if (candidate.value + kMaxNoise < best) continue;
+    const float noisy = candidate.value + GumbelNoise(seed, static_cast<uint32_t>(position),
+                                                      static_cast<uint32_t>(candidate.token_id));
+    if (noisy > best || (noisy == best && candidate.token_id < best_id)) {
+      best = noisy;
+      best_id = candidate.token_id;
+    }
+  }
+  return best_id;
+}
+
+int32_t SampleRow(float* logits, int64_t vocab_size, const SamplingRow& row, const uint8_t* seen,
+                  int32_t position, Candidate* candidates) {
+  // Before the penalty as well: it could turn a +inf into a NaN or hide it.
+  if (ArgMax(logits, vocab_size) < 0) return -1;
+  if (row.repetition_penalty != 1.0f) Penalise(logits, seen, vocab_size, row.repetition_penalty);
+  const int32_t greedy = ArgMax(logits, vocab_size);
+  if (greedy < 0 || row.temperature == 0.0f) return greedy;
+  const float best = logits[greedy] / row.temperature;
+  // So cold that the best overflows: the limit is greedy.
+  if (!std::isfinite(best)) return greedy;
+  int64_t count = 0;
+  for (int64_t i = 0; i < vocab_size; ++i) {
+    const float value = logits[i] / row.temperature;
+    if (value > kMinusInf) candidates[count++] = {value, static_cast<int32_t>(i)};
+  }
+  if (row.top_k > 0 && row.top_k < count) {
+    std::nth_element(candidates, candidates + row.top_k - 1, candidates + count, Better);
+    count = row.top_k;
+  }
+  if (row.top_p < 1.0f) count = KeepTopP(candidates, count, row.top_p, best);
+  if (row.min_p > 0.0f) count = KeepMinP(candidates, count, row.min_p, best);
+  return Draw(candidates, count, row.seed, position);
+}
+
+}  // namespace
+
+void CpuSample(CpuContext& context, const SampleArgs& args) {
+  const int64_t num_rows = args.logits.dim(0);
+  const int64_t vocab_size = args.logits.dim(1);
+  // Candidates are 8 bytes: a pair of floats.
+  Candidate* candidates =
+      context.scratch.Take<Candidate>(Scratch::kThreads, context.num_threads * vocab_size);
+  const int threads = context.ThreadsFor(4 * args.logits.numel());
+  context.ParallelFor(threads, num_rows, [&](int64_t b) {
+    const int32_t seq_len = args.seq_lens.data<int32_t>()[b];
+    int32_t& token_id = args.token_ids.data<int32_t>()[b];
+    token_id = 0;
+    if (seq_len == 0) return;
+    SamplingRow row;
+    std::memcpy(&row, args.rows.data<uint8_t>() + b * static_cast<int64_t>(sizeof(row)),
+                sizeof(row));
+    uint8_t* seen = args.seen.data<uint8_t>() + row.slot * vocab_size;
+    token_id = SampleRow(args.logits.data<float>() + b * vocab_size, vocab_size, row, seen, seq_len,
+                         candidates + ThreadIndex() * vocab_size);
+    if (token_id >= 0) seen[token_id] = 1;
+  });
+}
+
+}  // namespace tidal

@@ -1,0 +1,181 @@
+// The arguments of every op of the Backend seam, one struct each.
+//
+// Letters in shapes: T tokens of a pass (one per row in a decode step), B batch rows, H
+// hidden_size, Hq num_q_heads, Hkv num_kv_heads, G group_size = Hq / Hkv, D head_dim, V vocab_size,
+// I intermediate_size. "act" is the backend's activation dtype (float32 on the CPU, the weights'
+// dtype on CUDA), "weight" the weights' dtype, "kv" the cache's. Query head h reads KV head h / G.
+// All tensors are contiguous. Rules for all ops: inputs are const, outputs pre-shaped and fully
+// written, sums are float32 or better.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor_view.h"
+#include "tidal/config.h"
+
+namespace tidal {
+
+// One layer's cache as a step sees it. Token t of row b lies in page page_table[b, t / page_size],
+// slot t % page_size.
+struct PagedKv {
+  TensorView k_pages;     // [num_pages, Hkv, page_size, D] kv
+  TensorView v_pages;     // [num_pages, Hkv, page_size, D] kv
+  TensorView page_table;  // [B, max_pages] int32; entries past a row's last page are not read
+  TensorView seq_lens;  // [B] int32: tokens in the cache, those of this pass included; 0 = idle row
+};
+
+struct EmbedArgs {
+  TensorView token_ids;  // [T] int32, each in [0, V)
+  TensorView table;      // [V, H] weight
+  TensorView out;        // [T, H] float32
+};
+
+struct RmsNormArgs {
+  TensorView x;       // [T, H] float32
+  TensorView weight;  // [H] weight
+  TensorView out;     // [T, H] act
+  float eps = 0.0f;
+};
+
+enum class LinearOutput : int32_t {
+  kStore,       // out = x . weight^T + bias
+  kAccumulate,  // out += x . weight^T + bias (the residual stream)
+};
+
+struct LinearArgs {
+  TensorView x;       // [T, K] act
+  TensorView weight;  // [N, K] weight
+  TensorView bias;    // [N] weight, or absent
+  TensorView out;     // [T, N] act or float32; float32 if output is kAccumulate
+  LinearOutput output = LinearOutput::kStore;
+};
+
+// cos and sin of position x frequency (a float32 product, as in transformers), once a pass for all
+// layers.
+struct RopeTableArgs {
+  TensorView positions;            // [T] int32; -1 = idle row (its output is not read)
+  TensorView seq_idx;              // [T] int32: row of inv_freq
+  TensorView inv_freq;             // [B, D / 2] float32
+  float attention_scaling = 1.0f;  // multiplies cos and sin (yarn, longrope)
+  TensorView cos_sin;              // out [T, D] float32: D/2 cosines, then D/2 sines
+};
+
+// Splits qkv, normalises q and k per head if asked, rotates them (rotate-half layout) and appends k
+// and v to the cache at `positions`.
+struct RopeAppendKvArgs {
+  TensorView qkv;      // [T, (Hq + 2 Hkv) * D] act
+  TensorView cos_sin;  // [T, D] float32
+  TensorView q_norm;   // [D] weight, or absent
+  TensorView k_norm;   // [D] weight, or absent
+  float norm_eps = 0.0f;
+  TensorView positions;  // [T] int32; -1 = idle row: nothing is appended
+  TensorView seq_idx;    // [T] int32: row of kv.page_table
+  TensorView q;          // out [T, Hq, D] act
+  PagedKv kv;            // written
+};
+
+// Causal attention of a prompt chunk over the paged cache, the chunk's own K and V included: the
+// queries of row b are the last q_starts[b + 1] - q_starts[b] positions of its seq_lens[b] tokens.
+struct AttentionPrefillArgs {
+  TensorView q;         // [T, Hq, D] act
+  TensorView q_starts;  // [B + 1] int32, ascending from 0 to T
+  PagedKv kv;
+  float sm_scale = 0.0f;
+  TensorView out;           // [T, Hq, D] act
+  int64_t max_q_len = 0;    // host bound on the queries of one row
+  int64_t max_seq_len = 0;  // host bound on seq_lens
+};
+
+// Dense attention of one query per row. An idle row gives 0.
+struct AttentionArgs {
+  TensorView q;  // [B, Hq, D] act
+  PagedKv kv;
+  float sm_scale = 0.0f;
+  TensorView out;  // [B, Hq, D] act
+};
+
+// AttentionArgs, and the scores it computed on the way. `out` equals AttentionFull's bit for bit.
+struct AttentionSelectArgs {
+  AttentionArgs attention;
+  TensorView
+      scores;      // out [B, Hq, max_len] float32: sm_scale * q.k in [0, seq_len); the rest is left
+  TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
+};
+
+// From scores to sets. The set of a row with n = seq_lens[b] tokens has min(token_budget, n)
+// positions: the first sink_tokens, the last recent_tokens, and the best-scoring others; equal
+// scores: the lower position. A position's score: kKvHead: exp(score - lse) pooled over the group's
+// G query heads in ascending order; kHead: the raw score; kLayer: exp(score - lse) pooled over all
+// query heads in ascending order. NaN scores rank below -inf.
+struct SelectTopKArgs {
+  TensorView scores;    // [B, Hq, max_len] float32
+  TensorView lse;       // [B, Hq] float32
+  TensorView seq_lens;  // [B] int32
+  int64_t num_kv_heads = 0;
+  Granularity granularity = Granularity::kKvHead;
+  Pooling pooling = Pooling::kSum;
+  int64_t sink_tokens = 0;
+  int64_t recent_tokens = 1;  // >= 1; sink_tokens + recent_tokens <= token_budget
+  TensorView token_idx;  // out [B, num_sets, token_budget] int32, ascending; -1 past num_selected
+  TensorView num_selected;  // out [B] int32: min(token_budget, seq_lens[b])
+};
+
+// Attention to the chosen positions only. Rows with seq_lens[b] <= dense_len attend to all
+// positions instead (on the CPU bit for bit as AttentionFull, elsewhere to rounding).
+struct AttentionSparseArgs {
+  AttentionArgs attention;
+  TensorView token_idx;     // [B, num_sets, token_budget] int32; num_sets is Hkv, Hq or 1
+  TensorView num_selected;  // [B] int32
+  int64_t dense_len = 0;
+};
+
+struct SiluMulArgs {
+  TensorView gate_up;  // [T, 2 * I] act: gate, then up
+  TensorView out;      // [T, I] act: silu(gate) * up
+};
+
+struct GatherRowsArgs {
+  TensorView x;     // [T, H] float32
+  TensorView rows;  // [R] int32
+  TensorView out;   // [R, H] float32
+};
+
+// Sampling parameters of one row, as the device reads them.
+struct SamplingRow {
+  float temperature;         // 0 = greedy
+  float top_p;               // 1 = off
+  float min_p;               // 0 = off
+  float repetition_penalty;  // 1 = off
+  int32_t top_k;             // 0 = off
+  int32_t slot;              // row of `seen`
+  uint64_t seed;
+};
+static_assert(sizeof(SamplingRow) == 32, "SamplingRow is copied to the device as bytes");
+
+// Logits to the next token, in this order: repetition penalty, temperature, top-k, top-p, min-p,
+// draw. Greedy: highest logit, lowest id on ties. Otherwise the Gumbel-max rule with noise from
+// Philox4x32-10(key = seed, counter = (position of the new token, token id)): an exact draw that
+// depends on nothing else. Formulas: core/philox.h.
+struct SampleArgs {
+  TensorView logits;    // [B, V] float32; overwritten
+  TensorView rows;      // [B, sizeof(SamplingRow)] uint8
+  TensorView seq_lens;  // [B] int32: tokens before the new one, so also its position; 0 = idle row
+  TensorView seen;  // [num_slots, V] uint8: 1 if the token is in the sequence; the draw is added
+  TensorView token_ids;  // out [B] int32; -1 if the row holds a NaN or +inf, or nothing above -inf;
+                         // 0 if idle
+};
+
+// How many sets of positions one selection has.
+inline int64_t NumSets(Granularity granularity, int64_t num_q_heads, int64_t num_kv_heads) {
+  switch (granularity) {
+    case Granularity::kKvHead:
+      return num_kv_heads;
+    case Granularity::kHead:
+      return num_q_heads;
+    case Granularity::kLayer:
+      return 1;
+  }
+  return 0;
+}
+
+}  // namespace tidal

@@ -1,0 +1,159 @@
+// The front door: checks a call, reserves what it needs, and hands it to Generation.
+#include "tidal/decoder.h"
+
+#include <algorithm>
+
+#include "decode/decoder_impl.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+void CheckPrompt(const std::vector<int32_t>& prompt, int64_t vocab_size, size_t index) {
+  TIDAL_CHECK(!prompt.empty(), InvalidArgument, "prompt ", index,
+              ": got no tokens, expected at least one");
+  for (int32_t token : prompt) {
+    TIDAL_CHECK(token >= 0 && token < vocab_size, InvalidArgument, "prompt ", index,
+                ": got token id ", token, ", expected 0 to ", vocab_size - 1);
+  }
+}
+
+// Before any work: does every sequence, and do all together, fit?
+void CheckCapacity(Engine& engine, const SlotPool& slots,
+                   const std::vector<std::vector<int32_t>>& prompts,
+                   const std::vector<SamplingParams>& params) {
+  const DecodeConfig& config = engine.config();
+  auto count = static_cast<int64_t>(prompts.size());
+  TIDAL_CHECK(count <= slots.num_free(), CapacityError, "batch: need ", count, " rows, have ",
+              slots.num_free(), " free of max_batch_size ", config.max_batch_size,
+              "; raise max_batch_size or send fewer prompts at once");
+  int64_t pages = 0;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    auto prompt_len = static_cast<int64_t>(prompts[i].size());
+    int64_t room = config.max_seq_len - prompt_len;
+    TIDAL_CHECK(params[i].max_new_tokens <= room, CapacityError, "prompt ", i, ": ", prompt_len,
+                " prompt tokens + max_new_tokens ", params[i].max_new_tokens,
+                " are more than max_seq_len ", config.max_seq_len,
+                "; raise max_seq_len, or shorten the prompt or max_new_tokens");
+    pages += engine.pool().PagesFor(prompt_len + params[i].max_new_tokens);
+  }
+  TIDAL_CHECK(pages <= engine.pool().num_free(), CapacityError, "KV cache: need ", pages,
+              " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
+              engine.pool().num_free(), " free of ", engine.pool().num_pages(),
+              "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
+}
+
+}  // namespace
+
+SlotPool::SlotPool(int64_t num_slots) {
+  for (int64_t slot = num_slots - 1; slot >= 0; --slot) free_.push_back(static_cast<int32_t>(slot));
+}
+
+int32_t SlotPool::Take() {
+  int32_t slot = free_.back();
+  free_.pop_back();
+  return slot;
+}
+
+Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
+                 const LoadProgress& progress)
+    : impl_(std::make_unique<Impl>(model, config, weights, progress)) {}
+
+Decoder::~Decoder() = default;
+
+std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t>>& prompts,
+                                           const std::vector<SamplingParams>& params) {
+  TIDAL_CHECK(!prompts.empty(), InvalidArgument, "prompts: got none, expected at least one");
+  TIDAL_CHECK(prompts.size() == params.size(), InvalidArgument, "params: got ", params.size(),
+              ", expected one per prompt (", prompts.size(), ")");
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    CheckPrompt(prompts[i], model().vocab_size, i);
+    ValidateSamplingParams(params[i]);
+  }
+  std::lock_guard lock(impl_->mutex);
+  CheckCapacity(impl_->engine, impl_->slots, prompts, params);
+  auto generation = std::make_unique<Generation::Impl>(*impl_, prompts, params);
+  impl_->last_call = generation->record;
+  return std::unique_ptr<Generation>(new Generation(std::move(generation)));
+}
+
+std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
+                                          int64_t num_positions) {
+  CheckPrompt(token_ids, model().vocab_size, 0);
+  auto length = static_cast<int64_t>(token_ids.size());
+  TIDAL_CHECK(num_positions >= 1 && num_positions <= length, InvalidArgument, "num_positions: got ",
+              num_positions, ", expected 1 to ", length);
+  TIDAL_CHECK(length <= config().max_seq_len, CapacityError, "token_ids: ", length,
+              " tokens, have max_seq_len ", config().max_seq_len, "; raise max_seq_len");
+  std::lock_guard lock(impl_->mutex);
+  Engine& engine = impl_->engine;
+  Sequence sequence = engine.MakeSequence(token_ids, length, engine.ScratchSampling());
+  std::vector<float> logits;
+  while (!sequence.prefilled()) {
+    int64_t chunk_len = engine.PrefillNext(sequence);
+    engine.AppendPrefillLogits(sequence, chunk_len, length - num_positions, length, logits);
+  }
+  return logits;
+}
+
+std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
+                                         int64_t num_prefill) {
+  CheckPrompt(token_ids, model().vocab_size, 0);
+  auto length = static_cast<int64_t>(token_ids.size());
+  TIDAL_CHECK(num_prefill >= 1 && num_prefill <= length, InvalidArgument, "num_prefill: got ",
+              num_prefill, ", expected 1 to ", length);
+  TIDAL_CHECK(length <= config().max_seq_len, CapacityError, "token_ids: ", length,
+              " tokens, have max_seq_len ", config().max_seq_len, "; raise max_seq_len");
+  std::lock_guard lock(impl_->mutex);
+  Engine& engine = impl_->engine;
+  std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
+  Sequence sequence = engine.MakeSequence(prompt, length, engine.ScratchSampling());
+  std::vector<float> logits;
+  while (!sequence.prefilled()) {
+    int64_t chunk_len = engine.PrefillNext(sequence);
+    engine.AppendPrefillLogits(sequence, chunk_len, num_prefill - 1, num_prefill, logits);
+  }
+  for (int64_t i = num_prefill; i < length; ++i) {
+    sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
+    Sequence* row = &sequence;
+    engine.Step({&row, 1});
+    engine.AppendStepLogits(0, logits);
+  }
+  return logits;
+}
+
+std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
+  std::lock_guard lock(impl_->mutex);
+  const std::shared_ptr<SelectionRecord>& record = impl_->last_call;
+  auto count = record ? static_cast<int64_t>(record->running.size()) : 0;
+  TIDAL_CHECK(sequence >= 0 && sequence < count, InvalidArgument, "sequence: got ", sequence,
+              ", expected an index into the ", count, " prompts of the last call");
+  auto index = static_cast<size_t>(sequence);
+  if (!record->running[index]) return record->selections[index];
+  return impl_->engine.ReadSelection(*record->running[index]);
+}
+
+const ModelConfig& Decoder::model() const {
+  return impl_->engine.model();
+}
+const DecodeConfig& Decoder::config() const {
+  return impl_->engine.config();
+}
+const DecodePlan& Decoder::plan() const {
+  return impl_->engine.plan();
+}
+MemoryUse Decoder::memory_use() const {
+  return impl_->engine.memory_use();
+}
+
+int64_t Decoder::num_free_pages() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->engine.pool().num_free();
+}
+
+int64_t Decoder::num_free_rows() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->slots.num_free();
+}
+
+}  // namespace tidal

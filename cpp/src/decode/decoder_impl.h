@@ -1,0 +1,75 @@
+// What Decoder and Generation share: the engine, its lock, and what is left of ended sequences.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "decode/engine.h"
+#include "decode/sequence.h"
+#include "tidal/decoder.h"
+
+namespace tidal {
+
+// The sampling slots (rows of `seen`) of a decoder; one sequence owns one.
+class SlotPool {
+ public:
+  explicit SlotPool(int64_t num_slots);
+  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
+  int32_t Take();
+  void Release(int32_t slot) { free_.push_back(slot); }
+
+ private:
+  std::vector<int32_t> free_;
+};
+
+// The last sets of the sequences of one call; outlives the Generation so that they can be looked
+// at.
+struct SelectionRecord {
+  std::vector<std::optional<uint64_t>> running;         // engine ids of sequences that still run
+  std::vector<std::vector<LayerSelection>> selections;  // of those that ended
+};
+
+struct Decoder::Impl {
+  Impl(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
+       const LoadProgress& progress)
+      : engine(model, config, weights, progress), slots(engine.config().max_batch_size) {}
+
+  Engine engine;
+  SlotPool slots;
+  std::shared_ptr<SelectionRecord> last_call;  // of the newest Generation
+  mutable std::mutex mutex;                    // one thread at a time in the engine
+};
+
+struct Generation::Impl {
+  Impl(Decoder::Impl& decoder, const std::vector<std::vector<int32_t>>& prompts,
+       const std::vector<SamplingParams>& params);
+  ~Impl();
+
+  std::vector<TokenEvent> Advance();
+  void Stop(int64_t sequence, FinishReason reason);
+
+  struct Running {
+    std::optional<Sequence> sequence;  // empty once ended
+    SamplingParams params;
+    double first_token_s = 0.0;
+  };
+
+  void Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events);
+  void End(int64_t index, FinishReason reason);
+  void PrefillOne(int64_t index, std::vector<TokenEvent>& events);
+  void StepAll(std::vector<TokenEvent>& events);
+  double Elapsed() const;
+
+  Decoder::Impl& decoder;
+  std::vector<Running> running;
+  std::vector<SequenceResult> results;
+  std::shared_ptr<SelectionRecord> record;
+  PrefillProgress prefill;
+  int64_t num_alive = 0;
+  int64_t start_ns = 0;
+};
+
+}  // namespace tidal

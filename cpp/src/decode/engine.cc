@@ -1,0 +1,305 @@
+#include "decode/engine.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "decode/decode_step.h"
+#include "decode/prefill.h"
+#include "model/model_config.h"
+#include "model/rope.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// Share of the memory found free after loading that the cache may take: leaves room for the
+// device's own needs (graphs, library workspaces) and, on a host, for other programs.
+constexpr double kCacheShareOfFreeMemory = 0.85;
+
+void CheckAtLeast(const char* field, int64_t value, int64_t least) {
+  TIDAL_CHECK(value >= least, InvalidArgument, field, ": got ", value, ", expected >= ", least);
+}
+
+void ValidateDecodeConfig(const DecodeConfig& c) {
+  CheckAtLeast("token_budget", c.token_budget, 1);
+  CheckAtLeast("sink_tokens", c.sink_tokens, 0);
+  CheckAtLeast("recent_tokens", c.recent_tokens, 1);
+  CheckAtLeast("sparse_min_context", c.sparse_min_context, 0);
+  CheckAtLeast("max_seq_len", c.max_seq_len, 0);
+  CheckAtLeast("max_batch_size", c.max_batch_size, 1);
+  CheckAtLeast("page_size", c.page_size, 1);
+  CheckAtLeast("num_pages", c.num_pages, 0);
+  CheckAtLeast("prefill_chunk", c.prefill_chunk, 0);
+  CheckAtLeast("num_threads", c.num_threads, 0);
+  TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= c.token_budget, InvalidArgument,
+              "token_budget: got ", c.token_budget, ", expected at least sink_tokens ",
+              c.sink_tokens, " + recent_tokens ", c.recent_tokens);
+}
+
+}  // namespace
+
+Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
+               const Decoder::LoadProgress& progress)
+    : model_((ValidateModelConfig(model), model)),
+      config_((ValidateDecodeConfig(config), config)),
+      plan_(config.select_layers.empty()
+                ? DecodePlan::Dense(model.num_layers)
+                : DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers)),
+      dense_plan_(DecodePlan::Dense(model.num_layers)),
+      backend_(MakeBackend({.device = config.device,
+                            .num_threads = config.num_threads,
+                            .cuda_graphs = config.cuda_graphs})) {
+  weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
+  ResolveLimits();
+  backend_->Reserve({.model = model_,
+                     .dtype = config_.dtype,
+                     .kv_dtype = config_.kv_dtype,
+                     .max_batch_size = config_.max_batch_size,
+                     .max_seq_len = config_.max_seq_len,
+                     .prefill_chunk = config_.prefill_chunk,
+                     .page_size = config_.page_size,
+                     .token_budget = plan_.is_dense() ? 0 : config_.token_budget,
+                     .granularity = config_.granularity});
+
+  int64_t b = config_.max_batch_size;
+  int64_t max_pages = (config_.max_seq_len + config_.page_size - 1) / config_.page_size;
+  DType act = backend_->activation_dtype(config_.dtype);
+  prefill_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, config_.prefill_chunk,
+                                                   int64_t{1}, max_pages);
+  step_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, b, b, max_pages);
+  selection_ = std::make_unique<Selection>(*backend_, model_, config_, plan_);
+  sampler_ = std::make_unique<Sampler>(*backend_, model_.vocab_size, b);
+  q_starts_ = AllocateInts({0, 0});
+  gather_rows_ = AllocateInts(std::vector<int32_t>(static_cast<size_t>(b), 0));
+  buffers_.push_back(backend_->Allocate(b * model_.hidden_size * 4, "activations"));
+  gathered_ = TensorView(buffers_.back().data(), DType::kFloat32, {b, model_.hidden_size});
+
+  config_.num_pages = ResolveNumPages();
+  cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
+                                          config_.page_size);
+  transformer_ =
+      std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
+                                    ComputeRope(model_, config_.max_seq_len).attention_scaling);
+}
+
+TensorView Engine::AllocateInts(std::vector<int32_t> values) {
+  TensorView view(nullptr, DType::kInt32, {static_cast<int64_t>(values.size())});
+  buffers_.push_back(backend_->Allocate(view.bytes(), "step inputs"));
+  view.ptr = buffers_.back().data();
+  backend_->Upload(view, values.data());
+  return view;
+}
+
+// Fills in max_seq_len and prefill_chunk where they are automatic.
+void Engine::ResolveLimits() {
+  BackendInfo info = backend_->info();
+  if (config_.max_seq_len == 0) {
+    int64_t page = PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
+    double usable = kCacheShareOfFreeMemory * static_cast<double>(info.free_bytes);
+    int64_t fitting = static_cast<int64_t>(usable / static_cast<double>(page)) * config_.page_size;
+    config_.max_seq_len =
+        std::max<int64_t>(config_.page_size, std::min(model_.max_position_embeddings, fitting));
+  }
+  if (config_.prefill_chunk == 0) config_.prefill_chunk = info.prefill_chunk;
+  config_.prefill_chunk = std::min(config_.prefill_chunk, config_.max_seq_len);
+  // A budget beyond the longest sequence means everything; no need for memory to say so.
+  config_.token_budget = std::max(std::min(config_.token_budget, config_.max_seq_len),
+                                  config_.sink_tokens + config_.recent_tokens);
+}
+
+int64_t Engine::ResolveNumPages() const {
+  if (config_.num_pages != 0) return config_.num_pages;
+  int64_t page = PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
+  int64_t per_sequence = (config_.max_seq_len + config_.page_size - 1) / config_.page_size;
+  double usable = kCacheShareOfFreeMemory * static_cast<double>(backend_->info().free_bytes);
+  auto fitting = static_cast<int64_t>(usable / static_cast<double>(page));
+  TIDAL_CHECK(fitting >= per_sequence, OutOfMemoryError, "KV cache: one sequence of max_seq_len ",
+              config_.max_seq_len, " tokens needs ", per_sequence * page, " bytes, ",
+              static_cast<int64_t>(usable), " are free for it on ", backend_->info().name,
+              "; lower max_seq_len");
+  return std::min(fitting, per_sequence * config_.max_batch_size);
+}
+
+MemoryUse Engine::memory_use() const {
+  int64_t scratch =
+      prefill_buffers_->bytes() + step_buffers_->bytes() + selection_->bytes() + sampler_->bytes();
+  for (const Buffer& buffer : buffers_) scratch += buffer.bytes();
+  return {.weight_bytes = weights_.bytes, .kv_bytes = cache_->bytes(), .scratch_bytes = scratch};
+}
+
+Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
+                              const SamplingRow& sampling) {
+  auto prompt_len = static_cast<int64_t>(prompt.size());
+  return {.id = next_sequence_id_++,
+          .tokens = std::move(prompt),
+          .prompt_len = prompt_len,
+          .cached = 0,
+          .pages = SequencePages(pool(), max_len),
+          .inv_freq = ComputeRope(model_, max_len).inv_freq,
+          .sampling = sampling};
+}
+
+SamplingRow Engine::ScratchSampling() const {
+  return MakeSamplingRow(SamplingParams{}, sampler_->scratch_slot());
+}
+
+void Engine::StartSampling(const Sequence& sequence) {
+  if (sequence.sampling.repetition_penalty == 1.0f) return;
+  sampler_->StartSlot(sequence.sampling.slot, sequence.tokens);
+}
+
+int64_t Engine::PrefillNext(Sequence& sequence) {
+  int64_t begin = sequence.cached;
+  int64_t count = std::min(config_.prefill_chunk, sequence.prompt_len - begin);
+  int64_t seq_len = begin + count;
+  Pass pass = prefill_buffers_->Take(count, 1);
+
+  std::vector<int32_t> positions(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    positions[static_cast<size_t>(i)] = static_cast<int32_t>(begin + i);
+  }
+  std::vector<int32_t> zeros(static_cast<size_t>(count), 0);
+  std::vector<int32_t> table(static_cast<size_t>(pass.page_table.dim(1)), 0);
+  std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(), table.begin());
+  std::vector<int32_t> seq_lens = {static_cast<int32_t>(seq_len)};
+  std::vector<int32_t> q_starts = {0, static_cast<int32_t>(count)};
+  backend_->Upload(pass.token_ids, sequence.tokens.data() + begin);
+  backend_->Upload(pass.positions, positions.data());
+  backend_->Upload(pass.seq_idx, zeros.data());
+  backend_->Upload(pass.seq_lens, seq_lens.data());
+  backend_->Upload(pass.page_table, table.data());
+  backend_->Upload(pass.inv_freq, sequence.inv_freq.data());
+  backend_->Upload(q_starts_, q_starts.data());
+
+  PrefillChunk(*backend_, *transformer_, q_starts_, seq_len, pass);
+  sequence.cached = seq_len;
+  return count;
+}
+
+int32_t Engine::SampleAfterPrefill(const Sequence& sequence) {
+  int64_t chunk_len = (sequence.prompt_len - 1) % config_.prefill_chunk + 1;
+  Pass pass = prefill_buffers_->Take(chunk_len, 1);
+  Pass row = step_buffers_->Take(1, 1);
+  auto last = static_cast<int32_t>(chunk_len - 1);
+  backend_->Upload(gather_rows_.Rows(0, 1), &last);
+  backend_->GatherRows(
+      {.x = pass.hidden, .rows = gather_rows_.Rows(0, 1), .out = gathered_.Rows(0, 1)});
+  transformer_->Logits(gathered_.Rows(0, 1), row.normed, sampler_->logits(1));
+  sampler_->SetRows({sequence.sampling});
+  step_rows_.clear();  // the first row's parameters were just replaced
+  sampler_->Sample(pass.seq_lens);
+  return sampler_->Read(1)[0];
+}
+
+void Engine::AppendPrefillLogits(const Sequence& sequence, int64_t chunk_len, int64_t first,
+                                 int64_t last, std::vector<float>& out) {
+  int64_t chunk_begin = sequence.cached - chunk_len;
+  TensorView hidden = prefill_buffers_->Take(chunk_len, 1).hidden;
+  for (int64_t begin = std::max(first, chunk_begin); begin < std::min(last, sequence.cached);) {
+    int64_t count = std::min({config_.max_batch_size, last - begin, sequence.cached - begin});
+    std::vector<int32_t> rows(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      rows[static_cast<size_t>(i)] = static_cast<int32_t>(begin - chunk_begin + i);
+    }
+    TensorView gathered = gathered_.Rows(0, count);
+    backend_->Upload(gather_rows_.Rows(0, count), rows.data());
+    backend_->GatherRows({.x = hidden, .rows = gather_rows_.Rows(0, count), .out = gathered});
+    transformer_->Logits(gathered, step_buffers_->Take(count, count).normed,
+                         sampler_->logits(count));
+    size_t size = out.size();
+    out.resize(size + static_cast<size_t>(count * model_.vocab_size));
+    backend_->Download(out.data() + size, sampler_->logits(count));
+    begin += count;
+  }
+}
+
+// Graphs are recorded per batch size; on a device that records, few sizes serve all.
+int64_t Engine::BatchBucket(int64_t batch_size) const {
+  if (config_.device.type == DeviceType::kCpu) return batch_size;
+  int64_t bucket = 1;
+  while (bucket < batch_size) bucket = bucket < 8 ? bucket * 2 : bucket + 8;
+  return std::min(bucket, config_.max_batch_size);
+}
+
+// What stays the same while the same sequences step together.
+void Engine::UploadRows(std::span<Sequence* const> rows, const Pass& pass) {
+  std::vector<uint64_t> ids;
+  for (const Sequence* sequence : rows) ids.push_back(sequence->id);
+  if (ids == step_rows_) return;
+
+  auto b = static_cast<size_t>(pass.seq_lens.dim(0));
+  auto max_pages = static_cast<size_t>(pass.page_table.dim(1));
+  auto half_dim = static_cast<size_t>(pass.inv_freq.dim(1));
+  std::vector<int32_t> seq_idx(b), table(b * max_pages, 0);
+  std::vector<float> inv_freq(b * half_dim, 0.0f);
+  std::vector<SamplingRow> sampling(b, ScratchSampling());
+  for (size_t i = 0; i < b; ++i) seq_idx[i] = static_cast<int32_t>(i);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Sequence& sequence = *rows[i];
+    std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(),
+              table.begin() + static_cast<std::ptrdiff_t>(i * max_pages));
+    std::copy(sequence.inv_freq.begin(), sequence.inv_freq.end(),
+              inv_freq.begin() + static_cast<std::ptrdiff_t>(i * half_dim));
+    sampling[i] = sequence.sampling;
+  }
+  backend_->Upload(pass.seq_idx, seq_idx.data());
+  backend_->Upload(pass.page_table, table.data());
+  backend_->Upload(pass.inv_freq, inv_freq.data());
+  sampler_->SetRows(sampling);
+  step_rows_ = std::move(ids);
+}
+
+void Engine::UploadTokens(std::span<Sequence* const> rows, const Pass& pass) {
+  auto b = static_cast<size_t>(pass.seq_lens.dim(0));
+  std::vector<int32_t> token_ids(b, 0), positions(b, -1), seq_lens(b, 0);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    auto cached = static_cast<size_t>(rows[i]->cached);
+    token_ids[i] = rows[i]->tokens[cached];
+    positions[i] = static_cast<int32_t>(cached);
+    seq_lens[i] = static_cast<int32_t>(cached + 1);
+  }
+  backend_->Upload(pass.token_ids, token_ids.data());
+  backend_->Upload(pass.positions, positions.data());
+  backend_->Upload(pass.seq_lens, seq_lens.data());
+}
+
+std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows) {
+  int64_t b = BatchBucket(static_cast<int64_t>(rows.size()));
+  Pass pass = step_buffers_->Take(b, b);
+  UploadRows(rows, pass);
+  UploadTokens(rows, pass);
+
+  bool sparse = !plan_.is_dense() && std::any_of(rows.begin(), rows.end(), [&](Sequence* row) {
+    return row->cached + 1 > selection_->dense_len();
+  });
+  const DecodePlan& plan = sparse ? plan_ : dense_plan_;
+  backend_->RunStep({.batch_size = b, .sparse = sparse}, [&] {
+    DecodeStep(*backend_, *transformer_, plan, *selection_, *sampler_, pass);
+  });
+
+  if (sparse) last_sparse_rows_.clear();
+  for (Sequence* row : rows) {
+    ++row->cached;
+    if (sparse) last_sparse_rows_.push_back({row->id, row->cached});
+  }
+  std::vector<int32_t> next = sampler_->Read(b);
+  next.resize(rows.size());
+  return next;
+}
+
+void Engine::AppendStepLogits(int64_t row, std::vector<float>& out) {
+  size_t size = out.size();
+  out.resize(size + static_cast<size_t>(model_.vocab_size));
+  backend_->Download(out.data() + size, sampler_->logits(config_.max_batch_size).Rows(row, 1));
+}
+
+std::vector<LayerSelection> Engine::ReadSelection(uint64_t sequence_id) const {
+  for (size_t i = 0; i < last_sparse_rows_.size(); ++i) {
+    const SparseRow& row = last_sparse_rows_[i];
+    if (row.id != sequence_id || row.seq_len <= selection_->dense_len()) continue;
+    return selection_->Read(*backend_, static_cast<int64_t>(i), row.seq_len);
+  }
+  return {};
+}
+
+}  // namespace tidal

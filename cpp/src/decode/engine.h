@@ -1,0 +1,101 @@
+// Engine: a model on a device with everything a pass needs. Turns sequences into passes; knows
+// nothing of calls, stop rules or threads (decoder.cc, generation.cc).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "decode/pass.h"
+#include "decode/sampler.h"
+#include "decode/selection.h"
+#include "decode/sequence.h"
+#include "decode/transformer.h"
+#include "kv/paged_kv_cache.h"
+#include "model/weights.h"
+#include "tidal/decoder.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+class Engine {
+ public:
+  Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
+         const Decoder::LoadProgress& progress);
+
+  const ModelConfig& model() const { return model_; }
+  const DecodeConfig& config() const { return config_; }
+  const DecodePlan& plan() const { return plan_; }
+  PagePool& pool() { return cache_->pool(); }
+  MemoryUse memory_use() const;
+
+  // A sequence with pages for max_len tokens. Throws CapacityError.
+  Sequence MakeSequence(std::vector<int32_t> prompt, int64_t max_len, const SamplingRow& sampling);
+
+  // Greedy parameters for rows whose draw nobody keeps.
+  SamplingRow ScratchSampling() const;
+
+  // Marks the prompt in the sequence's sampling slot, if its parameters ask for it.
+  void StartSampling(const Sequence& sequence);
+
+  // Caches the next chunk of the prompt. Returns the number of tokens done.
+  int64_t PrefillNext(Sequence& sequence);
+
+  // After the last chunk: the first generated token (not appended to the sequence); -1 if the
+  // logits were unusable.
+  int32_t SampleAfterPrefill(const Sequence& sequence);
+
+  // Logits after the tokens [first, last) of the chunk that PrefillNext just did, as indices into
+  // the sequence; appended to `out`.
+  void AppendPrefillLogits(const Sequence& sequence, int64_t chunk_len, int64_t first, int64_t last,
+                           std::vector<float>& out);
+
+  // One decode step: caches each row's last token and returns its successors (-1: unusable logits).
+  // At most max_batch_size rows, each with exactly one token not yet cached.
+  std::vector<int32_t> Step(std::span<Sequence* const> rows);
+
+  // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
+  void AppendStepLogits(int64_t row, std::vector<float>& out);
+
+  // What the select layers chose for the sequence in the last sparse step, if it took part.
+  std::vector<LayerSelection> ReadSelection(uint64_t sequence_id) const;
+
+  uint64_t NextSequenceId() { return next_sequence_id_++; }
+
+ private:
+  void ResolveLimits();
+  int64_t ResolveNumPages() const;
+  int64_t BatchBucket(int64_t batch_size) const;
+  void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
+  void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
+  TensorView AllocateInts(std::vector<int32_t> values);
+
+  ModelConfig model_;
+  DecodeConfig config_;
+  DecodePlan plan_;
+  DecodePlan dense_plan_;
+  std::unique_ptr<Backend> backend_;
+  ModelWeights weights_;
+  std::unique_ptr<PassBuffers> prefill_buffers_;
+  std::unique_ptr<PassBuffers> step_buffers_;
+  std::unique_ptr<Selection> selection_;
+  std::unique_ptr<Sampler> sampler_;
+  std::unique_ptr<PagedKvCache> cache_;
+  std::unique_ptr<Transformer> transformer_;
+  std::vector<Buffer> buffers_;
+  TensorView q_starts_;     // [2] int32: {0, tokens of the prefill chunk}
+  TensorView gather_rows_;  // [max_batch_size] int32
+  TensorView gathered_;     // [max_batch_size, H] float32
+
+  uint64_t next_sequence_id_ = 1;
+  std::vector<uint64_t> step_rows_;  // ids whose page tables and parameters are in step_buffers_
+  struct SparseRow {
+    uint64_t id;
+    int64_t seq_len;
+  };
+  std::vector<SparseRow> last_sparse_rows_;
+};
+
+}  // namespace tidal

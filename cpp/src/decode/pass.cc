@@ -1,0 +1,52 @@
+#include "decode/pass.h"
+
+namespace tidal {
+
+PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
+                         int64_t max_batch_size, int64_t max_pages) {
+  auto allocate = [&](TensorView shape) {
+    buffers_.push_back(backend.Allocate(shape.bytes(), "activations"));
+    shape.ptr = buffers_.back().data();
+    return shape;
+  };
+  auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return allocate(TensorView(nullptr, dtype, shape));
+  };
+  const ModelConfig& m = model;
+  int64_t t = max_tokens, b = max_batch_size;
+  full_ = {.token_ids = tensor(DType::kInt32, {t}),
+           .positions = tensor(DType::kInt32, {t}),
+           .seq_idx = tensor(DType::kInt32, {t}),
+           .seq_lens = tensor(DType::kInt32, {b}),
+           .page_table = tensor(DType::kInt32, {b, max_pages}),
+           .inv_freq = tensor(DType::kFloat32, {b, m.head_dim / 2}),
+           .hidden = tensor(DType::kFloat32, {t, m.hidden_size}),
+           .normed = tensor(act, {t, m.hidden_size}),
+           .cos_sin = tensor(DType::kFloat32, {t, m.head_dim}),
+           .qkv = tensor(act, {t, m.q_size() + 2 * m.kv_size()}),
+           .q = tensor(act, {t, m.num_q_heads, m.head_dim}),
+           .attention_out = tensor(act, {t, m.num_q_heads, m.head_dim}),
+           .gate_up = tensor(act, {t, 2 * m.intermediate_size}),
+           .mlp = tensor(act, {t, m.intermediate_size})};
+}
+
+Pass PassBuffers::Take(int64_t num_tokens, int64_t batch_size) const {
+  Pass pass = full_;
+  for (TensorView* view :
+       {&pass.token_ids, &pass.positions, &pass.seq_idx, &pass.hidden, &pass.normed, &pass.cos_sin,
+        &pass.qkv, &pass.q, &pass.attention_out, &pass.gate_up, &pass.mlp}) {
+    *view = view->Rows(0, num_tokens);
+  }
+  for (TensorView* view : {&pass.seq_lens, &pass.page_table, &pass.inv_freq}) {
+    *view = view->Rows(0, batch_size);
+  }
+  return pass;
+}
+
+int64_t PassBuffers::bytes() const {
+  int64_t total = 0;
+  for (const Buffer& buffer : buffers_) total += buffer.bytes();
+  return total;
+}
+
+}  // namespace tidal

@@ -1,0 +1,49 @@
+// Pass: the tensors of one trip of T tokens, from B sequences, through the model. A decode step is
+// a pass with one token per sequence, a prefill chunk one with many tokens of one sequence.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace tidal {
+
+struct Pass {
+  // What the host writes.
+  TensorView token_ids;  // [T] int32
+  TensorView positions;  // [T] int32; -1 = idle row
+  TensorView seq_idx;    // [T] int32: which of the B sequences a token belongs to
+  TensorView seq_lens;  // [B] int32: tokens in the cache, those of this pass included; 0 = idle row
+  TensorView page_table;  // [B, max_pages] int32
+  TensorView inv_freq;    // [B, D / 2] float32
+
+  // What the layers write.
+  TensorView hidden;         // [T, H] float32: the residual stream
+  TensorView normed;         // [T, H] act
+  TensorView cos_sin;        // [T, D] float32
+  TensorView qkv;            // [T, (Hq + 2 Hkv) * D] act
+  TensorView q;              // [T, Hq, D] act
+  TensorView attention_out;  // [T, Hq, D] act
+  TensorView gate_up;        // [T, 2 I] act
+  TensorView mlp;            // [T, I] act
+};
+
+// Memory for passes of up to max_tokens tokens of up to max_batch_size sequences; the addresses
+// never change, so a recorded step can be replayed.
+class PassBuffers {
+ public:
+  PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
+              int64_t max_batch_size, int64_t max_pages);
+
+  // The leading parts of all tensors.
+  Pass Take(int64_t num_tokens, int64_t batch_size) const;
+
+  int64_t bytes() const;
+
+ private:
+  Pass full_;
+  std::vector<Buffer> buffers_;
+};
+
+}  // namespace tidal

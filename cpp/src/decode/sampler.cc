@@ -1,0 +1,82 @@
+#include "decode/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "tidal/error.h"
+
+namespace tidal {
+
+void ValidateSamplingParams(const SamplingParams& p) {
+  TIDAL_CHECK(p.max_new_tokens >= 1, InvalidArgument, "max_new_tokens: got ", p.max_new_tokens,
+              ", expected >= 1");
+  TIDAL_CHECK(std::isfinite(p.temperature) && p.temperature >= 0.0, InvalidArgument,
+              "temperature: got ", p.temperature, ", expected a finite number >= 0 (0 = greedy)");
+  TIDAL_CHECK(p.top_k >= 0, InvalidArgument, "top_k: got ", p.top_k, ", expected >= 0 (0 = off)");
+  TIDAL_CHECK(p.top_p > 0.0 && p.top_p <= 1.0, InvalidArgument, "top_p: got ", p.top_p,
+              ", expected in (0, 1]");
+  TIDAL_CHECK(p.min_p >= 0.0 && p.min_p <= 1.0, InvalidArgument, "min_p: got ", p.min_p,
+              ", expected in [0, 1]");
+  TIDAL_CHECK(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0.0, InvalidArgument,
+              "repetition_penalty: got ", p.repetition_penalty, ", expected a finite number > 0");
+}
+
+SamplingRow MakeSamplingRow(const SamplingParams& p, int32_t slot) {
+  // Below this a softmax is an argmax in float32 already; division by less would overflow.
+  constexpr double kMinTemperature = 1e-5;
+  double temperature = p.temperature == 0.0 ? 0.0 : std::max(p.temperature, kMinTemperature);
+  constexpr int64_t kMaxTopK = 1 << 30;
+  return {.temperature = static_cast<float>(temperature),
+          .top_p = static_cast<float>(p.top_p),
+          .min_p = static_cast<float>(p.min_p),
+          .repetition_penalty = static_cast<float>(p.repetition_penalty),
+          .top_k = static_cast<int32_t>(std::min(p.top_k, kMaxTopK)),
+          .slot = slot,
+          .seed = p.seed};
+}
+
+Sampler::Sampler(Backend& backend, int64_t vocab_size, int64_t max_batch_size) : backend_(backend) {
+  auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    TensorView view(nullptr, dtype, shape);
+    buffers_.push_back(backend.Allocate(view.bytes(), "logits and sampling state"));
+    view.ptr = buffers_.back().data();
+    return view;
+  };
+  logits_ = tensor(DType::kFloat32, {max_batch_size, vocab_size});
+  rows_ = tensor(DType::kUInt8, {max_batch_size, static_cast<int64_t>(sizeof(SamplingRow))});
+  seen_ = tensor(DType::kUInt8, {max_batch_size + 1, vocab_size});
+  token_ids_ = tensor(DType::kInt32, {max_batch_size});
+}
+
+void Sampler::StartSlot(int32_t slot, const std::vector<int32_t>& prompt) {
+  std::vector<uint8_t> seen(static_cast<size_t>(vocab_size()), 0);
+  for (int32_t token : prompt) seen[static_cast<size_t>(token)] = 1;
+  backend_.Upload(seen_.Rows(slot, 1), seen.data());
+}
+
+void Sampler::SetRows(const std::vector<SamplingRow>& rows) {
+  backend_.Upload(rows_.Rows(0, static_cast<int64_t>(rows.size())), rows.data());
+}
+
+void Sampler::Sample(const TensorView& seq_lens) const {
+  int64_t b = seq_lens.dim(0);
+  backend_.Sample({.logits = logits(b),
+                   .rows = rows_.Rows(0, b),
+                   .seq_lens = seq_lens,
+                   .seen = seen_,
+                   .token_ids = token_ids_.Rows(0, b)});
+}
+
+std::vector<int32_t> Sampler::Read(int64_t batch_size) const {
+  std::vector<int32_t> ids(static_cast<size_t>(batch_size));
+  backend_.Download(ids.data(), token_ids_.Rows(0, batch_size));
+  return ids;
+}
+
+int64_t Sampler::bytes() const {
+  int64_t total = 0;
+  for (const Buffer& buffer : buffers_) total += buffer.bytes();
+  return total;
+}
+
+}  // namespace tidal

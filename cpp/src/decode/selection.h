@@ -1,0 +1,46 @@
+// Selection: the positions chosen in a step. Written by a select layer, read by the sparse layers
+// after it until the next select layer.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+class Selection {
+ public:
+  // A dense plan allocates nothing.
+  Selection(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+            const DecodePlan& plan);
+
+  // Rows of at most this length attend to everything, whatever the plan.
+  int64_t dense_len() const { return dense_len_; }
+
+  // `ordinal`: the how-manieth select layer of the plan this is, from 0.
+  AttentionSelectArgs SelectArgs(const AttentionArgs& attention) const;
+  SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
+  AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
+
+  // What every select layer chose for a row of the last sparse step, of `seq_len` tokens.
+  std::vector<LayerSelection> Read(Backend& backend, int64_t row, int64_t seq_len) const;
+
+  int64_t bytes() const;
+
+ private:
+  DecodeConfig config_;
+  std::vector<int64_t> select_layers_;
+  int64_t num_kv_heads_;
+  int64_t num_sets_;
+  int64_t dense_len_;
+  TensorView scores_;        // [max_batch_size, Hq, max_seq_len] float32
+  TensorView lse_;           // [max_batch_size, Hq] float32
+  TensorView num_selected_;  // [max_batch_size] int32
+  std::vector<TensorView>
+      token_idx_;  // one a select layer: [max_batch_size, num_sets, token_budget]
+  std::vector<Buffer> buffers_;
+};
+
+}  // namespace tidal

@@ -1,0 +1,68 @@
+#include "decode/transformer.h"
+
+#include <cmath>
+
+namespace tidal {
+
+Transformer::Transformer(Backend& backend, const ModelConfig& model, const ModelWeights& weights,
+                         const PagedKvCache& cache, float rope_scaling)
+    : backend_(backend),
+      model_(model),
+      weights_(weights),
+      cache_(cache),
+      rope_scaling_(rope_scaling),
+      sm_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))),
+      norm_eps_(static_cast<float>(model.rms_norm_eps)) {}
+
+void Transformer::Begin(const Pass& pass) const {
+  backend_.Embed({.token_ids = pass.token_ids, .table = weights_.embedding, .out = pass.hidden});
+  backend_.RopeTable({.positions = pass.positions,
+                      .seq_idx = pass.seq_idx,
+                      .inv_freq = pass.inv_freq,
+                      .attention_scaling = rope_scaling_,
+                      .cos_sin = pass.cos_sin});
+}
+
+void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
+  const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
+  backend_.RmsNorm(
+      {.x = pass.hidden, .weight = w.input_norm, .out = pass.normed, .eps = norm_eps_});
+  backend_.Linear({.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv});
+  backend_.RopeAppendKv({.qkv = pass.qkv,
+                         .cos_sin = pass.cos_sin,
+                         .q_norm = w.q_norm,
+                         .k_norm = w.k_norm,
+                         .norm_eps = norm_eps_,
+                         .positions = pass.positions,
+                         .seq_idx = pass.seq_idx,
+                         .q = pass.q,
+                         .kv = Cache(layer, pass)});
+}
+
+void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
+  const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
+  TensorView attention_out(pass.attention_out.ptr, pass.attention_out.dtype,
+                           {pass.attention_out.dim(0), model_.q_size()});
+  backend_.Linear({.x = attention_out,
+                   .weight = w.o,
+                   .bias = w.o_bias,
+                   .out = pass.hidden,
+                   .output = LinearOutput::kAccumulate});
+  backend_.RmsNorm({.x = pass.hidden, .weight = w.post_norm, .out = pass.normed, .eps = norm_eps_});
+  backend_.Linear(
+      {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up});
+  backend_.SiluMul({.gate_up = pass.gate_up, .out = pass.mlp});
+  backend_.Linear({.x = pass.mlp,
+                   .weight = w.down,
+                   .bias = w.down_bias,
+                   .out = pass.hidden,
+                   .output = LinearOutput::kAccumulate});
+}
+
+void Transformer::Logits(const TensorView& hidden, const TensorView& normed,
+                         const TensorView& logits) const {
+  backend_.RmsNorm({.x = hidden, .weight = weights_.final_norm, .out = normed, .eps = norm_eps_});
+  backend_.Linear({.x = normed, .weight = weights_.lm_head, .bias = {}, .out = logits});
+}
+
+}  // namespace tidal

@@ -1,0 +1,50 @@
+// Transformer: what all layer kinds, and prefill and decode, share. Everything but the attention
+// itself.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "decode/pass.h"
+#include "kv/paged_kv_cache.h"
+#include "model/weights.h"
+
+namespace tidal {
+
+class Transformer {
+ public:
+  // All referenced objects must outlive this one. `rope_scaling`:
+  // RopeFrequencies::attention_scaling.
+  Transformer(Backend& backend, const ModelConfig& model, const ModelWeights& weights,
+              const PagedKvCache& cache, float rope_scaling);
+
+  // Token ids to hidden states, positions to rotations.
+  void Begin(const Pass& pass) const;
+
+  // Norm, qkv, rotation; appends the pass's K and V to the layer's pages. Leaves pass.q.
+  void BeginAttention(int64_t layer, const Pass& pass) const;
+
+  // pass.attention_out through the output projection and the MLP into the residual stream.
+  void FinishLayer(int64_t layer, const Pass& pass) const;
+
+  // Final norm and lm_head of `hidden` [R, H] float32 into `logits` [R, V] float32; `normed` [R, H]
+  // act is scratch.
+  void Logits(const TensorView& hidden, const TensorView& normed, const TensorView& logits) const;
+
+  PagedKv Cache(int64_t layer, const Pass& pass) const {
+    return cache_.Layer(layer, pass.page_table, pass.seq_lens);
+  }
+  float sm_scale() const { return sm_scale_; }
+  int64_t num_layers() const { return model_.num_layers; }
+
+ private:
+  Backend& backend_;
+  const ModelConfig& model_;
+  const ModelWeights& weights_;
+  const PagedKvCache& cache_;
+  float rope_scaling_;
+  float sm_scale_;
+  float norm_eps_;
+};
+
+}  // namespace tidal

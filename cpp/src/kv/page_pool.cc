@@ -1,0 +1,39 @@
+#include "kv/page_pool.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "tidal/error.h"
+
+namespace tidal {
+
+PagePool::PagePool(int64_t num_pages, int64_t page_size)
+    : num_pages_(num_pages), page_size_(page_size), is_free_(static_cast<size_t>(num_pages), true) {
+  TIDAL_CHECK(num_pages > 0 && page_size > 0, InvalidArgument, "page pool: got ", num_pages,
+              " pages of ", page_size, " tokens, expected both >= 1");
+  free_.reserve(static_cast<size_t>(num_pages));
+  for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<int32_t>(page));
+}
+
+std::vector<int32_t> PagePool::Take(int64_t count) {
+  TIDAL_CHECK(count <= num_free(), CapacityError, "KV cache: need ", count, " pages of ",
+              page_size_, " tokens, have ", num_free(), " free of ", num_pages_,
+              "; raise max_seq_len or max_batch_size, or send fewer or shorter sequences");
+  std::vector<int32_t> pages(free_.rbegin(), free_.rbegin() + count);
+  free_.resize(free_.size() - static_cast<size_t>(count));
+  for (int32_t page : pages) is_free_[static_cast<size_t>(page)] = false;
+  return pages;
+}
+
+void PagePool::Release(const std::vector<int32_t>& pages) {
+  for (int32_t page : pages) {
+    TIDAL_CHECK(page >= 0 && page < num_pages_ && !is_free_[static_cast<size_t>(page)],
+                InvalidArgument, "page pool: page ", page, " was released but not taken");
+    is_free_[static_cast<size_t>(page)] = true;
+  }
+  free_.insert(free_.end(), pages.begin(), pages.end());
+  // The next Take again gets the lowest ids, whatever the order of release.
+  std::sort(free_.begin(), free_.end(), std::greater<>());
+}
+
+}  // namespace tidal

@@ -1,0 +1,58 @@
+// PagedKvCache: the keys and values of all layers, in pages shared by all sequences.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+#include "kv/page_pool.h"
+
+namespace tidal {
+
+class PagedKvCache {
+ public:
+  // Allocates all pages on `backend`. Throws OutOfMemoryError.
+  PagedKvCache(Backend& backend, const ModelConfig& model, DType dtype, int64_t num_pages,
+               int64_t page_size);
+
+  PagePool& pool() { return pool_; }
+  const PagePool& pool() const { return pool_; }
+  int64_t bytes() const;
+
+  // The layer's pages with a pass's page_table and seq_lens.
+  PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
+
+  // Bytes of one page over all layers, K and V.
+  static int64_t BytesPerPage(const ModelConfig& model, DType dtype, int64_t page_size);
+
+ private:
+  PagePool pool_;
+  std::vector<Buffer> buffers_;  // one a layer: K pages, then V pages
+  std::vector<TensorView> k_pages_;
+  std::vector<TensorView> v_pages_;
+};
+
+// The pages of one sequence, given back on destruction.
+class SequencePages {
+ public:
+  SequencePages(PagePool& pool, int64_t num_tokens)
+      : pool_(&pool), pages_(pool.Take(pool.PagesFor(num_tokens))) {}
+  ~SequencePages() { Release(); }
+  SequencePages(SequencePages&& other) noexcept
+      : pool_(other.pool_), pages_(std::move(other.pages_)) {
+    other.pages_.clear();
+  }
+  SequencePages& operator=(SequencePages&&) = delete;
+
+  const std::vector<int32_t>& pages() const { return pages_; }
+  void Release() {
+    pool_->Release(pages_);
+    pages_.clear();
+  }
+
+ private:
+  PagePool* pool_;
+  std::vector<int32_t> pages_;
+};
+
+}  // namespace tidal

@@ -1,0 +1,66 @@
+// FileWeightSource: tensors inside safetensors files, read with pread.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "tidal/error.h"
+#include "tidal/weights.h"
+
+namespace tidal {
+
+FileWeightSource::FileWeightSource(std::vector<WeightFileEntry> entries) {
+  for (WeightFileEntry& entry : entries) {
+    std::string name = entry.name;
+    bool added = entries_.emplace(name, std::move(entry)).second;
+    TIDAL_CHECK(added, WeightsError, name, ": listed twice");
+  }
+}
+
+FileWeightSource::~FileWeightSource() {
+  for (const auto& [path, descriptor] : open_files_) close(descriptor);
+}
+
+const WeightInfo* FileWeightSource::Find(const std::string& name) const {
+  auto found = entries_.find(name);
+  return found == entries_.end() ? nullptr : &found->second.info;
+}
+
+void FileWeightSource::Read(const std::string& name, int64_t offset, int64_t bytes,
+                            void* dst) const {
+  auto found = entries_.find(name);
+  TIDAL_CHECK(found != entries_.end(), WeightsError, name, ": no such tensor");
+  const WeightFileEntry& entry = found->second;
+  int descriptor = FileDescriptor(entry.path);
+  int64_t done = 0;
+  while (done < bytes) {
+    ssize_t got = pread(descriptor, static_cast<char*>(dst) + done,
+                        static_cast<size_t>(bytes - done), entry.file_offset + offset + done);
+    if (got < 0 && errno == EINTR) continue;
+    TIDAL_CHECK(got >= 0, WeightsError, name, ": cannot read ", entry.path, ": ",
+                std::strerror(errno));
+    TIDAL_CHECK(got > 0, WeightsError, name, ": ", entry.path, " ends ", bytes - done,
+                " bytes early; was the file cut short or replaced while loading?");
+    done += got;
+  }
+}
+
+int FileWeightSource::FileDescriptor(const std::string& path) const {
+  auto found = open_files_.find(path);
+  if (found != open_files_.end()) return found->second;
+  // O_NONBLOCK: a FIFO put in the file's place must not hang the load.
+  int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  TIDAL_CHECK(descriptor >= 0, WeightsError, path, ": cannot open: ", std::strerror(errno));
+  struct stat status;
+  if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+    close(descriptor);
+    throw WeightsError(Concat(path, ": not a regular file"));
+  }
+  open_files_.emplace(path, descriptor);
+  return descriptor;
+}
+
+}  // namespace tidal

@@ -1,0 +1,21 @@
+// Rotary position embedding: from a checkpoint's parameters to the frequencies of one sequence.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tidal/config.h"
+
+namespace tidal {
+
+struct RopeFrequencies {
+  std::vector<float> inv_freq;     // [head_dim / 2]
+  float attention_scaling = 1.0f;  // multiplies cos and sin
+};
+
+// `seq_len`: the longest the sequence can become, prompt and output. It decides for the types that
+// depend on length (dynamic, longrope): keys are cached rotated, so a sequence keeps one set of
+// frequencies.
+RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len);
+
+}  // namespace tidal

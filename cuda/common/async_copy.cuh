@@ -1,0 +1,32 @@
+// Asynchronous 16-byte copies from global to shared memory (PTX ISA, cp.async; sm_80 and later).
+//
+// Each thread counts its own groups. A thread sees its own copies after WaitCopies; other threads
+// see them after a barrier that follows it.
+#pragma once
+
+#include <cstdint>
+
+namespace tidal {
+
+// Copies 16 bytes, or writes 16 zero bytes without reading `global` if not `valid`. Both addresses
+// are multiples of 16. L1 is bypassed: a cache row is read once.
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bool valid) {
+  auto destination = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  int source_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
+               "l"(global), "r"(source_bytes)
+               : "memory");
+}
+
+// Closes a group: all copies of this thread since the last commit, possibly none.
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+}  // namespace tidal

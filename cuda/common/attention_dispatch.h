@@ -1,0 +1,41 @@
+// From a run-time dtype and head_dim to the attention kernels that are compiled in (cuda/inst).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "backend/op_args.h"
+#include "common/dispatch.h"
+#include "common/launch_config.h"
+#include "tidal/error.h"
+
+namespace tidal {
+
+// Calls fn(TypeTag<T>, std::integral_constant<int, head_dim>) for a query [.., Hq, D];
+// UnsupportedError for what no kernel was compiled for.
+template <typename Fn>
+void DispatchAttention(const char* op, const TensorView& q, const PagedKv& kv, Fn&& fn) {
+  int64_t num_q_heads = q.dim(1), head_dim = q.dim(2), num_kv_heads = kv.k_pages.dim(1);
+  TIDAL_CHECK(num_kv_heads > 0 && num_q_heads % num_kv_heads == 0 &&
+                  num_q_heads / num_kv_heads <= kMaxGroupSize,
+              UnsupportedError, op, ": ", num_q_heads, " query heads over ", num_kv_heads,
+              " KV heads on CUDA; expected a group of 1 to ", kMaxGroupSize,
+              " query heads for each KV head (or use device=\"cpu\")");
+  DispatchHalf(q.dtype, op, [&](auto type) {
+    switch (head_dim) {
+      case 64:
+        fn(type, std::integral_constant<int, 64>{});
+        return;
+      case 128:
+        fn(type, std::integral_constant<int, 128>{});
+        return;
+      default:
+        throw UnsupportedError(
+            Concat(op, ": head_dim ", head_dim,
+                   " on CUDA; compiled in are 64 and 128 (or use device=\"cpu\")"));
+    }
+  });
+}
+
+}  // namespace tidal

@@ -1,0 +1,31 @@
+// How decode attention is cut into CUDA blocks: pure host arithmetic, the same on every machine.
+//
+// Grid sizes depend on shapes and the device's SM count only, never on lengths, so that an eager
+// launch and the replay of a graph are the same work, bit for bit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace tidal {
+
+inline constexpr int kMaxGroupSize = 8;     // query heads of one KV head: the N of one mma.m16n8k16
+inline constexpr int kDecodeWarps = 4;      // of a block of a decode kernel
+inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: the M of one mma
+inline constexpr int kDecodeTile = kDecodeWarps * kDecodeWarpTile;
+inline constexpr int kDecodeBlocksPerSm = 2;  // what their shared memory allows (96 KB each)
+
+// Bounds the combine kernel's shared memory. More splits than two for each SM never help.
+inline constexpr int kMaxSplits = 512;
+
+// Into how many spans the tokens of each of `num_rows` (batch row, head) pairs are split, so that
+// all blocks of the grid run at once. `max_tokens`: what one row can attend to at most; no split
+// gets less than one tile then.
+inline int ChooseNumSplits(int64_t num_rows, int num_sms, int64_t max_tokens) {
+  int64_t fill_device = int64_t{kDecodeBlocksPerSm} * num_sms / std::max<int64_t>(num_rows, 1);
+  int64_t max_tiles = (max_tokens + kDecodeTile - 1) / kDecodeTile;
+  int64_t num_splits = std::min({fill_device, max_tiles, int64_t{kMaxSplits}});
+  return static_cast<int>(std::max<int64_t>(num_splits, 1));
+}
+
+}  // namespace tidal

@@ -1,0 +1,79 @@
+// The paged cache as kernels see it: where the K and V of a token lie (backend/op_args.h, PagedKv).
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "backend/op_args.h"
+#include "common/async_copy.cuh"
+#include "common/mma.cuh"
+#include "common/reduce.cuh"
+#include "tidal/error.h"
+
+namespace tidal {
+
+template <typename T>
+struct PagedKvView {
+  const T* k;                 // [num_pages * Hkv * page_size, D]: one row for each token and head
+  const T* v;                 // likewise
+  const int32_t* page_table;  // [B, max_pages]
+  const int32_t* seq_lens;    // [B]
+  int max_pages;
+  int num_kv_heads;
+  int page_shift;  // log2(page_size)
+
+  // Row of k and v that holds `token` < seq_len. Fits 32 bits (checked by MakePagedKvView); its
+  // element offset does not, so multiply as int64_t.
+  __device__ __forceinline__ int Row(int batch, int kv_head, int token) const {
+    int page = __ldg(page_table + int64_t{batch} * max_pages + (token >> page_shift));
+    int slot = token & ((1 << page_shift) - 1);
+    return ((page * num_kv_heads + kv_head) << page_shift) + slot;
+  }
+};
+
+inline constexpr int kCopyTokens = 16;  // one CopyTokens call
+
+// One warp starts the copies of 16 tokens' K and V into swizzled tiles in shared memory
+// (TileOffset). `row`: of token lane % 16, from PagedKvView::Row, or -1: nothing is read and the
+// token's K and V are zeros. One lane looks up each token; the row reaches the lanes that copy it
+// by shuffle.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row) {
+  constexpr int kChunks = kHeadDim / kChunkElements, kTokensPerPass = kWarpSize / kChunks;
+  int lane = threadIdx.x % kWarpSize;
+  int chunk = lane % kChunks;
+  int first_target = TileOffset<kHeadDim>(lane / kChunks, chunk);
+#pragma unroll
+  for (int pass = 0; pass < kCopyTokens / kTokensPerPass; ++pass) {
+    int token = pass * kTokensPerPass + lane / kChunks;
+    int token_row = __shfl_sync(kFullWarp, row, token);
+    int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunkElements;
+    int target = NextRows<kHeadDim>(first_target, pass * kTokensPerPass);
+    CopyAsync16(key + target, k + source, token_row >= 0);
+    CopyAsync16(value + target, v + source, token_row >= 0);
+  }
+}
+
+template <typename T>
+PagedKvView<T> MakePagedKvView(const char* op, const PagedKv& kv) {
+  constexpr int64_t kMinPageSize = 8, kMaxPageSize = 256;
+  int64_t page_size = kv.k_pages.dim(2);
+  TIDAL_CHECK(page_size >= kMinPageSize && page_size <= kMaxPageSize &&
+                  std::has_single_bit(static_cast<uint64_t>(page_size)),
+              UnsupportedError, op, ": page_size ", page_size,
+              " on CUDA; expected a power of two from ", kMinPageSize, " to ", kMaxPageSize);
+  int64_t num_rows = kv.k_pages.dim(0) * kv.k_pages.dim(1) * page_size;
+  TIDAL_CHECK(num_rows <= std::numeric_limits<int32_t>::max(), UnsupportedError, op,
+              ": a cache of ", kv.k_pages.dim(0), " pages x ", kv.k_pages.dim(1), " KV heads x ",
+              page_size, " tokens on CUDA; expected at most 2^31 - 1 rows (set num_pages lower)");
+  return {.k = static_cast<const T*>(kv.k_pages.ptr),
+          .v = static_cast<const T*>(kv.v_pages.ptr),
+          .page_table = kv.page_table.data<int32_t>(),
+          .seq_lens = kv.seq_lens.data<int32_t>(),
+          .max_pages = static_cast<int>(kv.page_table.dim(1)),
+          .num_kv_heads = static_cast<int>(kv.k_pages.dim(1)),
+          .page_shift = std::countr_zero(static_cast<uint64_t>(page_size))};
+}
+
+}  // namespace tidal

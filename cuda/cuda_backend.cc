@@ -1,0 +1,346 @@
+// The ops of the seam on one GPU: arguments are checked, scratch is handed out, kernels are
+// launched. Kernels: kernels/*.cu; matrix products: cuda_linear.cc; replayed steps: cuda_graphs.cc.
+#include "cuda_backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "backend/check_args.h"
+#include "common/check.h"
+#include "common/launch_config.h"
+#include "kernels/attention_full.h"
+#include "kernels/attention_prefill.h"
+#include "kernels/attention_select.h"
+#include "kernels/attention_sparse.h"
+#include "kernels/embed.h"
+#include "kernels/gather_rows.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope_append_kv.h"
+#include "kernels/rope_table.h"
+#include "kernels/sample.h"
+#include "kernels/select_top_k.h"
+#include "kernels/silu_mul.h"
+
+namespace tidal {
+namespace {
+
+constexpr int64_t kWeightStagingBytes = 64 << 20;  // two of them: copy and file read overlap
+constexpr int64_t kInputStagingBytes = 1 << 20;    // the inputs of several steps
+constexpr int64_t kDownloadBytes = 4 << 20;        // logits come in pieces of this size
+constexpr int64_t kPrefillChunk = 2048;            // fills the tensor cores of a large GPU
+constexpr int64_t kMaxSeqLen = int64_t{1} << 30;   // positions are int32 on the device
+
+int Attribute(int device, cudaDeviceAttr name) {
+  int value = 0;
+  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// The device's index, once it is known to exist and to be new enough.
+int CheckDevice(int device) {
+  int count = 0;
+  TIDAL_CUDA_CHECK(cudaGetDeviceCount(&count));
+  TIDAL_CHECK(device >= 0 && device < count, BackendError, "cuda:", device, ": there are ", count,
+              " CUDA devices, cuda:0 to cuda:", count - 1);
+  int major = Attribute(device, cudaDevAttrComputeCapabilityMajor);
+  int minor = Attribute(device, cudaDevAttrComputeCapabilityMinor);
+  TIDAL_CHECK(major >= kMinComputeCapability, UnsupportedError, "cuda:", device,
+              ": compute capability ", major, ".", minor,
+              "; expected 8.0 or newer (A100, RTX 30 series); use device=\"cpu\"");
+  return device;
+}
+
+void CheckDType(DType dtype, const char* what) {
+  TIDAL_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, UnsupportedError, what, ": ",
+              DTypeName(dtype),
+              " on CUDA; expected bfloat16 or float16: set dtype, or use device=\"cpu\"");
+}
+
+// Kernels are compiled for one 16-bit type in all the places where the seam says act, weight or kv.
+void CheckSameDType(const char* op, std::initializer_list<const TensorView*> tensors) {
+  const TensorView* first = *tensors.begin();
+  CheckDType(first->dtype, op);
+  for (const TensorView* tensor : tensors) {
+    TIDAL_CHECK(!*tensor || tensor->dtype == first->dtype, UnsupportedError, op, ": ",
+                DTypeName(tensor->dtype), " beside ", DTypeName(first->dtype),
+                "; on CUDA activations, weights and cache share one dtype");
+  }
+}
+
+void CheckSameDType(const char* op, const AttentionArgs& args) {
+  CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
+}
+
+void CheckLimits(const StepLimits& limits) {
+  const ModelConfig& model = limits.model;
+  CheckDType(limits.dtype, "dtype");
+  TIDAL_CHECK(limits.kv_dtype == limits.dtype, UnsupportedError,
+              "kv_dtype: ", DTypeName(limits.kv_dtype), " with ", DTypeName(limits.dtype),
+              " weights; on CUDA kv_dtype must equal dtype");
+  TIDAL_CHECK(model.head_dim == 64 || model.head_dim == 128, UnsupportedError,
+              "head_dim: ", model.head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
+  TIDAL_CHECK(model.num_kv_heads > 0 && model.num_q_heads % model.num_kv_heads == 0 &&
+                  model.group_size() <= kMaxGroupSize,
+              UnsupportedError, "num_q_heads: ", model.num_q_heads, " over ", model.num_kv_heads,
+              " KV heads on CUDA; expected 1 to ", kMaxGroupSize,
+              " query heads for each KV head (or use device=\"cpu\")");
+  int64_t page = limits.page_size;
+  TIDAL_CHECK(page >= 8 && page <= 256 && (page & (page - 1)) == 0, UnsupportedError,
+              "page_size: ", page, " on CUDA; expected 8, 16, 32, 64, 128 or 256");
+  TIDAL_CHECK(limits.max_seq_len <= kMaxSeqLen, UnsupportedError,
+              "max_seq_len: ", limits.max_seq_len, "; expected at most ", kMaxSeqLen);
+}
+
+}  // namespace
+
+CudaBackend::Stream::Stream(int device) {
+  TIDAL_CUDA_CHECK(cudaSetDevice(device));
+  TIDAL_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+}
+
+CudaBackend::Stream::~Stream() {
+  cudaStreamDestroy(stream_);
+}
+
+CudaBackend::CudaBackend(const BackendOptions& options)
+    : device_(CheckDevice(options.device.index)),
+      use_graphs_(options.cuda_graphs),
+      num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
+      stream_(device_),
+      linear_(device_, stream_.get()),
+      graphs_(stream_.get()),
+      input_staging_(std::make_unique<PinnedStaging>(kInputStagingBytes, stream_.get(),
+                                                     "staging of step inputs")),
+      download_(AllocatePinned(kDownloadBytes, "staging of results")) {}
+
+CudaBackend::~CudaBackend() {
+  // Members are freed after this; the device must not be using them. Errors were or are reported by
+  // checked calls.
+  cudaSetDevice(device_);
+  cudaStreamSynchronize(stream());
+}
+
+BackendInfo CudaBackend::info() const {
+  Enter();
+  size_t free_bytes = 0, total_bytes = 0;
+  TIDAL_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+  BackendInfo info;
+  info.device = {DeviceType::kCuda, device_};
+  info.name = Concat("cuda:", device_);
+  info.free_bytes = static_cast<int64_t>(free_bytes);
+  info.prefill_chunk = kPrefillChunk;
+  return info;
+}
+
+DType CudaBackend::activation_dtype(DType weight_dtype) const {
+  CheckDType(weight_dtype, "dtype");
+  return weight_dtype;
+}
+
+void CudaBackend::Enter() const {
+  TIDAL_CUDA_CHECK(cudaSetDevice(device_));
+  TIDAL_CUDA_CHECK(cudaPeekAtLastError());
+}
+
+void CudaBackend::EnterOutsideStep(const char* what) const {
+  Enter();
+  TIDAL_CHECK(!graphs_.recording(), BackendError, what,
+              " inside a recorded step; a step may only queue ops");
+}
+
+// --- memory ---
+
+Buffer CudaBackend::Allocate(int64_t bytes, const std::string& what) {
+  EnterOutsideStep("memory allocation");
+  Buffer buffer = AllocateDevice(device_, bytes, what);
+  if (bytes > 0) {
+    TIDAL_CUDA_CHECK(cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(bytes), stream()));
+  }
+  return buffer;
+}
+
+void CudaBackend::Reserve(const StepLimits& limits) {
+  CheckLimits(limits);
+  EnterOutsideStep("reservation of scratch");
+  const ModelConfig& model = limits.model;
+  Grow(attention_scratch_,
+       AttentionScratchBytes(limits.max_batch_size, model.num_q_heads, model.head_dim, num_sms_),
+       "attention scratch");
+  if (limits.token_budget > 0) {
+    int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
+    Grow(select_scratch_,
+         SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len,
+                                limits.granularity),
+         "selection scratch");
+  }
+}
+
+void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
+  if (scratch.bytes() >= bytes) return scratch.data();
+  TIDAL_CHECK(!graphs_.recording(), BackendError, what, ": ", scratch.bytes(), " bytes, but ",
+              bytes,
+              " are needed inside a recorded step; Reserve must be told of the largest step");
+  TIDAL_CUDA_CHECK(cudaStreamSynchronize(stream()));  // queued ops may be using the old memory
+  graphs_.Clear();                                    // and recorded ones hold its address
+  scratch = Buffer();
+  scratch = AllocateDevice(device_, bytes, what);
+  return scratch.data();
+}
+
+AttentionScratch CudaBackend::ScratchFor(const TensorView& q) {
+  int64_t bytes = AttentionScratchBytes(q.dim(0), q.dim(1), q.dim(2), num_sms_);
+  void* partial = Grow(attention_scratch_, bytes, "attention scratch");
+  return {partial, attention_scratch_.bytes(), num_sms_};
+}
+
+void* CudaBackend::BeginUpload(void*, int64_t bytes) {
+  EnterOutsideStep("upload of weights");
+  TIDAL_CHECK(bytes <= kWeightStagingBytes, InvalidArgument, "upload of weights: ", bytes,
+              " bytes in one piece; expected at most ", kWeightStagingBytes);
+  if (weight_staging_ == nullptr) {
+    weight_staging_ =
+        std::make_unique<PinnedStaging>(kWeightStagingBytes, stream(), "staging of weights");
+  }
+  return weight_staging_->Take(bytes);
+}
+
+void CudaBackend::CommitUpload(void* dst, int64_t bytes) {
+  EnterOutsideStep("upload of weights");
+  TIDAL_CHECK(weight_staging_ != nullptr && bytes <= weight_staging_->last_bytes(), InvalidArgument,
+              "upload of weights: a commit of ", bytes, " bytes without a BeginUpload of as many");
+  TIDAL_CUDA_CHECK(cudaMemcpyAsync(dst, weight_staging_->last(), static_cast<size_t>(bytes),
+                                   cudaMemcpyHostToDevice, stream()));
+}
+
+// --- copies ---
+
+void CudaBackend::Upload(const TensorView& dst, const void* host) {
+  EnterOutsideStep("upload");
+  int64_t total = dst.bytes();
+  for (int64_t done = 0; done < total;) {
+    int64_t piece = std::min(total - done, input_staging_->half_bytes());
+    void* pinned = input_staging_->Take(piece);
+    std::memcpy(pinned, static_cast<const char*>(host) + done, static_cast<size_t>(piece));
+    TIDAL_CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(dst.ptr) + done, pinned,
+                                     static_cast<size_t>(piece), cudaMemcpyHostToDevice, stream()));
+    done += piece;
+  }
+}
+
+void CudaBackend::Download(void* host, const TensorView& src) {
+  EnterOutsideStep("download");
+  int64_t total = src.bytes();
+  for (int64_t done = 0; done < total;) {
+    int64_t piece = std::min(total - done, download_.bytes());
+    TIDAL_CUDA_CHECK(cudaMemcpyAsync(download_.data(), static_cast<const char*>(src.ptr) + done,
+                                     static_cast<size_t>(piece), cudaMemcpyDeviceToHost, stream()));
+    TIDAL_CUDA_CHECK(cudaStreamSynchronize(stream()));
+    std::memcpy(static_cast<char*>(host) + done, download_.data(), static_cast<size_t>(piece));
+    done += piece;
+  }
+  weight_staging_.reset();  // results are asked for: the loading is over
+}
+
+void CudaBackend::RunStep(const StepKey& key, const std::function<void()>& step) {
+  EnterOutsideStep("a step");
+  if (use_graphs_) {
+    graphs_.Run(key, step);
+  } else {
+    step();
+  }
+}
+
+// --- ops ---
+
+void CudaBackend::Embed(const EmbedArgs& args) {
+  Enter();
+  Check(args);
+  LaunchEmbed(args, stream());
+}
+
+void CudaBackend::RmsNorm(const RmsNormArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("rms_norm", {&args.out, &args.weight});
+  LaunchRmsNorm(args, stream());
+}
+
+void CudaBackend::Linear(const LinearArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("linear", {&args.x, &args.weight, &args.bias});
+  linear_.Run(args);
+}
+
+void CudaBackend::RopeTable(const RopeTableArgs& args) {
+  Enter();
+  Check(args);
+  LaunchRopeTable(args, stream());
+}
+
+void CudaBackend::RopeAppendKv(const RopeAppendKvArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("rope_append_kv", {&args.q, &args.qkv, &args.q_norm, &args.k_norm,
+                                    &args.kv.k_pages, &args.kv.v_pages});
+  LaunchRopeAppendKv(args, stream());
+}
+
+void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("attention_prefill", {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
+  // It keeps no partial results: the scratch of the decode ops is handed on as it is.
+  LaunchAttentionPrefill(args, {attention_scratch_.data(), attention_scratch_.bytes(), num_sms_},
+                         stream());
+}
+
+void CudaBackend::AttentionFull(const AttentionArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("attention_full", args);
+  LaunchAttentionFull(args, ScratchFor(args.q), stream());
+}
+
+void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("attention_select", args.attention);
+  LaunchAttentionSelect(args, ScratchFor(args.attention.q), stream());
+}
+
+void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
+  Enter();
+  Check(args);
+  int64_t bytes = SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1),
+                                         args.scores.dim(2), args.granularity);
+  LaunchSelectTopK(args, Grow(select_scratch_, bytes, "selection scratch"), stream());
+}
+
+void CudaBackend::AttentionSparse(const AttentionSparseArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("attention_sparse", args.attention);
+  LaunchAttentionSparse(args, ScratchFor(args.attention.q), stream());
+}
+
+void CudaBackend::SiluMul(const SiluMulArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("silu_mul", {&args.out, &args.gate_up});
+  LaunchSiluMul(args, stream());
+}
+
+void CudaBackend::GatherRows(const GatherRowsArgs& args) {
+  Enter();
+  Check(args);
+  LaunchGatherRows(args, stream());
+}
+
+void CudaBackend::Sample(const SampleArgs& args) {
+  Enter();
+  Check(args);
+  LaunchSample(args, stream());
+}
+
+}  // namespace tidal

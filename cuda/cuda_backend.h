@@ -1,0 +1,93 @@
+// The backend of one NVIDIA GPU: a stream, the scratch of its kernels, and the graphs of its steps.
+//
+// Weights, cache and activations are of one 16-bit dtype; the residual stream is float32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+#include "common/attention_scratch.h"
+#include "cuda_graphs.h"
+#include "cuda_linear.h"
+#include "cuda_memory.h"
+
+namespace tidal {
+
+inline constexpr int kMinComputeCapability = 8;  // bf16 mma and cp.async; the major number
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const BackendOptions& options);
+  ~CudaBackend() override;
+
+  BackendInfo info() const override;
+  DType activation_dtype(DType weight_dtype) const override;
+
+  Buffer Allocate(int64_t bytes, const std::string& what) override;
+  void Reserve(const StepLimits& limits) override;
+  // One piece at a time, of at most 64 MiB: begin, fill, commit.
+  void* BeginUpload(void* dst, int64_t bytes) override;
+  void CommitUpload(void* dst, int64_t bytes) override;
+
+  void Upload(const TensorView& dst, const void* host) override;
+  void Download(void* host, const TensorView& src) override;
+  void RunStep(const StepKey& key, const std::function<void()>& step) override;
+
+  void Embed(const EmbedArgs& args) override;
+  void RmsNorm(const RmsNormArgs& args) override;
+  void Linear(const LinearArgs& args) override;
+  void RopeTable(const RopeTableArgs& args) override;
+  void RopeAppendKv(const RopeAppendKvArgs& args) override;
+  void AttentionPrefill(const AttentionPrefillArgs& args) override;
+  void AttentionFull(const AttentionArgs& args) override;
+  void AttentionSelect(const AttentionSelectArgs& args) override;
+  void SelectTopK(const SelectTopKArgs& args) override;
+  void AttentionSparse(const AttentionSparseArgs& args) override;
+  void SiluMul(const SiluMulArgs& args) override;
+  void GatherRows(const GatherRowsArgs& args) override;
+  void Sample(const SampleArgs& args) override;
+
+ private:
+  // Owns the stream, so that members using it are destroyed before it.
+  class Stream {
+   public:
+    explicit Stream(int device);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    cudaStream_t get() const { return stream_; }
+
+   private:
+    cudaStream_t stream_ = nullptr;
+  };
+
+  // Opens every public call: makes this device the thread's, and fails if the device has failed.
+  void Enter() const;
+  // As Enter, for what may not be part of a recorded step.
+  void EnterOutsideStep(const char* what) const;
+  cudaStream_t stream() const { return stream_.get(); }
+  // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of.
+  void* Grow(Buffer& scratch, int64_t bytes, const char* what);
+  // The scratch of a decode attention op with the queries q [B, Hq, D].
+  AttentionScratch ScratchFor(const TensorView& q);
+
+  int device_;
+  bool use_graphs_;
+  int num_sms_ = 0;
+  Stream stream_;
+  CudaLinear linear_;
+  GraphCache graphs_;
+  Buffer attention_scratch_;
+  Buffer select_scratch_;
+  std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
+  std::unique_ptr<PinnedStaging> input_staging_;
+  Buffer download_;  // pinned
+};
+
+}  // namespace tidal

@@ -1,0 +1,13 @@
+// AttentionFull and AttentionSelect for __nv_bfloat16, head_dim 128.
+#include "kernels/attention_full.cuh"
+
+namespace tidal {
+
+template void RunAttentionFull<__nv_bfloat16, 128, ScoreOutput::kNone>(const AttentionSelectArgs&,
+                                                                       const AttentionScratch&,
+                                                                       cudaStream_t);
+template void RunAttentionFull<__nv_bfloat16, 128, ScoreOutput::kStore>(const AttentionSelectArgs&,
+                                                                        const AttentionScratch&,
+                                                                        cudaStream_t);
+
+}  // namespace tidal

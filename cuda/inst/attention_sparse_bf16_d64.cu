@@ -1,0 +1,9 @@
+// AttentionSparse for __nv_bfloat16, head_dim 64.
+#include "kernels/attention_sparse.cuh"
+
+namespace tidal {
+
+template void RunAttentionSparse<__nv_bfloat16, 64>(const AttentionSparseArgs&,
+                                                    const AttentionScratch&, cudaStream_t);
+
+}  // namespace tidal

@@ -1,0 +1,18 @@
+// AttentionFull: from run-time dtype and head_dim to the instantiations in cuda/inst.
+#include "kernels/attention_full.h"
+
+#include "common/attention_dispatch.h"
+#include "kernels/attention_run.h"
+
+namespace tidal {
+
+void LaunchAttentionFull(const AttentionArgs& args, const AttentionScratch& scratch,
+                         cudaStream_t stream) {
+  DispatchAttention("attention_full", args.q, args.kv, [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::Type;
+    RunAttentionFull<T, head_dim(), ScoreOutput::kNone>(
+        {.attention = args, .scores = {}, .lse = {}}, scratch, stream);
+  });
+}
+
+}  // namespace tidal

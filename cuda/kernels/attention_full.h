@@ -1,0 +1,14 @@
+// Dense attention of one query per row over the paged cache: layers of kind F.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backend/op_args.h"
+#include "common/attention_scratch.h"
+
+namespace tidal {
+
+void LaunchAttentionFull(const AttentionArgs& args, const AttentionScratch& scratch,
+                         cudaStream_t stream);
+
+}  // namespace tidal

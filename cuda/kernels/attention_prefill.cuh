@@ -1,0 +1,345 @@
+// Causal attention of prompt chunks over the paged cache: FlashAttention-2 (arXiv 2307.08691) on
+// mma.sync, K and V gathered from the pages. Ragged: row b has q_starts[b + 1] - q_starts[b]
+// queries, the last positions of its seq_lens[b] tokens.
+//
+// Numerics: scores, maximum, sum and output are float32; the weights exp(score - max) are rounded
+// to T for the product with V, while their sum is taken before rounding.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/async_copy.cuh"
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/mma.cuh"
+#include "common/paged_kv.cuh"
+#include "common/reduce.cuh"
+#include "common/softmax_state.cuh"
+#include "kernels/attention_run.h"
+
+namespace tidal {
+
+inline constexpr int kPrefillWarps = 4;
+inline constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
+// 32 queries a warp: every fragment of K and V that ldmatrix brings in is used by two mma, else
+// shared memory bandwidth, not the tensor cores, is the limit.
+inline constexpr int kWarpQueries = 32;
+inline constexpr int kQueryTile = kPrefillWarps * kWarpQueries;
+inline constexpr int kKvTile = 64;
+
+template <typename T>
+struct AttentionPrefillParams {
+  const T* q;               // [T, Hq, D]
+  const int32_t* q_starts;  // [B + 1]
+  PagedKvView<T> kv;
+  float sm_scale_log2;  // sm_scale x log2(e), > 0
+  int group_size;
+  T* out;  // [T, Hq, D]
+};
+
+// What a block works on.
+struct PrefillTask {
+  int batch;
+  int kv_head;
+  int first_row;  // of q and out: its first query
+  int kv_end;     // tokens that the last query of the tile sees: its position + 1, <= seq_len
+};
+
+// The work of one warp: 32 queries against tiles of 64 tokens. In fragments, lane l holds of each
+// 16-row tile the rows g = l / 4 and g + 8.
+template <typename T, int kHeadDim>
+class PrefillWarp {
+ public:
+  // `query`: this warp's 32 rows in shared memory, swizzled by TileOffset.
+  __device__ __forceinline__ PrefillWarp(T* query, int first_position)
+      : query_(query), first_position_(first_position), lane_(threadIdx.x % kWarpSize) {}
+
+  __device__ __forceinline__ void Attend(const T* key, const T* value, int first_token,
+                                         float sm_scale_log2) {
+    float scores[kRowTiles][kTokenTiles][4];
+    Scores(key, scores);
+    // Some token of the tile lies after the warp's first query. Tokens past kv_end are masked with
+    // it.
+    if (first_token > first_position_ - (kKvTile - 1)) Mask(first_token, scores);
+    uint32_t weights[kRowTiles][kTokenTiles][2];
+    Softmax(sm_scale_log2, scores, weights);
+    Accumulate(value, weights);
+  }
+
+  // Writes the warp's valid rows; `out`: its first row, rows are row_stride elements apart.
+  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_rows) {
+    __syncwarp();  // every lane is done reading the queries, whose place the output takes
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = sum_[m][half];
+#pragma unroll
+        for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
+        float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: every score was masked
+        int row = m * 16 + half * 8 + lane_ / 4;
+#pragma unroll
+        for (int n = 0; n < kDimTiles; ++n) {
+          float low = out_[m][n][half * 2] * scale, high = out_[m][n][half * 2 + 1] * scale;
+          T* target = query_ + TileOffset<kHeadDim>(row, n) + lane_ % 4 * 2;
+          *reinterpret_cast<uint32_t*>(target) = PackPair<T>(low, high);
+        }
+      }
+    }
+    __syncwarp();
+    constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
+    int chunk = lane_ % kChunks;
+#pragma unroll
+    for (int pass = 0; pass < kWarpQueries / kRowsPerPass; ++pass) {
+      int row = pass * kRowsPerPass + lane_ / kChunks;
+      if (row >= num_rows) break;
+      *reinterpret_cast<uint4*>(out + row * row_stride + chunk * kChunkElements) =
+          *reinterpret_cast<const uint4*>(query_ + TileOffset<kHeadDim>(row, chunk));
+    }
+  }
+
+ private:
+  static constexpr int kRowTiles = kWarpQueries / 16;  // 16-row tiles of queries
+  static constexpr int kTokenTiles = kKvTile / 8;      // 8-column tiles of scores
+  static constexpr int kDimTiles = kHeadDim / 8;       // 8-column tiles of the output
+  using ScoreTile = float (&)[kRowTiles][kTokenTiles][4];
+  // Weights in pairs of tokens: [m][n][half] is rows m * 16 + g + half * 8.
+  using WeightTile = uint32_t (&)[kRowTiles][kTokenTiles][2];
+
+  // scores[m][n][c]: q.k of query m * 16 + g + (c / 2) * 8 and token n * 8 + lane % 4 * 2 + c % 2.
+  __device__ __forceinline__ void Scores(const T* key, ScoreTile scores) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) scores[m][n][c] = 0.0f;
+      }
+    }
+    int query_offset = TileOffset<kHeadDim>(lane_ % 16, lane_ / 16);
+    int key_offset = TileOffset<kHeadDim>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
+#pragma unroll 1  // unrolled, it needs more registers than there are, and spills
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      uint32_t a[kRowTiles][4];  // matrices: queries 0-7 and 8-15 of dims 0-7, then of dims 8-15
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        LoadMatrix4(a[m], query_ + m * 16 * kHeadDim + NextChunks(query_offset, step * 2));
+      }
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; n += 2) {
+        uint32_t b[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
+        LoadMatrix4(b, key + n * 8 * kHeadDim + NextChunks(key_offset, step * 2));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          MultiplyAdd<T>(scores[m][n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(scores[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // A query sees the tokens up to its own position.
+  __device__ __forceinline__ void Mask(int first_token, ScoreTile scores) {
+    // Of this lane's first row and first column: how far its query lies after its token.
+    int visible = first_position_ + lane_ / 4 - first_token - lane_ % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (n * 8 + c % 2 - m * 16 - c / 2 * 8 > visible) scores[m][n][c] = NegativeInfinity();
+        }
+      }
+    }
+  }
+
+  // Scores to weights 2^(scale * (score - max)); rescales what was accumulated under the old
+  // maximum.
+  __device__ __forceinline__ void Softmax(float sm_scale_log2, ScoreTile scores,
+                                          WeightTile weights) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float max = max_[m][half];
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          max = fmaxf(max, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
+        }
+        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
+        float scaled_max = FiniteMax(max) * sm_scale_log2;
+        float rescale = FastExp2(max_[m][half] * sm_scale_log2 - scaled_max);
+        max_[m][half] = max;
+
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          float low = FastExp2(scores[m][n][half * 2] * sm_scale_log2 - scaled_max);
+          float high = FastExp2(scores[m][n][half * 2 + 1] * sm_scale_log2 - scaled_max);
+          weights[m][n][half] = PackPair<T>(low, high);
+          sum += low + high;
+        }
+        sum_[m][half] = sum_[m][half] * rescale + sum;
+#pragma unroll
+        for (int n = 0; n < kDimTiles; ++n) {
+          out_[m][n][half * 2] *= rescale;
+          out_[m][n][half * 2 + 1] *= rescale;
+        }
+      }
+    }
+  }
+
+  // out_[m][n][c]: query m * 16 + g + (c / 2) * 8, dim n * 8 + lane % 4 * 2 + c % 2. Two
+  // neighbouring C tiles of weights, packed, are one A tile.
+  __device__ __forceinline__ void Accumulate(const T* value, WeightTile weights) {
+    int value_offset = TileOffset<kHeadDim>(lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int step = 0; step < kKvTile / 16; ++step) {
+#pragma unroll
+      for (int n = 0; n < kDimTiles; n += 2) {
+        uint32_t b[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
+        LoadMatrix4Transposed(b, value + step * 16 * kHeadDim + NextChunks(value_offset, n));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          const uint32_t a[4] = {weights[m][step * 2][0], weights[m][step * 2][1],
+                                 weights[m][step * 2 + 1][0], weights[m][step * 2 + 1][1]};
+          MultiplyAdd<T>(out_[m][n], a, b[0], b[1]);
+          MultiplyAdd<T>(out_[m][n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  T* query_;
+  int first_position_;
+  int lane_;
+  float out_[kRowTiles][kDimTiles][4] = {};
+  float max_[kRowTiles][2] = {{NegativeInfinity(), NegativeInfinity()},
+                              {NegativeInfinity(), NegativeInfinity()}};
+  float sum_[kRowTiles][2] = {};  // of this lane's columns
+};
+
+// Starts the copy of the tile's queries; rows past num_queries are zeros. `q`: the tile's first
+// row.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void CopyQueries(T* shared, const T* q, int64_t row_stride,
+                                            int num_queries) {
+  constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kPrefillThreads / kChunks;
+  int chunk = threadIdx.x % kChunks;
+#pragma unroll
+  for (int pass = 0; pass < kQueryTile / kRowsPerPass; ++pass) {
+    int row = pass * kRowsPerPass + threadIdx.x / kChunks;
+    bool valid = row < num_queries;
+    const T* source = q + (valid ? row * row_stride : 0) + chunk * kChunkElements;
+    CopyAsync16(shared + TileOffset<kHeadDim>(row, chunk), source, valid);
+  }
+}
+
+// Starts the copy of 64 tokens' K and V, 16 a warp; tokens from kv_end on are zeros, and neither
+// their page table entries nor their rows are read.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void CopyKvTile(T* key, T* value, const PagedKvView<T>& kv,
+                                           const PrefillTask& task, int first_token) {
+  static_assert(kKvTile == kPrefillWarps * kCopyTokens);
+  int warp_token = threadIdx.x / kWarpSize * kCopyTokens;
+  int token = first_token + warp_token + threadIdx.x % kCopyTokens;
+  int row = token < task.kv_end ? kv.Row(task.batch, task.kv_head, token) : -1;
+  int offset = warp_token * kHeadDim;
+  CopyTokens<T, kHeadDim>(key + offset, value + offset, kv.k, kv.v, row);
+}
+
+template <int kHeadDim>
+constexpr int PrefillSharedElements() {
+  return (kQueryTile + 2 * 2 * kKvTile) * kHeadDim;  // queries, and two stages of K and V
+}
+
+// grid (num_q_heads, batch_size, query tiles), 4 warps: a block takes 128 queries of one head, a
+// warp 32 of them. Blocks start in the order of the grid, x first: the last tiles of queries, which
+// see the most tokens, come first, and heads that share K and V run side by side. Shared: 96 KB at
+// head_dim 128.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kPrefillThreads, 2)
+    AttentionPrefillKernel(const AttentionPrefillParams<T> params) {
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  int q_head = blockIdx.x, num_q_heads = gridDim.x, batch = blockIdx.y;
+  int first_query = (gridDim.z - 1 - blockIdx.z) * kQueryTile;
+  int q_start = __ldg(params.q_starts + batch);
+  int q_len = __ldg(params.q_starts + batch + 1) - q_start;
+  if (first_query >= q_len) return;
+
+  int seq_len = __ldg(params.kv.seq_lens + batch);
+  int num_queries = min(kQueryTile, q_len - first_query);
+  int tile_position = seq_len - q_len + first_query;
+  __shared__ PrefillTask task;  // not in registers, of which the fragments leave none
+  if (threadIdx.x == 0) {
+    task = {.batch = batch,
+            .kv_head = q_head / params.group_size,
+            .first_row = q_start + first_query,
+            .kv_end = tile_position + num_queries};
+  }
+  __syncthreads();
+
+  constexpr int kKvElements = kKvTile * kHeadDim;
+  T* query = reinterpret_cast<T*>(shared_bytes);
+  T* stages = query + kQueryTile * kHeadDim;  // K, V, K, V
+  int64_t row_stride = int64_t{num_q_heads} * kHeadDim;
+  const T* q = params.q + q_head * kHeadDim;
+  CopyQueries<T, kHeadDim>(query, q + task.first_row * row_stride, row_stride, num_queries);
+  CopyKvTile<T, kHeadDim>(stages, stages + kKvElements, params.kv, task, 0);
+  CommitCopies();
+
+  int warp_first = threadIdx.x / kWarpSize * kWarpQueries;
+  int first_position = tile_position + warp_first;
+  PrefillWarp<T, kHeadDim> warp(query + warp_first * kHeadDim, first_position);
+  for (int first_token = 0; first_token < task.kv_end; first_token += kKvTile) {
+    WaitCopies<0>();
+    __syncthreads();  // the tile has landed for all; and all are done with the one before
+    T* key = stages + first_token / kKvTile % 2 * 2 * kKvElements;
+    if (first_token + kKvTile < task.kv_end) {
+      T* next = stages + (first_token / kKvTile + 1) % 2 * 2 * kKvElements;
+      CopyKvTile<T, kHeadDim>(next, next + kKvElements, params.kv, task, first_token + kKvTile);
+    }
+    CommitCopies();
+    // Not if the warp has no query, or if all of the tile lies after its last one.
+    if (first_position < task.kv_end && first_token < first_position + kWarpQueries) {
+      warp.Attend(key, key + kKvElements, first_token, params.sm_scale_log2);
+    }
+  }
+  WaitCopies<0>();
+  __syncthreads();  // also if there was no tile: nobody still copies queries
+  T* out = params.out + q_head * kHeadDim + (task.first_row + warp_first) * row_stride;
+  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position));
+}
+
+template <typename T, int kHeadDim>
+void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) {
+  int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
+  int64_t num_tiles = CeilDiv(args.max_q_len, kQueryTile);
+  if (num_tiles == 0 || batch_size == 0) return;
+  TIDAL_CHECK(args.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ", args.sm_scale,
+              " on CUDA; expected a positive number");
+  PagedKvView<T> kv = MakePagedKvView<T>("attention_prefill", args.kv);
+  AttentionPrefillParams<T> params{.q = static_cast<const T*>(args.q.ptr),
+                                   .q_starts = args.q_starts.data<int32_t>(),
+                                   .kv = kv,
+                                   .sm_scale_log2 = args.sm_scale * kLog2E,
+                                   .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+                                   .out = static_cast<T*>(args.out.ptr)};
+
+  auto kernel = AttentionPrefillKernel<T, kHeadDim>;
+  constexpr int kSharedBytes = PrefillSharedElements<kHeadDim>() * sizeof(T);
+  TIDAL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  dim3 grid(static_cast<unsigned>(num_q_heads), static_cast<unsigned>(batch_size),
+            static_cast<unsigned>(num_tiles));
+  kernel<<<grid, kPrefillThreads, kSharedBytes, stream>>>(params);
+  TIDAL_LAUNCH_CHECK("attention_prefill");
+}
+
+}  // namespace tidal

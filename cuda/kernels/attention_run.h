@@ -1,0 +1,30 @@
+// What the dispatch files (attention_*.cu) call and the instantiation files (cuda/inst) define: one
+// function for each kernel, dtype and head_dim, so that each kernel is compiled in a file of its
+// own.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backend/op_args.h"
+#include "common/attention_scratch.h"
+
+namespace tidal {
+
+// Whether the attention kernel writes its scores and their log-sum-exp.
+enum class ScoreOutput { kNone, kStore };
+
+// With kNone, `scores` and `lse` of the arguments are ignored. Defined in attention_full.cuh.
+template <typename T, int kHeadDim, ScoreOutput kScores>
+void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
+                      cudaStream_t stream);
+
+// Defined in attention_sparse.cuh.
+template <typename T, int kHeadDim>
+void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
+                        cudaStream_t stream);
+
+// Defined in attention_prefill.cuh.
+template <typename T, int kHeadDim>
+void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream);
+
+}  // namespace tidal

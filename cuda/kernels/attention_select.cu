@@ -1,0 +1,18 @@
+// AttentionSelect: from run-time dtype and head_dim to the instantiations in cuda/inst.
+#include "kernels/attention_select.h"
+
+#include "common/attention_dispatch.h"
+#include "kernels/attention_run.h"
+
+namespace tidal {
+
+void LaunchAttentionSelect(const AttentionSelectArgs& args, const AttentionScratch& scratch,
+                           cudaStream_t stream) {
+  const AttentionArgs& attention = args.attention;
+  DispatchAttention("attention_select", attention.q, attention.kv, [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::Type;
+    RunAttentionFull<T, head_dim(), ScoreOutput::kStore>(args, scratch, stream);
+  });
+}
+
+}  // namespace tidal

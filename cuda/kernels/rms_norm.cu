@@ -1,0 +1,60 @@
+// RmsNorm: x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+#include "kernels/rms_norm.h"
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+
+namespace tidal {
+namespace {
+
+constexpr int kThreads = 256;
+
+// grid (T); a block normalises one row. The row is read twice, the second time from the L1 cache.
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kThreads)
+    RmsNormKernel(const float* x, const T* weight, T* out, int64_t hidden_size, float eps) {
+  __shared__ float warp_sums[kMaxWarps];
+  const float* row = x + blockIdx.x * hidden_size;
+  T* out_row = out + blockIdx.x * hidden_size;
+
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x * kVec; i < hidden_size; i += kThreads * kVec) {
+    float values[kVec];
+    LoadFloats<kVec>(row + i, values);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) sum += values[j] * values[j];
+  }
+  sum = BlockSum(sum, warp_sums);
+  float scale = 1.0f / sqrtf(sum / static_cast<float>(hidden_size) + eps);
+
+  for (int64_t i = threadIdx.x * kVec; i < hidden_size; i += kThreads * kVec) {
+    float values[kVec], weights[kVec];
+    LoadFloats<kVec>(row + i, values);
+    LoadFloats<kVec>(weight + i, weights);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) values[j] *= scale * weights[j];
+    StoreFloats<kVec>(out_row + i, values);
+  }
+}
+
+}  // namespace
+
+void LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
+  int64_t num_tokens = args.x.dim(0), hidden_size = args.x.dim(1);
+  if (num_tokens == 0) return;
+  bool vectorize = IsVectorizable(args.x, hidden_size, 4) &&
+                   IsVectorizable(args.weight, hidden_size, 4) &&
+                   IsVectorizable(args.out, hidden_size, 4);
+  DispatchHalf(args.out.dtype, "rms_norm", [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    auto kernel = vectorize ? RmsNormKernel<T, 4> : RmsNormKernel<T, 1>;
+    kernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(
+        args.x.data<float>(), static_cast<const T*>(args.weight.ptr), static_cast<T*>(args.out.ptr),
+        hidden_size, args.eps);
+    TIDAL_LAUNCH_CHECK("rms_norm");
+  });
+}
+
+}  // namespace tidal

@@ -1,0 +1,156 @@
+// RopeAppendKv: between the qkv projection and attention. Splits qkv, applies the per-head RMSNorm
+// of qwen3 if there is one, rotates q and k (rotate-half layout), appends k and v to the paged
+// cache.
+#include "kernels/rope_append_kv.h"
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+
+namespace tidal {
+namespace {
+
+constexpr int kWarpsPerBlock = 8;
+
+template <typename T>
+struct RopeAppendKvParams {
+  const T* qkv;               // [T, Hq + 2 Hkv, D]
+  const float* cos_sin;       // [T, D]
+  const T* q_norm;            // [D] or null
+  const T* k_norm;            // [D] or null
+  const int32_t* positions;   // [T]; -1 = idle
+  const int32_t* seq_idx;     // [T]
+  const int32_t* page_table;  // [B, max_pages]
+  T* q;                       // [T, Hq, D]
+  T* k_pages;                 // [num_pages, Hkv, page_size, D]
+  T* v_pages;
+  float norm_eps;
+  int64_t num_tokens;
+  int64_t max_pages;
+  int num_q_heads;
+  int num_kv_heads;
+  int page_size;
+};
+
+// One head of one token, held by a warp: lane l has elements [l * kPairs, (l + 1) * kPairs) of the
+// first half and the same of the second, so that a rotation stays inside the lane.
+template <int kPairs>
+struct HeadVector {
+  float low[kPairs];
+  float high[kPairs];
+
+  template <typename T>
+  __device__ void Load(const T* source, int lane) {
+    LoadFloats<kPairs>(source + lane * kPairs, low);
+    LoadFloats<kPairs>(source + (kWarpSize + lane) * kPairs, high);
+  }
+
+  template <typename T>
+  __device__ void Store(T* destination, int lane) const {
+    StoreFloats<kPairs>(destination + lane * kPairs, low);
+    StoreFloats<kPairs>(destination + (kWarpSize + lane) * kPairs, high);
+  }
+
+  template <typename T>
+  __device__ void Normalize(const T* weight, float eps, int lane) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
+    float scale = 1.0f / sqrtf(WarpSum(sum) / (2.0f * kPairs * kWarpSize) + eps);
+    HeadVector weights;
+    weights.Load(weight, lane);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] *= scale * weights.low[i];
+      high[i] *= scale * weights.high[i];
+    }
+  }
+
+  __device__ void Rotate(const float* cos_sin, int lane) {
+    HeadVector angles;  // low: cosines, high: sines
+    angles.Load(cos_sin, lane);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float cosine = angles.low[i], sine = angles.high[i], first = low[i], second = high[i];
+      low[i] = first * cosine - second * sine;
+      high[i] = second * cosine + first * sine;
+    }
+  }
+};
+
+// grid (ceil(T * (Hq + 2 Hkv) / kWarpsPerBlock)); a warp owns one head of one token: q heads, then
+// k heads, then v heads.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
+    RopeAppendKvKernel(const RopeAppendKvParams<T> p) {
+  int lane = threadIdx.x % kWarpSize;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  int num_heads = p.num_q_heads + 2 * p.num_kv_heads;
+  if (index >= p.num_tokens * num_heads) return;
+  int64_t token = index / num_heads;
+  int head = static_cast<int>(index - token * num_heads);
+  int32_t position = p.positions[token];
+  bool is_q = head < p.num_q_heads;
+  bool is_v = head >= p.num_q_heads + p.num_kv_heads;
+
+  HeadVector<kHeadDim / 2 / kWarpSize> vector = {};
+  if (position >= 0) {
+    vector.Load(p.qkv + index * kHeadDim, lane);
+    const T* norm = is_q ? p.q_norm : p.k_norm;
+    if (!is_v && norm != nullptr) vector.Normalize(norm, p.norm_eps, lane);
+    if (!is_v) vector.Rotate(p.cos_sin + token * kHeadDim, lane);
+  }
+  if (is_q) {
+    vector.Store(p.q + (token * p.num_q_heads + head) * kHeadDim, lane);
+  } else if (position >= 0) {
+    int page = position / p.page_size, slot = position - page * p.page_size;
+    int64_t page_id = p.page_table[p.seq_idx[token] * p.max_pages + page];
+    int kv_head = head - p.num_q_heads - (is_v ? p.num_kv_heads : 0);
+    T* pages = is_v ? p.v_pages : p.k_pages;
+    vector.Store(pages + ((page_id * p.num_kv_heads + kv_head) * p.page_size + slot) * kHeadDim,
+                 lane);
+  }
+}
+
+template <typename T>
+RopeAppendKvParams<T> MakeParams(const RopeAppendKvArgs& args) {
+  RopeAppendKvParams<T> p = {};
+  p.qkv = static_cast<const T*>(args.qkv.ptr);
+  p.cos_sin = args.cos_sin.data<float>();
+  p.q_norm = static_cast<const T*>(args.q_norm.ptr);
+  p.k_norm = static_cast<const T*>(args.k_norm.ptr);
+  p.positions = args.positions.data<int32_t>();
+  p.seq_idx = args.seq_idx.data<int32_t>();
+  p.page_table = args.kv.page_table.data<int32_t>();
+  p.q = static_cast<T*>(args.q.ptr);
+  p.k_pages = static_cast<T*>(args.kv.k_pages.ptr);
+  p.v_pages = static_cast<T*>(args.kv.v_pages.ptr);
+  p.norm_eps = args.norm_eps;
+  p.num_tokens = args.q.dim(0);
+  p.max_pages = args.kv.page_table.dim(1);
+  p.num_q_heads = static_cast<int>(args.q.dim(1));
+  p.num_kv_heads = static_cast<int>(args.kv.k_pages.dim(1));
+  p.page_size = static_cast<int>(args.kv.k_pages.dim(2));
+  return p;
+}
+
+}  // namespace
+
+void LaunchRopeAppendKv(const RopeAppendKvArgs& args, cudaStream_t stream) {
+  int64_t num_tokens = args.q.dim(0), head_dim = args.q.dim(2);
+  if (num_tokens == 0) return;
+  TIDAL_CHECK(head_dim == 64 || head_dim == 128, UnsupportedError, "rope_append_kv: head_dim ",
+              head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
+  DispatchHalf(args.q.dtype, "rope_append_kv", [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    RopeAppendKvParams<T> params = MakeParams<T>(args);
+    int64_t num_warps = num_tokens * (params.num_q_heads + 2 * params.num_kv_heads);
+    auto kernel = head_dim == 64 ? RopeAppendKvKernel<T, 64> : RopeAppendKvKernel<T, 128>;
+    kernel<<<static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)), kWarpsPerBlock * kWarpSize,
+             0, stream>>>(params);
+    TIDAL_LAUNCH_CHECK("rope_append_kv");
+  });
+}
+
+}  // namespace tidal

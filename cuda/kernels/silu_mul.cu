@@ -1,0 +1,52 @@
+// SiluMul: silu(gate) * up of the feed-forward network, in float32, rounded once.
+#include "kernels/silu_mul.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/vec.cuh"
+
+namespace tidal {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGridY = 65535;
+
+// grid (ceil(I / (kThreads * kVec)), min(T, kMaxGridY)); a thread owns kVec columns of its rows.
+template <typename T, int kVec>
+__global__ void SiluMulKernel(const T* gate_up, T* out, int64_t num_tokens,
+                              int64_t intermediate_size) {
+  int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
+  if (column >= intermediate_size) return;
+  for (int64_t row = blockIdx.y; row < num_tokens; row += gridDim.y) {
+    float gate[kVec], up[kVec];
+    LoadFloats<kVec>(gate_up + row * 2 * intermediate_size + column, gate);
+    LoadFloats<kVec>(gate_up + (row * 2 + 1) * intermediate_size + column, up);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    StoreFloats<kVec>(out + row * intermediate_size + column, gate);
+  }
+}
+
+}  // namespace
+
+void LaunchSiluMul(const SiluMulArgs& args, cudaStream_t stream) {
+  int64_t num_tokens = args.out.dim(0), intermediate_size = args.out.dim(1);
+  if (num_tokens == 0) return;
+  bool vectorize = IsVectorizable(args.gate_up, intermediate_size, 8) &&
+                   IsVectorizable(args.out, intermediate_size, 8);
+  DispatchHalf(args.out.dtype, "silu_mul", [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    auto kernel = vectorize ? SiluMulKernel<T, 8> : SiluMulKernel<T, 1>;
+    int64_t blocks = CeilDiv(intermediate_size, kThreads * (vectorize ? 8 : 1));
+    dim3 grid(static_cast<unsigned>(blocks),
+              static_cast<unsigned>(std::min(num_tokens, kMaxGridY)));
+    kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(args.gate_up.ptr),
+                                          static_cast<T*>(args.out.ptr), num_tokens,
+                                          intermediate_size);
+    TIDAL_LAUNCH_CHECK("silu_mul");
+  });
+}
+
+}  // namespace tidal

@@ -1,0 +1,175 @@
+// ModelConfig, DecodeConfig, SamplingParams as Python objects with the same field names and
+// defaults.
+#include "tidal/config.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <utility>
+
+#include "bindings.h"
+#include "tidal/error.h"
+#include "tidal/weights.h"
+
+namespace py = pybind11;
+
+namespace tidal {
+namespace {
+
+template <typename Enum, size_t N>
+using Names = std::array<std::pair<Enum, const char*>, N>;
+
+constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
+                                            {RopeType::kLinear, "linear"},
+                                            {RopeType::kDynamic, "dynamic"},
+                                            {RopeType::kLlama3, "llama3"},
+                                            {RopeType::kYarn, "yarn"},
+                                            {RopeType::kLongrope, "longrope"}}};
+constexpr Names<DType, 3> kDTypes = {
+    {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
+constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},
+                                                   {Granularity::kHead, "head"},
+                                                   {Granularity::kLayer, "layer"}}};
+constexpr Names<Pooling, 2> kPoolings = {{{Pooling::kSum, "sum"}, {Pooling::kMax, "max"}}};
+
+template <typename Enum, size_t N>
+Enum Parse(const Names<Enum, N>& names, const char* field, const std::string& text) {
+  std::string known;
+  for (const auto& [value, name] : names) {
+    if (text == name) return value;
+    known += (known.empty() ? "\"" : ", \"") + std::string(name) + "\"";
+  }
+  throw InvalidArgument(Concat(field, ": got \"", text, "\", expected one of ", known));
+}
+
+template <typename Enum, size_t N>
+std::string Name(const Names<Enum, N>& names, Enum value) {
+  for (const auto& [known, name] : names) {
+    if (known == value) return name;
+  }
+  return "unknown";
+}
+
+// A property that is an enum in C++ and a string in Python.
+template <typename Struct, typename Enum, size_t N>
+void DefEnum(py::class_<Struct>& cls, const char* field, Enum Struct::*member,
+             const Names<Enum, N>& names) {
+  cls.def_property(
+      field, [=, &names](const Struct& self) { return Name(names, self.*member); },
+      [=, &names](Struct& self, const std::string& text) {
+        self.*member = Parse(names, field, text);
+      });
+}
+
+void RegisterModelConfig(py::module_& module) {
+  py::class_<RopeConfig> rope(module, "RopeConfig");
+  rope.def(py::init<>())
+      .def_readwrite("theta", &RopeConfig::theta)
+      .def_readwrite("factor", &RopeConfig::factor)
+      .def_readwrite("low_freq_factor", &RopeConfig::low_freq_factor)
+      .def_readwrite("high_freq_factor", &RopeConfig::high_freq_factor)
+      .def_readwrite("original_max_position_embeddings",
+                     &RopeConfig::original_max_position_embeddings)
+      .def_readwrite("attention_factor", &RopeConfig::attention_factor)
+      .def_readwrite("beta_fast", &RopeConfig::beta_fast)
+      .def_readwrite("beta_slow", &RopeConfig::beta_slow)
+      .def_readwrite("mscale", &RopeConfig::mscale)
+      .def_readwrite("mscale_all_dim", &RopeConfig::mscale_all_dim)
+      .def_readwrite("truncate", &RopeConfig::truncate)
+      .def_readwrite("short_factor", &RopeConfig::short_factor)
+      .def_readwrite("long_factor", &RopeConfig::long_factor);
+  DefEnum(rope, "type", &RopeConfig::type, kRopeTypes);
+
+  py::class_<ModelConfig>(module, "ModelConfig")
+      .def(py::init<>())
+      .def_readwrite("vocab_size", &ModelConfig::vocab_size)
+      .def_readwrite("hidden_size", &ModelConfig::hidden_size)
+      .def_readwrite("intermediate_size", &ModelConfig::intermediate_size)
+      .def_readwrite("num_layers", &ModelConfig::num_layers)
+      .def_readwrite("num_q_heads", &ModelConfig::num_q_heads)
+      .def_readwrite("num_kv_heads", &ModelConfig::num_kv_heads)
+      .def_readwrite("head_dim", &ModelConfig::head_dim)
+      .def_readwrite("max_position_embeddings", &ModelConfig::max_position_embeddings)
+      .def_readwrite("rms_norm_eps", &ModelConfig::rms_norm_eps)
+      .def_readwrite("qkv_bias", &ModelConfig::qkv_bias)
+      .def_readwrite("o_bias", &ModelConfig::o_bias)
+      .def_readwrite("mlp_bias", &ModelConfig::mlp_bias)
+      .def_readwrite("qk_norm", &ModelConfig::qk_norm)
+      .def_readwrite("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
+      .def_readwrite("rope", &ModelConfig::rope);
+}
+
+void RegisterDecodeConfig(py::module_& module) {
+  py::class_<DecodeConfig> config(module, "DecodeConfig");
+  config.def(py::init<>())
+      .def_readwrite("select_layers", &DecodeConfig::select_layers)
+      .def_readwrite("full_layers", &DecodeConfig::full_layers)
+      .def_readwrite("token_budget", &DecodeConfig::token_budget)
+      .def_readwrite("sink_tokens", &DecodeConfig::sink_tokens)
+      .def_readwrite("recent_tokens", &DecodeConfig::recent_tokens)
+      .def_readwrite("sparse_min_context", &DecodeConfig::sparse_min_context)
+      .def_readwrite("max_seq_len", &DecodeConfig::max_seq_len)
+      .def_readwrite("max_batch_size", &DecodeConfig::max_batch_size)
+      .def_readwrite("page_size", &DecodeConfig::page_size)
+      .def_readwrite("num_pages", &DecodeConfig::num_pages)
+      .def_readwrite("prefill_chunk", &DecodeConfig::prefill_chunk)
+      .def_readwrite("cuda_graphs", &DecodeConfig::cuda_graphs)
+      .def_readwrite("num_threads", &DecodeConfig::num_threads)
+      .def_property(
+          "device", [](const DecodeConfig& self) { return DeviceString(self.device); },
+          [](DecodeConfig& self, const std::string& text) { self.device = ParseDevice(text); });
+  DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
+  DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kDTypes);
+  DefEnum(config, "granularity", &DecodeConfig::granularity, kGranularities);
+  DefEnum(config, "pooling", &DecodeConfig::pooling, kPoolings);
+
+  py::class_<SamplingParams>(module, "SamplingParams")
+      .def(py::init<>())
+      .def_readwrite("max_new_tokens", &SamplingParams::max_new_tokens)
+      .def_readwrite("temperature", &SamplingParams::temperature)
+      .def_readwrite("top_k", &SamplingParams::top_k)
+      .def_readwrite("top_p", &SamplingParams::top_p)
+      .def_readwrite("min_p", &SamplingParams::min_p)
+      .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("seed", &SamplingParams::seed)
+      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids);
+}
+
+}  // namespace
+
+DType ParseDType(const std::string& name) {
+  return Parse(kDTypes, "dtype", name);
+}
+
+Device ParseDevice(const std::string& name) {
+  if (name == "cpu") return {DeviceType::kCpu, 0};
+  if (name == "cuda") return {DeviceType::kCuda, 0};
+  const std::string prefix = "cuda:";
+  std::string digits = name.substr(std::min(name.size(), prefix.size()));
+  bool numeric = !digits.empty() && digits.size() <= 4 &&
+                 digits.find_first_not_of("0123456789") == std::string::npos;
+  TIDAL_CHECK(name.rfind(prefix, 0) == 0 && numeric, InvalidArgument, "device: got \"", name,
+              "\", expected \"cpu\", \"cuda\" or \"cuda:N\"");
+  return {DeviceType::kCuda, std::stoi(digits)};
+}
+
+std::string DeviceString(const Device& device) {
+  return device.type == DeviceType::kCpu ? "cpu" : Concat("cuda:", device.index);
+}
+
+void RegisterConfig(py::module_& module) {
+  RegisterModelConfig(module);
+  RegisterDecodeConfig(module);
+  py::class_<WeightFileEntry>(module, "WeightFileEntry")
+      .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
+                       std::string path, int64_t file_offset) {
+             return WeightFileEntry{.name = std::move(name),
+                                    .info = {ParseDType(dtype), std::move(shape)},
+                                    .path = std::move(path),
+                                    .file_offset = file_offset};
+           }),
+           py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
+           py::arg("file_offset"));
+}
+
+}  // namespace tidal

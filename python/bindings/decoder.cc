@@ -1,0 +1,255 @@
+// Decoder and Generation. Every call that works on the device releases the GIL.
+#include "tidal/decoder.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "tidal/error.h"
+
+namespace py = pybind11;
+
+namespace tidal {
+namespace {
+
+using TokenPairs = std::vector<std::pair<int64_t, int32_t>>;
+
+TokenPairs ToPairs(const std::vector<TokenEvent>& events) {
+  TokenPairs pairs;
+  for (const TokenEvent& event : events) pairs.emplace_back(event.sequence, event.token_id);
+  return pairs;
+}
+
+py::object FinishReasonString(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return py::none();
+    case FinishReason::kStop:
+      return py::str("stop");
+    case FinishReason::kLength:
+      return py::str("length");
+    case FinishReason::kAbort:
+      return py::str("abort");
+    case FinishReason::kError:
+      return py::str("error");
+  }
+  return py::none();
+}
+
+FinishReason ParseFinishReason(const std::string& text) {
+  if (text == "stop") return FinishReason::kStop;
+  if (text == "abort") return FinishReason::kAbort;
+  throw InvalidArgument(Concat("reason: got \"", text, "\", expected \"stop\" or \"abort\""));
+}
+
+// A numpy array [rows, columns] that takes over the vector's memory.
+template <typename T>
+py::array_t<T> ToArray(std::vector<T> values, int64_t rows, int64_t columns) {
+  auto* owner = new std::vector<T>(std::move(values));
+  py::capsule free(owner, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+  return py::array_t<T>({rows, columns}, owner->data(), free);
+}
+
+// Ctrl-C and other signals, seen between steps.
+void CheckSignals() {
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// The Generation with its Decoder kept alive; close() gives the memory back early.
+class PyGeneration {
+ public:
+  explicit PyGeneration(std::unique_ptr<Generation> generation)
+      : generation_(std::move(generation)) {}
+  ~PyGeneration() { Close(); }
+
+  Generation& get() const {
+    TIDAL_CHECK(generation_ != nullptr, InvalidArgument,
+                "generation: it is closed; start a new one");
+    return *generation_;
+  }
+
+  void Close() {
+    if (generation_ == nullptr) return;
+    results_ = generation_->results();
+    prefill_ = generation_->prefill_progress();
+    py::gil_scoped_release release;
+    generation_.reset();
+    for (SequenceResult& result : results_) {
+      if (result.finish_reason == FinishReason::kNone) result.finish_reason = FinishReason::kAbort;
+    }
+  }
+
+  TokenPairs Advance() {
+    py::gil_scoped_release release;
+    return ToPairs(get().Advance());
+  }
+
+  // The decode loop. The GIL is held only while Python looks at a step's tokens.
+  void Run(const py::object& on_tokens) {
+    Generation& generation = get();
+    py::gil_scoped_release release;
+    while (!generation.done()) {
+      std::vector<TokenEvent> events = generation.Advance();
+      py::gil_scoped_acquire acquire;
+      CheckSignals();
+      if (!on_tokens.is_none()) on_tokens(ToPairs(events));
+    }
+  }
+
+  bool done() const { return generation_ == nullptr || generation_->done(); }
+
+  PrefillProgress prefill_progress() const {
+    return generation_ ? generation_->prefill_progress() : prefill_;
+  }
+
+  std::vector<SequenceResult> results() const {
+    return generation_ ? generation_->results() : results_;
+  }
+
+ private:
+  std::unique_ptr<Generation> generation_;
+  std::vector<SequenceResult> results_;
+  PrefillProgress prefill_;
+};
+
+std::unique_ptr<Decoder> MakeDecoder(const ModelConfig& model, const DecodeConfig& config,
+                                     std::vector<WeightFileEntry> weights,
+                                     const py::object& progress) {
+  py::gil_scoped_release release;
+  FileWeightSource source(std::move(weights));
+  return std::make_unique<Decoder>(model, config, source, [&](int64_t done, int64_t total) {
+    py::gil_scoped_acquire acquire;
+    CheckSignals();
+    if (!progress.is_none()) progress(done, total);
+  });
+}
+
+py::dict SelectionDict(const Decoder& decoder, int64_t sequence) {
+  std::vector<LayerSelection> layers;
+  {
+    py::gil_scoped_release release;
+    layers = decoder.Selection(sequence);
+  }
+  py::dict result;
+  for (LayerSelection& layer : layers) {
+    result[py::int_(layer.layer)] =
+        ToArray(std::move(layer.token_idx), layer.num_sets, layer.num_selected);
+  }
+  return result;
+}
+
+template <typename Compute>
+py::array_t<float> LogitsArray(const Decoder& decoder, const Compute& compute) {
+  std::vector<float> logits;
+  {
+    py::gil_scoped_release release;
+    logits = compute();
+  }
+  int64_t vocab_size = decoder.model().vocab_size;
+  auto rows = static_cast<int64_t>(logits.size()) / vocab_size;
+  return ToArray(std::move(logits), rows, vocab_size);
+}
+
+void RegisterGeneration(py::module_& module) {
+  py::class_<SequenceResult>(module, "SequenceResult")
+      .def_readonly("token_ids", &SequenceResult::token_ids)
+      .def_property_readonly(
+          "finish_reason",
+          [](const SequenceResult& self) { return FinishReasonString(self.finish_reason); })
+      .def_readonly("error", &SequenceResult::error)
+      .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
+      .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
+      .def_readonly("decode_s", &SequenceResult::decode_s);
+
+  py::class_<PyGeneration>(module, "Generation")
+      .def("advance", &PyGeneration::Advance)
+      .def("run", &PyGeneration::Run, py::arg("on_tokens") = py::none())
+      .def(
+          "stop",
+          [](PyGeneration& self, int64_t sequence, const std::string& reason) {
+            FinishReason parsed = ParseFinishReason(reason);
+            py::gil_scoped_release release;
+            self.get().Stop(sequence, parsed);
+          },
+          py::arg("sequence"), py::arg("reason") = "stop")
+      .def("results", &PyGeneration::results)
+      .def("close", &PyGeneration::Close)
+      .def_property_readonly("done", &PyGeneration::done)
+      .def_property_readonly("prefill_progress", [](const PyGeneration& self) {
+        PrefillProgress progress = self.prefill_progress();
+        return std::pair(progress.tokens_done, progress.tokens_total);
+      });
+}
+
+}  // namespace
+
+void RegisterDecoder(py::module_& module) {
+  RegisterGeneration(module);
+  py::class_<Decoder>(module, "Decoder")
+      .def(py::init(&MakeDecoder), py::arg("model"), py::arg("config"), py::arg("weights"),
+           py::arg("progress") = py::none())
+      .def(
+          "start",
+          [](Decoder& self, const std::vector<std::vector<int32_t>>& prompts,
+             const std::vector<SamplingParams>& params) {
+            py::gil_scoped_release release;
+            return std::make_unique<PyGeneration>(self.Start(prompts, params));
+          },
+          py::arg("prompts"), py::arg("params"), py::keep_alive<0, 1>())
+      .def(
+          "prefill_logits",
+          [](Decoder& self, const std::vector<int32_t>& token_ids, int64_t num_positions) {
+            return LogitsArray(self, [&] { return self.PrefillLogits(token_ids, num_positions); });
+          },
+          py::arg("token_ids"), py::arg("num_positions"))
+      .def(
+          "decode_logits",
+          [](Decoder& self, const std::vector<int32_t>& token_ids, int64_t num_prefill) {
+            return LogitsArray(self, [&] { return self.DecodeLogits(token_ids, num_prefill); });
+          },
+          py::arg("token_ids"), py::arg("num_prefill"))
+      .def("selection", &SelectionDict, py::arg("sequence"))
+      .def("memory_use",
+           [](const Decoder& self) {
+             MemoryUse use = self.memory_use();
+             py::dict result;
+             result["weight_bytes"] = use.weight_bytes;
+             result["kv_bytes"] = use.kv_bytes;
+             result["scratch_bytes"] = use.scratch_bytes;
+             return result;
+           })
+      .def_property_readonly("plan", [](const Decoder& self) { return self.plan().ToString(); })
+      .def_property_readonly("model", [](const Decoder& self) { return self.model(); })
+      .def_property_readonly("config", [](const Decoder& self) { return self.config(); })
+      .def_property_readonly(
+          "num_free_pages",
+          [](const Decoder& self) {
+            py::gil_scoped_release release;  // another thread may hold the engine
+            return self.num_free_pages();
+          })
+      .def_property_readonly("num_free_rows", [](const Decoder& self) {
+        py::gil_scoped_release release;
+        return self.num_free_rows();
+      });
+
+  module.def("list_devices", [] {
+    py::list devices;
+    for (const DeviceStatus& status : ListDevices()) {
+      py::dict device;
+      device["name"] = status.name;
+      device["hardware"] = status.hardware;
+      device["available"] = status.available;
+      device["reason"] = status.reason;
+      device["memory_bytes"] = status.memory_bytes;
+      device["free_bytes"] = status.free_bytes;
+      devices.append(device);
+    }
+    return devices;
+  });
+  module.def("list_libraries", &ListLibraries);
+  module.def("version", &VersionString);
+  module.def("cuda_build", [] { return TIDAL_CUDA_STATUS; });
+}
+
+}  // namespace tidal

@@ -1,0 +1,135 @@
+"""The C++ engine (cpp/include/tidal), as python/bindings show it. Internal to the package."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class RopeConfig:
+    type: str
+    theta: float
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    truncate: bool
+    short_factor: list[float]
+    long_factor: list[float]
+    def __init__(self) -> None: ...
+
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    def __init__(self) -> None: ...
+
+class DecodeConfig:
+    device: str
+    dtype: str
+    kv_dtype: str
+    select_layers: list[int]
+    full_layers: int
+    token_budget: int
+    granularity: str
+    pooling: str
+    sink_tokens: int
+    recent_tokens: int
+    sparse_min_context: int
+    max_seq_len: int
+    max_batch_size: int
+    page_size: int
+    num_pages: int
+    prefill_chunk: int
+    cuda_graphs: bool
+    num_threads: int
+    def __init__(self) -> None: ...
+
+class SamplingParams:
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop_token_ids: list[int]
+    def __init__(self) -> None: ...
+
+class WeightFileEntry:
+    def __init__(
+        self, name: str, dtype: str, shape: list[int], path: str | bytes, file_offset: int
+    ) -> None: ...
+
+class SequenceResult:
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def time_to_first_token_s(self) -> float: ...
+    @property
+    def decode_s(self) -> float: ...
+
+class Generation:
+    def advance(self) -> list[tuple[int, int]]: ...
+    def run(self, on_tokens: Callable[[list[tuple[int, int]]], None] | None = None) -> None: ...
+    def stop(self, sequence: int, reason: str = "stop") -> None: ...
+    def results(self) -> list[SequenceResult]: ...
+    def close(self) -> None: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def prefill_progress(self) -> tuple[int, int]: ...
+
+class Decoder:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: DecodeConfig,
+        weights: list[WeightFileEntry],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None: ...
+    def start(self, prompts: list[list[int]], params: list[SamplingParams]) -> Generation: ...
+    def prefill_logits(
+        self, token_ids: list[int], num_positions: int
+    ) -> npt.NDArray[np.float32]: ...
+    def decode_logits(self, token_ids: list[int], num_prefill: int) -> npt.NDArray[np.float32]: ...
+    def selection(self, sequence: int) -> dict[int, npt.NDArray[np.int32]]: ...
+    def memory_use(self) -> dict[str, int]: ...
+    @property
+    def plan(self) -> str: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def config(self) -> DecodeConfig: ...
+    @property
+    def num_free_pages(self) -> int: ...
+    @property
+    def num_free_rows(self) -> int: ...
+
+def list_devices() -> list[dict[str, Any]]: ...
+def list_libraries() -> list[tuple[str, str]]: ...
+def version() -> str: ...
+def cuda_build() -> str: ...

@@ -1,0 +1,285 @@
+"""The command line: tidaldecode generate, info and demo.
+
+Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
+while running, 2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tidaldecode import _core
+from tidaldecode import cli_options as opt
+from tidaldecode.decoder import Decoder
+from tidaldecode.demo import DEFAULT_CONTEXTS, run_demo
+from tidaldecode.demo_view import show_comparison
+from tidaldecode.errors import (
+    BackendError,
+    InvalidArgument,
+    OutOfMemoryError,
+    TidalError,
+)
+from tidaldecode.info import show_installation, show_model
+from tidaldecode.model_folder import demo_model_dir, read_model_folder
+from tidaldecode.results import GenerationResult
+from tidaldecode.terminal import Bars, NoteHandler, is_watched, one_line, print_error
+
+# What typer raises for wrong usage; older versions take it from click, newer bring their own.
+_USAGE_ERROR = typer.BadParameter.__mro__[2]
+assert hasattr(_USAGE_ERROR, "format_message")
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="tidaldecode",
+    help="Long-context decoding with position persistent sparse attention (TidalDecode).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"tidaldecode {_core.version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model_dir: opt.ModelDir,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads it from stdin.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="A file with the text to continue; - is stdin.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the text through the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system message, with --chat.")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    kv_dtype: opt.KvDType = "auto",
+    attention: opt.Attention = "auto",
+    token_budget: opt.TokenBudget = None,
+    select_layers: opt.SelectLayers = None,
+    full_layers: opt.FullLayers = None,
+    granularity: opt.Granularity = None,
+    pooling: opt.Pooling = None,
+    sink_tokens: opt.SinkTokens = None,
+    recent_tokens: opt.RecentTokens = None,
+    sparse_min_context: opt.SparseMinContext = None,
+    max_seq_len: opt.MaxSeqLen = None,
+    page_size: opt.PageSize = None,
+    prefill_chunk: opt.PrefillChunk = None,
+    num_threads: opt.NumThreads = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    stop_token_id: opt.StopTokenId = None,
+    ignore_eos: opt.IgnoreEos = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Continue a text; the output streams to stdout."""
+    values = locals()
+    text = _read_prompt(prompt, prompt_file)
+    bars = Bars(is_watched())
+    with bars.loading(f"Loading {model_dir.name}") as on_load:
+        # One sequence: a cache for more would only take memory.
+        decoder = Decoder(
+            model_dir, **opt.engine_options(values), max_batch_size=1, progress=on_load
+        )
+    with decoder:
+        result = _stream_text(decoder, text, chat, system, opt.sampling_options(values), bars)
+        if is_watched():
+            _print_summary(decoder, result)
+    if result.error is not None:
+        raise TidalError(result.error)
+
+
+@app.command()
+def info(
+    model_dir: Annotated[
+        Path | None, typer.Argument(help="A model folder to describe as well.")
+    ] = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Show version, devices and libraries; with a folder, what it holds."""
+    console = Console(highlight=False)
+    folder = None if model_dir is None else read_model_folder(model_dir)
+    show_installation(console)
+    if folder is not None:
+        show_model(console, folder)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="Any model folder instead of the embedded model.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
+    ] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    select_layers: opt.SelectLayers = None,
+    token_budget: opt.TokenBudget = None,
+    num_threads: opt.NumThreads = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of text and key; new ones each time if not given.")
+    ] = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Hide a key in a long text and ask for it, densely and with a plan, side by side."""
+    options = opt.engine_options(locals())
+    model_dir = model or demo_model_dir()
+    contexts = tuple(context or DEFAULT_CONTEXTS)
+    console = Console(highlight=False)
+    bars = Bars(is_watched())
+    comparisons = run_demo(model_dir, contexts, bars, seed=seed, **options)
+    for index, comparison in enumerate(comparisons):
+        if index == 0:
+            console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
+        show_comparison(console, comparison)
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt from wherever the user put it; one line break at its end is the editor's."""
+    if (prompt is None) == (prompt_file is None):
+        found = "neither" if prompt is None else "both"
+        raise InvalidArgument(f"prompt: got {found}, expected a PROMPT or --prompt-file")
+    source = prompt if prompt is not None else prompt_file
+    if source == "-":
+        name, data = "stdin", sys.stdin.buffer.read()
+    elif prompt is not None:
+        return prompt
+    else:
+        name = str(prompt_file)
+        try:
+            data = Path(name).read_bytes()
+        except OSError as cause:
+            raise InvalidArgument(f"prompt-file: {name}: {cause.strerror}") from cause
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as cause:
+        raise InvalidArgument(f"prompt: {name} is not UTF-8 (byte {cause.start})") from cause
+
+
+def _stream_text(
+    decoder: Decoder,
+    text: str,
+    chat: bool,
+    system: str | None,
+    sampling: dict[str, Any],
+    bars: Bars,
+) -> GenerationResult:
+    """Writes the continuation to stdout while it comes."""
+    if system is not None and not chat:
+        raise InvalidArgument("system: got a system message without --chat, expected both")
+    prompt: str | list[int] = text
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        prompt = decoder.render_chat([*messages, {"role": "user", "content": text}])
+    with (
+        bars.reading("Reading the prompt") as on_prefill,
+        decoder.stream(prompt, on_prefill=on_prefill, **sampling) as stream,
+    ):
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    assert stream.result is not None
+    return stream.result
+
+
+def _print_summary(decoder: Decoder, result: GenerationResult) -> None:
+    timings = result.timings
+    print(
+        f"[{result.prompt_tokens} + {len(result.token_ids)} tokens, "
+        f"first after {timings.time_to_first_token_s:.2f} s, "
+        f"then {timings.decode_tokens_per_s:.1f} tokens/s; {decoder.config.device}, "
+        f"plan {decoder.plan}; {result.finish_reason}]",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code. The console script and python -m call this."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    handler = NoteHandler()
+    logger = logging.getLogger("tidaldecode")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        return _run(arguments)
+    except BaseException as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _explain(error)
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def _run(arguments: list[str]) -> int:
+    # Whatever the locale, text the terminal cannot show must not end the program.
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")
+    code = app(args=arguments, prog_name="tidaldecode", standalone_mode=False)
+    if code == EXIT_INTERRUPTED:  # typer has caught it
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: BaseException) -> int:
+    """Says what went wrong in one line and chooses the exit code."""
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        print_error("interrupted")
+        return EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # The reader has gone (| head): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    if isinstance(error, _USAGE_ERROR):
+        print_error(error.format_message())  # type: ignore[attr-defined]
+        return EXIT_BAD_INPUT
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    failed = (BackendError, OutOfMemoryError)
+    if isinstance(error, TidalError):
+        print_error(str(error))
+        is_plain = type(error) is TidalError
+        return EXIT_FAILED if is_plain or isinstance(error, failed) else EXIT_BAD_INPUT
+    print_error(f"{type(error).__name__}: {error}; run again with --debug for the traceback")
+    return EXIT_FAILED

@@ -1,0 +1,128 @@
+"""The command line's options, declared once: engine settings and sampling settings with their help.
+
+Used by cli.py. Names and meanings are those of DecodeConfig and Decoder.generate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidaldecode import _core
+from tidaldecode.config import DecodeConfig
+from tidaldecode.errors import InvalidArgument, show
+
+_ENGINE = "Engine"
+_SAMPLING = "Sampling"
+_DEFAULTS = _core.DecodeConfig()
+
+
+def _engine_option(help_text: str, field: str = "") -> Any:
+    if field:
+        value = getattr(_DEFAULTS, field)
+        is_auto = value == 0 and field in (
+            "max_seq_len",
+            "num_pages",
+            "prefill_chunk",
+            "num_threads",
+        )
+        default = "automatic" if is_auto else value
+        help_text += f" [dim]\\[default: {default}][/dim]"
+    return typer.Option(help=help_text, rich_help_panel=_ENGINE)
+
+
+def _sampling_option(help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=_SAMPLING)
+
+
+ModelDir = Annotated[Path, typer.Argument(help="A local Hugging Face model folder.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
+DType = Annotated[str, _engine_option("Weights: auto, float32, bfloat16 or float16.")]
+KvDType = Annotated[str, _engine_option("KV cache: auto, float32, bfloat16 or float16.")]
+Attention = Annotated[
+    str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
+]
+TokenBudget = Annotated[
+    int | None, _engine_option("Positions a sparse layer attends to.", "token_budget")
+]
+SelectLayers = Annotated[str | None, _engine_option("Layers that choose positions, as 2,13.")]
+FullLayers = Annotated[int | None, _engine_option("Dense layers in front.", "full_layers")]
+Granularity = Annotated[
+    str | None, _engine_option("Heads that share a set: kv_head, head or layer.", "granularity")
+]
+Pooling = Annotated[str | None, _engine_option("Over their scores: sum or max.", "pooling")]
+SinkTokens = Annotated[int | None, _engine_option("First positions, always chosen.", "sink_tokens")]
+RecentTokens = Annotated[
+    int | None, _engine_option("Last positions, always chosen.", "recent_tokens")
+]
+SparseMinContext = Annotated[
+    int | None, _engine_option("Up to this length steps are dense.", "sparse_min_context")
+]
+MaxSeqLen = Annotated[
+    int | None, _engine_option("Tokens of prompt and output together.", "max_seq_len")
+]
+PageSize = Annotated[int | None, _engine_option("Tokens per KV page.", "page_size")]
+PrefillChunk = Annotated[int | None, _engine_option("Prompt tokens per pass.", "prefill_chunk")]
+NumThreads = Annotated[int | None, _engine_option("CPU threads.", "num_threads")]
+
+MaxNewTokens = Annotated[
+    int | None, _sampling_option("Most tokens to generate.", "--max-new-tokens", "-n")
+]
+Temperature = Annotated[float | None, _sampling_option("0 is greedy.")]
+TopK = Annotated[int | None, _sampling_option("Keep the k most likely tokens; 0 is off.")]
+TopP = Annotated[float | None, _sampling_option("Keep tokens up to this probability.")]
+MinP = Annotated[float | None, _sampling_option("Drop tokens below this share of the best.")]
+RepetitionPenalty = Annotated[float | None, _sampling_option("1 is off.")]
+Seed = Annotated[int | None, _sampling_option("Of the draws; a new one each time if not given.")]
+Stop = Annotated[list[str] | None, _sampling_option("Text that ends the output; may be repeated.")]
+StopTokenId = Annotated[
+    list[int] | None, _sampling_option("Token id that ends the output; may be repeated.")
+]
+IgnoreEos = Annotated[bool, _sampling_option("Go on after end-of-text tokens.", "--ignore-eos")]
+
+_ENGINE_FIELDS = tuple(field.name for field in fields(DecodeConfig))
+_SAMPLING_FIELDS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
+
+
+def engine_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The Decoder's options out of a command's arguments; those not given are left out."""
+    options = {k: v for k, v in values.items() if k in _ENGINE_FIELDS and v is not None}
+    if "select_layers" in options:
+        options["select_layers"] = parse_layers(options["select_layers"])
+    return options
+
+
+def sampling_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a call out of a command's arguments."""
+    options = {k: v for k, v in values.items() if k in _SAMPLING_FIELDS and v is not None}
+    if values.get("stop_token_id"):
+        options["stop_token_ids"] = values["stop_token_id"]
+    return options
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """ "2,13" as (2, 13).
+
+    Raises: InvalidArgument for anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidArgument(
+            f"select-layers: got {show(text)}, expected layer numbers such as 2,13"
+        ) from None

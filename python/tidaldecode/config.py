@@ -1,0 +1,156 @@
+"""DecodeConfig: what the user wants of the engine, as one value.
+
+`Decoder(model_dir, token_budget=512)` is the same as
+`Decoder(model_dir, config=DecodeConfig(token_budget=512))`. A setting left at None takes the value
+of the model's plan (plans.py) where that has one, and else the engine's default, which is written
+in one place, cpp/include/tidal/config.h.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tidaldecode.errors import ConfigError, show
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_KINDS = ("auto", "tidal", "full")
+GRANULARITIES = ("kv_head", "head", "layer")
+POOLINGS = ("sum", "max")
+
+# Settings that shape the choice of positions; a plan file may give them too.
+PLAN_SETTINGS = (
+    "full_layers",
+    "token_budget",
+    "granularity",
+    "pooling",
+    "sink_tokens",
+    "recent_tokens",
+    "sparse_min_context",
+)
+
+_CHOICES = {
+    "dtype": ("auto", *DTYPES),
+    "kv_dtype": ("auto", *DTYPES),
+    "attention": ATTENTION_KINDS,
+    "granularity": GRANULARITIES,
+    "pooling": POOLINGS,
+}
+_INT32_MAX = 2**31 - 1
+_INT_RANGES = {
+    "token_budget": (1, _INT32_MAX),
+    "full_layers": (1, _INT32_MAX),
+    "sink_tokens": (0, _INT32_MAX),
+    "recent_tokens": (1, _INT32_MAX),
+    "sparse_min_context": (0, _INT32_MAX),
+    "max_seq_len": (1, _INT32_MAX),
+    "max_batch_size": (1, 65535),
+    "page_size": (1, 65536),
+    "num_pages": (1, _INT32_MAX),
+    "prefill_chunk": (1, _INT32_MAX),
+    "num_threads": (1, 4096),
+}
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Settings of a Decoder. Immutable; checked on construction.
+
+    Args:
+        device: "auto" (the first CUDA device that works, else the CPU), "cpu", "cuda", "cuda:1".
+        dtype: of the weights: "auto" (the checkpoint's; on CUDA float32 becomes bfloat16),
+            "float32", "bfloat16" or "float16". Arithmetic accumulates in float32 everywhere.
+        kv_dtype: of the KV cache: "auto" is float32 on the CPU and dtype on CUDA.
+        attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers are
+            given or there is a plan for this model, else dense.
+        token_budget: positions a sparse layer attends to, per set, >= 1.
+        select_layers: layers that choose positions, strictly ascending.
+        full_layers: dense layers in front of them, >= 1.
+        granularity: which heads share a set: "kv_head", "head" (the paper) or "layer".
+        pooling: "sum" or "max" over the scores of the heads that share a set.
+        sink_tokens: first positions, always chosen, >= 0.
+        recent_tokens: last positions, always chosen, >= 1.
+        sparse_min_context: sequences of at most this many tokens are decoded densely.
+        max_seq_len: tokens of one sequence, prompt and output; None is the model's
+            max_position_embeddings, as far as memory allows.
+        max_batch_size: sequences decoded together.
+        page_size: tokens per page of the KV cache.
+        num_pages: pages of the KV cache; None is what memory allows.
+        prefill_chunk: prompt tokens per pass; None is the backend's choice.
+        cuda_graphs: False launches every kernel of a step by itself (for debugging).
+        num_threads: of the CPU backend; None is one per core.
+
+    Raises:
+        ConfigError: a value of the wrong kind or out of range; the message names the field.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+    token_budget: int | None = None
+    select_layers: tuple[int, ...] | None = None
+    full_layers: int | None = None
+    granularity: str | None = None
+    pooling: str | None = None
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    sparse_min_context: int | None = None
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    prefill_chunk: int | None = None
+    cuda_graphs: bool | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
+            )
+        for name in ("dtype", "kv_dtype", "attention"):
+            check_setting(name, getattr(self, name))
+        for name in (*_INT_RANGES, "granularity", "pooling"):
+            if getattr(self, name) is not None:
+                check_setting(name, getattr(self, name))
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs: got {show(self.cuda_graphs)}, expected True or False")
+        if self.select_layers is not None:
+            object.__setattr__(self, "select_layers", check_select_layers(self.select_layers))
+            if self.attention == "full":
+                raise ConfigError(
+                    "attention: got 'full' together with select_layers, expected one of them: "
+                    "dense decoding selects nothing"
+                )
+
+
+def check_setting(name: str, value: Any, where: str = "") -> None:
+    """Checks one setting by its field's name; `where` (a file) goes in front of the message."""
+    prefix = f"{where}: {name}" if where else name
+    if name in _CHOICES:
+        if not isinstance(value, str) or value not in _CHOICES[name]:
+            expected = ", ".join(repr(choice) for choice in _CHOICES[name])
+            raise ConfigError(f"{prefix}: got {show(value)}, expected one of {expected}")
+        return
+    low, high = _INT_RANGES[name]
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not low <= value <= high:
+        raise ConfigError(f"{prefix}: got {show(value)}, expected an integer from {low} to {high}")
+
+
+def check_select_layers(value: Any, where: str = "") -> tuple[int, ...]:
+    """Strictly ascending layer numbers, at least one; their upper end is checked with the model."""
+    prefix = f"{where}: select_layers" if where else "select_layers"
+    expected = "strictly ascending layer numbers >= 1, for example (2, 13)"
+    if isinstance(value, (str, bytes)) or not isinstance(value, (tuple, list)) or not value:
+        raise ConfigError(f"{prefix}: got {show(value)}, expected {expected}")
+    previous = 0
+    for layer in value:
+        is_int = isinstance(layer, int) and not isinstance(layer, bool)
+        if not is_int or layer <= previous:
+            raise ConfigError(f"{prefix}: got {show(list(value))}, expected {expected}")
+        previous = layer
+    return tuple(value)

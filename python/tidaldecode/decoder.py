@@ -1,0 +1,399 @@
+"""Decoder: a model folder in memory, ready to continue texts. The package's front door.
+
+The walk from model_dir to text: model_folder.py reads the folder, plans.py chooses the layers that
+select positions, the C++ engine (cpp/include/tidal/decoder.h) loads the weights and runs every
+step; tokenizer.py and detokenizer.py stand between text and token ids. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tidaldecode import _core
+from tidaldecode.batch import PrefillProgress, make_requests, plan_waves, run_wave
+from tidaldecode.config import DecodeConfig
+from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
+from tidaldecode.errors import ConfigError, InvalidArgument
+from tidaldecode.model_config import ModelConfig
+from tidaldecode.model_folder import ModelFolder, read_model_folder
+from tidaldecode.plans import choose_plan
+from tidaldecode.prompts import check_token_ids, encode_prompts
+from tidaldecode.results import GenerationResult
+from tidaldecode.sampling import SamplingSettings, check_sampling
+from tidaldecode.stream import TextStream
+from tidaldecode.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tidaldecode.sampling import SamplingOptions
+
+_logger = logging.getLogger("tidaldecode")
+
+LoadProgress = Callable[[int, int], None]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Decoder:
+    """A language model on a device.
+
+    Example:
+        >>> decoder = Decoder("path/to/model")
+        >>> decoder.generate("The capital of France is", max_new_tokens=8).text
+
+    Args:
+        model_dir: a local Hugging Face model folder (llama, mistral, qwen2, qwen3; safetensors).
+        config: all settings as one value, instead of the keyword options.
+        progress: called with (bytes done, bytes in all) while the weights are loaded.
+        options: the fields of DecodeConfig, where each is explained; None takes the value of the
+            model's plan if one is used, and else the engine's default.
+
+    Raises:
+        ConfigError: the folder's configuration or an option is impossible or not supported.
+        WeightsError: weights are missing, damaged or of the wrong shape.
+        UnsupportedError: the device is not there, or does not do this model.
+        OutOfMemoryError: the model or its cache does not fit.
+        BackendError: the device failed.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        attention: str = "auto",
+        token_budget: int | None = None,
+        select_layers: Sequence[int] | None = None,
+        full_layers: int | None = None,
+        granularity: str | None = None,
+        pooling: str | None = None,
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
+        sparse_min_context: int | None = None,
+        max_seq_len: int | None = None,
+        max_batch_size: int | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        prefill_chunk: int | None = None,
+        cuda_graphs: bool | None = None,
+        num_threads: int | None = None,
+        config: DecodeConfig | None = None,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        given = locals()
+        options = {field.name: given[field.name] for field in fields(DecodeConfig)}
+        settings = _one_config(config, options)
+        folder = read_model_folder(model_dir)
+        plan = choose_plan(settings, folder)
+        trained_len = folder.model.max_position_embeddings
+        if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
+            _logger.warning(
+                "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor "
+                "text beyond it",
+                settings.max_seq_len,
+                trained_len,
+            )
+        self._folder = folder
+        self._plan_source = plan.source if plan else "dense"
+        self._tokenizer: Tokenizer | None = None
+        # Calls from several threads take turns: together they might not fit.
+        self._turn = threading.RLock()
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._core: _core.Decoder | None = _core.Decoder(
+            core_model(folder.model),
+            core_config(settings, plan, folder),
+            core_weights(folder),
+            progress,
+        )
+
+    # Generation
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        on_prefill: PrefillProgress | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Continues one prompt or several.
+
+        Settings left at None come from the model's generation_config.json; without one decoding is
+        greedy, of at most 256 tokens. More prompts than fit at once run in waves.
+
+        Args:
+            prompt: a text, a list of token ids, or a list of either (a batch).
+            max_new_tokens: most tokens to generate, >= 1. A given number must fit behind the
+                prompt; the default shrinks to the room there is.
+            temperature: 0 is greedy (the highest logit, the lower id on ties), >= 0.
+            top_k: keep the k most likely tokens; 0 or -1 is off.
+            top_p: keep the most likely tokens up to this probability, in (0, 1].
+            min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
+            repetition_penalty: > 0; 1 is off. Counts tokens of prompt and output.
+            seed: of the draws, in [0, 2**64); None is a fresh one for every sequence.
+            stop: strings that end the text; they are cut from it.
+            stop_token_ids: ids that end the text, besides the model's own.
+            ignore_eos: go on after the model's end-of-text tokens.
+            on_prefill: called with (tokens done, tokens in all) while prompts are read.
+
+        Returns: a GenerationResult, or a list of them for a list of prompts.
+        Raises:
+            InvalidArgument: a prompt or setting is wrong; the message names it.
+            CapacityError: a prompt with its new tokens does not fit; no work has been done.
+        """
+        core = self._open_core()
+        settings = self._check_sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        prompts, is_batch = encode_prompts(
+            prompt, self._text_tokenizer_encode, self._folder.model.vocab_size
+        )
+        decode = self._decode_function(needed=bool(settings.stop))
+        results: list[GenerationResult] = []
+        with self._turn:
+            requests = make_requests(prompts, settings, core)
+            for wave in plan_waves(requests, core):
+                results += run_wave(core, wave, decode, on_prefill)
+        return results if is_batch else results[0]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        on_prefill: PrefillProgress | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextStream:
+        """Continues one prompt; iterate over the result for pieces of text as they come.
+
+        Args:
+            prompt: a text or a list of token ids.
+            on_prefill: called with (tokens done, tokens in all) while the prompt is read.
+            sampling: the settings of generate().
+
+        Raises: as generate(), at the call.
+        """
+        core = self._open_core()
+        settings = self._check_sampling(**sampling)
+        prompts, is_batch = encode_prompts(
+            prompt, self._text_tokenizer_encode, self._folder.model.vocab_size
+        )
+        if is_batch:
+            raise InvalidArgument(
+                f"prompt: got {len(prompts)} prompts, expected one; use generate() for several"
+            )
+        decode = self._text_tokenizer().decode
+        (request,) = make_requests(prompts, settings, core)
+        stream = TextStream(core, request, decode, on_prefill)
+        self._streams.add(stream)
+        return stream
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """The model's answer to a conversation, through the folder's chat template.
+
+        Args:
+            messages: {"role": "user", "content": "..."} each.
+            on_prefill: as in generate().
+            sampling: the settings of generate().
+
+        Raises: ConfigError if the folder has no chat template; else as generate().
+        """
+        result = self.generate(self.render_chat(messages), on_prefill=on_prefill, **sampling)
+        assert isinstance(result, GenerationResult)
+        return result
+
+    def chat_stream(
+        self,
+        messages: Messages,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextStream:
+        """chat(), as pieces of text while they come."""
+        return self.stream(self.render_chat(messages), on_prefill=on_prefill, **sampling)
+
+    def render_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation, up to where the model's answer begins."""
+        self._open_core()
+        return self._text_tokenizer().render_chat(messages)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with what the model wants in front of it (BOS)."""
+        return self._text_tokenizer_encode(text)
+
+    # Looking inside
+
+    def selection(self, sequence: int = 0) -> dict[int, np.ndarray]:
+        """The positions each select layer chose in its last sparse step.
+
+        Args:
+            sequence: index into the prompts of the last call (of its last wave).
+
+        Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
+            of KV heads, query heads or 1, by granularity. Empty if there was no sparse step.
+        """
+        return self._open_core().selection(sequence)
+
+    def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
+        """Logits of the last positions after dense prefill: [last, vocab_size] float32."""
+        core = self._open_core()
+        return core.prefill_logits(self._checked_ids(token_ids), last)
+
+    def step_logits(self, token_ids: Sequence[int], prefill: int) -> np.ndarray:
+        """Logits of decode steps over given tokens (teacher forcing).
+
+        Prefills the first `prefill` ids densely and feeds the others one step at a time through
+        the plan.
+
+        Returns: [len(token_ids) - prefill + 1, vocab_size] float32; row i follows
+            prefill + i ids.
+        """
+        core = self._open_core()
+        return core.decode_logits(self._checked_ids(token_ids), prefill)
+
+    @property
+    def plan(self) -> str:
+        """One letter per layer: F full, S select, s sparse ("FFSssSss")."""
+        return self._open_core().plan
+
+    @property
+    def plan_source(self) -> str:
+        """Where the plan comes from: a file, the table of known models, the caller, or "dense"."""
+        return self._plan_source
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape and settings of the model."""
+        return self._folder.model
+
+    @property
+    def folder(self) -> ModelFolder:
+        """What the model's folder says."""
+        return self._folder
+
+    @property
+    def config(self) -> DecodeConfig:
+        """The settings in use, every automatic one filled in."""
+        return config_in_use(self._open_core().config)
+
+    @property
+    def num_free_pages(self) -> int:
+        """KV pages that no running sequence holds."""
+        return self._open_core().num_free_pages
+
+    def memory_use(self) -> dict[str, int]:
+        """Bytes of weights, KV cache and scratch: weight_bytes, kv_bytes, scratch_bytes."""
+        return self._open_core().memory_use()
+
+    # Lifetime
+
+    def close(self) -> None:
+        """Frees the model and ends its streams. Any later use is an error."""
+        if self._core is None:
+            return
+        for stream in list(self._streams):
+            stream.close()
+        self._core = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._core is None:
+            return f"Decoder({str(self._folder.path)!r}, closed)"
+        config = self._core.config
+        return (
+            f"Decoder({str(self._folder.path)!r}, device={config.device!r}, "
+            f"dtype={config.dtype!r}, plan={self._core.plan!r})"
+        )
+
+    # Inner parts
+
+    def _open_core(self) -> _core.Decoder:
+        if self._core is None:
+            raise InvalidArgument("decoder: it is closed; create a new Decoder")
+        return self._core
+
+    def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> SamplingSettings:
+        try:
+            return check_sampling(
+                defaults=self._folder.generation,
+                eos_token_ids=self._folder.eos_token_ids,
+                vocab_size=self._folder.model.vocab_size,
+                **sampling,
+            )
+        except TypeError as cause:  # an unknown setting, named by Python
+            raise TypeError(str(cause).replace("check_sampling()", "sampling settings")) from None
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        return check_token_ids(token_ids, self._folder.model.vocab_size)
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._folder.path, self._folder.model.vocab_size)
+        return self._tokenizer
+
+    def _text_tokenizer_encode(self, text: str) -> list[int]:
+        return self._text_tokenizer().encode(text)
+
+    def _decode_function(self, *, needed: bool) -> Callable[[Sequence[int]], str] | None:
+        """What turns ids into text; None if the folder has no tokenizer and none is needed."""
+        if needed or Tokenizer.exists(self._folder.path):
+            return self._text_tokenizer().decode
+        return None
+
+
+def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
+    """The keyword options as a DecodeConfig, or the one that was given."""
+    if config is None:
+        return DecodeConfig(**options)
+    if not isinstance(config, DecodeConfig):
+        raise ConfigError(f"config: got a {type(config).__name__}, expected a DecodeConfig")
+    defaults = {field.name: field.default for field in fields(DecodeConfig)}
+    both = [name for name, value in options.items() if value != defaults[name]]
+    if both:
+        raise ConfigError(
+            f"config: given together with {', '.join(both)}; expected one of the two ways"
+        )
+    return config

@@ -1,0 +1,100 @@
+"""From the package's values to the engine's: device, model, settings and weights.
+
+Called by decoder.py once per Decoder. Here "auto" gets its meaning.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+
+from tidaldecode import _core
+from tidaldecode.config import DecodeConfig
+from tidaldecode.model_config import ModelConfig
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.plans import Plan
+from tidaldecode.weight_files import WEIGHT_DTYPES
+
+# Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
+_ZERO_IS_AUTO = ("max_seq_len", "num_pages", "prefill_chunk", "num_threads")
+# Fields whose value here is not simply the engine's.
+_TRANSLATED = ("device", "dtype", "kv_dtype", "attention", "select_layers")
+
+
+def resolve_device(device: str) -> str:
+    """Makes "auto" definite: the first CUDA device that works, else the CPU.
+
+    A device asked for by name stays as it is; the engine says why if it cannot be used.
+    """
+    if device != "auto":
+        return device
+    usable = [entry["name"] for entry in _core.list_devices() if entry["available"]]
+    return next((name for name in usable if name.startswith("cuda")), "cpu")
+
+
+def core_model(model: ModelConfig) -> _core.ModelConfig:
+    """The same values in the engine's type."""
+    rope = _core.RopeConfig()
+    for field in fields(model.rope):
+        value = getattr(model.rope, field.name)
+        setattr(rope, field.name, list(value) if isinstance(value, tuple) else value)
+    result = _core.ModelConfig()
+    for field in fields(model):
+        if field.name != "rope":
+            setattr(result, field.name, getattr(model, field.name))
+    result.rope = rope
+    return result
+
+
+def core_config(
+    settings: DecodeConfig, plan: Plan | None, folder: ModelFolder
+) -> _core.DecodeConfig:
+    """Explicit settings over the plan's over the engine's defaults, and what "auto" means."""
+    config = _core.DecodeConfig()
+    if plan is not None:
+        config.select_layers = list(plan.select_layers)
+        config.full_layers = min(config.full_layers, plan.select_layers[0])
+        for name, value in plan.settings.items():
+            setattr(config, name, value)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in _TRANSLATED and value is not None:
+            setattr(config, field.name, value)
+    config.device = resolve_device(settings.device)
+    on_cpu = config.device == "cpu"
+    dtype, kv_dtype = settings.dtype, settings.kv_dtype
+    if dtype == "auto":
+        dtype = folder.dtype if on_cpu or folder.dtype != "float32" else "bfloat16"
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if on_cpu else dtype
+    config.dtype, config.kv_dtype = dtype, kv_dtype
+    return config
+
+
+def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry]:
+    """Where the engine finds each tensor."""
+    return [
+        _core.WeightFileEntry(
+            entry.name,
+            WEIGHT_DTYPES[entry.dtype],
+            list(entry.shape),
+            os.fsencode(entry.path),
+            entry.file_offset,
+        )
+        for entry in folder.weights
+    ]
+
+
+def config_in_use(core: _core.DecodeConfig) -> DecodeConfig:
+    """The engine's settings as a DecodeConfig, every automatic one filled in."""
+    select_layers = tuple(core.select_layers) or None
+    values = {
+        field.name: getattr(core, field.name)
+        for field in fields(DecodeConfig)
+        if field.name not in ("attention", "select_layers")
+    }
+    for name in _ZERO_IS_AUTO:
+        values[name] = values[name] or None
+    return DecodeConfig(
+        attention="tidal" if select_layers else "full", select_layers=select_layers, **values
+    )

@@ -1,0 +1,108 @@
+"""What `tidaldecode info` prints: the installation, and a model folder without loading it."""
+
+from __future__ import annotations
+
+import platform
+
+from rich.console import Console
+from rich.table import Table
+
+from tidaldecode import _core
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, plan_letters
+from tidaldecode.terminal import one_line
+from tidaldecode.tokenizer import Tokenizer
+
+_GIB = 1024**3
+_LABEL_WIDTH = 16
+
+
+def _print_pairs(console: Console, title: str, pairs: list[tuple[str, str]]) -> None:
+    """Two columns under a title; long values wrap inside theirs."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, min_width=_LABEL_WIDTH)
+    grid.add_column(overflow="fold")
+    for label, value in pairs:
+        grid.add_row("  " + one_line(label), one_line(value))
+    console.print(title, style="bold")
+    console.print(grid)
+
+
+def show_installation(console: Console) -> None:
+    """Version, devices and libraries, and why a backend is off."""
+    versions = [
+        ("tidaldecode", _core.version()),
+        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("CUDA backend", _core.cuda_build()),
+    ]
+    _print_pairs(console, "Versions", versions)
+    devices = []
+    for entry in _core.list_devices():
+        state = entry["hardware"] if entry["available"] else f"off: {entry['reason']}"
+        if entry["memory_bytes"]:
+            free = entry["free_bytes"] / _GIB
+            state += f", {free:.1f} of {entry['memory_bytes'] / _GIB:.1f} GiB free"
+        devices.append((entry["name"], state))
+    _print_pairs(console, "Devices", devices)
+    _print_pairs(console, "Libraries", _core.list_libraries())
+
+
+def show_model(console: Console, folder: ModelFolder) -> None:
+    """What a folder holds, from its JSON files and weight headers.
+
+    Raises: ConfigError for a plan file that is wrong.
+    """
+    _print_pairs(console, "Model", _describe(folder))
+
+
+def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
+    model = folder.model
+    num_weights = sum(_num_elements(entry.shape) for entry in folder.weights)
+    num_files = len({entry.path for entry in folder.weights})
+    kv_values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    rope = model.rope
+    scaling = "" if rope.type == "default" else f", {rope.type}"
+    if rope.type not in ("default", "longrope"):
+        scaling += f" x{rope.factor:g}"
+    plan = find_plan(folder)
+    plan_text = f"none; {HOW_TO_CHOOSE}"
+    if plan is not None:
+        letters = plan_letters(model.num_layers, plan.select_layers)
+        budget = plan.settings.get("token_budget") or _core.DecodeConfig().token_budget
+        plan_text = f"{letters}, token budget {budget} ({plan.source})"
+    return [
+        ("name", f"{folder.name} ({folder.family})"),
+        ("parameters", f"{num_weights / 1e6:,.1f} million"),
+        (
+            "weights",
+            f"{folder.weight_bytes / 1e6:,.1f} MB, {folder.dtype}, "
+            f"{num_files} {'file' if num_files == 1 else 'files'}",
+        ),
+        ("layers", f"{model.num_layers}, hidden {model.hidden_size}, "
+                   f"MLP {model.intermediate_size}"),
+        ("heads", f"{model.num_q_heads} query, {model.num_kv_heads} KV, size {model.head_dim}"),
+        ("positions", f"{model.max_position_embeddings:,}, RoPE base {rope.theta:g}{scaling}"),
+        ("vocabulary", f"{model.vocab_size:,}, tokenizer: "
+                       f"{'yes' if Tokenizer.exists(folder.path) else 'none'}"),
+        ("end of text", ", ".join(map(str, folder.eos_token_ids)) or "no token"),
+        ("KV cache", f"{2 * kv_values:,} bytes per token in 16 bits"),
+        ("sampling", _describe_sampling(folder)),
+        ("plan", plan_text),
+    ]  # fmt: skip
+
+
+def _describe_sampling(folder: ModelFolder) -> str:
+    defaults = folder.generation
+    if defaults.temperature == 0.0:
+        return f"greedy, {defaults.max_new_tokens} new tokens"
+    return (
+        f"temperature {defaults.temperature:g}, top_k {defaults.top_k}, "
+        f"top_p {defaults.top_p:g}, {defaults.max_new_tokens} new tokens"
+    )
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,94 @@
+"""A Hugging Face model folder on disk, read and checked: the first stop from model_dir to text.
+
+decoder.py hands what is found here to the C++ engine. Nothing in a folder is executed, nothing is
+downloaded, and no tensor is read yet.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tidaldecode.errors import ConfigError, show
+from tidaldecode.generation_defaults import GenerationDefaults, read_generation_defaults
+from tidaldecode.model_config import ModelConfig, read_checkpoint_config
+from tidaldecode.safetensors_header import TensorEntry
+from tidaldecode.weight_files import WEIGHT_DTYPES, find_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """What a folder says about its model."""
+
+    path: Path
+    family: str
+    name: str  # the model's own name if the config gives one, else the folder's
+    dtype: str  # "float32", "bfloat16" or "float16"
+    model: ModelConfig
+    generation: GenerationDefaults
+    eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json, ascending
+    weights: tuple[TensorEntry, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(entry.num_bytes for entry in self.weights)
+
+
+def read_model_folder(model_dir: str | os.PathLike[str]) -> ModelFolder:
+    """Reads config.json, generation_config.json and the headers of the weight files.
+
+    Args:
+        model_dir: a local folder.
+
+    Raises:
+        ConfigError: no such folder, or a configuration that is damaged or not supported.
+        WeightsError: weight files that are missing, damaged or do not fit the configuration.
+    """
+    path = _resolve_folder(model_dir)
+    checkpoint = read_checkpoint_config(path / "config.json")
+    generation = read_generation_defaults(
+        path / "generation_config.json", checkpoint.model.vocab_size
+    )
+    weights = find_weights(path, checkpoint.model)
+    # The config's word counts, as in transformers; files alone decide only where it is silent.
+    dtype = checkpoint.dtype or WEIGHT_DTYPES[weights[0].dtype]
+    return ModelFolder(
+        path=path,
+        family=checkpoint.family,
+        name=checkpoint.name or path.name,
+        dtype=dtype,
+        model=checkpoint.model,
+        generation=generation,
+        eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
+        weights=tuple(weights),
+    )
+
+
+def demo_model_dir() -> Path:
+    """The folder of the embedded model: 6.8M parameters, with a plan beside it."""
+    return Path(__file__).parent / "models" / "tidal-demo"
+
+
+def _resolve_folder(model_dir: str | os.PathLike[str]) -> Path:
+    try:
+        path = Path(model_dir)
+        is_folder = path.is_dir()
+        exists = path.exists()
+    except (TypeError, ValueError) as cause:
+        raise ConfigError(f"model_dir: got {show(model_dir)}, expected a folder's path") from cause
+    except OSError as cause:
+        raise ConfigError(f"model_dir: {show(model_dir, 200)}: {cause.strerror}") from cause
+    if is_folder:
+        if not (path / "config.json").is_symlink() and not (path / "config.json").exists():
+            raise ConfigError(f"{path}: no config.json in it; expected a Hugging Face model folder")
+        return path
+    if exists:
+        raise ConfigError(f"{path}: is a file; expected the folder that holds config.json")
+    name = str(model_dir)
+    hint = ""
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        local = name.split("/")[1]
+        hint = f"; to download it from the Hugging Face hub: hf download {name} --local-dir {local}"
+    raise ConfigError(f"{show(name, 200)}: no such folder; expected a local model folder{hint}")

@@ -1,0 +1,61 @@
+"""What a call gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tidaldecode import _core
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """How long a sequence took."""
+
+    time_to_first_token_s: float  # from the start of its call (of its wave, in a large batch)
+    decode_tokens_per_s: float  # from the first token to the last; 0 for a single token
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """One continued prompt."""
+
+    text: str | None  # of the new tokens, cut before what stopped it; None without a tokenizer
+    token_ids: tuple[int, ...]  # the new tokens; a stop token is the last of them
+    finish_reason: str  # "stop", "length", "abort" or "error"
+    stop_reason: str | int | None  # the stop string or token id if finish_reason is "stop"
+    prompt_tokens: int
+    timings: Timings
+    error: str | None = None  # what went wrong if finish_reason is "error"
+
+
+def make_result(
+    core: _core.SequenceResult,
+    *,
+    text: str | None,
+    matched_stop: str | None,
+    stop_token_ids: Collection[int],
+) -> GenerationResult:
+    """The engine's account of a sequence together with its text."""
+    token_ids = tuple(core.token_ids)
+    finish_reason = "stop" if matched_stop is not None else core.finish_reason or "abort"
+    stop_reason: str | int | None = matched_stop
+    if finish_reason == "stop" and stop_reason is None and token_ids[-1] in stop_token_ids:
+        stop_reason = token_ids[-1]
+    steps = len(token_ids) - 1
+    return GenerationResult(
+        text=text,
+        token_ids=token_ids,
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        prompt_tokens=core.prompt_tokens,
+        timings=Timings(
+            time_to_first_token_s=core.time_to_first_token_s,
+            decode_tokens_per_s=steps / core.decode_s if steps > 0 and core.decode_s > 0 else 0.0,
+            total_s=core.time_to_first_token_s + core.decode_s,
+        ),
+        error=core.error or None,
+    )

@@ -1,0 +1,220 @@
+"""Rotary position embedding: from the forms Hugging Face configs use to one checked value.
+
+Called by model_config.py. The old form is `rope_theta` + `rope_scaling {type or rope_type, ...}`,
+the new one `rope_parameters {rope_type, rope_theta, ...}`, possibly nested per layer type. Which
+value wins where both are given follows transformers 5 (modeling_rope_utils.py). What the numbers
+mean is in cpp/src/model/rope.cc.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidaldecode.errors import ConfigError, show
+from tidaldecode.fields import read_bool, read_float, read_int
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+_MAX_POSITIONS = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Fields and meaning of C++ RopeConfig (cpp/include/tidal/config.h)."""
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+def read_rope(
+    raw: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int, where: str
+) -> RopeConfig:
+    """The rotary embedding a config.json asks for.
+
+    Args:
+        raw: the whole config.json.
+        head_dim: checked against the lengths of longrope's factor lists.
+        max_position_embeddings: stands in for an absent original length, as in transformers.
+        where: the file, for messages.
+
+    Raises: ConfigError for an unknown type, a missing key or a value out of range.
+    """
+    parameters, name = _find_parameters(raw, where)
+    inside = f"{where}: {name}"
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
+        )
+    _check_partial_rotary(raw, parameters, where)
+    theta_source = parameters if parameters.get("rope_theta") is not None else raw
+    theta = read_float(theta_source, "rope_theta", where=where, default=10000.0)
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    if rope_type in ("linear", "dynamic"):
+        factor = read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True)
+        return RopeConfig(type=rope_type, theta=theta, factor=factor)
+    original = _original_length(raw, parameters, max_position_embeddings, where, inside)
+    if rope_type == "llama3":
+        return _read_llama3(parameters, theta, original, inside)
+    ratio = max(1.0, max_position_embeddings / original)
+    if rope_type == "yarn":
+        return _read_yarn(parameters, theta, original, ratio, inside)
+    return _read_longrope(parameters, theta, original, ratio, head_dim, inside)
+
+
+def _find_parameters(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+    """The flat RoPE dictionary and the name of the field it came from."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    parameters = raw.get(name)
+    if parameters is None:
+        return {}, name
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"{where}: {name}: got {show(parameters)}, expected an object")
+    nested = [key for key in parameters if key in _LAYER_TYPES]
+    if not nested:
+        return parameters, name
+    # Only full attention gets this far (model_config.py refuses other layers), so one entry counts.
+    full = parameters.get("full_attention")
+    if not isinstance(full, Mapping):
+        raise ConfigError(
+            f"{where}: {name}: given per layer type ({', '.join(nested)}) without an object for "
+            "full_attention; expected one set of parameters for all layers"
+        )
+    return full, f"{name}.full_attention"
+
+
+def _check_partial_rotary(
+    raw: Mapping[str, Any], parameters: Mapping[str, Any], where: str
+) -> None:
+    for source in (parameters, raw):
+        share = read_float(source, "partial_rotary_factor", where=where, default=1.0)
+        if share != 1.0:
+            raise ConfigError(
+                f"{where}: partial_rotary_factor: got {share:g}, expected 1: heads that are "
+                "rotated only in part are not supported"
+            )
+
+
+def _original_length(
+    raw: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    max_position_embeddings: int,
+    where: str,
+    inside: str,
+) -> int:
+    """The length trained before scaling: the top-level value wins, then the dictionary's."""
+    key = "original_max_position_embeddings"
+    fallback = read_int(
+        parameters, key, low=1, high=_MAX_POSITIONS, where=inside, default=max_position_embeddings
+    )
+    original: int = read_int(raw, key, low=1, high=_MAX_POSITIONS, where=where, default=fallback)
+    return original
+
+
+def _read_llama3(
+    parameters: Mapping[str, Any], theta: float, original: int, inside: str
+) -> RopeConfig:
+    low = read_float(parameters, "low_freq_factor", where=inside)
+    high = read_float(parameters, "high_freq_factor", where=inside)
+    if high <= low:
+        raise ConfigError(
+            f"{inside}: high_freq_factor: got {high:g}, expected more than low_freq_factor {low:g}"
+        )
+    return RopeConfig(
+        type="llama3",
+        theta=theta,
+        factor=read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
+    )
+
+
+def _read_yarn(
+    parameters: Mapping[str, Any], theta: float, original: int, ratio: float, inside: str
+) -> RopeConfig:
+    if theta <= 1.0:
+        raise ConfigError(f"{inside}: rope_theta: got {theta:g}, expected more than 1 for yarn")
+    fast = read_float(parameters, "beta_fast", where=inside, default=32.0)
+    slow = read_float(parameters, "beta_slow", where=inside, default=1.0)
+    if fast < slow:
+        raise ConfigError(
+            f"{inside}: beta_fast: got {fast:g}, expected at least beta_slow {slow:g}"
+        )
+
+    def scale(key: str) -> float:
+        value: float = read_float(parameters, key, where=inside, default=0.0, low_is_allowed=True)
+        return value
+
+    return RopeConfig(
+        type="yarn",
+        theta=theta,
+        factor=read_float(
+            parameters, "factor", where=inside, low=1.0, low_is_allowed=True, default=ratio
+        ),
+        original_max_position_embeddings=original,
+        attention_factor=read_float(parameters, "attention_factor", where=inside, default=None),
+        beta_fast=fast,
+        beta_slow=slow,
+        mscale=scale("mscale"),
+        mscale_all_dim=scale("mscale_all_dim"),
+        truncate=read_bool(parameters, "truncate", where=inside, default=True),
+    )
+
+
+def _read_longrope(
+    parameters: Mapping[str, Any],
+    theta: float,
+    original: int,
+    ratio: float,
+    head_dim: int,
+    inside: str,
+) -> RopeConfig:
+    if original < 2:  # the attention factor divides by its logarithm
+        raise ConfigError(
+            f"{inside}: original_max_position_embeddings: got {original}, expected at least 2"
+        )
+    return RopeConfig(
+        type="longrope",
+        theta=theta,
+        factor=read_float(
+            parameters, "factor", where=inside, low=1.0, low_is_allowed=True, default=ratio
+        ),
+        original_max_position_embeddings=original,
+        attention_factor=read_float(parameters, "attention_factor", where=inside, default=None),
+        short_factor=_factor_list(parameters, "short_factor", head_dim, inside),
+        long_factor=_factor_list(parameters, "long_factor", head_dim, inside),
+    )
+
+
+def _factor_list(
+    parameters: Mapping[str, Any], key: str, head_dim: int, inside: str
+) -> tuple[float, ...]:
+    values = parameters.get(key)
+    expected = f"a list of {head_dim // 2} numbers > 0 (head_dim {head_dim} / 2)"
+    if not isinstance(values, list):
+        raise ConfigError(f"{inside}: {key}: got {show(values)}, expected {expected}")
+    if len(values) != head_dim // 2:
+        raise ConfigError(f"{inside}: {key}: got {len(values)} numbers, expected {expected}")
+    for value in values:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # The upper bound keeps an integer of a thousand digits out of float().
+        if not is_number or not 0 < value < 1e30 or not math.isfinite(value):
+            raise ConfigError(f"{inside}: {key}: got {show(value)} in it, expected {expected}")
+    return tuple(float(value) for value in values)

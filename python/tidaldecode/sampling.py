@@ -1,0 +1,193 @@
+"""How one call wants its tokens chosen, checked before any work is done.
+
+Called by decoder.py. Settings a call leaves out come from generation_config.json
+(generation_defaults.py). What the numbers do is in cpp/src/decode/sampler.cc.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from tidaldecode.errors import InvalidArgument, show
+from tidaldecode.generation_defaults import GenerationDefaults
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+# Below it a softmax in float32 has one non-zero entry anyway; greedy says so without dividing.
+_GREEDY_BELOW = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Checked settings of one call, every default filled in but the ones per prompt."""
+
+    max_new_tokens: int
+    max_new_tokens_is_explicit: bool  # a default shrinks to the room there is, a request does not
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None  # None: a fresh one for every sequence
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+    def draw_seed(self) -> int:
+        """The seed of one sequence, from the system's randomness unless one was given."""
+        return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The settings of a call as keyword options; Decoder.generate explains each."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool
+
+
+def check_sampling(
+    *,
+    defaults: GenerationDefaults,
+    eos_token_ids: Iterable[int],
+    vocab_size: int,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    ignore_eos: bool = False,
+) -> SamplingSettings:
+    """Checks the settings of a call and fills in the model's defaults.
+
+    Raises: InvalidArgument naming the field, what was got and what was expected.
+    """
+    if not isinstance(ignore_eos, bool):
+        raise InvalidArgument(f"ignore_eos: got {show(ignore_eos)}, expected True or False")
+    heat = _number("temperature", temperature, defaults.temperature, low=0.0)
+    limit = _integer("max_new_tokens", max_new_tokens, defaults.max_new_tokens, low=1)
+    own_stops = _stop_token_ids(stop_token_ids, vocab_size)
+    ends = () if ignore_eos else tuple(eos_token_ids)
+    return SamplingSettings(
+        max_new_tokens=limit,
+        max_new_tokens_is_explicit=max_new_tokens is not None,
+        temperature=0.0 if heat < _GREEDY_BELOW else heat,
+        top_k=min(max(0, _integer("top_k", top_k, defaults.top_k, low=-1)), vocab_size),
+        top_p=_number("top_p", top_p, defaults.top_p, low=0.0, high=1.0, open_low=True),
+        min_p=_number("min_p", min_p, defaults.min_p, low=0.0, high=1.0),
+        repetition_penalty=_number(
+            "repetition_penalty",
+            repetition_penalty,
+            defaults.repetition_penalty,
+            low=0.0,
+            open_low=True,
+        ),
+        seed=None if seed is None else _integer("seed", seed, 0, low=0, high=2**64 - 1),
+        stop=_stop_strings(stop),
+        stop_token_ids=tuple(sorted({*ends, *own_stops})),
+    )
+
+
+def as_index(value: Any) -> int | None:
+    """`value` as an int if it is one in kind (numpy's included, bool and float not), else None."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _integer(name: str, value: Any, default: int, *, low: int, high: int = 2**31 - 1) -> int:
+    if value is None:
+        return default
+    number = as_index(value)
+    if number is None or not low <= number <= high:
+        raise InvalidArgument(
+            f"{name}: got {show(value)}, expected an integer from {low} to {high}"
+        )
+    return number
+
+
+def _number(
+    name: str,
+    value: Any,
+    default: float,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> float:
+    if value is None:
+        return default
+    relation = ">" if open_low else ">="
+    limit = "" if high == math.inf else f" and <= {high:g}"
+    problem = InvalidArgument(
+        f"{name}: got {show(value)}, expected a finite number {relation} {low:g}{limit}"
+    )
+    if isinstance(value, (bool, str, bytes)):
+        raise problem
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise problem from None
+    in_range = (number > low if open_low else number >= low) and number <= high
+    if not (math.isfinite(number) and in_range):
+        raise problem
+    return number
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes):
+        raise InvalidArgument(f"stop: got {show(stop)}, expected a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidArgument(
+            f"stop: got {len(strings)} strings, expected at most {MAX_STOP_STRINGS}"
+        )
+    for text in strings:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
+            size = f" ({len(text)} characters)" if isinstance(text, str) else ""
+            raise InvalidArgument(
+                f"stop: got {show(text)}{size}, "
+                f"expected strings of 1 to {MAX_STOP_CHARS} characters"
+            )
+    return tuple(strings)
+
+
+def _stop_token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    expected = f"integers from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise InvalidArgument(f"stop_token_ids: got {show(ids)}, expected a list of {expected}")
+    values = list(ids)
+    if len(values) > MAX_STOP_TOKEN_IDS:
+        raise InvalidArgument(
+            f"stop_token_ids: got {len(values)} ids, expected at most {MAX_STOP_TOKEN_IDS}"
+        )
+    result = []
+    for value in values:
+        token_id = as_index(value)
+        if token_id is None or not 0 <= token_id < vocab_size:
+            raise InvalidArgument(f"stop_token_ids: got {show(value)}, expected {expected}")
+        result.append(token_id)
+    return tuple(result)

@@ -1,0 +1,103 @@
+"""Text while it is generated: one sequence, advanced step by step as its reader asks for more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+from tidaldecode import _core
+from tidaldecode.batch import Decode, PrefillProgress, Request
+from tidaldecode.detokenizer import TextAssembler
+from tidaldecode.results import GenerationResult, make_result
+
+
+class TextStream(Iterator[str]):
+    """An iterator over the pieces of a text; `result` holds the whole once it has ended.
+
+    Pieces never split a character and never hold part of a stop string; joined they are
+    `result.text`. Closing the stream (or leaving its `with` block, or the interpreter dropping it)
+    ends the sequence and frees its pages at once.
+    """
+
+    def __init__(
+        self,
+        core: _core.Decoder,
+        request: Request,
+        decode: Decode,
+        on_prefill: PrefillProgress | None = None,
+    ) -> None:
+        """Reserves the sequence's pages; Decoder.stream makes these."""
+        self.result: GenerationResult | None = None
+        self.token_ids: list[int] = []  # the tokens so far
+        self._stop_token_ids = frozenset(request.settings.stop_token_ids)
+        self._assembler = TextAssembler(decode, request.prompt_ids, request.settings.stop)
+        self._on_prefill = on_prefill
+        self._pieces: list[str] = []
+        self._generation: _core.Generation | None = core.start(
+            [request.prompt_ids], [request.core_params()]
+        )
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> str:
+        """The next piece of text; runs as many steps as it takes to have one."""
+        try:
+            while self._generation is not None:
+                piece = self._advance(self._generation)
+                if piece:
+                    self._pieces.append(piece)
+                    return piece
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def _advance(self, generation: _core.Generation) -> str:
+        events = generation.advance()
+        done, total = generation.prefill_progress
+        if self._on_prefill is not None and not self.token_ids:
+            self._on_prefill(done, total)
+        piece = ""
+        for _, token_id in events:
+            self.token_ids.append(token_id)
+            if token_id not in self._stop_token_ids:
+                piece += self._assembler.push(token_id)
+            if self._assembler.matched_stop is not None:
+                generation.stop(0, "stop")
+        if generation.done:
+            piece += self._assembler.finish()
+            self._end(piece)
+        return piece
+
+    def _end(self, last_piece: str) -> None:
+        """Makes the result and frees the sequence; does nothing the second time."""
+        generation, self._generation = self._generation, None
+        if generation is None:
+            return
+        generation.close()
+        self.result = make_result(
+            generation.results()[0],
+            text="".join(self._pieces) + last_piece,
+            matched_stop=self._assembler.matched_stop,
+            stop_token_ids=self._stop_token_ids,
+        )
+
+    def close(self) -> None:
+        """Ends the sequence where it is (finish_reason "abort") and frees its pages."""
+        self._end("")
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_generation", None) is not None:
+            self.close()

@@ -1,0 +1,195 @@
+"""The weight files of a folder: which there are, and where each tensor the model needs lies.
+
+Called by model_folder.py. One model.safetensors, or shards with an index. The tensors' bytes are
+read by the C++ engine, which also checks every shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tidaldecode.errors import WeightsError, show
+from tidaldecode.json_file import read_json_object
+from tidaldecode.model_config import ModelConfig
+from tidaldecode.safetensors_header import TensorEntry, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# safetensors' names of the types the engine computes with, and the engine's own.
+WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# A file of the folder itself: no separators, so no way out of it; links are left to the system
+# (the Hugging Face cache is made of them).
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
+_USUAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# Buffers old versions of transformers stored with the weights; they follow from the config.
+_IGNORED_TENSOR = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias|lm_head\.weight")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_MAX_NAMES_SHOWN = 5
+
+
+def expected_tensor_names(model: ModelConfig) -> list[str]:
+    """The names of the tensors a model needs, as Hugging Face spells them."""
+    names = ["model.embed_tokens.weight"]
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        names.append(f"{prefix}.input_layernorm.weight")
+        for part in ("q_proj", "k_proj", "v_proj"):
+            names.append(f"{prefix}.self_attn.{part}.weight")
+            if model.qkv_bias:
+                names.append(f"{prefix}.self_attn.{part}.bias")
+        names.append(f"{prefix}.self_attn.o_proj.weight")
+        if model.o_bias:
+            names.append(f"{prefix}.self_attn.o_proj.bias")
+        if model.qk_norm:
+            names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
+        names.append(f"{prefix}.post_attention_layernorm.weight")
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            names.append(f"{prefix}.mlp.{part}.weight")
+            if model.mlp_bias:
+                names.append(f"{prefix}.mlp.{part}.bias")
+    names.append("model.norm.weight")
+    if not model.tie_word_embeddings:
+        names.append("lm_head.weight")
+    return names
+
+
+def find_weights(folder: Path, model: ModelConfig) -> list[TensorEntry]:
+    """Where each tensor of the model lies, in file order.
+
+    Args:
+        folder: a Hugging Face model folder.
+        model: decides which tensors are needed.
+
+    Raises: WeightsError for files that are missing, damaged or only pickled, an index that does
+        not fit them, or tensors that are missing, unknown or of another type.
+    """
+    if _exists(folder / SINGLE_FILE):
+        entries = read_header(folder / SINGLE_FILE)
+    elif _exists(folder / INDEX_FILE):
+        entries = _read_shards(folder)
+    else:
+        raise WeightsError(_explain_no_weights(folder))
+    return _select(entries, model, folder)
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first few of many names, for a message."""
+    ordered = sorted(names)
+    shown = ", ".join(show(name, 120) for name in ordered[:_MAX_NAMES_SHOWN])
+    rest = len(ordered) - _MAX_NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _exists(path: Path) -> bool:
+    """True for anything at `path`, a broken link included: opening it then says what is wrong."""
+    return path.is_symlink() or path.exists()
+
+
+def _explain_no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder}: holds only pickled weights ({list_names(pickles)}), which can run code "
+            'and are never read; convert them once: python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('OUT')\""
+        )
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    found = f"; GGUF files ({list_names(gguf)}) are not read" if gguf else ""
+    return f"{folder}: no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards{found}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """{tensor name: shard name}, every shard name a plain file name."""
+    weight_map: Any = read_json_object(path, WeightsError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(
+            f"{path}: weight_map: got {show(weight_map)}, "
+            "expected an object of tensor and file names"
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise WeightsError(
+                f"{path}: weight_map: got the file name {show(shard)}, expected a plain "
+                "*.safetensors name in the same folder"
+            )
+    return weight_map
+
+
+def _read_shards(folder: Path) -> list[TensorEntry]:
+    index_path = folder / INDEX_FILE
+    weight_map = _read_index(index_path)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not _exists(folder / shard)]
+    if missing:
+        raise WeightsError(
+            f"{index_path}: names files that are not there: {list_names(missing)}; "
+            "is the download complete?"
+        )
+    present = {path.name for path in folder.iterdir() if _USUAL_SHARD.fullmatch(path.name)}
+    extra = present.difference(shards)
+    if extra:
+        raise WeightsError(
+            f"{index_path}: does not name the shards {list_names(extra)} beside it; "
+            "remove files of another download"
+        )
+    found: dict[str, TensorEntry] = {}
+    entries = [entry for shard in shards for entry in read_header(folder / shard)]
+    for entry in entries:
+        if entry.name in found:
+            first = found[entry.name].path.name
+            raise WeightsError(
+                f"{index_path}: tensor {show(entry.name, 120)} is in two files: {first} and "
+                f"{entry.path.name}"
+            )
+        found[entry.name] = entry
+    _check_index(index_path, weight_map, found)
+    return entries
+
+
+def _check_index(path: Path, weight_map: dict[str, str], found: dict[str, TensorEntry]) -> None:
+    absent = [name for name in weight_map if name not in found]
+    if absent:
+        raise WeightsError(f"{path}: names tensors that are in no file: {list_names(absent)}")
+    unlisted = [name for name in found if name not in weight_map]
+    if unlisted:
+        raise WeightsError(f"{path}: does not name the tensors {list_names(unlisted)} in its files")
+    for name, shard in weight_map.items():
+        if found[name].path.name != shard:
+            raise WeightsError(
+                f"{path}: tensor {show(name, 120)} is in {found[name].path.name}, "
+                f"but the index says {shard}"
+            )
+
+
+def _select(entries: list[TensorEntry], model: ModelConfig, folder: Path) -> list[TensorEntry]:
+    """The entries the model needs; everything else must be known to be harmless."""
+    needed = set(expected_tensor_names(model))
+    missing = needed.difference(entry.name for entry in entries)
+    if missing:
+        hint = ""
+        if missing == {"lm_head.weight"}:
+            hint = "; does config.json lack tie_word_embeddings: true?"
+        raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
+    unknown = [
+        entry.name
+        for entry in entries
+        if entry.name not in needed and not _IGNORED_TENSOR.fullmatch(entry.name)
+    ]
+    if unknown:
+        raise WeightsError(
+            f"{folder}: tensors the model has no place for: {list_names(unknown)}; "
+            "config.json and the weights do not belong together"
+        )
+    selected = [entry for entry in entries if entry.name in needed]
+    for entry in selected:
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise WeightsError(
+                f"{entry.path}: tensor {show(entry.name, 120)}: dtype {entry.dtype}, "
+                f"expected {', '.join(WEIGHT_DTYPES)}"
+            )
+    return selected

@@ -1,0 +1,145 @@
+// The fixture of all op tests: one backend per test, chosen by the test's parameter, and tensors
+// that go up from and come down to plain vectors. Tests of a device that is not there are skipped
+// with the reason.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "compare.h"
+#include "reference.h"
+
+namespace tidal::test {
+
+using Shape = std::vector<int64_t>;
+using Bytes = std::vector<uint8_t>;
+
+// A device, and the dtype of weights and cache on it.
+struct BackendCase {
+  DeviceType device = DeviceType::kCpu;
+  DType dtype = DType::kFloat32;
+
+  bool is_cpu() const { return device == DeviceType::kCpu; }
+};
+
+std::string CaseName(const BackendCase& on);  // "cpu_bfloat16"
+
+// Every backend with every dtype it runs: CPU float32, bfloat16, float16; CUDA bfloat16, float16.
+std::vector<BackendCase> AllBackends();
+// Every device once, for ops that meet no weights.
+std::vector<BackendCase> EachDevice();
+
+// Why the device cannot be used; empty if it can.
+std::string WhyUnavailable(DeviceType device);
+
+// `values` after a round trip through dtype: what both the backend and the reference are given.
+Values Rounded(Values values, DType dtype);
+Bytes Encode(const Values& values, DType dtype);
+Values Decode(const Bytes& bytes, DType dtype);
+
+// Random test data; the same seed gives the same data.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+
+  Values Normal(int64_t count, DType dtype, double stddev = 1.0, double mean = 0.0);
+  Ints Below(int64_t count, int32_t limit);   // uniform in [0, limit)
+  Ints Permutation(int64_t count);            // of 0 .. count - 1
+  Ints Subset(int64_t count, int64_t limit);  // ascending, distinct, of 0 .. limit - 1
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+class BackendFixture : public ::testing::Test {
+ protected:
+  // Limits that every op test fits in unless it says otherwise.
+  static StepLimits SmallLimits(DType dtype);
+
+  // Makes the backend of `on` and reserves it for `limits`.
+  void Open(const BackendCase& on, const StepLimits& limits);
+
+  Backend& backend() { return *backend_; }
+  DType act() const { return act_; }
+  const BackendCase& on() const { return on_; }
+
+  // Device tensors; they live until the test ends.
+  TensorView Put(const Values& values, DType dtype, const Shape& shape);
+  TensorView PutInts(const Ints& values, const Shape& shape);
+  TensorView PutBytes(const Bytes& bytes, DType dtype, const Shape& shape);
+  // All bytes 0xff: NaN, or -1, wherever an op forgets to write.
+  TensorView Output(DType dtype, const Shape& shape);
+
+  Values Get(const TensorView& tensor);
+  Ints GetInts(const TensorView& tensor);
+  Bytes GetBytes(const TensorView& tensor);
+
+ private:
+  BackendCase on_;
+  DType act_ = DType::kFloat32;
+  std::unique_ptr<Backend> backend_;
+  std::vector<Buffer> buffers_;  // of the backend, so after it: freed first
+};
+
+// A test of one op: the parameter is a backend and the op's own shape. Shape types have a `name`.
+template <typename OpShape>
+struct OpCase {
+  BackendCase on;
+  OpShape shape;
+};
+
+template <typename OpShape>
+std::string CaseName(const OpCase<OpShape>& op_case) {
+  return CaseName(op_case.on) + "_" + op_case.shape.name;
+}
+
+template <typename Case>
+std::string CaseNameOf(const ::testing::TestParamInfo<Case>& info) {
+  return CaseName(info.param);
+}
+
+template <typename OpShape>
+void PrintTo(const OpCase<OpShape>& op_case, std::ostream* out) {
+  *out << CaseName(op_case);
+}
+inline void PrintTo(const BackendCase& on, std::ostream* out) {
+  *out << CaseName(on);
+}
+
+// `everywhere` on all given backends, `cpu_only` on the CPU's.
+template <typename OpShape>
+std::vector<OpCase<OpShape>> Cases(const std::vector<BackendCase>& backends,
+                                   const std::vector<OpShape>& everywhere,
+                                   const std::vector<OpShape>& cpu_only = {}) {
+  std::vector<OpCase<OpShape>> cases;
+  for (const BackendCase& on : backends) {
+    for (const OpShape& shape : everywhere) cases.push_back({on, shape});
+    if (!on.is_cpu()) continue;
+    for (const OpShape& shape : cpu_only) cases.push_back({on, shape});
+  }
+  return cases;
+}
+
+class BackendTest : public BackendFixture, public ::testing::WithParamInterface<BackendCase> {
+ protected:
+  void SetUp() override;
+};
+
+template <typename OpShape>
+class OpTest : public BackendFixture, public ::testing::WithParamInterface<OpCase<OpShape>> {
+ protected:
+  void SetUp() override {
+    const std::string reason = WhyUnavailable(this->GetParam().on.device);
+    if (!reason.empty()) GTEST_SKIP() << reason;
+  }
+  const OpShape& shape() const { return this->GetParam().shape; }
+  DType dtype() const { return this->GetParam().on.dtype; }
+};
+
+}  // namespace tidal::test

@@ -1,0 +1,80 @@
+// FileWeightSource: tensors at offsets of files, and files that are not what they should be.
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include "throws.h"
+#include "tidal/error.h"
+#include "tidal/weights.h"
+
+namespace tidal::test {
+namespace {
+
+class FileWeights : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
+    path_ = ::testing::TempDir() + "tidal_" + test->name() + ".bin";
+    std::ofstream(path_, std::ios::binary) << "headerABCDEFGH";
+  }
+  void TearDown() override { std::remove(path_.c_str()); }
+
+  WeightFileEntry Entry(const std::string& name, int64_t offset) const {
+    return {.name = name, .info = {DType::kFloat32, {2}}, .path = path_, .file_offset = offset};
+  }
+
+  std::string path_;
+};
+
+TEST_F(FileWeights, FindsByName) {
+  const FileWeightSource source({Entry("a", 6), Entry("b", 8)});
+  ASSERT_NE(source.Find("b"), nullptr);
+  EXPECT_EQ(source.Find("b")->shape, (std::vector<int64_t>{2}));
+  EXPECT_EQ(source.Find("c"), nullptr);
+}
+
+TEST_F(FileWeights, ReadsPiecesFromTheTensorsStart) {
+  const FileWeightSource source({Entry("a", 6)});
+  std::string bytes(3, '\0');
+  source.Read("a", 0, 3, bytes.data());
+  EXPECT_EQ(bytes, "ABC");
+  source.Read("a", 5, 3, bytes.data());
+  EXPECT_EQ(bytes, "FGH");
+}
+
+TEST_F(FileWeights, AFileCutShortIsAnError) {
+  const FileWeightSource source({Entry("layer.weight", 6)});
+  std::string bytes(16, '\0');
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("layer.weight", 0, 16, bytes.data()); },
+                                   {"layer.weight", path_, "8 bytes early"}));
+}
+
+TEST_F(FileWeights, AMissingFileOrTensorIsAnError) {
+  WeightFileEntry entry = Entry("a", 0);
+  entry.path += ".not-there";
+  const FileWeightSource source({entry});
+  char byte;
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, 1, &byte); }, {entry.path}));
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("z", 0, 1, &byte); }, {"z"}));
+}
+
+TEST_F(FileWeights, ADirectoryIsNoFile) {
+  WeightFileEntry entry = Entry("a", 0);
+  entry.path = ::testing::TempDir();
+  const FileWeightSource source({entry});
+  char byte;
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, 1, &byte); }, {entry.path}));
+}
+
+TEST_F(FileWeights, ATensorListedTwiceIsAnError) {
+  EXPECT_TRUE(Throws<WeightsError>(
+      [&] {
+        FileWeightSource({Entry("a", 0), Entry("a", 6)});
+      },
+      {"a", "twice"}));
+}
+
+}  // namespace
+}  // namespace tidal::test

@@ -1,0 +1,165 @@
+// AttentionFull and AttentionSelect: dense attention of one query a row, with and without its
+// scores.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "paged_cache.h"
+
+namespace tidal::test {
+namespace {
+
+constexpr int64_t kMaxLen = 1501;  // of the scores; longer than any row, and odd
+
+class OpAttentionDecode : public AttentionTest {
+ protected:
+  void SetUp() override {
+    AttentionTest::SetUp();
+    if (IsSkipped()) return;
+    Open(GetParam().on, Limits());
+    const int32_t page = static_cast<int32_t>(shape().page_size);
+    // Idle, one token, a partial page, whole pages, one more, and long ones of different lengths.
+    seq_lens_ = {0, 1, std::max(page - 1, 1), 2 * page, page + 1, 1037, 300, 1500};
+    sequences_ = RandomSequences(random_, shape(), seq_lens_, dtype());
+    q_ = random_.Normal(batch_size() * q_size(), act(),
+                        3.0);  // scores of stddev 3: a peaked softmax
+  }
+
+  int64_t batch_size() const { return static_cast<int64_t>(seq_lens_.size()); }
+  int64_t q_size() const { return shape().num_q_heads * shape().head_dim; }
+  Shape q_shape(int64_t rows) const { return {rows, shape().num_q_heads, shape().head_dim}; }
+
+  AttentionArgs Args(const PagedKv& kv, const Values& q) {
+    const int64_t rows = kv.seq_lens.dim(0);
+    return {.q = Put(q, act(), q_shape(rows)),
+            .kv = kv,
+            .sm_scale = static_cast<float>(sm_scale()),
+            .out = Output(act(), q_shape(rows))};
+  }
+
+  Values Want() const {
+    Values want;
+    for (int64_t b = 0; b < batch_size(); ++b) {
+      const Values row = reference::AttendRange(&q_[b * q_size()], shape().num_q_heads,
+                                                sequences_[b], seq_lens_[b], sm_scale());
+      want.insert(want.end(), row.begin(), row.end());
+    }
+    return want;
+  }
+
+  AttentionSelectArgs SelectArgs(const AttentionArgs& attention) {
+    const int64_t rows = attention.q.dim(0);
+    return {.attention = attention,
+            .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, kMaxLen}),
+            .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
+  }
+
+  Random random_{1};
+  Ints seq_lens_;
+  std::vector<reference::Sequence> sequences_;
+  Values q_;
+};
+
+TEST_P(OpAttentionDecode, FullMatchesReference) {
+  const AttentionArgs args = Args(PutCache(sequences_, shape().page_size), q_);
+  backend().AttentionFull(args);
+  const Values got = Get(args.out);
+  EXPECT_TRUE(Close(got, Want(), ToleranceFor(Op::kAttention, act())));
+  EXPECT_EQ(Values(got.begin(), got.begin() + q_size()), Values(q_size(), 0.0)) << "the idle row";
+}
+
+TEST_P(OpAttentionDecode, SelectOutEqualsFullBitwise) {
+  const PagedKv kv = PutCache(sequences_, shape().page_size);
+  const AttentionArgs full = Args(kv, q_), select = Args(kv, q_);
+  backend().AttentionFull(full);
+  backend().AttentionSelect(SelectArgs(select));
+  EXPECT_TRUE(SameBits(GetBytes(select.out), GetBytes(full.out), DTypeBytes(act())));
+}
+
+TEST_P(OpAttentionDecode, SelectWritesScoresAndLseAndLeavesTheRest) {
+  const AttentionSelectArgs args = SelectArgs(Args(PutCache(sequences_, shape().page_size), q_));
+  backend().AttentionSelect(args);
+  const Bytes untouched(4, 0xff);
+  const Bytes score_bytes = GetBytes(args.scores);
+  const Values scores = Get(args.scores), lse = Get(args.lse);
+  Values got_scores, want_scores, want_lse;
+  for (int64_t b = 0; b < batch_size(); ++b) {
+    for (int64_t head = 0; head < shape().num_q_heads; ++head) {
+      const auto want =
+          reference::AttendHead(&q_[(b * shape().num_q_heads + head) * shape().head_dim],
+                                sequences_[b], head * shape().num_kv_heads / shape().num_q_heads,
+                                Random(0).Subset(seq_lens_[b], seq_lens_[b]), sm_scale());
+      want_lse.push_back(want.lse);
+      want_scores.insert(want_scores.end(), want.scores.begin(), want.scores.end());
+      const int64_t begin = (b * shape().num_q_heads + head) * kMaxLen;
+      got_scores.insert(got_scores.end(), scores.begin() + begin,
+                        scores.begin() + begin + seq_lens_[b]);
+      for (int64_t t = seq_lens_[b]; t < kMaxLen; ++t) {
+        const auto bytes = score_bytes.begin() + (begin + t) * 4;
+        ASSERT_TRUE(std::equal(untouched.begin(), untouched.end(), bytes))
+            << "wrote past row " << b << ", head " << head << ", at " << t;
+      }
+    }
+  }
+  const Tolerance tolerance = ToleranceFor(Op::kScores, DType::kFloat32);
+  EXPECT_TRUE(Close(got_scores, want_scores, tolerance));
+  EXPECT_TRUE(Close(lse, want_lse, tolerance));
+}
+
+TEST_P(OpAttentionDecode, PageSizeDoesNotChangeBits) {
+  Ints page_sizes = {8, 16, 64, 256};
+  if (on().is_cpu()) page_sizes.insert(page_sizes.end(), {1, 7});
+  Bytes out, scores, lse;
+  for (int32_t page_size : page_sizes) {
+    SCOPED_TRACE(page_size);
+    StepLimits limits = Limits();
+    limits.page_size = page_size;
+    Open(GetParam().on, limits);
+    const AttentionSelectArgs args = SelectArgs(Args(PutCache(sequences_, page_size), q_));
+    backend().AttentionSelect(args);
+    if (out.empty()) {
+      out = GetBytes(args.attention.out);
+      scores = GetBytes(args.scores);
+      lse = GetBytes(args.lse);
+    }
+    EXPECT_TRUE(SameBits(GetBytes(args.attention.out), out, DTypeBytes(act())));
+    EXPECT_TRUE(SameBits(GetBytes(args.scores), scores, 4));
+    EXPECT_TRUE(SameBits(GetBytes(args.lse), lse, 4));
+  }
+}
+
+TEST_P(OpAttentionDecode, BatchRowEqualsRowAlone) {
+  const AttentionArgs together = Args(PutCache(sequences_, shape().page_size), q_);
+  backend().AttentionFull(together);
+  for (int64_t b = 0; b < batch_size(); ++b) {
+    SCOPED_TRACE(seq_lens_[b]);
+    const Values q(q_.begin() + b * q_size(), q_.begin() + (b + 1) * q_size());
+    const AttentionArgs alone = Args(PutCache({sequences_[b]}, shape().page_size), q);
+    backend().AttentionFull(alone);
+    const TensorView row = together.out.Rows(b, 1);
+    if (on().is_cpu()) {
+      EXPECT_TRUE(SameBits(GetBytes(row), GetBytes(alone.out), DTypeBytes(act())));
+    } else {
+      EXPECT_TRUE(Close(Get(row), Get(alone.out), ToleranceFor(Op::kAttention, act())));
+    }
+  }
+}
+
+// Scores of some hundreds: exp() without the maximum subtracted would overflow, and one position
+// wins.
+TEST_P(OpAttentionDecode, LargeScoresStayFinite) {
+  for (double& q : q_) q *= 32.0;
+  q_ = Rounded(q_, act());
+  const AttentionArgs args = Args(PutCache(sequences_, shape().page_size), q_);
+  backend().AttentionFull(args);
+  EXPECT_TRUE(Close(Get(args.out), Want(), ToleranceFor(Op::kAttentionLargeScores, act())));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionDecode,
+                         ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
+                                                   OddHeadShapes())),
+                         CaseNameOf<OpCase<HeadShape>>);
+
+}  // namespace
+}  // namespace tidal::test

@@ -1,0 +1,128 @@
+// AttentionPrefill: causal attention of prompt chunks over the paged cache.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "paged_cache.h"
+
+namespace tidal::test {
+namespace {
+
+// Row b: the last q_lens[b] of seq_lens[b] tokens are the chunk's queries.
+struct Chunk {
+  std::string name;
+  Ints seq_lens;
+  Ints q_lens;
+};
+
+const std::vector<Chunk>& Chunks() {
+  static const auto* chunks = new std::vector<Chunk>{
+      {"whole prompts from position 0", {1, 77, 128}, {1, 77, 128}},
+      {"chunks in the middle", {300, 513}, {64, 129}},
+      {"one query each", {1, 2, 65, 400}, {1, 1, 1, 1}},
+      {"ragged, with rows that have no query", {0, 130, 50, 333, 17}, {0, 37, 0, 95, 17}},
+      {"one long chunk", {611}, {251}},
+  };
+  return *chunks;
+}
+
+class OpAttentionPrefill : public AttentionTest {
+ protected:
+  void SetUp() override {
+    AttentionTest::SetUp();
+    if (!IsSkipped()) Open(GetParam().on, Limits());
+  }
+
+  int64_t q_size() const { return shape().num_q_heads * shape().head_dim; }
+
+  AttentionPrefillArgs Args(const PagedKv& kv, const Chunk& chunk, const Values& q) {
+    Ints q_starts = {0};
+    for (int32_t q_len : chunk.q_lens) q_starts.push_back(q_starts.back() + q_len);
+    const Shape q_shape = {q_starts.back(), shape().num_q_heads, shape().head_dim};
+    return {.q = Put(q, act(), q_shape),
+            .q_starts = PutInts(q_starts, {static_cast<int64_t>(q_starts.size())}),
+            .kv = kv,
+            .sm_scale = static_cast<float>(sm_scale()),
+            .out = Output(act(), q_shape),
+            .max_q_len = *std::max_element(chunk.q_lens.begin(), chunk.q_lens.end()),
+            .max_seq_len = *std::max_element(chunk.seq_lens.begin(), chunk.seq_lens.end())};
+  }
+
+  Values RandomQ(Random& random, const Chunk& chunk) {
+    const int64_t rows = std::accumulate(chunk.q_lens.begin(), chunk.q_lens.end(), int64_t{0});
+    return random.Normal(rows * q_size(), act(), 3.0);
+  }
+
+  Values Want(const Chunk& chunk, const std::vector<reference::Sequence>& sequences,
+              const Values& q) const {
+    Values want;
+    const double* next = q.data();
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      for (int32_t end = chunk.seq_lens[b] - chunk.q_lens[b] + 1; end <= chunk.seq_lens[b]; ++end) {
+        const Values row =
+            reference::AttendRange(next, shape().num_q_heads, sequences[b], end, sm_scale());
+        want.insert(want.end(), row.begin(), row.end());
+        next += q_size();
+      }
+    }
+    return want;
+  }
+};
+
+TEST_P(OpAttentionPrefill, MatchesReference) {
+  Random random(1);
+  for (const Chunk& chunk : Chunks()) {
+    SCOPED_TRACE(chunk.name);
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const Values q = RandomQ(random, chunk);
+    const AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size), chunk, q);
+    backend().AttentionPrefill(args);
+    EXPECT_TRUE(
+        Close(Get(args.out), Want(chunk, sequences, q), ToleranceFor(Op::kAttention, act())));
+  }
+}
+
+TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
+  Random random(2);
+  const Chunk chunk = {"", {300, 77}, {129, 77}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const Values q = RandomQ(random, chunk);
+  Ints page_sizes = {8, 16, 64, 256};
+  if (on().is_cpu()) page_sizes.insert(page_sizes.end(), {1, 7});
+  Bytes first;
+  for (int32_t page_size : page_sizes) {
+    SCOPED_TRACE(page_size);
+    StepLimits limits = Limits();
+    limits.page_size = page_size;
+    Open(GetParam().on, limits);
+    const AttentionPrefillArgs args = Args(PutCache(sequences, page_size), chunk, q);
+    backend().AttentionPrefill(args);
+    const Bytes out = GetBytes(args.out);
+    if (first.empty()) first = out;
+    EXPECT_TRUE(SameBits(out, first, DTypeBytes(act())));
+  }
+}
+
+// What a chunk's last query sees is what a decode step with the same query sees.
+TEST_P(OpAttentionPrefill, LastQueryEqualsDecodeToRounding) {
+  Random random(3);
+  const Chunk chunk = {"", {400, 65}, {1, 1}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const Values q = RandomQ(random, chunk);
+  const PagedKv kv = PutCache(sequences, shape().page_size);
+  const AttentionPrefillArgs prefill = Args(kv, chunk, q);
+  const TensorView decoded = Output(act(), {2, shape().num_q_heads, shape().head_dim});
+  backend().AttentionPrefill(prefill);
+  backend().AttentionFull({.q = prefill.q, .kv = kv, .sm_scale = prefill.sm_scale, .out = decoded});
+  EXPECT_TRUE(Close(Get(prefill.out), Get(decoded), ToleranceFor(Op::kAttention, act())));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionPrefill,
+                         ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
+                                                   OddHeadShapes())),
+                         CaseNameOf<OpCase<HeadShape>>);
+
+}  // namespace
+}  // namespace tidal::test

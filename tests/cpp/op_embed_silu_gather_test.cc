@@ -1,0 +1,86 @@
+// The small ops around the big ones: Embed, SiluMul, GatherRows.
+#include <gtest/gtest.h>
+
+#include "backend_test.h"
+
+namespace tidal::test {
+namespace {
+
+class OpRows : public BackendTest {
+ protected:
+  void SetUp() override {
+    BackendTest::SetUp();
+    if (!IsSkipped()) Open(GetParam(), SmallLimits(GetParam().dtype));
+  }
+};
+
+TEST_P(OpRows, EmbedWidensExactly) {
+  constexpr int64_t kVocab = 1000, kHidden = 256;
+  Random random(1);
+  for (int64_t num_tokens : {1, 2, 7, 256}) {
+    SCOPED_TRACE(num_tokens);
+    const Values table = random.Normal(kVocab * kHidden, on().dtype);
+    Ints ids = random.Below(num_tokens, kVocab);
+    ids.front() = 0;
+    ids.back() = kVocab - 1;
+    const TensorView out = Output(DType::kFloat32, {num_tokens, kHidden});
+    backend().Embed({.token_ids = PutInts(ids, {num_tokens}),
+                     .table = Put(table, on().dtype, {kVocab, kHidden}),
+                     .out = out});
+    EXPECT_EQ(Get(out), reference::Embed(ids, table, kHidden));
+  }
+}
+
+TEST_P(OpRows, EmbedKeepsNanInItsRow) {
+  constexpr int64_t kVocab = 16, kHidden = 64;
+  Values table = Random(2).Normal(kVocab * kHidden, on().dtype);
+  table[5 * kHidden + 3] = NAN;
+  const Ints ids = {4, 5, 6, 5};
+  const TensorView out = Output(DType::kFloat32, {4, kHidden});
+  backend().Embed({.token_ids = PutInts(ids, {4}),
+                   .table = Put(table, on().dtype, {kVocab, kHidden}),
+                   .out = out});
+  EXPECT_TRUE(Close(Get(out), reference::Embed(ids, table, kHidden), {}));
+}
+
+TEST_P(OpRows, SiluMulMatchesReference) {
+  Random random(3);
+  for (int64_t num_rows : {1, 3, 64}) {
+    SCOPED_TRACE(num_rows);
+    constexpr int64_t kInner = 328;
+    const Values gate_up = random.Normal(num_rows * 2 * kInner, act(), 3.0);
+    const TensorView out = Output(act(), {num_rows, kInner});
+    backend().SiluMul({.gate_up = Put(gate_up, act(), {num_rows, 2 * kInner}), .out = out});
+    EXPECT_TRUE(
+        Close(Get(out), reference::SiluMul(gate_up, kInner), ToleranceFor(Op::kSiluMul, act())));
+  }
+}
+
+TEST_P(OpRows, SiluMulOfLargeGatesIsZeroOrIdentity) {
+  constexpr int64_t kInner = 64;
+  Values gate_up(2 * kInner, 1.0);
+  for (int64_t i = 0; i < kInner; ++i) gate_up[i] = i % 2 == 0 ? 1000.0 : -1000.0;
+  const TensorView out = Output(act(), {1, kInner});
+  backend().SiluMul({.gate_up = Put(gate_up, act(), {1, 2 * kInner}), .out = out});
+  EXPECT_TRUE(Close(Get(out), reference::SiluMul(gate_up, kInner), {1e-30, 0.0}));
+}
+
+TEST_P(OpRows, GatherRowsCopiesBits) {
+  constexpr int64_t kRows = 33, kHidden = 256;
+  Values x = Random(4).Normal(kRows * kHidden, DType::kFloat32);
+  x[7] = NAN;
+  const TensorView from = Put(x, DType::kFloat32, {kRows, kHidden});
+  for (const Ints& rows : {Ints{0}, Ints{32, 0, 7, 7}, Random(5).Below(50, kRows)}) {
+    const int64_t count = static_cast<int64_t>(rows.size());
+    const TensorView out = Output(DType::kFloat32, {count, kHidden});
+    backend().GatherRows({.x = from, .rows = PutInts(rows, {count}), .out = out});
+    EXPECT_TRUE(SameBits(GetBytes(out),
+                         Encode(reference::GatherRows(x, rows, kHidden), DType::kFloat32), 4));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpRows, ::testing::ValuesIn(AllBackends()),
+                         CaseNameOf<BackendCase>);
+
+}  // namespace
+}  // namespace tidal::test

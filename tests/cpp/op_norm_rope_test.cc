@@ -1,0 +1,241 @@
+// RmsNorm, RopeTable and RopeAppendKv: what happens between a projection and attention.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "paged_cache.h"
+
+namespace tidal::test {
+namespace {
+
+constexpr double kEps = 1e-5;
+
+class OpRmsNorm : public BackendTest {};
+
+TEST_P(OpRmsNorm, MatchesReference) {
+  Random random(1);
+  Ints hidden_sizes = {64, 256, 2048};
+  if (GetParam().is_cpu()) hidden_sizes.insert(hidden_sizes.end(), {1, 7, 131});
+  for (int32_t hidden_size : hidden_sizes) {
+    SCOPED_TRACE(hidden_size);
+    StepLimits limits = SmallLimits(GetParam().dtype);
+    limits.model.hidden_size = hidden_size;
+    Open(GetParam(), limits);
+    for (int64_t num_rows : {1, 5, 200}) {
+      Values x = random.Normal(num_rows * hidden_size, DType::kFloat32, 4.0);
+      std::fill_n(x.begin(), hidden_size, 0.0);  // a row of zeros stays zero: eps saves it
+      const Values weight = random.Normal(hidden_size, on().dtype, 0.5, 1.0);
+      const TensorView out = Output(act(), {num_rows, hidden_size});
+      backend().RmsNorm({.x = Put(x, DType::kFloat32, {num_rows, hidden_size}),
+                         .weight = Put(weight, on().dtype, {hidden_size}),
+                         .out = out,
+                         .eps = static_cast<float>(kEps)});
+      EXPECT_TRUE(
+          Close(Get(out), reference::RmsNorm(x, weight, kEps), ToleranceFor(Op::kRmsNorm, act())));
+    }
+  }
+}
+
+TEST_P(OpRmsNorm, NanStaysInItsRow) {
+  constexpr int64_t kHidden = 256;
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  Values x = Random(2).Normal(3 * kHidden, DType::kFloat32);
+  x[kHidden + 100] = NAN;
+  const Values weight(kHidden, 1.0);
+  const TensorView out = Output(act(), {3, kHidden});
+  backend().RmsNorm({.x = Put(x, DType::kFloat32, {3, kHidden}),
+                     .weight = Put(weight, on().dtype, {kHidden}),
+                     .out = out,
+                     .eps = static_cast<float>(kEps)});
+  EXPECT_TRUE(
+      Close(Get(out), reference::RmsNorm(x, weight, kEps), ToleranceFor(Op::kRmsNorm, act())));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpRmsNorm, ::testing::ValuesIn(AllBackends()),
+                         CaseNameOf<BackendCase>);
+
+class OpRopeTable : public BackendTest {};
+
+TEST_P(OpRopeTable, MatchesReferenceUpTo128K) {
+  constexpr int64_t kDim = 128, kBatch = 2;
+  StepLimits limits = SmallLimits(GetParam().dtype);
+  limits.model.head_dim = kDim;
+  limits.max_seq_len = 131072;
+  Open(GetParam(), limits);
+  const Ints positions = {0, 1, 17, -1, 4095, 65537, 100003, 131071};
+  const Ints seq_idx = {0, 1, 0, 1, 1, 0, 1, 0};
+  const int64_t rows = static_cast<int64_t>(positions.size());
+  Values inv_freq;
+  for (double theta : {1e4, 5e5}) {  // each sequence has its own frequencies
+    for (int64_t i = 0; i < kDim; i += 2) {
+      inv_freq.push_back(std::pow(theta, -static_cast<double>(i) / kDim));
+    }
+  }
+  inv_freq = Rounded(inv_freq, DType::kFloat32);
+  const TensorView cos_sin = Output(DType::kFloat32, {rows, kDim});
+  backend().RopeTable({.positions = PutInts(positions, {rows}),
+                       .seq_idx = PutInts(seq_idx, {rows}),
+                       .inv_freq = Put(inv_freq, DType::kFloat32, {kBatch, kDim / 2}),
+                       .attention_scaling = 1.25f,
+                       .cos_sin = cos_sin});
+  const Values got = Get(cos_sin);
+  const Values want = reference::RopeTable(positions, seq_idx, inv_freq, kDim, 1.25);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (positions[row] < 0) continue;  // not read
+    SCOPED_TRACE(positions[row]);
+    const auto begin = row * kDim, end = begin + kDim;
+    EXPECT_TRUE(Close(Values(got.begin() + begin, got.begin() + end),
+                      Values(want.begin() + begin, want.begin() + end),
+                      ToleranceFor(Op::kRopeTable, DType::kFloat32)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpRopeTable, ::testing::ValuesIn(EachDevice()),
+                         CaseNameOf<BackendCase>);
+
+// Appends to two sequences whose pages lie interleaved, and looks at every byte of the cache.
+class OpRopeAppendKv : public AttentionTest {
+ protected:
+  struct Inputs {
+    Ints positions;
+    Ints seq_idx;
+    Values qkv, cos_sin, q_norm, k_norm;
+  };
+
+  // Tokens across page boundaries of both rows, idle rows between them.
+  Inputs MakeInputs(bool with_norms) {
+    Random random(4);
+    const int32_t page = static_cast<int32_t>(shape().page_size);
+    Inputs in;
+    for (int32_t t = page - 1; t < std::min(2 * page + 2, 3 * page);
+         ++t) {  // row 0: a chunk over three pages
+      in.positions.push_back(t);
+      in.seq_idx.push_back(0);
+    }
+    in.positions.insert(in.positions.end(), {-1, 0, page, -1, 3 * page - 1});
+    in.seq_idx.insert(in.seq_idx.end(), {1, 1, 1, 0, 1});
+    const int64_t rows = static_cast<int64_t>(in.positions.size()), dim = shape().head_dim;
+    in.qkv = random.Normal(rows * QkvSize(), act(), 2.0);
+    const Values inv_freq = random.Normal(2 * dim / 2, DType::kFloat32, 0.1);
+    in.cos_sin = Rounded(reference::RopeTable(in.positions, in.seq_idx, inv_freq, dim, 1.0),
+                         DType::kFloat32);
+    if (with_norms) {
+      in.q_norm = random.Normal(dim, dtype(), 0.3, 1.0);
+      in.k_norm = random.Normal(dim, dtype(), 0.3, 1.0);
+    }
+    return in;
+  }
+
+  int64_t QkvSize() const {
+    return (shape().num_q_heads + 2 * shape().num_kv_heads) * shape().head_dim;
+  }
+
+  // Columns [first_head, first_head + count) x D of every row of qkv.
+  Values Heads(const Values& qkv, int64_t first_head, int64_t count) const {
+    Values out;
+    const int64_t dim = shape().head_dim;
+    for (int64_t begin = 0; begin < static_cast<int64_t>(qkv.size()); begin += QkvSize()) {
+      const auto from = qkv.begin() + begin + first_head * dim;
+      out.insert(out.end(), from, from + count * dim);
+    }
+    return out;
+  }
+
+  void RunAndCheck(bool with_norms);
+  void CheckPages(const Inputs& in, const Values& heads, const Bytes& before,
+                  const TensorView& pages);
+};
+
+constexpr int64_t kMaxPages = 3, kNumPages = 7;
+const Ints kPageTable = {4, 0, 2, 1, 6, 5};  // page 3 belongs to nobody
+
+void OpRopeAppendKv::CheckPages(const Inputs& in, const Values& heads, const Bytes& before,
+                                const TensorView& pages) {
+  const int64_t dim = shape().head_dim, num_heads = shape().num_kv_heads;
+  const int64_t page_size = shape().page_size;
+  Bytes after = GetBytes(pages);
+  const Values stored = Decode(after, dtype());
+  Values got, want;
+  for (size_t row = 0; row < in.positions.size(); ++row) {
+    if (in.positions[row] < 0) continue;
+    const int32_t page = kPageTable[in.seq_idx[row] * kMaxPages + in.positions[row] / page_size];
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const int64_t to = ((page * num_heads + h) * page_size + in.positions[row] % page_size) * dim;
+      const int64_t from = (static_cast<int64_t>(row) * num_heads + h) * dim;
+      got.insert(got.end(), stored.begin() + to, stored.begin() + to + dim);
+      want.insert(want.end(), heads.begin() + from, heads.begin() + from + dim);
+      const int64_t width = dim * DTypeBytes(dtype()), begin = to * DTypeBytes(dtype());
+      std::copy_n(before.begin() + begin, width, after.begin() + begin);
+    }
+  }
+  EXPECT_TRUE(Close(got, want, ToleranceFor(Op::kRope, dtype())));
+  // With the appended slots put back, nothing has changed.
+  EXPECT_TRUE(SameBits(after, before, DTypeBytes(dtype())));
+}
+
+void OpRopeAppendKv::RunAndCheck(bool with_norms) {
+  StepLimits limits = Limits();
+  limits.model.qk_norm = with_norms;
+  Open(GetParam().on, limits);
+  const Inputs in = MakeInputs(with_norms);
+  const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
+  const int64_t rows = static_cast<int64_t>(in.positions.size());
+  const Shape pages_shape = {kNumPages, num_kv_heads, page_size, dim};
+  const int64_t pages_size = kNumPages * num_kv_heads * page_size * dim;
+  const Bytes k_before = Encode(Random(5).Normal(pages_size, dtype()), dtype());
+  const Bytes v_before = Encode(Random(6).Normal(pages_size, dtype()), dtype());
+  RopeAppendKvArgs args;
+  args.qkv = Put(in.qkv, act(), {rows, QkvSize()});
+  args.cos_sin = Put(in.cos_sin, DType::kFloat32, {rows, dim});
+  if (with_norms) {
+    args.q_norm = Put(in.q_norm, dtype(), {dim});
+    args.k_norm = Put(in.k_norm, dtype(), {dim});
+  }
+  args.norm_eps = static_cast<float>(kEps);
+  args.positions = PutInts(in.positions, {rows});
+  args.seq_idx = PutInts(in.seq_idx, {rows});
+  args.q = Output(act(), {rows, num_q_heads, dim});
+  args.kv = {.k_pages = PutBytes(k_before, dtype(), pages_shape),
+             .v_pages = PutBytes(v_before, dtype(), pages_shape),
+             .page_table = PutInts(kPageTable, {2, kMaxPages}),
+             .seq_lens = PutInts(
+                 {static_cast<int32_t>(3 * page_size), static_cast<int32_t>(3 * page_size)}, {2})};
+  backend().RopeAppendKv(args);
+
+  Values q = Heads(in.qkv, 0, num_q_heads), k = Heads(in.qkv, num_q_heads, num_kv_heads);
+  if (with_norms) {
+    q = reference::RmsNorm(q, in.q_norm, kEps);
+    k = reference::RmsNorm(k, in.k_norm, kEps);
+  }
+  q = reference::Rotate(q, in.cos_sin, dim);
+  k = reference::Rotate(k, in.cos_sin, dim);
+  Values got_q = Get(args.q);
+  for (int64_t row = 0; row < rows; ++row) {  // idle rows are not read
+    if (in.positions[row] >= 0) continue;
+    const int64_t begin = row * num_q_heads * dim;
+    std::copy_n(q.begin() + begin, num_q_heads * dim, got_q.begin() + begin);
+  }
+  EXPECT_TRUE(Close(got_q, q, ToleranceFor(Op::kRope, act())));
+  CheckPages(in, k, k_before, args.kv.k_pages);
+  CheckPages(in, Heads(in.qkv, num_q_heads + num_kv_heads, num_kv_heads), v_before,
+             args.kv.v_pages);
+}
+
+TEST_P(OpRopeAppendKv, RotatesAppendsAndTouchesNothingElse) {
+  RunAndCheck(false);
+}
+
+TEST_P(OpRopeAppendKv, NormalisesHeadsFirst) {
+  RunAndCheck(true);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpRopeAppendKv,
+                         ::testing::ValuesIn(Cases<HeadShape>(AllBackends(),
+                                                              {{"mha_d64_page16", 4, 4, 64, 16},
+                                                               {"group4_d128_page8", 8, 2, 128, 8}},
+                                                              OddHeadShapes())),
+                         CaseNameOf<OpCase<HeadShape>>);
+
+}  // namespace
+}  // namespace tidal::test

@@ -1,0 +1,262 @@
+// SelectTopK: which positions a sparse layer sees. Sets are compared exactly: ties, NaN and -inf
+// included.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "backend_test.h"
+
+namespace tidal::test {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kNumQHeads = 6, kNumKvHeads = 2;
+// Two exp() in float32 differ by less than this, relatively, even after pooling.
+constexpr double kSafeMargin = 1e-5;
+
+struct SelectShape {
+  std::string name;
+  Granularity granularity = Granularity::kKvHead;
+  Pooling pooling = Pooling::kSum;
+};
+
+struct Problem {
+  Ints seq_lens;
+  int64_t token_budget = 64;
+  int64_t sink_tokens = 1;
+  int64_t recent_tokens = 1;
+  std::vector<float> scores = {};  // [B, Hq, max_len]
+  std::vector<float> lse = {};     // [B, Hq]
+
+  // Longer than any row, and odd.
+  int64_t max_len() const { return *std::max_element(seq_lens.begin(), seq_lens.end()) + 3; }
+  float& score(int64_t b, int64_t head, int64_t t) {
+    return scores[(b * kNumQHeads + head) * max_len() + t];
+  }
+};
+
+class OpSelectTopK : public OpTest<SelectShape> {
+ protected:
+  // Room for scores; whatever lies past a row's end would win if it were read.
+  static void MakeRoom(Problem& problem) {
+    const size_t heads = problem.seq_lens.size() * kNumQHeads;
+    problem.scores.assign(heads * problem.max_len(), kInf);
+    problem.lse.assign(heads, -kInf);
+  }
+
+  // score(b, head, t) for every position, and lse = their log-sum-exp over finite ones.
+  template <typename ScoreOf>
+  static void Fill(Problem& problem, const ScoreOf& score_of) {
+    MakeRoom(problem);
+    for (size_t b = 0; b < problem.seq_lens.size(); ++b) {
+      for (int64_t head = 0; head < kNumQHeads; ++head) {
+        double sum = 0.0;
+        for (int32_t t = 0; t < problem.seq_lens[b]; ++t) {
+          const float score = score_of(static_cast<int64_t>(b), head, t);
+          problem.score(b, head, t) = score;
+          if (std::isfinite(score)) sum += std::exp(static_cast<double>(score));
+        }
+        const bool usable = problem.seq_lens[b] > 0 && sum > 0.0;
+        problem.lse[b * kNumQHeads + head] = usable ? static_cast<float>(std::log(sum)) : -kInf;
+      }
+    }
+  }
+
+  // Random scores whose last chosen and first refused positions are further apart than rounding.
+  void FillSeparated(Problem& problem) const {
+    for (uint64_t seed = 1; seed < 100; ++seed) {
+      Random random(seed);
+      Fill(problem, [&](int64_t, int64_t, int32_t) {
+        return static_cast<float>(random.Normal(1, DType::kFloat32, 3.0)[0]);
+      });
+      double margin = 0.0;
+      bool separated = true;
+      for (size_t b = 0; b < problem.seq_lens.size(); ++b) {
+        reference::SelectTopK(RowProblem(problem, b), &margin);
+        separated = separated && margin > kSafeMargin;
+      }
+      if (separated) return;
+    }
+    FAIL() << "no seed gives separated scores";
+  }
+
+  reference::SelectProblem RowProblem(const Problem& problem, size_t b) const {
+    return {.scores = &problem.scores[b * kNumQHeads * problem.max_len()],
+            .lse = &problem.lse[b * kNumQHeads],
+            .max_len = problem.max_len(),
+            .num_q_heads = kNumQHeads,
+            .num_kv_heads = kNumKvHeads,
+            .seq_len = problem.seq_lens[b],
+            .token_budget = problem.token_budget,
+            .sink_tokens = problem.sink_tokens,
+            .recent_tokens = problem.recent_tokens,
+            .granularity = shape().granularity,
+            .pooling = shape().pooling};
+  }
+
+  // Runs the op and compares token_idx, padding included, and num_selected with the reference.
+  void RunAndCheck(const Problem& problem) {
+    const int64_t rows = static_cast<int64_t>(problem.seq_lens.size());
+    const int64_t num_sets = NumSets(shape().granularity, kNumQHeads, kNumKvHeads);
+    StepLimits limits = SmallLimits(dtype());
+    limits.model.num_q_heads = kNumQHeads;
+    limits.model.num_kv_heads = kNumKvHeads;
+    limits.max_seq_len = problem.max_len();
+    limits.token_budget = problem.token_budget;
+    limits.granularity = shape().granularity;
+    Open(GetParam().on, limits);
+    const Shape scores_shape = {rows, kNumQHeads, problem.max_len()};
+    SelectTopKArgs args;
+    args.scores =
+        Put(Values(problem.scores.begin(), problem.scores.end()), DType::kFloat32, scores_shape);
+    args.lse =
+        Put(Values(problem.lse.begin(), problem.lse.end()), DType::kFloat32, {rows, kNumQHeads});
+    args.seq_lens = PutInts(problem.seq_lens, {rows});
+    args.num_kv_heads = kNumKvHeads;
+    args.granularity = shape().granularity;
+    args.pooling = shape().pooling;
+    args.sink_tokens = problem.sink_tokens;
+    args.recent_tokens = problem.recent_tokens;
+    args.token_idx = PutInts(Ints(rows * num_sets * problem.token_budget, 123456789),
+                             {rows, num_sets, problem.token_budget});
+    args.num_selected = Output(DType::kInt32, {rows});
+    backend().SelectTopK(args);
+
+    const Ints got = GetInts(args.token_idx), num_selected = GetInts(args.num_selected);
+    for (int64_t b = 0; b < rows; ++b) {
+      const auto sets = reference::SelectTopK(RowProblem(problem, static_cast<size_t>(b)));
+      EXPECT_EQ(num_selected[b], static_cast<int64_t>(sets[0].size())) << "row " << b;
+      for (int64_t set = 0; set < num_sets; ++set) {
+        Ints want = sets[set];
+        want.resize(problem.token_budget, -1);
+        const auto begin = got.begin() + (b * num_sets + set) * problem.token_budget;
+        EXPECT_EQ(Ints(begin, begin + problem.token_budget), want)
+            << "row " << b << " of " << problem.seq_lens[b] << " tokens, set " << set;
+      }
+    }
+  }
+};
+
+TEST_P(OpSelectTopK, TakesTheBestOfRandomScores) {
+  Problem problem{.seq_lens = {1, 63, 64, 65, 500, 5000, 0, 2048}};
+  FillSeparated(problem);
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, BudgetThatCoversTheRowTakesEverything) {
+  Problem problem{.seq_lens = {100, 99, 1, 2}, .token_budget = 100};
+  FillSeparated(problem);
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, BudgetOfOneTakesTheNewest) {
+  Problem problem{.seq_lens = {300, 1, 0, 2}, .token_budget = 1, .sink_tokens = 0};
+  FillSeparated(problem);
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, SinksAndRecentsAreAlwaysIn) {
+  for (int64_t token_budget : {20, 21, 64}) {  // 20: no place left for a best score
+    SCOPED_TRACE(token_budget);
+    Problem problem{.seq_lens = {1000, 21, 20, 19, 3},
+                    .token_budget = token_budget,
+                    .sink_tokens = 4,
+                    .recent_tokens = 16};
+    // The always-chosen positions have the lowest scores.
+    Fill(problem, [&](int64_t b, int64_t head, int32_t t) {
+      const int32_t n = problem.seq_lens[b];
+      const bool always = t < 4 || t >= n - 16;
+      return always ? -9.0f : 0.02f * static_cast<float>((t * 7 + head) % 500);
+    });
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, AllScoresEqualTakesTheLowestPositions) {
+  for (float score : {0.0f, 1.7f, -30.0f}) {
+    SCOPED_TRACE(score);
+    Problem problem{.seq_lens = {777, 5003, 65, 66}};
+    Fill(problem, [&](int64_t, int64_t, int32_t) { return score; });
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, TieGoesToTheLowerPosition) {
+  for (uint64_t seed : {1, 2, 3}) {
+    SCOPED_TRACE(seed);
+    Problem problem{.seq_lens = {2001, 130, 5000}, .token_budget = 129};
+    const Ints levels = Random(seed).Below(3 * 5000, 4);  // the same for all heads
+    Fill(problem, [&](int64_t b, int64_t, int32_t t) {
+      return 0.5f * static_cast<float>(levels[b * 5000 + t]);
+    });
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, MinusZeroTiesWithZero) {
+  Problem problem{.seq_lens = {401}};
+  Fill(problem, [](int64_t, int64_t, int32_t t) { return t % 3 == 0 ? -0.0f : 0.0f; });
+  RunAndCheck(problem);
+}
+
+// Weights that underflow to 0 tie, however far apart their scores are; raw scores do not.
+TEST_P(OpSelectTopK, UnderflowedWeightsTie) {
+  Problem problem{.seq_lens = {1000}};
+  const Ints rank = Random(8).Permutation(1000);
+  Fill(problem, [&](int64_t, int64_t, int32_t t) {
+    return rank[t] < 10 ? static_cast<float>(rank[t]) : -200.0f - static_cast<float>(rank[t]);
+  });
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, NanRanksBelowMinusInfinity) {
+  // 20 finite, 30 of -inf, the others NaN: a budget of 40 needs some of the -inf ones, 64 all and
+  // some NaN.
+  const Ints rank = Random(9).Permutation(500);
+  for (int64_t token_budget : {10, 40, 64}) {
+    SCOPED_TRACE(token_budget);
+    Problem problem{.seq_lens = {500}, .token_budget = token_budget};
+    Fill(problem, [&](int64_t, int64_t, int32_t t) {
+      if (rank[t] < 20) return 0.1f * static_cast<float>(rank[t]);
+      return rank[t] < 50 ? -kInf : std::numeric_limits<float>::quiet_NaN();
+    });
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, RowsOfNanOnlyGiveTheLowestPositions) {
+  for (float nan :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN()}) {
+    Problem problem{.seq_lens = {300, 64, 70}};
+    Fill(problem, [&](int64_t, int64_t, int32_t) { return nan; });
+    for (float& lse : problem.lse) lse = nan;  // as attention over NaN leaves it
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, LongRow) {
+  Problem problem{.seq_lens = {70000}, .token_budget = 1024, .sink_tokens = 2, .recent_tokens = 5};
+  FillSeparated(problem);
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, LongRowOfFewDistinctScores) {
+  Problem problem{.seq_lens = {70000}, .token_budget = 1000};
+  const Ints levels = Random(10).Below(70000, 50);
+  Fill(problem,
+       [&](int64_t, int64_t, int32_t t) { return -0.25f * static_cast<float>(levels[t]); });
+  RunAndCheck(problem);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpSelectTopK,
+                         ::testing::ValuesIn(Cases<SelectShape>(
+                             EachDevice(), {{"kv_head_sum", Granularity::kKvHead, Pooling::kSum},
+                                            {"kv_head_max", Granularity::kKvHead, Pooling::kMax},
+                                            {"head", Granularity::kHead, Pooling::kSum},
+                                            {"layer_sum", Granularity::kLayer, Pooling::kSum},
+                                            {"layer_max", Granularity::kLayer, Pooling::kMax}})),
+                         CaseNameOf<OpCase<SelectShape>>);
+
+}  // namespace
+}  // namespace tidal::test

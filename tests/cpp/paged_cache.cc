@@ -1,0 +1,82 @@
+// Sequences in a paged cache (paged_cache.h).
+#include "paged_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace tidal::test {
+
+std::vector<HeadShape> CommonHeadShapes() {
+  return {{"mha_d64_page16", 4, 4, 64, 16},      {"group2_d128_page8", 4, 2, 128, 8},
+          {"group3_d64_page32", 6, 2, 64, 32},   {"group4_d128_page64", 8, 2, 128, 64},
+          {"group5_d64_page128", 5, 1, 64, 128}, {"group7_d128_page256", 14, 2, 128, 256},
+          {"group8_d64_page64", 8, 1, 64, 64}};
+}
+
+std::vector<HeadShape> OddHeadShapes() {
+  return {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}};
+}
+
+std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape& shape,
+                                                 const Ints& seq_lens, DType dtype) {
+  std::vector<reference::Sequence> sequences;
+  for (int32_t seq_len : seq_lens) {
+    const int64_t count = seq_len * shape.num_kv_heads * shape.head_dim;
+    sequences.push_back({shape.num_kv_heads, shape.head_dim, random.Normal(count, dtype),
+                         random.Normal(count, dtype)});
+  }
+  return sequences;
+}
+
+StepLimits AttentionTest::Limits() const {
+  StepLimits limits = SmallLimits(dtype());
+  limits.model.num_q_heads = shape().num_q_heads;
+  limits.model.num_kv_heads = shape().num_kv_heads;
+  limits.model.head_dim = shape().head_dim;
+  limits.page_size = shape().page_size;
+  return limits;
+}
+
+double AttentionTest::sm_scale() const {
+  return 1.0 / std::sqrt(shape().head_dim);
+}
+
+PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequences,
+                                int64_t page_size) {
+  const int64_t heads = shape().num_kv_heads, dim = shape().head_dim;
+  const int64_t batch_size = static_cast<int64_t>(sequences.size());
+  Ints seq_lens, pages_of_row;
+  int64_t used_pages = 0, max_pages = 1;
+  for (const reference::Sequence& sequence : sequences) {
+    const int64_t pages = (sequence.seq_len() + page_size - 1) / page_size;
+    seq_lens.push_back(static_cast<int32_t>(sequence.seq_len()));
+    used_pages += pages;
+    max_pages = std::max(max_pages, pages);
+  }
+  const int64_t num_pages = used_pages + 2;  // two stay NaN
+  const Ints order = Random(99).Permutation(num_pages);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Values k(num_pages * heads * page_size * dim, nan), v = k;
+  Ints page_table(batch_size * max_pages, order.back());
+  int64_t next_page = 0;
+  for (int64_t b = 0; b < batch_size; ++b) {
+    for (int64_t t = 0; t < seq_lens[b]; ++t) {
+      int32_t& page = page_table[b * max_pages + t / page_size];
+      if (t % page_size == 0) page = order[next_page++];
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t from = (t * heads + h) * dim;
+        const int64_t to = ((page * heads + h) * page_size + t % page_size) * dim;
+        std::copy_n(&sequences[b].k[from], dim, &k[to]);
+        std::copy_n(&sequences[b].v[from], dim, &v[to]);
+      }
+    }
+  }
+  const Shape pages_shape = {num_pages, heads, page_size, dim};
+  return {.k_pages = Put(k, dtype(), pages_shape),
+          .v_pages = Put(v, dtype(), pages_shape),
+          .page_table = PutInts(page_table, {batch_size, max_pages}),
+          .seq_lens = PutInts(seq_lens, {batch_size})};
+}
+
+}  // namespace tidal::test

@@ -1,0 +1,38 @@
+// Sequences for the attention tests, and their way into a paged cache.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "backend_test.h"
+
+namespace tidal::test {
+
+// The heads and pages of one attention test.
+struct HeadShape {
+  std::string name;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t page_size = 0;
+};
+
+// What every backend takes: head_dim 64 and 128, groups of 1 to 8, pages of 8 to 256 tokens.
+std::vector<HeadShape> CommonHeadShapes();
+// Sizes that divide nothing.
+std::vector<HeadShape> OddHeadShapes();
+
+std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape& shape,
+                                                 const Ints& seq_lens, DType dtype);
+
+class AttentionTest : public OpTest<HeadShape> {
+ protected:
+  StepLimits Limits() const;
+  double sm_scale() const;
+
+  // Scatters the sequences over pages in random order. Free slots, spare pages and everything the
+  // page table points to past a row's end hold NaN: nothing of it may reach a result.
+  PagedKv PutCache(const std::vector<reference::Sequence>& sequences, int64_t page_size);
+};
+
+}  // namespace tidal::test

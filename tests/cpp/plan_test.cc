@@ -1,0 +1,92 @@
+// DecodePlan: how it prints, and which plans are refused.
+#include "tidal/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "throws.h"
+#include "tidal/error.h"
+
+namespace tidal::test {
+namespace {
+
+TEST(DecodePlan, DenseIsAllFull) {
+  const DecodePlan plan = DecodePlan::Dense(5);
+  EXPECT_EQ(plan.ToString(), "FFFFF");
+  EXPECT_TRUE(plan.is_dense());
+  EXPECT_EQ(plan.num_layers(), 5);
+  EXPECT_TRUE(plan.select_layers().empty());
+}
+
+struct PlanCase {
+  std::string name;
+  int64_t num_layers;
+  int64_t full_layers;
+  std::vector<int64_t> select_layers;
+  std::string printed;
+};
+
+class TidalPlan : public ::testing::TestWithParam<PlanCase> {};
+
+TEST_P(TidalPlan, PrintsOneLetterPerLayer) {
+  const auto& [name, num_layers, full_layers, select_layers, printed] = GetParam();
+  const DecodePlan plan = DecodePlan::Tidal(num_layers, full_layers, select_layers);
+  EXPECT_EQ(plan.ToString(), printed);
+  EXPECT_FALSE(plan.is_dense());
+  EXPECT_EQ(plan.select_layers(), select_layers);
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    const char letter = printed[static_cast<size_t>(layer)];
+    const LayerKind want = letter == 'F'   ? LayerKind::kFull
+                           : letter == 'S' ? LayerKind::kSelect
+                                           : LayerKind::kSparse;
+    EXPECT_EQ(plan.kind(layer), want) << layer;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Plans, TidalPlan,
+                         ::testing::Values(PlanCase{"paper", 12, 2, {2, 5}, "FFSssSssssss"},
+                                           PlanCase{"late_first", 6, 1, {3}, "FFFSss"},
+                                           PlanCase{"one_full", 4, 1, {1, 3}, "FSsS"},
+                                           PlanCase{"adjacent", 5, 2, {2, 3}, "FFSSs"},
+                                           PlanCase{"last_only", 3, 2, {2}, "FFS"}),
+                         [](const auto& plan) { return plan.param.name; });
+
+struct BadPlan {
+  std::string name;
+  int64_t num_layers;
+  int64_t full_layers;
+  std::vector<int64_t> select_layers;
+  std::string field;
+  std::string got;
+};
+
+class RefusedPlan : public ::testing::TestWithParam<BadPlan> {};
+
+TEST_P(RefusedPlan, NamesTheFieldAndTheValue) {
+  const auto& bad = GetParam();
+  EXPECT_TRUE(Throws<InvalidArgument>(
+      [&] { DecodePlan::Tidal(bad.num_layers, bad.full_layers, bad.select_layers); },
+      {bad.field, bad.got, "expected"}));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Plans, RefusedPlan,
+    ::testing::Values(BadPlan{"no_select_layer", 8, 2, {}, "select_layers", "got none"},
+                      BadPlan{"no_full_layer", 8, 0, {2}, "full_layers", "got 0"},
+                      BadPlan{"negative_full_layers", 8, -1, {2}, "full_layers", "got -1"},
+                      BadPlan{"all_layers_full", 8, 8, {2}, "full_layers", "got 8"},
+                      BadPlan{"one_layer", 1, 1, {0}, "full_layers", "got 1"},
+                      BadPlan{"before_full_layers", 8, 2, {1}, "select_layers", "got layer 1"},
+                      BadPlan{"negative", 8, 2, {-1}, "select_layers", "got layer -1"},
+                      BadPlan{"past_the_end", 8, 2, {8}, "select_layers", "got layer 8"},
+                      BadPlan{"twice", 8, 2, {3, 3}, "select_layers", "got layer 3"},
+                      BadPlan{"descending", 8, 2, {5, 3}, "select_layers", "got layer 3"}),
+    [](const auto& plan) { return plan.param.name; });
+
+TEST(DecodePlan, NeedsALayer) {
+  EXPECT_TRUE(Throws<InvalidArgument>([] { DecodePlan::Dense(0); }, {"got 0", "expected"}));
+}
+
+}  // namespace
+}  // namespace tidal::test

@@ -1,0 +1,68 @@
+"""Puts the outcome of tests/gpu_test.sh into one JSON file: counts, device, commit."""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from tidaldecode import _core
+
+
+def gtest_counts(path: Path) -> dict[str, int]:
+    report = json.loads(path.read_text())
+    cases = [case for suite in report["testsuites"] for case in suite["testsuite"]]
+    skipped = sum(case.get("result") == "SKIPPED" for case in cases)
+    return {
+        "passed": len(cases) - skipped - report["failures"],
+        "failed": report["failures"],
+        "skipped": skipped,
+        "on_cuda": sum("cuda" in case["name"].lower() for case in cases),
+    }
+
+
+def pytest_counts(path: Path) -> dict[str, int]:
+    suite = ET.parse(path).getroot().find("testsuite")
+    count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    return {
+        "passed": count["tests"] - failed - count["skipped"],
+        "failed": failed,
+        "skipped": count["skipped"],
+    }
+
+
+def sanitizer_summary(path: Path) -> str:
+    return path.read_text().strip().splitlines()[-1].lstrip("= ") if path.exists() else "not run"
+
+
+def commit() -> str:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("TIDAL_COMMIT", "unknown")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    report = {
+        "command": "make gpu-test",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "devices": [d for d in _core.list_devices() if d["name"].startswith("cuda")],
+        "libraries": _core.list_libraries(),
+        "gtest": gtest_counts(args.build / "gtest.json"),
+        "pytest": pytest_counts(args.build / "pytest.xml"),
+        "memcheck": sanitizer_summary(args.build / "memcheck.log"),
+        "racecheck": sanitizer_summary(args.build / "racecheck.log"),
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

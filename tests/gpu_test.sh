@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: builds everything, runs the C++ and Python tests on the GPU, the small
+# op tests under compute-sanitizer, and a short benchmark. Writes benchmarks/results/gpu_test*.json.
+#
+#   PYTHON       the Python to use if it has what the tests need (default python3), else .venv is made
+#   BUILD        build folder (default build/cuda-release)
+#   OUT          where the JSON goes (default benchmarks/results)
+#   MODEL        a model folder for the benchmark (default: the packaged tidal-demo)
+#   MODEL_ARGS   more arguments for benchmarks/bench_decode.py
+#   SKIP_SANITIZER=1  leaves compute-sanitizer out
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+build=${BUILD:-build/cuda-release}
+out=${OUT:-benchmarks/results}
+needs="import numpy, safetensors, transformers, typer, rich, pytest, torch, pybind11, scipy_openblas32"
+if ! "$python" -c "$needs" 2>/dev/null; then
+  make .venv/.test-deps .venv/.installed
+  python=.venv/bin/python
+fi
+mkdir -p "$out" "$build"
+jobs=$(nproc)
+
+echo "== build"
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DTIDAL_CUDA=ON -DTIDAL_TESTS=ON \
+  -DTIDAL_PYTHON=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$build/configure.log" 2>&1 ||
+  { cat "$build/configure.log"; exit 1; }
+cmake --build "$build" -j "$jobs"
+# The package as it would be installed, but with the build tree's library paths.
+rm -rf "$build/site"
+mkdir "$build/site"
+cp -r python/tidaldecode "$build/site/"
+cp "$build"/_core*.so "$build/libtidal_cuda.so" "$build/site/tidaldecode/"
+export PYTHONPATH="$PWD/$build/site${PYTHONPATH:+:$PYTHONPATH}"
+
+status=0
+echo "== C++ tests"
+"$build/tidal_tests" --gtest_brief=1 --gtest_output="json:$build/gtest.json" || status=1
+
+echo "== Python tests on the GPU"
+"$python" -m pytest -q -m gpu --junitxml="$build/pytest.xml" || status=1
+
+# The op tests in one dtype; racecheck, some twenty times slower, on one shape of each kernel and
+# without the matrix library's own kernels.
+sanitize() {  # tool, gtest filter
+  echo "== compute-sanitizer $1"
+  compute-sanitizer --tool "$1" --error-exitcode 9 --log-file "$build/$1.log" \
+    "$build/tidal_tests" --gtest_brief=1 --gtest_filter="$2" >"$build/$1.out" 2>&1 ||
+    { status=1; tail -n 30 "$build/$1.log" "$build/$1.out"; }
+  tail -n 1 "$build/$1.log"
+}
+if [ "${SKIP_SANITIZER:-0}" = 0 ]; then
+  sanitize memcheck 'Backends/Op*cuda_bfloat16*'
+  attention='Backends/OpAttention*Match*cuda_bfloat16'
+  sanitize racecheck "$attention"_group5_d64*:"$attention"_group2_d128*:Backends/OpR*cuda_bfloat16*:\
+Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSelectTopK.T*cuda_bfloat16_head:\
+Backends/OpSample.*cuda_bfloat16:-*Statistics*
+fi
+
+echo "== benchmark"
+"$python" benchmarks/bench_decode.py "${MODEL:-python/tidaldecode/models/tidal-demo}" --device cuda \
+  --output "$out/gpu_decode.json" ${MODEL_ARGS:-} || status=1
+
+"$python" tests/gpu_report.py --build "$build" --output "$out/gpu_test.json"
+exit $status

@@ -1,0 +1,37 @@
+"""Options and fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_REFERENCE_MODEL = ROOT.parent / "shared" / "models" / "reflm-30m"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reference-model",
+        type=Path,
+        default=DEFAULT_REFERENCE_MODEL,
+        metavar="DIR",
+        help=f"folder of the trained model reflm-30m (default: {DEFAULT_REFERENCE_MODEL})",
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_model(request: pytest.FixtureRequest) -> Path:
+    """The folder of reflm-30m; skips where it is not."""
+    folder: Path = request.config.getoption("--reference-model")
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder}; give its folder with --reference-model DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of the packaged demo model."""
+    import tidaldecode
+
+    return Path(tidaldecode.__file__).parent / "models" / "tidal-demo"

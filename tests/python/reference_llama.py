@@ -1,0 +1,234 @@
+"""A plain numpy decoder with TidalDecode's sparse steps: the oracle of test_reference_tidal.py.
+
+Written from the definition of the algorithm (docs/algorithm.md; TidalDecode, arXiv 2410.05076) and
+from nothing of the engine: no pages, no chunks, no batches, every softmax over a whole row, all in
+float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tiny_models import round_to
+
+
+@dataclass(frozen=True)
+class TidalSettings:
+    """How decode steps attend. Empty select_layers: every step is dense."""
+
+    select_layers: tuple[int, ...] = ()
+    full_layers: int = 2
+    token_budget: int = 16
+    granularity: str = "kv_head"
+    pooling: str = "sum"
+    sink_tokens: int = 1
+    recent_tokens: int = 1
+    sparse_min_context: int = 0
+
+
+@dataclass
+class Cache:
+    """Keys (rotated) and values of one layer: [num_tokens, num_kv_heads, head_dim]."""
+
+    k: np.ndarray
+    v: np.ndarray
+
+
+@dataclass
+class DecodeResult:
+    token_ids: list[int]
+    logits: list[np.ndarray]  # the row each token was chosen from
+    selection: dict[int, np.ndarray] = field(default_factory=dict)  # of the last sparse step
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def plan_letters(num_layers: int, settings: TidalSettings) -> str:
+    """One letter a layer: F full, S select, s sparse."""
+    if not settings.select_layers:
+        return "F" * num_layers
+    first = min(settings.select_layers)
+    return "".join(
+        "S" if layer in settings.select_layers else "F" if layer < first else "s"
+        for layer in range(num_layers)
+    )
+
+
+def choose_positions(scores: np.ndarray, num_kv_heads: int, settings: TidalSettings) -> np.ndarray:
+    """The set(s) of one step.
+
+    Args:
+        scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions.
+
+    Returns:
+        [num_sets, min(token_budget, n)] positions, ascending.
+    """
+    num_q_heads, n = scores.shape
+    pool = {"sum": np.sum, "max": np.max}[settings.pooling]
+    if settings.granularity == "head":
+        ranked = scores
+    elif settings.granularity == "kv_head":
+        groups = softmax(scores).reshape(num_kv_heads, num_q_heads // num_kv_heads, n)
+        ranked = pool(groups, axis=1)
+    else:
+        ranked = pool(softmax(scores), axis=0, keepdims=True)
+    budget = min(settings.token_budget, n)
+    chosen = np.zeros(ranked.shape, bool)
+    chosen[:, : settings.sink_tokens] = True
+    chosen[:, n - settings.recent_tokens :] = True
+    for row, values in zip(chosen, ranked, strict=True):
+        order = np.argsort(-values, kind="stable")  # stable: the lower of two equals comes first
+        others = [position for position in order if not row[position]]
+        row[others[: budget - int(row.sum())]] = True
+    return np.stack([np.flatnonzero(row) for row in chosen])
+
+
+class ReferenceLlama:
+    """Llama, Mistral, Qwen2 or Qwen3 with rope type default, linear or llama3.
+
+    `kv_dtype` rounds keys and values as a cache of that type would.
+    """
+
+    def __init__(self, config: dict, weights: dict[str, np.ndarray], kv_dtype: str = "float32"):
+        self.num_layers = config["num_hidden_layers"]
+        self.num_q_heads = config["num_attention_heads"]
+        self.num_kv_heads = config["num_key_value_heads"]
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.num_q_heads
+        self.eps = config["rms_norm_eps"]
+        self.kv_dtype = kv_dtype
+        self.weights = {name: value.astype(np.float64) for name, value in weights.items()}
+        self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        self.inv_freq = self._inv_freq(config.get("rope_parameters", config))
+
+    def _inv_freq(self, rope: dict) -> np.ndarray:
+        half = np.arange(self.head_dim // 2)
+        inv_freq = rope["rope_theta"] ** (-2.0 * half / self.head_dim)
+        kind = rope.get("rope_type", "default")
+        if kind == "linear":
+            return inv_freq / rope["factor"]
+        if kind == "llama3":
+            # Long waves are slowed down, short ones kept, those between are blended.
+            turns = rope["original_max_position_embeddings"] * inv_freq / (2 * np.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            return keep * inv_freq + (1.0 - keep) * inv_freq / rope["factor"]
+        assert kind == "default", kind
+        return inv_freq
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        out = x @ self.weights[name + ".weight"].T
+        return out + self.weights.get(name + ".bias", 0.0)
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        rms = np.sqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        return x / rms * self.weights[name]
+
+    def _rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        angle = positions[:, None, None] * self.inv_freq
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate(
+            (first * np.cos(angle) - second * np.sin(angle),
+             second * np.cos(angle) + first * np.sin(angle)), axis=-1)  # fmt: skip
+
+    def _qkv(
+        self, x: np.ndarray, layer: int, start: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k, v of the tokens x: [num_tokens, heads, head_dim], q and k rotated."""
+        attention = f"model.layers.{layer}.self_attn."
+        q, k, v = (
+            self._linear(x, f"{attention}{name}_proj").reshape(len(x), -1, self.head_dim)
+            for name in "qkv"
+        )
+        if attention + "q_norm.weight" in self.weights:
+            q = self._norm(q, attention + "q_norm.weight")
+            k = self._norm(k, attention + "k_norm.weight")
+        positions = np.arange(start, start + len(x))
+        k, v = (self._round(kv) for kv in (self._rotate(k, positions), v))
+        return self._rotate(q, positions), k, v
+
+    def _round(self, kv: np.ndarray) -> np.ndarray:
+        if self.kv_dtype == "float32":
+            return kv
+        return round_to(kv.astype(np.float32), self.kv_dtype).astype(np.float64)
+
+    def _mlp(self, x: np.ndarray, layer: int) -> np.ndarray:
+        prefix = f"model.layers.{layer}.mlp."
+        gate = self._linear(x, prefix + "gate_proj")
+        up = self._linear(x, prefix + "up_proj")
+        return self._linear(gate / (1.0 + np.exp(-gate)) * up, prefix + "down_proj")
+
+    def _kv_head(self, q_head: int) -> int:
+        return q_head // (self.num_q_heads // self.num_kv_heads)
+
+    def prefill(self, token_ids: list[int]) -> tuple[np.ndarray, list[Cache]]:
+        """Dense causal pass. Returns logits [num_tokens, vocab_size] and the caches."""
+        x = self.weights["model.embed_tokens.weight"][token_ids]
+        n, caches = len(token_ids), []
+        hidden_future = np.triu(np.full((n, n), -np.inf), k=1)
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            q, k, v = self._qkv(self._norm(x, prefix + "input_layernorm.weight"), layer, 0)
+            out = np.empty_like(q)
+            for head in range(self.num_q_heads):
+                kv_head = self._kv_head(head)
+                scores = q[:, head] @ k[:, kv_head].T / np.sqrt(self.head_dim) + hidden_future
+                out[:, head] = softmax(scores) @ v[:, kv_head]
+            x = x + self._linear(out.reshape(n, -1), prefix + "self_attn.o_proj")
+            x = x + self._mlp(self._norm(x, prefix + "post_attention_layernorm.weight"), layer)
+            caches.append(Cache(k, v))
+        return self._logits(x), caches
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        return self._norm(x, "model.norm.weight") @ self.weights["lm_head.weight"].T
+
+    def step(
+        self, token_id: int, caches: list[Cache], settings: TidalSettings
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Appends one token. Returns its logits [vocab_size] and what each select layer chose."""
+        n = len(caches[0].k) + 1
+        dense = n <= max(settings.token_budget, settings.sparse_min_context)
+        letters = plan_letters(self.num_layers, TidalSettings() if dense else settings)
+        x = self.weights["model.embed_tokens.weight"][[token_id]]
+        selection: dict[int, np.ndarray] = {}
+        chosen = np.empty((0, 0), int)
+        for layer, kind in enumerate(letters):
+            prefix = f"model.layers.{layer}."
+            q, k, v = self._qkv(self._norm(x, prefix + "input_layernorm.weight"), layer, n - 1)
+            cache = caches[layer]
+            cache.k, cache.v = np.concatenate((cache.k, k)), np.concatenate((cache.v, v))
+            scores = np.stack([
+                cache.k[:, self._kv_head(head)] @ q[0, head] / np.sqrt(self.head_dim)
+                for head in range(self.num_q_heads)
+            ])  # fmt: skip
+            out = np.empty_like(q[0])
+            for head in range(self.num_q_heads):
+                kv_head = self._kv_head(head)
+                positions = np.arange(n)
+                if kind == "s":
+                    owner = {"kv_head": kv_head, "head": head, "layer": 0}[settings.granularity]
+                    positions = chosen[owner]
+                out[head] = softmax(scores[head, positions]) @ cache.v[positions, kv_head]
+            if kind == "S":
+                chosen = choose_positions(scores, self.num_kv_heads, settings)
+                selection[layer] = chosen
+            x = x + self._linear(out.reshape(1, -1), prefix + "self_attn.o_proj")
+            x = x + self._mlp(self._norm(x, prefix + "post_attention_layernorm.weight"), layer)
+        return self._logits(x)[0], selection
+
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, settings: TidalSettings
+    ) -> DecodeResult:
+        """Greedy decoding; the lower id wins a tie."""
+        prefill_logits, caches = self.prefill(prompt)
+        result = DecodeResult([int(prefill_logits[-1].argmax())], [prefill_logits[-1]])
+        while len(result.token_ids) < max_new_tokens:
+            logits, selection = self.step(result.token_ids[-1], caches, settings)
+            result.selection = selection or result.selection
+            result.token_ids.append(int(logits.argmax()))
+            result.logits.append(logits)
+        return result

@@ -1,0 +1,249 @@
+"""The command line: what goes where, in which words, with which exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tidaldecode
+from scripted_model import SCRIPT, update_json, write_scripted_model
+from tidaldecode import cli
+from tidaldecode.cli_options import parse_layers
+from tidaldecode.errors import InvalidArgument
+from tiny_models import TinyModel, write_checkpoint
+
+# One thread: the machine that runs the tests may have other work.
+SMALL = ["--device", "cpu", "--num-threads", "1", "--max-seq-len", "64"]
+FAST = [*SMALL, "--attention", "full"]
+LONG = ["--device", "cpu", "--num-threads", "1", "--attention", "full", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_scripted_model(tmp_path_factory.mktemp("scripted")))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def start(*arguments: str, **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tidaldecode", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+        encoding="utf-8", **options,
+    )  # fmt: skip
+
+
+def test_generate_writes_the_text_and_nothing_else(run, model: str):
+    assert run("generate", model, ">", *FAST) == (0, SCRIPT + "\n", "")
+
+
+def test_a_process_of_its_own_does_the_same(model: str):
+    process = start("generate", model, "-", *FAST)
+    out, err = process.communicate("hello >\n", timeout=60)
+    assert (process.returncode, out, err) == (0, SCRIPT + "\n", "")
+
+
+def test_a_prompt_comes_from_a_file_or_stdin(run, model: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("see é>\n", encoding="utf-8")
+    code, out, _ = run("generate", model, "--prompt-file", str(tmp_path / "prompt.txt"), *FAST)
+    assert (code, out) == (0, SCRIPT + "\n")
+
+    class Stdin:
+        class buffer:
+            @staticmethod
+            def read() -> bytes:
+                return b"x>"
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    for arguments in (["-"], ["--prompt-file", "-"]):
+        assert run("generate", model, *arguments, *FAST)[:2] == (0, SCRIPT + "\n")
+
+
+def test_chat_uses_the_template(run, model: str):
+    code, out, _ = run("generate", model, "hi", "--chat", "--system", "be", *FAST)
+    assert (code, out) == (0, SCRIPT + "\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--stop", "b", "--stop", "é"], "a"),
+        (["--stop-token-id", "98"], "aé世🎉"),
+        (["-n", "1"], "a"),
+        (["--max-new-tokens", "3", "--temperature", "0", "--seed", "1"], "aé"),
+    ],
+)
+def test_settings_reach_the_call(run, model: str, options, text):
+    assert run("generate", model, ">", *FAST, *options) == (0, text + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate"], "Missing argument"),
+        (["generate", "{model}"], "prompt: got neither"),
+        (["generate", "{model}", "x", "--prompt-file", "y"], "prompt: got both"),
+        (
+            ["generate", "{model}", "--prompt-file", "/no/such"],
+            "prompt-file: /no/such: No such file",
+        ),
+        (["generate", "{model}", "x", "--nonsense"], "nonsense"),
+        (["generate", "{model}", "x", "--top-k", "many"], "--top-k"),
+        (["generate", "{model}", "x", "--top-p", "7"], "top_p: got 7"),
+        (["generate", "{model}", "x", "--system", "s"], "system: got a system message without"),
+        (["generate", "{model}", "x", "--device", "gpu"], "device: got 'gpu'"),
+        (["generate", "{model}", "x", "--select-layers", "a"], "select-layers: got 'a'"),
+        (["generate", "{model}", "x", "--attention", "tidal"], "no plan"),
+        (["generate", "{model}", "x" * 99], "prompt tokens"),
+        (["generate", "no/such", "x"], "hf download no/such"),
+        (["info", "/no/such"], "no such folder"),
+        (["demo", "--context", "16"], "context: got 16"),
+        (["demo", "--context", "much"], "--context"),
+        (["nonsense"], "nonsense"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, model: str, arguments, expected):
+    filled = [argument.replace("{model}", model) for argument in arguments]
+    if len(filled) > 1 and filled[0] == "generate":
+        filled = [*filled[:1], *FAST, *filled[1:]]  # what comes last counts
+    code, out, err = run(*filled)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err
+
+
+def test_debug_adds_the_traceback(run, model: str):
+    code, _, err = run("generate", model, "x", "--top-p", "7", *FAST, "--debug")
+    assert code == 2
+    assert "Traceback" in err and err.rstrip().split("\n")[-1].startswith("error: top_p")
+
+
+def test_a_failure_while_running_is_exit_code_1(run, model: str, monkeypatch):
+    def fail(*args, **options):
+        raise tidaldecode.BackendError("the device is gone")
+
+    monkeypatch.setattr(cli, "Decoder", fail)
+    assert run("generate", model, "x") == (1, "", "error: the device is gone\n")
+
+    def surprise(*args, **options):
+        raise RuntimeError("a bug\nin two lines")
+
+    monkeypatch.setattr(cli, "Decoder", surprise)
+    code, _, err = run("generate", model, "x")
+    assert code == 1
+    assert err.startswith("error: RuntimeError: a bug in two lines") and "--debug" in err
+
+
+def test_a_model_without_usable_logits_is_exit_code_1(run, tmp_path: Path):
+    folder = write_scripted_model(tmp_path)
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][:] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    code, out, err = run("generate", str(folder), ">", *FAST)
+    assert (code, out) == (1, "\n")
+    assert err.startswith("error: ") and "NaN" in err
+
+
+def test_a_dense_fallback_is_noted_in_one_line(run, model: str):
+    code, out, err = run("generate", model, ">", *SMALL)
+    assert (code, out) == (0, SCRIPT + "\n")
+    assert err.startswith("note: ") and err.count("\n") == 1 and "select_layers" in err
+
+
+def test_ctrl_c_is_exit_code_130(tmp_path: Path):
+    folder = write_scripted_model(tmp_path, max_position_embeddings=2**19)
+    process = start("generate", str(folder), ">", *LONG, "-n", "500000")
+    assert process.stdout is not None and process.stdout.read(5) == SCRIPT[:5]
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 130
+    assert err.strip().split("\n")[-1] == "error: interrupted"
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path: Path):
+    folder = write_scripted_model(tmp_path, max_position_embeddings=2**19)
+    process = start("generate", str(folder), ">", *LONG, "-n", "500000")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(5) == SCRIPT[:5]
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=30)
+    assert (process.returncode, err) == (1, "")
+
+
+def test_output_survives_a_terminal_without_unicode(model: str):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = start("generate", model, ">", *FAST, env=environment)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == "a???bcd. STOP\n"
+
+
+def test_info_shows_the_installation(run):
+    code, out, _ = run("info")
+    assert code == 0
+    for text in (tidaldecode.__version__, "Python", "CUDA backend", "cpu", "OpenBLAS"):
+        assert text in out
+    assert max(map(len, out.split("\n"))) <= 80
+
+
+def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
+    folder = write_checkpoint(tmp_path / "qwen", TinyModel(family="qwen3", rope="yarn"))
+    update_json(folder / "tidal_plan.json", select_layers=[1, 3], token_budget=99)
+    code, out, _ = run("info", str(folder))
+    assert code == 0
+    for text in ("qwen (qwen3)", "4 query, 2 KV, size 16", "yarn x8", "FSsS, token budget 99",
+                 "tokenizer: none", "no token", "float32, 1 file"):  # fmt: skip
+        assert text in out
+    (folder / "tidal_plan.json").unlink()
+    assert "none; give select_layers" in " ".join(run("info", str(folder))[1].split())
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"]])
+def test_help_explains_every_command(run, command: list[str]):
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert "--help" in out and "Usage" in out
+
+
+def test_help_names_the_engines_defaults(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run("generate", "--help")
+    assert "[default: 1024]" in out and "[default: kv_head]" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"tidaldecode {tidaldecode.__version__}\n", "")
+
+
+def test_layers_are_parsed():
+    assert parse_layers("2,13") == (2, 13)
+    assert parse_layers(" 2 , 13 ") == (2, 13)
+    for bad in ("", "2,", "a", "2;13"):
+        with pytest.raises(InvalidArgument, match="select-layers"):
+            parse_layers(bad)

@@ -1,0 +1,225 @@
+"""DecodeConfig and plans: which settings are taken, which refused, and which win."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripted_model import update_json
+from tidaldecode import Decoder
+from tidaldecode.config import DecodeConfig
+from tidaldecode.errors import ConfigError
+from tidaldecode.model_folder import ModelFolder, read_model_folder
+from tidaldecode.plans import PLAN_FILE, choose_plan, find_plan, plan_letters
+from tiny_models import TinyModel, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight layers, no plan."""
+    return write_checkpoint(tmp_path_factory.mktemp("bare"), TinyModel(num_layers=8))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a plan beside it."""
+    path = write_checkpoint(tmp_path_factory.mktemp("planned"), TinyModel(num_layers=8))
+    update_json(path / PLAN_FILE, select_layers=[2, 5], token_budget=32, pooling="max")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "gpu"}, "device: got 'gpu'"),
+        ({"device": "cuda:x"}, "device: got 'cuda:x'"),
+        ({"device": 0}, "device: got 0"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of 'auto'"),
+        ({"dtype": None}, "dtype: got None"),
+        ({"kv_dtype": "fp8"}, "kv_dtype: got 'fp8'"),
+        ({"attention": "dense"}, "attention: got 'dense', expected one of 'auto', 'tidal', 'full'"),
+        ({"token_budget": 0}, "token_budget: got 0"),
+        ({"token_budget": -5}, "token_budget: got -5"),
+        ({"token_budget": 0.5}, "token_budget: got 0.5"),
+        ({"token_budget": float("nan")}, "token_budget: got nan"),
+        ({"token_budget": True}, "token_budget: got True"),
+        ({"token_budget": 2**31}, "token_budget: got 2147483648"),
+        ({"select_layers": ()}, r"select_layers: got \(\)"),
+        ({"select_layers": (5, 2)}, "strictly ascending"),
+        ({"select_layers": (2, 2)}, "strictly ascending"),
+        ({"select_layers": (0, 2)}, "strictly ascending"),
+        ({"select_layers": (-1,)}, "strictly ascending"),
+        ({"select_layers": (2.0,)}, "strictly ascending"),
+        ({"select_layers": "2,13"}, "select_layers: got '2,13'"),
+        ({"select_layers": 2}, "select_layers: got 2"),
+        ({"select_layers": (2,), "attention": "full"}, "attention: got 'full' together with"),
+        ({"full_layers": 0}, "full_layers: got 0"),
+        ({"granularity": "page"}, "granularity: got 'page'"),
+        ({"pooling": "mean"}, "pooling: got 'mean'"),
+        ({"sink_tokens": -1}, "sink_tokens: got -1"),
+        ({"recent_tokens": 0}, "recent_tokens: got 0"),
+        ({"max_seq_len": 0}, "max_seq_len: got 0"),
+        ({"max_batch_size": 0}, "max_batch_size: got 0"),
+        ({"page_size": 0}, "page_size: got 0"),
+        ({"num_threads": -1}, "num_threads: got -1"),
+        ({"cuda_graphs": 1}, "cuda_graphs: got 1"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(options: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        DecodeConfig(**options)
+
+
+def test_a_config_is_immutable_and_takes_lists_of_layers():
+    config = DecodeConfig(select_layers=[2, 5])
+    assert config.select_layers == (2, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.token_budget = 3
+
+
+def choose(path: Path, **options: Any) -> tuple[tuple[int, ...], dict[str, Any]] | None:
+    plan = choose_plan(DecodeConfig(**options), read_model_folder(path))
+    return None if plan is None else (plan.select_layers, dict(plan.settings))
+
+
+def test_auto_takes_the_plan_beside_the_model(planned: Path):
+    assert choose(planned) == ((2, 5), {"token_budget": 32, "pooling": "max"})
+
+
+def test_explicit_settings_win_over_the_plans(planned: Path):
+    layers, settings = choose(planned, token_budget=64, sink_tokens=4)
+    assert layers == (2, 5)
+    assert settings == {"token_budget": 64, "pooling": "max", "sink_tokens": 4}
+
+
+def test_explicit_layers_win_over_the_plans(planned: Path):
+    assert choose(planned, select_layers=(3,)) == ((3,), {"token_budget": 32, "pooling": "max"})
+
+
+def test_full_ignores_the_plan(planned: Path):
+    assert choose(planned, attention="full") is None
+
+
+def test_auto_without_a_plan_is_dense_and_says_so_once(folder: Path, caplog):
+    with caplog.at_level(logging.WARNING, logger="tidaldecode"):
+        assert choose(folder) is None
+    (record,) = caplog.records
+    assert "decoded densely" in record.getMessage()
+    assert "select_layers" in record.getMessage()
+
+
+def test_tidal_without_a_plan_is_an_error_that_says_how_to_get_one(folder: Path):
+    with pytest.raises(ConfigError, match=rf"no plan.*select_layers=.*{PLAN_FILE}"):
+        choose(folder, attention="tidal")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"select_layers": (2, 8)}, "layers up to 7"),
+        ({"select_layers": (2,), "full_layers": 3}, "full_layers: got 3"),
+    ],
+)
+def test_layers_must_fit_the_model(folder: Path, options: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        choose(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, "select_layers: got None"),
+        ({"select_layers": [5, 2]}, "strictly ascending"),
+        ({"select_layers": [2, 99]}, "layers up to 7"),
+        ({"select_layers": [2], "full_layers": 4}, "full_layers: got 4"),
+        ({"select_layers": [2], "token_budget": 0}, "token_budget: got 0"),
+        ({"select_layers": [2], "pooling": None}, "pooling: got None"),
+        ({"select_layers": [2], "budget": 5}, "got the key 'budget'"),
+    ],
+    ids=str,
+)
+def test_a_bad_plan_file_is_named(tmp_path: Path, content: dict[str, Any], expected: str):
+    write_checkpoint(tmp_path, TinyModel(num_layers=8))
+    update_json(tmp_path / PLAN_FILE, **content)
+    with pytest.raises(ConfigError, match=expected) as error:
+        find_plan(read_model_folder(tmp_path))
+    assert PLAN_FILE in str(error.value)
+
+
+def known(folder: Path, name: str, family: str = "llama", **shape: int) -> Any:
+    """What the table says for a model of a public model's shape."""
+    tiny = read_model_folder(folder)
+    model = dataclasses.replace(tiny.model, **shape)
+    fields = {f.name: getattr(tiny, f.name) for f in dataclasses.fields(tiny)}
+    fields |= {"name": name, "family": family, "model": model}
+    plan = find_plan(ModelFolder(**fields))
+    return plan.select_layers if plan else None
+
+
+LLAMA_3 = {"num_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_q_heads": 32,
+           "num_kv_heads": 8, "vocab_size": 128256}  # fmt: skip
+LLAMA_2 = LLAMA_3 | {"intermediate_size": 11008, "num_kv_heads": 32, "vocab_size": 32000}
+QWEN_3_4B = {"num_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_q_heads": 32,
+             "num_kv_heads": 8, "vocab_size": 151936}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "shape", "expected"),
+    [
+        ("Llama-3.1-8B-Instruct", "llama", LLAMA_3, (2, 13)),
+        ("a-finetune", "llama", LLAMA_3, (2, 13)),
+        ("DeepSeek-R1-Distill-Llama-8B", "llama", LLAMA_3, (2, 12)),
+        ("Llama-2-7b-hf", "llama", LLAMA_2, (2, 7)),
+        ("another-7b", "llama", LLAMA_2, None),
+        ("Mistral-7B", "mistral", LLAMA_3, None),
+        ("Qwen3-4B", "qwen3", QWEN_3_4B, (2, 20)),
+        ("Qwen3-4B", "qwen2", QWEN_3_4B, None),
+    ],
+)
+def test_known_models_are_found_by_shape_and_name(folder, name, family, shape, expected):
+    assert known(folder, name, family, **shape) == expected
+
+
+# With the engine
+
+
+def open_decoder(path: Path, **options: Any) -> Decoder:
+    return Decoder(path, **({"device": "cpu", "max_seq_len": 64, "max_batch_size": 1} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        ({}, "FFSssSss"),
+        ({"attention": "full"}, "FFFFFFFF"),
+        ({"select_layers": (3,)}, "FFFSssss"),
+        ({"select_layers": (1, 7)}, "FSsssssS"),
+        ({"select_layers": (2, 3, 4)}, "FFSSSsss"),
+    ],
+    ids=str,
+)
+def test_the_engine_builds_the_plan_that_was_chosen(planned, options, plan):
+    decoder = open_decoder(planned, **options)
+    assert decoder.plan == plan
+    layers = decoder.config.select_layers or ()
+    assert plan_letters(8, layers) == plan
+    assert decoder.config.attention == ("tidal" if layers else "full")
+
+
+def test_a_config_value_and_options_are_the_same(planned: Path):
+    options = {"device": "cpu", "max_seq_len": 64, "token_budget": 16, "max_batch_size": 2}
+    one = Decoder(planned, **options).config
+    assert one == Decoder(planned, config=DecodeConfig(**options)).config
+    assert (one.token_budget, one.pooling, one.page_size) == (16, "max", 64)
+
+
+def test_a_config_value_together_with_options_is_refused(planned: Path):
+    with pytest.raises(ConfigError, match="together with token_budget"):
+        Decoder(planned, config=DecodeConfig(), token_budget=16)
+    with pytest.raises(ConfigError, match="config: got a dict"):
+        Decoder(planned, config={"device": "cpu"})

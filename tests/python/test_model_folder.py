@@ -1,0 +1,363 @@
+"""config.json and generation_config.json: good ones understood, bad ones refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripted_model import update_json
+from tidaldecode.errors import ConfigError
+from tidaldecode.generation_defaults import GenerationDefaults, read_generation_defaults
+from tidaldecode.json_file import MAX_JSON_BYTES
+from tidaldecode.model_config import CheckpointConfig, read_checkpoint_config
+from tidaldecode.model_folder import read_model_folder
+from tiny_models import FAMILIES, ROPE_TYPES, TinyModel, config_json, write_checkpoint
+
+REMOVED = object()
+
+
+def read(folder: Path, family: str = "llama", **changes: Any) -> CheckpointConfig:
+    """Reads a tiny config with fields replaced, or taken out with REMOVED."""
+    config = config_json(TinyModel(family=family)) | changes
+    config = {key: value for key, value in config.items() if value is not REMOVED}
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return read_checkpoint_config(path)
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **changes}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read(tmp_path: Path, family: str):
+    checkpoint = read(tmp_path, family)
+    model = checkpoint.model
+    assert checkpoint.family == family
+    assert (model.num_layers, model.num_q_heads, model.num_kv_heads, model.head_dim) == (
+        4,
+        4,
+        2,
+        16,
+    )
+    assert model.qkv_bias == (family == "qwen2")
+    assert model.qk_norm == (family == "qwen3")
+    assert not model.o_bias and not model.mlp_bias and not model.tie_word_embeddings
+
+
+def test_absent_fields_mean_what_transformers_means(tmp_path: Path):
+    model = read(tmp_path, num_key_value_heads=REMOVED, head_dim=REMOVED, rms_norm_eps=REMOVED,
+                 max_position_embeddings=REMOVED, rope_parameters=REMOVED).model  # fmt: skip
+    assert model.num_kv_heads == 4
+    assert model.head_dim == 16
+    assert model.rms_norm_eps == 1e-6
+    assert model.max_position_embeddings == 2048
+    assert (model.rope.type, model.rope.theta) == ("default", 10000.0)
+
+
+def test_biases_of_llama_reach_all_projections(tmp_path: Path):
+    model = read(tmp_path, attention_bias=True, mlp_bias=True).model
+    assert model.qkv_bias and model.o_bias and model.mlp_bias
+
+
+def test_qwen3_head_dim_defaults_to_128(tmp_path: Path):
+    assert read(tmp_path, "qwen3", head_dim=REMOVED).model.head_dim == 128
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_is_read_under_both_names(tmp_path: Path, key: str, name: str):
+    assert read(tmp_path, **{"dtype": REMOVED, key: name}).dtype == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_size": -64}, "hidden_size: got -64"),
+        ({"hidden_size": 0}, "hidden_size: got 0"),
+        ({"hidden_size": 2**40}, "hidden_size: got 1099511627776"),
+        ({"hidden_size": 64.0}, "hidden_size: got 64.0"),
+        ({"hidden_size": "64"}, "hidden_size: got '64'"),
+        ({"hidden_size": True}, "hidden_size: got True"),
+        ({"hidden_size": REMOVED}, "hidden_size is missing"),
+        ({"hidden_size": 66, "head_dim": REMOVED}, "num_attention_heads: got 4, .* divisor"),
+        ({"intermediate_size": 0}, "intermediate_size: got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads: got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: got 3, .* divisor"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: got 0"),
+        ({"head_dim": 15}, "head_dim: got 15"),
+        ({"head_dim": 0}, "head_dim: got 0"),
+        ({"hidden_size": 60, "head_dim": REMOVED}, "head_dim: got 15"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: got 1000000"),
+        ({"vocab_size": 10**12}, "vocab_size: got 1000000000000"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings: got 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: got 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: got 'small'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: got 'yes'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype: got 'float8_e4m3fn'"),
+        ({"eos_token_id": 320}, "eos_token_id: got 320, .*vocab_size 320"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id: got -1"),
+        ({"eos_token_id": "end"}, "eos_token_id: got 'end'"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+        ({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .*'fp8'"),
+        ({"num_local_experts": 8}, "num_local_experts: got 8: mixture-of-experts"),
+        ({"model_type": "mixtral"}, "'mixtral', .*mixture-of-experts"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe', .*mixture-of-experts"),
+        ({"model_type": "gemma2"}, "'gemma2', .*soft caps"),
+        ({"model_type": "nonsense"}, "'nonsense', expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": REMOVED}, "model_type: got None"),
+        ({"model_type": ["llama"]}, "model_type: got"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_fields_are_named(tmp_path: Path, changes: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected) as error:
+        read(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("mistral", {"sliding_window": 128}, "sliding_window: got 128"),
+        ("mistral", {"sliding_window": REMOVED, "max_position_embeddings": 8192}, "got 4096"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 64},
+         "sliding_window: got 64"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+         "layer 3 is 'sliding_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "layer_types: got 3"),
+        ("llama", {"layer_types": "full"}, "layer_types: got 'full'"),
+    ],
+)  # fmt: skip
+def test_sliding_layers_in_use_are_refused(tmp_path, family, changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        read(tmp_path, family, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 512}),  # as long as the context: never in use
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 4, "sliding_window": 64}),
+        ("qwen3", {"layer_types": ["full_attention"] * 4}),
+    ],
+)
+def test_sliding_windows_out_of_use_are_accepted(tmp_path, family, changes):
+    assert read(tmp_path, family, **changes).family == family
+
+
+# RoPE
+
+
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_every_rope_type_is_read(tmp_path: Path, kind: str):
+    config = config_json(TinyModel(rope=kind))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parameters = config["rope_parameters"]
+    result = read_checkpoint_config(tmp_path / "config.json").model.rope
+    assert result.type == kind
+    for name, value in parameters.items():
+        ours = getattr(result, {"rope_type": "type", "rope_theta": "theta"}.get(name, name))
+        assert list(ours) == value if isinstance(value, list) else ours == value
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_the_old_rope_form_is_read(tmp_path: Path, key: str):
+    result = read(
+        tmp_path, rope_parameters=REMOVED, rope_theta=5e5, rope_scaling={key: "linear", "factor": 2}
+    ).model.rope
+    assert (result.type, result.factor, result.theta) == ("linear", 2.0, 5e5)
+
+
+def test_an_absent_original_length_is_the_whole(tmp_path: Path):
+    result = read(tmp_path, **rope(rope_type="yarn", factor=4.0)).model.rope
+    assert result.original_max_position_embeddings == 512
+
+
+def test_the_top_level_original_length_wins(tmp_path: Path):
+    changes = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    result = read(tmp_path, original_max_position_embeddings=128, **changes).model.rope
+    assert result.original_max_position_embeddings == 128
+
+
+def test_rope_nested_per_layer_type_is_read_if_all_layers_are_full(tmp_path: Path):
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    assert read(tmp_path, rope_parameters=nested).model.rope.theta == 1e6
+    with pytest.raises(ConfigError, match="full_attention"):
+        read(tmp_path, rope_parameters={"sliding_attention": {"rope_type": "default"}})
+
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_type": "mystery"}, "rope_type: got 'mystery', expected one of default"),
+        ({"rope_type": ["linear"]}, "rope_type: got"),
+        ({"rope_type": "linear"}, "factor is missing"),
+        ({"rope_type": "linear", "factor": "abc"}, "factor: got 'abc'"),
+        ({"rope_type": "linear", "factor": 0}, "factor: got 0"),
+        ({"rope_type": "linear", "factor": -1}, "factor: got -1"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor: got 0.5"),
+        ({"rope_type": "dynamic", "factor": True}, "factor: got True"),
+        ({"rope_theta": 0}, "rope_theta: got 0"),
+        ({"rope_theta": -1.0}, "rope_theta: got -1.0"),
+        (LLAMA3 | {"high_freq_factor": None}, "high_freq_factor is missing"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "more than low_freq_factor"),
+        (LLAMA3 | {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        ({"rope_type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 2}, "beta_fast: got 1"),
+        ({"rope_type": "yarn", "factor": 4, "truncate": "no"}, "truncate: got 'no'"),
+        ({"rope_type": "yarn", "factor": 4, "attention_factor": -1}, "attention_factor: got -1"),
+        (LONG | {"long_factor": [1.0] * 8}, "short_factor: got None"),
+        (LONG | {"short_factor": [1.0] * 8, "long_factor": [1.0] * 7}, "got 7 numbers, .*of 8"),
+        (LONG | {"short_factor": [1.0] * 8, "long_factor": [1.0] * 7 + [0]}, "got 0 in it"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
+    ],
+    ids=str,
+)
+def test_bad_rope_parameters_are_named(tmp_path: Path, parameters: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        read(tmp_path, **rope(**parameters))
+
+
+def test_a_rope_field_that_is_no_object_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="rope_scaling: got 'linear'"):
+        read(tmp_path, rope_scaling="linear")
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b"\xef\xbb\xbf{}", "byte-order mark"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[1]", "expected an object"),
+        (b"{", "not valid JSON"),
+        (b'{"rope_theta": NaN}', "NaN is not a JSON number"),
+        (b'{"rope_theta": -Infinity}', "-Infinity is not a JSON number"),
+        (b'{"a": 1, "a": 2}', "key 'a' appears twice"),
+        (b'{"a": ' + b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+    ids=range(11),
+)
+def test_damaged_json_is_refused(tmp_path: Path, data: bytes, expected: str):
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=expected):
+        read_checkpoint_config(tmp_path / "config.json")
+
+
+def test_a_huge_config_is_refused_unread(tmp_path: Path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 30)  # a hole: nothing is written
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=f"expected at most {MAX_JSON_BYTES}"):
+        read_checkpoint_config(tmp_path / "config.json")
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("kind", ["absent", "directory", "fifo", "link loop"])
+def test_a_config_that_is_no_file_is_refused_without_waiting(tmp_path: Path, kind: str):
+    path = tmp_path / "config.json"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link loop":
+        path.symlink_to(path)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B"),
+        ("/no/such/place", "no such folder"),
+        ("\0", "expected a"),
+        (None, "model_dir: got None"),
+        (b"bytes", "model_dir: got b'bytes'"),
+    ],
+)
+def test_what_is_no_folder_is_explained(name: Any, expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        read_model_folder(name)
+
+
+def test_a_file_in_place_of_the_folder_is_explained(tmp_path: Path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="is a file"):
+        read_model_folder(tmp_path / "model.gguf")
+
+
+# generation_config.json
+
+
+def test_without_a_generation_config_decoding_is_greedy(tmp_path: Path):
+    assert read_generation_defaults(tmp_path / "absent.json", 320) == GenerationDefaults()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1},
+         {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}),
+        ({"max_new_tokens": 7}, {"max_new_tokens": 7}),
+        ({"eos_token_id": [5, 6]}, {"eos_token_ids": (5, 6)}),
+        ({"temperature": None, "transformers_version": "5.0"}, {"temperature": 0.0}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_generation_defaults_are_read(tmp_path, fields, expected):
+    update_json(tmp_path / "g.json", **fields)
+    defaults = read_generation_defaults(tmp_path / "g.json", 320)
+    for name, value in expected.items():
+        assert getattr(defaults, name) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"do_sample": "yes"}, "do_sample: got 'yes'"),
+        ({"temperature": -1}, "temperature: got -1"),
+        ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"top_k": -1}, "top_k: got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"eos_token_id": 999}, "eos_token_id: got 999"),
+    ],
+    ids=str,
+)
+def test_bad_generation_defaults_are_named(tmp_path, fields, expected):
+    update_json(tmp_path / "g.json", **fields)
+    with pytest.raises(ConfigError, match=expected):
+        read_generation_defaults(tmp_path / "g.json", 320)
+
+
+def test_end_tokens_of_both_files_count(tmp_path: Path):
+    write_checkpoint(tmp_path, TinyModel(eos_token_id=[9, 4]))
+    update_json(tmp_path / "generation_config.json", eos_token_id=[7, 9])
+    assert read_model_folder(tmp_path).eos_token_ids == (4, 7, 9)
+
+
+def test_the_dtype_of_the_weights_counts_where_the_config_is_silent(tmp_path: Path):
+    write_checkpoint(tmp_path, TinyModel(dtype="float16"))
+    update_json(tmp_path / "config.json", dtype=None)
+    assert read_model_folder(tmp_path).dtype == "float16"

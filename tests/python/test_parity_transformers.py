@@ -1,0 +1,307 @@
+"""The engine against transformers: float32, CPU, every family x every rope type.
+
+Checkpoints are written by transformers (`save_pretrained`) from the seeded weights of
+tiny_models.py. Logits must agree to 1e-4 of the largest logit (transformers itself is within 1e-5
+of float64 here), greedy tokens exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tidaldecode
+from tiny_models import (
+    FAMILIES,
+    ORIGINAL_POSITIONS,
+    ROPE_TYPES,
+    TinyModel,
+    random_prompt,
+    save_with_transformers,
+    write_checkpoint,
+)
+
+torch = pytest.importorskip("torch", reason="the reference here is transformers on torch")
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
+
+RELATIVE_TOLERANCE = 1e-4
+NEW_TOKENS = 32
+SHORT_PROMPT = ORIGINAL_POSITIONS - NEW_TOKENS - 2  # prompt and output inside the original window
+LONG_PROMPT = ORIGINAL_POSITIONS + 30
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """make_folder(model, max_shard_size=...) -> folder written by transformers, built once."""
+    root = tmp_path_factory.mktemp("transformers-checkpoints")
+    folders: dict[str, Path] = {}
+
+    def make(model: TinyModel, max_shard_size: str = "1GB") -> Path:
+        key = repr((model, max_shard_size))
+        if key not in folders:
+            folder = root / str(len(folders))
+            folders[key] = save_with_transformers(folder, model, max_shard_size)
+        return folders[key]
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """These models are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reference(folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def reference_logits(folder: Path, prompt: list[int]) -> np.ndarray:
+    # A fresh model each time: with dynamic rope a model remembers the longest prompt it has seen.
+    with torch.no_grad():
+        return reference(folder)(torch.tensor([prompt])).logits[0].numpy()
+
+
+@cache
+def reference_tokens(folder: Path, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
+    with torch.no_grad():
+        out = reference(folder).generate(
+            torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def open_decoder(folder: Path, **options) -> tidaldecode.Decoder:
+    defaults = {"device": "cpu", "dtype": "float32", "attention": "full", "max_seq_len": 256}
+    return tidaldecode.Decoder(folder, **(defaults | options))
+
+
+def greedy(decoder: tidaldecode.Decoder, prompts: list[list[int]], new_tokens: int = NEW_TOKENS):
+    results = decoder.generate(prompts, max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    return [list(result.token_ids) for result in results]
+
+
+def all_logits(folder: Path, prompt: list[int]) -> np.ndarray:
+    return open_decoder(folder).logits(prompt, last=len(prompt))
+
+
+def assert_logits_match(decoder: tidaldecode.Decoder, folder: Path, prompt: list[int]) -> None:
+    expected = reference_logits(folder, prompt)
+    actual = decoder.logits(prompt, last=len(prompt))
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= RELATIVE_TOLERANCE, f"relative difference {error:.2e} at {len(prompt)} tokens"
+
+
+def assert_tokens_match(decoder: tidaldecode.Decoder, folder: Path, prompt: list[int]) -> None:
+    expected = reference_tokens(folder, tuple(prompt), NEW_TOKENS)
+    assert len(set(expected)) >= 8, "the reference repeats itself: this test would prove little"
+    assert greedy(decoder, [prompt])[0] == expected
+
+
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilyTimesRope:
+    def test_prefill_logits(self, family: str, rope: str, make_folder: MakeFolder):
+        folder = make_folder(model := TinyModel(family=family, rope=rope))
+        decoder = open_decoder(folder)
+        for length in (1, SHORT_PROMPT, ORIGINAL_POSITIONS, ORIGINAL_POSITIONS + 1, 150):
+            assert_logits_match(decoder, folder, random_prompt(model, length))
+
+    def test_greedy_tokens_inside_the_original_window(
+        self, family: str, rope: str, make_folder: MakeFolder
+    ):
+        folder = make_folder(model := TinyModel(family=family, rope=rope))
+        assert_tokens_match(open_decoder(folder), folder, random_prompt(model, SHORT_PROMPT))
+
+    def test_greedy_tokens_beyond_the_original_window(
+        self, family: str, rope: str, make_folder: MakeFolder
+    ):
+        if rope == "dynamic":
+            # transformers changes the rotation at every step without rotating the cached keys
+            # again; the engine fixes it for the whole request (docs/algorithm.md).
+            pytest.skip("dynamic rope beyond the window is defined differently, on purpose")
+        folder = make_folder(model := TinyModel(family=family, rope=rope))
+        assert_tokens_match(open_decoder(folder), folder, random_prompt(model, LONG_PROMPT))
+
+
+VARIANTS = {
+    "llama, biases everywhere": TinyModel(attention_bias=True, mlp_bias=True, seed=1),
+    "llama, tied": TinyModel(tie=True, seed=2),
+    "qwen2, tied": TinyModel(family="qwen2", tie=True, seed=3),
+    "qwen3, tied, attention bias": TinyModel(family="qwen3", tie=True, attention_bias=True, seed=4),
+    "head_dim above hidden_size / heads": TinyModel(head_dim=32, seed=5),
+    "head_dim below hidden_size / heads": TinyModel(family="mistral", head_dim=8, seed=6),
+    "head_dim 64": TinyModel(head_dim=64, num_q_heads=2, num_kv_heads=1, seed=7),
+    "head_dim 128": TinyModel(family="qwen3", head_dim=128, num_kv_heads=4, seed=8),
+    "sizes that divide nothing": TinyModel(
+        hidden_size=60, intermediate_size=77, head_dim=14, num_q_heads=6, num_kv_heads=3,
+        vocab_size=331, num_layers=3, seed=9,
+    ),
+    "one layer": TinyModel(num_layers=1, seed=10),
+    "yarn, other betas": TinyModel(rope="yarn", rope_extra={"beta_fast": 8.0, "beta_slow": 0.5}),
+    "yarn, not truncated": TinyModel(rope="yarn", rope_extra={"truncate": False}),
+    "yarn, attention factor": TinyModel(rope="yarn", rope_extra={"attention_factor": 1.3}),
+    "yarn, mscale": TinyModel(rope="yarn", rope_extra={"mscale": 0.7, "mscale_all_dim": 1.2}),
+    "longrope, attention factor": TinyModel(rope="longrope", rope_extra={"attention_factor": 1.2}),
+    "longrope, factor from the lengths": TinyModel(rope="longrope", rope_extra={"factor": None}),
+    "llama3, other bands": TinyModel(
+        rope="llama3", rope_extra={"low_freq_factor": 2.0, "high_freq_factor": 6.0, "factor": 32.0}
+    ),
+    "theta 500000": TinyModel(rope_extra={"rope_theta": 500000.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants(model: TinyModel, make_folder: MakeFolder):
+    folder = make_folder(model)
+    decoder = open_decoder(folder)
+    prompt = random_prompt(model, LONG_PROMPT)
+    assert_logits_match(decoder, folder, prompt)
+    assert greedy(decoder, [prompt])[0] == reference_tokens(folder, tuple(prompt), NEW_TOKENS)
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1], ids=lambda n: f"group_size {8 // n}")
+def test_grouped_query_attention(num_kv_heads: int, make_folder: MakeFolder):
+    model = TinyModel(num_q_heads=8, num_kv_heads=num_kv_heads, seed=11)
+    folder = make_folder(model)
+    decoder = open_decoder(folder)
+    prompt = random_prompt(model, 70)
+    assert_logits_match(decoder, folder, prompt)
+    assert_tokens_match(decoder, folder, prompt)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_16_bit_checkpoints_run_in_float32(family: str, dtype: str, make_folder: MakeFolder):
+    folder = make_folder(model := TinyModel(family=family, dtype=dtype, seed=12))
+    decoder = open_decoder(folder)
+    prompt = random_prompt(model, 50)
+    assert_logits_match(decoder, folder, prompt)
+    assert_tokens_match(decoder, folder, prompt)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_auto_keeps_the_checkpoints_weights(dtype: str, make_folder: MakeFolder):
+    """16-bit weights as they are, float32 arithmetic and cache: nothing is rounded on the way."""
+    folder = make_folder(model := TinyModel(dtype=dtype, seed=12))
+    decoder = open_decoder(folder, dtype="auto")
+    assert decoder.config.dtype == dtype
+    prompt = random_prompt(model, 50)
+    assert_logits_match(decoder, folder, prompt)
+    assert_tokens_match(decoder, folder, prompt)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 4e-2)])
+def test_a_16_bit_cache_rounds_keys_and_values(
+    dtype: str, tolerance: float, make_folder: MakeFolder
+):
+    folder = make_folder(model := TinyModel(dtype=dtype, seed=12))
+    prompt = random_prompt(model, 50)
+    expected = reference_logits(folder, prompt)
+    actual = open_decoder(folder, kv_dtype=dtype).logits(prompt, last=len(prompt))
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert RELATIVE_TOLERANCE < error <= tolerance
+
+
+def test_sharded_folder_equals_one_file_bitwise(make_folder: MakeFolder):
+    model = TinyModel(family="qwen2", seed=13)
+    one, many = make_folder(model), make_folder(model, max_shard_size="100KB")
+    assert len(list(one.glob("*.safetensors"))) == 1
+    assert len(list(many.glob("*.safetensors"))) > 3
+    assert (many / "model.safetensors.index.json").is_file()
+    prompt = random_prompt(model, 40)
+    assert np.array_equal(all_logits(many, prompt), all_logits(one, prompt))
+    assert_logits_match(open_decoder(many), many, prompt)
+
+
+def test_a_folder_written_without_transformers_equals_its_own(
+    make_folder: MakeFolder, tmp_path: Path
+):
+    model = TinyModel(family="qwen3", seed=14)
+    prompt = random_prompt(model, 40)
+    theirs = all_logits(make_folder(model), prompt)
+    ours = all_logits(write_checkpoint(tmp_path, model), prompt)
+    assert np.array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("rope", [r for r in ROPE_TYPES if r != "default"])
+def test_rope_scaling_of_older_configs_means_the_same(rope: str, tmp_path: Path):
+    model = TinyModel(rope=rope, seed=15)
+    prompt = random_prompt(model, 100)
+    new = write_checkpoint(tmp_path / "new", model)
+    old = write_checkpoint(tmp_path / "old", model)
+    config = json.loads((old / "config.json").read_text())
+    parameters = config.pop("rope_parameters")
+    config["rope_theta"] = parameters.pop("rope_theta")
+    if rope in ("linear", "dynamic"):
+        parameters["type"] = parameters.pop("rope_type")
+    config["rope_scaling"] = parameters
+    config["torch_dtype"] = config.pop("dtype")
+    (old / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(all_logits(old, prompt), all_logits(new, prompt))
+    assert_logits_match(open_decoder(old), old, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_of_different_lengths(family: str, make_folder: MakeFolder):
+    folder = make_folder(model := TinyModel(family=family, rope="llama3", seed=16))
+    prompts = [random_prompt(model, n, seed=n) for n in (40, 1, 97, 64, 16, 130)]
+    decoder = open_decoder(folder, max_batch_size=len(prompts))
+    expected = [reference_tokens(folder, tuple(p), NEW_TOKENS) for p in prompts]
+    assert greedy(decoder, prompts) == expected
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_each_row_of_a_batch_has_its_own_rotation(rope: str, make_folder: MakeFolder):
+    """Rows inside and beyond the original window decode together."""
+    folder = make_folder(model := TinyModel(rope=rope, seed=18))
+    prompts = [random_prompt(model, n, seed=n) for n in (SHORT_PROMPT, LONG_PROMPT, 8, 140)]
+    decoder = open_decoder(folder)
+    together = greedy(decoder, prompts)
+    assert together == [greedy(decoder, [prompt])[0] for prompt in prompts]
+    for prompt, tokens in zip(prompts, together, strict=True):
+        if rope == "longrope" or len(prompt) <= SHORT_PROMPT:
+            assert tokens == reference_tokens(folder, tuple(prompt), NEW_TOKENS)
+
+
+def test_these_models_notice_a_wrong_rotation(make_folder: MakeFolder):
+    """The tests above mean something: another rope type gives other logits and tokens."""
+    prompt = random_prompt(TinyModel(), LONG_PROMPT)
+    seen: list[np.ndarray] = []
+    for rope in ROPE_TYPES:
+        logits = reference_logits(make_folder(TinyModel(rope=rope)), prompt)
+        for other in seen:
+            assert np.abs(logits - other).max() / np.abs(logits).max() > 100 * RELATIVE_TOLERANCE
+        seen.append(logits)
+    swapped = prompt[1::-1] + prompt[2:]
+    logits = reference_logits(make_folder(TinyModel()), swapped)
+    assert np.abs(logits[-1] - seen[0][-1]).max() > 0.01
+
+
+def test_dynamic_rope_is_chosen_by_prompt_and_output_length(make_folder: MakeFolder):
+    """A request that may grow past the window is rotated for its final length from the start."""
+    model = TinyModel(rope="dynamic", seed=17)
+    folder = make_folder(model)
+    prompt, new_tokens = random_prompt(model, ORIGINAL_POSITIONS - 4), 20
+    final = len(prompt) + new_tokens
+    # The same as default rope with the base that the formula gives for the final length.
+    stretch = 4.0 * final / model.positions - 3.0
+    theta = 10000.0 * stretch ** (model.head_dim / (model.head_dim - 2))
+    fixed = dataclasses.replace(
+        model, rope="default", rope_extra={"rope_theta": theta}, max_position_embeddings=512
+    )
+    expected = reference_tokens(make_folder(fixed), tuple(prompt), new_tokens)
+    assert greedy(open_decoder(folder), [prompt], new_tokens)[0] == expected

@@ -1,0 +1,282 @@
+"""Tiny random checkpoints of every supported family and rope type, for the tests.
+
+The weights come from numpy, so that the GPU tests need no torch; `save_with_transformers` writes
+the same weights through transformers' own `save_pretrained`, as a user's folder is written.
+The weights are scaled so that logits are spread out, attention is neither flat nor one-hot, and a
+change of positions changes the tokens (test_parity_transformers.py checks that).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# Length up to which the scaled rope types behave as trained; prompts longer than this reach the
+# part of each formula that a short prompt never sees.
+ORIGINAL_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint to build. Equal values give equal files."""
+
+    family: str = "llama"
+    rope: str = "default"
+    rope_extra: dict[str, Any] = field(default_factory=dict)  # over rope_parameters; None removes
+    hidden_size: int = 64
+    intermediate_size: int = 96
+    num_layers: int = 4
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    vocab_size: int = 320
+    tie: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"
+    max_position_embeddings: int | None = None  # None: 512, for dynamic ORIGINAL_POSITIONS
+    eos_token_id: int | list[int] | None = None
+    gain: float = 1.5  # of every matrix but lm_head: what a layer adds next to what it gets
+    seed: int = 0
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2" or self.attention_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return self.family != "qwen2" and self.attention_bias
+
+    @property
+    def positions(self) -> int:
+        if self.max_position_embeddings is not None:
+            return self.max_position_embeddings
+        return ORIGINAL_POSITIONS if self.rope == "dynamic" else 512
+
+
+def rope_parameters(model: TinyModel) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": model.rope, "rope_theta": 10000.0}
+    if model.rope in ("linear", "dynamic"):
+        parameters["factor"] = 4.0
+    elif model.rope == "llama3":
+        parameters |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    elif model.rope == "yarn":
+        parameters |= {"factor": 8.0}
+    elif model.rope == "longrope":
+        half = model.head_dim // 2
+        parameters |= {
+            "factor": 8.0,
+            "short_factor": [1.0 + 0.05 * i for i in range(half)],
+            "long_factor": [1.0 + 0.6 * i for i in range(half)],
+        }
+    if model.rope in ("llama3", "yarn", "longrope"):
+        parameters["original_max_position_embeddings"] = ORIGINAL_POSITIONS
+    parameters |= model.rope_extra
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def config_json(model: TinyModel) -> dict[str, Any]:
+    """The config.json a folder of this model has, in the current Hugging Face layout."""
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[model.family]],
+        "model_type": model.family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_q_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": model.positions,
+        "tie_word_embeddings": model.tie,
+        "rope_parameters": rope_parameters(model),
+        "bos_token_id": None,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": None,
+        "dtype": model.dtype,
+    }
+    if model.family != "qwen2":  # qwen2 derives it
+        config["head_dim"] = model.head_dim
+    if model.family in ("llama", "qwen3"):
+        config["attention_bias"] = model.attention_bias
+    if model.family == "llama":
+        config["mlp_bias"] = model.mlp_bias
+    if model.family == "mistral":
+        config["sliding_window"] = None
+    if model.family in ("qwen2", "qwen3"):
+        config["use_sliding_window"] = False
+    return config
+
+
+def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
+    """All tensors of the checkpoint, float32, already rounded to `model.dtype`."""
+    rng = np.random.default_rng(model.seed)
+    hidden, q_size = model.hidden_size, model.num_q_heads * model.head_dim
+    kv_size = model.num_kv_heads * model.head_dim
+
+    def matrix(rows: int, columns: int, gain: float) -> np.ndarray:
+        return rng.normal(0.0, gain / np.sqrt(columns), (rows, columns))
+
+    def norm(size: int, mean: float = 1.0) -> np.ndarray:
+        return mean * (1.0 + 0.2 * rng.normal(size=size))
+
+    weights = {"model.embed_tokens.weight": rng.normal(0.0, 0.4, (model.vocab_size, hidden))}
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        weights[prefix + "input_layernorm.weight"] = norm(hidden)
+        weights[prefix + "post_attention_layernorm.weight"] = norm(hidden)
+        # Scores have a standard deviation of about gain^2, so at 1.5 a few positions stand out.
+        for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            weights[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, hidden, model.gain)
+            if model.qkv_bias:
+                weights[f"{prefix}self_attn.{name}_proj.bias"] = 0.3 * rng.normal(size=rows)
+        weights[prefix + "self_attn.o_proj.weight"] = matrix(hidden, q_size, model.gain)
+        if model.o_bias:
+            weights[prefix + "self_attn.o_proj.bias"] = 0.3 * rng.normal(size=hidden)
+        if model.family == "qwen3":
+            weights[prefix + "self_attn.q_norm.weight"] = norm(model.head_dim, model.gain)
+            weights[prefix + "self_attn.k_norm.weight"] = norm(model.head_dim, model.gain)
+        for name, rows, columns in (
+            ("gate", model.intermediate_size, hidden),
+            ("up", model.intermediate_size, hidden),
+            ("down", hidden, model.intermediate_size),
+        ):
+            weights[f"{prefix}mlp.{name}_proj.weight"] = matrix(rows, columns, model.gain)
+            if model.mlp_bias:
+                weights[f"{prefix}mlp.{name}_proj.bias"] = 0.3 * rng.normal(size=rows)
+    weights["model.norm.weight"] = norm(hidden)
+    if not model.tie:
+        weights["lm_head.weight"] = matrix(model.vocab_size, hidden, 3.0)
+    return {name: round_to(value, model.dtype) for name, value in weights.items()}
+
+
+def random_prompt(model: TinyModel, length: int, seed: int = 0) -> list[int]:
+    """Token ids from `model.vocab_size`, the same for the same seed."""
+    rng = np.random.default_rng(1000 + seed)
+    return rng.integers(3, model.vocab_size, length).tolist()
+
+
+# --- dtypes: numpy has no bfloat16, so a value of it is a float32 whose low 16 bits are zero ---
+
+
+def round_to(value: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values that `dtype` can hold, rounded to nearest even."""
+    value = np.ascontiguousarray(value, dtype=np.float32)
+    if dtype == "float16":
+        return value.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = value.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+        return np.where(np.isnan(value), value, rounded)
+    return value
+
+
+def encode(value: np.ndarray, dtype: str) -> bytes:
+    if dtype == "float16":
+        return value.astype(np.float16).tobytes()
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32) >> 16
+        return bits.astype(np.uint16).tobytes()
+    return np.ascontiguousarray(value, dtype=np.float32).tobytes()
+
+
+def decode(data: bytes, dtype: str) -> np.ndarray:
+    if dtype == "F16":
+        return np.frombuffer(data, np.float16).astype(np.float32)
+    if dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, np.float32)
+
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+# --- folders ---
+
+
+def write_checkpoint(
+    folder: Path, model: TinyModel, weights: dict[str, np.ndarray] | None = None
+) -> Path:
+    """Writes config.json and one model.safetensors. `weights` replaces the random ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = random_weights(model) if weights is None else weights
+    (folder / "config.json").write_text(json.dumps(config_json(model), indent=2))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs, offset = [], 0
+    for name in sorted(weights):
+        blob = encode(weights[name], model.dtype)
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[model.dtype],
+            "shape": list(weights[name].shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
+        blobs.append(blob)
+        offset += len(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = struct.pack("<Q", len(text)) + text + b"".join(blobs)
+    (folder / "model.safetensors").write_bytes(data)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """A tokenizer whose token i is the word "ti", so that text can be streamed."""
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel", "vocab": {f"t{i}": i for i in range(vocab_size)}, "unk_token": "t0"
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+def save_with_transformers(folder: Path, model: TinyModel, max_shard_size: str = "1GB") -> Path:
+    """The same checkpoint, written by transformers: its config.json and its (sharded) files."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**config_json(model))
+    torch_dtype = getattr(torch, model.dtype)
+    torch_model = AutoModelForCausalLM.from_config(config).to(torch_dtype)
+    state = {k: torch.from_numpy(v).to(torch_dtype) for k, v in random_weights(model).items()}
+    missing, unexpected = torch_model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    torch_model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """config.json and all tensors as float32, read with nothing of the engine."""
+    config = json.loads((folder / "config.json").read_text())
+    weights: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        data = file.read_bytes()
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = (8 + size + offset for offset in entry["data_offsets"])
+                weights[name] = decode(data[begin:end], entry["dtype"]).reshape(entry["shape"])
+    return config, weights
