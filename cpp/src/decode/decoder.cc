@@ -30,10 +30,12 @@ void CheckCapacity(Engine& engine, const SlotPool& slots,
   int64_t pages = 0;
   for (size_t i = 0; i < prompts.size(); ++i) {
     auto prompt_len = static_cast<int64_t>(prompts[i].size());
-    int64_t room = config.max_seq_len - prompt_len;
-    TIDAL_CHECK(params[i].max_new_tokens <= room, CapacityError, "prompt ", i, ": ", prompt_len,
-                " prompt tokens + max_new_tokens ", params[i].max_new_tokens,
-                " are more than max_seq_len ", config.max_seq_len,
+    // Unsigned: max_new_tokens may be as large as int64 holds.
+    uint64_t need =
+        static_cast<uint64_t>(prompt_len) + static_cast<uint64_t>(params[i].max_new_tokens);
+    TIDAL_CHECK(need <= static_cast<uint64_t>(config.max_seq_len), CapacityError, "prompt ", i,
+                ": ", prompt_len, " prompt tokens + max_new_tokens ", params[i].max_new_tokens,
+                " need ", need, " positions, have max_seq_len ", config.max_seq_len,
                 "; raise max_seq_len, or shorten the prompt or max_new_tokens");
     pages += engine.pool().PagesFor(prompt_len + params[i].max_new_tokens);
   }
