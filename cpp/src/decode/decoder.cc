@@ -18,6 +18,27 @@ void CheckPrompt(const std::vector<int32_t>& prompt, int64_t vocab_size, size_t 
   }
 }
 
+// For the calls that score given tokens: `count` of them, in the setting `name`.
+void CheckScored(const std::vector<int32_t>& token_ids, int64_t vocab_size, int64_t max_seq_len,
+                 const char* name, int64_t count) {
+  CheckPrompt(token_ids, vocab_size, 0);
+  auto length = static_cast<int64_t>(token_ids.size());
+  TIDAL_CHECK(count >= 1 && count <= length, InvalidArgument, name, ": got ", count,
+              ", expected 1 to ", length);
+  TIDAL_CHECK(length <= max_seq_len, CapacityError, "token_ids: ", length,
+              " tokens, have max_seq_len ", max_seq_len, "; raise max_seq_len");
+}
+
+// Prefills the sequence; logits after its tokens from index `first` on.
+std::vector<float> PrefillAndScore(Engine& engine, Sequence& sequence, int64_t first) {
+  std::vector<float> logits;
+  while (!sequence.prefilled()) {
+    int64_t chunk_len = engine.PrefillNext(sequence);
+    engine.AppendPrefillLogits(sequence, chunk_len, first, sequence.prompt_len, logits);
+  }
+  return logits;
+}
+
 // Before any work: does every sequence, and do all together, fit?
 void CheckCapacity(Engine& engine, const SlotPool& slots,
                    const std::vector<std::vector<int32_t>>& prompts,
@@ -81,40 +102,23 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
 
 std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
                                           int64_t num_positions) {
-  CheckPrompt(token_ids, model().vocab_size, 0);
-  auto length = static_cast<int64_t>(token_ids.size());
-  TIDAL_CHECK(num_positions >= 1 && num_positions <= length, InvalidArgument, "num_positions: got ",
-              num_positions, ", expected 1 to ", length);
-  TIDAL_CHECK(length <= config().max_seq_len, CapacityError, "token_ids: ", length,
-              " tokens, have max_seq_len ", config().max_seq_len, "; raise max_seq_len");
+  CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
   std::lock_guard lock(impl_->mutex);
   Engine& engine = impl_->engine;
+  auto length = static_cast<int64_t>(token_ids.size());
   Sequence sequence = engine.MakeSequence(token_ids, length, engine.ScratchSampling());
-  std::vector<float> logits;
-  while (!sequence.prefilled()) {
-    int64_t chunk_len = engine.PrefillNext(sequence);
-    engine.AppendPrefillLogits(sequence, chunk_len, length - num_positions, length, logits);
-  }
-  return logits;
+  return PrefillAndScore(engine, sequence, length - num_positions);
 }
 
 std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
                                          int64_t num_prefill) {
-  CheckPrompt(token_ids, model().vocab_size, 0);
-  auto length = static_cast<int64_t>(token_ids.size());
-  TIDAL_CHECK(num_prefill >= 1 && num_prefill <= length, InvalidArgument, "num_prefill: got ",
-              num_prefill, ", expected 1 to ", length);
-  TIDAL_CHECK(length <= config().max_seq_len, CapacityError, "token_ids: ", length,
-              " tokens, have max_seq_len ", config().max_seq_len, "; raise max_seq_len");
+  CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
   std::lock_guard lock(impl_->mutex);
   Engine& engine = impl_->engine;
+  auto length = static_cast<int64_t>(token_ids.size());
   std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
   Sequence sequence = engine.MakeSequence(prompt, length, engine.ScratchSampling());
-  std::vector<float> logits;
-  while (!sequence.prefilled()) {
-    int64_t chunk_len = engine.PrefillNext(sequence);
-    engine.AppendPrefillLogits(sequence, chunk_len, num_prefill - 1, num_prefill, logits);
-  }
+  std::vector<float> logits = PrefillAndScore(engine, sequence, num_prefill - 1);
   for (int64_t i = num_prefill; i < length; ++i) {
     sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
     Sequence* row = &sequence;

@@ -69,10 +69,10 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   step_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, b, b, max_pages);
   selection_ = std::make_unique<Selection>(*backend_, model_, config_, plan_);
   sampler_ = std::make_unique<Sampler>(*backend_, model_.vocab_size, b);
-  q_starts_ = AllocateInts({0, 0});
-  gather_rows_ = AllocateInts(std::vector<int32_t>(static_cast<size_t>(b), 0));
-  buffers_.push_back(backend_->Allocate(b * model_.hidden_size * 4, "activations"));
-  gathered_ = TensorView(buffers_.back().data(), DType::kFloat32, {b, model_.hidden_size});
+  tensors_ = std::make_unique<DeviceTensors>(*backend_, "step inputs");
+  q_starts_ = tensors_->Make(DType::kInt32, {2});
+  gather_rows_ = tensors_->Make(DType::kInt32, {b});
+  gathered_ = tensors_->Make(DType::kFloat32, {b, model_.hidden_size});
 
   config_.num_pages = ResolveNumPages();
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
@@ -80,14 +80,6 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
-}
-
-TensorView Engine::AllocateInts(std::vector<int32_t> values) {
-  TensorView view(nullptr, DType::kInt32, {static_cast<int64_t>(values.size())});
-  buffers_.push_back(backend_->Allocate(view.bytes(), "step inputs"));
-  view.ptr = buffers_.back().data();
-  backend_->Upload(view, values.data());
-  return view;
 }
 
 // Fills in max_seq_len and prefill_chunk where they are automatic.
@@ -121,9 +113,8 @@ int64_t Engine::ResolveNumPages() const {
 }
 
 MemoryUse Engine::memory_use() const {
-  int64_t scratch =
-      prefill_buffers_->bytes() + step_buffers_->bytes() + selection_->bytes() + sampler_->bytes();
-  for (const Buffer& buffer : buffers_) scratch += buffer.bytes();
+  int64_t scratch = prefill_buffers_->bytes() + step_buffers_->bytes() + selection_->bytes() +
+                    sampler_->bytes() + tensors_->bytes();
   return {.weight_bytes = weights_.bytes, .kv_bytes = cache_->bytes(), .scratch_bytes = scratch};
 }
 

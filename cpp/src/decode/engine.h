@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/device_tensors.h"
 #include "decode/pass.h"
 #include "decode/sampler.h"
 #include "decode/selection.h"
@@ -70,7 +71,6 @@ class Engine {
   int64_t BatchBucket(int64_t batch_size) const;
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
-  TensorView AllocateInts(std::vector<int32_t> values);
 
   ModelConfig model_;
   DecodeConfig config_;
@@ -84,7 +84,7 @@ class Engine {
   std::unique_ptr<Sampler> sampler_;
   std::unique_ptr<PagedKvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
-  std::vector<Buffer> buffers_;
+  std::unique_ptr<DeviceTensors> tensors_;
   TensorView q_starts_;     // [2] int32: {0, tokens of the prefill chunk}
   TensorView gather_rows_;  // [max_batch_size] int32
   TensorView gathered_;     // [max_batch_size, H] float32

@@ -3,14 +3,10 @@
 namespace tidal {
 
 PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
-                         int64_t max_batch_size, int64_t max_pages) {
-  auto allocate = [&](TensorView shape) {
-    buffers_.push_back(backend.Allocate(shape.bytes(), "activations"));
-    shape.ptr = buffers_.back().data();
-    return shape;
-  };
+                         int64_t max_batch_size, int64_t max_pages)
+    : tensors_(backend, "activations") {
   auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
-    return allocate(TensorView(nullptr, dtype, shape));
+    return tensors_.Make(dtype, shape);
   };
   const ModelConfig& m = model;
   int64_t t = max_tokens, b = max_batch_size;
@@ -41,12 +37,6 @@ Pass PassBuffers::Take(int64_t num_tokens, int64_t batch_size) const {
     *view = view->Rows(0, batch_size);
   }
   return pass;
-}
-
-int64_t PassBuffers::bytes() const {
-  int64_t total = 0;
-  for (const Buffer& buffer : buffers_) total += buffer.bytes();
-  return total;
 }
 
 }  // namespace tidal

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "backend/backend.h"
+#include "backend/device_tensors.h"
 
 namespace tidal {
 
@@ -39,11 +39,11 @@ class PassBuffers {
   // The leading parts of all tensors.
   Pass Take(int64_t num_tokens, int64_t batch_size) const;
 
-  int64_t bytes() const;
+  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
+  DeviceTensors tensors_;
   Pass full_;
-  std::vector<Buffer> buffers_;
 };
 
 }  // namespace tidal

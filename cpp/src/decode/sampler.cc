@@ -35,17 +35,12 @@ SamplingRow MakeSamplingRow(const SamplingParams& p, int32_t slot) {
           .seed = p.seed};
 }
 
-Sampler::Sampler(Backend& backend, int64_t vocab_size, int64_t max_batch_size) : backend_(backend) {
-  auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
-    TensorView view(nullptr, dtype, shape);
-    buffers_.push_back(backend.Allocate(view.bytes(), "logits and sampling state"));
-    view.ptr = buffers_.back().data();
-    return view;
-  };
-  logits_ = tensor(DType::kFloat32, {max_batch_size, vocab_size});
-  rows_ = tensor(DType::kUInt8, {max_batch_size, static_cast<int64_t>(sizeof(SamplingRow))});
-  seen_ = tensor(DType::kUInt8, {max_batch_size + 1, vocab_size});
-  token_ids_ = tensor(DType::kInt32, {max_batch_size});
+Sampler::Sampler(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
+    : backend_(backend), tensors_(backend, "logits and sampling state") {
+  logits_ = tensors_.Make(DType::kFloat32, {max_batch_size, vocab_size});
+  rows_ = tensors_.Make(DType::kUInt8, {max_batch_size, static_cast<int64_t>(sizeof(SamplingRow))});
+  seen_ = tensors_.Make(DType::kUInt8, {max_batch_size + 1, vocab_size});
+  token_ids_ = tensors_.Make(DType::kInt32, {max_batch_size});
 }
 
 void Sampler::StartSlot(int32_t slot, const std::vector<int32_t>& prompt) {
@@ -71,12 +66,6 @@ std::vector<int32_t> Sampler::Read(int64_t batch_size) const {
   std::vector<int32_t> ids(static_cast<size_t>(batch_size));
   backend_.Download(ids.data(), token_ids_.Rows(0, batch_size));
   return ids;
-}
-
-int64_t Sampler::bytes() const {
-  int64_t total = 0;
-  for (const Buffer& buffer : buffers_) total += buffer.bytes();
-  return total;
 }
 
 }  // namespace tidal

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/device_tensors.h"
 
 namespace tidal {
 
@@ -35,15 +36,15 @@ class Sampler {
 
   TensorView logits(int64_t batch_size) const { return logits_.Rows(0, batch_size); }
   int64_t vocab_size() const { return logits_.dim(1); }
-  int64_t bytes() const;
+  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   Backend& backend_;
+  DeviceTensors tensors_;
   TensorView logits_;     // [max_batch_size, V] float32
   TensorView rows_;       // [max_batch_size, sizeof(SamplingRow)] uint8
   TensorView seen_;       // [max_batch_size + 1, V] uint8
   TensorView token_ids_;  // [max_batch_size] int32
-  std::vector<Buffer> buffers_;
 };
 
 }  // namespace tidal

@@ -10,20 +10,15 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
       select_layers_(plan.select_layers()),
       num_kv_heads_(model.num_kv_heads),
       num_sets_(NumSets(config.granularity, model.num_q_heads, model.num_kv_heads)),
-      dense_len_(std::max(config.token_budget, config.sparse_min_context)) {
+      dense_len_(std::max(config.token_budget, config.sparse_min_context)),
+      tensors_(backend, "selection scores and positions") {
   if (plan.is_dense()) return;
-  auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
-    TensorView view(nullptr, dtype, shape);
-    buffers_.push_back(backend.Allocate(view.bytes(), "selection scores and positions"));
-    view.ptr = buffers_.back().data();
-    return view;
-  };
   int64_t b = config.max_batch_size;
-  scores_ = tensor(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
-  lse_ = tensor(DType::kFloat32, {b, model.num_q_heads});
-  num_selected_ = tensor(DType::kInt32, {b});
+  scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
+  lse_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads});
+  num_selected_ = tensors_.Make(DType::kInt32, {b});
   for (size_t i = 0; i < select_layers_.size(); ++i) {
-    token_idx_.push_back(tensor(DType::kInt32, {b, num_sets_, config.token_budget}));
+    token_idx_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_, config.token_budget}));
   }
 }
 
@@ -72,12 +67,6 @@ std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row, int64
     chosen.push_back(std::move(layer));
   }
   return chosen;
-}
-
-int64_t Selection::bytes() const {
-  int64_t total = 0;
-  for (const Buffer& buffer : buffers_) total += buffer.bytes();
-  return total;
 }
 
 }  // namespace tidal

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/device_tensors.h"
 #include "tidal/plan.h"
 
 namespace tidal {
@@ -27,7 +28,7 @@ class Selection {
   // What every select layer chose for a row of the last sparse step, of `seq_len` tokens.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row, int64_t seq_len) const;
 
-  int64_t bytes() const;
+  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   DecodeConfig config_;
@@ -35,12 +36,12 @@ class Selection {
   int64_t num_kv_heads_;
   int64_t num_sets_;
   int64_t dense_len_;
+  DeviceTensors tensors_;
   TensorView scores_;        // [max_batch_size, Hq, max_seq_len] float32
   TensorView lse_;           // [max_batch_size, Hq] float32
   TensorView num_selected_;  // [max_batch_size] int32
   std::vector<TensorView>
       token_idx_;  // one a select layer: [max_batch_size, num_sets, token_budget]
-  std::vector<Buffer> buffers_;
 };
 
 }  // namespace tidal
