@@ -65,6 +65,18 @@ class Bench {
     backend_ = MakeBackend({.device = device});
   }
 
+  // The first line of the output: what the rows were measured on.
+  void ReportDevice() const {
+    std::string name = backend_->info().name, hardware;
+    for (const DeviceStatus& status : ListDevices()) {
+      if (status.name == name) hardware = status.hardware;
+    }
+    std::printf(
+        "{\"benchmark\": \"bench_ops\", \"device\": \"%s\", \"dtype\": \"%s\", "
+        "\"page_size\": %lld}\n",
+        hardware.c_str(), DTypeName(kDType), static_cast<long long>(kPageSize));
+  }
+
   void Run(const Row& row) {
     buffers_.clear();
     int64_t pages_per_row = (row.seq_len + kPageSize - 1) / kPageSize;
@@ -271,6 +283,7 @@ int main(int argc, char** argv) {
   }
   try {
     tidal::Bench bench(device, samples);
+    bench.ReportDevice();
     for (const tidal::Row& row : tidal::Rows()) {
       if (row.op.find(filter) != std::string::npos) bench.Run(row);
     }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: builds everything, runs the C++ and Python tests on the GPU, the small
-# op tests under compute-sanitizer, and a short benchmark. Writes benchmarks/results/gpu_test*.json.
+# op tests under compute-sanitizer, and short benchmarks. Writes JSON into benchmarks/results/gpu-DATE.
 #
 #   PYTHON       the Python to use if it has what the tests need (default python3), else .venv is made
 #   BUILD        build folder (default build/cuda-release)
-#   OUT          where the JSON goes (default benchmarks/results)
+#   OUT          where the JSON goes (default benchmarks/results/gpu-DATE)
 #   MODEL        a model folder for the benchmark (default: the packaged tidal-demo)
 #   MODEL_ARGS   more arguments for benchmarks/bench_decode.py
 #   SKIP_SANITIZER=1  leaves compute-sanitizer out
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 build=${BUILD:-build/cuda-release}
-out=${OUT:-benchmarks/results}
+out=${OUT:-benchmarks/results/gpu-$(date +%F)}
 needs="import numpy, safetensors, transformers, typer, rich, pytest, torch, pybind11, scipy_openblas32"
 if ! "$python" -c "$needs" 2>/dev/null; then
   make .venv/.test-deps .venv/.installed
@@ -22,7 +22,7 @@ mkdir -p "$out" "$build"
 jobs=$(nproc)
 
 echo "== build"
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DTIDAL_CUDA=ON -DTIDAL_TESTS=ON \
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DTIDAL_CUDA=ON -DTIDAL_TESTS=ON -DTIDAL_BENCHMARKS=ON \
   -DTIDAL_PYTHON=ON -DPython_EXECUTABLE="$(command -v "$python")" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$build/configure.log" 2>&1 ||
   { cat "$build/configure.log"; exit 1; }
@@ -52,15 +52,15 @@ sanitize() {  # tool, gtest filter
 }
 if [ "${SKIP_SANITIZER:-0}" = 0 ]; then
   sanitize memcheck 'Backends/Op*cuda_bfloat16*'
-  attention='Backends/OpAttention*Match*cuda_bfloat16'
-  sanitize racecheck "$attention"_group5_d64*:"$attention"_group2_d128*:Backends/OpR*cuda_bfloat16*:\
-Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSelectTopK.T*cuda_bfloat16_head:\
-Backends/OpSample.*cuda_bfloat16:-*Statistics*
+  sanitize racecheck "Backends/OpAttention*Match*cuda_bfloat16_group5_d64*:\
+Backends/OpAttention*Match*cuda_bfloat16_group2_d128*:Backends/OpR*cuda_bfloat16*:\
+Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSample.DrawsEqualTheR*cuda_bfloat16"
 fi
 
 echo "== benchmark"
 "$python" benchmarks/bench_decode.py "${MODEL:-python/tidaldecode/models/tidal-demo}" --device cuda \
-  --output "$out/gpu_decode.json" ${MODEL_ARGS:-} || status=1
+  --output "$out/decode.json" ${MODEL_ARGS:-} || status=1
+"$build/bench_ops" >"$out/ops.jsonl" || status=1
 
-"$python" tests/gpu_report.py --build "$build" --output "$out/gpu_test.json"
+"$python" tests/gpu_report.py --build "$build" --output "$out/tests.json"
 exit $status
