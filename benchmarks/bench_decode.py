@@ -48,6 +48,15 @@ def commit() -> str:
     return done.stdout.strip() or os.environ.get("TIDAL_COMMIT", "unknown")
 
 
+def command_line(args: argparse.Namespace) -> str:
+    """What was asked for, without the places of this machine."""
+    words = [args.model.name if word == str(args.model) else word for word in sys.argv[1:]]
+    if args.output:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return " ".join(["benchmarks/bench_decode.py", *words])
+
+
 def hardware_name(device: str) -> str:
     devices = {entry["name"]: entry["hardware"] for entry in _core.list_devices()}
     return devices.get(device, platform.processor())
@@ -146,7 +155,7 @@ def main() -> None:
         "token_budget": config.token_budget,
         "median_of": args.runs,
         "commit": commit(),
-        "command": " ".join(["benchmarks/bench_decode.py", *sys.argv[1:]]),
+        "command": command_line(args),
         "rows": rows,
     }
     if args.output:
