@@ -42,7 +42,7 @@ struct ModelConfig {
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
   int64_t max_position_embeddings = 0;
-  double rms_norm_eps = 1e-5;
+  double rms_norm_eps = 1e-6;
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
