@@ -249,6 +249,15 @@ TEST_P(OpSelectTopK, LongRowOfFewDistinctScores) {
   RunAndCheck(problem);
 }
 
+// More keys than the shared memory of one cluster of blocks holds.
+TEST_P(OpSelectTopK, VeryLongRow) {
+  Problem problem{.seq_lens = {420000, 3000}, .token_budget = 2000, .sink_tokens = 1};
+  const Ints levels = Random(11).Below(420000, 3000);
+  Fill(problem,
+       [&](int64_t, int64_t, int32_t t) { return -0.004f * static_cast<float>(levels[t]); });
+  RunAndCheck(problem);
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpSelectTopK,
                          ::testing::ValuesIn(Cases<SelectShape>(
                              EachDevice(), {{"kv_head_sum", Granularity::kKvHead, Pooling::kSum},
