@@ -16,7 +16,6 @@ import platform
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import tidaldecode
+from provenance import ROOT, commit, has_uncommitted_changes
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = (
     "the a of and to is in for that file option command system package buffer value default "
     "returns reads writes kernel socket thread module error message user name line when before "
@@ -99,8 +98,8 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted changes": bool(git("status", "--porcelain")),
+        "commit": commit(),
+        "uncommitted changes": has_uncommitted_changes(),
         "device": processor(),
         "threads": options.threads or len_of_affinity(),
         "model": options.model_dir.name,
@@ -112,11 +111,6 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
             "numpy": numpy.__version__,
         },
     }
-
-
-def git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def processor() -> str:

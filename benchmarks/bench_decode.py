@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tidaldecode
+from provenance import commit
 from tidaldecode import _core
 from tidaldecode.model_folder import read_model_folder
 
@@ -39,13 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="timed calls per setting")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
-
-
-def commit() -> str:
-    """The commit measured: from git, or handed in where the tree travels without its history."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("TIDAL_COMMIT", "unknown")
 
 
 def command_line(args: argparse.Namespace) -> str:

@@ -3,12 +3,14 @@
 import argparse
 import datetime
 import json
-import os
-import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from tidaldecode import _core
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from provenance import commit  # noqa: E402
 
 
 def gtest_counts(path: Path) -> dict[str, int]:
@@ -36,12 +38,6 @@ def pytest_counts(path: Path) -> dict[str, int]:
 
 def sanitizer_summary(path: Path) -> str:
     return path.read_text().strip().splitlines()[-1].lstrip("= ") if path.exists() else "not run"
-
-
-def commit() -> str:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("TIDAL_COMMIT", "unknown")
 
 
 def main() -> None:
