@@ -20,6 +20,7 @@
 #include "kernels/sample.h"
 #include "kernels/select_top_k.h"
 #include "kernels/silu_mul.h"
+#include "kernels/skinny_linear.h"
 
 namespace tidal {
 namespace {
@@ -269,7 +270,11 @@ void CudaBackend::Linear(const LinearArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("linear", {&args.x, &args.weight, &args.bias});
-  linear_.Run(args);
+  if (FitsSkinnyLinear(args)) {
+    LaunchSkinnyLinear(args, num_sms_, stream());
+  } else {
+    linear_.Run(args);
+  }
 }
 
 void CudaBackend::RopeTable(const RopeTableArgs& args) {
@@ -341,6 +346,46 @@ void CudaBackend::Sample(const SampleArgs& args) {
   Enter();
   Check(args);
   LaunchSample(args, stream());
+}
+
+// --- several ops in one ---
+
+void CudaBackend::NormLinear(const NormLinearArgs& args) {
+  Enter();
+  Check(args);
+  if (!FitsNormLinear(args)) {
+    Backend::NormLinear(args);
+    return;
+  }
+  CheckSameDType("norm_linear", {&args.linear.weight, &args.linear.bias, &args.norm.weight});
+  LaunchNormLinear(args, num_sms_, stream());
+}
+
+void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
+  Enter();
+  Check(args);
+  if (!FitsQkvRopeAppend(args)) {
+    NormLinear({.norm = args.norm, .linear = args.linear});
+    RopeAppendKv(args.append);
+    return;
+  }
+  CheckSameDType("qkv_rope_append",
+                 {&args.linear.weight, &args.linear.bias, &args.norm.weight, &args.append.q,
+                  &args.append.kv.k_pages, &args.append.kv.v_pages});
+  LaunchQkvRopeAppend(args, num_sms_, stream());
+}
+
+void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
+  Enter();
+  Check(args);
+  if (!FitsGateUpSiluMul(args)) {
+    NormLinear({.norm = args.norm, .linear = args.linear});
+    SiluMul(args.silu_mul);
+    return;
+  }
+  CheckSameDType("gate_up_silu_mul",
+                 {&args.linear.weight, &args.linear.bias, &args.norm.weight, &args.silu_mul.out});
+  LaunchGateUpSiluMul(args, num_sms_, stream());
 }
 
 }  // namespace tidal

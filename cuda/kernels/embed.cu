@@ -2,6 +2,7 @@
 #include "kernels/embed.h"
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/vec.cuh"
 
@@ -15,6 +16,8 @@ constexpr int kThreads = 256;
 template <typename T, int kVec>
 __global__ void EmbedKernel(const int32_t* token_ids, const T* table, float* out,
                             int64_t vocab_size, int64_t hidden_size) {
+  WaitForPreviousKernel();
+  LetNextKernelStart();
   int64_t token_id = token_ids[blockIdx.x];
   bool valid = token_id >= 0 && token_id < vocab_size;
   const T* source = table + (valid ? token_id : 0) * hidden_size;
@@ -36,10 +39,10 @@ void LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
   DispatchHalf(args.table.dtype, "embed", [&](auto tag) {
     using T = typename decltype(tag)::Type;
     auto kernel = vectorize ? EmbedKernel<T, 4> : EmbedKernel<T, 1>;
-    kernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(
-        args.token_ids.data<int32_t>(), static_cast<const T*>(args.table.ptr),
-        args.out.data<float>(), args.table.dim(0), hidden_size);
-    TIDAL_LAUNCH_CHECK("embed");
+    LaunchOverlapped("embed", kernel,
+                     {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
+                     args.token_ids.data<int32_t>(), static_cast<const T*>(args.table.ptr),
+                     args.out.data<float>(), args.table.dim(0), hidden_size);
   });
 }
 

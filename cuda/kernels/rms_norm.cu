@@ -2,6 +2,7 @@
 #include "kernels/rms_norm.h"
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -16,6 +17,8 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     RmsNormKernel(const float* x, const T* weight, T* out, int64_t hidden_size, float eps) {
   __shared__ float warp_sums[kMaxWarps];
+  WaitForPreviousKernel();
+  LetNextKernelStart();
   const float* row = x + blockIdx.x * hidden_size;
   T* out_row = out + blockIdx.x * hidden_size;
 
@@ -50,10 +53,10 @@ void LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
   DispatchHalf(args.out.dtype, "rms_norm", [&](auto tag) {
     using T = typename decltype(tag)::Type;
     auto kernel = vectorize ? RmsNormKernel<T, 4> : RmsNormKernel<T, 1>;
-    kernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, stream>>>(
-        args.x.data<float>(), static_cast<const T*>(args.weight.ptr), static_cast<T*>(args.out.ptr),
-        hidden_size, args.eps);
-    TIDAL_LAUNCH_CHECK("rms_norm");
+    LaunchOverlapped("rms_norm", kernel,
+                     {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
+                     args.x.data<float>(), static_cast<const T*>(args.weight.ptr),
+                     static_cast<T*>(args.out.ptr), hidden_size, args.eps);
   });
 }
 

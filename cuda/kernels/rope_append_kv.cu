@@ -4,6 +4,7 @@
 #include "kernels/rope_append_kv.h"
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -84,6 +85,8 @@ struct HeadVector {
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     RopeAppendKvKernel(const RopeAppendKvParams<T> p) {
+  WaitForPreviousKernel();
+  LetNextKernelStart();
   int lane = threadIdx.x % kWarpSize;
   int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   int num_heads = p.num_q_heads + 2 * p.num_kv_heads;
@@ -147,9 +150,9 @@ void LaunchRopeAppendKv(const RopeAppendKvArgs& args, cudaStream_t stream) {
     RopeAppendKvParams<T> params = MakeParams<T>(args);
     int64_t num_warps = num_tokens * (params.num_q_heads + 2 * params.num_kv_heads);
     auto kernel = head_dim == 64 ? RopeAppendKvKernel<T, 64> : RopeAppendKvKernel<T, 128>;
-    kernel<<<static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)), kWarpsPerBlock * kWarpSize,
-             0, stream>>>(params);
-    TIDAL_LAUNCH_CHECK("rope_append_kv");
+    LaunchShape shape = {.grid = static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)),
+                         .block = kWarpsPerBlock * kWarpSize};
+    LaunchOverlapped("rope_append_kv", kernel, shape, stream, params);
   });
 }
 

@@ -3,6 +3,7 @@
 #include "kernels/rope_table.h"
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 
 namespace tidal {
@@ -11,6 +12,8 @@ namespace {
 // grid (T), D / 2 threads: one per frequency. An idle row gets position 0; it is not read.
 __global__ void RopeTableKernel(const int32_t* positions, const int32_t* seq_idx,
                                 const float* inv_freq, float attention_scaling, float* cos_sin) {
+  WaitForPreviousKernel();
+  LetNextKernelStart();
   int half = blockDim.x, i = threadIdx.x;
   int32_t position = positions[blockIdx.x];
   float angle = 0.0f;
@@ -30,10 +33,11 @@ void LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream) {
   if (num_tokens == 0) return;
   TIDAL_CHECK(half >= 1 && half <= 1024, UnsupportedError, "rope_table: head_dim ", 2 * half,
               " on CUDA; expected 2 to 2048");
-  RopeTableKernel<<<static_cast<unsigned>(num_tokens), static_cast<unsigned>(half), 0, stream>>>(
-      args.positions.data<int32_t>(), args.seq_idx.data<int32_t>(), args.inv_freq.data<float>(),
-      args.attention_scaling, args.cos_sin.data<float>());
-  TIDAL_LAUNCH_CHECK("rope_table");
+  LaunchShape shape = {.grid = static_cast<unsigned>(num_tokens),
+                       .block = static_cast<unsigned>(half)};
+  LaunchOverlapped("rope_table", RopeTableKernel, shape, stream, args.positions.data<int32_t>(),
+                   args.seq_idx.data<int32_t>(), args.inv_freq.data<float>(),
+                   args.attention_scaling, args.cos_sin.data<float>());
 }
 
 }  // namespace tidal

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/vec.cuh"
 
@@ -17,6 +18,8 @@ constexpr int64_t kMaxGridY = 65535;
 template <typename T, int kVec>
 __global__ void SiluMulKernel(const T* gate_up, T* out, int64_t num_tokens,
                               int64_t intermediate_size) {
+  WaitForPreviousKernel();
+  LetNextKernelStart();
   int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
   if (column >= intermediate_size) return;
   for (int64_t row = blockIdx.y; row < num_tokens; row += gridDim.y) {
@@ -42,10 +45,9 @@ void LaunchSiluMul(const SiluMulArgs& args, cudaStream_t stream) {
     int64_t blocks = CeilDiv(intermediate_size, kThreads * (vectorize ? 8 : 1));
     dim3 grid(static_cast<unsigned>(blocks),
               static_cast<unsigned>(std::min(num_tokens, kMaxGridY)));
-    kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(args.gate_up.ptr),
-                                          static_cast<T*>(args.out.ptr), num_tokens,
-                                          intermediate_size);
-    TIDAL_LAUNCH_CHECK("silu_mul");
+    LaunchOverlapped("silu_mul", kernel, {.grid = grid, .block = kThreads}, stream,
+                     static_cast<const T*>(args.gate_up.ptr), static_cast<T*>(args.out.ptr),
+                     num_tokens, intermediate_size);
   });
 }
 

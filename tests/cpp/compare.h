@@ -21,6 +21,7 @@ enum class Op : int32_t {
   kAttentionLargeScores,  // of some hundreds
   kScores,                // q.k and its log-sum-exp
   kSiluMul,
+  kFused,   // several ops in one against its parts
   kLogits,  // a whole model
 };
 

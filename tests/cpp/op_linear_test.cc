@@ -88,6 +88,15 @@ std::vector<LinearShape> EverywhereShapes() {
   for (int64_t rows : {1, 2, 3, 8, 17, 64, 65, 200}) {
     shapes.push_back({"rows" + std::to_string(rows), rows, 328, 200});
   }
+  // Few rows: weights streamed in tiles; several tiles a block, chunks and tiles that do not
+  // divide.
+  for (int64_t rows : {1, 2, 3, 5, 8}) {
+    shapes.push_back({"stream_rows" + std::to_string(rows), rows, 1056, 5000});
+  }
+  shapes.push_back({"stream_short_rows", 3, 64, 20000});
+  shapes.push_back({"stream_long_rows1", 1, 14336, 48});
+  shapes.push_back({"stream_long_rows8", 8, 14336, 48});
+  shapes.push_back({"stream_square", 1, 4096, 4096});
   return shapes;
 }
 

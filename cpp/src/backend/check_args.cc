@@ -134,6 +134,15 @@ DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
   return dims;
 }
 
+// In an op of several parts the one's output is the next one's input.
+void CheckSameTensor(const char* op, const char* output, const TensorView& first, const char* input,
+                     const TensorView& second) {
+  TIDAL_CHECK(
+      first.ptr == second.ptr && first.numel() == second.numel() && first.dtype == second.dtype,
+      InvalidArgument, op, ": ", input, ": got ", GotShape(second), " ", DTypeName(second.dtype),
+      ", expected the same tensor as ", output, ", ", GotShape(first), " ", DTypeName(first.dtype));
+}
+
 }  // namespace
 
 void Check(const EmbedArgs& args, std::optional<DType> act) {
@@ -272,6 +281,25 @@ void Check(const SampleArgs& args, std::optional<DType> act) {
   op.Tensor("seq_lens", args.seq_lens, {&batch}, op.int32());
   op.Tensor("seen", args.seen, {&num_slots, &vocab}, op.uint8());
   op.Tensor("token_ids", args.token_ids, {&batch}, op.int32());
+}
+
+void Check(const NormLinearArgs& args, std::optional<DType> act) {
+  Check(args.norm, act);
+  Check(args.linear, act);
+  CheckSameTensor("NormLinear", "norm.out", args.norm.out, "linear.x", args.linear.x);
+}
+
+void Check(const QkvRopeAppendArgs& args, std::optional<DType> act) {
+  Check(NormLinearArgs{args.norm, args.linear}, act);
+  Check(args.append, act);
+  CheckSameTensor("QkvRopeAppend", "linear.out", args.linear.out, "append.qkv", args.append.qkv);
+}
+
+void Check(const GateUpSiluMulArgs& args, std::optional<DType> act) {
+  Check(NormLinearArgs{args.norm, args.linear}, act);
+  Check(args.silu_mul, act);
+  CheckSameTensor("GateUpSiluMul", "linear.out", args.linear.out, "silu_mul.gate_up",
+                  args.silu_mul.gate_up);
 }
 
 }  // namespace tidal

@@ -134,6 +134,29 @@ struct SiluMulArgs {
   TensorView out;      // [T, I] act: silu(gate) * up
 };
 
+// Several ops in one. Their tensors between the parts (norm.out is linear.x, and so on) are
+// scratch: what they hold afterwards is undefined.
+
+// RmsNorm, Linear.
+struct NormLinearArgs {
+  RmsNormArgs norm;
+  LinearArgs linear;  // .x is norm.out
+};
+
+// RmsNorm, Linear, RopeAppendKv: what stands before attention in a layer.
+struct QkvRopeAppendArgs {
+  RmsNormArgs norm;
+  LinearArgs linear;        // .x is norm.out
+  RopeAppendKvArgs append;  // .qkv is linear.out
+};
+
+// RmsNorm, Linear, SiluMul: the first half of the MLP.
+struct GateUpSiluMulArgs {
+  RmsNormArgs norm;
+  LinearArgs linear;     // .x is norm.out
+  SiluMulArgs silu_mul;  // .gate_up is linear.out
+};
+
 struct GatherRowsArgs {
   TensorView x;     // [T, H] float32
   TensorView rows;  // [R] int32

@@ -25,18 +25,19 @@ void Transformer::Begin(const Pass& pass) const {
 
 void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
-  backend_.RmsNorm(
-      {.x = pass.hidden, .weight = w.input_norm, .out = pass.normed, .eps = norm_eps_});
-  backend_.Linear({.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv});
-  backend_.RopeAppendKv({.qkv = pass.qkv,
-                         .cos_sin = pass.cos_sin,
-                         .q_norm = w.q_norm,
-                         .k_norm = w.k_norm,
-                         .norm_eps = norm_eps_,
-                         .positions = pass.positions,
-                         .seq_idx = pass.seq_idx,
-                         .q = pass.q,
-                         .kv = Cache(layer, pass)});
+  backend_.QkvRopeAppend({
+      .norm = {.x = pass.hidden, .weight = w.input_norm, .out = pass.normed, .eps = norm_eps_},
+      .linear = {.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv},
+      .append = {.qkv = pass.qkv,
+                 .cos_sin = pass.cos_sin,
+                 .q_norm = w.q_norm,
+                 .k_norm = w.k_norm,
+                 .norm_eps = norm_eps_,
+                 .positions = pass.positions,
+                 .seq_idx = pass.seq_idx,
+                 .q = pass.q,
+                 .kv = Cache(layer, pass)},
+  });
 }
 
 void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
@@ -48,10 +49,12 @@ void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
                    .bias = w.o_bias,
                    .out = pass.hidden,
                    .output = LinearOutput::kAccumulate});
-  backend_.RmsNorm({.x = pass.hidden, .weight = w.post_norm, .out = pass.normed, .eps = norm_eps_});
-  backend_.Linear(
-      {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up});
-  backend_.SiluMul({.gate_up = pass.gate_up, .out = pass.mlp});
+  backend_.GateUpSiluMul({
+      .norm = {.x = pass.hidden, .weight = w.post_norm, .out = pass.normed, .eps = norm_eps_},
+      .linear =
+          {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up},
+      .silu_mul = {.gate_up = pass.gate_up, .out = pass.mlp},
+  });
   backend_.Linear({.x = pass.mlp,
                    .weight = w.down,
                    .bias = w.down_bias,
@@ -61,8 +64,10 @@ void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
 
 void Transformer::Logits(const TensorView& hidden, const TensorView& normed,
                          const TensorView& logits) const {
-  backend_.RmsNorm({.x = hidden, .weight = weights_.final_norm, .out = normed, .eps = norm_eps_});
-  backend_.Linear({.x = normed, .weight = weights_.lm_head, .bias = {}, .out = logits});
+  backend_.NormLinear({
+      .norm = {.x = hidden, .weight = weights_.final_norm, .out = normed, .eps = norm_eps_},
+      .linear = {.x = normed, .weight = weights_.lm_head, .bias = {}, .out = logits},
+  });
 }
 
 }  // namespace tidal

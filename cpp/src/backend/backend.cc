@@ -1,0 +1,28 @@
+// The ops that are several in one, part by part.
+#include "backend/backend.h"
+
+#include "backend/check_args.h"
+
+namespace tidal {
+
+void Backend::NormLinear(const NormLinearArgs& args) {
+  Check(args);
+  RmsNorm(args.norm);
+  Linear(args.linear);
+}
+
+void Backend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
+  Check(args);
+  RmsNorm(args.norm);
+  Linear(args.linear);
+  RopeAppendKv(args.append);
+}
+
+void Backend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
+  Check(args);
+  RmsNorm(args.norm);
+  Linear(args.linear);
+  SiluMul(args.silu_mul);
+}
+
+}  // namespace tidal

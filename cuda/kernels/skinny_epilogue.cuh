@@ -1,0 +1,198 @@
+// What the finishing warp of a skinny product does with a tile of 16 outputs by 8 tokens
+// (skinny_linear.cuh, Epilogue).
+#pragma once
+
+#include <cstdint>
+
+#include "common/vec.cuh"
+#include "kernels/skinny_linear.cuh"
+
+namespace tidal {
+
+// Tokens of lane l: 2 (l % 4) and the next; weight rows l / 4 of both halves of a tile.
+struct FinishLane {
+  int row;    // 0 to 7
+  int token;  // the first of two
+
+  __device__ explicit FinishLane(int lane) : row(lane / 4), token(lane % 4 * 2) {}
+};
+
+template <typename T>
+__device__ __forceinline__ float BiasOf(const T* bias, int row) {
+  return bias == nullptr ? 0.0f : ToFloat32(bias[row]);
+}
+
+// out [T, N] = product + bias.
+template <typename T, typename Out>
+struct StoreEpilogue {
+  Out* out;
+  const T* bias;  // [N] or null
+  int num_outputs;
+  int num_tokens;
+
+  __device__ TileRows Rows(int tile) const { return {tile * kTileRows, tile * kTileRows + 8}; }
+
+  struct Lane : FinishLane {
+    const StoreEpilogue& e;
+    __device__ Lane(const StoreEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
+    __device__ void Begin(int) {}
+    __device__ void Finish(int tile, const float (&values)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int output = tile * kTileRows + row + i / 2 * 8, t = token + i % 2;
+        if (output >= e.num_outputs || t >= e.num_tokens) continue;
+        e.out[int64_t{t} * e.num_outputs + output] =
+            FromFloat32<Out>(values[i] + BiasOf(e.bias, output));
+      }
+    }
+  };
+};
+
+// out [T, N] float32 += product + bias: the residual stream.
+template <typename T>
+struct AccumulateEpilogue {
+  float* out;
+  const T* bias;  // [N] or null
+  int num_outputs;
+  int num_tokens;
+
+  __device__ TileRows Rows(int tile) const { return {tile * kTileRows, tile * kTileRows + 8}; }
+
+  struct Lane : FinishLane {
+    const AccumulateEpilogue& e;
+    float residual[4];
+    __device__ Lane(const AccumulateEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
+    __device__ float* Target(int tile, int i) const {
+      int output = tile * kTileRows + row + i / 2 * 8, t = token + i % 2;
+      return output < e.num_outputs && t < e.num_tokens
+                 ? e.out + int64_t{t} * e.num_outputs + output
+                 : nullptr;
+    }
+    __device__ void Begin(int tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* target = Target(tile, i);
+        residual[i] =
+            target == nullptr ? 0.0f : *target + BiasOf(e.bias, tile * kTileRows + row + i / 2 * 8);
+      }
+    }
+    __device__ void Finish(int tile, const float (&values)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* target = Target(tile, i);
+        if (target != nullptr) *target = residual[i] + values[i];
+      }
+    }
+  };
+};
+
+// out [T, I] = silu(gate) * up; a tile is 8 rows of gate and the same 8 of up.
+template <typename T>
+struct SiluMulEpilogue {
+  T* out;
+  const T* bias;  // [2 I] or null
+  int intermediate_size;
+  int num_tokens;
+
+  __device__ TileRows Rows(int tile) const { return {tile * 8, intermediate_size + tile * 8}; }
+
+  struct Lane : FinishLane {
+    const SiluMulEpilogue& e;
+    __device__ Lane(const SiluMulEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
+    __device__ void Begin(int) {}
+    __device__ void Finish(int tile, const float (&values)[4]) {
+      int output = tile * 8 + row;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token + i >= e.num_tokens) continue;
+        float gate = values[i] + BiasOf(e.bias, output);
+        float up = values[i + 2] + BiasOf(e.bias, e.intermediate_size + output);
+        e.out[int64_t{token + i} * e.intermediate_size + output] =
+            FromFloat32<T>(gate / (1.0f + expf(-gate)) * up);
+      }
+    }
+  };
+};
+
+// q and k rotated (rotate-half layout), k and v appended to the paged cache; a tile is 8 elements
+// of the first half of a head and their partners in the second half.
+template <typename T>
+struct RopeAppendEpilogue {
+  const T* bias;              // [(Hq + 2 Hkv) * D] or null
+  const float* cos_sin;       // [T, D]
+  const int32_t* positions;   // [T]; -1 = idle
+  const int32_t* seq_idx;     // [T]
+  const int32_t* page_table;  // [B, max_pages]
+  T* q;                       // [T, Hq, D]
+  T* k_pages;                 // [num_pages, Hkv, page_size, D]
+  T* v_pages;
+  int64_t max_pages;
+  int num_q_heads;
+  int num_kv_heads;
+  int head_dim;
+  int page_size;
+  int num_tokens;
+
+  __device__ TileRows Rows(int tile) const {
+    int half = head_dim / 2, tiles_per_head = half / 8;
+    int head = tile / tiles_per_head, within = tile - head * tiles_per_head;
+    int first = head * head_dim + within * 8;
+    return {first, first + half};
+  }
+
+  struct Lane : FinishLane {
+    const RopeAppendEpilogue& e;
+    int position[2];
+    int64_t cache_row[2];  // of the token in the cache, for KV head 0
+
+    __device__ Lane(const RopeAppendEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        position[i] = token + i < e.num_tokens ? e.positions[token + i] : -1;
+        cache_row[i] = 0;
+        if (position[i] < 0) continue;
+        int page = position[i] / e.page_size, slot = position[i] - page * e.page_size;
+        int64_t page_id = e.page_table[e.seq_idx[token + i] * e.max_pages + page];
+        cache_row[i] = page_id * e.num_kv_heads * e.page_size + slot;
+      }
+    }
+    __device__ void Begin(int) {}
+    __device__ void Finish(int tile, const float (&values)[4]) {
+      TileRows rows = e.Rows(tile);
+      int head = rows.first / e.head_dim, half = e.head_dim / 2;
+      int dim = rows.first - head * e.head_dim + row;  // in the first half
+      float bias_low = BiasOf(e.bias, rows.first + row);
+      float bias_high = BiasOf(e.bias, rows.second + row);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token + i >= e.num_tokens) continue;
+        float low = values[i] + bias_low, high = values[i + 2] + bias_high;
+        if (position[i] < 0) low = high = 0.0f;
+        T* target = Target(head, i);
+        if (target == nullptr) continue;
+        if (position[i] >= 0 && head < e.num_q_heads + e.num_kv_heads) {
+          const float* angles = e.cos_sin + int64_t{token + i} * e.head_dim;
+          float cosine = angles[dim], sine = angles[dim + half], first = low;
+          low = first * cosine - high * sine;
+          high = high * cosine + first * sine;
+        }
+        target[dim] = FromFloat32<T>(low);
+        target[dim + half] = FromFloat32<T>(high);
+      }
+    }
+
+    // The head's D elements in q or the cache; null for K and V of an idle row.
+    __device__ T* Target(int head, int i) const {
+      if (head < e.num_q_heads) {
+        return e.q + (int64_t{token + i} * e.num_q_heads + head) * e.head_dim;
+      }
+      if (position[i] < 0) return nullptr;
+      bool is_v = head >= e.num_q_heads + e.num_kv_heads;
+      int kv_head = head - e.num_q_heads - (is_v ? e.num_kv_heads : 0);
+      return (is_v ? e.v_pages : e.k_pages) +
+             (cache_row[i] + int64_t{kv_head} * e.page_size) * e.head_dim;
+    }
+  };
+};
+
+}  // namespace tidal

@@ -1,0 +1,92 @@
+// From the arguments of the skinny products to kernel launches; instantiated in cuda/inst.
+#pragma once
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "kernels/skinny_epilogue.cuh"
+#include "kernels/skinny_linear.cuh"
+#include "kernels/skinny_run.h"
+
+namespace tidal {
+
+template <typename T, typename Epilogue>
+void RunSkinny(const LinearArgs& linear, const RmsNormArgs* norm, int num_tiles,
+               const Epilogue& epilogue, int num_sms, cudaStream_t stream) {
+  SkinnyParams<T> params = {};
+  params.weight = static_cast<const T*>(linear.weight.ptr);
+  params.num_outputs = static_cast<int>(linear.weight.dim(0));
+  params.num_inputs = static_cast<int>(linear.weight.dim(1));
+  params.num_tokens = static_cast<int>(linear.x.dim(0));
+  params.num_tiles = num_tiles;
+  if (norm == nullptr) {
+    params.x = static_cast<const T*>(linear.x.ptr);
+  } else {
+    params.hidden = norm->x.data<float>();
+    params.norm_weight = static_cast<const T*>(norm->weight.ptr);
+    params.norm_eps = norm->eps;
+  }
+  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens, norm != nullptr);
+
+  auto kernel = SkinnyLinearKernel<T, Epilogue>;
+  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(num_sms, num_tiles))),
+                       .block = dim3(kSkinnyThreads),
+                       .shared_bytes = static_cast<size_t>(params.layout.Total())};
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shape.shared_bytes)));
+  LaunchOverlapped("linear", kernel, shape, stream, params, epilogue);
+}
+
+template <typename T>
+void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
+                     cudaStream_t stream) {
+  int num_outputs = static_cast<int>(args.weight.dim(0));
+  int num_tokens = static_cast<int>(args.x.dim(0));
+  int num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows));
+  auto* bias = static_cast<const T*>(args.bias.ptr);
+  if (args.output == LinearOutput::kAccumulate) {
+    AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
+    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+  } else if (args.out.dtype == DType::kFloat32) {
+    StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
+    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+  } else {
+    StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
+    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+  }
+}
+
+template <typename T>
+void RunQkvRopeAppend(const QkvRopeAppendArgs& args, int num_sms, cudaStream_t stream) {
+  const RopeAppendKvArgs& append = args.append;
+  RopeAppendEpilogue<T> epilogue = {};
+  epilogue.bias = static_cast<const T*>(args.linear.bias.ptr);
+  epilogue.cos_sin = append.cos_sin.data<float>();
+  epilogue.positions = append.positions.data<int32_t>();
+  epilogue.seq_idx = append.seq_idx.data<int32_t>();
+  epilogue.page_table = append.kv.page_table.data<int32_t>();
+  epilogue.q = static_cast<T*>(append.q.ptr);
+  epilogue.k_pages = static_cast<T*>(append.kv.k_pages.ptr);
+  epilogue.v_pages = static_cast<T*>(append.kv.v_pages.ptr);
+  epilogue.max_pages = append.kv.page_table.dim(1);
+  epilogue.num_q_heads = static_cast<int>(append.q.dim(1));
+  epilogue.num_kv_heads = static_cast<int>(append.kv.k_pages.dim(1));
+  epilogue.head_dim = static_cast<int>(append.q.dim(2));
+  epilogue.page_size = static_cast<int>(append.kv.k_pages.dim(2));
+  epilogue.num_tokens = static_cast<int>(append.q.dim(0));
+  int num_tiles = static_cast<int>(args.linear.weight.dim(0) / kTileRows);
+  RunSkinny<T>(args.linear, &args.norm, num_tiles, epilogue, num_sms, stream);
+}
+
+template <typename T>
+void RunGateUpSiluMul(const GateUpSiluMulArgs& args, int num_sms, cudaStream_t stream) {
+  SiluMulEpilogue<T> epilogue = {};
+  epilogue.out = static_cast<T*>(args.silu_mul.out.ptr);
+  epilogue.bias = static_cast<const T*>(args.linear.bias.ptr);
+  epilogue.intermediate_size = static_cast<int>(args.silu_mul.out.dim(1));
+  epilogue.num_tokens = static_cast<int>(args.silu_mul.out.dim(0));
+  RunSkinny<T>(args.linear, &args.norm, epilogue.intermediate_size / 8, epilogue, num_sms, stream);
+}
+
+}  // namespace tidal

@@ -1,0 +1,62 @@
+// How a block of the skinny products divides its work and its shared memory (skinny_linear.cuh).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tidal {
+
+inline constexpr int64_t kMaxSkinnyTokens = 8;  // the N of one mma.m16n8k16
+inline constexpr int kTileRows = 16;            // weight rows of a tile: the M of one mma
+inline constexpr int kChunk = 512;              // inputs of a stage
+inline constexpr int kStepInputs = 32;          // inputs of two mma
+inline constexpr int kMultiplyWarps = 8;
+inline constexpr int kCopyWarp = kMultiplyWarps;
+inline constexpr int kFinishWarp = kMultiplyWarps + 1;
+inline constexpr int kSkinnyThreads = (kMultiplyWarps + 2) * 32;
+inline constexpr int kTileBuffers = 2;  // tiles whose partial results wait for the finishing warp
+inline constexpr int kFragmentFloats = kTileRows * static_cast<int>(kMaxSkinnyTokens);
+
+// 64 bytes of padding put neighbouring rows into different halves of the banks: the 16-byte loads
+// of 8 lanes, 4 from each of two rows, do not collide.
+inline constexpr int kRowPadding = 64;
+inline constexpr int kStageRowBytes = kChunk * 2 + kRowPadding;
+
+// The dynamic shared memory of a block, in bytes.
+struct SkinnyLayout {
+  int num_stages;
+  int stage_rows;        // kTileRows, and the tokens if their inputs are streamed
+  int normed_tokens;     // 0 if the inputs are streamed
+  int normed_row_bytes;  // with padding
+
+  __host__ __device__ int StageBytes() const { return stage_rows * kStageRowBytes; }
+  __host__ __device__ int Partials() const { return num_stages * StageBytes(); }
+  __host__ __device__ int Normed() const {
+    return Partials() + kTileBuffers * kMultiplyWarps * kFragmentFloats * 4;
+  }
+  __host__ __device__ int Barriers() const { return Normed() + normed_tokens * normed_row_bytes; }
+  __host__ __device__ int Total() const {
+    return Barriers() + (2 * num_stages + 2 * kTileBuffers) * static_cast<int>(sizeof(uint64_t));
+  }
+};
+
+// What a block of ours may take so that two share an SM of 228 KiB, or one has it alone; 1 KiB of
+// each is the system's, some bytes are static.
+inline constexpr int kSharedOfTwo = 112 * 1024;
+inline constexpr int kSharedOfOne = 226 * 1024;
+inline constexpr int kMinStages = 4;  // fewer do not keep the memory busy
+
+inline SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens, bool normed) {
+  SkinnyLayout layout = {};
+  layout.stage_rows = kTileRows + (normed ? 0 : num_tokens);
+  layout.normed_tokens = normed ? num_tokens : 0;
+  layout.normed_row_bytes = static_cast<int>(num_inputs) * 2 + kRowPadding;
+  int stage_bytes = layout.StageBytes() + 2 * static_cast<int>(sizeof(uint64_t));
+  int fixed = layout.Total();
+  layout.num_stages = (kSharedOfTwo - fixed) / stage_bytes;
+  if (layout.num_stages < kMinStages) layout.num_stages = (kSharedOfOne - fixed) / stage_bytes;
+  return layout;
+}
+
+}  // namespace tidal

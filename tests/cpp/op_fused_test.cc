@@ -1,0 +1,174 @@
+// NormLinear, QkvRopeAppend, GateUpSiluMul: several ops in one give what the parts give in turn.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "backend_test.h"
+#include "tidal/error.h"
+
+namespace tidal::test {
+namespace {
+
+constexpr float kEps = 1e-5f;
+
+// A layer's projections: few tokens are a decode step's, more a prompt's.
+struct LayerShape {
+  std::string name;
+  int64_t num_tokens = 0;
+  int64_t hidden_size = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t intermediate_size = 0;
+};
+
+class OpFused : public OpTest<LayerShape> {
+ protected:
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped()) return;
+    StepLimits limits = SmallLimits(dtype());
+    limits.model.hidden_size = shape().hidden_size;
+    limits.model.intermediate_size = shape().intermediate_size;
+    limits.model.vocab_size = shape().intermediate_size;
+    limits.model.num_q_heads = shape().num_q_heads;
+    limits.model.num_kv_heads = shape().num_kv_heads;
+    limits.model.head_dim = shape().head_dim;
+    limits.model.qk_norm = true;
+    limits.max_batch_size = 16;
+    limits.page_size = kPageSize;
+    Open(GetParam().on, limits);
+    int64_t tokens = shape().num_tokens, hidden = shape().hidden_size;
+    hidden_ = random_.Normal(tokens * hidden, DType::kFloat32, 3.0);
+    norm_weight_ = random_.Normal(hidden, dtype(), 0.3, 1.0);
+  }
+
+  RmsNormArgs Norm() {
+    int64_t tokens = shape().num_tokens, hidden = shape().hidden_size;
+    return {.x = Put(hidden_, DType::kFloat32, {tokens, hidden}),
+            .weight = Put(norm_weight_, dtype(), {hidden}),
+            .out = Output(act(), {tokens, hidden}),
+            .eps = kEps};
+  }
+
+  // Outputs of size about 1.
+  LinearArgs Projection(const RmsNormArgs& norm, int64_t num_outputs, DType out, bool with_bias) {
+    int64_t hidden = shape().hidden_size;
+    double stddev = 1.0 / std::sqrt(static_cast<double>(hidden));
+    LinearArgs args;
+    args.x = norm.out;
+    args.weight =
+        Put(random_.Normal(num_outputs * hidden, dtype(), stddev), dtype(), {num_outputs, hidden});
+    if (with_bias) args.bias = Put(random_.Normal(num_outputs, dtype()), dtype(), {num_outputs});
+    args.out = Output(out, {shape().num_tokens, num_outputs});
+    return args;
+  }
+
+  void Parts(const RmsNormArgs& norm, const LinearArgs& linear) {
+    backend().RmsNorm(norm);
+    backend().Linear(linear);
+  }
+
+  static constexpr int64_t kPageSize = 16, kNumPages = 40, kMaxPages = 2;
+  Random random_{7};
+  Values hidden_, norm_weight_;
+};
+
+TEST_P(OpFused, NormLinear) {
+  for (DType out : {act(), DType::kFloat32}) {
+    for (bool with_bias : {false, true}) {
+      RmsNormArgs norm = Norm();
+      LinearArgs linear = Projection(norm, shape().intermediate_size, out, with_bias);
+      backend().NormLinear({norm, linear});
+      Values fused = Get(linear.out);
+      linear.out = Output(out, {shape().num_tokens, shape().intermediate_size});
+      Parts(norm, linear);
+      EXPECT_TRUE(Close(fused, Get(linear.out), ToleranceFor(Op::kFused, act())));
+    }
+  }
+}
+
+TEST_P(OpFused, GateUpSiluMul) {
+  for (bool with_bias : {false, true}) {
+    int64_t size = shape().intermediate_size;
+    RmsNormArgs norm = Norm();
+    LinearArgs linear = Projection(norm, 2 * size, act(), with_bias);
+    SiluMulArgs silu_mul = {.gate_up = linear.out,
+                            .out = Output(act(), {shape().num_tokens, size})};
+    backend().GateUpSiluMul({norm, linear, silu_mul});
+    Values fused = Get(silu_mul.out);
+    silu_mul.out = Output(act(), {shape().num_tokens, size});
+    Parts(norm, linear);
+    backend().SiluMul(silu_mul);
+    EXPECT_TRUE(Close(fused, Get(silu_mul.out), ToleranceFor(Op::kFused, act())));
+  }
+}
+
+TEST_P(OpFused, QkvRopeAppend) {
+  const auto [name, tokens, hidden, num_q_heads, num_kv_heads, dim, size] = shape();
+  // Each token is the next of a sequence of its own; the second row is idle.
+  Ints positions, seq_idx, table;
+  for (int32_t t = 0; t < tokens; ++t) {
+    positions.push_back(t == 1 ? -1 : 5 * t % (kMaxPages * kPageSize));
+    seq_idx.push_back(t);
+    for (int32_t page = 0; page < kMaxPages; ++page) table.push_back(kMaxPages * t + page);
+  }
+  Shape pages = {kNumPages, num_kv_heads, kPageSize, dim};
+  for (bool with_norms : {false, true}) {
+    RmsNormArgs norm = Norm();
+    LinearArgs linear =
+        Projection(norm, (num_q_heads + 2 * num_kv_heads) * dim, act(), /*with_bias=*/!with_norms);
+    RopeAppendKvArgs append;
+    append.qkv = linear.out;
+    append.cos_sin =
+        Put(random_.Normal(tokens * dim, DType::kFloat32, 0.7), DType::kFloat32, {tokens, dim});
+    if (with_norms) {
+      append.q_norm = Put(random_.Normal(dim, dtype(), 0.3, 1.0), dtype(), {dim});
+      append.k_norm = Put(random_.Normal(dim, dtype(), 0.3, 1.0), dtype(), {dim});
+    }
+    append.norm_eps = kEps;
+    append.positions = PutInts(positions, {tokens});
+    append.seq_idx = PutInts(seq_idx, {tokens});
+    append.kv.page_table = PutInts(table, {tokens, kMaxPages});
+    append.kv.seq_lens = PutInts(Ints(static_cast<size_t>(tokens), 1), {tokens});
+    auto fresh_outputs = [&] {
+      append.q = Output(act(), {tokens, num_q_heads, dim});
+      append.kv.k_pages = Output(dtype(), pages);
+      append.kv.v_pages = Output(dtype(), pages);
+    };
+    fresh_outputs();
+    backend().QkvRopeAppend({norm, linear, append});
+    // NaN wherever nothing was appended, in both.
+    Values q = Get(append.q), k = Get(append.kv.k_pages), v = Get(append.kv.v_pages);
+    fresh_outputs();
+    Parts(norm, linear);
+    backend().RopeAppendKv(append);
+    EXPECT_TRUE(Close(q, Get(append.q), ToleranceFor(Op::kFused, act())));
+    EXPECT_TRUE(Close(k, Get(append.kv.k_pages), ToleranceFor(Op::kFused, act())));
+    EXPECT_TRUE(Close(v, Get(append.kv.v_pages), ToleranceFor(Op::kFused, act())));
+  }
+}
+
+TEST_P(OpFused, TensorsThatDoNotFitTogetherAreRefused) {
+  RmsNormArgs norm = Norm();
+  LinearArgs linear = Projection(norm, 8, act(), false);
+  linear.x = Put(hidden_, act(), {shape().num_tokens, shape().hidden_size});
+  EXPECT_THROW(backend().NormLinear({norm, linear}), InvalidArgument);
+}
+
+std::vector<LayerShape> EverywhereShapes() {
+  return {
+      {"tokens1", 1, 1056, 8, 2, 64, 488},  {"tokens1_long", 1, 4096, 4, 1, 128, 4096},
+      {"tokens2", 2, 512, 4, 4, 64, 2400},  {"tokens3", 3, 544, 6, 2, 128, 320},
+      {"tokens5", 5, 64, 5, 1, 64, 128},    {"tokens8", 8, 2048, 8, 2, 128, 1000},
+      {"tokens16", 16, 256, 8, 2, 64, 344},
+  };
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpFused,
+                         ::testing::ValuesIn(Cases<LayerShape>(AllBackends(), EverywhereShapes(),
+                                                               {{"odd", 3, 131, 2, 1, 6, 77}})),
+                         CaseNameOf<OpCase<LayerShape>>);
+
+}  // namespace
+}  // namespace tidal::test
