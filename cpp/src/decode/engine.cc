@@ -145,19 +145,16 @@ int64_t Engine::PrefillNext(Sequence& sequence) {
   int64_t seq_len = begin + count;
   Pass pass = prefill_buffers_->Take(count, 1);
 
-  std::vector<int32_t> positions(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    positions[static_cast<size_t>(i)] = static_cast<int32_t>(begin + i);
-  }
+  // token_ids, positions, seq_lens
+  std::vector<int32_t> inputs(sequence.tokens.begin() + begin, sequence.tokens.begin() + seq_len);
+  for (int64_t i = begin; i < seq_len; ++i) inputs.push_back(static_cast<int32_t>(i));
+  inputs.push_back(static_cast<int32_t>(seq_len));
   std::vector<int32_t> zeros(static_cast<size_t>(count), 0);
   std::vector<int32_t> table(static_cast<size_t>(pass.page_table.dim(1)), 0);
   std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(), table.begin());
-  std::vector<int32_t> seq_lens = {static_cast<int32_t>(seq_len)};
   std::vector<int32_t> q_starts = {0, static_cast<int32_t>(count)};
-  backend_->Upload(pass.token_ids, sequence.tokens.data() + begin);
-  backend_->Upload(pass.positions, positions.data());
+  backend_->Upload(pass.inputs, inputs.data());
   backend_->Upload(pass.seq_idx, zeros.data());
-  backend_->Upload(pass.seq_lens, seq_lens.data());
   backend_->Upload(pass.page_table, table.data());
   backend_->Upload(pass.inv_freq, sequence.inv_freq.data());
   backend_->Upload(q_starts_, q_starts.data());
@@ -242,16 +239,15 @@ void Engine::UploadRows(std::span<Sequence* const> rows, const Pass& pass) {
 
 void Engine::UploadTokens(std::span<Sequence* const> rows, const Pass& pass) {
   auto b = static_cast<size_t>(pass.seq_lens.dim(0));
-  std::vector<int32_t> token_ids(b, 0), positions(b, -1), seq_lens(b, 0);
+  std::vector<int32_t> inputs(3 * b, 0);  // token_ids, positions, seq_lens
+  std::fill_n(inputs.begin() + static_cast<std::ptrdiff_t>(b), b, -1);
   for (size_t i = 0; i < rows.size(); ++i) {
     auto cached = static_cast<size_t>(rows[i]->cached);
-    token_ids[i] = rows[i]->tokens[cached];
-    positions[i] = static_cast<int32_t>(cached);
-    seq_lens[i] = static_cast<int32_t>(cached + 1);
+    inputs[i] = rows[i]->tokens[cached];
+    inputs[b + i] = static_cast<int32_t>(cached);
+    inputs[2 * b + i] = static_cast<int32_t>(cached + 1);
   }
-  backend_->Upload(pass.token_ids, token_ids.data());
-  backend_->Upload(pass.positions, positions.data());
-  backend_->Upload(pass.seq_lens, seq_lens.data());
+  backend_->Upload(pass.inputs, inputs.data());
 }
 
 std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows) {

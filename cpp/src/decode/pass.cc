@@ -10,10 +10,11 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, 
   };
   const ModelConfig& m = model;
   int64_t t = max_tokens, b = max_batch_size;
-  full_ = {.token_ids = tensor(DType::kInt32, {t}),
-           .positions = tensor(DType::kInt32, {t}),
+  full_ = {.inputs = tensor(DType::kInt32, {2 * t + b}),
+           .token_ids = {},
+           .positions = {},
+           .seq_lens = {},
            .seq_idx = tensor(DType::kInt32, {t}),
-           .seq_lens = tensor(DType::kInt32, {b}),
            .page_table = tensor(DType::kInt32, {b, max_pages}),
            .inv_freq = tensor(DType::kFloat32, {b, m.head_dim / 2}),
            .hidden = tensor(DType::kFloat32, {t, m.hidden_size}),
@@ -28,14 +29,15 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, 
 
 Pass PassBuffers::Take(int64_t num_tokens, int64_t batch_size) const {
   Pass pass = full_;
-  for (TensorView* view :
-       {&pass.token_ids, &pass.positions, &pass.seq_idx, &pass.hidden, &pass.normed, &pass.cos_sin,
-        &pass.qkv, &pass.q, &pass.attention_out, &pass.gate_up, &pass.mlp}) {
+  for (TensorView* view : {&pass.seq_idx, &pass.hidden, &pass.normed, &pass.cos_sin, &pass.qkv,
+                           &pass.q, &pass.attention_out, &pass.gate_up, &pass.mlp}) {
     *view = view->Rows(0, num_tokens);
   }
-  for (TensorView* view : {&pass.seq_lens, &pass.page_table, &pass.inv_freq}) {
-    *view = view->Rows(0, batch_size);
-  }
+  for (TensorView* view : {&pass.page_table, &pass.inv_freq}) *view = view->Rows(0, batch_size);
+  pass.inputs = pass.inputs.Rows(0, 2 * num_tokens + batch_size);
+  pass.token_ids = pass.inputs.Rows(0, num_tokens);
+  pass.positions = pass.inputs.Rows(num_tokens, num_tokens);
+  pass.seq_lens = pass.inputs.Rows(2 * num_tokens, batch_size);
   return pass;
 }
 

@@ -10,11 +10,13 @@
 namespace tidal {
 
 struct Pass {
-  // What the host writes.
+  // What the host writes. The first three are parts of `inputs`, in this order, so that one copy
+  // brings them.
+  TensorView inputs;     // [2 T + B] int32
   TensorView token_ids;  // [T] int32
   TensorView positions;  // [T] int32; -1 = idle row
-  TensorView seq_idx;    // [T] int32: which of the B sequences a token belongs to
   TensorView seq_lens;  // [B] int32: tokens in the cache, those of this pass included; 0 = idle row
+  TensorView seq_idx;   // [T] int32: which of the B sequences a token belongs to
   TensorView page_table;  // [B, max_pages] int32
   TensorView inv_freq;    // [B, D / 2] float32
 
