@@ -1,11 +1,12 @@
-// Microseconds per attention and selection op, through the Backend seam, as a decode step calls
-// them.
+// Microseconds per op of a decode step, through the Backend seam, as a decode step calls them:
+// attention and selection, and the projections of Llama-3.1-8B.
 //
-// Every row runs one op on many caches in turn, more than the L2 holds, recorded as one step; the
-// time is that of several replays queued back to back, divided by the ops in them, launch gaps
-// included. Medians of `--samples` such measurements. Random data. One JSON line per row on stdout.
+// Every row runs one op on many caches (or weights) in turn, more than the L2 holds, recorded as
+// one step; the time is that of several replays queued back to back, divided by the ops in them,
+// launch gaps included. Medians of `--samples` such measurements. Random data. One JSON line per
+// row on stdout.
 //
-//   bench_ops [--device cuda:0|cpu] [--samples 20] [--filter TEXT]
+//   bench_ops [--samples 20] [--filter TEXT]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -42,6 +44,25 @@ constexpr int64_t kPageSize = 64;
 constexpr DType kDType = DType::kBFloat16;
 constexpr double kBytesPerReplay = 1.5e9;  // many times any L2
 constexpr int64_t kMaxCaches = 32;
+
+// A matrix product of a layer with what is fused to it.
+struct Projection {
+  std::string op;
+  int64_t num_outputs;
+  int64_t num_inputs;
+};
+
+// Llama-3.1-8B.
+constexpr int64_t kHidden = 4096, kIntermediate = 14336, kQHeads = 32, kKvHeads = 8;
+constexpr int64_t kVocab = 128256;
+
+std::vector<Projection> Projections() {
+  return {{"qkv_rope_append", (kQHeads + 2 * kKvHeads) * kHeadDim, kHidden},
+          {"linear_o", kHidden, kQHeads * kHeadDim},
+          {"gate_up_silu_mul", 2 * kIntermediate, kHidden},
+          {"linear_down", kHidden, kIntermediate},
+          {"norm_lm_head", kVocab, kHidden}};
+}
 
 std::vector<Row> Rows() {
   const Shape gqa = {"gqa", 32, 8}, mha = {"mha", 32, 32};
@@ -100,6 +121,31 @@ class Bench {
     backend_->RunStep({.batch_size = ++step_id_, .sparse = false}, step);
     backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
     Report(row, num_caches, read_bytes, Measure(step, num_caches));
+  }
+
+  void Run(const Projection& row, int64_t batch_size) {
+    buffers_.clear();
+    int64_t bytes = row.num_outputs * row.num_inputs * 2;
+    auto num_weights =
+        static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(bytes)));
+    std::vector<TensorView> weights;
+    for (int64_t i = 0; i < num_weights; ++i) {
+      weights.push_back(RandomHalf({row.num_outputs, row.num_inputs}));
+    }
+    std::function<void(const TensorView&)> op = OpOf(row, batch_size);
+    auto step = [&] {
+      for (const TensorView& weight : weights) op(weight);
+    };
+    backend_->RunStep({.batch_size = ++step_id_, .sparse = false}, step);
+    backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
+    double us = Measure(step, num_weights);
+    std::printf(
+        "{\"op\": \"%s\", \"num_outputs\": %lld, \"num_inputs\": %lld, \"batch_size\": %lld, "
+        "\"weights\": %lld, \"median_of\": %d, \"us\": %.2f, \"tb_per_s\": %.3f}\n",
+        row.op.c_str(), static_cast<long long>(row.num_outputs),
+        static_cast<long long>(row.num_inputs), static_cast<long long>(batch_size),
+        static_cast<long long>(num_weights), samples_, us, static_cast<double>(bytes) / us * 1e-6);
+    std::fflush(stdout);
   }
 
  private:
@@ -222,6 +268,56 @@ class Bench {
     };
   }
 
+  std::function<void(const TensorView&)> OpOf(const Projection& row, int64_t b) {
+    RmsNormArgs norm = {.x = Tensor(DType::kFloat32, {b, kHidden}),
+                        .weight = RandomHalf({kHidden}),
+                        .out = RandomHalf({b, kHidden}),
+                        .eps = 1e-5f};
+    LinearArgs linear = {.x = norm.out, .weight = {}, .bias = {}, .out = {}};
+    if (row.op == "linear_o" || row.op == "linear_down") {
+      linear.x = RandomHalf({b, row.num_inputs});
+      linear.out = Tensor(DType::kFloat32, {b, kHidden});
+      linear.output = LinearOutput::kAccumulate;
+      return [=, this](const TensorView& weight) mutable {
+        linear.weight = weight;
+        backend_->Linear(linear);
+      };
+    }
+    linear.out = Tensor(row.op == "norm_lm_head" ? DType::kFloat32 : kDType, {b, row.num_outputs});
+    if (row.op == "norm_lm_head") {
+      return [=, this](const TensorView& weight) mutable {
+        linear.weight = weight;
+        backend_->NormLinear({norm, linear});
+      };
+    }
+    if (row.op == "gate_up_silu_mul") {
+      SiluMulArgs silu_mul = {.gate_up = linear.out, .out = Tensor(kDType, {b, kIntermediate})};
+      return [=, this](const TensorView& weight) mutable {
+        linear.weight = weight;
+        backend_->GateUpSiluMul({norm, linear, silu_mul});
+      };
+    }
+    std::vector<int32_t> rows(static_cast<size_t>(b));
+    std::iota(rows.begin(), rows.end(), 0);
+    TensorView ids = Ints(rows, {b});
+    TensorView table = Ints(rows, {b, 1});
+    RopeAppendKvArgs append = {.qkv = linear.out,
+                               .cos_sin = Tensor(DType::kFloat32, {b, kHeadDim}),
+                               .q_norm = {},
+                               .k_norm = {},
+                               .positions = ids,
+                               .seq_idx = ids,
+                               .q = Tensor(kDType, {b, kQHeads, kHeadDim}),
+                               .kv = {.k_pages = Tensor(kDType, {b, kKvHeads, kPageSize, kHeadDim}),
+                                      .v_pages = Tensor(kDType, {b, kKvHeads, kPageSize, kHeadDim}),
+                                      .page_table = table,
+                                      .seq_lens = ids}};
+    return [=, this](const TensorView& weight) mutable {
+      linear.weight = weight;
+      backend_->QkvRopeAppend({norm, linear, append});
+    };
+  }
+
   void Wait() {
     float ignored[1];
     TensorView first = buffers_.front().bytes() >= 4
@@ -231,9 +327,9 @@ class Bench {
   }
 
   double Measure(const std::function<void()>& step, int64_t ops_per_step) {
-    constexpr int kReplays = 10;
+    constexpr int kReplays = 10, kWarmUp = 2;
     std::vector<double> us;
-    for (int sample = 0; sample < samples_ + 2; ++sample) {
+    for (int sample = 0; sample < samples_ + kWarmUp; ++sample) {
       Wait();
       auto start = std::chrono::steady_clock::now();
       for (int i = 0; i < kReplays; ++i) {
@@ -241,9 +337,9 @@ class Bench {
       }
       Wait();
       std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+      if (sample < kWarmUp) continue;
       us.push_back(elapsed.count() / static_cast<double>(kReplays * ops_per_step));
     }
-    us.erase(us.begin(), us.begin() + 2);  // warm-up
     std::nth_element(us.begin(), us.begin() + samples_ / 2, us.end());
     return us[static_cast<size_t>(samples_ / 2)];
   }
@@ -272,20 +368,23 @@ class Bench {
 }  // namespace tidal
 
 int main(int argc, char** argv) {
-  tidal::Device device = {tidal::DeviceType::kCuda, 0};
   int samples = 20;
   std::string filter;
   for (int i = 1; i + 1 < argc; i += 2) {
     std::string option = argv[i], value = argv[i + 1];
-    if (option == "--device" && value == "cpu") device = {tidal::DeviceType::kCpu, 0};
     if (option == "--samples") samples = std::stoi(value);
     if (option == "--filter") filter = value;
   }
   try {
-    tidal::Bench bench(device, samples);
+    tidal::Bench bench({tidal::DeviceType::kCuda, 0}, samples);
     bench.ReportDevice();
     for (const tidal::Row& row : tidal::Rows()) {
       if (row.op.find(filter) != std::string::npos) bench.Run(row);
+    }
+    for (int64_t batch_size : {1, 4, 8, 16}) {
+      for (const tidal::Projection& row : tidal::Projections()) {
+        if (row.op.find(filter) != std::string::npos) bench.Run(row, batch_size);
+      }
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_ops: %s\n", error.what());
