@@ -64,11 +64,10 @@ class SkinnyBlock {
     num_chunks_ = (p_.num_inputs + kChunk - 1) / kChunk;
     int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     num_tiles_ = (p_.num_tiles - first + blocks - 1) / blocks;
-    num_slots_ = min(num_chunks_, kMultiplyWarps);
     full_ = reinterpret_cast<SharedBarrier*>(shared + p_.layout.Barriers());
     empty_ = full_ + p_.layout.num_stages;
     tile_full_ = empty_ + p_.layout.num_stages;
-    tile_empty_ = tile_full_ + kTileBuffers;
+    tile_empty_ = tile_full_ + p_.layout.num_tile_buffers;
   }
 
   // By one thread.
@@ -77,8 +76,8 @@ class SkinnyBlock {
       InitBarrier(full_ + stage, 1);
       InitBarrier(empty_ + stage, 1);
     }
-    for (int buffer = 0; buffer < kTileBuffers; ++buffer) {
-      InitBarrier(tile_full_ + buffer, static_cast<uint32_t>(num_slots_));
+    for (int buffer = 0; buffer < p_.layout.num_tile_buffers; ++buffer) {
+      InitBarrier(tile_full_ + buffer, static_cast<uint32_t>(p_.layout.num_parts));
       InitBarrier(tile_empty_ + buffer, 1);
     }
     FenceBarrierInit();
@@ -108,8 +107,8 @@ class SkinnyBlock {
     }
   }
 
-  // A multiplying warp: every kMultiplyWarps-th stage. A tile's partial result goes to a slot given
-  // by its chunks alone, so sums do not depend on which warp had them.
+  // A multiplying warp: every kMultiplyWarps-th stage. Where its part of a tile stands among the
+  // others is given by its chunks alone, so sums do not depend on which warp had them.
   __device__ void Multiply() {
     int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     int total = num_tiles_ * num_chunks_;
@@ -132,20 +131,20 @@ class SkinnyBlock {
 
   // The finishing warp.
   __device__ void Finish() {
-    int lane = threadIdx.x % kWarpSize;
+    int lane = threadIdx.x % kWarpSize, num_buffers = p_.layout.num_tile_buffers;
     WaitForPreviousKernel();
     typename Epilogue::Lane finisher(epilogue_, lane);
     for (int i = 0; i < num_tiles_; ++i) {
-      int tile = static_cast<int>(blockIdx.x + i * gridDim.x), buffer = i % kTileBuffers;
+      int tile = static_cast<int>(blockIdx.x + i * gridDim.x), buffer = i % num_buffers;
       finisher.Begin(tile);
-      WaitBarrier(tile_full_ + buffer, (i / kTileBuffers) & 1);
+      WaitBarrier(tile_full_ + buffer, (i / num_buffers) & 1);
       float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int slot = 0; slot < num_slots_; ++slot) {
-        float4 part = *Partial(buffer, slot, lane);
-        total.x = __fadd_rn(total.x, part.x);
-        total.y = __fadd_rn(total.y, part.y);
-        total.z = __fadd_rn(total.z, part.z);
-        total.w = __fadd_rn(total.w, part.w);
+      for (int part = 0; part < p_.layout.num_parts; ++part) {
+        float4 partial = *Partial(buffer, part, lane);
+        total.x = __fadd_rn(total.x, partial.x);
+        total.y = __fadd_rn(total.y, partial.y);
+        total.z = __fadd_rn(total.z, partial.z);
+        total.w = __fadd_rn(total.w, partial.w);
       }
       __syncwarp();
       if (lane == 0) Arrive(tile_empty_ + buffer);
@@ -229,9 +228,9 @@ class SkinnyBlock {
   __device__ unsigned char* StageRow(int stage, int row) const {
     return shared_ + stage * p_.layout.StageBytes() + row * kStageRowBytes;
   }
-  __device__ float4* Partial(int buffer, int slot, int lane) const {
+  __device__ float4* Partial(int buffer, int part, int lane) const {
     return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) +
-           (buffer * kMultiplyWarps + slot) * kWarpSize + lane;
+           (buffer * p_.layout.num_parts + part) * kWarpSize + lane;
   }
   __device__ int ChunkInputs(const Cursor& at) const {
     return min(kChunk, p_.num_inputs - at.chunk * kChunk);
@@ -288,10 +287,11 @@ class SkinnyBlock {
   }
 
   // Leaves this warp's part of a tile to the finishing warp, and starts afresh.
-  __device__ void HandIn(int tile, int slot, int lane, float (&sums)[2][4]) {
-    int buffer = tile % kTileBuffers, round = tile / kTileBuffers;
+  __device__ void HandIn(int tile, int part, int lane, float (&sums)[2][4]) {
+    int num_buffers = p_.layout.num_tile_buffers;
+    int buffer = tile % num_buffers, round = tile / num_buffers;
     if (round > 0) WaitBarrier(tile_empty_ + buffer, (round - 1) & 1);
-    *Partial(buffer, slot, lane) = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
+    *Partial(buffer, part, lane) = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
                                                sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
     __syncwarp();
     if (lane == 0) Arrive(tile_full_ + buffer);
@@ -308,11 +308,10 @@ class SkinnyBlock {
   unsigned char* shared_;
   SharedBarrier* full_;        // [num_stages]: a stage's copies have landed
   SharedBarrier* empty_;       // [num_stages]: its warp is done with it
-  SharedBarrier* tile_full_;   // [kTileBuffers]: all parts of a tile are handed in
-  SharedBarrier* tile_empty_;  // [kTileBuffers]: they have been added up
+  SharedBarrier* tile_full_;   // [num_tile_buffers]: all parts of a tile are handed in
+  SharedBarrier* tile_empty_;  // [num_tile_buffers]: they have been added up
   int num_chunks_;             // of a tile
   int num_tiles_;              // of this block
-  int num_slots_;              // parts of a tile
 };
 
 #endif
