@@ -164,9 +164,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   CheckLimits(limits);
   EnterOutsideStep("reservation of scratch");
   const ModelConfig& model = limits.model;
-  Grow(attention_scratch_,
-       AttentionScratchBytes(limits.max_batch_size, model.num_q_heads, model.head_dim, num_sms_),
-       "attention scratch");
+  Grow(attention_scratch_, AttentionScratchBytes(model.head_dim, num_sms_), "attention scratch");
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     Grow(select_scratch_,
@@ -184,14 +182,14 @@ void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
   TIDAL_CUDA_CHECK(cudaStreamSynchronize(stream()));  // queued ops may be using the old memory
   graphs_.Clear();                                    // and recorded ones hold its address
   scratch = Buffer();
-  scratch = AllocateDevice(device_, bytes, what);
+  scratch = Allocate(bytes, what);
   return scratch.data();
 }
 
 AttentionScratch CudaBackend::ScratchFor(const TensorView& q) {
-  int64_t bytes = AttentionScratchBytes(q.dim(0), q.dim(1), q.dim(2), num_sms_);
-  void* partial = Grow(attention_scratch_, bytes, "attention scratch");
-  return {partial, attention_scratch_.bytes(), num_sms_};
+  int64_t bytes = AttentionScratchBytes(q.dim(2), num_sms_);
+  void* memory = Grow(attention_scratch_, bytes, "attention scratch");
+  return {memory, attention_scratch_.bytes(), num_sms_};
 }
 
 void* CudaBackend::BeginUpload(void*, int64_t bytes) {
@@ -244,10 +242,25 @@ void CudaBackend::Download(void* host, const TensorView& src) {
 
 void CudaBackend::RunStep(const StepKey& key, const std::function<void()>& step) {
   EnterOutsideStep("a step");
-  if (use_graphs_) {
-    graphs_.Run(key, step);
-  } else {
+  // For as long as the step's ops are called, whether or not one of them throws. What the ops
+  // before it and after it write and read is anyone's guess.
+  struct Scope {
+    CudaBackend& backend;
+    explicit Scope(CudaBackend& on) : backend(on) { Set(true); }
+    ~Scope() { Set(false); }
+    void Set(bool in_step) {
+      backend.in_step_ = in_step;
+      backend.AllowEarlyReads(false);
+    }
+  };
+  auto ops = [&] {
+    Scope scope(*this);
     step();
+  };
+  if (use_graphs_) {
+    graphs_.Run(key, ops);
+  } else {
+    ops();
   }
 }
 
@@ -289,6 +302,8 @@ void CudaBackend::RopeAppendKv(const RopeAppendKvArgs& args) {
   CheckSameDType("rope_append_kv", {&args.q, &args.qkv, &args.q_norm, &args.k_norm,
                                     &args.kv.k_pages, &args.kv.v_pages});
   LaunchRopeAppendKv(args, stream());
+  // In a step, one token for each row is the newest of each.
+  AllowEarlyReads(args.q.dim(0) == args.kv.seq_lens.dim(0));
 }
 
 void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
@@ -304,14 +319,16 @@ void CudaBackend::AttentionFull(const AttentionArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_full", args);
-  LaunchAttentionFull(args, ScratchFor(args.q), stream());
+  LaunchAttentionFull(args, ScratchFor(args.q), attention_reads_, stream());
+  AllowEarlyReads(args.q.dim(0) > 0);  // without rows nothing is launched
 }
 
 void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_select", args.attention);
-  LaunchAttentionSelect(args, ScratchFor(args.attention.q), stream());
+  LaunchAttentionSelect(args, ScratchFor(args.attention.q), attention_reads_, stream());
+  AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
@@ -320,13 +337,15 @@ void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   int64_t bytes = SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1),
                                          args.scores.dim(2), args.granularity);
   LaunchSelectTopK(args, Grow(select_scratch_, bytes, "selection scratch"), stream());
+  AllowEarlyReads(false);  // it writes sets
 }
 
 void CudaBackend::AttentionSparse(const AttentionSparseArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_sparse", args.attention);
-  LaunchAttentionSparse(args, ScratchFor(args.attention.q), stream());
+  LaunchAttentionSparse(args, ScratchFor(args.attention.q), attention_reads_, stream());
+  AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
 void CudaBackend::SiluMul(const SiluMulArgs& args) {

@@ -13,6 +13,7 @@
 
 #include "backend/backend.h"
 #include "common/attention_scratch.h"
+#include "common/cache_reads.h"
 #include "cuda_graphs.h"
 #include "cuda_linear.h"
 #include "cuda_memory.h"
@@ -75,10 +76,15 @@ class CudaBackend final : public Backend {
   // As Enter, for what may not be part of a recorded step.
   void EnterOutsideStep(const char* what) const;
   cudaStream_t stream() const { return stream_.get(); }
-  // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of.
+  // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
+  // zeros when it is new.
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
   // The scratch of a decode attention op with the queries q [B, Hq, D].
   AttentionScratch ScratchFor(const TensorView& q);
+  // After an op: whether decode attention, if it comes next, may read early (CacheReads).
+  void AllowEarlyReads(bool allow) {
+    attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;
+  }
 
   int device_;
   bool use_graphs_;
@@ -90,7 +96,11 @@ class CudaBackend final : public Backend {
   Buffer select_scratch_;
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
-  Buffer download_;  // pinned
+  Buffer download_;       // pinned
+  bool in_step_ = false;  // ops are being called by the step that RunStep runs
+  // Of the next op, as the last one allows. Ops that write neither the cache nor sets of positions
+  // leave it as it is.
+  CacheReads attention_reads_ = CacheReads::kInOrder;
 };
 
 }  // namespace tidal

@@ -18,6 +18,24 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bo
                : "memory");
 }
 
+// The same under an L2 policy.
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bool valid,
+                                            uint64_t policy) {
+  auto destination = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  int source_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(
+                   destination),
+               "l"(global), "r"(source_bytes), "l"(policy)
+               : "memory");
+}
+
+// An L2 policy for what is read once: it makes room before anything else does.
+__device__ __forceinline__ uint64_t EvictFirstPolicy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+
 // Closes a group: all copies of this thread since the last commit, possibly none.
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

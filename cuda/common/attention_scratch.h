@@ -1,9 +1,8 @@
 // Device memory for the partial results of decode attention: one output row, maximum and sum for
-// each (batch row, query head, split), written by the attention kernels and merged by
-// combine_splits.
+// each (batch row, query head, split), and a counter for each set of splits that are merged
+// (merge_splits.cuh).
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/launch_config.h"
@@ -11,10 +10,21 @@
 namespace tidal {
 
 struct AttentionScratch {
-  void* partial = nullptr;  // device memory, 16-byte aligned; contents do not outlive one op
-  int64_t bytes = 0;        // AttentionScratchBytes() of the largest step
-  int num_sms = 0;          // of the device
+  // Device memory, 256-byte aligned: counters, then partial results. Zeros when it is new; every
+  // op leaves the counters 0.
+  void* memory = nullptr;
+  int64_t bytes = 0;  // AttentionScratchBytes() of the largest head_dim
+  int num_sms = 0;    // of the device
 };
+
+// The counters have a place of their own, the same for all shapes, so that no op's partial results
+// ever lie where another op counts. Rows are split only as far as the blocks run at once
+// (ChooseNumSplits), so fewer than that many are counted.
+inline int64_t CounterBytes(int num_sms) {
+  constexpr int64_t kAlignment = 256;
+  int64_t bytes = int64_t{kDecodeBlocksPerSm} * num_sms * static_cast<int64_t>(sizeof(uint32_t));
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // Bytes for num_rows = batch_size x num_q_heads x num_splits partial rows.
 inline int64_t PartialBytes(int64_t num_rows, int64_t head_dim) {
@@ -22,13 +32,12 @@ inline int64_t PartialBytes(int64_t num_rows, int64_t head_dim) {
   return num_rows * (head_dim + kStateFloats) * static_cast<int64_t>(sizeof(float));
 }
 
-// Enough for every batch of at most max_batch_size rows. ChooseNumSplits keeps num_splits x (batch
-// rows x heads of the grid) within the blocks that run at once, or num_splits is 1; each block
-// serves at most kMaxGroupSize query heads.
-inline int64_t AttentionScratchBytes(int64_t max_batch_size, int64_t num_q_heads, int64_t head_dim,
-                                     int num_sms) {
-  int64_t split_rows = int64_t{kDecodeBlocksPerSm} * num_sms * kMaxGroupSize;
-  return PartialBytes(std::max(split_rows, max_batch_size * num_q_heads), head_dim);
+// Enough for every batch: where rows are split at all, ChooseNumSplits keeps num_splits x (batch
+// rows x heads of the grid) within the blocks that run at once, and each block serves at most
+// kMaxGroupSize query heads.
+inline int64_t AttentionScratchBytes(int64_t head_dim, int num_sms) {
+  int64_t num_rows = int64_t{kDecodeBlocksPerSm} * num_sms * kMaxGroupSize;
+  return CounterBytes(num_sms) + PartialBytes(num_rows, head_dim);
 }
 
 }  // namespace tidal

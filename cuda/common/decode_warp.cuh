@@ -9,18 +9,22 @@
 // nobody reads.
 //
 // A warp owns its stages of shared memory and waits for its own copies only; warps meet once, in
-// MergeWarps. Numerics: scores, maximum, sum and output are float32; the weights exp(score - max)
+// FinishBlock. Numerics: scores, maximum, sum and output are float32; the weights exp(score - max)
 // are rounded to T for the product with V, while their sum is taken before rounding.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/async_copy.cuh"
+#include "common/cache_reads.h"
 #include "common/decode_split.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/launch_config.h"
+#include "common/merge_splits.cuh"
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
@@ -28,7 +32,37 @@
 
 namespace tidal {
 
-inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
+// The query heads that attend to one list of tokens of one KV head.
+template <typename T>
+struct DecodeQuery {
+  const T* rows;  // [num_heads, D]
+  int num_heads;  // 1 to kMaxGroupSize
+  float sm_scale;
+};
+
+// The tokens of one row and KV head to attend to. Loads are from L2, which nothing stale is in:
+// they may come before WaitForPreviousKernel (CacheReads::kEarly).
+template <typename T>
+struct AttendedTokens {
+  const PagedKvView<T>& kv;
+  int batch;
+  int kv_head;
+  int seq_len;          // at least 1
+  const int32_t* list;  // positions, or nullptr: all of them
+
+  // Of the i-th attended token.
+  __device__ __forceinline__ int Position(int i) const {
+    return list == nullptr ? i : __ldcg(list + i);
+  }
+
+  // Row of k and v. -1 for a position outside the sequence: an entry that no selection writes must
+  // not become a read of memory that is not ours. No branches, so that lookups run side by side.
+  __device__ __forceinline__ int Row(int position) const {
+    bool is_inside = static_cast<unsigned>(position) < static_cast<unsigned>(seq_len);
+    int row = kv.Row(batch, kv_head, is_inside ? position : 0);
+    return is_inside ? row : -1;
+  }
+};
 
 template <typename T, int kHeadDim>
 class DecodeWarp {
@@ -36,56 +70,71 @@ class DecodeWarp {
   // 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
   // several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
   static constexpr int kStages = 3 * 128 / kHeadDim;
-  static constexpr int kSharedBytes = kStages * 2 * kDecodeWarpTile * kHeadDim * sizeof(T);
+  static constexpr int kStageBytes = 2 * kDecodeWarpTile * kHeadDim * sizeof(T);
+  static constexpr int kNoRow = -2;  // what no token's row is
 
-  // `shared`: this warp's kSharedBytes. `q`: the first of num_heads rows [D].
-  __device__ __forceinline__ DecodeWarp(T* shared, const T* k, const T* v, const T* q,
-                                        int num_heads)
-      : shared_(shared), k_(k), v_(v), lane_(threadIdx.x % kWarpSize) {
-    int head = lane_ / 4, pair = lane_ % 4 * 2;
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const T* source = q + head * kHeadDim + step * 16 + pair;
-      bool present = head < num_heads;
-      query_[step][0] = present ? __ldg(reinterpret_cast<const uint32_t*>(source)) : 0u;
-      query_[step][1] = present ? __ldg(reinterpret_cast<const uint32_t*>(source + 8)) : 0u;
-    }
+  // Stages of a warp in spans of at most `max_span` tokens: no more than it has tiles.
+  static int NumStages(int max_span) {
+    return std::min(kStages, (max_span + kDecodeTile - 1) / kDecodeTile);
+  }
+  // Shared memory of a block.
+  static int SharedBytes(int num_stages) { return kDecodeWarps * num_stages * kStageBytes; }
+
+  // `block_shared`: SharedBytes(num_stages), aligned to 128.
+  __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, int num_stages,
+                                        const PagedKvView<T>& kv)
+      : block_shared_(block_shared),
+        warp_bytes_(num_stages * kStageBytes),
+        k_(kv.k),
+        v_(kv.v),
+        lane_(threadIdx.x % kWarpSize) {
+    shared_ = reinterpret_cast<T*>(block_shared + threadIdx.x / kWarpSize * warp_bytes_);
   }
 
-  // Attends to the tokens of `span` that are this warp's: every kDecodeWarps-th tile of 16.
-  // positions.Row(i): row of k and v of the i-th attended token, -1 = masked; called by lane l for
-  // the l % 16-th token of a tile. on_scores(first, scores, valid): the finished scores of a tile.
-  template <typename Positions, typename OnScores>
-  __device__ __forceinline__ void Attend(const Positions& positions, SplitSpan span, float sm_scale,
+  // Attends to those of the tokens [span.begin, span.end) that are this warp's: every
+  // kDecodeWarps-th tile of 16. late_row: the row that the kernel in front may be writing, or
+  // kNoRow. on_scores(first, scores, valid, key_tile): the finished scores of a tile, and its keys,
+  // which nobody needs any more. Returns after WaitForPreviousKernel.
+  template <typename OnScores>
+  __device__ __forceinline__ void Attend(const AttendedTokens<T>& tokens, SplitSpan span,
+                                         const DecodeQuery<T>& query, int late_row,
                                          const OnScores& on_scores) {
-    int warp = threadIdx.x / kWarpSize;
-    int begin = span.begin + warp * kDecodeWarpTile;
+    int begin = span.begin + static_cast<int>(threadIdx.x) / kWarpSize * kDecodeWarpTile;
     int num_tiles = begin < span.end ? (span.end - begin - 1) / kDecodeTile + 1 : 0;
-    auto row_of = [&](int tile) {
+    // Lane l looks up the l % 16-th token of a tile.
+    auto position_of = [&](int tile) {
       int token = begin + tile * kDecodeTile + lane_ % kDecodeWarpTile;
-      return token < span.end ? positions.Row(token) : -1;
+      int position = tokens.Position(min(token, span.end - 1));
+      return token < span.end ? position : -1;
     };
 
-    // valid[i]: which tokens of the i-th tile from now are not masked.
-    unsigned valid[kStages];
+    unsigned valid[kStages];  // a bit for each token of the i-th tile from now that is not masked
     int rows[kStages];
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) rows[stage] = row_of(stage);
+    for (int stage = 0; stage < kStages; ++stage) rows[stage] = position_of(stage);
+    int next_position = position_of(kStages);
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) valid[stage] = Copy(stage, rows[stage]);
+    for (int stage = 0; stage < kStages; ++stage) rows[stage] = tokens.Row(rows[stage]);
     int next_row = rows[kStages - 1];
+    StartEarly(rows, num_tiles, late_row, valid);
+    WaitForPreviousKernel();
+    LetNextKernelStart();
+    LoadQuery(query);
+    CopyLate(rows, late_row);
 
     int stage = 0;
     for (int tile = 0; tile < num_tiles; ++tile) {
       int row = next_row;
-      next_row = row_of(tile + kStages);  // one tile ahead: its latency overlaps the arithmetic
+      next_row = tokens.Row(next_position);  // a tile ahead: its latency overlaps the arithmetic
+      next_position = position_of(tile + kStages + 1);
       WaitCopies<kStages - 2>();  // the oldest of the kStages - 1 groups under way has landed
       __syncwarp();               // for all lanes; and all are done with the tile before
-      valid[kStages - 1] = Copy(stage == 0 ? kStages - 1 : stage - 1, row);
+      Copy(stage == 0 ? kStages - 1 : stage - 1, tile + kStages - 1 < num_tiles, row);
+      valid[kStages - 1] = __ballot_sync(kFullWarp, row >= 0);
 
       float scores[4];
-      Scores(stage, valid[0], sm_scale, scores);
-      on_scores(begin + tile * kDecodeTile, scores, valid[0]);
+      Scores(stage, valid[0], query.sm_scale, scores);
+      on_scores(begin + tile * kDecodeTile, scores, valid[0], KeyTile(stage));
       Accumulate(stage, scores);
 
       stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -94,48 +143,38 @@ class DecodeWarp {
     }
   }
 
-  // Merges the block's warps in order and writes one partial row for each of num_heads heads.
-  // partial_row(head) is its row. All threads of the block call this once, at the end.
-  // `block_shared` is the stages of all warps, which the results replace.
-  template <typename PartialRow>
-  __device__ __forceinline__ void MergeWarps(T* block_shared, const PartialResults& partials,
-                                             int num_heads, const PartialRow& partial_row) {
+  // All threads of the block, once, after Attend: makes the warps' results known to each other.
+  __device__ __forceinline__ void FinishBlock() {
     WaitCopies<0>();
-    __syncwarp();  // every lane is done reading the stages
+    __syncwarp();  // every lane is done reading the stages, whose place the results take
     StoreForMerge(reinterpret_cast<float*>(shared_));
     __syncthreads();
-    for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kDecodeThreads) {
-      int head = i / kHeadDim, dim = i % kHeadDim;
-      float max = NegativeInfinity(), sum = 0.0f, out = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < kDecodeWarps; ++warp) {
-        max = fmaxf(max, MergeArea(block_shared, warp)[kMergeMax + head]);
-      }
-#pragma unroll
-      for (int warp = 0; warp < kDecodeWarps; ++warp) {
-        const float* area = MergeArea(block_shared, warp);
-        float weight = SoftmaxWeight(area[kMergeMax + head], FiniteMax(max));
-        sum = __fmaf_rn(weight, area[kMergeSum + head], sum);
-        out = __fmaf_rn(weight, area[head * kHeadDim + dim], out);
-      }
-      int64_t row = partial_row(head);
-      partials.out[row * kHeadDim + dim] = out;
-      if (dim == 0) partials.state[row] = make_float2(max, sum);
-    }
+  }
+
+  // After FinishBlock, by a whole warp: the block's result for a head.
+  __device__ __forceinline__ HeadResult<kHeadDim> BlockResult(int head) const {
+    auto area = [&](int warp) {
+      return reinterpret_cast<const float*>(block_shared_ + warp * warp_bytes_);
+    };
+    auto state_of = [&](int warp) {
+      return make_float2(area(warp)[kMergeMax + head], area(warp)[kMergeSum + head]);
+    };
+    auto out_of = [&](int warp) {
+      return reinterpret_cast<const LaneDims<kHeadDim>*>(area(warp) + head * kMergeStride)[lane_];
+    };
+    return MergeParts<kHeadDim, kDecodeWarps>(kDecodeWarps, state_of, out_of);
   }
 
  private:
   static_assert(kDecodeWarpTile == kCopyTokens);
   static constexpr int kTileElements = kDecodeWarpTile * kHeadDim;
 
-  // A warp's results in shared memory, in floats: out [8 heads, D], max [8], sum [8].
-  static constexpr int kMergeMax = kMaxGroupSize * kHeadDim;
+  // A warp's results in shared memory, in floats: out [8 heads, D], in rows that are padded so that
+  // StoreForMerge spreads over all banks; max [8], sum [8].
+  static constexpr int kMergeStride = kHeadDim + 4;
+  static constexpr int kMergeMax = kMaxGroupSize * kMergeStride;
   static constexpr int kMergeSum = kMergeMax + kMaxGroupSize;
-  static_assert((kMergeSum + kMaxGroupSize) * sizeof(float) <= kSharedBytes);
-
-  __device__ __forceinline__ static const float* MergeArea(const T* block_shared, int warp) {
-    return reinterpret_cast<const float*>(block_shared + warp * (kSharedBytes / sizeof(T)));
-  }
+  static_assert((kMergeSum + kMaxGroupSize) * sizeof(float) <= kStageBytes);
 
   __device__ __forceinline__ T* KeyTile(int stage) const {
     return shared_ + stage * 2 * kTileElements;
@@ -144,12 +183,66 @@ class DecodeWarp {
     return KeyTile(stage) + kTileElements;
   }
 
-  // Starts the copies of a tile, one group. `row`: of token lane % 16; -1 gives zeros. Returns a
-  // bit for each token that is not masked.
-  __device__ __forceinline__ unsigned Copy(int stage, int row) {
-    CopyTokens<T, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row);
+  // Starts the copies of a tile, if it is `present`; one group, possibly empty. `row`: of token
+  // lane % 16; -1 gives zeros.
+  __device__ __forceinline__ void Copy(int stage, bool present, int row) {
+    if (present) {
+      CopyTokens<T, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
+    }
     CommitCopies();
-    return __ballot_sync(kFullWarp, row >= 0);
+  }
+
+  // Fills the pipeline: all but the last stage, without the tokens in late_row.
+  __device__ __forceinline__ void StartEarly(const int (&rows)[kStages], int num_tiles,
+                                             int late_row, unsigned (&valid)[kStages]) {
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      Copy(stage, stage < num_tiles, rows[stage] == late_row ? -1 : rows[stage]);
+      valid[stage] = __ballot_sync(kFullWarp, rows[stage] >= 0);
+    }
+  }
+
+  // Brings in what StartEarly left out; the query's loads are under way meanwhile.
+  __device__ __forceinline__ void CopyLate(const int (&rows)[kStages], int late_row) {
+    constexpr int kChunks = kHeadDim / kChunkElements;
+    bool waited = false;
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      // Lanes l and l + 16 have the same token.
+      unsigned late = __ballot_sync(kFullWarp, rows[stage] == late_row) & 0xffffu;
+      if (late == 0) continue;
+      if (!waited) {
+        WaitCopies<0>();
+        __syncwarp();  // the zeros that took the tokens' place are not written any more
+        waited = true;
+      }
+      for (; late != 0; late &= late - 1) {
+        if (lane_ < 2 * kChunks) {
+          int chunk = lane_ % kChunks;
+          int64_t source = int64_t{late_row} * kHeadDim + chunk * kChunkElements;
+          int target = TileOffset<kHeadDim>(__ffs(late) - 1, chunk);
+          bool is_key = lane_ < kChunks;
+          CopyAsync16((is_key ? KeyTile(stage) : ValueTile(stage)) + target,
+                      (is_key ? k_ : v_) + source, true, policy_);
+        }
+      }
+    }
+    if (waited) {
+      CommitCopies();
+      WaitCopies<0>();  // the main loop counts the groups of whole tiles; its barrier follows
+    }
+  }
+
+  // A plain load: through the read-only path it might move before WaitForPreviousKernel.
+  __device__ __forceinline__ void LoadQuery(const DecodeQuery<T>& query) {
+    int head = lane_ / 4, pair = lane_ % 4 * 2;
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const T* source = query.rows + head * kHeadDim + step * 16 + pair;
+      bool present = head < query.num_heads;
+      query_[step][0] = present ? *reinterpret_cast<const uint32_t*>(source) : 0u;
+      query_[step][1] = present ? *reinterpret_cast<const uint32_t*>(source + 8) : 0u;
+    }
   }
 
   // scores[c]: sm_scale * q.k of token lane / 4 + (c / 2) * 8 and head lane % 4 * 2 + c % 2; -inf
@@ -215,7 +308,7 @@ class DecodeWarp {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         int head = lane_ % 4 * 2 + c % 2, dim = step * 16 + lane_ / 4 + c / 2 * 8;
-        area[head * kHeadDim + dim] = out_[step][c];
+        area[head * kMergeStride + dim] = out_[step][c];
       }
     }
 #pragma unroll
@@ -232,10 +325,13 @@ class DecodeWarp {
     }
   }
 
-  T* shared_;
+  unsigned char* block_shared_;
+  int warp_bytes_;
+  T* shared_;  // this warp's
   const T* k_;
   const T* v_;
   int lane_;
+  uint64_t policy_ = EvictFirstPolicy();  // a cache row is read once a step
   uint32_t query_[kHeadDim / 16][2];
   float out_[kHeadDim / 16][4] = {};
   float max_[2] = {NegativeInfinity(), NegativeInfinity()};

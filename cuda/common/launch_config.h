@@ -15,8 +15,13 @@ inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: 
 inline constexpr int kDecodeTile = kDecodeWarps * kDecodeWarpTile;
 inline constexpr int kDecodeBlocksPerSm = 2;  // what their shared memory allows (96 KB each)
 
-// Bounds the combine kernel's shared memory. More splits than two for each SM never help.
-inline constexpr int kMaxSplits = 512;
+inline constexpr int kMaxAttendedTokens = 1 << 30;  // by one row
+
+// One block merges all splits of a row, and each costs it 4 KB of reads at a group of 8, some 40 ns
+// (estimated). With few KV heads that soon outweighs what more splits gain.
+inline constexpr int kMaxSplits = 64;
+// Splits that are a cluster of blocks: the largest that every device with clusters has.
+inline constexpr int kMaxClusterSplits = 8;
 
 // Into how many spans the tokens of each of `num_rows` (batch row, head) pairs are split, so that
 // all blocks of the grid run at once. `max_tokens`: what one row can attend to at most; no split

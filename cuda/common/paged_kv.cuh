@@ -26,7 +26,8 @@ struct PagedKvView {
   // Row of k and v that holds `token` < seq_len. Fits 32 bits (checked by MakePagedKvView); its
   // element offset does not, so multiply as int64_t.
   __device__ __forceinline__ int Row(int batch, int kv_head, int token) const {
-    int page = __ldg(page_table + int64_t{batch} * max_pages + (token >> page_shift));
+    // From L2: read before WaitForPreviousKernel, the L1 might still hold the last step's table.
+    int page = __ldcg(page_table + int64_t{batch} * max_pages + (token >> page_shift));
     int slot = token & ((1 << page_shift) - 1);
     return ((page * num_kv_heads + kv_head) << page_shift) + slot;
   }
@@ -37,9 +38,10 @@ inline constexpr int kCopyTokens = 16;  // one CopyTokens call
 // One warp starts the copies of 16 tokens' K and V into swizzled tiles in shared memory
 // (TileOffset). `row`: of token lane % 16, from PagedKvView::Row, or -1: nothing is read and the
 // token's K and V are zeros. One lane looks up each token; the row reaches the lanes that copy it
-// by shuffle.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row) {
+// by shuffle. `policy`: none, or an L2 policy.
+template <typename T, int kHeadDim, typename... Policy>
+__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row,
+                                           Policy... policy) {
   constexpr int kChunks = kHeadDim / kChunkElements, kTokensPerPass = kWarpSize / kChunks;
   int lane = threadIdx.x % kWarpSize;
   int chunk = lane % kChunks;
@@ -50,8 +52,8 @@ __device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T
     int token_row = __shfl_sync(kFullWarp, row, token);
     int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunkElements;
     int target = NextRows<kHeadDim>(first_target, pass * kTokensPerPass);
-    CopyAsync16(key + target, k + source, token_row >= 0);
-    CopyAsync16(value + target, v + source, token_row >= 0);
+    CopyAsync16(key + target, k + source, token_row >= 0, policy...);
+    CopyAsync16(value + target, v + source, token_row >= 0, policy...);
   }
 }
 

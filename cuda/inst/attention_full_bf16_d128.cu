@@ -5,9 +5,9 @@ namespace tidal {
 
 template void RunAttentionFull<__nv_bfloat16, 128, ScoreOutput::kNone>(const AttentionSelectArgs&,
                                                                        const AttentionScratch&,
-                                                                       cudaStream_t);
+                                                                       CacheReads, cudaStream_t);
 template void RunAttentionFull<__nv_bfloat16, 128, ScoreOutput::kStore>(const AttentionSelectArgs&,
                                                                         const AttentionScratch&,
-                                                                        cudaStream_t);
+                                                                        CacheReads, cudaStream_t);
 
 }  // namespace tidal

@@ -4,10 +4,10 @@
 namespace tidal {
 
 template void RunAttentionFull<__half, 128, ScoreOutput::kNone>(const AttentionSelectArgs&,
-                                                                const AttentionScratch&,
+                                                                const AttentionScratch&, CacheReads,
                                                                 cudaStream_t);
 template void RunAttentionFull<__half, 128, ScoreOutput::kStore>(const AttentionSelectArgs&,
                                                                  const AttentionScratch&,
-                                                                 cudaStream_t);
+                                                                 CacheReads, cudaStream_t);
 
 }  // namespace tidal

@@ -4,6 +4,7 @@
 namespace tidal {
 
 template void RunAttentionSparse<__nv_bfloat16, 128>(const AttentionSparseArgs&,
-                                                     const AttentionScratch&, cudaStream_t);
+                                                     const AttentionScratch&, CacheReads,
+                                                     cudaStream_t);
 
 }  // namespace tidal

@@ -4,6 +4,6 @@
 namespace tidal {
 
 template void RunAttentionSparse<__half, 128>(const AttentionSparseArgs&, const AttentionScratch&,
-                                              cudaStream_t);
+                                              CacheReads, cudaStream_t);
 
 }  // namespace tidal

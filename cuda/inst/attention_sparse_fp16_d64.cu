@@ -4,6 +4,6 @@
 namespace tidal {
 
 template void RunAttentionSparse<__half, 64>(const AttentionSparseArgs&, const AttentionScratch&,
-                                             cudaStream_t);
+                                             CacheReads, cudaStream_t);
 
 }  // namespace tidal

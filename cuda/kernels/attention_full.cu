@@ -7,11 +7,11 @@
 namespace tidal {
 
 void LaunchAttentionFull(const AttentionArgs& args, const AttentionScratch& scratch,
-                         cudaStream_t stream) {
+                         CacheReads reads, cudaStream_t stream) {
   DispatchAttention("attention_full", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
     RunAttentionFull<T, head_dim(), ScoreOutput::kNone>(
-        {.attention = args, .scores = {}, .lse = {}}, scratch, stream);
+        {.attention = args, .scores = {}, .lse = {}}, scratch, reads, stream);
   });
 }
 

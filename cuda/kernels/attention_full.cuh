@@ -1,17 +1,76 @@
 // Dense decode attention over the paged cache, with or without its scores written: layers of kind F
-// and S of a step (TidalDecode, arXiv 2410.05076, sec. 3.2). Split-K flash decoding;
-// combine_splits.cuh merges the splits. The inner loop is common/decode_warp.cuh.
+// and S of a step (TidalDecode, arXiv 2410.05076, sec. 3.2). Split-K flash decoding in one launch:
+// the last block of a row to finish merges its splits (common/merge_splits.cuh). The inner loop is
+// common/decode_warp.cuh.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
 #include "common/decode_warp.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/merge_splits.cuh"
 #include "common/paged_kv.cuh"
 #include "kernels/attention_run.h"
-#include "kernels/combine_splits.h"
 
 namespace tidal {
+
+// Where scores go: [B, Hq, row_length].
+struct ScoreRows {
+  float* first;
+  int64_t row_length;
+  bool are_aligned;  // all rows begin at a multiple of 16 bytes
+};
+
+// Stores the scores of a block's heads, a warp a tile.
+class ScoreWriter {
+ public:
+  // first_row: batch * Hq + q_head of the block's first head.
+  __device__ __forceinline__ ScoreWriter(const ScoreRows& rows, int64_t first_row, int num_heads)
+      : stores_(Head() < num_heads),
+        are_aligned_(rows.are_aligned),
+        lane_target_(rows.first + (first_row + Head()) * rows.row_length + Token()) {}
+
+  // `scores` as of DecodeWarp::Scores; of the tokens in `valid`. They pass through `staging`, 640
+  // bytes of shared memory, so that a lane has four tokens of one head and the warp needs one store
+  // instruction.
+  __device__ __forceinline__ void Store(int first_token, const float (&scores)[4], unsigned valid,
+                                        float* staging) const {
+    constexpr int kStride = kDecodeWarpTile + 4;  // heads 2 apart begin 8 banks apart
+    int lane = threadIdx.x % kWarpSize;
+    __syncwarp();  // staging is free
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int head = lane % 4 * 2 + c % 2, token = lane / 4 + c / 2 * 8;
+      staging[head * kStride + token] = scores[c];
+    }
+    __syncwarp();
+    float4 four = *reinterpret_cast<const float4*>(staging + Head() * kStride + Token());
+    float* target = lane_target_ + first_token;
+    unsigned present = stores_ ? (valid >> Token()) & 0xfu : 0u;
+    if (present == 0xfu && are_aligned_) {
+      __stcg(reinterpret_cast<float4*>(target), four);
+    } else {
+      if ((present & 1u) != 0) target[0] = four.x;
+      if ((present & 2u) != 0) target[1] = four.y;
+      if ((present & 4u) != 0) target[2] = four.z;
+      if ((present & 8u) != 0) target[3] = four.w;
+    }
+  }
+
+ private:
+  // What this lane stores: four tokens of one head of a tile.
+  __device__ __forceinline__ static int Head() {
+    return threadIdx.x % kWarpSize / 4;
+  }
+  __device__ __forceinline__ static int Token() {
+    return threadIdx.x % 4 * 4;
+  }
+
+  bool stores_;
+  bool are_aligned_;
+  float* lane_target_;  // of a tile that begins at token 0
+};
 
 template <typename T>
 struct AttentionFullParams {
@@ -19,19 +78,10 @@ struct AttentionFullParams {
   PagedKvView<T> kv;
   float sm_scale;
   int group_size;
+  CacheReads reads;
   PartialResults partials;
-  float* scores;    // [B, Hq, max_len] with kStore: sm_scale * q.k for positions < seq_len
-  int64_t max_len;  // row length of scores
-};
-
-// Token i of a row is position i.
-template <typename T>
-struct AllPositions {
-  const PagedKvView<T>& kv;
-  int batch;
-  int kv_head;
-
-  __device__ __forceinline__ int Row(int i) const { return kv.Row(batch, kv_head, i); }
+  AttentionOutput<T> output;
+  ScoreRows scores;  // with kStore: sm_scale * q.k for positions < seq_len
 };
 
 // grid (num_splits, num_kv_heads, batch_size), 4 warps: a block takes one split of one row's tokens
@@ -41,42 +91,43 @@ template <typename T, int kHeadDim, ScoreOutput kScores>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionFullKernel(const AttentionFullParams<T> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  int split = blockIdx.x, num_splits = gridDim.x, kv_head = blockIdx.y, batch = blockIdx.z;
-  int num_q_heads = params.kv.num_kv_heads * params.group_size;
-  int first_head = kv_head * params.group_size;
-  SplitSpan span = SpanOfSplit(split, num_splits, __ldg(params.kv.seq_lens + batch));
-  if (span.begin >= span.end) return;
-
   using Warp = DecodeWarp<T, kHeadDim>;
-  T* shared = reinterpret_cast<T*>(shared_bytes);
-  int64_t first_query = int64_t{batch} * num_q_heads + first_head;
-  Warp warp(shared + threadIdx.x / kWarpSize * (Warp::kSharedBytes / sizeof(T)), params.kv.k,
-            params.kv.v, params.q + first_query * kHeadDim, params.group_size);
+  if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
+  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int seq_len = __ldcg(params.kv.seq_lens + batch);
+  RowSplits splits(seq_len, gridDim.x);
+  BlockWork work{.first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size,
+                 .num_heads = params.group_size,
+                 .split = static_cast<int>(blockIdx.x),
+                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_used = splits.num_used,
+                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+  if (work.split >= work.num_used) {
+    EndUnusedSplit<T, kHeadDim>(work, params.output);
+    return;
+  }
 
-  auto store_scores = [&](int first, const float(&scores)[4], unsigned valid) {
-    if constexpr (kScores == ScoreOutput::kStore) {
-      int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int head = lane % 4 * 2 + c % 2, token = lane / 4 + c / 2 * 8;
-        if (head < params.group_size && ((valid >> token) & 1u) != 0) {
-          params.scores[(first_query + head) * params.max_len + first + token] = scores[c];
-        }
-      }
-    }
-  };
-  AllPositions<T> positions{params.kv, batch, kv_head};
-  warp.Attend(positions, span, params.sm_scale, store_scores);
-  warp.MergeWarps(shared, params.partials, params.group_size, [&](int head) {
-    return PartialResults::Row(batch, num_q_heads, first_head + head, num_splits, split);
-  });
+  Warp warp(shared_bytes, Warp::kStages, params.kv);
+  AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
+  int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
+  ScoreWriter scores(params.scores, work.first_row, work.num_heads);
+  warp.Attend(tokens, splits.Span(work.split), query, late_row,
+              [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
+                if constexpr (kScores == ScoreOutput::kStore) {
+                  scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+                }
+              });
+  warp.FinishBlock();
+  MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
+                                [&](int head) { return warp.BlockResult(head); });
 }
 
 template <typename T, int kHeadDim, ScoreOutput kScores>
 void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
-                      cudaStream_t stream) {
-  constexpr const char* kOp =
-      kScores == ScoreOutput::kStore ? "attention_select" : "attention_full";
+                      CacheReads reads, cudaStream_t stream) {
+  constexpr bool kStores = kScores == ScoreOutput::kStore;
+  constexpr const char* kOp = kStores ? "attention_select" : "attention_full";
   const AttentionArgs& attention = args.attention;
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
@@ -89,31 +140,30 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
       .kv = kv,
       .sm_scale = attention.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads * num_splits, kHeadDim),
-      .scores = kScores == ScoreOutput::kStore ? args.scores.data<float>() : nullptr,
-      .max_len = kScores == ScoreOutput::kStore ? args.scores.dim(2) : 0};
+      .reads = reads,
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .output = {.out = static_cast<T*>(attention.out.ptr),
+                 .lse = kStores ? args.lse.data<float>() : nullptr},
+      .scores = {}};
+  if constexpr (kStores) {
+    float* first = args.scores.data<float>();
+    int64_t max_len = args.scores.dim(2);
+    params.scores = {.first = first,
+                     .row_length = max_len,
+                     .are_aligned = reinterpret_cast<uintptr_t>(first) % sizeof(float4) == 0 &&
+                                    max_len % 4 == 0};
+  }
 
   auto kernel = AttentionFullKernel<T, kHeadDim, kScores>;
-  constexpr int kSharedBytes = kDecodeWarps * DecodeWarp<T, kHeadDim>::kSharedBytes;
+  using Warp = DecodeWarp<T, kHeadDim>;
+  int shared_bytes = Warp::SharedBytes(Warp::kStages);
   TIDAL_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
-  kernel<<<grid, kDecodeThreads, kSharedBytes, stream>>>(params);
-  TIDAL_LAUNCH_CHECK("attention_full");
-
-  LaunchCombineSplits({.partials = params.partials,
-                       .attended = {.seq_lens = kv.seq_lens,
-                                    .num_selected = nullptr,
-                                    .dense_len = 0,
-                                    .token_budget = 0},
-                       .num_splits = num_splits,
-                       .batch_size = batch_size,
-                       .num_q_heads = num_q_heads,
-                       .head_dim = kHeadDim,
-                       .dtype = attention.out.dtype,
-                       .out = attention.out.ptr,
-                       .lse = kScores == ScoreOutput::kStore ? args.lse.data<float>() : nullptr},
-                      stream);
+  LaunchOverlapped(
+      kOp, kernel,
+      {.grid = grid, .block = kDecodeThreads, .shared_bytes = static_cast<size_t>(shared_bytes)},
+      stream, params);
 }
 
 }  // namespace tidal

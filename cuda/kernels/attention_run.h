@@ -7,6 +7,7 @@
 
 #include "backend/op_args.h"
 #include "common/attention_scratch.h"
+#include "common/cache_reads.h"
 
 namespace tidal {
 
@@ -16,12 +17,12 @@ enum class ScoreOutput { kNone, kStore };
 // With kNone, `scores` and `lse` of the arguments are ignored. Defined in attention_full.cuh.
 template <typename T, int kHeadDim, ScoreOutput kScores>
 void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
-                      cudaStream_t stream);
+                      CacheReads reads, cudaStream_t stream);
 
 // Defined in attention_sparse.cuh.
 template <typename T, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
-                        cudaStream_t stream);
+                        CacheReads reads, cudaStream_t stream);
 
 // Defined in attention_prefill.cuh.
 template <typename T, int kHeadDim>

@@ -7,11 +7,11 @@
 namespace tidal {
 
 void LaunchAttentionSelect(const AttentionSelectArgs& args, const AttentionScratch& scratch,
-                           cudaStream_t stream) {
+                           CacheReads reads, cudaStream_t stream) {
   const AttentionArgs& attention = args.attention;
   DispatchAttention("attention_select", attention.q, attention.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
-    RunAttentionFull<T, head_dim(), ScoreOutput::kStore>(args, scratch, stream);
+    RunAttentionFull<T, head_dim(), ScoreOutput::kStore>(args, scratch, reads, stream);
   });
 }
 

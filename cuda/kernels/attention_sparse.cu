@@ -7,11 +7,11 @@
 namespace tidal {
 
 void LaunchAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
-                           cudaStream_t stream) {
+                           CacheReads reads, cudaStream_t stream) {
   const AttentionArgs& attention = args.attention;
   DispatchAttention("attention_sparse", attention.q, attention.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
-    RunAttentionSparse<T, head_dim()>(args, scratch, stream);
+    RunAttentionSparse<T, head_dim()>(args, scratch, reads, stream);
   });
 }
 

@@ -1,16 +1,18 @@
 // Position persistent sparse attention: a decode query attends to a list of positions chosen by an
 // earlier layer (TidalDecode, arXiv 2410.05076, sec. 3.2). Rows of K and V are gathered through the
-// page table, 128 or 256 contiguous bytes each. Splits and merging are those of attention_full.cuh;
-// the inner loop is common/decode_warp.cuh.
+// page table, 128 or 256 contiguous bytes each. The work is short, so latency is what counts: a
+// row's splits are a cluster of blocks, which merge through shared memory. The inner loop is
+// common/decode_warp.cuh.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "common/decode_warp.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/merge_splits.cuh"
 #include "common/paged_kv.cuh"
 #include "kernels/attention_run.h"
-#include "kernels/combine_splits.h"
 
 namespace tidal {
 
@@ -20,67 +22,77 @@ struct AttentionSparseParams {
   PagedKvView<T> kv;
   float sm_scale;
   int num_q_heads;
-  int group_size;            // query heads of one KV head
-  int heads_per_block;       // that share a list: group_size, or 1 if each query head has its own
-  int num_sets;              // lists of a row: Hkv, Hq or 1
-  const int32_t* token_idx;  // [B, num_sets, token_budget]
-  AttendedTokens attended;
+  int group_size;               // query heads of one KV head
+  int heads_per_block;          // that share a list: group_size, or 1 if each has its own
+  int num_sets;                 // lists of a row: Hkv, Hq or 1
+  int token_budget;             // positions a list has room for
+  int dense_len;                // rows with seq_len <= dense_len attend to all positions
+  int num_stages;               // of a warp
+  const int32_t* token_idx;     // [B, num_sets, token_budget]
+  const int32_t* num_selected;  // [B]
+  CacheReads reads;
   PartialResults partials;
-};
-
-// Token i of a row is the i-th position of a list, or position i if the row is dense.
-template <typename T>
-struct ListedPositions {
-  const PagedKvView<T>& kv;
-  int batch;
-  int kv_head;
-  const int32_t* list;  // nullptr: dense
-  int seq_len;
-
-  // -1 for a position outside the sequence: an entry that no selection writes must not become a
-  // read of memory that is not ours.
-  __device__ __forceinline__ int Row(int i) const {
-    int position = list == nullptr ? i : __ldg(list + i);
-    return static_cast<unsigned>(position) < static_cast<unsigned>(seq_len)
-               ? kv.Row(batch, kv_head, position)
-               : -1;
-  }
+  AttentionOutput<T> output;
 };
 
 // grid (num_splits, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes one split of
 // one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
-// positions. Shared: 24 KB a warp.
+// positions. From compute capability 9.0 on, clusters of num_splits blocks. Shared: num_stages x
+// 8 KB a warp, 24 KB at most.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionSparseKernel(const AttentionSparseParams<T> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  int split = blockIdx.x, num_splits = gridDim.x, batch = blockIdx.z;
-  int first_head = blockIdx.y * params.heads_per_block;
-  SplitSpan span = SpanOfSplit(split, num_splits, params.attended.Count(batch));
-  if (span.begin >= span.end) return;
-
   using Warp = DecodeWarp<T, kHeadDim>;
-  T* shared = reinterpret_cast<T*>(shared_bytes);
-  int64_t first_query = int64_t{batch} * params.num_q_heads + first_head;
-  Warp warp(shared + threadIdx.x / kWarpSize * (Warp::kSharedBytes / sizeof(T)), params.kv.k,
-            params.kv.v, params.q + first_query * kHeadDim, params.heads_per_block);
+  if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
+  int batch = blockIdx.z, first_head = blockIdx.y * params.heads_per_block;
+  int seq_len = __ldcg(params.kv.seq_lens + batch);
+  int num_selected = __ldcg(params.num_selected + batch);
+  bool is_dense = seq_len <= params.dense_len;
+  RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget), gridDim.x);
+  BlockWork work{.first_row = int64_t{batch} * params.num_q_heads + first_head,
+                 .num_heads = params.heads_per_block,
+                 .split = static_cast<int>(blockIdx.x),
+                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_used = splits.num_used,
+                 .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
+  if (work.split >= work.num_used) {
+    EndUnusedSplit<T, kHeadDim>(work, params.output);
+    return;
+  }
 
+  Warp warp(shared_bytes, params.num_stages, params.kv);
   int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
-  const int32_t* list = params.token_idx + set * params.attended.token_budget;
-  ListedPositions<T> positions{.kv = params.kv,
-                               .batch = batch,
-                               .kv_head = first_head / params.group_size,
-                               .list = params.attended.IsDense(batch) ? nullptr : list,
-                               .seq_len = __ldg(params.kv.seq_lens + batch)};
-  warp.Attend(positions, span, params.sm_scale, [](int, const float(&)[4], unsigned) {});
-  warp.MergeWarps(shared, params.partials, params.heads_per_block, [&](int head) {
-    return PartialResults::Row(batch, params.num_q_heads, first_head + head, num_splits, split);
-  });
+  AttendedTokens<T> tokens{
+      .kv = params.kv,
+      .batch = batch,
+      .kv_head = first_head / params.group_size,
+      .seq_len = seq_len,
+      .list = is_dense ? nullptr : params.token_idx + set * params.token_budget};
+  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
+  int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
+  warp.Attend(tokens, splits.Span(work.split), query, late_row,
+              [](int, const float(&)[4], unsigned, T*) {});
+  warp.FinishBlock();
+  auto block_result = [&](int head) { return warp.BlockResult(head); };
+#if __CUDA_ARCH__ >= 900
+  MergeInCluster<T, kHeadDim>(work, params.output, block_result);
+#else
+  MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
+#endif
+}
+
+// Whether the code of `kernel` that this device runs was compiled for clusters.
+template <typename Kernel>
+bool HasClusters(Kernel* kernel) {
+  cudaFuncAttributes compiled = {};
+  TIDAL_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
+  return compiled.binaryVersion >= 90 && compiled.ptxVersion >= 90;
 }
 
 template <typename T, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
-                        cudaStream_t stream) {
+                        CacheReads reads, cudaStream_t stream) {
   constexpr const char* kOp = "attention_sparse";
   const AttentionArgs& attention = args.attention;
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
@@ -90,13 +102,11 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t num_sets = args.token_idx.dim(1), token_budget = args.token_idx.dim(2);
   int heads_per_block = num_sets == num_q_heads ? 1 : group_size;
   int64_t num_blocks = num_q_heads / heads_per_block;
-  int num_splits = ChooseNumSplits(batch_size * num_blocks, scratch.num_sms,
-                                   std::max(token_budget, args.dense_len));
-  AttendedTokens attended{
-      .seq_lens = kv.seq_lens,
-      .num_selected = args.num_selected.data<int32_t>(),
-      .dense_len = static_cast<int>(std::min<int64_t>(args.dense_len, INT32_MAX)),
-      .token_budget = static_cast<int>(token_budget)};
+  int64_t max_tokens =
+      std::min(std::max(token_budget, args.dense_len), int64_t{kMaxAttendedTokens});
+  int num_splits = std::min(ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens),
+                            kMaxClusterSplits);
+  using Warp = DecodeWarp<T, kHeadDim>;
   AttentionSparseParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
@@ -105,28 +115,25 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .group_size = group_size,
       .heads_per_block = heads_per_block,
       .num_sets = static_cast<int>(num_sets),
+      .token_budget = static_cast<int>(token_budget),
+      .dense_len = static_cast<int>(std::min<int64_t>(args.dense_len, kMaxAttendedTokens)),
+      .num_stages = Warp::NumStages(SpanLength(static_cast<int>(max_tokens), num_splits)),
       .token_idx = args.token_idx.data<int32_t>(),
-      .attended = attended,
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads * num_splits, kHeadDim)};
+      .num_selected = args.num_selected.data<int32_t>(),
+      .reads = reads,
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .output = {.out = static_cast<T*>(attention.out.ptr), .lse = nullptr}};
 
   auto kernel = AttentionSparseKernel<T, kHeadDim>;
-  constexpr int kSharedBytes = kDecodeWarps * DecodeWarp<T, kHeadDim>::kSharedBytes;
-  TIDAL_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        Warp::SharedBytes(Warp::kStages)));
   dim3 grid(num_splits, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
-  kernel<<<grid, kDecodeThreads, kSharedBytes, stream>>>(params);
-  TIDAL_LAUNCH_CHECK("attention_sparse");
-
-  LaunchCombineSplits({.partials = params.partials,
-                       .attended = attended,
-                       .num_splits = num_splits,
-                       .batch_size = batch_size,
-                       .num_q_heads = num_q_heads,
-                       .head_dim = kHeadDim,
-                       .dtype = attention.out.dtype,
-                       .out = attention.out.ptr,
-                       .lse = nullptr},
-                      stream);
+  LaunchOverlapped(kOp, kernel,
+                   {.grid = grid,
+                    .block = kDecodeThreads,
+                    .shared_bytes = static_cast<size_t>(Warp::SharedBytes(params.num_stages)),
+                    .cluster_size = HasClusters(kernel) ? static_cast<unsigned>(num_splits) : 1},
+                   stream, params);
 }
 
 }  // namespace tidal

@@ -5,10 +5,11 @@
 
 #include "backend/op_args.h"
 #include "common/attention_scratch.h"
+#include "common/cache_reads.h"
 
 namespace tidal {
 
 void LaunchAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
-                           cudaStream_t stream);
+                           CacheReads reads, cudaStream_t stream);
 
 }  // namespace tidal

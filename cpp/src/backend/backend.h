@@ -66,7 +66,8 @@ class Backend {
   virtual void Download(void* host, const TensorView& src) = 0;  // returns when host is readable
 
   // Runs `step`, a pure function of device buffers at fixed addresses. A device may record it the
-  // first times and replay it afterwards; results are the same bit for bit.
+  // first times and replay it afterwards; results are the same bit for bit. In a step, a
+  // RopeAppendKv of as many tokens as rows appends the newest token of each row, at seq_len - 1.
   virtual void RunStep(const StepKey& key, const std::function<void()>& step) = 0;
 
   // --- ops ---

@@ -1,0 +1,257 @@
+// Merges partial results of decode attention: of a block's warps, and of a row's splits. Always in
+// ascending order, a fixed order: equal input, equal bits, whichever block comes last.
+// Split-K flash decoding; each part carries the maximum and the sum of its softmax.
+#pragma once
+
+#include <cstdint>
+
+#include "common/decode_split.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/launch_config.h"
+#include "common/reduce.cuh"
+#include "common/softmax_state.cuh"
+#include "common/vec.cuh"
+
+namespace tidal {
+
+inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
+
+// The dims of an output row that one lane of a warp holds: [lane * kHeadDim / 32, ..).
+template <int kHeadDim>
+using LaneDims = Vec<float, kHeadDim / kWarpSize>;
+
+// Attention of one head to some tokens, held by a warp; as it stands, to none.
+template <int kHeadDim>
+struct HeadResult {
+  LaneDims<kHeadDim> out = {};     // sum of exp(score - max) * v
+  float max = NegativeInfinity();  // the same in all lanes
+  float sum = 0.0f;                // of exp(score - max), likewise
+};
+
+// A warp merges the results of one head from `count` <= kMaxParts parts. state_of(part): maximum
+// and sum; out_of(part): this lane's dims.
+template <int kHeadDim, int kMaxParts, typename StateOf, typename OutOf>
+__device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const StateOf& state_of,
+                                                           const OutOf& out_of) {
+  // Loads under way: 8 KB a warp at head_dim 128, which is what the L2's latency asks for.
+  constexpr int kBatch = kMaxParts < 16 ? kMaxParts : 16;
+  constexpr int kLaneParts = (kMaxParts + kWarpSize - 1) / kWarpSize;
+  static_assert(kLaneParts <= 2 && (kMaxParts == kBatch || kWarpSize % kBatch == 0));
+  int lane = threadIdx.x % kWarpSize;
+  float2 states[kLaneParts];
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) {
+    int part = i * kWarpSize + lane;
+    states[i] = part < count ? state_of(part) : make_float2(NegativeInfinity(), 0.0f);
+  }
+  LaneDims<kHeadDim> outs[kBatch];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < count) outs[i] = out_of(first + i);
+    }
+  };
+  load(0);  // beside the states
+
+  HeadResult<kHeadDim> merged;
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) merged.max = fmaxf(merged.max, states[i].x);
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    merged.max = fmaxf(merged.max, __shfl_xor_sync(kFullWarp, merged.max, mask));
+  }
+  float weights[kLaneParts];
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) {
+    weights[i] = SoftmaxWeight(states[i].x, FiniteMax(merged.max));
+    merged.sum = __fmaf_rn(weights[i], states[i].y, merged.sum);
+  }
+  merged.sum = WarpSum(merged.sum);
+
+#pragma unroll 1
+  for (int first = 0; first < count; first += kBatch) {
+    if (first > 0) load(first);
+    float lane_weight = first < kWarpSize ? weights[0] : weights[kLaneParts - 1];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= count) break;
+      float weight = __shfl_sync(kFullWarp, lane_weight, (first + i) % kWarpSize);
+#pragma unroll
+      for (int dim = 0; dim < kHeadDim / kWarpSize; ++dim) {
+        merged.out.elements[dim] =
+            __fmaf_rn(weight, outs[i].elements[dim], merged.out.elements[dim]);
+      }
+    }
+  }
+  return merged;
+}
+
+template <typename T>
+struct AttentionOutput {
+  T* out;      // [B, Hq, D]
+  float* lse;  // [B, Hq], or nullptr: log of the sum of exp(score)
+
+  // A warp writes row batch * Hq + q_head. A sum of 0 means that there was no token, or that every
+  // score was masked. NaN is not 0 and passes on.
+  template <int kHeadDim>
+  __device__ __forceinline__ void Store(int64_t row, const HeadResult<kHeadDim>& result) const {
+    constexpr int kDims = kHeadDim / kWarpSize;
+    int lane = threadIdx.x % kWarpSize;
+    float values[kDims];
+#pragma unroll
+    for (int dim = 0; dim < kDims; ++dim) {
+      values[dim] = result.sum == 0.0f ? 0.0f : result.out.elements[dim] / result.sum;
+    }
+    StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
+    if (lse != nullptr && lane == 0) {
+      lse[row] = result.sum == 0.0f ? NegativeInfinity() : result.max + logf(result.sum);
+    }
+  }
+};
+
+// What one block of an attention kernel works on.
+struct BlockWork {
+  int64_t first_row;  // batch * Hq + q_head of its first head
+  int num_heads;      // at most kMaxGroupSize
+  int split;
+  int num_splits;     // of the grid
+  int num_used;       // of the row
+  int counter_index;  // of the row and these heads
+};
+
+// Calls fn(head), each by one warp, for those of the heads that fall to this block: the `rank`-th
+// of num_blocks that share them.
+template <typename Fn>
+__device__ __forceinline__ void ForEachHead(int num_heads, int rank, int num_blocks, const Fn& fn) {
+  int first = rank + static_cast<int>(threadIdx.x) / kWarpSize * num_blocks;
+#pragma unroll 1
+  for (int head = first; head < num_heads; head += kDecodeWarps * num_blocks) fn(head);
+}
+
+// The end of a block whose split has no tokens; the first one writes the row if no other does.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void EndUnusedSplit(const BlockWork& work,
+                                               const AttentionOutput<T>& output) {
+  WaitForPreviousKernel();
+  LetNextKernelStart();
+  if (work.split > 0) return;
+  ForEachHead(work.num_heads, 0, 1,
+              [&](int head) { output.Store(work.first_row + head, HeadResult<kHeadDim>()); });
+}
+
+// Loads from L2: the L1 may hold what was there before other SMs wrote.
+__device__ __forceinline__ Vec<float, 4> LoadFromL2(const Vec<float, 4>* source) {
+  float4 v = __ldcg(reinterpret_cast<const float4*>(source));
+  return {v.x, v.y, v.z, v.w};
+}
+__device__ __forceinline__ Vec<float, 2> LoadFromL2(const Vec<float, 2>* source) {
+  float2 v = __ldcg(reinterpret_cast<const float2*>(source));
+  return {v.x, v.y};
+}
+
+// Whether this block is the last of its row's used splits to call this: then it sees all that
+// those wrote before, and the counter is 0 again.
+__device__ __forceinline__ bool IsLastSplit(uint32_t* counter, int num_used) {
+  __shared__ bool is_last;
+  __syncthreads();  // all of the block has written
+  if (threadIdx.x == 0) {
+    // Counts to num_used - 1 and wraps to 0. Releases what the block wrote before, and acquires
+    // what the blocks that counted before it wrote.
+    uint32_t last = num_used - 1, before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n"
+                 : "=r"(before)
+                 : "l"(counter), "r"(last)
+                 : "memory");
+    is_last = before == last;
+  }
+  __syncthreads();
+  return is_last;
+}
+
+// The end of the only used split of a row. block_result(head): called by whole warps.
+template <typename T, int kHeadDim, typename BlockResult>
+__device__ __forceinline__ void StoreAlone(const BlockWork& work, const AttentionOutput<T>& output,
+                                           const BlockResult& block_result) {
+  ForEachHead(work.num_heads, 0, 1,
+              [&](int head) { output.Store(work.first_row + head, block_result(head)); });
+}
+
+// The splits leave their results in device memory, and the last block to finish merges them.
+// block_result(head): of this split, called by whole warps.
+template <typename T, int kHeadDim, typename BlockResult>
+__device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
+                                                 const PartialResults& partials,
+                                                 const AttentionOutput<T>& output,
+                                                 const BlockResult& block_result) {
+  if (work.num_used == 1) {
+    StoreAlone<T, kHeadDim>(work, output, block_result);
+    return;
+  }
+  int lane = threadIdx.x % kWarpSize;
+  auto outs = reinterpret_cast<LaneDims<kHeadDim>*>(partials.out) + lane;
+  auto part_of = [&](int head, int split) {
+    return (work.first_row + head) * work.num_splits + split;
+  };
+  ForEachHead(work.num_heads, 0, 1, [&](int head) {
+    HeadResult<kHeadDim> result = block_result(head);
+    int64_t part = part_of(head, work.split);
+    outs[part * kWarpSize] = result.out;
+    if (lane == 0) partials.state[part] = make_float2(result.max, result.sum);
+  });
+  if (!IsLastSplit(partials.counter + work.counter_index, work.num_used)) return;
+  ForEachHead(work.num_heads, 0, 1, [&](int head) {
+    int64_t first_part = part_of(head, 0);
+    auto state_of = [&](int split) { return __ldcg(partials.state + first_part + split); };
+    auto out_of = [&](int split) { return LoadFromL2(outs + (first_part + split) * kWarpSize); };
+    output.Store(work.first_row + head,
+                 MergeParts<kHeadDim, kMaxSplits>(work.num_used, state_of, out_of));
+  });
+}
+
+// The object of another block of the cluster.
+template <typename Object>
+__device__ __forceinline__ const Object& InBlock(const Object& object, int block) {
+#if __CUDA_ARCH__ >= 900
+  return *static_cast<const Object*>(__cluster_map_shared_rank(&object, block));
+#else
+  return object;
+#endif
+}
+
+// The splits of a row are one cluster of blocks (compute capability 9.0): they leave their results
+// in shared memory, and each merges some of the heads. Saves three trips to the L2 over
+// MergeInLastBlock.
+template <typename T, int kHeadDim, typename BlockResult>
+__device__ __forceinline__ void MergeInCluster(const BlockWork& work,
+                                               const AttentionOutput<T>& output,
+                                               const BlockResult& block_result) {
+#if __CUDA_ARCH__ >= 900
+  if (work.num_used == 1) {
+    StoreAlone<T, kHeadDim>(work, output, block_result);
+    return;
+  }
+  __shared__ LaneDims<kHeadDim> outs[kMaxGroupSize][kWarpSize];
+  __shared__ float2 states[kMaxGroupSize];
+  int lane = threadIdx.x % kWarpSize;
+  ForEachHead(work.num_heads, 0, 1, [&](int head) {
+    HeadResult<kHeadDim> result = block_result(head);
+    outs[head][lane] = result.out;
+    if (lane == 0) states[head] = make_float2(result.max, result.sum);
+  });
+  // Of the blocks that have not ended: those of unused splits have.
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  ForEachHead(work.num_heads, work.split, work.num_used, [&](int head) {
+    auto state_of = [&](int split) { return InBlock(states[head], split); };
+    auto out_of = [&](int split) { return InBlock(outs[head][lane], split); };
+    output.Store(work.first_row + head,
+                 MergeParts<kHeadDim, kMaxClusterSplits>(work.num_used, state_of, out_of));
+  });
+  // No block ends while others read its shared memory. Nothing is handed on, so nothing that was
+  // written needs to be waited for.
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+#endif
+}
+
+}  // namespace tidal
