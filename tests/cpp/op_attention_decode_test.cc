@@ -17,10 +17,18 @@ class OpAttentionDecode : public AttentionTest {
   void SetUp() override {
     AttentionTest::SetUp();
     if (IsSkipped()) return;
-    Open(GetParam().on, Limits());
     const int32_t page = static_cast<int32_t>(shape().page_size);
     // Idle, one token, a partial page, whole pages, one more, and long ones of different lengths.
-    seq_lens_ = {0, 1, std::max(page - 1, 1), 2 * page, page + 1, 1037, 300, 1500};
+    Prepare({0, 1, std::max(page - 1, 1), 2 * page, page + 1, 1037, 300, 1500});
+  }
+
+  void Prepare(const Ints& seq_lens) {
+    StepLimits limits = Limits();
+    for (int32_t seq_len : seq_lens) {
+      limits.max_seq_len = std::max<int64_t>(limits.max_seq_len, seq_len);
+    }
+    Open(GetParam().on, limits);
+    seq_lens_ = seq_lens;
     sequences_ = RandomSequences(random_, shape(), seq_lens_, dtype());
     q_ = random_.Normal(batch_size() * q_size(), act(),
                         3.0);  // scores of stddev 3: a peaked softmax
@@ -154,6 +162,78 @@ TEST_P(OpAttentionDecode, LargeScoresStayFinite) {
   const AttentionArgs args = Args(PutCache(sequences_, shape().page_size), q_);
   backend().AttentionFull(args);
   EXPECT_TRUE(Close(Get(args.out), Want(), ToleranceFor(Op::kAttentionLargeScores, act())));
+}
+
+// A NaN in one row's cache stays in that row and reaches every head that reads it.
+TEST_P(OpAttentionDecode, NanStaysInItsRow) {
+  sequences_[6].v[0] = sequences_[5].k[0] = std::nan("");  // KV head 0, token 0
+  const AttentionArgs args = Args(PutCache(sequences_, shape().page_size), q_);
+  backend().AttentionFull(args);
+  const Values got = Get(args.out);
+  const int64_t dim = shape().head_dim, group = shape().num_q_heads / shape().num_kv_heads;
+  for (int64_t i = 0; i < static_cast<int64_t>(got.size()); ++i) {
+    const int64_t row = i / q_size(), head = i % q_size() / dim;
+    const bool wants_nan = head < group && (row == 5 || (row == 6 && i % dim == 0));
+    ASSERT_EQ(std::isnan(got[i]), wants_nan) << "row " << row << ", head " << head << ", at " << i;
+  }
+}
+
+// A row's tokens may be split over blocks, each of which is to attend to none, to some or to all of
+// a tile; and a row has more splits than a warp has lanes.
+TEST_P(OpAttentionDecode, EveryNumberOfSplitsMatchesReference) {
+  const Ints lengths[] = {{15, 0, 16, 0, 0, 17}, {0, 63, 64, 65, 127, 0, 129}, {0, 0}, {4500}};
+  for (const Ints& seq_lens : lengths) {
+    SCOPED_TRACE(seq_lens.back());
+    Prepare(seq_lens);
+    const AttentionArgs args = Args(PutCache(sequences_, shape().page_size), q_);
+    backend().AttentionFull(args);
+    EXPECT_TRUE(Close(Get(args.out), Want(), ToleranceFor(Op::kAttention, act())));
+  }
+}
+
+// Nothing of an op is left behind for the next, whatever its shape: the scratch is shared.
+TEST_P(OpAttentionDecode, RepeatsBitwise) {
+  const PagedKv kv = PutCache(sequences_, shape().page_size);
+  const PagedKv one_row = PutCache({sequences_[5]}, shape().page_size);
+  const Values one_query(q_.begin(), q_.begin() + q_size());
+  Bytes first, first_alone;
+  for (int round = 0; round < 4; ++round) {
+    SCOPED_TRACE(round);
+    const AttentionArgs together = Args(kv, q_), alone = Args(one_row, one_query);
+    backend().AttentionFull(together);
+    backend().AttentionFull(alone);
+    if (round == 0) {
+      first = GetBytes(together.out);
+      first_alone = GetBytes(alone.out);
+    }
+    EXPECT_TRUE(SameBits(GetBytes(together.out), first, DTypeBytes(act())));
+    EXPECT_TRUE(SameBits(GetBytes(alone.out), first_alone, DTypeBytes(act())));
+  }
+}
+
+// In a step the kernel in front has just written the queries and each row's newest token.
+TEST_P(OpAttentionDecode, StepSeesWhatTheOpInFrontAppends) {
+  for (const Ints& seq_lens : {seq_lens_, Ints{1, 17, 64}, Ints{4097}}) {
+    SCOPED_TRACE(seq_lens.back());
+    Prepare(seq_lens);
+    const PagedKv kv = PutCache(sequences_, shape().page_size);
+    const AttentionArgs full = Args(kv, q_);
+    const RopeAppendKvArgs append = RandomNewest(random_, kv, seq_lens_, full.q);
+    ExpectStepEqualsOps(
+        [&] {
+          backend().RopeAppendKv(append);
+          backend().AttentionFull(full);
+        },
+        {kv.k_pages, kv.v_pages, full.q, full.out});
+    if (*std::max_element(seq_lens.begin(), seq_lens.end()) > kMaxLen) continue;
+    const AttentionSelectArgs select = SelectArgs(full);
+    ExpectStepEqualsOps(
+        [&] {
+          backend().RopeAppendKv(append);
+          backend().AttentionSelect(select);
+        },
+        {kv.k_pages, kv.v_pages, full.q, full.out, select.scores, select.lse});
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionDecode,

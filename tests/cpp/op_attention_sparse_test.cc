@@ -193,6 +193,63 @@ TEST_P(OpAttentionSparse, BatchRowEqualsRowAlone) {
   }
 }
 
+// In a step the kernel in front has just written the queries and each row's newest token, which is
+// in every set, wherever in the row; or the sets.
+TEST_P(OpAttentionSparse, StepSeesWhatTheOpsInFrontWrite) {
+  for (Granularity granularity : kGranularities) {
+    SCOPED_TRACE(static_cast<int>(granularity));
+    Prepare(granularity, 128, {700, 0, 20, 1, 1203, 257});
+    const PagedKv kv = PutCache(sequences_, shape().page_size);
+    const AttentionSparseArgs sparse = Args(kv, RandomSets(), 200);
+    const AttentionArgs& attention = sparse.attention;
+    const RopeAppendKvArgs append = RandomNewest(random_, kv, seq_lens_, attention.q);
+    ExpectStepEqualsOps(
+        [&] {
+          backend().RopeAppendKv(append);
+          backend().AttentionSparse(sparse);
+        },
+        {kv.k_pages, kv.v_pages, attention.q, attention.out});
+
+    constexpr int64_t kMaxLen = 1203;
+    const int64_t rows = batch_size(), heads = shape().num_q_heads;
+    AttentionSelectArgs select = {.attention = attention,
+                                  .scores = Output(DType::kFloat32, {rows, heads, kMaxLen}),
+                                  .lse = Output(DType::kFloat32, {rows, heads})};
+    select.attention.out = Output(act(), {rows, heads, shape().head_dim});
+    const SelectTopKArgs top_k = {.scores = select.scores,
+                                  .lse = select.lse,
+                                  .seq_lens = kv.seq_lens,
+                                  .num_kv_heads = shape().num_kv_heads,
+                                  .granularity = granularity,
+                                  .token_idx = sparse.token_idx,
+                                  .num_selected = sparse.num_selected};
+    ExpectStepEqualsOps(
+        [&] {
+          backend().RopeAppendKv(append);
+          backend().AttentionSelect(select);
+          backend().SelectTopK(top_k);
+          backend().AttentionSparse(sparse);
+        },
+        {kv.k_pages, kv.v_pages, attention.q, select.attention.out, select.scores, select.lse,
+         sparse.token_idx, sparse.num_selected, attention.out});
+  }
+}
+
+// Nothing of an op is left behind for the next, whatever its shape.
+TEST_P(OpAttentionSparse, RepeatsBitwise) {
+  Prepare(Granularity::kKvHead, 512, {700, 0, 20, 1203});
+  const Sets sets = RandomSets();
+  const PagedKv kv = PutCache(sequences_, shape().page_size);
+  Bytes first;
+  for (int round = 0; round < 4; ++round) {
+    SCOPED_TRACE(round);
+    const AttentionSparseArgs args = Args(kv, sets);
+    backend().AttentionSparse(args);
+    if (round == 0) first = GetBytes(args.attention.out);
+    EXPECT_TRUE(SameBits(GetBytes(args.attention.out), first, DTypeBytes(act())));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionSparse,
                          ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
                                                    OddHeadShapes())),

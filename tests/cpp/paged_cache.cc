@@ -79,4 +79,41 @@ PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequence
           .seq_lens = PutInts(seq_lens, {batch_size})};
 }
 
+RopeAppendKvArgs AttentionTest::RandomNewest(Random& random, const PagedKv& kv,
+                                             const Ints& seq_lens, const TensorView& q) {
+  const int64_t rows = static_cast<int64_t>(seq_lens.size()), dim = shape().head_dim;
+  const int64_t width = (shape().num_q_heads + 2 * shape().num_kv_heads) * dim;
+  Ints positions, seq_idx;
+  for (int32_t seq_len : seq_lens) {
+    positions.push_back(seq_len - 1);  // of an idle row: -1
+    seq_idx.push_back(static_cast<int32_t>(seq_idx.size()));
+  }
+  return {.qkv = Put(random.Normal(rows * width, act()), act(), {rows, width}),
+          .cos_sin = Put(random.Normal(rows * dim, DType::kFloat32), DType::kFloat32, {rows, dim}),
+          .q_norm = {},
+          .k_norm = {},
+          .positions = PutInts(positions, {rows}),
+          .seq_idx = PutInts(seq_idx, {rows}),
+          .q = q,
+          .kv = kv};
+}
+
+void AttentionTest::ExpectStepEqualsOps(const std::function<void()>& ops,
+                                        const std::vector<TensorView>& changed) {
+  std::vector<Bytes> before, want;
+  for (const TensorView& tensor : changed) before.push_back(GetBytes(tensor));
+  ops();
+  for (const TensorView& tensor : changed) want.push_back(GetBytes(tensor));
+  const StepKey key = {.batch_size = ++num_steps_, .sparse = false};
+  for (int round = 0; round < 5; ++round) {  // called, recorded, replayed
+    SCOPED_TRACE(round);
+    for (size_t i = 0; i < changed.size(); ++i) backend().Upload(changed[i], before[i].data());
+    backend().RunStep(key, ops);
+    for (size_t i = 0; i < changed.size(); ++i) {
+      SCOPED_TRACE(i);
+      EXPECT_TRUE(SameBits(GetBytes(changed[i]), want[i], DTypeBytes(changed[i].dtype)));
+    }
+  }
+}
+
 }  // namespace tidal::test

@@ -1,6 +1,7 @@
 // Sequences for the attention tests, and their way into a paged cache.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,19 @@ class AttentionTest : public OpTest<HeadShape> {
   // Scatters the sequences over pages in random order. Free slots, spare pages and everything the
   // page table points to past a row's end hold NaN: nothing of it may reach a result.
   PagedKv PutCache(const std::vector<reference::Sequence>& sequences, int64_t page_size);
+
+  // Random queries into q, and random K and V in place of what `kv` has as the newest token of each
+  // row.
+  RopeAppendKvArgs RandomNewest(Random& random, const PagedKv& kv, const Ints& seq_lens,
+                                const TensorView& q);
+
+  // Runs `ops` one by one, then as a step until that is recorded and replayed, each time with
+  // `changed`, all the tensors that they write, as they are now: the same bits in `changed`.
+  void ExpectStepEqualsOps(const std::function<void()>& ops,
+                           const std::vector<TensorView>& changed);
+
+ private:
+  int64_t num_steps_ = 0;  // that were recorded
 };
 
 }  // namespace tidal::test
