@@ -392,6 +392,7 @@ void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
                  {&args.linear.weight, &args.linear.bias, &args.norm.weight, &args.append.q,
                   &args.append.kv.k_pages, &args.append.kv.v_pages});
   LaunchQkvRopeAppend(args, num_sms_, stream());
+  AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
 }
 
 void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {

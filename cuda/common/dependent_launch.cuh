@@ -33,12 +33,14 @@ __device__ __forceinline__ void LetNextKernelStart() {
 #endif
 }
 
-// Whether the current device overlaps launches at all.
-inline bool DeviceOverlapsLaunches() {
-  int device = 0, major = 0;
-  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+// Whether the code of `kernel` that the current device runs was compiled for compute
+// capability 9.0: only that has the instructions above, bulk copies and clusters. (A newer device
+// may run older code.)
+template <typename Kernel>
+bool RunsHopperCode(Kernel* kernel) {
+  cudaFuncAttributes compiled = {};
+  TIDAL_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
+  return compiled.binaryVersion >= 90 && compiled.ptxVersion >= 90;
 }
 
 struct LaunchShape {
@@ -59,7 +61,7 @@ void LaunchOverlapped(const char* name, void (*kernel)(Params...), const LaunchS
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (DeviceOverlapsLaunches()) {
+  if (RunsHopperCode(kernel)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -82,14 +82,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
 #endif
 }
 
-// Whether the code of `kernel` that this device runs was compiled for clusters.
-template <typename Kernel>
-bool HasClusters(Kernel* kernel) {
-  cudaFuncAttributes compiled = {};
-  TIDAL_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
-  return compiled.binaryVersion >= 90 && compiled.ptxVersion >= 90;
-}
-
 template <typename T, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                         CacheReads reads, cudaStream_t stream) {
@@ -132,7 +124,7 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
                    {.grid = grid,
                     .block = kDecodeThreads,
                     .shared_bytes = static_cast<size_t>(Warp::SharedBytes(params.num_stages)),
-                    .cluster_size = HasClusters(kernel) ? static_cast<unsigned>(num_splits) : 1},
+                    .cluster_size = RunsHopperCode(kernel) ? static_cast<unsigned>(num_splits) : 1},
                    stream, params);
 }
 

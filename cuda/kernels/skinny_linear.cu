@@ -13,6 +13,9 @@ namespace {
 constexpr uintptr_t kCopyAlignment = 16;  // of cp.async.bulk
 constexpr int kMaxInputs = 1 << 20;       // keeps byte counts of a stage's source within 32 bits
 
+// Stands for the kernels in cuda/inst, which are compiled for the same devices.
+__global__ void ProbeKernel() {}
+
 bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
@@ -23,7 +26,7 @@ bool FitsWeight(const LinearArgs& args) {
   return num_tokens >= 1 && num_tokens <= kMaxSkinnyTokens && num_outputs >= 1 &&
          num_outputs <= INT32_MAX - kTileRows && num_inputs >= kStepInputs &&
          num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 && IsAligned(args.weight) &&
-         DeviceOverlapsLaunches();
+         RunsHopperCode(ProbeKernel);
 }
 
 bool FitsNormed(const RmsNormArgs& norm, const LinearArgs& linear) {
