@@ -5,6 +5,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "bindings.h"
 #include "tidal/error.h"
 
@@ -35,6 +37,13 @@ py::object FinishReasonString(FinishReason reason) {
       return py::str("error");
   }
   return py::none();
+}
+
+StepPlan ParseStepPlan(const std::string& attention) {
+  if (attention == "auto") return StepPlan::kDecoder;
+  if (attention == "full") return StepPlan::kDense;
+  throw InvalidArgument(
+      Concat("attention: got \"", attention, "\", expected \"auto\" or \"full\""));
 }
 
 FinishReason ParseFinishReason(const std::string& text) {
@@ -113,12 +122,19 @@ class PyGeneration {
   PrefillProgress prefill_;
 };
 
+// No weights: random ones.
+std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, DType dtype,
+                                               std::optional<std::vector<WeightFileEntry>> files) {
+  if (!files) return std::make_unique<RandomWeightSource>(model, dtype);
+  return std::make_unique<FileWeightSource>(std::move(*files));
+}
+
 std::unique_ptr<Decoder> MakeDecoder(const ModelConfig& model, const DecodeConfig& config,
-                                     std::vector<WeightFileEntry> weights,
+                                     std::optional<std::vector<WeightFileEntry>> weights,
                                      const py::object& progress) {
   py::gil_scoped_release release;
-  FileWeightSource source(std::move(weights));
-  return std::make_unique<Decoder>(model, config, source, [&](int64_t done, int64_t total) {
+  auto source = MakeWeightSource(model, config.dtype, std::move(weights));
+  return std::make_unique<Decoder>(model, config, *source, [&](int64_t done, int64_t total) {
     py::gil_scoped_acquire acquire;
     CheckSignals();
     if (!progress.is_none()) progress(done, total);
@@ -209,6 +225,15 @@ void RegisterDecoder(py::module_& module) {
             return LogitsArray(self, [&] { return self.DecodeLogits(token_ids, num_prefill); });
           },
           py::arg("token_ids"), py::arg("num_prefill"))
+      .def(
+          "measure_steps",
+          [](Decoder& self, const std::vector<int64_t>& seq_lens, int64_t steps, int64_t warmup,
+             const std::string& attention) {
+            StepBenchmark benchmark{seq_lens, steps, warmup, ParseStepPlan(attention)};
+            py::gil_scoped_release release;
+            return self.MeasureSteps(benchmark);
+          },
+          py::arg("seq_lens"), py::arg("steps"), py::arg("warmup"), py::arg("attention") = "auto")
       .def("selection", &SelectionDict, py::arg("sequence"))
       .def("memory_use",
            [](const Decoder& self) {

@@ -16,6 +16,7 @@ from tidaldecode.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KINDS = ("auto", "tidal", "full")
+LOAD_FORMATS = ("auto", "dummy")
 GRANULARITIES = ("kv_head", "head", "layer")
 POOLINGS = ("sum", "max")
 
@@ -34,6 +35,7 @@ _CHOICES = {
     "dtype": ("auto", *DTYPES),
     "kv_dtype": ("auto", *DTYPES),
     "attention": ATTENTION_KINDS,
+    "load_format": LOAD_FORMATS,
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
 }
@@ -63,6 +65,9 @@ class DecodeConfig:
         dtype: of the weights: "auto" (the checkpoint's; on CUDA float32 becomes bfloat16),
             "float32", "bfloat16" or "float16". Arithmetic accumulates in float32 everywhere.
         kv_dtype: of the KV cache: "auto" is float32 on the CPU and dtype on CUDA.
+        load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
+            model random weights of the shapes in config.json, for measuring speed: what it writes
+            means nothing. Prompts of token ids then need no tokenizer either.
         attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers are
             given or there is a plan for this model, else dense.
         token_budget: positions a sparse layer attends to, per set, >= 1.
@@ -89,6 +94,7 @@ class DecodeConfig:
     device: str = "auto"
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    load_format: str = "auto"
     attention: str = "auto"
     token_budget: int | None = None
     select_layers: tuple[int, ...] | None = None
@@ -111,7 +117,7 @@ class DecodeConfig:
             raise ConfigError(
                 f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
             )
-        for name in ("dtype", "kv_dtype", "attention"):
+        for name in ("dtype", "kv_dtype", "load_format", "attention"):
             check_setting(name, getattr(self, name))
         for name in (*_INT_RANGES, "granularity", "pooling"):
             if getattr(self, name) is not None:

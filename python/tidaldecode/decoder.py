@@ -28,7 +28,7 @@ from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import choose_plan
 from tidaldecode.prompts import check_token_ids, encode_prompts
 from tidaldecode.results import GenerationResult
-from tidaldecode.sampling import SamplingSettings, check_sampling
+from tidaldecode.sampling import SamplingSettings, check_integer, check_sampling
 from tidaldecode.stream import TextStream
 from tidaldecode.tokenizer import Tokenizer
 
@@ -72,6 +72,7 @@ class Decoder:
         device: str = "auto",
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        load_format: str = "auto",
         attention: str = "auto",
         token_budget: int | None = None,
         select_layers: Sequence[int] | None = None,
@@ -94,7 +95,7 @@ class Decoder:
         given = locals()
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
         settings = _one_config(config, options)
-        folder = read_model_folder(model_dir)
+        folder = read_model_folder(model_dir, settings.load_format)
         plan = choose_plan(settings, folder)
         trained_len = folder.model.max_position_embeddings
         if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
@@ -284,6 +285,43 @@ class Decoder:
         core = self._open_core()
         return core.decode_logits(self._checked_ids(token_ids), prefill)
 
+    def measure_steps(
+        self,
+        context: int,
+        batch_size: int = 1,
+        *,
+        steps: int = 30,
+        warmup: int = 5,
+        attention: str = "auto",
+    ) -> list[float]:
+        """Seconds of single decode steps over a full cache; for measuring speed.
+
+        No prompt is read: the cache holds random keys and values. A step is what generate() does
+        for every token, from token ids going to the device to their successors coming back, and
+        every one is at the same length. The decoder is as before afterwards, its pages free again.
+
+        Args:
+            context: tokens of each sequence in the cache, the newest included, from 1 to
+                max_seq_len.
+            batch_size: sequences that step together.
+            steps: how many are timed.
+            warmup: how many run before, untimed.
+            attention: "auto" runs the plan that generate() would at this length, "full" the dense
+                plan, as a decoder with attention="full" does.
+
+        Returns: seconds of each timed step.
+        Raises:
+            InvalidArgument: a setting is wrong; the message names it.
+            CapacityError: more tokens, rows or pages than the decoder has.
+        """
+        core = self._open_core()
+        lengths = [check_integer("context", context, low=1)]
+        lengths *= check_integer("batch_size", batch_size, low=1, high=65535)
+        steps = check_integer("steps", steps, low=1)
+        warmup = check_integer("warmup", warmup, low=0)
+        with self._turn:
+            return core.measure_steps(lengths, steps, warmup, attention)
+
     @property
     def plan(self) -> str:
         """One letter per layer: F full, S select, s sparse ("FFSssSss")."""
@@ -307,7 +345,7 @@ class Decoder:
     @property
     def config(self) -> DecodeConfig:
         """The settings in use, every automatic one filled in."""
-        return config_in_use(self._open_core().config)
+        return config_in_use(self._open_core().config, self._folder)
 
     @property
     def num_free_pages(self) -> int:

@@ -18,7 +18,7 @@ from tidaldecode.weight_files import WEIGHT_DTYPES
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
 _ZERO_IS_AUTO = ("max_seq_len", "num_pages", "prefill_chunk", "num_threads")
 # Fields whose value here is not simply the engine's.
-_TRANSLATED = ("device", "dtype", "kv_dtype", "attention", "select_layers")
+_TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "select_layers")
 
 
 def resolve_device(device: str) -> str:
@@ -71,8 +71,10 @@ def core_config(
     return config
 
 
-def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry]:
-    """Where the engine finds each tensor."""
+def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:
+    """Where the engine finds each tensor; None is random weights."""
+    if folder.load_format == "dummy":
+        return None
     return [
         _core.WeightFileEntry(
             entry.name,
@@ -85,16 +87,19 @@ def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry]:
     ]
 
 
-def config_in_use(core: _core.DecodeConfig) -> DecodeConfig:
+def config_in_use(core: _core.DecodeConfig, folder: ModelFolder) -> DecodeConfig:
     """The engine's settings as a DecodeConfig, every automatic one filled in."""
     select_layers = tuple(core.select_layers) or None
     values = {
         field.name: getattr(core, field.name)
         for field in fields(DecodeConfig)
-        if field.name not in ("attention", "select_layers")
+        if field.name not in ("load_format", "attention", "select_layers")
     }
     for name in _ZERO_IS_AUTO:
         values[name] = values[name] or None
     return DecodeConfig(
-        attention="tidal" if select_layers else "full", select_layers=select_layers, **values
+        load_format=folder.load_format,
+        attention="tidal" if select_layers else "full",
+        select_layers=select_layers,
+        **values,
     )

@@ -28,7 +28,8 @@ class ModelFolder:
     model: ModelConfig
     generation: GenerationDefaults
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json, ascending
-    weights: tuple[TensorEntry, ...]
+    load_format: str  # of DecodeConfig
+    weights: tuple[TensorEntry, ...]  # none for load_format "dummy"
 
     @property
     def weight_bytes(self) -> int:
@@ -36,11 +37,12 @@ class ModelFolder:
         return sum(entry.num_bytes for entry in self.weights)
 
 
-def read_model_folder(model_dir: str | os.PathLike[str]) -> ModelFolder:
+def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "auto") -> ModelFolder:
     """Reads config.json, generation_config.json and the headers of the weight files.
 
     Args:
         model_dir: a local folder.
+        load_format: as in DecodeConfig; for "dummy" the folder needs no weight files.
 
     Raises:
         ConfigError: no such folder, or a configuration that is damaged or not supported.
@@ -51,17 +53,18 @@ def read_model_folder(model_dir: str | os.PathLike[str]) -> ModelFolder:
     generation = read_generation_defaults(
         path / "generation_config.json", checkpoint.model.vocab_size
     )
-    weights = find_weights(path, checkpoint.model)
+    weights = [] if load_format == "dummy" else find_weights(path, checkpoint.model)
     # The config's word counts, as in transformers; files alone decide only where it is silent.
-    dtype = checkpoint.dtype or WEIGHT_DTYPES[weights[0].dtype]
+    stored_dtype = WEIGHT_DTYPES[weights[0].dtype] if weights else "bfloat16"
     return ModelFolder(
         path=path,
         family=checkpoint.family,
         name=checkpoint.name or path.name,
-        dtype=dtype,
+        dtype=checkpoint.dtype or stored_dtype,
         model=checkpoint.model,
         generation=generation,
         eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
+        load_format=load_format,
         weights=tuple(weights),
     )
 

@@ -114,15 +114,21 @@ def as_index(value: Any) -> int | None:
         return None
 
 
-def _integer(name: str, value: Any, default: int, *, low: int, high: int = 2**31 - 1) -> int:
-    if value is None:
-        return default
+def check_integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> int:
+    """`value` as an int within the bounds.
+
+    Raises: InvalidArgument naming the setting.
+    """
     number = as_index(value)
     if number is None or not low <= number <= high:
         raise InvalidArgument(
             f"{name}: got {show(value)}, expected an integer from {low} to {high}"
         )
     return number
+
+
+def _integer(name: str, value: Any, default: int, *, low: int, high: int = 2**31 - 1) -> int:
+    return default if value is None else check_integer(name, value, low=low, high=high)
 
 
 def _number(

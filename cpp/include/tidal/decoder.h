@@ -84,6 +84,20 @@ struct MemoryUse {
   int64_t scratch_bytes = 0;
 };
 
+// Which plan a step runs.
+enum class StepPlan : int32_t {
+  kDecoder,  // as every decode step chooses: the decoder's, or dense where all rows are short
+  kDense,    // the all-full plan that a dense decoder runs
+};
+
+// What Decoder::MeasureSteps measures.
+struct StepBenchmark {
+  std::vector<int64_t> seq_lens;  // one a batch row: tokens in the cache, the newest included, >= 1
+  int64_t steps = 30;             // timed ones, >= 1
+  int64_t warmup = 5;             // untimed, before them; a device may record its graph in two
+  StepPlan plan = StepPlan::kDecoder;
+};
+
 class Decoder {
  public:
   using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
@@ -111,6 +125,14 @@ class Decoder {
   // at a time through the plan. Row i holds the logits after num_prefill + i ids: [token_ids.size()
   // - num_prefill + 1, vocab_size] float32.
   std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
+
+  // For measuring speed: seconds of each timed step, by the host's clock, from token ids going up
+  // to their successors coming down, as every step of a Generation runs. The cache needs no
+  // prefill: pages that a measurement uses first are filled with random K and V. Every step is the
+  // same one, at the same lengths, greedy. Afterwards all pages are free again and running
+  // sequences go on undisturbed. Throws InvalidArgument, CapacityError if it does not fit,
+  // WeightsError if the logits are not finite.
+  std::vector<double> MeasureSteps(const StepBenchmark& benchmark);
 
   // What each select layer chose for `sequence` (index into the prompts of the last Start) in its
   // last sparse step; empty if it has had none, or if it still runs and others have stepped since.

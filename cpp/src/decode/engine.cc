@@ -1,8 +1,10 @@
 #include "decode/engine.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
+#include "core/noise.h"
 #include "decode/decode_step.h"
 #include "decode/prefill.h"
 #include "model/model_config.h"
@@ -130,6 +132,16 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
           .sampling = sampling};
 }
 
+void Engine::FillCache(const std::vector<Sequence>& sequences, uint64_t seed) {
+  std::optional<Noise> noise;  // drawn only if needed
+  for (const Sequence& sequence : sequences) {
+    const std::vector<int32_t>& pages = sequence.pages.pages();
+    if (cache_->IsFilled(pages)) continue;
+    if (!noise) noise.emplace(config_.kv_dtype, Normal{}, seed);
+    cache_->Fill(*backend_, pages, *noise);
+  }
+}
+
 SamplingRow Engine::ScratchSampling() const {
   return MakeSamplingRow(SamplingParams{}, sampler_->scratch_slot());
 }
@@ -250,18 +262,19 @@ void Engine::UploadTokens(std::span<Sequence* const> rows, const Pass& pass) {
   backend_->Upload(pass.inputs, inputs.data());
 }
 
-std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows) {
+std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan) {
   int64_t b = BatchBucket(static_cast<int64_t>(rows.size()));
   Pass pass = step_buffers_->Take(b, b);
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
-  bool sparse = !plan_.is_dense() && std::any_of(rows.begin(), rows.end(), [&](Sequence* row) {
-    return row->cached + 1 > selection_->dense_len();
-  });
-  const DecodePlan& plan = sparse ? plan_ : dense_plan_;
+  bool may_be_sparse = plan == StepPlan::kDecoder && !plan_.is_dense();
+  bool sparse = may_be_sparse && std::any_of(rows.begin(), rows.end(), [&](Sequence* row) {
+                  return row->cached + 1 > selection_->dense_len();
+                });
   backend_->RunStep({.batch_size = b, .sparse = sparse}, [&] {
-    DecodeStep(*backend_, *transformer_, plan, *selection_, *sampler_, pass);
+    DecodeStep(*backend_, *transformer_, sparse ? plan_ : dense_plan_, *selection_, *sampler_,
+               pass);
   });
 
   if (sparse) last_sparse_rows_.clear();

@@ -35,6 +35,9 @@ class Engine {
   // A sequence with pages for max_len tokens. Throws CapacityError.
   Sequence MakeSequence(std::vector<int32_t> prompt, int64_t max_len, const SamplingRow& sampling);
 
+  // Puts random K and V into pages of the sequences that never had any, for measuring.
+  void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
+
   // Greedy parameters for rows whose draw nobody keeps.
   SamplingRow ScratchSampling() const;
 
@@ -55,7 +58,7 @@ class Engine {
 
   // One decode step: caches each row's last token and returns its successors (-1: unusable logits).
   // At most max_batch_size rows, each with exactly one token not yet cached.
-  std::vector<int32_t> Step(std::span<Sequence* const> rows);
+  std::vector<int32_t> Step(std::span<Sequence* const> rows, StepPlan plan = StepPlan::kDecoder);
 
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/noise.h"
 #include "kv/page_pool.h"
 
 namespace tidal {
@@ -22,6 +23,11 @@ class PagedKvCache {
   // The layer's pages with a pass's page_table and seq_lens.
   PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
 
+  // For measuring without a prefill: random K and V, in every layer, for pages not filled so
+  // before. What is decoded later goes over them; they stay plausible.
+  bool IsFilled(const std::vector<int32_t>& pages) const;
+  void Fill(Backend& backend, const std::vector<int32_t>& pages, const Noise& noise);
+
   // Bytes of one page over all layers, K and V.
   static int64_t BytesPerPage(const ModelConfig& model, DType dtype, int64_t page_size);
 
@@ -30,6 +36,7 @@ class PagedKvCache {
   std::vector<Buffer> buffers_;  // one a layer: K pages, then V pages
   std::vector<TensorView> k_pages_;
   std::vector<TensorView> v_pages_;
+  std::vector<bool> is_filled_;  // by Fill, per page
 };
 
 // The pages of one sequence, given back on destruction.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "core/float16.h"
 #include "tidal/error.h"
@@ -22,6 +23,12 @@ struct Placement {
   std::string expected_from;  // how the shape follows from the config, for the error
 };
 
+// Shape of the i-th name.
+std::vector<int64_t> ShapeOf(const Placement& placement, size_t i) {
+  if (placement.columns == 0) return {placement.rows[i]};
+  return {placement.rows[i], placement.columns};
+}
+
 std::string ShapeString(const std::vector<int64_t>& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -30,23 +37,15 @@ std::string ShapeString(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-class Loader {
+// Fills the table for one model; the targets are the tensors of `weights`.
+class Planner {
  public:
-  Loader(Backend& backend, const ModelConfig& model, DType dtype, const WeightSource& source)
-      : backend_(backend), model_(model), dtype_(dtype), source_(source) {}
-
-  ModelWeights Load(const std::function<void(int64_t, int64_t)>& progress) {
-    ModelWeights weights;
-    weights.layers.resize(static_cast<size_t>(model_.num_layers));
+  Planner(const ModelConfig& model, ModelWeights& weights) : model_(model) {
+    weights.layers.resize(static_cast<size_t>(model.num_layers));
     PlanModel(weights);
-    for (const Placement& placement : placements_) CheckShapes(placement);
-    for (const Placement& placement : placements_) total_ += Elements(placement);
-    total_ *= DTypeBytes(dtype_);
-    for (const Placement& placement : placements_) LoadOne(placement, weights, progress);
-    if (model_.tie_word_embeddings) weights.lm_head = weights.embedding;
-    weights.bytes = total_;
-    return weights;
   }
+
+  std::vector<Placement> Take() { return std::move(placements_); }
 
  private:
   void PlanModel(ModelWeights& weights) {
@@ -106,6 +105,28 @@ class Loader {
     Add(target, std::move(stems), std::move(rows), columns, std::move(expected_from));
   }
 
+  const ModelConfig& model_;
+  std::vector<Placement> placements_;
+};
+
+class Loader {
+ public:
+  Loader(Backend& backend, const ModelConfig& model, DType dtype, const WeightSource& source)
+      : backend_(backend), model_(model), dtype_(dtype), source_(source) {}
+
+  ModelWeights Load(const std::function<void(int64_t, int64_t)>& progress) {
+    ModelWeights weights;
+    std::vector<Placement> placements = Planner(model_, weights).Take();
+    for (const Placement& placement : placements) CheckShapes(placement);
+    for (const Placement& placement : placements) total_ += Elements(placement);
+    total_ *= DTypeBytes(dtype_);
+    for (const Placement& placement : placements) LoadOne(placement, weights, progress);
+    if (model_.tie_word_embeddings) weights.lm_head = weights.embedding;
+    weights.bytes = total_;
+    return weights;
+  }
+
+ private:
   void CheckShapes(const Placement& placement) const {
     for (size_t i = 0; i < placement.names.size(); ++i) {
       const std::string& name = placement.names[i];
@@ -113,8 +134,7 @@ class Loader {
       TIDAL_CHECK(info != nullptr, WeightsError, name,
                   ": missing from the checkpoint, expected by ", "config.json (",
                   placement.expected_from, ")");
-      std::vector<int64_t> expected = {placement.rows[i]};
-      if (placement.columns != 0) expected.push_back(placement.columns);
+      std::vector<int64_t> expected = ShapeOf(placement, i);
       TIDAL_CHECK(info->shape == expected, WeightsError, name, ": shape ", ShapeString(info->shape),
                   ", expected ", ShapeString(expected), " (", placement.expected_from,
                   "); config.json and the weights do not belong together");
@@ -202,13 +222,23 @@ class Loader {
   const ModelConfig& model_;
   DType dtype_;
   const WeightSource& source_;
-  std::vector<Placement> placements_;
   std::vector<char> scratch_;
   int64_t total_ = 0;
   int64_t done_ = 0;
 };
 
 }  // namespace
+
+std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
+  ModelWeights weights;
+  std::vector<WeightShape> expected;
+  for (const Placement& placement : Planner(model, weights).Take()) {
+    for (size_t i = 0; i < placement.names.size(); ++i) {
+      expected.push_back({placement.names[i], ShapeOf(placement, i)});
+    }
+  }
+  return expected;
+}
 
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,
                          const WeightSource& source,

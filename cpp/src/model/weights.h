@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -35,6 +36,14 @@ struct ModelWeights {
   std::vector<Buffer> buffers;  // own all of the above
   int64_t bytes = 0;
 };
+
+struct WeightShape {
+  std::string name;  // in a checkpoint
+  std::vector<int64_t> shape;
+};
+
+// Every tensor the config calls for, in the order in which it is loaded.
+std::vector<WeightShape> ExpectedWeights(const ModelConfig& model);
 
 // Reads every weight the config calls for, converts it to `dtype` and uploads it.
 // Throws WeightsError for a missing tensor, a wrong shape or an unreadable file.
