@@ -1,10 +1,15 @@
-"""Which commit a figure belongs to; used by every script that writes into benchmarks/results/."""
+"""What a figure belongs to: commit, command, device. For every script that writes results."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+
+from tidaldecode import _core
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,3 +28,19 @@ def commit() -> str:
 
 def has_uncommitted_changes() -> bool:
     return bool(git("status", "--porcelain"))
+
+
+def command_line() -> str:
+    """What was asked for, without the places of this machine."""
+    words = sys.argv[1:]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    names = [Path(word).name if Path(word).exists() else word for word in words]
+    return shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *names])
+
+
+def hardware_name(device: str) -> str:
+    """The GPU or processor behind the engine's name of a device."""
+    devices = {entry["name"]: entry["hardware"] for entry in _core.list_devices()}
+    return devices.get(device) or platform.processor()

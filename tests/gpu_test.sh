@@ -6,7 +6,7 @@
 #   BUILD        build folder (default build/cuda-release)
 #   OUT          where the JSON goes (default benchmarks/results/gpu-DATE)
 #   MODEL        a model folder for the benchmark (default: the packaged tidal-demo)
-#   MODEL_ARGS   more arguments for benchmarks/bench_decode.py
+#   MODEL_ARGS   more arguments for benchmarks/bench_generate.py
 #   SKIP_SANITIZER=1  leaves compute-sanitizer out
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +58,7 @@ Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSample.DrawsEqualTh
 fi
 
 echo "== benchmark"
-"$python" benchmarks/bench_decode.py "${MODEL:-python/tidaldecode/models/tidal-demo}" --device cuda \
+"$python" benchmarks/bench_generate.py "${MODEL:-python/tidaldecode/models/tidal-demo}" --device cuda \
   --output "$out/decode.json" ${MODEL_ARGS:-} || status=1
 "$build/bench_ops" >"$out/ops.jsonl" || status=1
 

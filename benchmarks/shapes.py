@@ -1,0 +1,146 @@
+"""Models that bench_decode.py measures without their weights: config.json and what to measure.
+
+The configs are the published ones, field by field, as far as the engine reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# A step over so few tokens reads next to nothing of a cache: what is left is everything but
+# attention, though all of its launches are there.
+NEARLY_EMPTY = 16
+
+Point = tuple[int, int]  # context, batch size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model to build from random weights."""
+
+    name: str
+    config: dict[str, Any]
+    points: tuple[Point, ...]
+    select_layers: tuple[int, ...] | None = None  # None: the package's table knows it by its shape
+    notes: dict[str, Any] = field(default_factory=dict)
+    # Whether peers.py runs its heads too; each size of head costs FlashInfer a minute of compiling.
+    with_peers: bool = True
+
+    def for_contexts(self, longest: int) -> Shape:
+        """The same model, with as many positions as are measured."""
+        real = self.config["max_position_embeddings"]
+        if longest <= real:
+            return self
+        raised = {"real": real, "raised for the benchmark to": longest}
+        return replace(
+            self,
+            config=self.config | {"max_position_embeddings": longest},
+            notes=self.notes | {"max_position_embeddings": raised},
+        )
+
+    def write(self, parent: Path) -> Path:
+        """A model folder that holds nothing but config.json."""
+        folder = parent / self.name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        return folder
+
+
+def _config(family: str, **values: Any) -> dict[str, Any]:
+    names = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "intermediate": "intermediate_size",
+        "q_heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "vocab": "vocab_size",
+        "positions": "max_position_embeddings",
+        "theta": "rope_theta",
+        "eps": "rms_norm_eps",
+        "tied": "tie_word_embeddings",
+        "dtype": "torch_dtype",
+    }
+    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+    fields = {names.get(key, key): value for key, value in values.items()}
+    return {"architectures": [architecture], "model_type": family, "hidden_act": "silu", **fields}
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+_ALL = (
+    Shape(
+        name="llama-3.1-8b",
+        config=_config(
+            "llama", layers=32, hidden=4096, intermediate=14336, q_heads=32, kv_heads=8,
+            vocab=128256, positions=131072, theta=500000.0, rope_scaling=_llama3_rope(8.0),
+            eps=1e-5, tied=False, dtype="bfloat16",
+        ),
+        points=(
+            (NEARLY_EMPTY, 1), (10240, 1), (32768, 1), (131072, 1), (131072, 4),
+            (NEARLY_EMPTY, 8), (10240, 8), (32768, 8),
+        ),
+    ),
+    Shape(
+        name="llama-2-7b",
+        config=_config(
+            "llama", layers=32, hidden=4096, intermediate=11008, q_heads=32, kv_heads=32,
+            vocab=32000, positions=4096, theta=10000.0, eps=1e-5, tied=False, dtype="float16",
+        ),
+        points=(
+            (NEARLY_EMPTY, 1), (10240, 1), (32768, 1), (102400, 1),
+            (NEARLY_EMPTY, 8), (4096, 8), (10240, 8),
+        ),
+    ),
+    Shape(
+        name="qwen3-8b",
+        config=_config(
+            "qwen3", layers=36, hidden=4096, intermediate=12288, q_heads=32, kv_heads=8,
+            head_dim=128, vocab=151936, positions=40960, theta=1000000.0, eps=1e-6, tied=False,
+            dtype="bfloat16",
+        ),
+        points=(
+            (NEARLY_EMPTY, 1), (10240, 1), (32768, 1), (NEARLY_EMPTY, 8), (10240, 8), (32768, 8),
+        ),
+    ),
+    Shape(
+        name="llama-3.2-1b",
+        config=_config(
+            "llama", layers=16, hidden=2048, intermediate=8192, q_heads=32, kv_heads=8,
+            head_dim=64, vocab=128256, positions=131072, theta=500000.0,
+            rope_scaling=_llama3_rope(32.0), eps=1e-5, tied=True, dtype="bfloat16",
+        ),
+        points=(
+            (NEARLY_EMPTY, 1), (10240, 1), (32768, 1), (131072, 1),
+            (NEARLY_EMPTY, 8), (10240, 8), (32768, 8),
+        ),
+        select_layers=(2, 7),
+        notes={"about": "no published plan: layers 2 and 7 stand for one"},
+        with_peers=False,
+    ),
+    Shape(
+        name="tiny",
+        config=_config(
+            "llama", layers=8, hidden=256, intermediate=512, q_heads=8, kv_heads=2, head_dim=64,
+            vocab=1024, positions=16384, theta=10000.0, eps=1e-5, tied=False, dtype="bfloat16",
+        ),
+        points=(
+            (NEARLY_EMPTY, 1), (2048, 1), (4096, 1), (16384, 1),
+            (NEARLY_EMPTY, 8), (2048, 8), (4096, 8),
+        ),
+        select_layers=(2, 5),
+        notes={"about": "no real model: for trying the benchmark out"},
+    ),
+)  # fmt: skip
+SHAPES = {shape.name: shape for shape in _ALL}
+DEFAULT_SHAPES = ("llama-3.1-8b", "llama-2-7b", "qwen3-8b", "llama-3.2-1b")

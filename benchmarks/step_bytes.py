@@ -1,0 +1,78 @@
+"""The bytes that a decode step cannot avoid reading, and the time that takes: its floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidaldecode import DecodeConfig
+from tidaldecode.model_config import ModelConfig
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Measured on an H200 (sum over 0.5 GB); its data sheet says 4.8.
+H200_READ_TB_PER_S = 4.65
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What one step of a batch reads at least."""
+
+    weights: int
+    kv: int
+
+    def floor_ms(self, tb_per_s: float) -> float:
+        """Milliseconds at a read bandwidth."""
+        return (self.weights + self.kv) / tb_per_s * 1e-9
+
+
+def step_bytes(
+    model: ModelConfig, config: DecodeConfig, plan: str, context: int, batch_size: int
+) -> StepBytes:
+    """Weights and keys and values that must be read.
+
+    weights = dtype x (layers x (qkv + o + gate + up + down + norms) + last norm + lm_head
+                       + batch embedding rows)
+    KV      = kv_dtype x batch x 2 x kv_size x sum over layers of the positions read:
+              all `context` in a layer F or S; in a layer s min(context, token_budget), times
+              group_size for granularity "head", where no two heads need share a position.
+
+    Every weight is read once for the whole batch. Left out: what is written (the new token's K and
+    V, scores, activations) and everything small that stays in a cache.
+
+    Args:
+        plan: one letter per layer, as the step runs it.
+        context: tokens of each sequence in the cache, the newest included.
+    """
+    hidden, kv_size = model.hidden_size, model.num_kv_heads * model.head_dim
+    weights = model.num_layers * layer_elements(model)
+    weights += hidden + model.vocab_size * hidden + batch_size * hidden
+    chosen = config.token_budget * (model.group_size if config.granularity == "head" else 1)
+    positions = sum(min(context, chosen) if kind == "s" else context for kind in plan)
+    return StepBytes(
+        weights=weights * DTYPE_BYTES[config.dtype],
+        kv=positions * batch_size * 2 * kv_size * DTYPE_BYTES[config.kv_dtype],
+    )
+
+
+def layer_elements(model: ModelConfig) -> int:
+    """Weights of one layer, norms and biases included."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    elements = (q_size + 2 * kv_size) * hidden + hidden * q_size + 3 * hidden * inner + 2 * hidden
+    elements += 2 * model.head_dim if model.qk_norm else 0
+    elements += q_size + 2 * kv_size if model.qkv_bias else 0
+    elements += hidden if model.o_bias else 0
+    elements += 2 * inner + hidden if model.mlp_bias else 0
+    return elements
+
+
+def loaded_bytes(model: ModelConfig, dtype: str) -> int:
+    """All weights in memory: those of a step, and the embedding table if it is one of its own."""
+    tables = 1 if model.tie_word_embeddings else 2
+    elements = model.num_layers * layer_elements(model) + model.hidden_size
+    return (elements + tables * model.vocab_size * model.hidden_size) * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[kv_dtype]

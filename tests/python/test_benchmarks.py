@@ -1,0 +1,125 @@
+"""benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tidaldecode import DecodeConfig, Decoder
+from tidaldecode.model_folder import read_model_folder
+from tidaldecode.plans import choose_plan, plan_letters
+from tiny_models import FAMILIES, TinyModel, config_json
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from shapes import NEARLY_EMPTY, SHAPES  # noqa: E402
+from step_bytes import (  # noqa: E402
+    H200_READ_TB_PER_S,
+    kv_bytes_per_token,
+    loaded_bytes,
+    step_bytes,
+)
+
+GPU = DecodeConfig(dtype="bfloat16", kv_dtype="bfloat16", token_budget=1024)
+# Parameters of the published checkpoints.
+PARAMETERS = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-2-7b": 6_738_415_616,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.2-1b": 1_235_814_400,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_the_model_it_is_called_after(tmp_path: Path, name: str):
+    shape = SHAPES[name].for_contexts(max(context for context, _ in SHAPES[name].points))
+    folder = read_model_folder(shape.write(tmp_path), "dummy")
+    if name in PARAMETERS:
+        assert loaded_bytes(folder.model, "bfloat16") == 2 * PARAMETERS[name]
+    longest = max(context for context, _ in shape.points)
+    assert folder.model.max_position_embeddings >= longest
+    plan = choose_plan(DecodeConfig(select_layers=shape.select_layers), folder)
+    assert plan is not None and plan.select_layers[0] == 2
+
+
+def test_only_raised_positions_are_noted():
+    assert "max_position_embeddings" not in SHAPES["llama-3.1-8b"].for_contexts(131072).notes
+    raised = SHAPES["llama-2-7b"].for_contexts(102400)
+    assert raised.config["max_position_embeddings"] == 102400
+    assert raised.notes["max_position_embeddings"]["real"] == 4096
+    assert SHAPES["llama-2-7b"].config["max_position_embeddings"] == 4096
+
+
+def test_floors_are_those_worked_out_by_hand(tmp_path: Path):
+    model = read_model_folder(SHAPES["llama-3.1-8b"].write(tmp_path), "dummy").model
+    tidal = plan_letters(32, (2, 13))
+    assert kv_bytes_per_token(model, "bfloat16") == 131072
+
+    def floor(plan: str, context: int, batch_size: int = 1) -> float:
+        return step_bytes(model, GPU, plan, context, batch_size).floor_ms(H200_READ_TB_PER_S)
+
+    assert floor("F" * 32, NEARLY_EMPTY) == pytest.approx(3.23, abs=0.01)
+    assert floor("F" * 32, 131072) == pytest.approx(3.23 + 3.69, abs=0.01)
+    # 4 of 32 layers read all of it, 28 read 1024 positions.
+    assert floor(tidal, 131072) == pytest.approx(3.23 + 3.69 / 8 + 0.025, abs=0.01)
+    assert floor(tidal, 1000) == floor("F" * 32, 1000)
+    weights = step_bytes(model, GPU, tidal, 32768, 8).weights
+    assert weights - step_bytes(model, GPU, tidal, 32768, 1).weights == 7 * 4096 * 2
+    assert (
+        step_bytes(model, GPU, tidal, 9999, 8).kv == 8 * step_bytes(model, GPU, tidal, 9999, 1).kv
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tie", [False, True])
+def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: str, tie: bool):
+    biased = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    config = config_json(TinyModel(family=family, tie=tie, **biased))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = Decoder(
+        tmp_path, load_format="dummy", device="cpu", dtype="float16", max_seq_len=64,
+        max_batch_size=1,
+    )  # fmt: skip
+    memory = decoder.memory_use()
+    assert memory["weight_bytes"] == loaded_bytes(decoder.model, "float16")
+    assert memory["kv_bytes"] == 64 * kv_bytes_per_token(decoder.model, "float32")
+
+
+def run_benchmark(*words: object) -> tuple[dict, str]:
+    """Runs it, gives its JSON and what it printed."""
+    output = Path(words[-1])
+    command = [sys.executable, str(BENCHMARKS / "bench_decode.py"), *map(str, words[:-1])]
+    command += ["--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+def test_a_run_on_a_shape(tmp_path: Path):
+    report, printed = run_benchmark(
+        "--shape", "tiny", "--context", 1200, "--context", 2 * 10**8, "--batch-size", 2,
+        "--steps", 3, "--bandwidth", 0.001, tmp_path / "out" / "steps.json",
+    )  # fmt: skip
+    kinds = [(row["context"], row["batch_size"], row["attention"]) for row in report["rows"]]
+    assert kinds == [(NEARLY_EMPTY, 2, "dense"), (1200, 2, "dense"), (1200, 2, "tidal")]
+    for row in report["rows"]:
+        assert row["ms_per_step"] > 0 and len(row["ms_per_step_all"]) == 3
+        assert row["ratio_to_floor"] == pytest.approx(
+            row["ms_per_step"] / row["floor_ms"], abs=2e-3
+        )
+    assert [row["plan"] for row in report["rows"]] == ["FFFFFFFF", "FFFFFFFF", "FFSssSss"]
+    assert "200000000 tokens x 2" in report["skipped"][0]
+    assert str(tmp_path) not in json.dumps(report)
+    assert "1,200" in printed and "tidal" in printed
+
+
+def test_a_run_on_a_model_folder(tmp_path: Path, demo_model: Path):
+    report, _ = run_benchmark(demo_model, "--context", 512, "--steps", 3, tmp_path / "steps.json")
+    assert report["models"][0]["weights"] == "the folder's"
+    assert [row["attention"] for row in report["rows"]] == ["dense", "dense", "tidal"]
+    assert [row["floor_ms"] for row in report["rows"]] == [None] * 3
