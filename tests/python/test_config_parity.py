@@ -33,13 +33,14 @@ def comparable(value: Any) -> Any:
 
 
 def test_decode_config_has_the_engines_fields():
-    # attention is Python's: it decides whether select_layers reach the engine at all.
-    assert python_fields(DecodeConfig) - {"attention"} == set(core_fields(_core.DecodeConfig()))
+    # Python's own: whether select_layers and weight files reach the engine at all.
+    own = {"attention", "load_format"}
+    assert python_fields(DecodeConfig) - own == set(core_fields(_core.DecodeConfig()))
 
 
 def test_decode_config_writes_no_default_of_its_own():
     for field in dataclasses.fields(DecodeConfig):
-        if field.name in ("device", "dtype", "kv_dtype", "attention"):
+        if field.name in ("device", "dtype", "kv_dtype", "load_format", "attention"):
             assert field.default == "auto"
         else:
             assert field.default is None, f"{field.name}: the default belongs in config.h"
