@@ -10,8 +10,8 @@ namespace tidal {
 
 namespace {
 
-constexpr uintptr_t kCopyAlignment = 16;  // of cp.async.bulk
-constexpr int kMaxInputs = 1 << 20;       // keeps byte counts of a stage's source within 32 bits
+constexpr uintptr_t kCopyAlignment = 16;  // of cp.async
+constexpr int kMaxInputs = 1 << 20;       // keeps byte counts within 32 bits
 
 // Stands for the kernels in cuda/inst, which are compiled for the same devices.
 __global__ void ProbeKernel() {}
@@ -32,7 +32,7 @@ bool FitsWeight(const LinearArgs& args) {
 bool FitsNormed(const RmsNormArgs& norm, const LinearArgs& linear) {
   if (!FitsWeight(linear) || !IsAligned(norm.x) || !IsAligned(norm.weight)) return false;
   int num_tokens = static_cast<int>(linear.x.dim(0));
-  return MakeSkinnyLayout(linear.weight.dim(1), num_tokens, true).num_stages > 0;
+  return MakeSkinnyLayout(linear.weight.dim(1), num_tokens, true).Total() <= kMaxSharedBytes;
 }
 
 }  // namespace
