@@ -276,7 +276,7 @@ void CudaBackend::RmsNorm(const RmsNormArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("rms_norm", {&args.out, &args.weight});
-  LaunchRmsNorm(args, stream());
+  LaunchRmsNorm(args, LaunchNext::kAfterWait, stream());
 }
 
 void CudaBackend::Linear(const LinearArgs& args) {
@@ -369,43 +369,46 @@ void CudaBackend::Sample(const SampleArgs& args) {
 
 // --- several ops in one ---
 
+void CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
+  CheckSameDType("rms_norm", {&norm.out, &norm.weight});
+  CheckSameDType("linear", {&linear.x, &linear.weight, &linear.bias});
+  LaunchRmsNorm(norm, FitsSkinnyLinear(linear) ? LaunchNext::kAtOnce : LaunchNext::kAfterWait,
+                stream());
+}
+
 void CudaBackend::NormLinear(const NormLinearArgs& args) {
   Enter();
   Check(args);
-  if (!FitsNormLinear(args)) {
-    Backend::NormLinear(args);
-    return;
-  }
-  CheckSameDType("norm_linear", {&args.linear.weight, &args.linear.bias, &args.norm.weight});
-  LaunchNormLinear(args, num_sms_, stream());
+  NormBefore(args.linear, args.norm);
+  Linear(args.linear);
 }
 
 void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   Enter();
   Check(args);
-  if (!FitsQkvRopeAppend(args)) {
-    NormLinear({.norm = args.norm, .linear = args.linear});
+  NormBefore(args.linear, args.norm);
+  if (!FitsLinearRopeAppend(args.linear, args.append)) {
+    Linear(args.linear);
     RopeAppendKv(args.append);
     return;
   }
-  CheckSameDType("qkv_rope_append",
-                 {&args.linear.weight, &args.linear.bias, &args.norm.weight, &args.append.q,
-                  &args.append.kv.k_pages, &args.append.kv.v_pages});
-  LaunchQkvRopeAppend(args, num_sms_, stream());
+  CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
+                                     &args.append.kv.v_pages});
+  LaunchLinearRopeAppend(args.linear, args.append, num_sms_, stream());
   AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
 }
 
 void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
   Enter();
   Check(args);
-  if (!FitsGateUpSiluMul(args)) {
-    NormLinear({.norm = args.norm, .linear = args.linear});
+  NormBefore(args.linear, args.norm);
+  if (!FitsLinearSiluMul(args.linear, args.silu_mul)) {
+    Linear(args.linear);
     SiluMul(args.silu_mul);
     return;
   }
-  CheckSameDType("gate_up_silu_mul",
-                 {&args.linear.weight, &args.linear.bias, &args.norm.weight, &args.silu_mul.out});
-  LaunchGateUpSiluMul(args, num_sms_, stream());
+  CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
+  LaunchLinearSiluMul(args.linear, args.silu_mul, num_sms_, stream());
 }
 
 }  // namespace tidal

@@ -81,6 +81,8 @@ class CudaBackend final : public Backend {
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
   // The scratch of a decode attention op with the queries q [B, Hq, D].
   AttentionScratch ScratchFor(const TensorView& q);
+  // The norm of a projection's inputs.
+  void NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
   void AllowEarlyReads(bool allow) {
     attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;

@@ -3,9 +3,10 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__nv_bfloat16>(const LinearArgs&, const RmsNormArgs*, int,
-                                             cudaStream_t);
-template void RunQkvRopeAppend<__nv_bfloat16>(const QkvRopeAppendArgs&, int, cudaStream_t);
-template void RunGateUpSiluMul<__nv_bfloat16>(const GateUpSiluMulArgs&, int, cudaStream_t);
+template void RunSkinnyLinear<__nv_bfloat16>(const LinearArgs&, int, cudaStream_t);
+template void RunLinearRopeAppend<__nv_bfloat16>(const LinearArgs&, const RopeAppendKvArgs&, int,
+                                                 cudaStream_t);
+template void RunLinearSiluMul<__nv_bfloat16>(const LinearArgs&, const SiluMulArgs&, int,
+                                              cudaStream_t);
 
 }  // namespace tidal

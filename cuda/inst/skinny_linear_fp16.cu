@@ -3,8 +3,9 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__half>(const LinearArgs&, const RmsNormArgs*, int, cudaStream_t);
-template void RunQkvRopeAppend<__half>(const QkvRopeAppendArgs&, int, cudaStream_t);
-template void RunGateUpSiluMul<__half>(const GateUpSiluMulArgs&, int, cudaStream_t);
+template void RunSkinnyLinear<__half>(const LinearArgs&, int, cudaStream_t);
+template void RunLinearRopeAppend<__half>(const LinearArgs&, const RopeAppendKvArgs&, int,
+                                          cudaStream_t);
+template void RunLinearSiluMul<__half>(const LinearArgs&, const SiluMulArgs&, int, cudaStream_t);
 
 }  // namespace tidal

@@ -10,19 +10,27 @@
 namespace tidal {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 
 // grid (T); a block normalises one row. The row is read twice, the second time from the L1 cache.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    RmsNormKernel(const float* x, const T* weight, T* out, int64_t hidden_size, float eps) {
+    RmsNormKernel(const float* x, const T* weight, T* out, int64_t hidden_size, float eps,
+                  LaunchNext launch_next) {
   __shared__ float warp_sums[kMaxWarps];
+  if (launch_next == LaunchNext::kAtOnce) LetNextKernelStart();
+  // Into the L2 cache while the kernel in front still runs.
+  constexpr int kLine = 128 / sizeof(T);
+  for (int64_t i = threadIdx.x * kLine; i < hidden_size; i += kThreads * kLine) {
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(weight + i));
+  }
   WaitForPreviousKernel();
-  LetNextKernelStart();
+  if (launch_next == LaunchNext::kAfterWait) LetNextKernelStart();
   const float* row = x + blockIdx.x * hidden_size;
   T* out_row = out + blockIdx.x * hidden_size;
 
   float sum = 0.0f;
+#pragma unroll 4
   for (int64_t i = threadIdx.x * kVec; i < hidden_size; i += kThreads * kVec) {
     float values[kVec];
     LoadFloats<kVec>(row + i, values);
@@ -32,6 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   sum = BlockSum(sum, warp_sums);
   float scale = 1.0f / sqrtf(sum / static_cast<float>(hidden_size) + eps);
 
+#pragma unroll 4
   for (int64_t i = threadIdx.x * kVec; i < hidden_size; i += kThreads * kVec) {
     float values[kVec], weights[kVec];
     LoadFloats<kVec>(row + i, values);
@@ -44,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
+void LaunchRmsNorm(const RmsNormArgs& args, LaunchNext launch_next, cudaStream_t stream) {
   int64_t num_tokens = args.x.dim(0), hidden_size = args.x.dim(1);
   if (num_tokens == 0) return;
   bool vectorize = IsVectorizable(args.x, hidden_size, 4) &&
@@ -56,7 +65,7 @@ void LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
     LaunchOverlapped("rms_norm", kernel,
                      {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
                      args.x.data<float>(), static_cast<const T*>(args.weight.ptr),
-                     static_cast<T*>(args.out.ptr), hidden_size, args.eps);
+                     static_cast<T*>(args.out.ptr), hidden_size, args.eps, launch_next);
   });
 }
 

@@ -7,6 +7,11 @@
 
 namespace tidal {
 
-void LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream);
+// When the next kernel may start. At once: before the kernel in front of this one has ended, too;
+// for a next kernel that reads nothing but weights before its wait (an exception to rule 1 of
+// dependent_launch.cuh).
+enum class LaunchNext { kAfterWait, kAtOnce };
+
+void LaunchRmsNorm(const RmsNormArgs& args, LaunchNext launch_next, cudaStream_t stream);
 
 }  // namespace tidal

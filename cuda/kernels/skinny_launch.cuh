@@ -12,22 +12,16 @@
 namespace tidal {
 
 template <typename T, typename Epilogue>
-void RunSkinny(const LinearArgs& linear, const RmsNormArgs* norm, int num_tiles,
-               const Epilogue& epilogue, int num_sms, cudaStream_t stream) {
+void RunSkinny(const LinearArgs& linear, int num_tiles, const Epilogue& epilogue, int num_sms,
+               cudaStream_t stream) {
   SkinnyParams<T> params = {};
   params.weight = static_cast<const T*>(linear.weight.ptr);
   params.num_outputs = static_cast<int>(linear.weight.dim(0));
   params.num_inputs = static_cast<int>(linear.weight.dim(1));
   params.num_tokens = static_cast<int>(linear.x.dim(0));
   params.num_tiles = num_tiles;
-  if (norm == nullptr) {
-    params.x = static_cast<const T*>(linear.x.ptr);
-  } else {
-    params.hidden = norm->x.data<float>();
-    params.norm_weight = static_cast<const T*>(norm->weight.ptr);
-    params.norm_eps = norm->eps;
-  }
-  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens, norm != nullptr);
+  params.x = static_cast<const T*>(linear.x.ptr);
+  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens);
 
   auto kernel = SkinnyLinearKernel<T, Epilogue>;
   LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(num_sms, num_tiles))),
@@ -39,29 +33,28 @@ void RunSkinny(const LinearArgs& linear, const RmsNormArgs* norm, int num_tiles,
 }
 
 template <typename T>
-void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
-                     cudaStream_t stream) {
+void RunSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream) {
   int num_outputs = static_cast<int>(args.weight.dim(0));
   int num_tokens = static_cast<int>(args.x.dim(0));
   int num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows));
   auto* bias = static_cast<const T*>(args.bias.ptr);
   if (args.output == LinearOutput::kAccumulate) {
     AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
   } else if (args.out.dtype == DType::kFloat32) {
     StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
   } else {
     StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, norm, num_tiles, epilogue, num_sms, stream);
+    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
   }
 }
 
 template <typename T>
-void RunQkvRopeAppend(const QkvRopeAppendArgs& args, int num_sms, cudaStream_t stream) {
-  const RopeAppendKvArgs& append = args.append;
+void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
+                         cudaStream_t stream) {
   RopeAppendEpilogue<T> epilogue = {};
-  epilogue.bias = static_cast<const T*>(args.linear.bias.ptr);
+  epilogue.bias = static_cast<const T*>(linear.bias.ptr);
   epilogue.cos_sin = append.cos_sin.data<float>();
   epilogue.positions = append.positions.data<int32_t>();
   epilogue.seq_idx = append.seq_idx.data<int32_t>();
@@ -75,18 +68,19 @@ void RunQkvRopeAppend(const QkvRopeAppendArgs& args, int num_sms, cudaStream_t s
   epilogue.head_dim = static_cast<int>(append.q.dim(2));
   epilogue.page_size = static_cast<int>(append.kv.k_pages.dim(2));
   epilogue.num_tokens = static_cast<int>(append.q.dim(0));
-  int num_tiles = static_cast<int>(args.linear.weight.dim(0) / kTileRows);
-  RunSkinny<T>(args.linear, &args.norm, num_tiles, epilogue, num_sms, stream);
+  int num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows);
+  RunSkinny<T>(linear, num_tiles, epilogue, num_sms, stream);
 }
 
 template <typename T>
-void RunGateUpSiluMul(const GateUpSiluMulArgs& args, int num_sms, cudaStream_t stream) {
+void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
+                      cudaStream_t stream) {
   SiluMulEpilogue<T> epilogue = {};
-  epilogue.out = static_cast<T*>(args.silu_mul.out.ptr);
-  epilogue.bias = static_cast<const T*>(args.linear.bias.ptr);
-  epilogue.intermediate_size = static_cast<int>(args.silu_mul.out.dim(1));
-  epilogue.num_tokens = static_cast<int>(args.silu_mul.out.dim(0));
-  RunSkinny<T>(args.linear, &args.norm, epilogue.intermediate_size / 8, epilogue, num_sms, stream);
+  epilogue.out = static_cast<T*>(silu_mul.out.ptr);
+  epilogue.bias = static_cast<const T*>(linear.bias.ptr);
+  epilogue.intermediate_size = static_cast<int>(silu_mul.out.dim(1));
+  epilogue.num_tokens = static_cast<int>(silu_mul.out.dim(0));
+  RunSkinny<T>(linear, epilogue.intermediate_size / 8, epilogue, num_sms, stream);
 }
 
 }  // namespace tidal

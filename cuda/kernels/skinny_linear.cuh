@@ -1,14 +1,10 @@
 // The product of a few tokens with a weight: bound by reading the weight once, at memory speed.
 //
 // One block for each SM. Eight warps multiply, each on stages of its own: 16 weight rows by kChunk
-// inputs, copied asynchronously, the first of them before the kernel in front has ended: the weight
-// does not depend on it. They use the tensor cores: weight rows are the 16 rows of an mma, tokens
-// its 8 columns. A ninth warp adds up their parts of a tile in a fixed order and finishes it (the
-// Epilogue: bias, residual, SiLU, rotation and append).
-//
-// The tokens' inputs are copied beside the weight, or, with an RmsNorm in front, normalised by the
-// block into shared memory first. With one token a block takes less than half of an SM's shared
-// memory, so that the next kernel's blocks move in beside it and fill their stages early.
+// inputs, with the tokens' inputs beside them, copied asynchronously; the first weights before the
+// kernel in front has ended, since they do not depend on it. They use the tensor cores: weight rows
+// are the 16 rows of an mma, tokens its 8 columns. A ninth warp adds up their parts of a tile in a
+// fixed order and finishes it (the Epilogue: bias, residual, SiLU, rotation and append).
 //
 // Inside an mma the order of the inputs does not matter as long as both sides agree: a lane takes 8
 // neighbouring inputs of a row with one 16-byte load, and they serve as the k of two mma.
@@ -28,15 +24,12 @@ namespace tidal {
 
 template <typename T>
 struct SkinnyParams {
-  const T* weight;       // [N, K]
-  int num_outputs;       // N
-  int num_inputs;        // K
-  int num_tokens;        // 1 to kMaxSkinnyTokens
-  int num_tiles;         // of all blocks together
-  const T* x;            // [T, K], or null: RmsNorm of the next three
-  const float* hidden;   // [T, K]
-  const T* norm_weight;  // [K]
-  float norm_eps;
+  const T* weight;  // [N, K]
+  int num_outputs;  // N
+  int num_inputs;   // K
+  int num_tokens;   // 1 to kMaxSkinnyTokens
+  int num_tiles;    // of all blocks together
+  const T* x;       // [T, K]
   SkinnyLayout layout;
 };
 
@@ -50,9 +43,9 @@ struct TileRows {
 
 // What an Epilogue offers:
 //   TileRows Rows(int tile) const;
-//   Lane: the finishing warp's state, made from (epilogue, lane) after the kernel in front has
-//   ended,
-//     with Begin(tile): starts what can be read before the results are there, and
+//   Lane: the finishing warp's state, made from (epilogue, lane) when the kernel in front has
+//   ended:
+//     Begin(tile): starts what can be read before the results are there, and
 //     Finish(tile, values): lane l holds rows l / 4 of the first and the second 8, for tokens
 //     2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
@@ -79,43 +72,38 @@ class SkinnyBlock {
 
   // A multiplying warp: every kMultiplyWarps-th chunk of the block's tiles, through stages of its
   // own. Where its part of a tile stands among the others is given by its chunks alone, so sums do
-  // not depend on which warp had them. `warp_sums` is shared.
-  __device__ void Multiply(float (&warp_sums)[kMultiplyWarps]) {
+  // not depend on which warp had them.
+  __device__ void Multiply() {
     int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    int num_stages = p_.layout.num_stages;
     Cursor ahead(num_chunks_, warp);  // of the next copy
-#pragma unroll
-    for (int stage = 0; stage < kSkinnyStages; ++stage, ahead.Next()) {
+    for (int stage = 0; stage < num_stages; ++stage, ahead.Next()) {
       CopyWeight(ahead, stage, lane);
       CommitCopies();
     }
-    if (p_.x == nullptr) {
-      NormalizeTokens(warp_sums);
-    } else {
-      WaitForPreviousKernel();
-      LetNextKernelStart();
-      Cursor inputs(num_chunks_, warp);
-#pragma unroll
-      for (int stage = 0; stage < kSkinnyStages; ++stage, inputs.Next()) {
-        CopyInputs(inputs, stage, lane);
-        CommitCopies();
-      }
+    WaitForPreviousKernel();
+    LetNextKernelStart();
+    Cursor inputs(num_chunks_, warp);
+    for (int stage = 0; stage < num_stages; ++stage, inputs.Next()) {
+      CopyInputs(inputs, stage, lane);
+      CommitCopies();
     }
 
     float sums[2][4] = {};
     int stage = 0;
     for (Cursor at(num_chunks_, warp); at.tile < num_tiles_;) {
-      WaitCopies<kSkinnyStages - 1>();  // all but the newest groups: this stage has landed
-      __syncwarp();                     // for all lanes
-      MultiplyStage(at, stage, lane, sums);
+      WaitOldest(num_stages);
+      __syncwarp();  // for all lanes
+      MultiplyStage(stage, lane, sums);
       __syncwarp();  // all are done with the stage
       CopyWeight(ahead, stage, lane);
-      if (p_.x != nullptr) CopyInputs(ahead, stage, lane);
+      CopyInputs(ahead, stage, lane);
       CommitCopies();
       ahead.Next();
       int tile = at.tile, chunk = at.chunk;
       at.Next();
       if (at.tile != tile) HandIn(tile, chunk % kMultiplyWarps, lane, sums);
-      stage = stage == kSkinnyStages - 1 ? 0 : stage + 1;
+      stage = stage == num_stages - 1 ? 0 : stage + 1;
     }
   }
 
@@ -164,9 +152,22 @@ class SkinnyBlock {
     }
   };
 
+  // Until the oldest of num_stages groups of copies has landed.
+  __device__ static void WaitOldest(int num_stages) {
+    static_assert(kMinStages == 4 && kMaxStages == 6);
+    if (num_stages == 6) {
+      WaitCopies<5>();
+    } else if (num_stages == 5) {
+      WaitCopies<4>();
+    } else {
+      WaitCopies<3>();
+    }
+  }
+
   __device__ unsigned char* StageRow(int stage, int row) const {
     int warp = threadIdx.x / kWarpSize;
-    return shared_ + (warp * kSkinnyStages + stage) * p_.layout.StageBytes() + row * kStageRowBytes;
+    return shared_ + (warp * p_.layout.num_stages + stage) * p_.layout.StageBytes() +
+           row * kStageRowBytes;
   }
   __device__ float4* Partial(int buffer, int part, int lane) const {
     return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) +
@@ -189,7 +190,8 @@ class SkinnyBlock {
       for (int pair = 0; pair < 4; ++pair) {
         bool present = inside && first + 2 * pair < p_.num_outputs;
         CopyAsync16(target + (half * 4 + pair) * 2 * kStageRowBytes,
-                    present ? source + int64_t{2 * pair} * p_.num_inputs : p_.weight, present);
+                    present ? source + int64_t{2 * pair} * p_.num_inputs : p_.weight, present,
+                    policy_);
       }
     }
   }
@@ -205,13 +207,10 @@ class SkinnyBlock {
     }
   }
 
-  __device__ void MultiplyStage(const Cursor& at, int stage, int lane, float (&sums)[2][4]) {
+  __device__ void MultiplyStage(int stage, int lane, float (&sums)[2][4]) {
     int group = lane / 4;  // weight row, and token
     const unsigned char* weights = StageRow(stage, group);
-    const unsigned char* inputs = p_.x != nullptr ? StageRow(stage, kTileRows + group)
-                                                  : shared_ + p_.layout.Normed() +
-                                                        group * p_.layout.normed_row_bytes +
-                                                        at.chunk * kStageRowBytes;
+    const unsigned char* inputs = StageRow(stage, kTileRows + group);
     bool present = group < p_.num_tokens;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
@@ -238,66 +237,14 @@ class SkinnyBlock {
     for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
   }
 
-  // The multiplying warps together: RmsNorm of all tokens into shared memory, as rms_norm.cu.
-  __device__ void NormalizeTokens(float (&warp_sums)[kMultiplyWarps]) {
-    constexpr int kVec = 4, kPrefetched = 64;  // elements of T in a cache line
-    int warps_each = p_.num_tokens == 1 ? 8 : p_.num_tokens == 2 ? 4 : p_.num_tokens <= 4 ? 2 : 1;
-    int warp = threadIdx.x / kWarpSize, token = warp / warps_each;
-    int index = static_cast<int>(threadIdx.x) - token * warps_each * kWarpSize;
-    int stride = warps_each * kWarpSize * kVec;
-    // Into the L2 cache while the kernel in front still runs.
-    for (int i = threadIdx.x * kPrefetched; i < p_.num_inputs;
-         i += kMultiplyWarps * kWarpSize * kPrefetched) {
-      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p_.norm_weight + i));
-    }
-    WaitForPreviousKernel();
-    LetNextKernelStart();
-    bool present = token < p_.num_tokens;
-    const float* row = p_.hidden + int64_t{token} * p_.num_inputs;
-    float sum = 0.0f;
-    if (present) {
-#pragma unroll 8
-      for (int i = index * kVec; i < p_.num_inputs; i += stride) {
-        float values[kVec];
-        LoadFloats<kVec>(row + i, values);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) sum = __fmaf_rn(values[j], values[j], sum);
-      }
-    }
-    sum = WarpSum(sum);
-    if (threadIdx.x % kWarpSize == 0) warp_sums[warp] = sum;
-    SyncMultiplyWarps();
-    if (present) {
-      float total = 0.0f;
-      for (int i = 0; i < warps_each; ++i) total += warp_sums[token * warps_each + i];
-      float scale = 1.0f / sqrtf(total / static_cast<float>(p_.num_inputs) + p_.norm_eps);
-      unsigned char* out = shared_ + p_.layout.Normed() + token * p_.layout.normed_row_bytes;
-#pragma unroll 4
-      for (int i = index * kVec; i < num_chunks_ * kChunk; i += stride) {
-        float values[kVec] = {}, weights[kVec];  // zeros past the end of the row
-        if (i < p_.num_inputs) {
-          LoadFloats<kVec>(row + i, values);
-          LoadFloats<kVec>(p_.norm_weight + i, weights);
-#pragma unroll
-          for (int j = 0; j < kVec; ++j) values[j] *= scale * weights[j];
-        }
-        StoreFloats<kVec>(reinterpret_cast<T*>(out + SwapHalves(token, i * 2)), values);
-      }
-    }
-    SyncMultiplyWarps();
-  }
-
-  __device__ static void SyncMultiplyWarps() {
-    asm volatile("bar.sync 1, %0;\n" ::"n"(kMultiplyWarps * kWarpSize) : "memory");
-  }
-
   const SkinnyParams<T>& p_;
   const Epilogue& epilogue_;
   unsigned char* shared_;
-  SharedBarrier* tile_full_;   // [num_tile_buffers]: all parts of a tile are handed in
-  SharedBarrier* tile_empty_;  // [num_tile_buffers]: they have been added up
-  int num_chunks_;             // of a tile
-  int num_tiles_;              // of this block
+  uint64_t policy_ = EvictFirstPolicy();  // what other kernels will want stays in the L2
+  SharedBarrier* tile_full_;              // [num_tile_buffers]: all parts of a tile are handed in
+  SharedBarrier* tile_empty_;             // [num_tile_buffers]: they have been added up
+  int num_chunks_;                        // of a tile
+  int num_tiles_;                         // of this block
 };
 
 #endif
@@ -309,14 +256,13 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2)
                        const __grid_constant__ Epilogue epilogue) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  __shared__ float warp_sums[kMultiplyWarps];
   SkinnyBlock<T, Epilogue> block(params, epilogue, shared_bytes);
   if (threadIdx.x == 0) block.InitBarriers();
   __syncthreads();
   if (threadIdx.x / kWarpSize == kFinishWarp) {
     block.Finish();
   } else {
-    block.Multiply(warp_sums);
+    block.Multiply();
   }
 #endif
 }

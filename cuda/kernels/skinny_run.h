@@ -8,15 +8,15 @@
 
 namespace tidal {
 
-// With `norm`, the inputs are made from its arguments and args.x is not read.
 template <typename T>
-void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
-                     cudaStream_t stream);
+void RunSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream);
 
 template <typename T>
-void RunQkvRopeAppend(const QkvRopeAppendArgs& args, int num_sms, cudaStream_t stream);
+void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
+                         cudaStream_t stream);
 
 template <typename T>
-void RunGateUpSiluMul(const GateUpSiluMulArgs& args, int num_sms, cudaStream_t stream);
+void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
+                      cudaStream_t stream);
 
 }  // namespace tidal
