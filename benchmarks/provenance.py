@@ -23,7 +23,7 @@ def git(*words: str) -> str:
 
 def commit() -> str:
     """The commit measured; TIDAL_COMMIT names it where the tree travels without its history."""
-    return git("rev-parse", "--short", "HEAD") or os.environ.get("TIDAL_COMMIT", "unknown")
+    return os.environ.get("TIDAL_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
 
 
 def has_uncommitted_changes() -> bool:
