@@ -168,8 +168,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     Grow(select_scratch_,
-         SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len,
-                                limits.granularity),
+         SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len),
          "selection scratch");
   }
 }
@@ -334,8 +333,8 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Enter();
   Check(args);
-  int64_t bytes = SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1),
-                                         args.scores.dim(2), args.granularity);
+  int64_t bytes =
+      SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1), args.scores.dim(2));
   LaunchSelectTopK(args, Grow(select_scratch_, bytes, "selection scratch"), stream());
   AllowEarlyReads(false);  // it writes sets
 }

@@ -1,19 +1,38 @@
-// Exact selection by value in one block: float order as integer keys, and the key at which the
-// weights of the larger keys reach a target (a count for top-k, a probability mass for top-p).
+// Exact selection by value in one cluster of blocks: float order as integer keys, and the key at
+// which the weights of the larger keys reach a target (a count for top-k, a probability mass for
+// top-p).
 //
 // Radix selection from the highest digit down: a histogram of the digit under the prefix found so
-// far, then the bin in which the target falls. All sums are of integers, so results never depend on
-// the order in which atomics arrive.
+// far, then the bin in which the target falls. Every block counts its own elements; the blocks'
+// histograms are added up in distributed shared memory, each block keeping the sums of its share of
+// the bins. All sums are of integers, so results never depend on the order in which atomics arrive.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "common/block_cluster.cuh"
 #include "common/reduce.cuh"
+#include "common/vec.cuh"
 
 namespace tidal {
 
-inline constexpr int kRadixThreads = 1024;  // block size of all functions here
-inline constexpr int kRadixBins = 2048;     // digits of 11, 11 and 10 bits
+inline constexpr int kRadixThreads = 512;  // block size of all functions here
+inline constexpr int kRadixBins = 2048;
+inline constexpr int kRadixPasses = 3;
+inline constexpr int kBinsPerThread = kRadixBins / kRadixThreads;
+inline constexpr int kMaxShare = kRadixBins / 2;  // of a cluster's bins in one of its blocks
+static_assert(kBinsPerThread == 4, "a thread's bins travel as one 16-byte vector");
+static_assert(kRadixBins / kMaxClusterSize % kBinsPerThread == 0, "they belong to one block");
+
+// The digit of a key that a pass looks at: 11, 11 and 10 bits from the top.
+struct RadixDigit {
+  int shift;
+  uint32_t mask;
+};
+__device__ __forceinline__ RadixDigit DigitOfPass(int pass) {
+  return {pass == 0 ? 21 : pass == 1 ? 10 : 0, pass == kRadixPasses - 1 ? 0x3ffu : 0x7ffu};
+}
 
 // Unsigned order equals float order; -0 equals +0; NaN lowest, below -inf.
 __device__ __forceinline__ uint32_t OrderedKey(float value) {
@@ -27,7 +46,106 @@ __device__ __forceinline__ float KeyToFloat(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) ? key & 0x7fffffffu : ~key);
 }
 
-template <typename Weight>  // uint32_t or unsigned long long
+// Calls visit(i, load(i)) for i = first, first + step, .. below `last`, a whole batch of loads
+// ahead of the visits, so that they overlap.
+template <int kBatch, typename Load, typename Visit>
+__device__ __forceinline__ void ForEachInBatches(int first, int last, int step, Load&& load,
+                                                 Visit&& visit) {
+  for (int begin = first; begin < last; begin += kBatch * step) {
+    decltype(load(0)) values[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (begin + j * step < last) values[j] = load(begin + j * step);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (begin + j * step < last) visit(begin + j * step, values[j]);
+    }
+  }
+}
+
+// The same for 0 <= i < count, dealt out to the threads of the block in turn.
+template <int kBatch, typename Load, typename Visit>
+__device__ __forceinline__ void BlockForEachInBatches(int count, Load&& load, Visit&& visit) {
+  ForEachInBatches<kBatch>(static_cast<int>(threadIdx.x), count, kRadixThreads, load, visit);
+}
+
+// Weights by bin, zero in the beginning. Weight: uint32_t or unsigned long long.
+template <typename Weight, int kCount>
+struct RadixBins {
+  alignas(16) uint32_t low[kCount];   // lower 32 bits
+  alignas(16) uint32_t high[kCount];  // upper 32 bits
+};
+template <int kCount>
+struct RadixBins<uint32_t, kCount> {
+  alignas(16) uint32_t low[kCount];
+};
+
+template <int kCount>
+__device__ __forceinline__ void AddToBin(RadixBins<uint32_t, kCount>& bins, int bin,
+                                         uint32_t weight) {
+  // A weight of 1 becomes one instruction that adds up the lanes of a warp that meet in a bin
+  // (SASS: ATOMS.POPC.INC), so the few bins that scores fall into do not slow it down.
+  atomicAdd(&bins.low[bin], weight);
+}
+
+// A 64-bit sum from 32-bit atomics, which shared memory has natively: whoever makes the lower word
+// wrap carries into the upper one.
+template <int kCount>
+__device__ __forceinline__ void AddToBin(RadixBins<unsigned long long, kCount>& bins, int bin,
+                                         unsigned long long weight) {
+  auto weight_low = static_cast<uint32_t>(weight);
+  uint32_t before = atomicAdd(&bins.low[bin], weight_low);
+  uint32_t carry = before + weight_low < before ? 1u : 0u;
+  uint32_t weight_high = static_cast<uint32_t>(weight >> 32) + carry;
+  if (weight_high != 0) atomicAdd(&bins.high[bin], weight_high);
+}
+
+template <int kCount>
+__device__ __forceinline__ void ClearBins(uint32_t (&words)[kCount]) {
+#pragma unroll
+  for (int done = 0; done < kCount; done += 4 * kRadixThreads) {
+    int i = done + 4 * static_cast<int>(threadIdx.x);
+    if (i < kCount) *reinterpret_cast<Vec<uint32_t, 4>*>(&words[i]) = {};
+  }
+}
+template <typename Weight, int kCount>
+__device__ __forceinline__ void ClearBins(RadixBins<Weight, kCount>& bins) {
+  ClearBins(bins.low);
+  if constexpr (sizeof(Weight) > sizeof(uint32_t)) ClearBins(bins.high);
+}
+
+// Reads the bins [first, first + kBinsPerThread).
+template <typename Weight, int kCount>
+__device__ __forceinline__ void ReadBins(const RadixBins<Weight, kCount>& bins, int first,
+                                         Weight (&weights)[kBinsPerThread]) {
+  using Words = Vec<uint32_t, kBinsPerThread>;
+  Words low = *reinterpret_cast<const Words*>(&bins.low[first]), high = {};
+  if constexpr (sizeof(Weight) > sizeof(uint32_t)) {
+    high = *reinterpret_cast<const Words*>(&bins.high[first]);
+  }
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    weights[i] = low.elements[i];
+    if constexpr (sizeof(Weight) > sizeof(uint32_t)) {
+      weights[i] |= static_cast<Weight>(high.elements[i]) << 32;
+    }
+  }
+}
+
+// Reads them and makes them zero.
+template <typename Weight, int kCount>
+__device__ __forceinline__ void TakeBins(RadixBins<Weight, kCount>& bins, int first,
+                                         Weight (&weights)[kBinsPerThread]) {
+  using Words = Vec<uint32_t, kBinsPerThread>;
+  ReadBins(bins, first, weights);
+  *reinterpret_cast<Words*>(&bins.low[first]) = {};
+  if constexpr (sizeof(Weight) > sizeof(uint32_t)) {
+    *reinterpret_cast<Words*>(&bins.high[first]) = {};
+  }
+}
+
+template <typename Weight>
 struct RadixThreshold {
   uint32_t key;  // weight(keys > key) < target <= weight(keys >= key)
   Weight above;  // weight of keys > key
@@ -36,98 +154,93 @@ struct RadixThreshold {
 
 template <typename Weight>
 struct RadixShared {
-  uint32_t low[kRadixBins];   // a bin's weight, lower 32 bits
-  uint32_t high[kRadixBins];  // upper 32 bits
+  RadixBins<Weight, kRadixBins> block_bins;  // of this block's elements, in the current pass
+  // This block's share of the cluster's bins, for each pass anew, so that one barrier a pass will
+  // do. Used by clusters of two blocks or more.
+  RadixBins<Weight, kRadixPasses * kMaxShare> cluster_bins;
   Weight warp_sums[kMaxWarps];
   RadixThreshold<Weight> found;  // .key holds one digit
 };
 
-template <>
-struct RadixShared<uint32_t> {
-  uint32_t low[kRadixBins];
-  uint32_t warp_sums[kMaxWarps];
-  RadixThreshold<uint32_t> found;
-};
-
-__device__ __forceinline__ void AddToBin(RadixShared<uint32_t>& shared, uint32_t bin,
-                                         uint32_t weight) {
-  atomicAdd(&shared.low[bin], weight);
-}
-
-// A 64-bit sum from 32-bit atomics, which shared memory has natively: whoever makes the lower word
-// wrap carries into the upper one.
-__device__ __forceinline__ void AddToBin(RadixShared<unsigned long long>& shared, uint32_t bin,
-                                         unsigned long long weight) {
-  auto weight_low = static_cast<uint32_t>(weight);
-  uint32_t before = atomicAdd(&shared.low[bin], weight_low);
-  uint32_t carry = before + weight_low < before ? 1u : 0u;
-  uint32_t weight_high = static_cast<uint32_t>(weight >> 32) + carry;
-  if (weight_high != 0) atomicAdd(&shared.high[bin], weight_high);
-}
-
-__device__ __forceinline__ void ClearBin(RadixShared<uint32_t>& shared, int bin) {
-  shared.low[bin] = 0;
-}
-__device__ __forceinline__ void ClearBin(RadixShared<unsigned long long>& shared, int bin) {
-  shared.low[bin] = 0;
-  shared.high[bin] = 0;
-}
-__device__ __forceinline__ uint32_t BinWeight(const RadixShared<uint32_t>& shared, int bin) {
-  return shared.low[bin];
-}
-__device__ __forceinline__ unsigned long long BinWeight(
-    const RadixShared<unsigned long long>& shared, int bin) {
-  return static_cast<unsigned long long>(shared.high[bin]) << 32 | shared.low[bin];
-}
-
-// The bin, from the highest down, in which `above` plus the bins' weights reaches `target`.
+// From the block's weights of the thread's bins, [first, first + kBinsPerThread), to the cluster's.
 template <typename Weight>
-__device__ RadixThreshold<Weight> FindRadixBin(RadixShared<Weight>& shared, Weight above,
-                                               Weight target) {
-  constexpr int kBinsPerThread = kRadixBins / kRadixThreads;
-  int first = kRadixBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
-  Weight sum = 0;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) sum += BinWeight(shared, first - i);
-  Weight before = above + BlockScan(sum, shared.warp_sums).before;
+__device__ __forceinline__ void AddUpCluster(const BlockCluster& cluster,
+                                             RadixShared<Weight>& shared, int pass, int first,
+                                             Weight (&weights)[kBinsPerThread]) {
+  if (cluster.size() == 1) return;
+  auto& owners_bins = *cluster.Map(&shared.cluster_bins, first * cluster.size() / kRadixBins);
+  int offset = pass * kMaxShare + first % kMaxShare;
 #pragma unroll
   for (int i = 0; i < kBinsPerThread; ++i) {
-    Weight weight = BinWeight(shared, first - i);
-    if (before < target && target <= before + weight) {
-      shared.found = {static_cast<uint32_t>(first - i), before, weight};  // true in one thread only
+    if (weights[i] != 0) AddToBin(owners_bins, offset + i, weights[i]);
+  }
+  cluster.Sync();
+  ReadBins(owners_bins, offset, weights);
+}
+
+// The bin, from the highest down, in which `above` plus the bins' weights reaches `target`. The
+// first thread holds the highest bins.
+template <typename Weight>
+__device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& shared, int first,
+                                                          const Weight (&weights)[kBinsPerThread],
+                                                          Weight above, Weight target) {
+  Weight sum = 0;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) sum += weights[i];
+  Weight before = above + BlockScan(sum, shared.warp_sums).before;
+#pragma unroll
+  for (int i = kBinsPerThread - 1; i >= 0; --i) {
+    if (before < target && target <= before + weights[i]) {  // true for one bin only
+      shared.found = {static_cast<uint32_t>(first + i), before, weights[i]};
     }
-    before += weight;
+    before += weights[i];
   }
   __syncthreads();
   return shared.found;
 }
 
-// The threshold over all (key, weight) that `visit` names: `visit(add)` is called by every thread,
-// three times, and calls `add(key, weight)` for each of the thread's own elements.
-// 1 <= target <= the sum of all weights.
-template <typename Weight, typename Visit>
-__device__ RadixThreshold<Weight> FindThreshold(RadixShared<Weight>& shared, Weight target,
-                                                Visit&& visit) {
+// The threshold over all (key, weight) that the cluster's blocks name, the same in all of them.
+// visit(add) is called by every thread in each pass, the first time as first_visit(add), and calls
+// add(key, weight) for each of the thread's own elements. 1 <= target <= the sum of all weights.
+// Another barrier of the cluster follows before `shared` is used again or a block ends: others may
+// still be reading it.
+//
+// Counts (uint32_t) stop early if all keys of a bin are wanted: then `key` ends in zeros, `above`
+// and `at` are those of the bin, above + at == target, and the wanted keys are those >= key.
+template <typename Weight, typename FirstVisit, typename Visit>
+__device__ RadixThreshold<Weight> FindThreshold(const BlockCluster& cluster,
+                                                RadixShared<Weight>& shared, Weight target,
+                                                FirstVisit&& first_visit, Visit&& visit) {
+  ClearBins(shared.block_bins);
+  ClearBins(shared.cluster_bins);
+  __syncthreads();
+  cluster.Arrive();  // other blocks may add to the cluster's bins
+  RadixDigit digit = DigitOfPass(0);
+  first_visit([&](uint32_t key, Weight weight) {
+    AddToBin(shared.block_bins, static_cast<int>(key >> digit.shift), weight);
+  });
+  int first = kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
   RadixThreshold<Weight> threshold = {0, 0, 0};
   uint32_t prefix_mask = 0;
 #pragma unroll 1
-  for (int pass = 0; pass < 3; ++pass) {
-    int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-    uint32_t digit_mask = pass == 2 ? 0x3ffu : 0x7ffu;
-    __syncthreads();  // the last pass's bins and result have been read
-    for (int bin = threadIdx.x; bin < kRadixBins; bin += kRadixThreads) ClearBin(shared, bin);
+  for (int pass = 0;; ++pass) {
     __syncthreads();
+    Weight weights[kBinsPerThread];
+    TakeBins(shared.block_bins, first, weights);
+    if (pass == 0) cluster.Wait();
+    AddUpCluster(cluster, shared, pass, first, weights);
+    RadixThreshold<Weight> bin = FindBin(shared, first, weights, threshold.above, target);
+    threshold = {threshold.key | bin.key << digit.shift, bin.above, bin.at};
+    bool is_count = std::is_same_v<Weight, uint32_t>;
+    if (pass == kRadixPasses - 1 || (is_count && bin.above + bin.at == target)) return threshold;
+
+    prefix_mask |= digit.mask << digit.shift;
+    digit = DigitOfPass(pass + 1);
     visit([&](uint32_t key, Weight weight) {
-      if ((key & prefix_mask) == threshold.key) {
-        AddToBin(shared, (key >> shift) & digit_mask, weight);
-      }
+      if ((key & prefix_mask) != threshold.key) return;
+      AddToBin(shared.block_bins, static_cast<int>((key >> digit.shift) & digit.mask), weight);
     });
-    __syncthreads();
-    RadixThreshold<Weight> bin = FindRadixBin(shared, threshold.above, target);
-    threshold = {threshold.key | bin.key << shift, bin.above, bin.at};
-    prefix_mask |= digit_mask << shift;
   }
-  return threshold;
 }
 
 }  // namespace tidal

@@ -1,4 +1,5 @@
-// Sample: from a row of logits to the next token, one block per row.
+// Sample: from a row of logits to the next token, one cluster of blocks per row, one slice of the
+// vocabulary per block.
 //
 // Every filter keeps a set of the form "keys above a threshold, and of those equal to it the ids up
 // to some id" (Kept), found by radix selection: by count for top-k, by probability mass for top-p.
@@ -6,9 +7,12 @@
 // and the same in every run. The draw is the Gumbel-max rule of core/philox.h over what is kept.
 #include "kernels/sample.h"
 
+#include <algorithm>
 #include <climits>
 
-#include "common/check.h"
+#include "common/block_cluster.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/dispatch.h"
 #include "common/radix_select.cuh"
 #include "core/philox.h"
 
@@ -20,6 +24,7 @@ using Mass = unsigned long long;
 // A token's mass is at most 2^40, so rows of up to 2^23 tokens cannot overflow 64 bits; a token
 // 2^-40 times as likely as the best counts as nothing.
 constexpr float kMassOfBest = 1099511627776.0f;
+constexpr int64_t kMinSliceLength = 1024;  // less is not worth another block
 
 struct SampleParams {
   float* logits;            // [B, V]
@@ -30,11 +35,12 @@ struct SampleParams {
   int64_t vocab_size;
 };
 
-// The row as the filters see it: penalised, divided by the temperature.
-struct Row {
-  const float* logits;
-  int vocab_size;
-  float max;  // finite
+// The block's slice of a row: of the logits of the ids from first_id on. The filters see it
+// penalised and divided by the temperature.
+struct Slice {
+  float* logits;
+  int first_id;
+  int length;
 };
 
 // Tokens with a key above `key`, and those at it with id <= last_tie.
@@ -47,12 +53,30 @@ struct Kept {
   }
 };
 
-union SampleShared {
-  RadixShared<uint32_t> count;
-  RadixShared<Mass> mass;
+// Results that the blocks of a cluster tell each other, by rank: each has slots of its own.
+struct SampleShared {
+  union {
+    RadixShared<uint32_t> count;
+    RadixShared<Mass> mass;
+  };
+  Mass warp_results[kMaxWarps];
+  Mass best[kMaxClusterSize];
+  Mass drawn[kMaxClusterSize];
+  Mass sums[kMaxClusterSize];
+  Mass ties[kMaxClusterSize];
+  int last_tie;
 };
 
-// Orders by value, then by lower id, as one integer; NaN lowest.
+// What every step works on.
+struct Row {
+  BlockCluster cluster;
+  SampleShared& shared;
+  Slice slice;
+  int vocab_size;
+  float max;  // of the whole row, after the temperature; finite
+};
+
+// Orders by value, then by lower id, as one integer. 0: none; kUnusable is above all others.
 __device__ __forceinline__ Mass Candidate(float value, int id) {
   return static_cast<Mass>(OrderedKey(value)) << 32 | ~static_cast<uint32_t>(id);
 }
@@ -62,164 +86,236 @@ __device__ __forceinline__ int CandidateId(Mass candidate) {
 __device__ __forceinline__ float CandidateValue(Mass candidate) {
   return KeyToFloat(static_cast<uint32_t>(candidate >> 32));
 }
+constexpr Mass kUnusable = ~Mass{0};
 
-// The largest candidate of the block, in every thread.
-__device__ Mass BlockBest(Mass best, Mass (&warp_best)[kMaxWarps]) {
-  int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+// The best of a thread's tokens, which come by ascending id; none if nothing is above -inf.
+struct BestToken {
+  float value = -INFINITY;
+  int id = -1;
+
+  __device__ void Take(float other, int other_id) {
+    if (!(other > value)) return;
+    value = other;
+    id = other_id;
+  }
+  __device__ Mass Packed() const { return id < 0 ? 0 : Candidate(value, id); }
+};
+
+__device__ __forceinline__ Mass WarpMax(Mass value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    best = max(best, __shfl_xor_sync(kFullWarp, best, offset));
+    value = max(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
-  __syncthreads();
-  if (lane == 0) warp_best[warp] = best;
-  __syncthreads();
-  best = warp_best[lane];
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    best = max(best, __shfl_xor_sync(kFullWarp, best, offset));
-  }
-  return best;
+  return value;
 }
 
-// Applies penalty and temperature in place. Returns the best candidate before the temperature, 0 if
-// the row is unusable: a NaN or +inf, or nothing above -inf.
-__device__ Mass PrepareRow(float* logits, const uint8_t* seen, int vocab_size,
-                           const SamplingRow& row, Mass (&warp_best)[kMaxWarps]) {
-  Mass best = 0;
-  bool unusable = false;
-  for (int id = threadIdx.x; id < vocab_size; id += kRadixThreads) {
-    float value = logits[id];
-    // Before the penalty as well: it could hide a +inf.
-    unusable |= isnan(value) || value == INFINITY;
-    if (row.repetition_penalty != 1.0f && seen[id] != 0) {
-      value = value > 0.0f ? __fdiv_rn(value, row.repetition_penalty)
-                           : __fmul_rn(value, row.repetition_penalty);
-      unusable |= value == INFINITY;
+// The largest value of the cluster, in every thread.
+__device__ Mass ClusterMax(const BlockCluster& cluster, Mass value, Mass (&warp_max)[kMaxWarps],
+                           Mass (&slots)[kMaxClusterSize]) {
+  int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  value = WarpMax(value);
+  __syncthreads();
+  if (lane == 0) warp_max[warp] = value;
+  __syncthreads();
+  ShareWithCluster(cluster, WarpMax(lane < kRadixThreads / kWarpSize ? warp_max[lane] : 0), slots);
+  return WarpMax(lane < cluster.size() ? slots[lane] : 0);
+}
+
+// The sum over the cluster, in every thread.
+__device__ Mass ClusterSum(const BlockCluster& cluster, Mass value, Mass (&warp_sums)[kMaxWarps],
+                           Mass (&slots)[kMaxClusterSize]) {
+  ShareWithCluster(cluster, BlockScan(value, warp_sums).total, slots);
+  Mass sum = 0;
+  for (int rank = 0; rank < cluster.size(); ++rank) sum += slots[rank];
+  return sum;
+}
+
+// Calls visit(value, id) for the thread's logits of the slice.
+template <int kBatch = 8, typename Visit>
+__device__ __forceinline__ void ForEachLogit(const Slice& slice, Visit&& visit) {
+  BlockForEachInBatches<kBatch>(
+      slice.length, [&](int i) { return slice.logits[i]; },
+      [&](int i, float value) { visit(value, slice.first_id + i); });
+}
+
+__device__ __forceinline__ bool IsUsable(float value) {
+  return value < INFINITY;  // false for NaN too
+}
+
+// The thread's best candidate, or kUnusable.
+__device__ Mass BestOfPlainRow(const Slice& slice) {
+  BestToken best;
+  bool usable = true;
+  ForEachLogit<16>(slice, [&](float value, int id) {
+    usable = usable && IsUsable(value);
+    best.Take(value, id);
+  });
+  return usable ? best.Packed() : kUnusable;
+}
+
+// The same after the penalty; divides by the temperature in place, unless that is 0. `seen` is the
+// slice's.
+__device__ Mass BestOfScaledRow(const Slice& slice, const uint8_t* seen,
+                                const SamplingRow& sampling) {
+  bool penalise = sampling.repetition_penalty != 1.0f;
+  struct Logit {
+    float value;
+    bool seen;
+  };
+  auto load = [&](int i) { return Logit{slice.logits[i], penalise && seen[i] != 0}; };
+  BestToken best;
+  bool usable = true;
+  BlockForEachInBatches<4>(slice.length, load, [&](int i, Logit logit) {
+    float value = logit.value;
+    usable = usable && IsUsable(value);  // before the penalty as well: it could hide a +inf
+    if (logit.seen) {
+      value = value > 0.0f ? __fdiv_rn(value, sampling.repetition_penalty)
+                           : __fmul_rn(value, sampling.repetition_penalty);
+      usable = usable && IsUsable(value);
     }
-    best = max(best, Candidate(value, id));
-    logits[id] = row.temperature > 0.0f ? __fdiv_rn(value, row.temperature) : value;
-  }
-  best = BlockBest(best, warp_best);
-  if (__syncthreads_or(unusable) || CandidateValue(best) == -INFINITY) return 0;
-  return best;
+    best.Take(value, slice.first_id + i);
+    if (sampling.temperature > 0.0f) slice.logits[i] = __fdiv_rn(value, sampling.temperature);
+  });
+  return usable ? best.Packed() : kUnusable;
+}
+
+// Applies penalty and temperature. Returns the row's best candidate before the temperature, 0 if
+// the row is unusable: a NaN or +inf, or nothing above -inf.
+__device__ Mass PrepareRow(const BlockCluster& cluster, SampleShared& shared, const Slice& slice,
+                           const uint8_t* seen, const SamplingRow& sampling) {
+  bool is_plain = sampling.repetition_penalty == 1.0f && sampling.temperature == 0.0f;
+  Mass best = is_plain ? BestOfPlainRow(slice) : BestOfScaledRow(slice, seen, sampling);
+  best = ClusterMax(cluster, best, shared.warp_results, shared.best);
+  return best == kUnusable ? 0 : best;
 }
 
 // The id of the num_ties-th kept token, by ascending id, whose key is `key`.
-__device__ int FindLastTie(const Row& row, const Kept& kept, uint32_t key, uint32_t num_ties,
-                           uint32_t (&warp_sums)[kMaxWarps], int* last_tie) {
-  uint32_t found = 0;
-  for (int first = 0; first < row.vocab_size && found < num_ties; first += kRadixThreads) {
-    int id = first + static_cast<int>(threadIdx.x);
-    uint32_t other = id < row.vocab_size ? OrderedKey(row.logits[id]) : 0;
-    bool tie = id < row.vocab_size && other == key && kept.Has(other, id);
-    ScanResult<uint32_t> scan = BlockScan(tie ? 1u : 0u, warp_sums);
-    if (tie && found + scan.before + 1 == num_ties) *last_tie = id;
+__device__ int FindLastTie(const Row& row, const Kept& kept, uint32_t key, Mass num_ties) {
+  const Slice& slice = row.slice;
+  SampleShared& shared = row.shared;
+  auto is_tie = [&](float value, int id) {
+    uint32_t other = OrderedKey(value);
+    return other == key && kept.Has(other, id);
+  };
+  Mass ties = 0;
+  ForEachLogit(slice, [&](float value, int id) { ties += is_tie(value, id); });
+  ties = BlockScan(ties, shared.warp_results).total;
+  ShareWithCluster(row.cluster, ties, shared.ties);
+  Mass found = 0;
+  for (int rank = 0; rank < row.cluster.rank(); ++rank) found += shared.ties[rank];
+  bool is_here = found < num_ties && num_ties <= found + ties;  // in one block only
+  for (int first = 0; is_here && found < num_ties; first += kRadixThreads) {
+    int i = first + static_cast<int>(threadIdx.x), id = slice.first_id + i;
+    bool tie = i < slice.length && is_tie(slice.logits[i], id);
+    auto scan = BlockScan(tie ? Mass{1} : Mass{0}, shared.warp_results);
+    if (tie && found + scan.before + 1 == num_ties) {
+      for (int rank = 0; rank < row.cluster.size(); ++rank) {
+        *row.cluster.Map(&shared.last_tie, rank) = id;
+      }
+    }
     found += scan.total;
   }
-  __syncthreads();
-  return *last_tie;
+  row.cluster.Sync();
+  return shared.last_tie;
 }
 
 // Exactly top_k tokens, the lower ids of equals.
-__device__ Kept KeepTopK(const Row& row, int top_k, RadixShared<uint32_t>& shared, int* last_tie) {
-  Kept all = {0, INT_MAX};
+__device__ Kept KeepTopK(const Row& row, int top_k) {
   auto target = static_cast<uint32_t>(top_k);
-  RadixThreshold<uint32_t> threshold = FindThreshold(shared, target, [&](auto&& add) {
-    for (int id = threadIdx.x; id < row.vocab_size; id += kRadixThreads) {
-      add(OrderedKey(row.logits[id]), 1u);
-    }
-  });
+  auto visit = [&](auto&& add) {
+    ForEachLogit(row.slice, [&](float value, int) { add(OrderedKey(value), 1u); });
+  };
+  auto threshold = FindThreshold(row.cluster, row.shared.count, target, visit, visit);
   uint32_t num_ties = target - threshold.above;
   if (num_ties == threshold.at) return {threshold.key, INT_MAX};
-  return {threshold.key,
-          FindLastTie(row, all, threshold.key, num_ties, shared.warp_sums, last_tie)};
+  return {threshold.key, FindLastTie(row, {0, INT_MAX}, threshold.key, num_ties)};
 }
 
 __device__ __forceinline__ Mass MassOf(const Row& row, float value) {
   return static_cast<Mass>(__fmul_rn(expf(__fsub_rn(value, row.max)), kMassOfBest));
 }
 
-__device__ Mass BlockMass(const Row& row, const Kept& kept, Mass (&warp_sums)[kMaxWarps]) {
+__device__ Mass MassOfAll(const Row& row, const Kept& kept) {
   Mass sum = 0;
-  for (int id = threadIdx.x; id < row.vocab_size; id += kRadixThreads) {
-    float value = row.logits[id];
+  ForEachLogit(row.slice, [&](float value, int id) {
     if (kept.Has(OrderedKey(value), id)) sum += MassOf(row, value);
-  }
-  return BlockScan(sum, warp_sums).total;
+  });
+  return ClusterSum(row.cluster, sum, row.shared.warp_results, row.shared.sums);
 }
 
 // The smallest prefix of the kept tokens, most likely first, whose mass reaches top_p of the whole.
-__device__ Kept KeepTopP(const Row& row, const Kept& kept, float top_p, SampleShared& shared,
-                         int* last_tie) {
-  Mass total = BlockMass(row, kept, shared.mass.warp_sums);
+__device__ Kept KeepTopP(const Row& row, const Kept& kept, float top_p) {
+  Mass total = MassOfAll(row, kept);
   double wanted = ceil(static_cast<double>(top_p) * static_cast<double>(total));
   Mass target = max(Mass{1}, min(total, static_cast<Mass>(wanted)));
   // Tokens too unlikely to be needed even if all tokens were as unlikely take no part in the
   // search.
   Mass negligible = (total - target) / static_cast<Mass>(row.vocab_size);
-  RadixThreshold<Mass> threshold = FindThreshold(shared.mass, target, [&](auto&& add) {
-    for (int id = threadIdx.x; id < row.vocab_size; id += kRadixThreads) {
-      float value = row.logits[id];
+  auto visit = [&](auto&& add) {
+    ForEachLogit(row.slice, [&](float value, int id) {
       uint32_t key = OrderedKey(value);
-      if (!kept.Has(key, id)) continue;
+      if (!kept.Has(key, id)) return;
       Mass mass = MassOf(row, value);
       if (mass > negligible || negligible == 0) add(key, mass);
-    }
-  });
+    });
+  };
+  auto threshold = FindThreshold(row.cluster, row.shared.mass, target, visit, visit);
   Mass tie_mass = MassOf(row, KeyToFloat(threshold.key));  // > 0: the threshold's bin has mass
   Mass num_ties = (target - threshold.above + tie_mass - 1) / tie_mass;
   if (num_ties == threshold.at / tie_mass) {
     return {threshold.key, threshold.key == kept.key ? kept.last_tie : INT_MAX};
   }
-  return {threshold.key, FindLastTie(row, kept, threshold.key, static_cast<uint32_t>(num_ties),
-                                     shared.count.warp_sums, last_tie)};
+  return {threshold.key, FindLastTie(row, kept, threshold.key, num_ties)};
 }
 
 // Draws one of the kept tokens that are at least min_p times as likely as the best.
 __device__ int Draw(const Row& row, const Kept& kept, const SamplingRow& sampling,
-                    uint32_t position, Mass (&warp_best)[kMaxWarps]) {
-  Mass best = 0;
-  for (int id = threadIdx.x; id < row.vocab_size; id += kRadixThreads) {
-    float value = row.logits[id];
-    if (!kept.Has(OrderedKey(value), id)) continue;
-    if (expf(__fsub_rn(value, row.max)) < sampling.min_p) continue;
+                    uint32_t position) {
+  BestToken best;
+  ForEachLogit(row.slice, [&](float value, int id) {
+    if (!kept.Has(OrderedKey(value), id)) return;
+    if (expf(__fsub_rn(value, row.max)) < sampling.min_p) return;
     float noise = GumbelNoise(sampling.seed, position, static_cast<uint32_t>(id));
-    best = max(best, Candidate(__fadd_rn(value, noise), id));
-  }
-  return CandidateId(BlockBest(best, warp_best));
+    best.Take(__fadd_rn(value, noise), id);
+  });
+  return CandidateId(
+      ClusterMax(row.cluster, best.Packed(), row.shared.warp_results, row.shared.drawn));
 }
 
-// grid (B); one block of kRadixThreads per row.
+// grid (cluster size, B): a cluster per row.
 __global__ void __launch_bounds__(kRadixThreads) SampleKernel(const SampleParams p) {
   __shared__ SampleShared shared;
-  __shared__ Mass warp_best[kMaxWarps];
-  __shared__ int last_tie;
-  int position = p.seq_lens[blockIdx.x];
+  WaitForPreviousKernel();
+  LetNextKernelStart();
+  BlockCluster cluster;
+  int64_t b = blockIdx.y;
+  bool writes = cluster.rank() == 0 && threadIdx.x == 0;
+  int position = p.seq_lens[b];
   if (position <= 0) {
-    if (threadIdx.x == 0) p.token_ids[blockIdx.x] = 0;
+    if (writes) p.token_ids[b] = 0;
     return;
   }
-  SamplingRow sampling = p.rows[blockIdx.x];
-  float* logits = p.logits + blockIdx.x * p.vocab_size;
-  uint8_t* seen = p.seen + sampling.slot * p.vocab_size;
+  SamplingRow sampling = p.rows[b];
   int vocab_size = static_cast<int>(p.vocab_size);
+  int share = (vocab_size + cluster.size() - 1) / cluster.size(), first = cluster.rank() * share;
+  Slice slice = {p.logits + b * p.vocab_size + first, first,
+                 max(min(vocab_size - first, share), 0)};
+  uint8_t* seen = p.seen + sampling.slot * p.vocab_size;
 
-  Mass best = PrepareRow(logits, seen, vocab_size, sampling, warp_best);
+  Mass best = PrepareRow(cluster, shared, slice, seen + first, sampling);
   int token_id = best == 0 ? -1 : CandidateId(best);
   float scaled = sampling.temperature > 0.0f ? __fdiv_rn(CandidateValue(best), sampling.temperature)
                                              : INFINITY;
   // Greedy, or so cold that the best logit overflows: the limit is greedy.
   if (best != 0 && isfinite(scaled)) {
-    Row row = {logits, vocab_size, scaled};
+    Row row = {cluster, shared, slice, vocab_size, scaled};
     Kept kept = {0, INT_MAX};
-    if (sampling.top_k > 0 && sampling.top_k < vocab_size) {
-      kept = KeepTopK(row, sampling.top_k, shared.count, &last_tie);
-    }
-    if (sampling.top_p < 1.0f) kept = KeepTopP(row, kept, sampling.top_p, shared, &last_tie);
-    token_id = Draw(row, kept, sampling, static_cast<uint32_t>(position), warp_best);
+    if (sampling.top_k > 0 && sampling.top_k < vocab_size) kept = KeepTopK(row, sampling.top_k);
+    if (sampling.top_p < 1.0f) kept = KeepTopP(row, kept, sampling.top_p);
+    token_id = Draw(row, kept, sampling, static_cast<uint32_t>(position));
   }
-  if (threadIdx.x == 0) {
-    p.token_ids[blockIdx.x] = token_id;
+  if (writes) {
+    p.token_ids[b] = token_id;
     if (token_id >= 0) seen[token_id] = 1;
   }
 }
@@ -236,8 +332,14 @@ void LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   p.seen = args.seen.data<uint8_t>();
   p.token_ids = args.token_ids.data<int32_t>();
   p.vocab_size = args.logits.dim(1);
-  SampleKernel<<<static_cast<unsigned>(batch_size), kRadixThreads, 0, stream>>>(p);
-  TIDAL_LAUNCH_CHECK("sample");
+
+  int64_t max_size = std::max<int64_t>(1, p.vocab_size / kMinSliceLength);
+  unsigned size = ChooseClusterSize(SampleKernel, kRadixThreads, batch_size, max_size,
+                                    [](unsigned) { return int64_t{0}; });
+  LaunchShape shape = {.grid = dim3(size, static_cast<unsigned>(batch_size)),
+                       .block = dim3(kRadixThreads),
+                       .cluster_size = size};
+  LaunchOverlapped("sample", SampleKernel, shape, stream, p);
 }
 
 }  // namespace tidal

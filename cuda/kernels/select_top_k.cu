@@ -1,124 +1,55 @@
-// SelectTopK: from the scores of a select layer to the sets of positions of the sparse layers.
+// SelectTopK: from the scores of a select layer to the sets of positions of the sparse layers, in
+// one launch.
 //
-// 1. PoolScores: one order-preserving 32-bit key per set and position (granularity kHead skips it:
-// the
-//    scores themselves are ordered).
-// 2. SelectSets: finds the key of the last position that still fits (radix_select.cuh) and writes
-// all
-//    better positions, and the first of the equal ones, in ascending order. A cluster of blocks per
-//    set, which keeps the set's keys in its shared memory; where that is too small or the device
-//    has no clusters (before compute capability 9.0), one block per set, which reads them once per
-//    pass.
+// A cluster of blocks per set, one slice of the set's positions per block:
+// 1. MakeKeys reads the slice's scores once and pools them to order-preserving 32-bit keys in
+// shared
+//    memory (granularity kHead: the scores themselves are ordered).
+// 2. FindThreshold (radix_select.cuh) finds the key of the last position that still fits.
+// 3. WriteChosen writes all better positions, and the first of the equal ones, in ascending order.
+// Where the shared memory of a whole cluster is too small for a set's keys, they lie in scratch.
 #include "kernels/select_top_k.h"
-
-#include <cooperative_groups.h>
 
 #include <algorithm>
 
-#include "common/check.h"
+#include "common/block_cluster.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/radix_select.cuh"
+#include "common/vec.cuh"
 
 namespace tidal {
 namespace {
 
-constexpr int kPoolThreads = 256;
-constexpr int64_t kMaxPoolBlocks = 4096;  // 2-3 waves on 132 SMs; the kernel strides over the rest
-constexpr int kItems = 4;                 // positions of one thread in a tile of the ordered pass
-constexpr int kTile = kRadixThreads * kItems;
-static_assert(kTile < 1 << 16, "two tile counts share one 32-bit scan");
-constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters has
-// Keys of one block in its dynamic shared memory: 227 KiB a block, less some 20 KiB of histograms.
-constexpr int64_t kMaxClusterKeys = 51200;
+// Two blocks on a processor hide each other's barriers, and a third leaves room for clusters, whose
+// blocks must lie close together.
+constexpr int kBlocksPerSm = 3;
+constexpr int kVec = 4;                    // scores of one load; slices begin at multiples of it
+constexpr int64_t kMinSliceLength = 2048;  // less is not worth another block
+
+enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights };
 
 struct SelectParams {
   const float* scores;      // [B, num_q_heads, max_len]
   const float* lse;         // [B, num_q_heads]
   const int32_t* seq_lens;  // [B]
-  uint32_t* keys;           // [B, num_sets, max_len]; null for kHead
+  uint32_t* keys;           // [blocks of the grid, slice_capacity]; null: in shared memory
   int32_t* token_idx;       // [B, num_sets, token_budget]
   int32_t* num_selected;    // [B]
   int64_t max_len;
+  int64_t slice_capacity;  // positions of a block at most; a multiple of kVec
+  bool vectorized;         // kVec scores in one load
   int heads_per_set;
   int token_budget;
   int sink_tokens;
   int recent_tokens;
 };
 
-// grid (chunks of positions, num_sets, B); each thread pools one position over the heads of its
-// set, in ascending order. Only rows that must choose, and only positions that compete, are pooled.
-template <Pooling kPooling>
-__global__ void __launch_bounds__(kPoolThreads) PoolScoresKernel(const SelectParams p) {
-  int num_tokens = p.seq_lens[blockIdx.z];
-  if (num_tokens <= p.token_budget) return;
-  int64_t set = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const float* scores = p.scores + set * p.heads_per_set * p.max_len;
-  const float* lse = p.lse + set * p.heads_per_set;
-  uint32_t* keys = p.keys + set * p.max_len;
-  int end = num_tokens - p.recent_tokens;
-  int stride = static_cast<int>(gridDim.x) * kPoolThreads;
-  for (int64_t t = p.sink_tokens + static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
-       t < end; t += stride) {
-    float pooled = kPooling == Pooling::kSum ? 0.0f : -INFINITY;
-    for (int head = 0; head < p.heads_per_set; ++head) {
-      float probability = expf(__fsub_rn(scores[head * p.max_len + t], lse[head]));
-      // fmaxf drops a NaN: for the maximum it ranks below every score.
-      pooled =
-          kPooling == Pooling::kSum ? __fadd_rn(pooled, probability) : fmaxf(pooled, probability);
-    }
-    keys[t] = OrderedKey(pooled);
-  }
-}
-
-// All of a short row: 0, 1, .., n - 1, then -1.
-__device__ void SelectAll(int32_t* token_idx, int num_tokens, int token_budget) {
-  for (int i = threadIdx.x; i < token_budget; i += kRadixThreads) {
-    token_idx[i] = i < num_tokens ? i : -1;
-  }
-}
-
-// Keys of the positions before some point: above the threshold, and at it.
-struct Counts {
-  int above;
-  int equal;
+struct SelectShared {
+  RadixShared<uint32_t> radix;
+  unsigned long long warp_sums[kMaxWarps];
+  unsigned long long counts[kMaxClusterSize];  // Counts of each block's keys
 };
-
-// Writes, ascending, the positions in [begin, end) whose key is above the threshold and those at it
-// that are among the first `num_ties` of the set; `before` counts the set's positions before
-// `begin`. Stops when `count` are written in all.
-template <typename LoadKey>
-__device__ void WriteSelected(int begin, int end, Counts before, uint32_t threshold, int num_ties,
-                              int count, uint32_t (&warp_sums)[kMaxWarps], int32_t* out,
-                              LoadKey&& load_key) {
-  int num_above = before.above, num_equal = before.equal;  // the same in every thread
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    int64_t first = tile + threadIdx.x * kItems;
-    uint32_t keys[kItems], counts = 0;  // counts: above << 16 | equal
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      bool inside = first + i < end;
-      keys[i] = inside ? load_key(first + i) : 0;
-      if (inside && keys[i] > threshold) counts += 1u << 16;
-      if (inside && keys[i] == threshold) counts += 1u;
-    }
-    ScanResult<uint32_t> scan = BlockScan(counts, warp_sums);
-    int above = num_above + static_cast<int>(scan.before >> 16);
-    int equal = num_equal + static_cast<int>(scan.before & 0xffffu);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (first + i >= end) break;
-      if (keys[i] > threshold) {
-        out[above++ + min(equal, num_ties)] = static_cast<int32_t>(first + i);
-      } else if (keys[i] == threshold) {
-        if (equal < num_ties) out[above + equal] = static_cast<int32_t>(first + i);
-        ++equal;
-      }
-    }
-    num_above += static_cast<int>(scan.total >> 16);
-    num_equal += static_cast<int>(scan.total & 0xffffu);
-    if (num_above + min(num_equal, num_ties) == count) return;
-  }
-}
 
 // The part of a set that is chosen by score: `count` of the more than `count` positions [begin,
 // end); nothing if count is 0.
@@ -128,201 +59,262 @@ struct Contest {
   int count;
 };
 
-// Writes what is chosen whatever the scores are: num_selected, all of a short row, sinks and
-// recents; in one block per set (`writes`). Returns what is left to be decided by score.
-__device__ Contest WriteForced(const SelectParams& p, int row, bool is_first_set, bool writes,
-                               int32_t* token_idx) {
-  int num_tokens = p.seq_lens[row];
-  if (writes && is_first_set && threadIdx.x == 0) {
-    p.num_selected[row] = min(num_tokens, p.token_budget);
-  }
-  if (num_tokens <= p.token_budget) {
-    if (writes) SelectAll(token_idx, num_tokens, p.token_budget);
-    return {0, 0, 0};
-  }
-  int begin = p.sink_tokens, end = num_tokens - p.recent_tokens;
-  int count = p.token_budget - p.sink_tokens - p.recent_tokens;
-  if (writes) {
-    for (int i = threadIdx.x; i < p.sink_tokens; i += kRadixThreads) token_idx[i] = i;
-    for (int i = threadIdx.x; i < p.recent_tokens; i += kRadixThreads) {
-      token_idx[p.sink_tokens + count + i] = end + i;
-    }
-  }
-  return {begin, end, count};
-}
-
-template <bool kRawScores>
-__device__ __forceinline__ uint32_t LoadKey(const SelectParams& p, int64_t set, int64_t t) {
-  return kRawScores ? OrderedKey(p.scores[set * p.max_len + t]) : p.keys[set * p.max_len + t];
-}
-
-// grid (num_sets, B); one block of kRadixThreads per set.
-template <bool kRawScores>
-__global__ void __launch_bounds__(kRadixThreads) SelectSetsKernel(const SelectParams p) {
-  __shared__ RadixShared<uint32_t> shared;
-  int64_t set = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  int32_t* token_idx = p.token_idx + set * p.token_budget;
-  auto [begin, end, count] =
-      WriteForced(p, static_cast<int>(blockIdx.y), blockIdx.x == 0, true, token_idx);
-  if (count == 0) return;
-
-  auto load_key = [&](int64_t t) { return LoadKey<kRawScores>(p, set, t); };
-  auto target = static_cast<uint32_t>(count);
-  RadixThreshold<uint32_t> threshold = FindThreshold(shared, target, [&](auto&& add) {
-#pragma unroll 4
-    for (int t = begin + static_cast<int>(threadIdx.x); t < end; t += kRadixThreads) {
-      add(load_key(t), 1u);
-    }
-  });
-  int num_ties = count - static_cast<int>(threshold.above);
-  WriteSelected(begin, end, {0, 0}, threshold.key, num_ties, count, shared.warp_sums,
-                token_idx + p.sink_tokens, load_key);
-}
-
-struct ClusterShared {
-  RadixShared<uint32_t> radix;           // .low: the histogram over the whole cluster
-  uint32_t histogram[kRadixBins];        // of this block's keys
-  Counts slice_counts[kMaxClusterSize];  // of every block's keys
+// A block's part of a contest. Its keys [skip, length) belong to the positions from first + skip
+// on; those before take part in whole vectors only.
+struct Slice {
+  int first;  // a multiple of kVec
+  int skip;
+  int length;
 };
 
-// grid (num_sets * cluster size, B), clusters of 1 to kMaxClusterSize blocks of kRadixThreads: one
-// cluster per set, one slice of its positions per block. Dynamic shared memory: the slice's keys,
-// read once. Histograms are merged, and counts exchanged, through distributed shared memory.
-template <bool kRawScores>
-__global__ void __launch_bounds__(kRadixThreads) SelectSetsClusterKernel(const SelectParams p) {
-#if __CUDA_ARCH__ >= 900
-  namespace cg = cooperative_groups;
-  extern __shared__ uint32_t slice_keys[];
-  __shared__ ClusterShared shared;
-  cg::cluster_group cluster = cg::this_cluster();
-  int rank = static_cast<int>(cluster.block_rank());
-  int size = static_cast<int>(cluster.num_blocks());
-  int num_sets = static_cast<int>(gridDim.x) / size;
-  int set_in_row = static_cast<int>(blockIdx.x) / size;
-  int64_t set = static_cast<int64_t>(blockIdx.y) * num_sets + set_in_row;
-  int32_t* token_idx = p.token_idx + set * p.token_budget;
-  auto [begin, end, count] =
-      WriteForced(p, static_cast<int>(blockIdx.y), set_in_row == 0, rank == 0, token_idx);
-  if (count == 0) return;  // the same in all blocks of the cluster
-
-  int slice = (end - begin + size - 1) / size;
-  int first = min(end, begin + rank * slice), last = min(end, first + slice);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < last - first; i += kRadixThreads) {
-    slice_keys[i] = LoadKey<kRawScores>(p, set, first + i);
-  }
-
-  auto target = static_cast<uint32_t>(count);
-  RadixThreshold<uint32_t> threshold = {0, 0, 0};
-  uint32_t prefix_mask = 0;
-#pragma unroll 1
-  for (int pass = 0; pass < 3; ++pass) {
-    int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-    uint32_t digit_mask = pass == 2 ? 0x3ffu : 0x7ffu;
-    for (int bin = threadIdx.x; bin < kRadixBins; bin += kRadixThreads) shared.histogram[bin] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < last - first; i += kRadixThreads) {
-      uint32_t key = slice_keys[i];
-      if ((key & prefix_mask) == threshold.key) {
-        atomicAdd(&shared.histogram[(key >> shift) & digit_mask], 1u);
-      }
-    }
-    cluster.sync();  // all histograms are complete; the last pass's merged one has been read
-    int bins_per_block = kRadixBins / size;
-    for (int i = threadIdx.x; i < bins_per_block; i += kRadixThreads) {
-      int bin = rank * bins_per_block + i;
-      uint32_t sum = 0;
-      for (int other = 0; other < size; ++other) {
-        sum += cluster.map_shared_rank(shared.histogram, other)[bin];
-      }
-      for (int other = 0; other < size; ++other) {
-        cluster.map_shared_rank(shared.radix.low, other)[bin] = sum;
-      }
-    }
-    cluster.sync();  // the merged histogram is everywhere, and the blocks' own may be cleared
-    RadixThreshold<uint32_t> bin = FindRadixBin(shared.radix, threshold.above, target);
-    threshold = {threshold.key | bin.key << shift, bin.above, bin.at};
-    prefix_mask |= digit_mask << shift;
-  }
-
-  int above = 0, equal = 0;
-  for (int i = threadIdx.x; i < last - first; i += kRadixThreads) {
-    above += slice_keys[i] > threshold.key;
-    equal += slice_keys[i] == threshold.key;
-  }
-  int num_above =
-      static_cast<int>(BlockScan(static_cast<uint32_t>(above), shared.radix.warp_sums).total);
-  int num_equal =
-      static_cast<int>(BlockScan(static_cast<uint32_t>(equal), shared.radix.warp_sums).total);
-  if (static_cast<int>(threadIdx.x) < size) {
-    *cluster.map_shared_rank(&shared.slice_counts[rank], static_cast<int>(threadIdx.x)) = {
-        num_above, num_equal};
-  }
-  cluster.sync();  // no block touches another's shared memory after this
-  Counts before = {0, 0};
-  for (int other = 0; other < rank; ++other) {
-    before.above += shared.slice_counts[other].above;
-    before.equal += shared.slice_counts[other].equal;
-  }
-  int num_ties = count - static_cast<int>(threshold.above);
-  WriteSelected(first, last, before, threshold.key, num_ties, count, shared.radix.warp_sums,
-                token_idx + p.sink_tokens, [&](int64_t t) { return slice_keys[t - first]; });
-#endif
+__device__ Slice SliceOf(const Contest& contest, const BlockCluster& cluster) {
+  int start = contest.begin / kVec * kVec;
+  int share = (contest.end - start + cluster.size() - 1) / cluster.size();
+  share = (share + kVec - 1) / kVec * kVec;
+  int first = start + cluster.rank() * share;
+  return {first, max(contest.begin - first, 0), max(min(contest.end - first, share), 0)};
 }
 
-// Blocks per set: as many as keep the device's processors busy and as the keys need; 0 if even the
-// largest cluster cannot hold them.
-int64_t ClusterSize(int64_t max_len, int64_t num_sets_in_all) {
-  int device = 0, num_sms = 0;
-  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  int64_t size = kMaxClusterSize;
-  if (CeilDiv(max_len, size) > kMaxClusterKeys) return 0;
-  while (size > 1 && num_sets_in_all * size > num_sms &&
-         CeilDiv(max_len, size / 2) <= kMaxClusterKeys) {
-    size /= 2;
-  }
-  return size;
+__device__ Contest ContestOf(const SelectParams& p, int num_tokens) {
+  if (num_tokens <= p.token_budget) return {0, 0, 0};
+  return {p.sink_tokens, num_tokens - p.recent_tokens,
+          p.token_budget - p.sink_tokens - p.recent_tokens};
 }
 
-template <bool kRawScores>
-void LaunchSelectSets(const SelectParams& p, unsigned num_sets, unsigned num_rows,
-                      cudaStream_t stream) {
-  auto kernel = SelectSetsClusterKernel<kRawScores>;
-  cudaFuncAttributes compiled = {};
-  TIDAL_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
-  int64_t size = compiled.binaryVersion < 90 || compiled.ptxVersion < 90
-                     ? 0
-                     : ClusterSize(p.max_len, int64_t{num_sets} * num_rows);
-  if (size == 0) {
-    SelectSetsKernel<kRawScores><<<dim3(num_sets, num_rows), kRadixThreads, 0, stream>>>(p);
-    TIDAL_LAUNCH_CHECK("select_top_k");
+// Writes what is chosen whatever the scores are: all of a short row, else sinks and recents.
+__device__ void WriteForced(const SelectParams& p, int num_tokens, int32_t* token_idx) {
+  if (num_tokens <= p.token_budget) {
+    for (int i = threadIdx.x; i < p.token_budget; i += kRadixThreads) {
+      token_idx[i] = i < num_tokens ? i : -1;
+    }
     return;
   }
-  int64_t slice = CeilDiv(p.max_len, size);
-  auto shared_bytes = static_cast<size_t>(slice) * sizeof(uint32_t);
-  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(num_sets * static_cast<unsigned>(size), num_rows);
-  launch.blockDim = dim3(kRadixThreads);
-  launch.dynamicSmemBytes = shared_bytes;
-  launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = 1;
-  TIDAL_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, p));
-  TIDAL_LAUNCH_CHECK("select_top_k (cluster)");
+  for (int i = threadIdx.x; i < p.sink_tokens; i += kRadixThreads) token_idx[i] = i;
+  int32_t* recents = token_idx + p.token_budget - p.recent_tokens;
+  for (int i = threadIdx.x; i < p.recent_tokens; i += kRadixThreads) {
+    recents[i] = num_tokens - p.recent_tokens + i;
+  }
+}
+
+template <int kWidth>
+using Scores = Vec<float, kWidth>;  // of adjacent positions
+
+// Takes the next head's score into a position's pooled one.
+template <KeySource kSource>
+__device__ __forceinline__ float Pool(float pooled, float score, float lse) {
+  float weight = expf(__fsub_rn(score, lse));
+  // fmaxf drops a NaN: for the maximum it ranks below every score.
+  return kSource == KeySource::kSumOfWeights ? __fadd_rn(pooled, weight) : fmaxf(pooled, weight);
+}
+
+// The pooled scores of adjacent positions; `scores` points to the first head's, `lse` to the set's.
+template <KeySource kSource, int kWidth>
+__device__ __forceinline__ Scores<kWidth> PoolHeads(const SelectParams& p, const float* scores,
+                                                    const float* lse) {
+  constexpr int kBatch = 4;  // heads whose loads overlap
+  Scores<kWidth> pooled;
+#pragma unroll
+  for (float& score : pooled.elements) {
+    score = kSource == KeySource::kSumOfWeights ? 0.0f : -INFINITY;
+  }
+#pragma unroll 1
+  for (int begin = 0; begin < p.heads_per_set; begin += kBatch) {
+    Scores<kWidth> batch[kBatch];
+    float head_lse[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (begin + j >= p.heads_per_set) break;
+      batch[j] = *reinterpret_cast<const Scores<kWidth>*>(scores + (begin + j) * p.max_len);
+      head_lse[j] = lse[begin + j];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (begin + j >= p.heads_per_set) break;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        pooled.elements[i] = Pool<kSource>(pooled.elements[i], batch[j].elements[i], head_lse[j]);
+      }
+    }
+  }
+  return pooled;
+}
+
+// Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete. `scores`
+// and `lse` are the set's.
+template <KeySource kSource, int kWidth, typename Add>
+__device__ __forceinline__ void MakeKeys(const SelectParams& p, const Slice& slice,
+                                         const float* scores, const float* lse, uint32_t* keys,
+                                         Add&& add) {
+  constexpr bool kRaw = kSource == KeySource::kRawScores;
+  auto load = [&](int vector) {
+    const float* source = scores + slice.first + vector * kWidth;
+    if constexpr (kRaw) {
+      return *reinterpret_cast<const Scores<kWidth>*>(source);
+    } else {
+      return PoolHeads<kSource, kWidth>(p, source, lse);
+    }
+  };
+  auto store = [&](int vector, const Scores<kWidth>& pooled) {
+    int first = vector * kWidth;
+    Vec<uint32_t, kWidth> made;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) made.elements[i] = OrderedKey(pooled.elements[i]);
+    *reinterpret_cast<Vec<uint32_t, kWidth>*>(keys + first) = made;
+    bool all_compete = first >= slice.skip && first + kWidth <= slice.length;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (all_compete || (first + i >= slice.skip && first + i < slice.length)) {
+        add(made.elements[i], 1u);
+      }
+    }
+  };
+  BlockForEachInBatches<kRaw ? 4 : 1>((slice.length + kWidth - 1) / kWidth, load, store);
+}
+
+// How many keys are above the threshold, and how many at it.
+struct Counts {
+  uint32_t above;
+  uint32_t equal;
+
+  __device__ static Counts Unpack(unsigned long long packed) {
+    return {static_cast<uint32_t>(packed >> 32), static_cast<uint32_t>(packed)};
+  }
+  // Both in one sum: neither overflows its half.
+  __device__ unsigned long long Packed() const {
+    return static_cast<unsigned long long>(above) << 32 | equal;
+  }
+};
+
+// Writes to `out`, ascending, the slice's positions whose key is above the threshold and those at
+// it that are among the first `num_ties` of the set. Every thread has a run of keys of its own,
+// whose length is odd: the same key of 32 runs lies in 32 banks.
+__device__ void WriteChosen(const BlockCluster& cluster, SelectShared& shared, const Slice& slice,
+                            const uint32_t* keys, uint32_t threshold, uint32_t num_ties,
+                            int32_t* out) {
+  int run = (slice.length - slice.skip + kRadixThreads - 1) / kRadixThreads | 1;
+  int first = slice.skip + static_cast<int>(threadIdx.x) * run;
+  int last = min(first + run, slice.length);
+  auto for_run = [&](auto&& visit) {
+    ForEachInBatches<4>(
+        first, last, 1, [&](int i) { return keys[i]; }, visit);
+  };
+  Counts own = {0, 0};
+  for_run([&](int, uint32_t key) {
+    own.above += key > threshold;
+    own.equal += key == threshold;
+  });
+  auto scan = BlockScan(own.Packed(), shared.warp_sums);
+  ShareWithCluster(cluster, scan.total, shared.counts);
+  unsigned long long packed_before = scan.before;
+  for (int other = 0; other < cluster.rank(); ++other) packed_before += shared.counts[other];
+  if (own.Packed() == 0) return;
+  Counts before = Counts::Unpack(packed_before);
+  uint32_t above = before.above, equal = before.equal;
+  for_run([&](int i, uint32_t key) {
+    bool is_tie = key == threshold;
+    if (key > threshold || (is_tie && equal < num_ties)) {
+      out[above + min(equal, num_ties)] = slice.first + i;
+    }
+    above += key > threshold;
+    equal += is_tie;
+  });
+}
+
+// grid (cluster size, num_sets, B): a cluster per set. Dynamic shared memory: slice_capacity keys
+// if kKeysInShared.
+template <KeySource kSource, bool kKeysInShared>
+__global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
+    SelectTopKKernel(const SelectParams p) {
+  extern __shared__ uint4 dynamic_shared[];
+  __shared__ SelectShared shared;
+  WaitForPreviousKernel();
+  LetNextKernelStart();
+  BlockCluster cluster;
+  int row = static_cast<int>(blockIdx.z);
+  int64_t set = static_cast<int64_t>(row) * gridDim.y + blockIdx.y;
+  int32_t* token_idx = p.token_idx + set * p.token_budget;
+  int num_tokens = p.seq_lens[row];
+  Contest contest = ContestOf(p, num_tokens);
+  if (contest.count > 0) {  // the same in all blocks of the cluster
+    Slice slice = SliceOf(contest, cluster);
+    uint32_t* keys = reinterpret_cast<uint32_t*>(dynamic_shared);
+    if constexpr (!kKeysInShared) {
+      keys = p.keys + (set * cluster.size() + cluster.rank()) * p.slice_capacity;
+    }
+    auto make_keys = [&](auto&& add) {
+      const float* scores = p.scores + set * p.heads_per_set * p.max_len;
+      const float* lse = p.lse + set * p.heads_per_set;
+      if (p.vectorized) {
+        MakeKeys<kSource, kVec>(p, slice, scores, lse, keys, add);
+      } else {
+        MakeKeys<kSource, 1>(p, slice, scores, lse, keys, add);
+      }
+    };
+    auto read_keys = [&](auto&& add) {
+      BlockForEachInBatches<4>(
+          slice.length - slice.skip, [&](int i) { return keys[slice.skip + i]; },
+          [&](int, uint32_t key) { add(key, 1u); });
+    };
+    auto count = static_cast<uint32_t>(contest.count);
+    auto threshold = FindThreshold(cluster, shared.radix, count, make_keys, read_keys);
+    WriteChosen(cluster, shared, slice, keys, threshold.key, count - threshold.above,
+                token_idx + p.sink_tokens);
+  }
+  // Last, because barriers of a cluster wait for writes.
+  if (cluster.rank() == 0) WriteForced(p, num_tokens, token_idx);
+  if (cluster.rank() == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    p.num_selected[row] = min(num_tokens, p.token_budget);
+  }
+}
+
+using SelectKernel = void (*)(SelectParams);
+
+template <bool kKeysInShared>
+SelectKernel KernelFor(KeySource source) {
+  switch (source) {
+    case KeySource::kRawScores:
+      return SelectTopKKernel<KeySource::kRawScores, kKeysInShared>;
+    case KeySource::kSumOfWeights:
+      return SelectTopKKernel<KeySource::kSumOfWeights, kKeysInShared>;
+    case KeySource::kMaxOfWeights:
+      return SelectTopKKernel<KeySource::kMaxOfWeights, kKeysInShared>;
+  }
+  return nullptr;
+}
+
+int64_t SliceCapacity(int64_t max_len, int64_t cluster_size) {
+  return CeilDiv(CeilDiv(max_len, cluster_size), kVec) * kVec;
+}
+
+struct SelectLaunch {
+  SelectKernel kernel;
+  unsigned cluster_size;
+  int64_t shared_bytes;  // of a block's keys; 0: they lie in scratch
+};
+
+// Whether the keys are in shared memory depends on max_len and the device only.
+SelectLaunch PlanLaunch(KeySource source, int64_t num_sets_in_all, int64_t max_len) {
+  auto key_bytes = [&](unsigned cluster_size) {
+    return SliceCapacity(max_len, cluster_size) * static_cast<int64_t>(sizeof(uint32_t));
+  };
+  int64_t max_size = std::max<int64_t>(1, max_len / kMinSliceLength);
+  SelectKernel kernel = KernelFor<true>(source);
+  unsigned size = ChooseClusterSize(kernel, kRadixThreads, num_sets_in_all, max_size, key_bytes);
+  if (size > 0) return {kernel, size, key_bytes(size)};
+  kernel = KernelFor<false>(source);
+  size = ChooseClusterSize(kernel, kRadixThreads, num_sets_in_all, max_size,
+                           [](unsigned) { return int64_t{0}; });
+  return {kernel, size, 0};
 }
 
 }  // namespace
 
-int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len,
-                               Granularity granularity) {
-  if (granularity == Granularity::kHead) return 0;
-  return batch_size * num_sets * max_len * static_cast<int64_t>(sizeof(uint32_t));
+int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len) {
+  SelectLaunch launch = PlanLaunch(KeySource::kSumOfWeights, batch_size * num_sets, max_len);
+  if (launch.shared_bytes > 0) return 0;
+  // Room for any cluster size.
+  int64_t keys_per_set = max_len + kVec * kMaxClusterSize;
+  return batch_size * num_sets * keys_per_set * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream) {
@@ -336,24 +328,23 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
   p.token_idx = args.token_idx.data<int32_t>();
   p.num_selected = args.num_selected.data<int32_t>();
   p.max_len = args.scores.dim(2);
+  p.vectorized = IsVectorizable(args.scores, p.max_len, kVec);
   p.heads_per_set = static_cast<int>(args.scores.dim(1) / num_sets);
   p.token_budget = static_cast<int>(args.token_idx.dim(2));
   p.sink_tokens = static_cast<int>(args.sink_tokens);
   p.recent_tokens = static_cast<int>(args.recent_tokens);
 
-  auto sets = static_cast<unsigned>(num_sets), rows = static_cast<unsigned>(batch_size);
-  if (args.granularity == Granularity::kHead) {
-    LaunchSelectSets<true>(p, sets, rows, stream);
-    return;
-  }
-  int64_t chunks = std::min(CeilDiv(p.max_len, kPoolThreads),
-                            std::max<int64_t>(1, kMaxPoolBlocks / (num_sets * batch_size)));
-  dim3 pool_grid(static_cast<unsigned>(std::max<int64_t>(1, chunks)), sets, rows);
-  auto pool = args.pooling == Pooling::kSum ? PoolScoresKernel<Pooling::kSum>
-                                            : PoolScoresKernel<Pooling::kMax>;
-  pool<<<pool_grid, kPoolThreads, 0, stream>>>(p);
-  TIDAL_LAUNCH_CHECK("select_top_k (pool)");
-  LaunchSelectSets<false>(p, sets, rows, stream);
+  KeySource source = args.granularity == Granularity::kHead ? KeySource::kRawScores
+                     : args.pooling == Pooling::kSum        ? KeySource::kSumOfWeights
+                                                            : KeySource::kMaxOfWeights;
+  SelectLaunch launch = PlanLaunch(source, batch_size * num_sets, p.max_len);
+  p.slice_capacity = SliceCapacity(p.max_len, launch.cluster_size);
+  LaunchShape shape = {.grid = dim3(launch.cluster_size, static_cast<unsigned>(num_sets),
+                                    static_cast<unsigned>(batch_size)),
+                       .block = dim3(kRadixThreads),
+                       .shared_bytes = static_cast<size_t>(launch.shared_bytes),
+                       .cluster_size = launch.cluster_size};
+  LaunchOverlapped("select_top_k", launch.kernel, shape, stream, p);
 }
 
 }  // namespace tidal

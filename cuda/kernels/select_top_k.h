@@ -7,9 +7,9 @@
 
 namespace tidal {
 
-// Scratch for LaunchSelectTopK; 0 for Granularity::kHead, which reads the scores themselves.
-int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len,
-                               Granularity granularity);
+// Scratch for LaunchSelectTopK on the current device; 0 if the shared memory of a cluster of blocks
+// holds the keys of a row. Grows with the arguments.
+int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len);
 
 // `scratch`: SelectTopKScratchBytes bytes of device memory.
 void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream);
