@@ -44,6 +44,7 @@ struct Batch {
 struct Outcome {
   Ints token_ids;
   Bytes seen;
+  Values logits;
 };
 
 class OpSample : public BackendTest {
@@ -68,7 +69,7 @@ class OpSample : public BackendTest {
                          {static_cast<int64_t>(batch.seen.size()) / vocab, vocab}),
         .token_ids = Output(DType::kInt32, {rows})};
     backend().Sample(args);
-    return {GetInts(args.token_ids), GetBytes(args.seen)};
+    return {GetInts(args.token_ids), GetBytes(args.seen), Get(args.logits)};
   }
 
   // `copies` rows of the same logits, at positions first_position, + 1, ...
@@ -272,6 +273,48 @@ TEST_P(OpSample, TopPAndMinPKeepTheReferencesTokens) {
     for (const auto& [id, count] : Count(logits, row, 64 * 64)) got.push_back(id);
     EXPECT_EQ(got, want);
   }
+}
+
+// So many tokens that a device spreads them over blocks, and filters that cut through equals.
+TEST_P(OpSample, FiltersKeepTheLowestOfEqualsInALargeVocabulary) {
+  constexpr int64_t kVocab = 20011;
+  OpenOn(GetParam(), kVocab);
+  Values logits;
+  for (int64_t id = 0; id < kVocab; ++id) logits.push_back(id % 7 == 3 ? 2.0 : 1.0);
+  struct Filter {
+    int32_t top_k;
+    float top_p;
+  };
+  for (const Filter& filter :
+       {Filter{1, 1.0f}, Filter{700, 1.0f}, Filter{2859, 1.0f}, Filter{9001, 1.0f},
+        Filter{0, 0.11f}, Filter{0, 0.47f}, Filter{1500, 0.31f}, Filter{9001, 0.83f}}) {
+    SCOPED_TRACE(::testing::Message() << "top_k " << filter.top_k << ", top_p " << filter.top_p);
+    int64_t compared = 0;
+    for (uint64_t seed = 1; seed <= 8; ++seed) {
+      SamplingRow row = Draw(0, seed);
+      row.top_k = filter.top_k;
+      row.top_p = filter.top_p;
+      const Batch batch = Repeat(logits, row, 3, 1);
+      const Ints got = Run(batch).token_ids;
+      for (size_t b = 0; b < 3; ++b) {
+        const reference::Draw want = reference::Sample(RowProblem(batch, b));
+        if (want.margin < 1e-4) continue;  // rounding may decide
+        EXPECT_EQ(got[b], want.token_id) << "seed " << seed << ", row " << b;
+        ++compared;
+      }
+    }
+    EXPECT_GT(compared, 20);
+  }
+}
+
+TEST_P(OpSample, GreedyLeavesTheLogitsOfARowWithoutPenalty) {
+  constexpr int64_t kVocab = 5003;
+  OpenOn(GetParam(), kVocab);
+  const Values logits = Random(14).Normal(2 * kVocab, DType::kFloat32);
+  Batch batch = {kVocab, logits, {Greedy(0), Draw(1, 3)}, {4, 4}, Bytes(2 * kVocab, 0)};
+  batch.rows[1].temperature = 0.5f;
+  const Values after = Run(batch).logits;
+  EXPECT_TRUE(std::equal(logits.begin(), logits.begin() + kVocab, after.begin()));
 }
 
 // Pearson's chi-squared of 20000 draws against softmax(logits / temperature).

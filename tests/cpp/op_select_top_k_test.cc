@@ -249,10 +249,49 @@ TEST_P(OpSelectTopK, LongRowOfFewDistinctScores) {
   RunAndCheck(problem);
 }
 
+// A length that vectors of scores divide, a first position that they do not, and rows that leave
+// most blocks of a cluster nothing to do.
+TEST_P(OpSelectTopK, LongAndShortRowsTogether) {
+  for (int64_t sink_tokens : {1, 2, 3}) {
+    SCOPED_TRACE(sink_tokens);
+    Problem problem{.seq_lens = {40001, 65, 66, 71, 64, 0, 2100},
+                    .token_budget = 64,
+                    .sink_tokens = sink_tokens,
+                    .recent_tokens = 2};
+    FillSeparated(problem);
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, LongRowMostlyOfNan) {
+  // The -inf ones and the NaNs tie across many blocks; 400 needs some -inf, 2000 some NaN.
+  const Ints rank = Random(12).Permutation(40001);
+  for (int64_t token_budget : {400, 2000}) {
+    SCOPED_TRACE(token_budget);
+    Problem problem{.seq_lens = {40001}, .token_budget = token_budget};
+    Fill(problem, [&](int64_t, int64_t, int32_t t) {
+      if (rank[t] < 100) return 0.1f * static_cast<float>(rank[t]);
+      return rank[t] < 1000 ? -kInf : std::numeric_limits<float>::quiet_NaN();
+    });
+    RunAndCheck(problem);
+  }
+}
+
+TEST_P(OpSelectTopK, LastBitsOfRawScoresDecide) {
+  if (shape().granularity != Granularity::kHead) GTEST_SKIP() << "their weights are equal";
+  Problem problem{.seq_lens = {9001}, .token_budget = 1000};
+  const Ints rank = Random(13).Permutation(9001);
+  Fill(problem, [&](int64_t, int64_t, int32_t t) {
+    return std::ldexp(static_cast<float>((1 << 23) + rank[t] / 2), -23);  // pairs tie
+  });
+  RunAndCheck(problem);
+}
+
 // More keys than the shared memory of one cluster of blocks holds.
 TEST_P(OpSelectTopK, VeryLongRow) {
-  Problem problem{.seq_lens = {420000, 3000}, .token_budget = 2000, .sink_tokens = 1};
-  const Ints levels = Random(11).Below(420000, 3000);
+  constexpr int32_t kLength = 900000;
+  Problem problem{.seq_lens = {kLength, 3000}, .token_budget = 2000, .sink_tokens = 1};
+  const Ints levels = Random(11).Below(kLength, 3000);
   Fill(problem,
        [&](int64_t, int64_t, int32_t t) { return -0.004f * static_cast<float>(levels[t]); });
   RunAndCheck(problem);
