@@ -75,22 +75,28 @@ class SkinnyBlock {
   // not depend on which warp had them.
   __device__ void Multiply() {
     int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    int num_stages = p_.layout.num_stages;
+    int num_stages = p_.layout.num_stages, stage_bytes = p_.layout.StageBytes();
+    // Stages are named by pointers carried along: for an offset of stage x bytes, which is the same
+    // in all threads, ptxas 13.0 encodes copies under an L2 policy as illegal instructions.
+    unsigned char* const first_stage = shared_ + warp * num_stages * stage_bytes;
+    unsigned char* const end_of_stages = first_stage + num_stages * stage_bytes;
     Cursor ahead(num_chunks_, warp);  // of the next copy
-    for (int stage = 0; stage < num_stages; ++stage, ahead.Next()) {
+    for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
       CopyWeight(ahead, stage, lane);
       CommitCopies();
+      ahead.Next();
     }
     WaitForPreviousKernel();
     LetNextKernelStart();
     Cursor inputs(num_chunks_, warp);
-    for (int stage = 0; stage < num_stages; ++stage, inputs.Next()) {
+    for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
       CopyInputs(inputs, stage, lane);
       CommitCopies();
+      inputs.Next();
     }
 
     float sums[2][4] = {};
-    int stage = 0;
+    unsigned char* stage = first_stage;
     for (Cursor at(num_chunks_, warp); at.tile < num_tiles_;) {
       WaitOldest(num_stages);
       __syncwarp();  // for all lanes
@@ -103,7 +109,8 @@ class SkinnyBlock {
       int tile = at.tile, chunk = at.chunk;
       at.Next();
       if (at.tile != tile) HandIn(tile, chunk % kMultiplyWarps, lane, sums);
-      stage = stage == num_stages - 1 ? 0 : stage + 1;
+      stage += stage_bytes;
+      if (stage == end_of_stages) stage = first_stage;
     }
   }
 
@@ -164,11 +171,6 @@ class SkinnyBlock {
     }
   }
 
-  __device__ unsigned char* StageRow(int stage, int row) const {
-    int warp = threadIdx.x / kWarpSize;
-    return shared_ + (warp * p_.layout.num_stages + stage) * p_.layout.StageBytes() +
-           row * kStageRowBytes;
-  }
   __device__ float4* Partial(int buffer, int part, int lane) const {
     return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) +
            (buffer * p_.layout.num_parts + part) * kWarpSize + lane;
@@ -176,12 +178,12 @@ class SkinnyBlock {
 
   // Starts the copies of a chunk of a tile's rows, two rows at a time: lane l has the l % 16-th 16
   // bytes of a row. Zeros past the ends of rows and weight; nothing past the last tile.
-  __device__ void CopyWeight(const Cursor& at, int stage, int lane) {
+  __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
     if (at.tile >= num_tiles_) return;
     TileRows rows = epilogue_.Rows(static_cast<int>(blockIdx.x + at.tile * gridDim.x));
     int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
-    unsigned char* target = StageRow(stage, odd) + SwapHalves(odd, piece * 16);
+    unsigned char* target = stage + odd * kStageRowBytes + SwapHalves(odd, piece * 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int first = (half == 0 ? rows.first : rows.second) + odd;
@@ -197,20 +199,20 @@ class SkinnyBlock {
   }
 
   // Likewise the inputs of all tokens.
-  __device__ void CopyInputs(const Cursor& at, int stage, int lane) {
+  __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
     if (at.tile >= num_tiles_) return;
     int piece = lane % 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
     for (int token = lane / 16; token < p_.num_tokens; token += 2) {
-      CopyAsync16(StageRow(stage, kTileRows + token) + SwapHalves(token, piece * 16),
+      CopyAsync16(stage + (kTileRows + token) * kStageRowBytes + SwapHalves(token, piece * 16),
                   inside ? p_.x + int64_t{token} * p_.num_inputs + input : p_.x, inside);
     }
   }
 
-  __device__ void MultiplyStage(int stage, int lane, float (&sums)[2][4]) {
+  __device__ void MultiplyStage(const unsigned char* stage, int lane, float (&sums)[2][4]) {
     int group = lane / 4;  // weight row, and token
-    const unsigned char* weights = StageRow(stage, group);
-    const unsigned char* inputs = StageRow(stage, kTileRows + group);
+    const unsigned char* weights = stage + group * kStageRowBytes;
+    const unsigned char* inputs = stage + (kTileRows + group) * kStageRowBytes;
     bool present = group < p_.num_tokens;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
