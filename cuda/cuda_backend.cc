@@ -282,11 +282,7 @@ void CudaBackend::Linear(const LinearArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("linear", {&args.x, &args.weight, &args.bias});
-  if (FitsSkinnyLinear(args)) {
-    LaunchSkinnyLinear(args, num_sms_, stream());
-  } else {
-    linear_.Run(args);
-  }
+  LinearAfter(nullptr, args);
 }
 
 void CudaBackend::RopeTable(const RopeTableArgs& args) {
@@ -368,46 +364,55 @@ void CudaBackend::Sample(const SampleArgs& args) {
 
 // --- several ops in one ---
 
-void CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
+const RmsNormArgs* CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
   CheckSameDType("rms_norm", {&norm.out, &norm.weight});
   CheckSameDType("linear", {&linear.x, &linear.weight, &linear.bias});
-  LaunchRmsNorm(norm, FitsSkinnyLinear(linear) ? LaunchNext::kAtOnce : LaunchNext::kAfterWait,
-                stream());
+  bool is_skinny = FitsSkinnyLinear(linear);
+  if (is_skinny && FitsNorm(norm)) return &norm;
+  LaunchRmsNorm(norm, is_skinny ? LaunchNext::kAtOnce : LaunchNext::kAfterWait, stream());
+  return nullptr;
+}
+
+void CudaBackend::LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear) {
+  if (FitsSkinnyLinear(linear)) {
+    LaunchSkinnyLinear(linear, norm, num_sms_, stream());
+  } else {
+    linear_.Run(linear);
+  }
 }
 
 void CudaBackend::NormLinear(const NormLinearArgs& args) {
   Enter();
   Check(args);
-  NormBefore(args.linear, args.norm);
-  Linear(args.linear);
+  LinearAfter(NormBefore(args.linear, args.norm), args.linear);
 }
 
 void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   Enter();
   Check(args);
-  NormBefore(args.linear, args.norm);
+  const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
   if (!FitsLinearRopeAppend(args.linear, args.append)) {
-    Linear(args.linear);
+    LinearAfter(norm, args.linear);
     RopeAppendKv(args.append);
     return;
   }
   CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
                                      &args.append.kv.v_pages});
-  LaunchLinearRopeAppend(args.linear, args.append, num_sms_, stream());
+  LaunchLinearRopeAppend(args.linear, norm, args.append, num_sms_, stream());
   AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
 }
 
 void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
   Enter();
   Check(args);
-  NormBefore(args.linear, args.norm);
+  const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
   if (!FitsLinearSiluMul(args.linear, args.silu_mul)) {
-    Linear(args.linear);
+    LinearAfter(norm, args.linear);
     SiluMul(args.silu_mul);
     return;
   }
   CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
-  LaunchLinearSiluMul(args.linear, args.silu_mul, num_sms_, stream());
+  LaunchLinearSiluMul(args.linear, norm, args.silu_mul, num_sms_, stream());
 }
 
 }  // namespace tidal

@@ -81,8 +81,9 @@ class CudaBackend final : public Backend {
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
   // The scratch of a decode attention op with the queries q [B, Hq, D].
   AttentionScratch ScratchFor(const TensorView& q);
-  // The norm of a projection's inputs.
-  void NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
+  // The norm that makes a product's inputs: handed on if the product takes it along, else done.
+  const RmsNormArgs* NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
+  void LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
   void AllowEarlyReads(bool allow) {
     attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;

@@ -3,10 +3,11 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__nv_bfloat16>(const LinearArgs&, int, cudaStream_t);
-template void RunLinearRopeAppend<__nv_bfloat16>(const LinearArgs&, const RopeAppendKvArgs&, int,
-                                                 cudaStream_t);
-template void RunLinearSiluMul<__nv_bfloat16>(const LinearArgs&, const SiluMulArgs&, int,
-                                              cudaStream_t);
+template void RunSkinnyLinear<__nv_bfloat16>(const LinearArgs&, const RmsNormArgs*, int,
+                                             cudaStream_t);
+template void RunLinearRopeAppend<__nv_bfloat16>(const LinearArgs&, const RmsNormArgs*,
+                                                 const RopeAppendKvArgs&, int, cudaStream_t);
+template void RunLinearSiluMul<__nv_bfloat16>(const LinearArgs&, const RmsNormArgs*,
+                                              const SiluMulArgs&, int, cudaStream_t);
 
 }  // namespace tidal

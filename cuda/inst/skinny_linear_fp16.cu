@@ -3,9 +3,10 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__half>(const LinearArgs&, int, cudaStream_t);
-template void RunLinearRopeAppend<__half>(const LinearArgs&, const RopeAppendKvArgs&, int,
-                                          cudaStream_t);
-template void RunLinearSiluMul<__half>(const LinearArgs&, const SiluMulArgs&, int, cudaStream_t);
+template void RunSkinnyLinear<__half>(const LinearArgs&, const RmsNormArgs*, int, cudaStream_t);
+template void RunLinearRopeAppend<__half>(const LinearArgs&, const RmsNormArgs*,
+                                          const RopeAppendKvArgs&, int, cudaStream_t);
+template void RunLinearSiluMul<__half>(const LinearArgs&, const RmsNormArgs*, const SiluMulArgs&,
+                                       int, cudaStream_t);
 
 }  // namespace tidal

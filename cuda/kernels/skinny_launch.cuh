@@ -11,20 +11,19 @@
 
 namespace tidal {
 
-template <typename T, typename Epilogue>
-void RunSkinny(const LinearArgs& linear, int num_tiles, const Epilogue& epilogue, int num_sms,
-               cudaStream_t stream) {
-  SkinnyParams<T> params = {};
-  params.weight = static_cast<const T*>(linear.weight.ptr);
-  params.num_outputs = static_cast<int>(linear.weight.dim(0));
-  params.num_inputs = static_cast<int>(linear.weight.dim(1));
-  params.num_tokens = static_cast<int>(linear.x.dim(0));
-  params.num_tiles = num_tiles;
-  params.x = static_cast<const T*>(linear.x.ptr);
-  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens);
+struct SkinnyGrid {
+  int num_tiles;
+  int max_stages;
+  int num_sms;
+};
 
-  auto kernel = SkinnyLinearKernel<T, Epilogue>;
-  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(num_sms, num_tiles))),
+template <typename T, bool kNormed, typename Epilogue>
+void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                  cudaStream_t stream) {
+  params.num_tiles = grid.num_tiles;
+  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens, kNormed, grid.max_stages);
+  auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed>;
+  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(grid.num_sms, grid.num_tiles))),
                        .block = dim3(kSkinnyThreads),
                        .shared_bytes = static_cast<size_t>(params.layout.Total())};
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -33,26 +32,59 @@ void RunSkinny(const LinearArgs& linear, int num_tiles, const Epilogue& epilogue
 }
 
 template <typename T>
-void RunSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream) {
-  int num_outputs = static_cast<int>(args.weight.dim(0));
-  int num_tokens = static_cast<int>(args.x.dim(0));
-  int num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows));
-  auto* bias = static_cast<const T*>(args.bias.ptr);
-  if (args.output == LinearOutput::kAccumulate) {
-    AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
-  } else if (args.out.dtype == DType::kFloat32) {
-    StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
+SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const RmsNormArgs* norm) {
+  SkinnyParams<T> params = {};
+  params.weight = static_cast<const T*>(linear.weight.ptr);
+  params.num_outputs = static_cast<int>(linear.weight.dim(0));
+  params.num_inputs = static_cast<int>(linear.weight.dim(1));
+  params.num_tokens = static_cast<int>(linear.x.dim(0));
+  params.x = static_cast<const T*>(linear.x.ptr);
+  if (norm != nullptr) {
+    params.hidden = norm->x.data<float>();
+    params.norm_weight = static_cast<const T*>(norm->weight.ptr);
+    params.norm_eps = norm->eps;
+  }
+  return params;
+}
+
+// With the norm in the kernel if there is one.
+template <typename T, typename Epilogue>
+void LaunchSkinnyMaybeNormed(const LinearArgs& linear, const RmsNormArgs* norm,
+                             const SkinnyGrid& grid, const Epilogue& epilogue,
+                             cudaStream_t stream) {
+  SkinnyParams<T> params = MakeSkinnyParams<T>(linear, norm);
+  if (norm != nullptr) {
+    LaunchSkinny<T, true>(params, grid, epilogue, stream);
   } else {
-    StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
-    RunSkinny<T>(args, num_tiles, epilogue, num_sms, stream);
+    LaunchSkinny<T, false>(params, grid, epilogue, stream);
   }
 }
 
 template <typename T>
-void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
-                         cudaStream_t stream) {
+void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
+                     cudaStream_t stream) {
+  int num_outputs = static_cast<int>(args.weight.dim(0));
+  int num_tokens = static_cast<int>(args.x.dim(0));
+  auto* bias = static_cast<const T*>(args.bias.ptr);
+  SkinnyGrid grid = {.num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows)),
+                     .max_stages = kMaxStages,
+                     .num_sms = num_sms};
+  if (args.output == LinearOutput::kAccumulate) {
+    TIDAL_CHECK(norm == nullptr, BackendError, "linear: a norm in front of a residual sum");
+    AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
+    LaunchSkinny<T, false>(MakeSkinnyParams<T>(args, nullptr), grid, epilogue, stream);
+  } else if (args.out.dtype == DType::kFloat32) {
+    StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
+    LaunchSkinnyMaybeNormed<T>(args, norm, grid, epilogue, stream);
+  } else {
+    StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
+    LaunchSkinnyMaybeNormed<T>(args, norm, grid, epilogue, stream);
+  }
+}
+
+template <typename T>
+void RunLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
+                         const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream) {
   RopeAppendEpilogue<T> epilogue = {};
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
   epilogue.cos_sin = append.cos_sin.data<float>();
@@ -68,19 +100,26 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
   epilogue.head_dim = static_cast<int>(append.q.dim(2));
   epilogue.page_size = static_cast<int>(append.kv.k_pages.dim(2));
   epilogue.num_tokens = static_cast<int>(append.q.dim(0));
-  int num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows);
-  RunSkinny<T>(linear, num_tiles, epilogue, num_sms, stream);
+  // Few stages leave room for a block of the attention that follows, which reads its keys and
+  // values early.
+  SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows),
+                     .max_stages = kStagesBeforeAttention,
+                     .num_sms = num_sms};
+  LaunchSkinnyMaybeNormed<T>(linear, norm, grid, epilogue, stream);
 }
 
 template <typename T>
-void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
-                      cudaStream_t stream) {
+void RunLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
+                      const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream) {
   SiluMulEpilogue<T> epilogue = {};
   epilogue.out = static_cast<T*>(silu_mul.out.ptr);
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
   epilogue.intermediate_size = static_cast<int>(silu_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(silu_mul.out.dim(0));
-  RunSkinny<T>(linear, epilogue.intermediate_size / 8, epilogue, num_sms, stream);
+  SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),
+                     .max_stages = kMaxStages,
+                     .num_sms = num_sms};
+  LaunchSkinnyMaybeNormed<T>(linear, norm, grid, epilogue, stream);
 }
 
 }  // namespace tidal

@@ -9,6 +9,7 @@
 namespace tidal {
 
 inline constexpr int64_t kMaxSkinnyTokens = 8;  // the N of one mma.m16n8k16
+inline constexpr int64_t kMaxNormedTokens = 2;  // with an RmsNorm in front
 inline constexpr int kTileRows = 16;            // weight rows of a tile: the M of one mma
 inline constexpr int kChunk = 128;              // inputs of a stage
 inline constexpr int kStepInputs = 32;          // inputs of two mma
@@ -17,8 +18,10 @@ inline constexpr int kFinishWarp = kMultiplyWarps;
 inline constexpr int kSkinnyThreads = (kMultiplyWarps + 1) * 32;
 inline constexpr int kFragmentFloats = kTileRows * static_cast<int>(kMaxSkinnyTokens);
 inline constexpr int kStageRowBytes = kChunk * 2;
-inline constexpr int kMinStages = 4;
+inline constexpr int kHiddenRowBytes = kChunk * 4;
+inline constexpr int kMinStages = 3;
 inline constexpr int kMaxStages = 6;
+inline constexpr int kStagesBeforeAttention = 3;
 
 // Of a block, dynamic; some bytes are static, and 1 KiB is the system's. One block has an SM for
 // itself: then the next kernel's blocks come when this one's end, SM by SM, and what they copy
@@ -38,26 +41,36 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
 // part in the same buffers all the time.
 struct SkinnyLayout {
   int num_stages;        // of each multiplying warp
-  int stage_rows;        // weight rows and tokens
+  int input_bytes;       // of a stage, behind its weight rows
   int num_parts;         // of a tile: chunks, but no more than warps
   int num_tile_buffers;  // tiles whose parts may wait for the finishing warp
 
-  __host__ __device__ int StageBytes() const { return stage_rows * kStageRowBytes; }
+  __host__ __device__ int StageBytes() const { return kTileRows * kStageRowBytes + input_bytes; }
   __host__ __device__ int Partials() const { return kMultiplyWarps * num_stages * StageBytes(); }
-  __host__ __device__ int Barriers() const {
+  // Of the tokens' hidden states, one for each part of a tile and token.
+  __host__ __device__ int SumsOfSquares() const {
     return Partials() + num_tile_buffers * num_parts * kFragmentFloats * 4;
+  }
+  __host__ __device__ int Barriers() const {
+    return SumsOfSquares() + num_parts * static_cast<int>(kMaxSkinnyTokens) * 4;
   }
   __host__ __device__ int Total() const {
     return Barriers() + 2 * num_tile_buffers * static_cast<int>(sizeof(uint64_t));
   }
 };
 
-// As many stages as fit.
-inline SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens) {
+// The inputs of a chunk: of a normed product hidden states in float32 and norm weights.
+inline int InputBytes(int num_tokens, bool normed) {
+  return normed ? num_tokens * kHiddenRowBytes + kStageRowBytes : num_tokens * kStageRowBytes;
+}
+
+// As many stages as fit, at most max_stages.
+inline SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens, bool normed,
+                                     int max_stages) {
   int num_chunks = static_cast<int>((num_inputs + kChunk - 1) / kChunk);
   int num_parts = std::min(num_chunks, kMultiplyWarps);
-  SkinnyLayout layout = {.num_stages = kMaxStages,
-                         .stage_rows = kTileRows + num_tokens,
+  SkinnyLayout layout = {.num_stages = max_stages,
+                         .input_bytes = InputBytes(num_tokens, normed),
                          .num_parts = num_parts,
                          .num_tile_buffers = num_parts == kMultiplyWarps ? 2 : kMultiplyWarps};
   while (layout.num_stages > kMinStages && layout.Total() > kMaxSharedBytes) --layout.num_stages;

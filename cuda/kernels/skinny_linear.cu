@@ -39,23 +39,31 @@ bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {
   return FitsSkinnyLinear(linear) && silu_mul.out.dim(1) % (kTileRows / 2) == 0;
 }
 
-void LaunchSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream) {
+bool FitsNorm(const RmsNormArgs& norm) {
+  // The products with the norm's weights are rounded before they are scaled: float16 could
+  // overflow.
+  return norm.x.dim(0) <= kMaxNormedTokens && norm.out.dtype == DType::kBFloat16 &&
+         IsAligned(norm.x) && IsAligned(norm.weight);
+}
+
+void LaunchSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
+                        cudaStream_t stream) {
   DispatchHalf(args.weight.dtype, "linear", [&](auto tag) {
-    RunSkinnyLinear<typename decltype(tag)::Type>(args, num_sms, stream);
+    RunSkinnyLinear<typename decltype(tag)::Type>(args, norm, num_sms, stream);
   });
 }
 
-void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
-                            cudaStream_t stream) {
+void LaunchLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
+                            const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream) {
   DispatchHalf(linear.weight.dtype, "qkv_rope_append", [&](auto tag) {
-    RunLinearRopeAppend<typename decltype(tag)::Type>(linear, append, num_sms, stream);
+    RunLinearRopeAppend<typename decltype(tag)::Type>(linear, norm, append, num_sms, stream);
   });
 }
 
-void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
-                         cudaStream_t stream) {
+void LaunchLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
+                         const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream) {
   DispatchHalf(linear.weight.dtype, "gate_up_silu_mul", [&](auto tag) {
-    RunLinearSiluMul<typename decltype(tag)::Type>(linear, silu_mul, num_sms, stream);
+    RunLinearSiluMul<typename decltype(tag)::Type>(linear, norm, silu_mul, num_sms, stream);
   });
 }
 

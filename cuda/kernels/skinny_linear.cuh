@@ -6,6 +6,11 @@
 // are the 16 rows of an mma, tokens its 8 columns. A ninth warp adds up their parts of a tile in a
 // fixed order and finishes it (the Epilogue: bias, residual, SiLU, rotation and append).
 //
+// With kNormed the inputs are an RmsNorm of the hidden states: each is multiplied by the norm's
+// weight on its way into an mma, the sums of squares fall off on the way through the first tile,
+// and the results are scaled. For one or two tokens that beats a kernel of its own in front; for
+// more the float32 hidden states would be too many bytes beside the weight.
+//
 // Inside an mma the order of the inputs does not matter as long as both sides agree: a lane takes 8
 // neighbouring inputs of a row with one 16-byte load, and they serve as the k of two mma.
 #pragma once
@@ -24,12 +29,15 @@ namespace tidal {
 
 template <typename T>
 struct SkinnyParams {
-  const T* weight;  // [N, K]
-  int num_outputs;  // N
-  int num_inputs;   // K
-  int num_tokens;   // 1 to kMaxSkinnyTokens
-  int num_tiles;    // of all blocks together
-  const T* x;       // [T, K]
+  const T* weight;       // [N, K]
+  int num_outputs;       // N
+  int num_inputs;        // K
+  int num_tokens;        // 1 to kMaxSkinnyTokens
+  int num_tiles;         // of all blocks together
+  const T* x;            // [T, K]; with kNormed: RmsNorm of the next three
+  const float* hidden;   // [T, K]
+  const T* norm_weight;  // [K]
+  float norm_eps;
   SkinnyLayout layout;
 };
 
@@ -49,7 +57,7 @@ struct TileRows {
 //     Finish(tile, values): lane l holds rows l / 4 of the first and the second 8, for tokens
 //     2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
-template <typename T, typename Epilogue>
+template <typename T, typename Epilogue, bool kNormed>
 class SkinnyBlock {
  public:
   __device__ SkinnyBlock(const SkinnyParams<T>& params, const Epilogue& epilogue,
@@ -95,12 +103,13 @@ class SkinnyBlock {
       inputs.Next();
     }
 
-    float sums[2][4] = {};
+    float sums[2][4] = {}, sum_of_squares = 0.0f;
     unsigned char* stage = first_stage;
     for (Cursor at(num_chunks_, warp); at.tile < num_tiles_;) {
       WaitOldest(num_stages);
       __syncwarp();  // for all lanes
-      MultiplyStage(stage, lane, sums);
+      float squares = MultiplyStage(stage, lane, sums);
+      if (at.tile == 0) sum_of_squares = __fadd_rn(sum_of_squares, squares);
       __syncwarp();  // all are done with the stage
       CopyWeight(ahead, stage, lane);
       CopyInputs(ahead, stage, lane);
@@ -108,7 +117,11 @@ class SkinnyBlock {
       ahead.Next();
       int tile = at.tile, chunk = at.chunk;
       at.Next();
-      if (at.tile != tile) HandIn(tile, chunk % kMultiplyWarps, lane, sums);
+      if (at.tile != tile) {
+        int part = chunk % kMultiplyWarps;
+        if (kNormed && tile == 0) HandInSquares(part, lane, sum_of_squares);
+        HandIn(tile, part, lane, sums);
+      }
       stage += stage_bytes;
       if (stage == end_of_stages) stage = first_stage;
     }
@@ -119,6 +132,7 @@ class SkinnyBlock {
     int lane = threadIdx.x % kWarpSize, num_buffers = p_.layout.num_tile_buffers;
     WaitForPreviousKernel();
     typename Epilogue::Lane finisher(epilogue_, lane);
+    float scales[2] = {1.0f, 1.0f};  // of this lane's two tokens
     for (int i = 0; i < num_tiles_; ++i) {
       int tile = static_cast<int>(blockIdx.x + i * gridDim.x), buffer = i % num_buffers;
       finisher.Begin(tile);
@@ -131,9 +145,14 @@ class SkinnyBlock {
         total.z = __fadd_rn(total.z, partial.z);
         total.w = __fadd_rn(total.w, partial.w);
       }
+      if (kNormed && i == 0) {
+        scales[0] = NormScale(lane % 4 * 2);
+        scales[1] = NormScale(lane % 4 * 2 + 1);
+      }
       __syncwarp();
       if (lane == 0) Arrive(tile_empty_ + buffer);
-      const float values[4] = {total.x, total.y, total.z, total.w};
+      const float values[4] = {total.x * scales[0], total.y * scales[1], total.z * scales[0],
+                               total.w * scales[1]};
       finisher.Finish(tile, values);
     }
   }
@@ -161,28 +180,41 @@ class SkinnyBlock {
 
   // Until the oldest of num_stages groups of copies has landed.
   __device__ static void WaitOldest(int num_stages) {
-    static_assert(kMinStages == 4 && kMaxStages == 6);
+    static_assert(kMinStages == 3 && kMaxStages == 6);
     if (num_stages == 6) {
       WaitCopies<5>();
     } else if (num_stages == 5) {
       WaitCopies<4>();
-    } else {
+    } else if (num_stages == 4) {
       WaitCopies<3>();
+    } else {
+      WaitCopies<2>();
     }
   }
 
+  // One float for each part and token.
+  __device__ float* SquaresOf(int part, int token) const {
+    return reinterpret_cast<float*>(shared_ + p_.layout.SumsOfSquares()) +
+           part * static_cast<int>(kMaxSkinnyTokens) + token;
+  }
   __device__ float4* Partial(int buffer, int part, int lane) const {
     return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) +
            (buffer * p_.layout.num_parts + part) * kWarpSize + lane;
   }
 
   // Starts the copies of a chunk of a tile's rows, two rows at a time: lane l has the l % 16-th 16
-  // bytes of a row. Zeros past the ends of rows and weight; nothing past the last tile.
+  // bytes of a row; with kNormed of the norm's weights, too. Zeros past the ends of rows and
+  // weight; nothing past the last tile.
   __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
     if (at.tile >= num_tiles_) return;
     TileRows rows = epilogue_.Rows(static_cast<int>(blockIdx.x + at.tile * gridDim.x));
     int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
+    if (kNormed && odd == 0) {
+      unsigned char* norm =
+          stage + kTileRows * kStageRowBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
+      CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
+    }
     unsigned char* target = stage + odd * kStageRowBytes + SwapHalves(odd, piece * 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -198,32 +230,89 @@ class SkinnyBlock {
     }
   }
 
-  // Likewise the inputs of all tokens.
+  // Likewise the inputs of all tokens, 16 bytes a lane.
   __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
     if (at.tile >= num_tiles_) return;
-    int piece = lane % 16, input = at.chunk * kChunk + piece * 8;
-    bool inside = input < p_.num_inputs;
-    for (int token = lane / 16; token < p_.num_tokens; token += 2) {
-      CopyAsync16(stage + (kTileRows + token) * kStageRowBytes + SwapHalves(token, piece * 16),
-                  inside ? p_.x + int64_t{token} * p_.num_inputs + input : p_.x, inside);
+    unsigned char* target = stage + kTileRows * kStageRowBytes;
+    if constexpr (kNormed) {
+      int input = at.chunk * kChunk + lane * 4;
+      bool inside = input < p_.num_inputs;
+      for (int token = 0; token < p_.num_tokens; ++token) {
+        const float* source = p_.hidden + int64_t{token} * p_.num_inputs + input;
+        CopyAsync16(target + token * kHiddenRowBytes + lane * 16, inside ? source : p_.hidden,
+                    inside);
+      }
+    } else {
+      int piece = lane % 16, input = at.chunk * kChunk + piece * 8;
+      bool inside = input < p_.num_inputs;
+      for (int token = lane / 16; token < p_.num_tokens; token += 2) {
+        const T* source = p_.x + int64_t{token} * p_.num_inputs + input;
+        CopyAsync16(target + token * kStageRowBytes + SwapHalves(token, piece * 16),
+                    inside ? source : p_.x, inside);
+      }
     }
   }
 
-  __device__ void MultiplyStage(const unsigned char* stage, int lane, float (&sums)[2][4]) {
-    int group = lane / 4;  // weight row, and token
+  // Returns, with kNormed, the sum of the squares of the hidden states that this lane has used.
+  __device__ float MultiplyStage(const unsigned char* stage, int lane, float (&sums)[2][4]) {
+    int group = lane / 4, quarter = lane % 4;  // weight row, and token; 8 inputs of each step
     const unsigned char* weights = stage + group * kStageRowBytes;
-    const unsigned char* inputs = stage + (kTileRows + group) * kStageRowBytes;
+    const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
     bool present = group < p_.num_tokens;
+    float squares = 0.0f;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
-      int offset = SwapHalves(group, step * kStepInputs * 2 + lane % 4 * 16);
+      int offset = SwapHalves(group, step * kStepInputs * 2 + quarter * 16);
       uint4 low = *reinterpret_cast<const uint4*>(weights + offset);
       uint4 high = *reinterpret_cast<const uint4*>(weights + 8 * kStageRowBytes + offset);
       uint4 b = make_uint4(0, 0, 0, 0);
-      if (present) b = *reinterpret_cast<const uint4*>(inputs + offset);
+      if (present) {
+        if constexpr (kNormed) {
+          b = WeighedInputs(inputs, group, step * 4 + quarter, squares);
+        } else {
+          b = *reinterpret_cast<const uint4*>(inputs + group * kStageRowBytes + offset);
+        }
+      }
       MultiplyAdd<T>(sums[0], {low.x, high.x, low.y, high.y}, b.x, b.y);
       MultiplyAdd<T>(sums[1], {low.z, high.z, low.w, high.w}, b.z, b.w);
     }
+    return squares;
+  }
+
+  // Eight inputs of a token, the piece-th eight of a chunk: hidden states times norm weights. What
+  // the norm divides by is the same for a whole row: it multiplies the results.
+  __device__ uint4 WeighedInputs(const unsigned char* inputs, int token, int piece,
+                                 float& squares) const {
+    float hidden[2][4], weights[8];
+    const auto* row = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes) + piece * 8;
+    LoadFloats<4>(row, hidden[0]);
+    LoadFloats<4>(row + 4, hidden[1]);
+    const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
+    LoadFloats<8>(norm + piece * 8, weights);
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low = hidden[i / 2][i % 2 * 2], high = hidden[i / 2][i % 2 * 2 + 1];
+      squares = __fmaf_rn(low, low, __fmaf_rn(high, high, squares));
+      packed[i] = PackPair<T>(low * weights[i * 2], high * weights[i * 2 + 1]);
+    }
+    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+
+  // Lanes 4 g to 4 g + 3 hold the squares of token g.
+  __device__ void HandInSquares(int part, int lane, float squares) {
+    squares = __fadd_rn(squares, __shfl_xor_sync(kFullWarp, squares, 1));
+    squares = __fadd_rn(squares, __shfl_xor_sync(kFullWarp, squares, 2));
+    if (lane % 4 == 0) *SquaresOf(part, lane / 4) = squares;
+  }
+
+  // 1 / sqrt(mean of squares + eps), once all parts of the first tile are handed in.
+  __device__ float NormScale(int token) const {
+    float sum = 0.0f;
+    for (int part = 0; part < p_.layout.num_parts; ++part) {
+      sum = __fadd_rn(sum, *SquaresOf(part, token));
+    }
+    return 1.0f / sqrtf(sum / static_cast<float>(p_.num_inputs) + p_.norm_eps);
   }
 
   // Leaves this warp's part of a tile to the finishing warp, and starts afresh.
@@ -252,13 +341,13 @@ class SkinnyBlock {
 #endif
 
 // grid: at most one block for each SM and tile; kSkinnyThreads threads.
-template <typename T, typename Epilogue>
+template <typename T, typename Epilogue, bool kNormed>
 __global__ void __launch_bounds__(kSkinnyThreads, 2)
     SkinnyLinearKernel(const __grid_constant__ SkinnyParams<T> params,
                        const __grid_constant__ Epilogue epilogue) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  SkinnyBlock<T, Epilogue> block(params, epilogue, shared_bytes);
+  SkinnyBlock<T, Epilogue, kNormed> block(params, epilogue, shared_bytes);
   if (threadIdx.x == 0) block.InitBarriers();
   __syncthreads();
   if (threadIdx.x / kWarpSize == kFinishWarp) {

@@ -1,5 +1,5 @@
 // Matrix products of a decode step: a few tokens times a weight that is read once, with what stands
-// behind it in a layer. For more tokens there is cuda_linear.h.
+// before and behind it in a layer. For more tokens there is cuda_linear.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,10 +14,15 @@ bool FitsSkinnyLinear(const LinearArgs& args);
 bool FitsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
 bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
 
-void LaunchSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream);
-void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
-                            cudaStream_t stream);
-void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
-                         cudaStream_t stream);
+// Whether they also take the RmsNorm that makes the product's inputs, if they take the product.
+bool FitsNorm(const RmsNormArgs& norm);
+
+// `norm`: makes linear.x, which is then neither read nor written; null: linear.x is there.
+void LaunchSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
+                        cudaStream_t stream);
+void LaunchLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
+                            const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream);
+void LaunchLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
+                         const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream);
 
 }  // namespace tidal

@@ -8,15 +8,17 @@
 
 namespace tidal {
 
+// As the functions of skinny_linear.h.
 template <typename T>
-void RunSkinnyLinear(const LinearArgs& args, int num_sms, cudaStream_t stream);
+void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
+                     cudaStream_t stream);
 
 template <typename T>
-void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append, int num_sms,
-                         cudaStream_t stream);
+void RunLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
+                         const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream);
 
 template <typename T>
-void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, int num_sms,
-                      cudaStream_t stream);
+void RunLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
+                      const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream);
 
 }  // namespace tidal
