@@ -9,7 +9,7 @@
 namespace tidal {
 
 inline constexpr int64_t kMaxSkinnyTokens = 8;  // the N of one mma.m16n8k16
-inline constexpr int64_t kMaxNormedTokens = 2;  // with an RmsNorm in front
+inline constexpr int64_t kMaxNormedTokens = 4;  // with an RmsNorm in front
 inline constexpr int kTileRows = 16;            // weight rows of a tile: the M of one mma
 inline constexpr int kChunk = 128;              // inputs of a stage
 inline constexpr int kStepInputs = 32;          // inputs of two mma
@@ -42,15 +42,17 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
 struct SkinnyLayout {
   int num_stages;        // of each multiplying warp
   int input_bytes;       // of a stage, behind its weight rows
+  int normed_bytes;      // inputs made from hidden states, of all chunks and tokens
   int num_parts;         // of a tile: chunks, but no more than warps
   int num_tile_buffers;  // tiles whose parts may wait for the finishing warp
 
   __host__ __device__ int StageBytes() const { return kTileRows * kStageRowBytes + input_bytes; }
   __host__ __device__ int Partials() const { return kMultiplyWarps * num_stages * StageBytes(); }
-  // Of the tokens' hidden states, one for each part of a tile and token.
-  __host__ __device__ int SumsOfSquares() const {
+  __host__ __device__ int Normed() const {
     return Partials() + num_tile_buffers * num_parts * kFragmentFloats * 4;
   }
+  // Of the tokens' hidden states, one for each part of a tile and token.
+  __host__ __device__ int SumsOfSquares() const { return Normed() + normed_bytes; }
   __host__ __device__ int Barriers() const {
     return SumsOfSquares() + num_parts * static_cast<int>(kMaxSkinnyTokens) * 4;
   }
@@ -71,6 +73,7 @@ inline SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens, bool no
   int num_parts = std::min(num_chunks, kMultiplyWarps);
   SkinnyLayout layout = {.num_stages = max_stages,
                          .input_bytes = InputBytes(num_tokens, normed),
+                         .normed_bytes = normed ? num_tokens * num_chunks * kStageRowBytes : 0,
                          .num_parts = num_parts,
                          .num_tile_buffers = num_parts == kMultiplyWarps ? 2 : kMultiplyWarps};
   while (layout.num_stages > kMinStages && layout.Total() > kMaxSharedBytes) --layout.num_stages;

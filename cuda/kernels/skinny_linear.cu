@@ -40,9 +40,14 @@ bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {
 }
 
 bool FitsNorm(const RmsNormArgs& norm) {
+  int64_t num_tokens = norm.x.dim(0), num_inputs = norm.x.dim(1);
+  constexpr int64_t kEqualShares = int64_t{kChunk} * kMultiplyWarps;
+  if (num_tokens > kMaxNormedTokens || num_inputs % kEqualShares != 0) return false;
+  SkinnyLayout layout =
+      MakeSkinnyLayout(num_inputs, static_cast<int>(num_tokens), true, kMinStages);
   // The products with the norm's weights are rounded before they are scaled: float16 could
   // overflow.
-  return norm.x.dim(0) <= kMaxNormedTokens && norm.out.dtype == DType::kBFloat16 &&
+  return layout.Total() <= kMaxSharedBytes && norm.out.dtype == DType::kBFloat16 &&
          IsAligned(norm.x) && IsAligned(norm.weight);
 }
 

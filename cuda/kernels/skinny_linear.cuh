@@ -6,10 +6,10 @@
 // are the 16 rows of an mma, tokens its 8 columns. A ninth warp adds up their parts of a tile in a
 // fixed order and finishes it (the Epilogue: bias, residual, SiLU, rotation and append).
 //
-// With kNormed the inputs are an RmsNorm of the hidden states: each is multiplied by the norm's
-// weight on its way into an mma, the sums of squares fall off on the way through the first tile,
-// and the results are scaled. For one or two tokens that beats a kernel of its own in front; for
-// more the float32 hidden states would be too many bytes beside the weight.
+// With kNormed the inputs are an RmsNorm of hidden states, made on the way through a block's first
+// tile: each hidden state is multiplied by the norm's weight and kept in shared memory for the
+// other tiles, where the same lane needs it again (a tile's chunks are a multiple of the warps);
+// the sums of squares fall off, and the results are scaled.
 //
 // Inside an mma the order of the inputs does not matter as long as both sides agree: a lane takes 8
 // neighbouring inputs of a row with one 16-byte load, and they serve as the k of two mma.
@@ -108,8 +108,10 @@ class SkinnyBlock {
     for (Cursor at(num_chunks_, warp); at.tile < num_tiles_;) {
       WaitOldest(num_stages);
       __syncwarp();  // for all lanes
-      float squares = MultiplyStage(stage, lane, sums);
-      if (at.tile == 0) sum_of_squares = __fadd_rn(sum_of_squares, squares);
+      if (kNormed && at.tile == 0) {
+        sum_of_squares = __fadd_rn(sum_of_squares, MakeInputs(at, stage, lane));
+      }
+      MultiplyStage(at, stage, lane, sums);
       __syncwarp();  // all are done with the stage
       CopyWeight(ahead, stage, lane);
       CopyInputs(ahead, stage, lane);
@@ -203,14 +205,14 @@ class SkinnyBlock {
   }
 
   // Starts the copies of a chunk of a tile's rows, two rows at a time: lane l has the l % 16-th 16
-  // bytes of a row; with kNormed of the norm's weights, too. Zeros past the ends of rows and
-  // weight; nothing past the last tile.
+  // bytes of a row; for a first tile with kNormed of the norm's weights, too. Zeros past the ends
+  // of rows and weight; nothing past the last tile.
   __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
     if (at.tile >= num_tiles_) return;
     TileRows rows = epilogue_.Rows(static_cast<int>(blockIdx.x + at.tile * gridDim.x));
     int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
-    if (kNormed && odd == 0) {
+    if (kNormed && at.tile == 0 && odd == 0) {
       unsigned char* norm =
           stage + kTileRows * kStageRowBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
       CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
@@ -232,7 +234,7 @@ class SkinnyBlock {
 
   // Likewise the inputs of all tokens, 16 bytes a lane.
   __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
-    if (at.tile >= num_tiles_) return;
+    if (at.tile >= num_tiles_ || (kNormed && at.tile > 0)) return;
     unsigned char* target = stage + kTileRows * kStageRowBytes;
     if constexpr (kNormed) {
       int input = at.chunk * kChunk + lane * 4;
@@ -253,50 +255,57 @@ class SkinnyBlock {
     }
   }
 
-  // Returns, with kNormed, the sum of the squares of the hidden states that this lane has used.
-  __device__ float MultiplyStage(const unsigned char* stage, int lane, float (&sums)[2][4]) {
-    int group = lane / 4, quarter = lane % 4;  // weight row, and token; 8 inputs of each step
+  __device__ void MultiplyStage(const Cursor& at, const unsigned char* stage, int lane,
+                                float (&sums)[2][4]) {
+    int group = lane / 4;  // weight row, and token
     const unsigned char* weights = stage + group * kStageRowBytes;
-    const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
+    const unsigned char* inputs =
+        kNormed ? NormedRow(group, at.chunk) : stage + (kTileRows + group) * kStageRowBytes;
     bool present = group < p_.num_tokens;
-    float squares = 0.0f;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
-      int offset = SwapHalves(group, step * kStepInputs * 2 + quarter * 16);
+      int offset = SwapHalves(group, step * kStepInputs * 2 + lane % 4 * 16);
       uint4 low = *reinterpret_cast<const uint4*>(weights + offset);
       uint4 high = *reinterpret_cast<const uint4*>(weights + 8 * kStageRowBytes + offset);
       uint4 b = make_uint4(0, 0, 0, 0);
-      if (present) {
-        if constexpr (kNormed) {
-          b = WeighedInputs(inputs, group, step * 4 + quarter, squares);
-        } else {
-          b = *reinterpret_cast<const uint4*>(inputs + group * kStageRowBytes + offset);
-        }
-      }
+      if (present) b = *reinterpret_cast<const uint4*>(inputs + offset);
       MultiplyAdd<T>(sums[0], {low.x, high.x, low.y, high.y}, b.x, b.y);
       MultiplyAdd<T>(sums[1], {low.z, high.z, low.w, high.w}, b.z, b.w);
     }
-    return squares;
   }
 
-  // Eight inputs of a token, the piece-th eight of a chunk: hidden states times norm weights. What
-  // the norm divides by is the same for a whole row: it multiplies the results.
-  __device__ uint4 WeighedInputs(const unsigned char* inputs, int token, int piece,
-                                 float& squares) const {
-    float hidden[2][4], weights[8];
-    const auto* row = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes) + piece * 8;
-    LoadFloats<4>(row, hidden[0]);
-    LoadFloats<4>(row + 4, hidden[1]);
+  // The inputs of a token and chunk, made by MakeInputs.
+  __device__ unsigned char* NormedRow(int token, int chunk) const {
+    return shared_ + p_.layout.Normed() + (token * num_chunks_ + chunk) * kStageRowBytes;
+  }
+
+  // Hidden states times norm weights, what this lane needs of them; what the norm divides by is the
+  // same for a whole row and multiplies the results. Returns the sum of the squares.
+  __device__ float MakeInputs(const Cursor& at, const unsigned char* stage, int lane) {
+    int token = lane / 4;
+    if (token >= p_.num_tokens) return 0.0f;
+    const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
+    const auto* hidden = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes);
     const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
-    LoadFloats<8>(norm + piece * 8, weights);
-    uint32_t packed[4];
+    float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float low = hidden[i / 2][i % 2 * 2], high = hidden[i / 2][i % 2 * 2 + 1];
-      squares = __fmaf_rn(low, low, __fmaf_rn(high, high, squares));
-      packed[i] = PackPair<T>(low * weights[i * 2], high * weights[i * 2 + 1]);
+    for (int step = 0; step < kChunk / kStepInputs; ++step) {
+      int first = step * kStepInputs + lane % 4 * 8;
+      float low[4], high[4], weights[8];
+      LoadFloats<4>(hidden + first, low);
+      LoadFloats<4>(hidden + first + 4, high);
+      LoadFloats<8>(norm + first, weights);
+      float products[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        squares = __fmaf_rn(low[i], low[i], __fmaf_rn(high[i], high[i], squares));
+        products[i] = low[i] * weights[i];
+        products[i + 4] = high[i] * weights[i + 4];
+      }
+      unsigned char* target = NormedRow(token, at.chunk) + SwapHalves(token, first * 2);
+      StoreFloats<8>(reinterpret_cast<T*>(target), products);
     }
-    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    return squares;
   }
 
   // Lanes 4 g to 4 g + 3 hold the squares of token g.
