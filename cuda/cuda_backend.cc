@@ -138,6 +138,14 @@ DType CudaBackend::activation_dtype(DType weight_dtype) const {
   return weight_dtype;
 }
 
+int64_t CudaBackend::SparseMinContext(int64_t token_budget) const {
+  // Llama-3.1-8B shapes, H200, budget 1024: with 8 sequences both are as fast at 2048 tokens, with
+  // one at about 1536 (docs/performance.md). Below that the latency of the kernels decides, which
+  // grows with neither context nor budget.
+  constexpr int64_t kLeast = 2048;
+  return std::max(2 * token_budget, kLeast);
+}
+
 void CudaBackend::Enter() const {
   TIDAL_CUDA_CHECK(cudaSetDevice(device_));
   TIDAL_CUDA_CHECK(cudaPeekAtLastError());

@@ -29,6 +29,7 @@ class CudaBackend final : public Backend {
 
   BackendInfo info() const override;
   DType activation_dtype(DType weight_dtype) const override;
+  int64_t SparseMinContext(int64_t token_budget) const override;
 
   Buffer Allocate(int64_t bytes, const std::string& what) override;
   void Reserve(const StepLimits& limits) override;

@@ -61,7 +61,10 @@ RecentTokens = Annotated[
     int | None, _engine_option("Last positions, always chosen.", "recent_tokens")
 ]
 SparseMinContext = Annotated[
-    int | None, _engine_option("Up to this length steps are dense.", "sparse_min_context")
+    int | None,
+    _engine_option(
+        "Up to this length steps are dense; default: while that is faster.", "sparse_min_context"
+    ),
 ]
 MaxSeqLen = Annotated[
     int | None, _engine_option("Tokens of prompt and output together.", "max_seq_len")

@@ -77,7 +77,8 @@ class DecodeConfig:
         pooling: "sum" or "max" over the scores of the heads that share a set.
         sink_tokens: first positions, always chosen, >= 0.
         recent_tokens: last positions, always chosen, >= 1.
-        sparse_min_context: sequences of at most this many tokens are decoded densely.
+        sparse_min_context: sequences of at most this many tokens are decoded densely; "auto" (the
+            same as None): as long as that is the faster way on the device.
         max_seq_len: tokens of one sequence, prompt and output; None is the model's
             max_position_embeddings, as far as memory allows.
         max_batch_size: sequences decoded together.
@@ -103,7 +104,7 @@ class DecodeConfig:
     pooling: str | None = None
     sink_tokens: int | None = None
     recent_tokens: int | None = None
-    sparse_min_context: int | None = None
+    sparse_min_context: int | str | None = None
     max_seq_len: int | None = None
     max_batch_size: int | None = None
     page_size: int | None = None
@@ -119,6 +120,8 @@ class DecodeConfig:
             )
         for name in ("dtype", "kv_dtype", "load_format", "attention"):
             check_setting(name, getattr(self, name))
+        if self.sparse_min_context == "auto":
+            object.__setattr__(self, "sparse_min_context", None)
         for name in (*_INT_RANGES, "granularity", "pooling"):
             if getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))

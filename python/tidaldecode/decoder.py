@@ -81,7 +81,7 @@ class Decoder:
         pooling: str | None = None,
         sink_tokens: int | None = None,
         recent_tokens: int | None = None,
-        sparse_min_context: int | None = None,
+        sparse_min_context: int | str | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int | None = None,
         page_size: int | None = None,

@@ -116,7 +116,7 @@ TEST_P(DecoderErrors, SettingsOutOfRange) {
   refuse("sink_tokens", &DecodeConfig::sink_tokens, int64_t{-1});
   refuse("recent_tokens", &DecodeConfig::recent_tokens, int64_t{0});
   refuse("token_budget", &DecodeConfig::sink_tokens, int64_t{32});  // 32 + 1 recent > 32
-  refuse("sparse_min_context", &DecodeConfig::sparse_min_context, int64_t{-1});
+  refuse("sparse_min_context", &DecodeConfig::sparse_min_context, int64_t{-2});
   refuse("max_seq_len", &DecodeConfig::max_seq_len, int64_t{-1});
   refuse("max_batch_size", &DecodeConfig::max_batch_size, int64_t{0});
   refuse("page_size", &DecodeConfig::page_size, int64_t{0});

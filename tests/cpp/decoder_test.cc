@@ -118,6 +118,15 @@ TEST_P(DecoderResults, SparseMinContextIsDenseBitwiseUpToIt) {
   EXPECT_TRUE(SameBits(Bits(got), Bits({want.begin(), want.begin() + dense_rows}), 4));
 }
 
+TEST_P(DecoderResults, SparseMinContextIsFilledIn) {
+  DecodeConfig config = Tidal();
+  config.sparse_min_context = kAutomatic;
+  const auto decoder = Make(config);
+  EXPECT_GE(decoder->config().sparse_min_context, config.token_budget);
+  const bool always_dense = decoder->config().sparse_min_context >= config.max_seq_len;
+  EXPECT_EQ(SameBits(Bits(Logits(config)), Bits(Logits(Dense())), 4), always_dense);
+}
+
 TEST_P(DecoderResults, TidalReallyAttendsToLess) {
   const auto dense = Logits(Dense()), tidal = Logits(Tidal());
   const auto vocab = static_cast<size_t>(model_.vocab_size);

@@ -75,6 +75,14 @@ def test_bad_settings_are_named(options: dict[str, Any], expected: str):
         DecodeConfig(**options)
 
 
+def test_sparse_min_context_is_automatic_unless_given(planned: Path):
+    for automatic in ({}, {"sparse_min_context": "auto"}):
+        config = Decoder(planned, device="cpu", **automatic).config
+        assert config.sparse_min_context == config.token_budget
+    config = Decoder(planned, device="cpu", sparse_min_context=0).config
+    assert config.sparse_min_context == 0
+
+
 def test_a_config_is_immutable_and_takes_lists_of_layers():
     config = DecodeConfig(select_layers=[2, 5])
     assert config.select_layers == (2, 5)

@@ -59,7 +59,7 @@ def test_settings_left_out_have_the_engines_defaults(tiny_folder):
     actual = decoder.config
     for name in (
         "full_layers", "granularity", "pooling", "sink_tokens", "recent_tokens",
-        "sparse_min_context", "max_batch_size", "page_size", "cuda_graphs",
+        "max_batch_size", "page_size", "cuda_graphs",
     ):  # fmt: skip
         assert getattr(actual, name) == expected[name], name
 

@@ -37,7 +37,10 @@ pytestmark = [
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3}
 NEW_TOKENS = 64
 LENGTHS = (200, 33, 64, 1, 65, 150)
-TIDAL = {"attention": "tidal", "select_layers": (2,), "full_layers": 1, "token_budget": 48}
+TIDAL = {
+    "attention": "tidal", "select_layers": (2,), "full_layers": 1, "token_budget": 48,
+    "sparse_min_context": 0,
+}  # fmt: skip
 DENSE = {"attention": "full"}
 BASE = TinyModel(
     hidden_size=256, intermediate_size=384, num_layers=5, num_q_heads=8, num_kv_heads=2,

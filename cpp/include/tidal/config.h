@@ -71,6 +71,8 @@ enum class Granularity : int32_t {
 
 enum class Pooling : int32_t { kSum, kMax };
 
+inline constexpr int64_t kAutomatic = -1;  // where 0 has a meaning of its own
+
 struct DecodeConfig {
   Device device;
   DType dtype = DType::kBFloat16;     // of the weights
@@ -84,7 +86,8 @@ struct DecodeConfig {
   Pooling pooling = Pooling::kSum;
   int64_t sink_tokens = 1;         // first positions, always chosen
   int64_t recent_tokens = 1;       // last positions, always chosen, >= 1
-  int64_t sparse_min_context = 0;  // sequences of at most this length are decoded densely
+  // Sequences of at most this length are decoded densely.
+  int64_t sparse_min_context = kAutomatic;  // as long as that is the faster way on the device
 
   // Memory.
   int64_t max_seq_len = 0;     // tokens of one sequence, prompt and output

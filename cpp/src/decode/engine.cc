@@ -26,7 +26,7 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("token_budget", c.token_budget, 1);
   CheckAtLeast("sink_tokens", c.sink_tokens, 0);
   CheckAtLeast("recent_tokens", c.recent_tokens, 1);
-  CheckAtLeast("sparse_min_context", c.sparse_min_context, 0);
+  CheckAtLeast("sparse_min_context", c.sparse_min_context, kAutomatic);
   CheckAtLeast("max_seq_len", c.max_seq_len, 0);
   CheckAtLeast("max_batch_size", c.max_batch_size, 1);
   CheckAtLeast("page_size", c.page_size, 1);
@@ -84,7 +84,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
 }
 
-// Fills in max_seq_len and prefill_chunk where they are automatic.
+// Fills in what is automatic: max_seq_len, prefill_chunk, sparse_min_context.
 void Engine::ResolveLimits() {
   BackendInfo info = backend_->info();
   if (config_.max_seq_len == 0) {
@@ -96,6 +96,9 @@ void Engine::ResolveLimits() {
   }
   if (config_.prefill_chunk == 0) config_.prefill_chunk = info.prefill_chunk;
   config_.prefill_chunk = std::min(config_.prefill_chunk, config_.max_seq_len);
+  if (config_.sparse_min_context == kAutomatic) {
+    config_.sparse_min_context = backend_->SparseMinContext(config_.token_budget);
+  }
   // A budget beyond the longest sequence means everything; no need for memory to say so.
   config_.token_budget = std::max(std::min(config_.token_budget, config_.max_seq_len),
                                   config_.sink_tokens + config_.recent_tokens);

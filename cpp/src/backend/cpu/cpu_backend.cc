@@ -39,6 +39,8 @@ class CpuBackend final : public Backend {
     return info;
   }
   DType activation_dtype(DType) const override { return DType::kFloat32; }
+  // A sparse layer's time follows the positions it reads, from the first one it leaves out.
+  int64_t SparseMinContext(int64_t token_budget) const override { return token_budget; }
 
   Buffer Allocate(int64_t bytes, const std::string& what) override {
     return AllocateHostMemory(bytes, what);
