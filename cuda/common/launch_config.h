@@ -22,6 +22,9 @@ inline constexpr int kMaxAttendedTokens = 1 << 30;  // by one row
 inline constexpr int kMaxSplits = 64;
 // Splits that are a cluster of blocks: the largest that every device with clusters has.
 inline constexpr int kMaxClusterSplits = 8;
+// Tokens of a block up to which a cluster is worth it: the blocks of one must all find room at the
+// same time, which costs more than it saves when blocks are busy for long.
+inline constexpr int kMaxClusterSpan = 128;
 
 // Into how many spans the tokens of each of `num_rows` (batch row, head) pairs are split, so that
 // all blocks of the grid run at once. `max_tokens`: what one row can attend to at most; no split

@@ -1,7 +1,7 @@
 // Position persistent sparse attention: a decode query attends to a list of positions chosen by an
 // earlier layer (TidalDecode, arXiv 2410.05076, sec. 3.2). Rows of K and V are gathered through the
-// page table, 128 or 256 contiguous bytes each. The work is short, so latency is what counts: a
-// row's splits are a cluster of blocks, which merge through shared memory. The inner loop is
+// page table, 128 or 256 contiguous bytes each. Where the work is short, latency is what counts: a
+// row's splits are then a cluster of blocks, which merge through shared memory. The inner loop is
 // common/decode_warp.cuh.
 #pragma once
 
@@ -15,6 +15,9 @@
 #include "kernels/attention_run.h"
 
 namespace tidal {
+
+// Who merges the splits of a row.
+enum class SplitMerge { kCluster, kLastBlock };
 
 template <typename T>
 struct AttentionSparseParams {
@@ -31,14 +34,15 @@ struct AttentionSparseParams {
   const int32_t* token_idx;     // [B, num_sets, token_budget]
   const int32_t* num_selected;  // [B]
   CacheReads reads;
+  SplitMerge merge;
   PartialResults partials;
   AttentionOutput<T> output;
 };
 
 // grid (num_splits, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes one split of
 // one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
-// positions. From compute capability 9.0 on, clusters of num_splits blocks. Shared: num_stages x
-// 8 KB a warp, 24 KB at most.
+// positions. With kCluster, clusters of num_splits blocks. Shared: num_stages x 8 KB a warp, 24 KB
+// at most.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionSparseKernel(const AttentionSparseParams<T> params) {
@@ -75,11 +79,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
               [](int, const float(&)[4], unsigned, T*) {});
   warp.FinishBlock();
   auto block_result = [&](int head) { return warp.BlockResult(head); };
-#if __CUDA_ARCH__ >= 900
-  MergeInCluster<T, kHeadDim>(work, params.output, block_result);
-#else
-  MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
-#endif
+  if (params.merge == SplitMerge::kCluster) {
+    MergeInCluster<T, kHeadDim>(work, params.output, block_result);
+  } else {
+    MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
+  }
 }
 
 template <typename T, int kHeadDim>
@@ -96,8 +100,12 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t num_blocks = num_q_heads / heads_per_block;
   int64_t max_tokens =
       std::min(std::max(token_budget, args.dense_len), int64_t{kMaxAttendedTokens});
-  int num_splits = std::min(ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens),
-                            kMaxClusterSplits);
+  auto kernel = AttentionSparseKernel<T, kHeadDim>;
+  int num_splits = ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens);
+  int cluster_splits = std::min(num_splits, kMaxClusterSplits);
+  bool in_cluster = SpanLength(static_cast<int>(max_tokens), cluster_splits) <= kMaxClusterSpan &&
+                    RunsHopperCode(kernel);
+  if (in_cluster) num_splits = cluster_splits;
   using Warp = DecodeWarp<T, kHeadDim>;
   AttentionSparseParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
@@ -113,10 +121,10 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .token_idx = args.token_idx.data<int32_t>(),
       .num_selected = args.num_selected.data<int32_t>(),
       .reads = reads,
+      .merge = in_cluster ? SplitMerge::kCluster : SplitMerge::kLastBlock,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr), .lse = nullptr}};
 
-  auto kernel = AttentionSparseKernel<T, kHeadDim>;
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         Warp::SharedBytes(Warp::kStages)));
   dim3 grid(num_splits, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
@@ -124,7 +132,7 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
                    {.grid = grid,
                     .block = kDecodeThreads,
                     .shared_bytes = static_cast<size_t>(Warp::SharedBytes(params.num_stages)),
-                    .cluster_size = RunsHopperCode(kernel) ? static_cast<unsigned>(num_splits) : 1},
+                    .cluster_size = in_cluster ? static_cast<unsigned>(num_splits) : 1},
                    stream, params);
 }
 

@@ -46,7 +46,8 @@ AttentionSparseArgs Selection::SparseArgs(int64_t ordinal, const AttentionArgs& 
   return {.attention = attention,
           .token_idx = token_idx_[static_cast<size_t>(ordinal)].Rows(0, b),
           .num_selected = num_selected_.Rows(0, b),
-          .dense_len = dense_len_};
+          // A row alone takes sparse steps only when it is longer.
+          .dense_len = b == 1 ? 0 : dense_len_};
 }
 
 std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row, int64_t seq_len) const {
