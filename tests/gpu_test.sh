@@ -54,7 +54,8 @@ if [ "${SKIP_SANITIZER:-0}" = 0 ]; then
   sanitize memcheck 'Backends/Op*cuda_bfloat16*'
   sanitize racecheck "Backends/OpAttention*Match*cuda_bfloat16_group5_d64*:\
 Backends/OpAttention*Match*cuda_bfloat16_group2_d128*:Backends/OpR*cuda_bfloat16*:\
-Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSample.DrawsEqualTheR*cuda_bfloat16"
+Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSample.DrawsEqualTheR*cuda_bfloat16:\
+Backends/OpFused*cuda_bfloat16_tokens3:Backends/OpFused*cuda_bfloat16_tokens2_long"
 fi
 
 echo "== benchmark"
