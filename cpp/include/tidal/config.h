@@ -84,8 +84,8 @@ struct DecodeConfig {
   int64_t token_budget = 1024;  // positions a sparse layer attends to, per set, >= 1
   Granularity granularity = Granularity::kKvHead;
   Pooling pooling = Pooling::kSum;
-  int64_t sink_tokens = 1;         // first positions, always chosen
-  int64_t recent_tokens = 1;       // last positions, always chosen, >= 1
+  int64_t sink_tokens = 1;    // first positions, always chosen
+  int64_t recent_tokens = 1;  // last positions, always chosen, >= 1
   // Sequences of at most this length are decoded densely.
   int64_t sparse_min_context = kAutomatic;  // as long as that is the faster way on the device
 
