@@ -376,7 +376,7 @@ const RmsNormArgs* CudaBackend::NormBefore(const LinearArgs& linear, const RmsNo
   CheckSameDType("rms_norm", {&norm.out, &norm.weight});
   CheckSameDType("linear", {&linear.x, &linear.weight, &linear.bias});
   bool is_skinny = FitsSkinnyLinear(linear);
-  if (is_skinny && FitsNorm(norm)) return &norm;
+  if (is_skinny && linear.output == LinearOutput::kStore && FitsNorm(norm)) return &norm;
   LaunchRmsNorm(norm, is_skinny ? LaunchNext::kAtOnce : LaunchNext::kAfterWait, stream());
   return nullptr;
 }
@@ -398,14 +398,14 @@ void CudaBackend::NormLinear(const NormLinearArgs& args) {
 void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   Enter();
   Check(args);
+  CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
+                                     &args.append.kv.v_pages});
   const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
   if (!FitsLinearRopeAppend(args.linear, args.append)) {
     LinearAfter(norm, args.linear);
     RopeAppendKv(args.append);
     return;
   }
-  CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
-                                     &args.append.kv.v_pages});
   LaunchLinearRopeAppend(args.linear, norm, args.append, num_sms_, stream());
   AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
 }
@@ -413,13 +413,13 @@ void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
 void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
   Enter();
   Check(args);
+  CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
   const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
   if (!FitsLinearSiluMul(args.linear, args.silu_mul)) {
     LinearAfter(norm, args.linear);
     SiluMul(args.silu_mul);
     return;
   }
-  CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
   LaunchLinearSiluMul(args.linear, norm, args.silu_mul, num_sms_, stream());
 }
 

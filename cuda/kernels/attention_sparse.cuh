@@ -41,8 +41,8 @@ struct AttentionSparseParams {
 
 // grid (num_splits, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes one split of
 // one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
-// positions. With kCluster, clusters of num_splits blocks. Shared: num_stages x 8 KB a warp, 24 KB
-// at most.
+// positions. With kCluster, clusters of num_splits blocks. Shared: num_stages x 8 KB a warp (4 KB
+// at head_dim 64), 24 KB at most.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionSparseKernel(const AttentionSparseParams<T> params) {
@@ -103,7 +103,8 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   auto kernel = AttentionSparseKernel<T, kHeadDim>;
   int num_splits = ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens);
   int cluster_splits = std::min(num_splits, kMaxClusterSplits);
-  bool in_cluster = SpanLength(static_cast<int>(max_tokens), cluster_splits) <= kMaxClusterSpan &&
+  bool in_cluster = SpanLength(static_cast<int>(std::min<int64_t>(token_budget, max_tokens)),
+                               cluster_splits) <= kMaxClusterSpan &&
                     RunsHopperCode(kernel);
   if (in_cluster) num_splits = cluster_splits;
   using Warp = DecodeWarp<T, kHeadDim>;

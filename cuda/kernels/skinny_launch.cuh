@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -47,17 +48,19 @@ SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const RmsNormArgs* no
   return params;
 }
 
-// With the norm in the kernel if there is one.
+// With the norm in the kernel if there is one; bfloat16 only (FitsNorm).
 template <typename T, typename Epilogue>
 void LaunchSkinnyMaybeNormed(const LinearArgs& linear, const RmsNormArgs* norm,
                              const SkinnyGrid& grid, const Epilogue& epilogue,
                              cudaStream_t stream) {
   SkinnyParams<T> params = MakeSkinnyParams<T>(linear, norm);
-  if (norm != nullptr) {
-    LaunchSkinny<T, true>(params, grid, epilogue, stream);
-  } else {
-    LaunchSkinny<T, false>(params, grid, epilogue, stream);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (norm != nullptr) {
+      LaunchSkinny<T, true>(params, grid, epilogue, stream);
+      return;
+    }
   }
+  LaunchSkinny<T, false>(params, grid, epilogue, stream);
 }
 
 template <typename T>
@@ -70,7 +73,6 @@ void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sm
                      .max_stages = kMaxStages,
                      .num_sms = num_sms};
   if (args.output == LinearOutput::kAccumulate) {
-    TIDAL_CHECK(norm == nullptr, BackendError, "linear: a norm in front of a residual sum");
     AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
     LaunchSkinny<T, false>(MakeSkinnyParams<T>(args, nullptr), grid, epilogue, stream);
   } else if (args.out.dtype == DType::kFloat32) {
@@ -100,8 +102,8 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
   epilogue.head_dim = static_cast<int>(append.q.dim(2));
   epilogue.page_size = static_cast<int>(append.kv.k_pages.dim(2));
   epilogue.num_tokens = static_cast<int>(append.q.dim(0));
-  // Few stages leave room for a block of the attention that follows, which reads its keys and
-  // values early.
+  // Few stages leave room for a block of the sparse attention that follows, which reads its keys
+  // and values early.
   SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows),
                      .max_stages = kStagesBeforeAttention,
                      .num_sms = num_sms};

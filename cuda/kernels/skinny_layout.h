@@ -23,9 +23,9 @@ inline constexpr int kMinStages = 3;
 inline constexpr int kMaxStages = 6;
 inline constexpr int kStagesBeforeAttention = 3;
 
-// Of a block, dynamic; some bytes are static, and 1 KiB is the system's. One block has an SM for
-// itself: then the next kernel's blocks come when this one's end, SM by SM, and what they copy
-// ahead fills the gap between the kernels.
+// Of a block; 1 KiB more is the system's. One product's block has an SM for itself: then the next
+// product's blocks come when this one's end, SM by SM, and what they copy ahead fills the gap
+// between the kernels.
 inline constexpr int kMaxSharedBytes = 226 * 1024;
 
 // The 16-byte loads of 8 lanes, 4 from each of two neighbouring rows, must not meet in a bank: odd

@@ -15,6 +15,14 @@ constexpr int kMaxInputs = 1 << 20;       // keeps byte counts within 32 bits
 // Stands for the kernels in cuda/inst, which are compiled for the same devices.
 __global__ void ProbeKernel() {}
 
+// Other chips of the kinds that run this code have less shared memory.
+bool DeviceHasRoom() {
+  int device = 0, bytes = 0;
+  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
+  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes >= kMaxSharedBytes;
+}
+
 bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
@@ -27,12 +35,13 @@ bool FitsSkinnyLinear(const LinearArgs& args) {
   return num_tokens >= 1 && num_tokens <= kMaxSkinnyTokens && num_outputs >= 1 &&
          num_outputs <= INT32_MAX - kTileRows && num_inputs >= kStepInputs &&
          num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 && IsAligned(args.weight) &&
-         IsAligned(args.x) && RunsHopperCode(ProbeKernel);
+         IsAligned(args.x) && RunsHopperCode(ProbeKernel) && DeviceHasRoom();
 }
 
 bool FitsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
+  int64_t head_dim = append.q.dim(2);  // as LaunchRopeAppendKv takes
   return FitsSkinnyLinear(linear) && !append.q_norm && !append.k_norm &&
-         append.q.dim(2) % kTileRows == 0;
+         (head_dim == 64 || head_dim == 128);
 }
 
 bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {

@@ -14,7 +14,8 @@ bool FitsSkinnyLinear(const LinearArgs& args);
 bool FitsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
 bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
 
-// Whether they also take the RmsNorm that makes the product's inputs, if they take the product.
+// Whether they also take the RmsNorm that makes the product's inputs, if they take the product and
+// it is stored.
 bool FitsNorm(const RmsNormArgs& norm);
 
 // `norm`: makes linear.x, which is then neither read nor written; null: linear.x is there.

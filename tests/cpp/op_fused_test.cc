@@ -158,10 +158,11 @@ TEST_P(OpFused, TensorsThatDoNotFitTogetherAreRefused) {
 
 std::vector<LayerShape> EverywhereShapes() {
   return {
-      {"tokens1", 1, 1056, 8, 2, 64, 488},       {"tokens1_long", 1, 4096, 4, 1, 128, 488},
-      {"tokens2", 2, 512, 4, 4, 64, 2400},       {"tokens3", 3, 544, 6, 2, 128, 320},
-      {"tokens2_long", 2, 1024, 4, 2, 64, 4800}, {"tokens4_long", 4, 3072, 4, 2, 128, 2560},
-      {"tokens5", 5, 64, 5, 1, 64, 128},         {"tokens8", 8, 2048, 8, 2, 128, 1000},
+      {"tokens1", 1, 1056, 8, 2, 64, 488},        {"tokens1_long", 1, 4096, 4, 1, 128, 488},
+      {"tokens2", 2, 512, 4, 4, 64, 2400},        {"tokens3", 3, 544, 6, 2, 128, 320},
+      {"tokens1_tiles", 1, 1024, 4, 2, 64, 4800}, {"tokens2_long", 2, 1024, 4, 2, 64, 4800},
+      {"tokens3_long", 3, 1024, 4, 2, 64, 4800},  {"tokens4_long", 4, 3072, 4, 2, 128, 2560},
+      {"tokens5", 5, 64, 5, 1, 64, 128},          {"tokens8", 8, 2048, 8, 2, 128, 1000},
       {"tokens16", 16, 256, 8, 2, 64, 344},
   };
 }

@@ -94,6 +94,8 @@ std::vector<LinearShape> EverywhereShapes() {
     shapes.push_back({"stream_rows" + std::to_string(rows), rows, 1056, 5000});
   }
   shapes.push_back({"stream_short_rows", 3, 64, 20000});
+  shapes.push_back({"stream_parts3", 8, 320, 20000});
+  shapes.push_back({"stream_parts7", 3, 896, 20000});
   shapes.push_back({"stream_long_rows1", 1, 14336, 48});
   shapes.push_back({"stream_long_rows8", 8, 14336, 48});
   shapes.push_back({"stream_square", 1, 4096, 1040});

@@ -137,10 +137,11 @@ DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
 // In an op of several parts the one's output is the next one's input.
 void CheckSameTensor(const char* op, const char* output, const TensorView& first, const char* input,
                      const TensorView& second) {
-  TIDAL_CHECK(
-      first.ptr == second.ptr && first.numel() == second.numel() && first.dtype == second.dtype,
-      InvalidArgument, op, ": ", input, ": got ", GotShape(second), " ", DTypeName(second.dtype),
-      ", expected the same tensor as ", output, ", ", GotShape(first), " ", DTypeName(first.dtype));
+  TIDAL_CHECK(first.ptr == second.ptr && first.dim(0) == second.dim(0) &&
+                  first.numel() == second.numel() && first.dtype == second.dtype,
+              InvalidArgument, op, ": ", input, ": got ", GotShape(second), " ",
+              DTypeName(second.dtype), ", expected the same tensor as ", output, ", ",
+              GotShape(first), " ", DTypeName(first.dtype));
 }
 
 }  // namespace

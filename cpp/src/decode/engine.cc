@@ -96,12 +96,12 @@ void Engine::ResolveLimits() {
   }
   if (config_.prefill_chunk == 0) config_.prefill_chunk = info.prefill_chunk;
   config_.prefill_chunk = std::min(config_.prefill_chunk, config_.max_seq_len);
-  if (config_.sparse_min_context == kAutomatic) {
-    config_.sparse_min_context = backend_->SparseMinContext(config_.token_budget);
-  }
   // A budget beyond the longest sequence means everything; no need for memory to say so.
   config_.token_budget = std::max(std::min(config_.token_budget, config_.max_seq_len),
                                   config_.sink_tokens + config_.recent_tokens);
+  if (config_.sparse_min_context == kAutomatic) {
+    config_.sparse_min_context = backend_->SparseMinContext(config_.token_budget);
+  }
 }
 
 int64_t Engine::ResolveNumPages() const {
