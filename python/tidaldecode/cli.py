@@ -1,4 +1,4 @@
-"""The command line: tidaldecode generate, info and demo.
+"""The command line: tidaldecode generate, info, demo and eval.
 
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
 while running, 2 bad usage or bad input, 130 interrupted.
@@ -28,6 +28,7 @@ from tidaldecode.errors import (
     OutOfMemoryError,
     TidalError,
 )
+from tidaldecode.evaluation.command import evaluate
 from tidaldecode.info import show_installation, show_model
 from tidaldecode.model_folder import demo_model_dir, read_model_folder
 from tidaldecode.results import GenerationResult
@@ -168,6 +169,9 @@ def demo(
         if index == 0:
             console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
         show_comparison(console, comparison)
+
+
+app.command(name="eval")(evaluate)
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

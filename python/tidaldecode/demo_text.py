@@ -63,7 +63,7 @@ _PATTERNS = (
     "By default, the {subject} {action} the {kind} {thing} {time}.",
     "A {kind} {subject} that {action} the {thing} should also {verb} the {thing2}.",
 )
-_KEY_WORDS = (
+KEY_WORDS = (
     "amber", "anchor", "basil", "beacon", "canyon", "cedar", "cobalt", "copper", "dequeue",
     "ember", "falcon", "fennel", "glacier", "granite", "harbor", "indigo", "juniper", "kestrel",
     "lantern", "maple", "marble", "meadow", "nickel", "onyx", "orchid", "otter", "parity",
@@ -114,7 +114,7 @@ def hide_key(encode: Callable[[str], list[int]], num_tokens: int, seed: int) -> 
     if num_tokens < _MIN_TOKENS:
         raise ValueError(f"num_tokens: got {num_tokens}, expected at least {_MIN_TOKENS}")
     rng = random.Random(seed)
-    first, second = rng.sample(_KEY_WORDS, 2)
+    first, second = rng.sample(KEY_WORDS, 2)
     key = f"{first}-{second}"
     number = str(rng.randrange(1_000_000, 10_000_000))
     needle = f"The special magic number for {key} is {number}."
@@ -124,7 +124,7 @@ def hide_key(encode: Callable[[str], list[int]], num_tokens: int, seed: int) -> 
     sentences: list[str] = []
     budget = num_tokens  # too much, without needle and question; cut back below
     while budget > 0:
-        sentence = _joint(rng, len(sentences)) + filler_sentence(rng)
+        sentence = sentence_joint(rng, len(sentences)) + filler_sentence(rng)
         sentences.append(sentence)
         budget -= len(encode(sentence)) - 1  # BOS is in every count
     while True:
@@ -145,7 +145,7 @@ def hide_key(encode: Callable[[str], list[int]], num_tokens: int, seed: int) -> 
     )
 
 
-def _joint(rng: random.Random, index: int) -> str:
+def sentence_joint(rng: random.Random, index: int) -> str:
     """What stands in front of a sentence: nothing, a space, or now and then a new paragraph."""
     if index == 0:
         return ""

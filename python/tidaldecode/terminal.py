@@ -59,6 +59,10 @@ class Bars:
         """A bar for tokens of a prompt."""
         return self._bar(title, _MIN_TOKENS_FOR_BAR)
 
+    def counting(self, title: str) -> AbstractContextManager[PrefillProgress]:
+        """A bar for things that take a second or more each."""
+        return self._bar(title, 0)
+
     @contextmanager
     def _bar(self, title: str, minimum: int) -> Iterator[PrefillProgress]:
         progress = Progress(

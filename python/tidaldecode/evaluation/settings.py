@@ -1,0 +1,79 @@
+"""The ways a model is decoded in one evaluation: densely, and with one or more tidal settings.
+
+Called by command.py. A setting is a name and options of Decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidaldecode.cli_options import parse_layers
+from tidaldecode.config import PLAN_SETTINGS
+from tidaldecode.errors import InvalidArgument, show
+
+DENSE = "dense"
+_TEXT_FIELDS = ("granularity", "pooling")
+_FIELDS = ("select_layers", *PLAN_SETTINGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to decode."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)  # of Decoder
+
+
+def dense_setting() -> Setting:
+    """What every other setting is compared with."""
+    return Setting(name=DENSE, options={"attention": "full"})
+
+
+def tidal_setting(text: str) -> Setting:
+    """A setting from what a user writes: "select_layers=2,9 token_budget=64", empty for the plan.
+
+    Steps are sparse at every length unless sparse_min_context is among the options: an evaluation
+    asks what the sets are worth, not where they are faster.
+
+    Raises: InvalidArgument for another form or field; values are checked by the Decoder.
+    """
+    options: dict[str, Any] = {}
+    for part in text.split():
+        name, has_value, value = part.partition("=")
+        if not has_value or name not in _FIELDS:
+            raise InvalidArgument(
+                f"tidal: got {show(part)}, expected settings such as 'select_layers=2,9 "
+                f"token_budget=64', of {', '.join(_FIELDS)}"
+            )
+        if name in options:
+            raise InvalidArgument(f"tidal: {name} is given twice in {show(text)}, expected once")
+        options[name] = _read_value(name, value)
+    shown = " ".join(text.split())
+    options.setdefault("sparse_min_context", 0)
+    return Setting(name=f"tidal {shown}".strip(), options={"attention": "tidal", **options})
+
+
+def check_names(settings: Sequence[Setting]) -> None:
+    """Every setting once.
+
+    Raises: InvalidArgument naming the one that is there twice.
+    """
+    names = [setting.name for setting in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgument(
+                f"tidal: {show(name)} is given twice, expected different settings"
+            )
+
+
+def _read_value(name: str, value: str) -> Any:
+    if name == "select_layers":
+        return parse_layers(value)
+    if name in _TEXT_FIELDS or value == "auto":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidArgument(f"tidal: {name}: got {show(value)}, expected an integer") from None
