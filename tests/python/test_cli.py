@@ -224,7 +224,7 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
     assert "none; give select_layers" in " ".join(run("info", str(folder))[1].split())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"]])
 def test_help_explains_every_command(run, command: list[str]):
     code, out, err = run(*command, "--help")
     assert (code, err) == (0, "")

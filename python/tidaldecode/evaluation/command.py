@@ -17,7 +17,7 @@ from tidaldecode import cli_options as opt
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.example import Encode, Example
 from tidaldecode.evaluation.prompt_file import read_prompt_file
-from tidaldecode.evaluation.report import as_json, summarise
+from tidaldecode.evaluation.report import Summary, as_json, summarise
 from tidaldecode.evaluation.results import ResultFile
 from tidaldecode.evaluation.runner import Run, run
 from tidaldecode.evaluation.settings import Setting, check_names, dense_setting, tidal_setting
@@ -36,39 +36,66 @@ _RESULTS_FILE = "results.jsonl"
 _REPORT_FILE = "report.json"
 
 
+_Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Of {', '.join(TASKS)}; may be repeated, all if not given."),
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Own prompts instead: lines of JSON with `prompt` and `answers`."),
+]
+_Contexts = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Tokens of prompt and output together; may be repeated. "
+        f"[dim]\\[default: {_DEFAULT_CONTEXT}][/dim]"
+    ),
+]
+_Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompts per task and context. "
+        f"[dim]\\[default: {_DEFAULT_PROMPTS}, of own prompts all][/dim]"
+    ),
+]
+_Tidal = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='A setting to compare, as "select_layers=2,9 token_budget=64"; may be repeated; '
+        "the model's plan if not given."
+    ),
+]
+_NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        help=f"Of own prompts. [dim]\\[default: {_OWN_NEW_TOKENS}][/dim]",
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for results and report; with the same one a run that was cut off goes on. "
+        "[dim]\\[default: eval-MODEL][/dim]"
+    ),
+]
+_Chat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
+]
+
+
 def evaluate(
     model_dir: opt.ModelDir,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Of {', '.join(TASKS)}; may be repeated, all if not given."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Own prompts instead: lines of JSON with `prompt` and `answers`."),
-    ] = None,
-    context: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens of prompt and output; may be repeated. [dim]\\[4096][/dim]"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Prompts per task and context. [dim]\\[10; own: all][/dim]")
-    ] = None,
-    tidal: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='A setting to compare, as "select_layers=2,9 token_budget=64"; may be repeated; '
-            "the model's plan if not given."
-        ),
-    ] = None,
+    task: _Tasks = None,
+    prompts: _Prompts = None,
+    context: _Contexts = None,
+    limit: _Limit = None,
+    tidal: _Tidal = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
-    max_new_tokens: opt.MaxNewTokens = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for results and report; the same one again resumes."),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
-    ] = False,
+    max_new_tokens: _NewTokens = None,
+    out: _Out = None,
+    chat: _Chat = False,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
@@ -88,30 +115,53 @@ def evaluate(
         check_integer("limit", limit, low=1)
     encode = _encoder(model_dir, chat)
     bars = Bars(is_watched())
-    if prompts is not None:
-        examples: Sequence[Example] = read_prompt_file(
-            prompts, encode, max_new_tokens=max_new_tokens or _OWN_NEW_TOKENS, limit=limit
-        )
+    if prompts is None:
+        contexts, per_task = context or [_DEFAULT_CONTEXT], limit or _DEFAULT_PROMPTS
+        examples = _generated(task or list(TASKS), encode, contexts, per_task, seed, bars)
     else:
-        names = task or list(TASKS)
-        lengths = context or [_DEFAULT_CONTEXT]
-        per_task = limit or _DEFAULT_PROMPTS
-        with bars.counting("Writing prompts") as on_written:
-            examples = []
-            for example in make_examples(names, encode, lengths, per_task=per_task, seed=seed):
-                examples.append(example)
-                on_written(len(examples), len(names) * len(lengths) * per_task)
+        new_tokens = _OWN_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        check_integer("max_new_tokens", new_tokens, low=1)
+        examples = read_prompt_file(prompts, encode, max_new_tokens=new_tokens, limit=limit)
     title = model_dir.resolve().name
     folder = out or Path(f"eval-{title}")
-    work = Run(model_dir=model_dir, settings=settings, examples=examples, engine=engine)
-    with ResultFile(folder / _RESULTS_FILE) as results:
-        summaries = summarise(run(work, results, bars))
-    report = json.dumps(as_json(title, seed, summaries), indent=2) + "\n"
-    (folder / _REPORT_FILE).write_text(report, encoding="utf-8")
+    summaries = _run(
+        Run(model_dir=model_dir, settings=settings, examples=examples, engine=engine), folder, bars
+    )
+    report = folder / _REPORT_FILE
+    report.write_text(
+        json.dumps(as_json(title, seed, summaries), indent=2) + "\n", encoding="utf-8"
+    )
     console = Console(highlight=False)
     console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
     show_report(console, summaries)
-    console.print(f"Report: {one_line(str(folder / _REPORT_FILE))}", soft_wrap=True, markup=False)
+    console.print(f"Report: {one_line(str(report))}", soft_wrap=True, markup=False)
+
+
+def _generated(
+    names: Sequence[str],
+    encode: Encode,
+    contexts: Sequence[int],
+    per_task: int,
+    seed: int,
+    bars: Bars,
+) -> list[Example]:
+    """The examples of generated tasks."""
+    examples: list[Example] = []
+    with bars.counting("Writing prompts") as on_written:
+        for example in make_examples(names, encode, contexts, per_task=per_task, seed=seed):
+            examples.append(example)
+            on_written(len(examples), len(names) * len(contexts) * per_task)
+    return examples
+
+
+def _run(work: Run, folder: Path, bars: Bars) -> list[Summary]:
+    """Decodes what an earlier run in the same folder has not."""
+    with ResultFile(folder / _RESULTS_FILE) as results:
+        try:
+            return summarise(run(work, results, bars))
+        except KeyboardInterrupt:
+            print_note("the same command goes on from here")
+            raise
 
 
 def _settings(model_dir: Path, tidal: Sequence[str] | None) -> list[Setting]:

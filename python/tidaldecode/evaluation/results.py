@@ -92,4 +92,6 @@ def _read_record(line: bytes) -> Record | None:
         return None
     if not isinstance(raw, dict) or set(raw) != set(_NAMES):
         return None
+    if not isinstance(raw["key"], str) or not isinstance(raw["answers"], list):
+        return None
     return Record(**{**raw, "answers": tuple(raw["answers"])})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,13 +19,17 @@ from typing import Any, Protocol
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.decoder import Decoder
-from tidaldecode.errors import TidalError
+from tidaldecode.errors import TidalError, WeightsError
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.results import Record, ResultFile
 from tidaldecode.evaluation.scoring import score
 from tidaldecode.evaluation.settings import Setting
+from tidaldecode.json_file import open_regular_file, read_exactly
 from tidaldecode.model_folder import ModelFolder, read_model_folder
-from tidaldecode.plans import PLAN_FILE
+from tidaldecode.plans import Plan, find_plan
+
+# More than a tokenizer.json has, and enough of the weights to tell two trainings apart.
+_FINGERPRINT_BYTES = 16 * 1024 * 1024
 
 
 class Reporter(Protocol):
@@ -53,10 +58,11 @@ def run(work: Run, results: ResultFile, reporter: Reporter) -> list[Record]:
     Returns: the records of all examples in all settings, setting by setting.
     Raises: as Decoder; TidalError if the engine gives up on a prompt.
     """
-    fingerprint = model_fingerprint(read_model_folder(work.model_dir))
+    folder = read_model_folder(work.model_dir)
+    fingerprint, plan = model_fingerprint(folder), find_plan(folder)
     records: list[Record] = []
     for setting in work.settings:
-        keys = [_key(fingerprint, work.engine, setting, example) for example in work.examples]
+        keys = [_key(work, setting, fingerprint, plan, example) for example in work.examples]
         missing = [
             (key, example)
             for key, example in zip(keys, work.examples, strict=True)
@@ -69,25 +75,32 @@ def run(work: Run, results: ResultFile, reporter: Reporter) -> list[Record]:
 
 
 def model_fingerprint(folder: ModelFolder) -> str:
-    """Changes with the model's files, by content for small ones and by size for weights."""
+    """Changes with the model's files; of weights their sizes and beginnings count."""
     digest = hashlib.sha256()
     for path in sorted(folder.path.iterdir()):
-        if path.suffix == ".safetensors":
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        elif path.name in ("config.json", "tokenizer.json", PLAN_FILE):
-            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            descriptor, size = open_regular_file(path, WeightsError)
+            try:
+                beginning = read_exactly(descriptor, 0, _FINGERPRINT_BYTES)
+            finally:
+                os.close(descriptor)
+            digest.update(f"{path.name} {size}\n".encode())
+            digest.update(hashlib.sha256(beginning).digest())
     return digest.hexdigest()[:16]
 
 
-def _key(fingerprint: str, engine: dict[str, Any], setting: Setting, example: Example) -> str:
+def _key(work: Run, setting: Setting, fingerprint: str, plan: Plan | None, example: Example) -> str:
     """Of what decides an output: model, version, options, prompt."""
+    # Settings of the plan hold wherever an option does not say otherwise.
+    is_tidal = setting.options["attention"] == "tidal"
     content = [
         fingerprint,
         _core.version(),
-        {**engine, **setting.options},
+        {**work.engine, **setting.options},
+        [plan.select_layers, dict(plan.settings)] if plan and is_tidal else None,
         [example.task, example.index, example.context, example.digest],
     ]
-    text = json.dumps(content, sort_keys=True, default=str)
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
