@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tidaldecode.demo_text import KEY_WORDS, filler_sentence
+from tidaldecode.demo_text import KEY_WORDS
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.evaluation.example import Encode, Example
 from tidaldecode.evaluation.filling import Needle, fill_prompt, sentence_filler
@@ -213,14 +213,13 @@ def _key_value(rng: random.Random, index: int) -> _Draft:
 def _copy(rng: random.Random, index: int) -> _Draft:
     """A passage begun again at the end, to be gone on with."""
     depth = _depth(rng)
-    words: list[str] = []
-    while len(words) < _GIVEN_WORDS + _COPIED_WORDS:
-        words += filler_sentence(rng).split()
+    # No word twice, and none of the filler's: every next word is decided by the passage alone.
+    words = rng.sample(KEY_WORDS, _GIVEN_WORDS + _COPIED_WORDS)
     passage = " ".join(words)
     return _Draft(
         needles=[Needle(text=f"\n\n{passage}\n\n", depth=depth)],
         question="\n\n" + " ".join(words[:_GIVEN_WORDS]),
-        answers=[" ".join(words[_GIVEN_WORDS : _GIVEN_WORDS + _COPIED_WORDS])],
+        answers=[" ".join(words[_GIVEN_WORDS:])],
         depth=depth,
     )
 
