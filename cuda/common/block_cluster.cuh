@@ -121,10 +121,8 @@ int64_t MaxActiveClusters(void (*kernel)(Params...), const LaunchShape& shape) {
 template <typename SharedBytes, typename... Params>
 unsigned ChooseClusterSize(void (*kernel)(Params...), int num_threads, int64_t num_clusters,
                            int64_t max_size, const SharedBytes& shared_bytes) {
-  cudaFuncAttributes compiled = {};
-  TIDAL_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
   int64_t allowed_bytes = AllowSharedBytes(kernel);
-  if (compiled.binaryVersion < 90 || compiled.ptxVersion < 90) {
+  if (!RunsHopperCode(kernel)) {
     return shared_bytes(1) <= allowed_bytes ? 1 : 0;
   }
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));

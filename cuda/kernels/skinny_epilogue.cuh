@@ -22,6 +22,11 @@ __device__ __forceinline__ float BiasOf(const T* bias, int row) {
   return bias == nullptr ? 0.0f : ToFloat32(bias[row]);
 }
 
+// Tiles that take the weight's rows one after the other.
+__device__ __forceinline__ TileRows RowsInTurn(int tile) {
+  return {tile * kTileRows, tile * kTileRows + kTileRows / 2};
+}
+
 // out [T, N] = product + bias.
 template <typename T, typename Out>
 struct StoreEpilogue {
@@ -30,7 +35,7 @@ struct StoreEpilogue {
   int num_outputs;
   int num_tokens;
 
-  __device__ TileRows Rows(int tile) const { return {tile * kTileRows, tile * kTileRows + 8}; }
+  __device__ TileRows Rows(int tile) const { return RowsInTurn(tile); }
 
   struct Lane : FinishLane {
     const StoreEpilogue& e;
@@ -56,7 +61,7 @@ struct AccumulateEpilogue {
   int num_outputs;
   int num_tokens;
 
-  __device__ TileRows Rows(int tile) const { return {tile * kTileRows, tile * kTileRows + 8}; }
+  __device__ TileRows Rows(int tile) const { return RowsInTurn(tile); }
 
   struct Lane : FinishLane {
     const AccumulateEpilogue& e;
