@@ -33,6 +33,14 @@ struct PagedKvView {
   }
 };
 
+// The row of k_pages and v_pages for KV head 0 of the token at `position`; that of head h is h *
+// page_size further. `pages`: the sequence's page table.
+__device__ __forceinline__ int64_t PagedRow(const int32_t* pages, int position, int num_kv_heads,
+                                            int page_size) {
+  int page = position / page_size;
+  return int64_t{pages[page]} * num_kv_heads * page_size + position - page * page_size;
+}
+
 inline constexpr int kCopyTokens = 16;  // one CopyTokens call
 
 // One warp starts the copies of 16 tokens' K and V into swizzled tiles in shared memory

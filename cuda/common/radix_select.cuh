@@ -23,7 +23,6 @@ inline constexpr int kRadixPasses = 3;
 inline constexpr int kBinsPerThread = kRadixBins / kRadixThreads;
 inline constexpr int kMaxShare = kRadixBins / 2;  // of a cluster's bins in one of its blocks
 static_assert(kBinsPerThread == 4, "a thread's bins travel as one 16-byte vector");
-static_assert(kRadixBins / kMaxClusterSize % kBinsPerThread == 0, "they belong to one block");
 
 // The digit of a key that a pass looks at: 11, 11 and 10 bits from the top.
 struct RadixDigit {
@@ -160,6 +159,29 @@ struct RadixShared {
   RadixBins<Weight, kRadixPasses * kMaxShare> cluster_bins;
   Weight warp_sums[kMaxWarps];
   RadixThreshold<Weight> found;  // .key holds one digit
+  Weight found_in_block;         // what this block's elements weigh in the bin that was found
+};
+
+// Whose elements a pass counts.
+enum class RadixElements { kOfThisBlock, kSameInAllBlocks };
+
+// How far a search has come: the threshold's digits down to the last pass.
+template <typename Weight>
+struct RadixSearch {
+  RadixThreshold<Weight> threshold = {0, 0, 0};
+  uint32_t prefix_mask = 0;
+  int pass = 0;  // the next one
+
+  __device__ bool Contains(uint32_t key) const { return (key & prefix_mask) == threshold.key; }
+
+  // Counts (uint32_t) are found early if all keys of a bin are wanted: then `key` ends in zeros,
+  // `above` and `at` are those of the bin, above + at == target, and the wanted keys are those >=
+  // key.
+  __device__ bool IsDone(Weight target) const {
+    bool is_count = std::is_same_v<Weight, uint32_t>;
+    return pass == kRadixPasses ||
+           (pass > 0 && is_count && threshold.above + threshold.at == target);
+  }
 };
 
 // From the block's weights of the thread's bins, [first, first + kBinsPerThread), to the cluster's.
@@ -168,8 +190,10 @@ __device__ __forceinline__ void AddUpCluster(const BlockCluster& cluster,
                                              RadixShared<Weight>& shared, int pass, int first,
                                              Weight (&weights)[kBinsPerThread]) {
   if (cluster.size() == 1) return;
-  auto& owners_bins = *cluster.Map(&shared.cluster_bins, first * cluster.size() / kRadixBins);
-  int offset = pass * kMaxShare + first % kMaxShare;
+  // Dealt out in turn: the bins in use are neighbours, and one owner could not keep up with all.
+  int group = first / kBinsPerThread;
+  auto& owners_bins = *cluster.Map(&shared.cluster_bins, group % cluster.size());
+  int offset = pass * kMaxShare + group / cluster.size() * kBinsPerThread;
 #pragma unroll
   for (int i = 0; i < kBinsPerThread; ++i) {
     if (weights[i] != 0) AddToBin(owners_bins, offset + i, weights[i]);
@@ -179,10 +203,11 @@ __device__ __forceinline__ void AddUpCluster(const BlockCluster& cluster,
 }
 
 // The bin, from the highest down, in which `above` plus the bins' weights reaches `target`. The
-// first thread holds the highest bins.
+// first thread holds the highest bins. in_block: of those weights, what this block's elements have.
 template <typename Weight>
 __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& shared, int first,
                                                           const Weight (&weights)[kBinsPerThread],
+                                                          const Weight (&in_block)[kBinsPerThread],
                                                           Weight above, Weight target) {
   Weight sum = 0;
 #pragma unroll
@@ -192,6 +217,7 @@ __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& s
   for (int i = kBinsPerThread - 1; i >= 0; --i) {
     if (before < target && target <= before + weights[i]) {  // true for one bin only
       shared.found = {static_cast<uint32_t>(first + i), before, weights[i]};
+      shared.found_in_block = in_block[i];
     }
     before += weights[i];
   }
@@ -199,48 +225,59 @@ __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& s
   return shared.found;
 }
 
-// The threshold over all (key, weight) that the cluster's blocks name, the same in all of them.
-// visit(add) is called by every thread in each pass, the first time as first_visit(add), and calls
-// add(key, weight) for each of the thread's own elements. 1 <= target <= the sum of all weights.
-// Another barrier of the cluster follows before `shared` is used again or a block ends: others may
-// still be reading it.
-//
-// Counts (uint32_t) stop early if all keys of a bin are wanted: then `key` ends in zeros, `above`
-// and `at` are those of the bin, above + at == target, and the wanted keys are those >= key.
-template <typename Weight, typename FirstVisit, typename Visit>
-__device__ RadixThreshold<Weight> FindThreshold(const BlockCluster& cluster,
-                                                RadixShared<Weight>& shared, Weight target,
-                                                FirstVisit&& first_visit, Visit&& visit) {
+// Before the first pass, by all threads of the cluster.
+template <typename Weight>
+__device__ void BeginSearch(const BlockCluster& cluster, RadixShared<Weight>& shared) {
   ClearBins(shared.block_bins);
   ClearBins(shared.cluster_bins);
   __syncthreads();
   cluster.Arrive();  // other blocks may add to the cluster's bins
-  RadixDigit digit = DigitOfPass(0);
-  first_visit([&](uint32_t key, Weight weight) {
-    AddToBin(shared.block_bins, static_cast<int>(key >> digit.shift), weight);
-  });
-  int first = kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
-  RadixThreshold<Weight> threshold = {0, 0, 0};
-  uint32_t prefix_mask = 0;
-#pragma unroll 1
-  for (int pass = 0;; ++pass) {
-    __syncthreads();
-    Weight weights[kBinsPerThread];
-    TakeBins(shared.block_bins, first, weights);
-    if (pass == 0) cluster.Wait();
-    AddUpCluster(cluster, shared, pass, first, weights);
-    RadixThreshold<Weight> bin = FindBin(shared, first, weights, threshold.above, target);
-    threshold = {threshold.key | bin.key << digit.shift, bin.above, bin.at};
-    bool is_count = std::is_same_v<Weight, uint32_t>;
-    if (pass == kRadixPasses - 1 || (is_count && bin.above + bin.at == target)) return threshold;
+}
 
-    prefix_mask |= digit.mask << digit.shift;
-    digit = DigitOfPass(pass + 1);
-    visit([&](uint32_t key, Weight weight) {
-      if ((key & prefix_mask) != threshold.key) return;
-      AddToBin(shared.block_bins, static_cast<int>((key >> digit.shift) & digit.mask), weight);
-    });
+// One pass: the next digit of the threshold. Every thread calls visit(add), which calls
+// add(key, weight) for each of the thread's own elements, of which only those in the bin found so
+// far count. The first pass is of kOfThisBlock.
+template <RadixElements kElements, typename Weight, typename Visit>
+__device__ __forceinline__ void FindDigit(const BlockCluster& cluster, RadixShared<Weight>& shared,
+                                          Weight target, RadixSearch<Weight>& search,
+                                          Visit&& visit) {
+  RadixDigit digit = DigitOfPass(search.pass);
+  visit([&](uint32_t key, Weight weight) {
+    if (!search.Contains(key)) return;
+    AddToBin(shared.block_bins, static_cast<int>((key >> digit.shift) & digit.mask), weight);
+  });
+  __syncthreads();
+  int first = kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
+  Weight in_block[kBinsPerThread], weights[kBinsPerThread];
+  TakeBins(shared.block_bins, first, in_block);
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) weights[i] = in_block[i];
+  if constexpr (kElements == RadixElements::kOfThisBlock) {
+    if (search.pass == 0) cluster.Wait();
+    AddUpCluster(cluster, shared, search.pass, first, weights);
   }
+  RadixThreshold<Weight> bin =
+      FindBin(shared, first, weights, in_block, search.threshold.above, target);
+  search.threshold = {search.threshold.key | bin.key << digit.shift, bin.above, bin.at};
+  search.prefix_mask |= digit.mask << digit.shift;
+  ++search.pass;
+}
+
+// The threshold over all (key, weight) that the cluster's blocks name, the same in all of them.
+// visit(add) is called in each pass, the first time as first_visit(add). 1 <= target <= the sum of
+// all weights. Another barrier of the cluster follows before `shared` is used again or a block
+// ends: others may still be reading it.
+template <typename Weight, typename FirstVisit, typename Visit>
+__device__ RadixThreshold<Weight> FindThreshold(const BlockCluster& cluster,
+                                                RadixShared<Weight>& shared, Weight target,
+                                                FirstVisit&& first_visit, Visit&& visit) {
+  constexpr RadixElements kOwn = RadixElements::kOfThisBlock;
+  RadixSearch<Weight> search;
+  BeginSearch(cluster, shared);
+  FindDigit<kOwn>(cluster, shared, target, search, first_visit);
+#pragma unroll 1
+  while (!search.IsDone(target)) FindDigit<kOwn>(cluster, shared, target, search, visit);
+  return search.threshold;
 }
 
 }  // namespace tidal

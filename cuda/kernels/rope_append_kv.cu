@@ -6,6 +6,8 @@
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
+#include "common/elementwise.cuh"
+#include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
@@ -73,9 +75,7 @@ struct HeadVector {
     angles.Load(cos_sin, lane);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      float cosine = angles.low[i], sine = angles.high[i], first = low[i], second = high[i];
-      low[i] = first * cosine - second * sine;
-      high[i] = second * cosine + first * sine;
+      RotatePair(low[i], high[i], angles.low[i], angles.high[i]);
     }
   }
 };
@@ -107,12 +107,10 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   if (is_q) {
     vector.Store(p.q + (token * p.num_q_heads + head) * kHeadDim, lane);
   } else if (position >= 0) {
-    int page = position / p.page_size, slot = position - page * p.page_size;
-    int64_t page_id = p.page_table[p.seq_idx[token] * p.max_pages + page];
+    const int32_t* pages = p.page_table + p.seq_idx[token] * p.max_pages;
     int kv_head = head - p.num_q_heads - (is_v ? p.num_kv_heads : 0);
-    T* pages = is_v ? p.v_pages : p.k_pages;
-    vector.Store(pages + ((page_id * p.num_kv_heads + kv_head) * p.page_size + slot) * kHeadDim,
-                 lane);
+    int64_t row = PagedRow(pages, position, p.num_kv_heads, p.page_size) + kv_head * p.page_size;
+    vector.Store((is_v ? p.v_pages : p.k_pages) + row * kHeadDim, lane);
   }
 }
 

@@ -3,9 +3,11 @@
 //
 // A cluster of blocks per set, one slice of the set's positions per block:
 // 1. MakeKeys reads the slice's scores once and pools them to order-preserving 32-bit keys in
-// shared
-//    memory (granularity kHead: the scores themselves are ordered).
-// 2. FindThreshold (radix_select.cuh) finds the key of the last position that still fits.
+//    shared memory (granularity kHead: the scores themselves are ordered).
+// 2. A radix search (radix_select.cuh) finds the key of the last position that still fits: its
+//    first digit over all keys of the cluster; the others, if the keys that have that digit are
+//    few, in the lists of those keys that every block makes (MakeCandidates), without barriers of
+//    the cluster, and else over all keys again.
 // 3. WriteChosen writes all better positions, and the first of the equal ones, in ascending order.
 // Where the shared memory of a whole cluster is too small for a set's keys, they lie in scratch.
 #include "kernels/select_top_k.h"
@@ -27,6 +29,8 @@ constexpr int kBlocksPerSm = 3;
 constexpr int kVec = 4;                    // scores of one load; slices begin at multiples of it
 constexpr int64_t kMinSliceLength = 2048;  // less is not worth another block
 
+constexpr float kLog2E = 1.44269504f;
+
 enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights };
 
 struct SelectParams {
@@ -37,7 +41,7 @@ struct SelectParams {
   int32_t* token_idx;       // [B, num_sets, token_budget]
   int32_t* num_selected;    // [B]
   int64_t max_len;
-  int64_t slice_capacity;  // positions of a block at most; a multiple of kVec
+  int64_t slice_capacity;  // positions of a block at most; a multiple of kRunLength
   bool vectorized;         // kVec scores in one load
   int heads_per_set;
   int token_budget;
@@ -45,10 +49,45 @@ struct SelectParams {
   int recent_tokens;
 };
 
+// How many keys are above the threshold, and how many at it.
+struct Counts {
+  uint32_t above;
+  uint32_t equal;
+
+  __device__ static Counts Unpack(unsigned long long packed) {
+    return {static_cast<uint32_t>(packed >> 32), static_cast<uint32_t>(packed)};
+  }
+  // Both in one sum: neither overflows its half.
+  __device__ unsigned long long Packed() const {
+    return static_cast<unsigned long long>(above) << 32 | equal;
+  }
+};
+
+// A block's keys after the first digit.
+struct Candidates {
+  uint32_t num_beyond;  // keys with a higher digit
+  uint32_t count;       // keys that have it, in SelectShared::candidates
+
+  __device__ static Candidates Unpack(unsigned long long packed) {
+    return {static_cast<uint32_t>(packed >> 32), static_cast<uint32_t>(packed)};
+  }
+  __device__ unsigned long long Packed() const {
+    return static_cast<unsigned long long>(num_beyond) << 32 | count;
+  }
+};
+
+// A block's candidates take the place of the cluster's bins of later passes, which then are not
+// made.
+constexpr uint32_t kMaxCandidates = (kRadixPasses - 1) * kMaxShare;
+
 struct SelectShared {
   RadixShared<uint32_t> radix;
   unsigned long long warp_sums[kMaxWarps];
-  unsigned long long counts[kMaxClusterSize];  // Counts of each block's keys
+  unsigned long long of_blocks[kMaxClusterSize];  // Candidates or Counts of each, packed
+  Candidates own;
+  Counts before;  // of the blocks before this one
+
+  __device__ uint32_t* candidates() { return radix.cluster_bins.low + kMaxShare; }
 };
 
 // The part of a set that is chosen by score: `count` of the more than `count` positions [begin,
@@ -100,9 +139,10 @@ template <int kWidth>
 using Scores = Vec<float, kWidth>;  // of adjacent positions
 
 // Takes the next head's score into a position's pooled one.
+// log2_lse: lse in units of log 2.
 template <KeySource kSource>
-__device__ __forceinline__ float Pool(float pooled, float score, float lse) {
-  float weight = expf(__fsub_rn(score, lse));
+__device__ __forceinline__ float Pool(float pooled, float score, float log2_lse) {
+  float weight = exp2f(__fmaf_rn(score, kLog2E, -log2_lse));
   // fmaxf drops a NaN: for the maximum it ranks below every score.
   return kSource == KeySource::kSumOfWeights ? __fadd_rn(pooled, weight) : fmaxf(pooled, weight);
 }
@@ -120,19 +160,19 @@ __device__ __forceinline__ Scores<kWidth> PoolHeads(const SelectParams& p, const
 #pragma unroll 1
   for (int begin = 0; begin < p.heads_per_set; begin += kBatch) {
     Scores<kWidth> batch[kBatch];
-    float head_lse[kBatch];
+    float log2_lse[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (begin + j >= p.heads_per_set) break;
       batch[j] = *reinterpret_cast<const Scores<kWidth>*>(scores + (begin + j) * p.max_len);
-      head_lse[j] = lse[begin + j];
+      log2_lse[j] = __fmul_rn(lse[begin + j], kLog2E);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (begin + j >= p.heads_per_set) break;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        pooled.elements[i] = Pool<kSource>(pooled.elements[i], batch[j].elements[i], head_lse[j]);
+        pooled.elements[i] = Pool<kSource>(pooled.elements[i], batch[j].elements[i], log2_lse[j]);
       }
     }
   }
@@ -171,53 +211,191 @@ __device__ __forceinline__ void MakeKeys(const SelectParams& p, const Slice& sli
   BlockForEachInBatches<kRaw ? 4 : 1>((slice.length + kWidth - 1) / kWidth, load, store);
 }
 
-// How many keys are above the threshold, and how many at it.
-struct Counts {
-  uint32_t above;
-  uint32_t equal;
+// A thread's share of a slice in one round: kRunLength adjacent keys, a bit for each.
+constexpr int kRunLength = 16;
+constexpr int kRoundLength = kRadixThreads * kRunLength;
 
-  __device__ static Counts Unpack(unsigned long long packed) {
-    return {static_cast<uint32_t>(packed >> 32), static_cast<uint32_t>(packed)};
-  }
-  // Both in one sum: neither overflows its half.
-  __device__ unsigned long long Packed() const {
-    return static_cast<unsigned long long>(above) << 32 | equal;
-  }
+struct Run {
+  int first;       // the first key
+  uint32_t above;  // keys that compete and are > a limit
+  uint32_t equal;  // that are in a range below it
 };
 
-// Writes to `out`, ascending, the slice's positions whose key is above the threshold and those at
-// it that are among the first `num_ties` of the set. Every thread has a run of keys of its own,
-// whose length is odd: the same key of 32 runs lies in 32 banks.
-__device__ void WriteChosen(const BlockCluster& cluster, SelectShared& shared, const Slice& slice,
-                            const uint32_t* keys, uint32_t threshold, uint32_t num_ties,
-                            int32_t* out) {
-  int run = (slice.length - slice.skip + kRadixThreads - 1) / kRadixThreads | 1;
-  int first = slice.skip + static_cast<int>(threadIdx.x) * run;
-  int last = min(first + run, slice.length);
-  auto for_run = [&](auto&& visit) {
-    ForEachInBatches<4>(
-        first, last, 1, [&](int i) { return keys[i]; }, visit);
-  };
-  Counts own = {0, 0};
-  for_run([&](int, uint32_t key) {
-    own.above += key > threshold;
-    own.equal += key == threshold;
-  });
-  auto scan = BlockScan(own.Packed(), shared.warp_sums);
-  ShareWithCluster(cluster, scan.total, shared.counts);
-  unsigned long long packed_before = scan.before;
-  for (int other = 0; other < cluster.rank(); ++other) packed_before += shared.counts[other];
-  if (own.Packed() == 0) return;
-  Counts before = Counts::Unpack(packed_before);
-  uint32_t above = before.above, equal = before.equal;
-  for_run([&](int i, uint32_t key) {
-    bool is_tie = key == threshold;
-    if (key > threshold || (is_tie && equal < num_ties)) {
-      out[above + min(equal, num_ties)] = slice.first + i;
+// The thread's run of the round that begins at key `begin` of the slice: `above` > last, `equal` in
+// [first, last].
+__device__ __forceinline__ Run ReadRun(const Slice& slice, const uint32_t* keys, int begin,
+                                       uint32_t first, uint32_t last) {
+  constexpr int kVectors = kRunLength / kVec;
+  static_assert(kVectors == 4 && kVec == 4);
+  Run run = {begin + static_cast<int>(threadIdx.x) * kRunLength, 0, 0};
+  if (run.first >= slice.length) return run;
+  uint32_t above = 0, at_least = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    // 8 lanes read at once, all banks: neighbours begin 16 banks apart, pairs with another vector.
+    int vector = (i + static_cast<int>(threadIdx.x) / 2) % kVectors;
+    auto four = *reinterpret_cast<const Vec<uint32_t, kVec>*>(keys + run.first + vector * kVec);
+    uint32_t four_above = 0, four_at_least = 0;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      four_above |= four.elements[j] > last ? 1u << j : 0u;
+      four_at_least |= four.elements[j] >= first ? 1u << j : 0u;
     }
-    above += key > threshold;
-    equal += is_tie;
+    above |= four_above << (vector * kVec);
+    at_least |= four_at_least << (vector * kVec);
+  }
+  // Whole vectors were read; of those, what lies in [skip, length) competes.
+  uint32_t competes = 0xffffu;
+  if (run.first + kRunLength > slice.length) competes >>= run.first + kRunLength - slice.length;
+  if (run.first < slice.skip) competes &= 0xffffu << min(slice.skip - run.first, kRunLength);
+  run.above = above & competes;
+  run.equal = at_least & ~above & competes;
+  return run;
+}
+
+// After the first digit, if at most kMaxCandidates keys of the cluster have it: lists those of this
+// block in candidates(), in any order. Returns when every block has listed its own and told all
+// others how many, in of_blocks.
+__device__ void MakeCandidates(const BlockCluster& cluster, SelectShared& shared,
+                               const Slice& slice, const uint32_t* keys,
+                               const RadixSearch<uint32_t>& search) {
+  uint32_t num_beyond = 0, first_key = search.threshold.key;
+  for (int begin = 0; begin < slice.length; begin += kRoundLength) {
+    Run run = ReadRun(slice, keys, begin, first_key, first_key | ~search.prefix_mask);
+    num_beyond += __popc(run.above);
+    if (run.equal == 0) continue;
+    uint32_t place = atomicAdd(&shared.own.count, static_cast<uint32_t>(__popc(run.equal)));
+    for (uint32_t left = run.equal; left != 0; left &= left - 1) {
+      shared.candidates()[place++] = keys[run.first + __ffs(left) - 1];
+    }
+  }
+  __syncwarp();
+  num_beyond = __reduce_add_sync(kFullWarp, num_beyond);
+  if (threadIdx.x % kWarpSize == 0) atomicAdd(&shared.own.num_beyond, num_beyond);
+  __syncthreads();
+  ShareWithCluster(cluster, shared.own.Packed(), shared.of_blocks);
+}
+
+// Calls visit(key) for the candidates of all blocks of the cluster; every warp reads those of one
+// block.
+template <typename Visit>
+__device__ __forceinline__ void ForEachCandidate(const BlockCluster& cluster, SelectShared& shared,
+                                                 int num_blocks, Visit&& visit) {
+  int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  int block = warp % cluster.size(), share = warp / cluster.size();
+  if (block >= num_blocks) return;
+  int step = kRadixThreads / cluster.size();
+  const uint32_t* candidates = cluster.Map(shared.candidates(), block);
+  int first = share * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize;
+  ForEachInBatches<2>(
+      first, static_cast<int>(Candidates::Unpack(shared.of_blocks[block]).count), step,
+      [&](int i) { return candidates[i]; }, [&](int, uint32_t key) { visit(key); });
+}
+
+// After MakeCandidates: adds up the Counts of the blocks before this one in shared.before, which
+// is complete after the next barrier of the block.
+__device__ void CountBefore(const BlockCluster& cluster, SelectShared& shared, uint32_t threshold) {
+  Counts counts = {0, 0};
+  if (static_cast<int>(threadIdx.x) < cluster.rank()) {
+    counts.above = Candidates::Unpack(shared.of_blocks[threadIdx.x]).num_beyond;
+  }
+  ForEachCandidate(cluster, shared, cluster.rank(), [&](uint32_t key) {
+    counts.above += key > threshold;
+    counts.equal += key == threshold;
   });
+  __syncwarp();
+  counts.above = __reduce_add_sync(kFullWarp, counts.above);
+  counts.equal = __reduce_add_sync(kFullWarp, counts.equal);
+  if (threadIdx.x % kWarpSize != 0) return;
+  if (counts.above > 0) atomicAdd(&shared.before.above, counts.above);
+  if (counts.equal > 0) atomicAdd(&shared.before.equal, counts.equal);
+}
+
+// The same without MakeCandidates: every block counts its keys and tells the others. Complete when
+// it returns.
+__device__ void ShareCounts(const BlockCluster& cluster, SelectShared& shared, const Slice& slice,
+                            const uint32_t* keys, uint32_t threshold) {
+  Counts own = {0, 0};
+  for (int begin = 0; begin < slice.length; begin += kRoundLength) {
+    Run run = ReadRun(slice, keys, begin, threshold, threshold);
+    own.above += __popc(run.above);
+    own.equal += __popc(run.equal);
+  }
+  ShareWithCluster(cluster, BlockScan(own.Packed(), shared.warp_sums).total, shared.of_blocks);
+  if (threadIdx.x == 0) {
+    unsigned long long before = 0;
+    for (int block = 0; block < cluster.rank(); ++block) before += shared.of_blocks[block];
+    shared.before = Counts::Unpack(before);
+  }
+  __syncthreads();
+}
+
+// The threshold, and how it was found.
+struct LastChosen {
+  RadixThreshold<uint32_t> threshold;
+  bool has_candidates;  // in lists that other blocks may be reading
+};
+
+// The key of the last of the best `count` positions; make_keys(add) makes the slice's keys.
+template <typename MakeKeys>
+__device__ LastChosen FindLastChosen(const BlockCluster& cluster, SelectShared& shared,
+                                     const Slice& slice, const uint32_t* keys, uint32_t count,
+                                     MakeKeys&& make_keys) {
+  RadixSearch<uint32_t> search;
+  FindDigit<RadixElements::kOfThisBlock>(cluster, shared.radix, count, search, make_keys);
+  bool has_candidates = !search.IsDone(count) && search.threshold.at <= kMaxCandidates;
+  if (has_candidates) MakeCandidates(cluster, shared, slice, keys, search);
+#pragma unroll 1
+  while (!search.IsDone(count)) {
+    if (has_candidates) {
+      FindDigit<RadixElements::kSameInAllBlocks>(
+          cluster, shared.radix, count, search, [&](auto&& add) {
+            ForEachCandidate(cluster, shared, cluster.size(), [&](uint32_t key) { add(key, 1u); });
+          });
+    } else {
+      FindDigit<RadixElements::kOfThisBlock>(cluster, shared.radix, count, search, [&](auto&& add) {
+        BlockForEachInBatches<4>(
+            slice.length - slice.skip, [&](int i) { return keys[slice.skip + i]; },
+            [&](int, uint32_t key) { add(key, 1u); });
+      });
+    }
+  }
+  return {search.threshold, has_candidates};
+}
+
+// Writes to `out`, ascending, the slice's positions whose key is above the threshold and those at
+// it that are among the first `num_ties` of the set.
+__device__ void WriteChosen(const BlockCluster& cluster, SelectShared& shared, const Slice& slice,
+                            const uint32_t* keys, const LastChosen& last, uint32_t num_ties,
+                            int32_t* out) {
+  uint32_t threshold = last.threshold.key;
+  if (last.has_candidates) {
+    CountBefore(cluster, shared, threshold);
+    cluster.Arrive();  // has read the others' lists
+  } else {
+    ShareCounts(cluster, shared, slice, keys, threshold);
+  }
+  unsigned long long done = 0;  // Counts of the rounds before, packed
+  for (int begin = 0; begin < slice.length; begin += kRoundLength) {
+    Run run = ReadRun(slice, keys, begin, threshold, threshold);
+    Counts own = {static_cast<uint32_t>(__popc(run.above)),
+                  static_cast<uint32_t>(__popc(run.equal))};
+    auto scan = BlockScan(own.Packed(), shared.warp_sums);
+    Counts before = Counts::Unpack(done + scan.before);
+    done += scan.total;
+    before.above += shared.before.above;
+    before.equal += shared.before.equal;
+    for (uint32_t left = run.above | run.equal; left != 0; left &= left - 1) {
+      uint32_t bit = left & -left;
+      bool is_tie = (run.equal & bit) != 0;
+      if (!is_tie || before.equal < num_ties) {
+        out[before.above + min(before.equal, num_ties)] = slice.first + run.first + __ffs(bit) - 1;
+      }
+      before.above += !is_tie;
+      before.equal += is_tie;
+    }
+  }
+  if (last.has_candidates) cluster.Wait();  // the others have read this block's list
 }
 
 // grid (cluster size, num_sets, B): a cluster per set. Dynamic shared memory: slice_capacity keys
@@ -227,9 +405,14 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
     SelectTopKKernel(const SelectParams p) {
   extern __shared__ uint4 dynamic_shared[];
   __shared__ SelectShared shared;
+  BlockCluster cluster;
+  if (threadIdx.x == 0) {
+    shared.own = {0, 0};
+    shared.before = {0, 0};
+  }
+  BeginSearch(cluster, shared.radix);
   WaitForPreviousKernel();
   LetNextKernelStart();
-  BlockCluster cluster;
   int row = static_cast<int>(blockIdx.z);
   int64_t set = static_cast<int64_t>(row) * gridDim.y + blockIdx.y;
   int32_t* token_idx = p.token_idx + set * p.token_budget;
@@ -250,15 +433,12 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
         MakeKeys<kSource, 1>(p, slice, scores, lse, keys, add);
       }
     };
-    auto read_keys = [&](auto&& add) {
-      BlockForEachInBatches<4>(
-          slice.length - slice.skip, [&](int i) { return keys[slice.skip + i]; },
-          [&](int, uint32_t key) { add(key, 1u); });
-    };
     auto count = static_cast<uint32_t>(contest.count);
-    auto threshold = FindThreshold(cluster, shared.radix, count, make_keys, read_keys);
-    WriteChosen(cluster, shared, slice, keys, threshold.key, count - threshold.above,
+    LastChosen last = FindLastChosen(cluster, shared, slice, keys, count, make_keys);
+    WriteChosen(cluster, shared, slice, keys, last, count - last.threshold.above,
                 token_idx + p.sink_tokens);
+  } else {
+    cluster.Wait();  // for BeginSearch
   }
   // Last, because barriers of a cluster wait for writes.
   if (cluster.rank() == 0) WriteForced(p, num_tokens, token_idx);
@@ -283,7 +463,7 @@ SelectKernel KernelFor(KeySource source) {
 }
 
 int64_t SliceCapacity(int64_t max_len, int64_t cluster_size) {
-  return CeilDiv(CeilDiv(max_len, cluster_size), kVec) * kVec;
+  return CeilDiv(CeilDiv(max_len, cluster_size), kRunLength) * kRunLength;
 }
 
 struct SelectLaunch {
@@ -313,7 +493,7 @@ int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max
   SelectLaunch launch = PlanLaunch(KeySource::kSumOfWeights, batch_size * num_sets, max_len);
   if (launch.shared_bytes > 0) return 0;
   // Room for any cluster size.
-  int64_t keys_per_set = max_len + kVec * kMaxClusterSize;
+  int64_t keys_per_set = max_len + kRunLength * kMaxClusterSize;
   return batch_size * num_sets * keys_per_set * static_cast<int64_t>(sizeof(uint32_t));
 }
 

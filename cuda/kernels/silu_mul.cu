@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
+#include "common/elementwise.cuh"
 #include "common/vec.cuh"
 
 namespace tidal {
@@ -27,7 +28,7 @@ __global__ void SiluMulKernel(const T* gate_up, T* out, int64_t num_tokens,
     LoadFloats<kVec>(gate_up + row * 2 * intermediate_size + column, gate);
     LoadFloats<kVec>(gate_up + (row * 2 + 1) * intermediate_size + column, up);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    for (int i = 0; i < kVec; ++i) gate[i] = SiluTimes(gate[i], up[i]);
     StoreFloats<kVec>(out + row * intermediate_size + column, gate);
   }
 }

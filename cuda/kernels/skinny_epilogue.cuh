@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/elementwise.cuh"
+#include "common/paged_kv.cuh"
 #include "common/vec.cuh"
 #include "kernels/skinny_linear.cuh"
 
@@ -113,7 +115,7 @@ struct SiluMulEpilogue {
         float gate = values[i] + BiasOf(e.bias, output);
         float up = values[i + 2] + BiasOf(e.bias, e.intermediate_size + output);
         e.out[int64_t{token + i} * e.intermediate_size + output] =
-            FromFloat32<T>(gate / (1.0f + expf(-gate)) * up);
+            FromFloat32<T>(SiluTimes(gate, up));
       }
     }
   };
@@ -156,9 +158,8 @@ struct RopeAppendEpilogue {
         position[i] = token + i < e.num_tokens ? e.positions[token + i] : -1;
         cache_row[i] = 0;
         if (position[i] < 0) continue;
-        int page = position[i] / e.page_size, slot = position[i] - page * e.page_size;
-        int64_t page_id = e.page_table[e.seq_idx[token + i] * e.max_pages + page];
-        cache_row[i] = page_id * e.num_kv_heads * e.page_size + slot;
+        const int32_t* pages = e.page_table + e.seq_idx[token + i] * e.max_pages;
+        cache_row[i] = PagedRow(pages, position[i], e.num_kv_heads, e.page_size);
       }
     }
     __device__ void Begin(int) {}
@@ -177,9 +178,7 @@ struct RopeAppendEpilogue {
         if (target == nullptr) continue;
         if (position[i] >= 0 && head < e.num_q_heads + e.num_kv_heads) {
           const float* angles = e.cos_sin + int64_t{token + i} * e.head_dim;
-          float cosine = angles[dim], sine = angles[dim + half], first = low;
-          low = first * cosine - high * sine;
-          high = high * cosine + first * sine;
+          RotatePair(low, high, angles[dim], angles[dim + half]);
         }
         target[dim] = FromFloat32<T>(low);
         target[dim + half] = FromFloat32<T>(high);

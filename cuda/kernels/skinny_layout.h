@@ -61,9 +61,9 @@ struct SkinnyLayout {
   }
 };
 
-// The inputs of a chunk: of a normed product hidden states in float32 and norm weights.
+// The inputs of a chunk: of a normed product hidden states in float32.
 inline int InputBytes(int num_tokens, bool normed) {
-  return normed ? num_tokens * kHiddenRowBytes + kStageRowBytes : num_tokens * kStageRowBytes;
+  return num_tokens * (normed ? kHiddenRowBytes : kStageRowBytes);
 }
 
 // As many stages as fit, at most max_stages.

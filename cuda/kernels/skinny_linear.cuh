@@ -213,9 +213,8 @@ class SkinnyBlock {
     int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
     if (kNormed && at.tile == 0 && odd == 0) {
-      unsigned char* norm =
-          stage + kTileRows * kStageRowBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
-      CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
+      CopyAsync16(NormedRow(0, at.chunk) + piece * 16,
+                  inside ? p_.norm_weight + input : p_.norm_weight, inside);
     }
     unsigned char* target = stage + odd * kStageRowBytes + SwapHalves(odd, piece * 16);
 #pragma unroll
@@ -274,7 +273,8 @@ class SkinnyBlock {
     }
   }
 
-  // The inputs of a token and chunk, made by MakeInputs.
+  // The inputs of a token and chunk, made by MakeInputs. Before that, in the row of token 0: the
+  // norm's weights.
   __device__ unsigned char* NormedRow(int token, int chunk) const {
     return shared_ + p_.layout.Normed() + (token * num_chunks_ + chunk) * kStageRowBytes;
   }
@@ -283,18 +283,20 @@ class SkinnyBlock {
   // same for a whole row and multiplies the results. Returns the sum of the squares.
   __device__ float MakeInputs(const Cursor& at, const unsigned char* stage, int lane) {
     int token = lane / 4;
-    if (token >= p_.num_tokens) return 0.0f;
+    bool present = token < p_.num_tokens;
     const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
     const auto* hidden = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes);
-    const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
+    const auto* norm = reinterpret_cast<const T*>(NormedRow(0, at.chunk));
     float squares = 0.0f;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
       int first = step * kStepInputs + lane % 4 * 8;
       float low[4], high[4], weights[8];
+      LoadFloats<8>(norm + first, weights);
+      __syncwarp();  // all have them: token 0's inputs take their place
+      if (!present) continue;
       LoadFloats<4>(hidden + first, low);
       LoadFloats<4>(hidden + first + 4, high);
-      LoadFloats<8>(norm + first, weights);
       float products[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -31,6 +31,19 @@ TEST_P(DecoderResults, PrefillAndDecodeGiveTheSameLogits) {
             ToleranceFor(Op::kLogits, GetParam().dtype).rel);
 }
 
+// With a hidden size like this one a GPU's decode steps take the norm into the product behind it.
+TEST_P(DecoderResults, WideModelsToo) {
+  model_.hidden_size = 1024;
+  weights_ = TinyModel(model_, 5);
+  const auto decoded = Make(Dense())->DecodeLogits(text_, kPrefill);
+  auto prefilled = Make(Dense())->PrefillLogits(text_, 240 - kPrefill + 1);
+  EXPECT_LT(RelativeError(Widen(decoded), Widen(prefilled)),
+            ToleranceFor(Op::kLogits, GetParam().dtype).rel);
+  DecodeConfig eager = Dense();
+  eager.cuda_graphs = false;
+  EXPECT_TRUE(SameBits(Bits(Make(eager)->DecodeLogits(text_, kPrefill)), Bits(decoded), 4));
+}
+
 TEST_P(DecoderResults, PrefillLogitsOfTheLastPositionsAreTheTail) {
   const auto decoder = Make(Dense());
   const auto all = decoder->PrefillLogits(text_, static_cast<int64_t>(text_.size()));

@@ -153,6 +153,25 @@ TEST_P(OpAttentionSparse, RowsUpToDenseLenAreDense) {
   }
 }
 
+// So much room for dense rows that a row's splits are too many for a cluster of blocks, on a GPU.
+TEST_P(OpAttentionSparse, LongDenseRowsBesideShortSets) {
+  constexpr int64_t kDenseLen = 2100;
+  for (int64_t token_budget : {64, 1500}) {
+    SCOPED_TRACE(token_budget);
+    Prepare(Granularity::kKvHead, token_budget, {2100, 2101, 3000});
+    const Sets sets = RandomSets();
+    Sets attended = sets;
+    for (Ints& positions : attended[0]) {
+      positions.resize(kDenseLen);
+      std::iota(positions.begin(), positions.end(), 0);
+    }
+    const AttentionSparseArgs args = Args(PutCache(sequences_, shape().page_size), sets, kDenseLen);
+    backend().AttentionSparse(args);
+    EXPECT_TRUE(
+        Close(Get(args.attention.out), Want(attended), ToleranceFor(Op::kAttention, act())));
+  }
+}
+
 TEST_P(OpAttentionSparse, PageSizeDoesNotChangeBits) {
   Prepare(Granularity::kKvHead, 64, {700, 1203});
   const Sets sets = RandomSets();
