@@ -61,9 +61,9 @@ struct SkinnyLayout {
   }
 };
 
-// The inputs of a chunk: of a normed product hidden states in float32.
+// The inputs of a chunk: of a normed product hidden states in float32 and norm weights.
 inline int InputBytes(int num_tokens, bool normed) {
-  return num_tokens * (normed ? kHiddenRowBytes : kStageRowBytes);
+  return normed ? num_tokens * kHiddenRowBytes + kStageRowBytes : num_tokens * kStageRowBytes;
 }
 
 // As many stages as fit, at most max_stages.

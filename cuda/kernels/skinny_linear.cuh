@@ -73,8 +73,8 @@ class SkinnyBlock {
   // By one thread.
   __device__ void InitBarriers() {
     for (int buffer = 0; buffer < p_.layout.num_tile_buffers; ++buffer) {
-      InitBarrier(tile_full_ + buffer, static_cast<uint32_t>(p_.layout.num_parts));
-      InitBarrier(tile_empty_ + buffer, 1);
+      InitBarrier(tile_full_ + buffer, static_cast<uint32_t>(p_.layout.num_parts) * kWarpSize);
+      InitBarrier(tile_empty_ + buffer, kWarpSize);
     }
   }
 
@@ -151,8 +151,7 @@ class SkinnyBlock {
         scales[0] = NormScale(lane % 4 * 2);
         scales[1] = NormScale(lane % 4 * 2 + 1);
       }
-      __syncwarp();
-      if (lane == 0) Arrive(tile_empty_ + buffer);
+      Arrive(tile_empty_ + buffer);
       const float values[4] = {total.x * scales[0], total.y * scales[1], total.z * scales[0],
                                total.w * scales[1]};
       finisher.Finish(tile, values);
@@ -213,8 +212,9 @@ class SkinnyBlock {
     int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
     bool inside = input < p_.num_inputs;
     if (kNormed && at.tile == 0 && odd == 0) {
-      CopyAsync16(NormedRow(0, at.chunk) + piece * 16,
-                  inside ? p_.norm_weight + input : p_.norm_weight, inside);
+      unsigned char* norm =
+          stage + kTileRows * kStageRowBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
+      CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
     }
     unsigned char* target = stage + odd * kStageRowBytes + SwapHalves(odd, piece * 16);
 #pragma unroll
@@ -273,8 +273,7 @@ class SkinnyBlock {
     }
   }
 
-  // The inputs of a token and chunk, made by MakeInputs. Before that, in the row of token 0: the
-  // norm's weights.
+  // The inputs of a token and chunk, made by MakeInputs.
   __device__ unsigned char* NormedRow(int token, int chunk) const {
     return shared_ + p_.layout.Normed() + (token * num_chunks_ + chunk) * kStageRowBytes;
   }
@@ -283,20 +282,18 @@ class SkinnyBlock {
   // same for a whole row and multiplies the results. Returns the sum of the squares.
   __device__ float MakeInputs(const Cursor& at, const unsigned char* stage, int lane) {
     int token = lane / 4;
-    bool present = token < p_.num_tokens;
+    if (token >= p_.num_tokens) return 0.0f;
     const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
     const auto* hidden = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes);
-    const auto* norm = reinterpret_cast<const T*>(NormedRow(0, at.chunk));
+    const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
     float squares = 0.0f;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
       int first = step * kStepInputs + lane % 4 * 8;
       float low[4], high[4], weights[8];
-      LoadFloats<8>(norm + first, weights);
-      __syncwarp();  // all have them: token 0's inputs take their place
-      if (!present) continue;
       LoadFloats<4>(hidden + first, low);
       LoadFloats<4>(hidden + first + 4, high);
+      LoadFloats<8>(norm + first, weights);
       float products[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -333,8 +330,7 @@ class SkinnyBlock {
     if (round > 0) WaitBarrier(tile_empty_ + buffer, (round - 1) & 1);
     *Partial(buffer, part, lane) = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
                                                sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
-    __syncwarp();
-    if (lane == 0) Arrive(tile_full_ + buffer);
+    Arrive(tile_full_ + buffer);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
   }
