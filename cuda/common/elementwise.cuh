@@ -1,5 +1,5 @@
-// The arithmetic of single elements that a kernel of its own and the epilogue of a product share, so
-// that both round alike.
+// The arithmetic of single elements that a kernel of its own and the epilogue of a product share,
+// so that both round alike.
 #pragma once
 
 #include <cuda_runtime.h>
