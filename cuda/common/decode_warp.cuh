@@ -16,7 +16,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/async_copy.cuh"
@@ -64,31 +63,25 @@ struct AttendedTokens {
   }
 };
 
-template <typename T, int kHeadDim>
+// 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
+// several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
+template <int kHeadDim>
+inline constexpr int kDecodeStages = 3 * 128 / kHeadDim;
+
+template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>>
 class DecodeWarp {
  public:
-  // 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
-  // several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
-  static constexpr int kStages = 3 * 128 / kHeadDim;
+  // Tiles whose copies are under way at a time: in all stages but that of the tile that is worked
+  // on. With fewer stages than usual, which should hold all of a warp's tiles, in all of them.
+  static constexpr int kAhead = kStages < kDecodeStages<kHeadDim> ? kStages : kStages - 1;
   static constexpr int kStageBytes = 2 * kDecodeWarpTile * kHeadDim * sizeof(T);
+  static constexpr int kSharedBytes = kDecodeWarps * kStages * kStageBytes;  // of a block
   static constexpr int kNoRow = -2;  // what no token's row is
 
-  // Stages of a warp in spans of at most `max_span` tokens: no more than it has tiles.
-  static int NumStages(int max_span) {
-    return std::min(kStages, (max_span + kDecodeTile - 1) / kDecodeTile);
-  }
-  // Shared memory of a block.
-  static int SharedBytes(int num_stages) { return kDecodeWarps * num_stages * kStageBytes; }
-
-  // `block_shared`: SharedBytes(num_stages), aligned to 128.
-  __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, int num_stages,
-                                        const PagedKvView<T>& kv)
-      : block_shared_(block_shared),
-        warp_bytes_(num_stages * kStageBytes),
-        k_(kv.k),
-        v_(kv.v),
-        lane_(threadIdx.x % kWarpSize) {
-    shared_ = reinterpret_cast<T*>(block_shared + threadIdx.x / kWarpSize * warp_bytes_);
+  // `block_shared`: kSharedBytes, aligned to 128.
+  __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, const PagedKvView<T>& kv)
+      : block_shared_(block_shared), k_(kv.k), v_(kv.v), lane_(threadIdx.x % kWarpSize) {
+    shared_ = reinterpret_cast<T*>(block_shared + threadIdx.x / kWarpSize * kWarpBytes);
   }
 
   // Attends to those of the tokens [span.begin, span.end) that are this warp's: every
@@ -108,14 +101,15 @@ class DecodeWarp {
       return token < span.end ? position : -1;
     };
 
-    unsigned valid[kStages];  // a bit for each token of the i-th tile from now that is not masked
-    int rows[kStages];
+    // Of the tile now and the kAhead tiles after it: a bit for each token that is not masked.
+    unsigned valid[kAhead + 1];
+    int rows[kAhead + 1];
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) rows[stage] = position_of(stage);
-    int next_position = position_of(kStages);
+    for (int i = 0; i <= kAhead; ++i) rows[i] = position_of(i);
+    int next_position = position_of(kAhead + 1);
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) rows[stage] = tokens.Row(rows[stage]);
-    int next_row = rows[kStages - 1];
+    for (int i = 0; i <= kAhead; ++i) rows[i] = tokens.Row(rows[i]);
+    int next_row = rows[kAhead];
     StartEarly(rows, num_tiles, late_row, valid);
     WaitForPreviousKernel();
     LetNextKernelStart();
@@ -126,20 +120,28 @@ class DecodeWarp {
     for (int tile = 0; tile < num_tiles; ++tile) {
       int row = next_row;
       next_row = tokens.Row(next_position);  // a tile ahead: its latency overlaps the arithmetic
-      next_position = position_of(tile + kStages + 1);
-      WaitCopies<kStages - 2>();  // the oldest of the kStages - 1 groups under way has landed
-      __syncwarp();               // for all lanes; and all are done with the tile before
-      Copy(stage == 0 ? kStages - 1 : stage - 1, tile + kStages - 1 < num_tiles, row);
-      valid[kStages - 1] = __ballot_sync(kFullWarp, row >= 0);
+      next_position = position_of(tile + kAhead + 2);
+      auto copy_next = [&] {
+        int target = stage + kAhead - kStages;
+        Copy(target < 0 ? target + kStages : target, tile + kAhead < num_tiles, row);
+        valid[kAhead] = __ballot_sync(kFullWarp, row >= 0);
+      };
+      WaitCopies<kAhead - 1>();  // the oldest of the kAhead groups under way has landed
+      __syncwarp();              // for all lanes; and all are done with the tile before
+      if constexpr (kAhead < kStages) copy_next();
 
       float scores[4];
       Scores(stage, valid[0], query.sm_scale, scores);
       on_scores(begin + tile * kDecodeTile, scores, valid[0], KeyTile(stage));
       Accumulate(stage, scores);
 
+      if constexpr (kAhead == kStages) {
+        __syncwarp();  // all are done with the stage
+        copy_next();
+      }
       stage = stage == kStages - 1 ? 0 : stage + 1;
 #pragma unroll
-      for (int i = 0; i < kStages - 1; ++i) valid[i] = valid[i + 1];
+      for (int i = 0; i < kAhead; ++i) valid[i] = valid[i + 1];
     }
   }
 
@@ -154,7 +156,7 @@ class DecodeWarp {
   // After FinishBlock, by a whole warp: the block's result for a head.
   __device__ __forceinline__ HeadResult<kHeadDim> BlockResult(int head) const {
     auto area = [&](int warp) {
-      return reinterpret_cast<const float*>(block_shared_ + warp * warp_bytes_);
+      return reinterpret_cast<const float*>(block_shared_ + warp * kWarpBytes);
     };
     auto state_of = [&](int warp) {
       return make_float2(area(warp)[kMergeMax + head], area(warp)[kMergeSum + head]);
@@ -168,6 +170,7 @@ class DecodeWarp {
  private:
   static_assert(kDecodeWarpTile == kCopyTokens);
   static constexpr int kTileElements = kDecodeWarpTile * kHeadDim;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
 
   // A warp's results in shared memory, in floats: out [8 heads, D], in rows that are padded so that
   // StoreForMerge spreads over all banks; max [8], sum [8].
@@ -192,22 +195,22 @@ class DecodeWarp {
     CommitCopies();
   }
 
-  // Fills the pipeline: all but the last stage, without the tokens in late_row.
-  __device__ __forceinline__ void StartEarly(const int (&rows)[kStages], int num_tiles,
-                                             int late_row, unsigned (&valid)[kStages]) {
+  // Starts the copies of the first kAhead tiles, without the tokens in late_row.
+  __device__ __forceinline__ void StartEarly(const int (&rows)[kAhead + 1], int num_tiles,
+                                             int late_row, unsigned (&valid)[kAhead + 1]) {
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
+    for (int stage = 0; stage < kAhead; ++stage) {
       Copy(stage, stage < num_tiles, rows[stage] == late_row ? -1 : rows[stage]);
       valid[stage] = __ballot_sync(kFullWarp, rows[stage] >= 0);
     }
   }
 
   // Brings in what StartEarly left out; the query's loads are under way meanwhile.
-  __device__ __forceinline__ void CopyLate(const int (&rows)[kStages], int late_row) {
+  __device__ __forceinline__ void CopyLate(const int (&rows)[kAhead + 1], int late_row) {
     constexpr int kChunks = kHeadDim / kChunkElements;
     bool waited = false;
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
+    for (int stage = 0; stage < kAhead; ++stage) {
       // Lanes l and l + 16 have the same token.
       unsigned late = __ballot_sync(kFullWarp, rows[stage] == late_row) & 0xffffu;
       if (late == 0) continue;
@@ -326,7 +329,6 @@ class DecodeWarp {
   }
 
   unsigned char* block_shared_;
-  int warp_bytes_;
   T* shared_;  // this warp's
   const T* k_;
   const T* v_;

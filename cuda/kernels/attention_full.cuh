@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, Warp::kStages, params.kv);
+  Warp warp(shared_bytes, params.kv);
   AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
   DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
@@ -156,14 +156,12 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
 
   auto kernel = AttentionFullKernel<T, kHeadDim, kScores>;
   using Warp = DecodeWarp<T, kHeadDim>;
-  int shared_bytes = Warp::SharedBytes(Warp::kStages);
-  TIDAL_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        Warp::kSharedBytes));
   dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
-  LaunchOverlapped(
-      kOp, kernel,
-      {.grid = grid, .block = kDecodeThreads, .shared_bytes = static_cast<size_t>(shared_bytes)},
-      stream, params);
+  LaunchOverlapped(kOp, kernel,
+                   {.grid = grid, .block = kDecodeThreads, .shared_bytes = Warp::kSharedBytes},
+                   stream, params);
 }
 
 }  // namespace tidal

@@ -19,6 +19,13 @@ namespace tidal {
 // Who merges the splits of a row.
 enum class SplitMerge { kCluster, kLastBlock };
 
+// Stages of a warp. A cluster's blocks attend to so little that few stages hold it all, and small
+// blocks find room beside those of the kernel in front, to read early; only dense rows, which are
+// rare in a sparse step, go round in them.
+template <int kHeadDim, SplitMerge kMerge>
+inline constexpr int kSparseStages =
+    kMerge == SplitMerge::kCluster ? kMaxClusterSpan / kDecodeTile : kDecodeStages<kHeadDim>;
+
 template <typename T>
 struct AttentionSparseParams {
   const T* q;  // [B, Hq, D]
@@ -30,24 +37,22 @@ struct AttentionSparseParams {
   int num_sets;                 // lists of a row: Hkv, Hq or 1
   int token_budget;             // positions a list has room for
   int dense_len;                // rows with seq_len <= dense_len attend to all positions
-  int num_stages;               // of a warp
   const int32_t* token_idx;     // [B, num_sets, token_budget]
   const int32_t* num_selected;  // [B]
   CacheReads reads;
-  SplitMerge merge;
   PartialResults partials;
   AttentionOutput<T> output;
 };
 
 // grid (num_splits, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes one split of
 // one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
-// positions. With kCluster, clusters of num_splits blocks. Shared: num_stages x 8 KB a warp (4 KB
-// at head_dim 64), 24 KB at most.
-template <typename T, int kHeadDim>
+// positions. With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4
+// KB at head_dim 64).
+template <typename T, int kHeadDim, SplitMerge kMerge>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionSparseKernel(const AttentionSparseParams<T> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  using Warp = DecodeWarp<T, kHeadDim>;
+  using Warp = DecodeWarp<T, kHeadDim, kSparseStages<kHeadDim, kMerge>>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int batch = blockIdx.z, first_head = blockIdx.y * params.heads_per_block;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
@@ -65,7 +70,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, params.num_stages, params.kv);
+  Warp warp(shared_bytes, params.kv);
   int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
   AttendedTokens<T> tokens{
       .kv = params.kv,
@@ -79,11 +84,26 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
               [](int, const float(&)[4], unsigned, T*) {});
   warp.FinishBlock();
   auto block_result = [&](int head) { return warp.BlockResult(head); };
-  if (params.merge == SplitMerge::kCluster) {
+  if constexpr (kMerge == SplitMerge::kCluster) {
     MergeInCluster<T, kHeadDim>(work, params.output, block_result);
   } else {
     MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
   }
+}
+
+template <typename T, int kHeadDim, SplitMerge kMerge>
+void LaunchSparse(const AttentionSparseParams<T>& params, const dim3& grid, cudaStream_t stream) {
+  auto kernel = AttentionSparseKernel<T, kHeadDim, kMerge>;
+  constexpr int kSharedBytes =
+      DecodeWarp<T, kHeadDim, kSparseStages<kHeadDim, kMerge>>::kSharedBytes;
+  TIDAL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  LaunchOverlapped("attention_sparse", kernel,
+                   {.grid = grid,
+                    .block = kDecodeThreads,
+                    .shared_bytes = kSharedBytes,
+                    .cluster_size = kMerge == SplitMerge::kCluster ? grid.x : 1},
+                   stream, params);
 }
 
 template <typename T, int kHeadDim>
@@ -100,14 +120,12 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t num_blocks = num_q_heads / heads_per_block;
   int64_t max_tokens =
       std::min(std::max(token_budget, args.dense_len), int64_t{kMaxAttendedTokens});
-  auto kernel = AttentionSparseKernel<T, kHeadDim>;
   int num_splits = ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens);
   int cluster_splits = std::min(num_splits, kMaxClusterSplits);
   bool in_cluster = SpanLength(static_cast<int>(std::min<int64_t>(token_budget, max_tokens)),
                                cluster_splits) <= kMaxClusterSpan &&
-                    RunsHopperCode(kernel);
+                    RunsHopperCode(AttentionSparseKernel<T, kHeadDim, SplitMerge::kCluster>);
   if (in_cluster) num_splits = cluster_splits;
-  using Warp = DecodeWarp<T, kHeadDim>;
   AttentionSparseParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
@@ -118,23 +136,18 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .num_sets = static_cast<int>(num_sets),
       .token_budget = static_cast<int>(token_budget),
       .dense_len = static_cast<int>(std::min<int64_t>(args.dense_len, kMaxAttendedTokens)),
-      .num_stages = Warp::NumStages(SpanLength(static_cast<int>(max_tokens), num_splits)),
       .token_idx = args.token_idx.data<int32_t>(),
       .num_selected = args.num_selected.data<int32_t>(),
       .reads = reads,
-      .merge = in_cluster ? SplitMerge::kCluster : SplitMerge::kLastBlock,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr), .lse = nullptr}};
 
-  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        Warp::SharedBytes(Warp::kStages)));
   dim3 grid(num_splits, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
-  LaunchOverlapped(kOp, kernel,
-                   {.grid = grid,
-                    .block = kDecodeThreads,
-                    .shared_bytes = static_cast<size_t>(Warp::SharedBytes(params.num_stages)),
-                    .cluster_size = in_cluster ? static_cast<unsigned>(num_splits) : 1},
-                   stream, params);
+  if (in_cluster) {
+    LaunchSparse<T, kHeadDim, SplitMerge::kCluster>(params, grid, stream);
+  } else {
+    LaunchSparse<T, kHeadDim, SplitMerge::kLastBlock>(params, grid, stream);
+  }
 }
 
 }  // namespace tidal
