@@ -146,14 +146,14 @@ TEST_P(OpAttentionPrefill, TokensPastTheLastRowAreIdle) {
 TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
   if (!on().is_cpu()) GTEST_SKIP() << "elsewhere they do to rounding";
   Random random(5);
-  const Chunk chunk = {"", {520, 66}, {8, 3}};
+  const Chunk chunk = {"", {520, 66}, {17, 3}};
   const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
   const PagedKv kv = PutCache(sequences, shape().page_size);
   const AttentionPrefillArgs args = Args(kv, chunk, RandomQ(random, chunk));
   backend().AttentionPrefill(args);
-  for (int32_t i = 0; i < 8; ++i) {
+  for (int32_t i = 0; i < 17; ++i) {
     PagedKv seen = kv;
-    seen.seq_lens = PutInts({513 + i}, {1});
+    seen.seq_lens = PutInts({504 + i}, {1});
     seen.page_table = kv.page_table.Rows(0, 1);
     const TensorView decoded = Output(act(), {1, shape().num_q_heads, shape().head_dim});
     backend().AttentionFull(
