@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tidaldecode
@@ -68,12 +68,7 @@ sampling = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     options=sampling,
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=5),
@@ -95,12 +90,7 @@ def test_verified_tokens_are_those_of_dense_decoding(
         assert one.text == other.text
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     correction_interval=st.integers(1, 40),
     length=st.integers(1, 120),

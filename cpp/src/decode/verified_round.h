@@ -1,9 +1,10 @@
 // A round of verified decoding: sparse steps draft, one dense pass decides.
 //
-// Speculative decoding (arXiv 2211.17192) where the model drafts for itself, with its sparse plan.
-// A draft is kept if it is the token that the dense logits draw. A draw depends on logits,
-// parameters, seed and position alone (core/philox.h), so what is kept, and the token drawn after
-// it, is what dense decoding would have written, greedy or sampled.
+// Speculative decoding (arXiv 2211.17192) where the model drafts for itself, with its sparse plan,
+// and shared noise takes the place of rejection sampling (arXiv 2408.07978). A draft is kept if it
+// is the token that the dense logits draw. A draw depends on logits, parameters, seed and position
+// alone (core/philox.h), so what is kept, and the token drawn after it, is what dense decoding
+// would have written, greedy or sampled.
 #pragma once
 
 #include <cstdint>
