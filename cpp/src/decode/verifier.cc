@@ -120,8 +120,9 @@ std::vector<std::vector<int32_t>> Verifier::Run(const Transformer& transformer,
   UploadTokens(rows, pass);
   UploadDraws(rows, draws, t);
 
-  // More tokens than rows, so no RopeAppendKv here is taken for that of a decode step. Nothing that
-  // a recording fixes depends on lengths: max_seq_len is the bound of all sequences.
+  // More tokens than rows, so no RopeAppendKv here is taken for that of a decode step. A recording
+  // fixes the host's bounds (on CUDA max_q_len is the number of query tiles in the grid), so they
+  // are those of the shape and of all sequences; lengths and shares are read on the device.
   StepKey key = {
       .batch_size = shape.batch_size, .sparse = false, .tokens_per_row = shape.tokens_per_row};
   backend_.RunStep(key, [&] {
