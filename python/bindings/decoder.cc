@@ -168,6 +168,11 @@ py::array_t<float> LogitsArray(const Decoder& decoder, const Compute& compute) {
 }
 
 void RegisterGeneration(py::module_& module) {
+  py::class_<Verification>(module, "Verification")
+      .def_readonly("drafted_tokens", &Verification::drafted_tokens)
+      .def_readonly("accepted_tokens", &Verification::accepted_tokens)
+      .def_readonly("dense_passes", &Verification::dense_passes);
+
   py::class_<SequenceResult>(module, "SequenceResult")
       .def_readonly("token_ids", &SequenceResult::token_ids)
       .def_property_readonly(
@@ -176,7 +181,8 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("error", &SequenceResult::error)
       .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
-      .def_readonly("decode_s", &SequenceResult::decode_s);
+      .def_readonly("decode_s", &SequenceResult::decode_s)
+      .def_readonly("verification", &SequenceResult::verification);
 
   py::class_<PyGeneration>(module, "Generation")
       .def("advance", &PyGeneration::Advance)

@@ -25,7 +25,7 @@ from tidaldecode.errors import (
     WeightsError,
 )
 from tidaldecode.model_folder import demo_model_dir
-from tidaldecode.results import GenerationResult, Timings
+from tidaldecode.results import GenerationResult, Timings, Verification
 from tidaldecode.stream import TextStream
 
 __version__: str = _core.version()
@@ -43,6 +43,7 @@ __all__ = [
     "TidalError",
     "Timings",
     "UnsupportedError",
+    "Verification",
     "WeightsError",
     "__version__",
     "demo_model_dir",

@@ -53,6 +53,9 @@ class DecodeConfig:
     sink_tokens: int
     recent_tokens: int
     sparse_min_context: int
+    correction_interval: int
+    verify: bool
+    draft_tokens: int
     max_seq_len: int
     max_batch_size: int
     page_size: int
@@ -78,6 +81,14 @@ class WeightFileEntry:
         self, name: str, dtype: str, shape: list[int], path: str | bytes, file_offset: int
     ) -> None: ...
 
+class Verification:
+    @property
+    def drafted_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
+    def dense_passes(self) -> int: ...
+
 class SequenceResult:
     @property
     def token_ids(self) -> list[int]: ...
@@ -91,6 +102,8 @@ class SequenceResult:
     def time_to_first_token_s(self) -> float: ...
     @property
     def decode_s(self) -> float: ...
+    @property
+    def verification(self) -> Verification: ...
 
 class Generation:
     def advance(self) -> list[tuple[int, int]]: ...

@@ -92,6 +92,9 @@ def generate(
     sink_tokens: opt.SinkTokens = None,
     recent_tokens: opt.RecentTokens = None,
     sparse_min_context: opt.SparseMinContext = None,
+    correction_interval: opt.CorrectionInterval = None,
+    verify: opt.Verify = False,
+    draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
     page_size: opt.PageSize = None,
     prefill_chunk: opt.PrefillChunk = None,
@@ -227,11 +230,12 @@ def _stream_text(
 
 
 def _print_summary(decoder: Decoder, result: GenerationResult) -> None:
-    timings = result.timings
+    timings, checks = result.timings, result.verification
+    kept = f", {checks.tokens_per_dense_pass:.1f} tokens per dense pass" if checks else ""
     print(
         f"[{result.prompt_tokens} + {len(result.token_ids)} tokens, "
         f"first after {timings.time_to_first_token_s:.2f} s, "
-        f"then {timings.decode_tokens_per_s:.1f} tokens/s; {decoder.config.device}, "
+        f"then {timings.decode_tokens_per_s:.1f} tokens/s{kept}; {decoder.config.device}, "
         f"plan {decoder.plan}; {result.finish_reason}]",
         file=sys.stderr,
     )

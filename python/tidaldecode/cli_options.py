@@ -24,6 +24,7 @@ def _engine_option(help_text: str, field: str = "") -> Any:
     if field:
         value = getattr(_DEFAULTS, field)
         is_auto = value == 0 and field in (
+            "draft_tokens",
             "max_seq_len",
             "num_pages",
             "prefill_chunk",
@@ -65,6 +66,24 @@ SparseMinContext = Annotated[
     _engine_option(
         "Up to this length steps are dense; default: while that is faster.", "sparse_min_context"
     ),
+]
+CorrectionInterval = Annotated[
+    int | None,
+    _engine_option(
+        "Sparsely decoded tokens after which a dense pass rewrites their cache; 0 is never.",
+        "correction_interval",
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Sparse steps draft, dense passes decide: the tokens of dense decoding.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+DraftTokens = Annotated[
+    int | None, _engine_option("With --verify, drafts per dense pass.", "draft_tokens")
 ]
 MaxSeqLen = Annotated[
     int | None, _engine_option("Tokens of prompt and output together.", "max_seq_len")

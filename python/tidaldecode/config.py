@@ -19,6 +19,7 @@ ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
 GRANULARITIES = ("kv_head", "head", "layer")
 POOLINGS = ("sum", "max")
+VERIFY_WORDS = ("greedy", "sample")  # beside True and False
 
 # Settings that shape the choice of positions; a plan file may give them too.
 PLAN_SETTINGS = (
@@ -46,6 +47,8 @@ _INT_RANGES = {
     "sink_tokens": (0, _INT32_MAX),
     "recent_tokens": (1, _INT32_MAX),
     "sparse_min_context": (0, _INT32_MAX),
+    "correction_interval": (0, _INT32_MAX),
+    "draft_tokens": (1, 64),
     "max_seq_len": (1, _INT32_MAX),
     "max_batch_size": (1, 65535),
     "page_size": (1, 65536),
@@ -79,6 +82,14 @@ class DecodeConfig:
         recent_tokens: last positions, always chosen, >= 1.
         sparse_min_context: sequences of at most this many tokens are decoded densely; "auto" (the
             same as None): as long as that is the faster way on the device.
+        correction_interval: every so many tokens that a sequence decoded sparsely, a dense pass
+            rewrites their keys and values, which sparse steps leave slightly wrong; 0 is never.
+        verify: True lets sparse steps only draft and a dense pass decide, so that the tokens are
+            those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is the same
+            for calls with temperature 0 and refuses others. Needs no correction_interval and allows
+            none. A dense decoder drafts nothing.
+        draft_tokens: drafts per dense pass, 1 to 64; "auto" (the same as None): one more than last
+            time if all were kept, else as many as were, from 1 to 16.
         max_seq_len: tokens of one sequence, prompt and output; None is the model's
             max_position_embeddings, as far as memory allows.
         max_batch_size: sequences decoded together.
@@ -105,6 +116,9 @@ class DecodeConfig:
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     sparse_min_context: int | str | None = None
+    correction_interval: int | None = None
+    verify: bool | str | None = None
+    draft_tokens: int | str | None = None
     max_seq_len: int | None = None
     max_batch_size: int | None = None
     page_size: int | None = None
@@ -120,13 +134,18 @@ class DecodeConfig:
             )
         for name in ("dtype", "kv_dtype", "load_format", "attention"):
             check_setting(name, getattr(self, name))
-        if self.sparse_min_context == "auto":
-            object.__setattr__(self, "sparse_min_context", None)
+        for name in ("sparse_min_context", "draft_tokens"):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, None)
         for name in (*_INT_RANGES, "granularity", "pooling"):
             if getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise ConfigError(f"cuda_graphs: got {show(self.cuda_graphs)}, expected True or False")
+        if not isinstance(self.verify, (bool, type(None))) and self.verify not in VERIFY_WORDS:
+            raise ConfigError(
+                f"verify: got {show(self.verify)}, expected True, False, 'greedy' or 'sample'"
+            )
         if self.select_layers is not None:
             object.__setattr__(self, "select_layers", check_select_layers(self.select_layers))
             if self.attention == "full":

@@ -82,6 +82,9 @@ class Decoder:
         sink_tokens: int | None = None,
         recent_tokens: int | None = None,
         sparse_min_context: int | str | None = None,
+        correction_interval: int | None = None,
+        verify: bool | str | None = None,
+        draft_tokens: int | str | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int | None = None,
         page_size: int | None = None,
@@ -105,6 +108,7 @@ class Decoder:
                 settings.max_seq_len,
                 trained_len,
             )
+        self._settings = settings
         self._folder = folder
         self._plan_source = plan.source if plan else "dense"
         self._tokenizer: Tokenizer | None = None
@@ -345,7 +349,7 @@ class Decoder:
     @property
     def config(self) -> DecodeConfig:
         """The settings in use, every automatic one filled in."""
-        return config_in_use(self._open_core().config, self._folder)
+        return config_in_use(self._open_core().config, self._settings)
 
     @property
     def num_free_pages(self) -> int:
@@ -395,7 +399,7 @@ class Decoder:
 
     def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> SamplingSettings:
         try:
-            return check_sampling(
+            settings = check_sampling(
                 defaults=self._folder.generation,
                 eos_token_ids=self._folder.eos_token_ids,
                 vocab_size=self._folder.model.vocab_size,
@@ -403,6 +407,12 @@ class Decoder:
             )
         except TypeError as cause:  # an unknown setting, named by Python
             raise TypeError(str(cause).replace("check_sampling()", "sampling settings")) from None
+        if self._settings.verify == "greedy" and settings.temperature > 0:
+            raise InvalidArgument(
+                f"temperature: got {settings.temperature}, expected 0 with verify='greedy'; "
+                "verify=True keeps sampled text too"
+            )
+        return settings
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)

@@ -16,9 +16,9 @@ from tidaldecode.plans import Plan
 from tidaldecode.weight_files import WEIGHT_DTYPES
 
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
-_ZERO_IS_AUTO = ("max_seq_len", "num_pages", "prefill_chunk", "num_threads")
+_ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "num_threads")
 # Fields whose value here is not simply the engine's.
-_TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "select_layers")
+_TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "select_layers", "verify")
 
 
 def resolve_device(device: str) -> str:
@@ -68,6 +68,7 @@ def core_config(
     if kv_dtype == "auto":
         kv_dtype = "float32" if on_cpu else dtype
     config.dtype, config.kv_dtype = dtype, kv_dtype
+    config.verify = bool(settings.verify)
     return config
 
 
@@ -87,19 +88,20 @@ def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:
     ]
 
 
-def config_in_use(core: _core.DecodeConfig, folder: ModelFolder) -> DecodeConfig:
-    """The engine's settings as a DecodeConfig, every automatic one filled in."""
+def config_in_use(core: _core.DecodeConfig, settings: DecodeConfig) -> DecodeConfig:
+    """The engine's values of the settings, every automatic one filled in."""
     select_layers = tuple(core.select_layers) or None
     values = {
         field.name: getattr(core, field.name)
         for field in fields(DecodeConfig)
-        if field.name not in ("load_format", "attention", "select_layers")
+        if field.name not in ("load_format", "attention", "select_layers", "verify")
     }
     for name in _ZERO_IS_AUTO:
         values[name] = values[name] or None
     return DecodeConfig(
-        load_format=folder.load_format,
+        load_format=settings.load_format,
         attention="tidal" if select_layers else "full",
         select_layers=select_layers,
+        verify=settings.verify or False,
         **values,
     )

@@ -20,6 +20,27 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What verified decoding did for a sequence."""
+
+    drafted_tokens: int  # by sparse steps, and checked
+    accepted_tokens: int  # of those, kept
+    dense_passes: int  # each checked drafts, or was a dense step, and drew one token more
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafts that were kept; 0 without drafts."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def tokens_per_dense_pass(self) -> float:
+        """Tokens that a dense pass gave, 1 to drafts + 1; 0 without passes."""
+        if not self.dense_passes:
+            return 0.0
+        return (self.accepted_tokens + self.dense_passes) / self.dense_passes
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """One continued prompt."""
 
@@ -30,6 +51,7 @@ class GenerationResult:
     prompt_tokens: int
     timings: Timings
     error: str | None = None  # what went wrong if finish_reason is "error"
+    verification: Verification | None = None  # None: nothing was verified
 
 
 def make_result(
@@ -45,6 +67,7 @@ def make_result(
     stop_reason: str | int | None = matched_stop
     if finish_reason == "stop" and stop_reason is None and token_ids[-1] in stop_token_ids:
         stop_reason = token_ids[-1]
+    counts = core.verification
     steps = len(token_ids) - 1
     return GenerationResult(
         text=text,
@@ -58,4 +81,11 @@ def make_result(
             total_s=core.time_to_first_token_s + core.decode_s,
         ),
         error=core.error or None,
+        verification=Verification(
+            drafted_tokens=counts.drafted_tokens,
+            accepted_tokens=counts.accepted_tokens,
+            dense_passes=counts.dense_passes,
+        )
+        if counts.dense_passes
+        else None,
     )

@@ -117,6 +117,9 @@ TEST_P(DecoderErrors, SettingsOutOfRange) {
   refuse("recent_tokens", &DecodeConfig::recent_tokens, int64_t{0});
   refuse("token_budget", &DecodeConfig::sink_tokens, int64_t{32});  // 32 + 1 recent > 32
   refuse("sparse_min_context", &DecodeConfig::sparse_min_context, int64_t{-2});
+  refuse("correction_interval", &DecodeConfig::correction_interval, int64_t{-1});
+  refuse("draft_tokens", &DecodeConfig::draft_tokens, int64_t{-1});
+  refuse("draft_tokens", &DecodeConfig::draft_tokens, int64_t{65});
   refuse("max_seq_len", &DecodeConfig::max_seq_len, int64_t{-1});
   refuse("max_batch_size", &DecodeConfig::max_batch_size, int64_t{0});
   refuse("page_size", &DecodeConfig::page_size, int64_t{0});
@@ -126,6 +129,14 @@ TEST_P(DecoderErrors, SettingsOutOfRange) {
   refuse("full_layers", &DecodeConfig::full_layers, int64_t{0});
   refuse("select_layers", &DecodeConfig::select_layers, std::vector<int64_t>{6});
   refuse("select_layers", &DecodeConfig::select_layers, std::vector<int64_t>{1});
+}
+
+TEST_P(DecoderErrors, CorrectionOfWhatIsVerified) {
+  DecodeConfig config = Tidal();
+  config.verify = true;
+  config.correction_interval = 8;
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { Make(config); },
+                                      {"correction_interval", "got 8", "verify", "expected 0"}));
 }
 
 TEST_P(DecoderErrors, ImpossibleModels) {

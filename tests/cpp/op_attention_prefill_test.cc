@@ -119,6 +119,49 @@ TEST_P(OpAttentionPrefill, LastQueryEqualsDecodeToRounding) {
   EXPECT_TRUE(Close(Get(prefill.out), Get(decoded), ToleranceFor(Op::kAttention, act())));
 }
 
+// A recorded pass has room for more tokens than its rows may have, and bounds that fit any.
+TEST_P(OpAttentionPrefill, TokensPastTheLastRowAreIdle) {
+  Random random(4);
+  const Chunk chunk = {"", {300, 0, 77}, {5, 0, 9}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const PagedKv kv = PutCache(sequences, shape().page_size);
+  Values q = RandomQ(random, chunk);
+  AttentionPrefillArgs args = Args(kv, chunk, q);
+  backend().AttentionPrefill(args);
+  Bytes want = GetBytes(args.out);
+  const size_t idle = static_cast<size_t>(7 * q_size());
+  want.resize(want.size() + idle * DTypeBytes(act()), 0xff);
+
+  q.resize(q.size() + idle, std::nan(""));
+  const Shape q_shape = {14 + 7, shape().num_q_heads, shape().head_dim};
+  args.q = Put(q, act(), q_shape);
+  args.out = Output(act(), q_shape);
+  args.max_q_len = 17;
+  args.max_seq_len = 1000;
+  backend().AttentionPrefill(args);
+  EXPECT_TRUE(SameBits(GetBytes(args.out), want, DTypeBytes(act())));
+}
+
+// So on the CPU a pass over drafts draws what decode steps would.
+TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
+  if (!on().is_cpu()) GTEST_SKIP() << "elsewhere they do to rounding";
+  Random random(5);
+  const Chunk chunk = {"", {520, 66}, {17, 3}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const PagedKv kv = PutCache(sequences, shape().page_size);
+  const AttentionPrefillArgs args = Args(kv, chunk, RandomQ(random, chunk));
+  backend().AttentionPrefill(args);
+  for (int32_t i = 0; i < 17; ++i) {
+    PagedKv seen = kv;
+    seen.seq_lens = PutInts({504 + i}, {1});
+    seen.page_table = kv.page_table.Rows(0, 1);
+    const TensorView decoded = Output(act(), {1, shape().num_q_heads, shape().head_dim});
+    backend().AttentionFull(
+        {.q = args.q.Rows(i, 1), .kv = seen, .sm_scale = args.sm_scale, .out = decoded});
+    EXPECT_TRUE(SameBits(GetBytes(args.out.Rows(i, 1)), GetBytes(decoded), DTypeBytes(act())));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionPrefill,
                          ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
                                                    OddHeadShapes())),

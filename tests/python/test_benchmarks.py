@@ -1,4 +1,6 @@
-"""benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs."""
+"""benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs. That
+bench_verify.py runs.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +92,10 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
     assert memory["kv_bytes"] == 64 * kv_bytes_per_token(decoder.model, "float32")
 
 
-def run_benchmark(*words: object) -> tuple[dict, str]:
+def run_benchmark(*words: object, script: str = "bench_decode.py") -> tuple[dict, str]:
     """Runs it, gives its JSON and what it printed."""
     output = Path(words[-1])
-    command = [sys.executable, str(BENCHMARKS / "bench_decode.py"), *map(str, words[:-1])]
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, words[:-1])]
     command += ["--device", "cpu", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -123,3 +125,22 @@ def test_a_run_on_a_model_folder(tmp_path: Path, demo_model: Path):
     assert report["models"][0]["weights"] == "the folder's"
     assert [row["attention"] for row in report["rows"]] == ["dense", "dense", "tidal"]
     assert [row["floor_ms"] for row in report["rows"]] == [None] * 3
+
+
+def test_verified_decoding_is_compared_with_dense(tmp_path: Path, demo_model: Path):
+    report, printed = run_benchmark(
+        demo_model, "--dtype", "float32", "--threads", 1, "--context", 200, "--new-tokens", 12,
+        "--prompts", 3, "--tidal-prompts", 1, "--draft-tokens", 3, tmp_path / "verify.json",
+        script="bench_verify.py",
+    )  # fmt: skip
+    results = report["results"]
+    assert results["verified beside dense"] == {
+        "prompts": 3,
+        "identical prompts": 3,
+        "tokens": 36,
+        "tokens before the first difference": 36,
+    }
+    assert results["tidal beside dense"]["prompts"] == results["timed prompts"] == 1
+    assert results["accepted tokens"] + results["dense passes"] == 3 * 11
+    assert set(results["decode ms per token"]) == {"dense", "tidal", "verified"}
+    assert str(tmp_path) not in json.dumps(report) and "identical prompts" in printed

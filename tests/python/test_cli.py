@@ -94,6 +94,27 @@ def test_settings_reach_the_call(run, model: str, options, text):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [["--verify"], ["--verify", "--draft-tokens", "3"], ["--correction-interval", "2"]],
+    ids=" ".join,
+)
+def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypatch, options):
+    seen = {}
+
+    def open_and_look(*arguments, **settings):
+        seen.update(settings)
+        return tidaldecode.Decoder(*arguments, **settings)
+
+    monkeypatch.setattr(cli, "Decoder", open_and_look)
+    # Budget 2: all but the first steps are sparse.
+    plan = ["--select-layers", "1", "--full-layers", "1", "--token-budget", "2"]
+    assert run("generate", model, "hello >", *SMALL, *plan, *options)[:2] == (0, SCRIPT + "\n")
+    assert seen["verify"] is ("--verify" in options)
+    assert seen.get("draft_tokens") == (3 if "3" in options else None)
+    assert seen.get("correction_interval") == (2 if "2" in options else None)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["generate"], "Missing argument"),

@@ -131,6 +131,22 @@ def test_reflm_finds_a_hidden_key(reference_model: Path):
 
 
 @pytest.mark.slow
+def test_reflm_verified_equals_dense(reference_model: Path):
+    options = {"dtype": "float32", "max_seq_len": 1264, "max_batch_size": 4}
+    dense = open_decoder(reference_model, **options)
+    verified = open_decoder(
+        reference_model, attention="tidal", verify=True, **options, **REFLM_PLAN
+    )
+    prompts = [manual_prompt(dense, 100 + 55 * i, seed=i) for i in range(20)]
+    call = {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True}
+    expected, actual = dense.generate(prompts, **call), verified.generate(prompts, **call)
+    assert [r.token_ids for r in actual] == [r.token_ids for r in expected]
+    drafted = sum(r.verification.drafted_tokens for r in actual)
+    accepted = sum(r.verification.accepted_tokens for r in actual)
+    assert 0.5 * drafted < accepted < drafted, "drafts agree mostly, but not always"
+
+
+@pytest.mark.slow
 def test_reflm_finds_hidden_keys_dense_and_tidal(reference_model: Path):
     dense = open_decoder(reference_model, max_seq_len=4352, max_batch_size=4)
     tidal = open_decoder(

@@ -73,6 +73,12 @@ enum class Pooling : int32_t { kSum, kMax };
 
 inline constexpr int64_t kAutomatic = -1;  // where 0 has a meaning of its own
 
+// Bounds the memory of a pass over drafts, of which the logits are most: [max_batch_size x 65,
+// vocab_size] float32.
+inline constexpr int64_t kMaxDraftTokens = 64;
+// Longer drafts gain little: of 17 tokens one dense pass is a small part.
+inline constexpr int64_t kMaxAutomaticDrafts = 16;
+
 struct DecodeConfig {
   Device device;
   DType dtype = DType::kBFloat16;     // of the weights
@@ -88,6 +94,14 @@ struct DecodeConfig {
   int64_t recent_tokens = 1;  // last positions, always chosen, >= 1
   // Sequences of at most this length are decoded densely.
   int64_t sparse_min_context = kAutomatic;  // as long as that is the faster way on the device
+
+  // Errors of sparse steps: they leave slightly wrong K and V in the layers after the first sparse
+  // one. Every so many tokens that a sequence decoded sparsely, a dense pass rewrites theirs.
+  int64_t correction_interval = 0;  // 0: never; with verify it must be
+  // Sparse steps only draft. One dense pass over the drafts of a sequence draws the tokens that
+  // dense decoding would have, and keeps the drafts up to the first that differs.
+  bool verify = false;
+  int64_t draft_tokens = 0;  // per pass; 0: by how many were kept, up to kMaxAutomaticDrafts
 
   // Memory.
   int64_t max_seq_len = 0;     // tokens of one sequence, prompt and output

@@ -21,6 +21,13 @@ enum class FinishReason : int32_t {
   kError,   // the model gave no usable logits (NaN, or all -inf)
 };
 
+// What verified decoding did for a sequence.
+struct Verification {
+  int64_t drafted_tokens = 0;   // that were checked
+  int64_t accepted_tokens = 0;  // of those, kept
+  int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
+};
+
 struct SequenceResult {
   std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
   FinishReason finish_reason = FinishReason::kNone;
@@ -28,9 +35,10 @@ struct SequenceResult {
   int64_t prompt_tokens = 0;
   double time_to_first_token_s = 0.0;  // from the start of the call
   double decode_s = 0.0;               // from the first to the last token
+  Verification verification{};         // zeros unless the decoder verifies
 };
 
-// What one Advance() did.
+// A new token of a sequence.
 struct TokenEvent {
   int64_t sequence = 0;  // index into the prompts of the call
   int32_t token_id = 0;
@@ -59,8 +67,10 @@ class Generation {
   Generation(const Generation&) = delete;
   Generation& operator=(const Generation&) = delete;
 
-  // Does one unit of work: a prefill chunk or a decode step. Returns the tokens it produced (none
-  // for a chunk that does not end a prompt). Does nothing once done().
+  // Does one unit of work (a prefill chunk, a decode step, or a round of drafts with their check)
+  // and returns at most one new token of each sequence: none for a chunk that does not end a
+  // prompt. More tokens of a round are returned by the calls after it, which then do no work. Does
+  // nothing once done().
   std::vector<TokenEvent> Advance();
 
   bool done() const;

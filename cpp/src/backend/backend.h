@@ -32,6 +32,7 @@ struct StepLimits {
   int64_t max_batch_size = 0;
   int64_t max_seq_len = 0;
   int64_t prefill_chunk = 0;
+  int64_t tokens_per_row = 1;  // of a step; more: it checks drafts, with AttentionPrefill
   int64_t page_size = 0;
   int64_t token_budget = 0;  // 0: dense only
   Granularity granularity = Granularity::kKvHead;
@@ -41,6 +42,7 @@ struct StepLimits {
 struct StepKey {
   int64_t batch_size = 0;
   bool sparse = false;  // false: the all-full plan
+  int64_t tokens_per_row = 1;
   bool operator==(const StepKey&) const = default;
 };
 

@@ -77,13 +77,16 @@ struct RopeAppendKvArgs {
 // Causal attention of a prompt chunk over the paged cache, the chunk's own K and V included: the
 // queries of row b are the last q_starts[b + 1] - q_starts[b] positions of its seq_lens[b] tokens.
 struct AttentionPrefillArgs {
-  TensorView q;         // [T, Hq, D] act
-  TensorView q_starts;  // [B + 1] int32, ascending from 0 to T
+  TensorView q;  // [T, Hq, D] act
+  // [B + 1] int32, ascending from 0 to at most T. The tokens past the last row's are idle: their
+  // `out` is left as it is.
+  TensorView q_starts;
   PagedKv kv;
   float sm_scale = 0.0f;
-  TensorView out;           // [T, Hq, D] act
-  int64_t max_q_len = 0;    // host bound on the queries of one row
-  int64_t max_seq_len = 0;  // host bound on seq_lens
+  TensorView out;  // [T, Hq, D] act
+  // Host bounds. In a recorded step they stay as they were when it was recorded.
+  int64_t max_q_len = 0;    // on the queries of one row
+  int64_t max_seq_len = 0;  // on seq_lens
 };
 
 // Dense attention of one query per row. An idle row gives 0.

@@ -122,6 +122,7 @@ std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
   for (int64_t i = num_prefill; i < length; ++i) {
     sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
     Sequence* row = &sequence;
+    engine.CorrectCache(sequence);
     engine.Step({&row, 1});
     engine.AppendStepLogits(0, logits);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -54,13 +55,16 @@ struct Generation::Impl {
   struct Running {
     std::optional<Sequence> sequence;  // empty once ended
     SamplingParams params;
+    int64_t draft_tokens = 0;  // to try next, if the decoder verifies
     double first_token_s = 0.0;
+    std::deque<int32_t> drawn{};  // tokens of the sequence that are not yet in its result
   };
 
   void Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events);
   void End(int64_t index, FinishReason reason);
   void PrefillOne(int64_t index, std::vector<TokenEvent>& events);
-  void StepAll(std::vector<TokenEvent>& events);
+  void StepAll();
+  void VerifyAll(const std::vector<size_t>& indices);
   double Elapsed() const;
 
   Decoder::Impl& decoder;

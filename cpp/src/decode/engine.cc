@@ -27,6 +27,8 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("sink_tokens", c.sink_tokens, 0);
   CheckAtLeast("recent_tokens", c.recent_tokens, 1);
   CheckAtLeast("sparse_min_context", c.sparse_min_context, kAutomatic);
+  CheckAtLeast("correction_interval", c.correction_interval, 0);
+  CheckAtLeast("draft_tokens", c.draft_tokens, 0);
   CheckAtLeast("max_seq_len", c.max_seq_len, 0);
   CheckAtLeast("max_batch_size", c.max_batch_size, 1);
   CheckAtLeast("page_size", c.page_size, 1);
@@ -36,6 +38,11 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= c.token_budget, InvalidArgument,
               "token_budget: got ", c.token_budget, ", expected at least sink_tokens ",
               c.sink_tokens, " + recent_tokens ", c.recent_tokens);
+  TIDAL_CHECK(c.draft_tokens <= kMaxDraftTokens, InvalidArgument, "draft_tokens: got ",
+              c.draft_tokens, ", expected at most ", kMaxDraftTokens);
+  TIDAL_CHECK(!c.verify || c.correction_interval == 0, InvalidArgument, "correction_interval: got ",
+              c.correction_interval,
+              " together with verify, expected 0: checking drafts rewrites their K and V already");
 }
 
 }  // namespace
@@ -59,6 +66,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
                      .max_batch_size = config_.max_batch_size,
                      .max_seq_len = config_.max_seq_len,
                      .prefill_chunk = config_.prefill_chunk,
+                     .tokens_per_row = TokensPerRow(),
                      .page_size = config_.page_size,
                      .token_budget = plan_.is_dense() ? 0 : config_.token_budget,
                      .granularity = config_.granularity});
@@ -70,7 +78,16 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
                                                    int64_t{1}, max_pages);
   step_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, b, b, max_pages);
   selection_ = std::make_unique<Selection>(*backend_, model_, config_, plan_);
-  sampler_ = std::make_unique<Sampler>(*backend_, model_.vocab_size, b);
+  seen_ = std::make_unique<SeenTokens>(*backend_, model_.vocab_size, b);
+  sampler_ = std::make_unique<Sampler>(*backend_, *seen_, b);
+  if (verifies()) {
+    verifier_ = std::make_unique<Verifier>(*backend_, model_, act, *seen_,
+                                           VerifierLimits{.device = config_.device.type,
+                                                          .max_batch_size = b,
+                                                          .max_tokens_per_row = TokensPerRow(),
+                                                          .max_seq_len = config_.max_seq_len,
+                                                          .max_pages = max_pages});
+  }
   tensors_ = std::make_unique<DeviceTensors>(*backend_, "step inputs");
   q_starts_ = tensors_->Make(DType::kInt32, {2});
   gather_rows_ = tensors_->Make(DType::kInt32, {b});
@@ -82,6 +99,11 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
+}
+
+int64_t Engine::TokensPerRow() const {
+  if (!verifies()) return 1;
+  return 1 + (config_.draft_tokens == 0 ? kMaxAutomaticDrafts : config_.draft_tokens);
 }
 
 // Fills in what is automatic: max_seq_len, prefill_chunk, sparse_min_context.
@@ -119,7 +141,8 @@ int64_t Engine::ResolveNumPages() const {
 
 MemoryUse Engine::memory_use() const {
   int64_t scratch = prefill_buffers_->bytes() + step_buffers_->bytes() + selection_->bytes() +
-                    sampler_->bytes() + tensors_->bytes();
+                    seen_->bytes() + sampler_->bytes() + tensors_->bytes() +
+                    (verifier_ ? verifier_->bytes() : 0);
   return {.weight_bytes = weights_.bytes, .kv_bytes = cache_->bytes(), .scratch_bytes = scratch};
 }
 
@@ -130,6 +153,7 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
           .tokens = std::move(prompt),
           .prompt_len = prompt_len,
           .cached = 0,
+          .num_sparse = 0,
           .pages = SequencePages(pool(), max_len),
           .inv_freq = ComputeRope(model_, max_len).inv_freq,
           .sampling = sampling};
@@ -146,17 +170,30 @@ void Engine::FillCache(const std::vector<Sequence>& sequences, uint64_t seed) {
 }
 
 SamplingRow Engine::ScratchSampling() const {
-  return MakeSamplingRow(SamplingParams{}, sampler_->scratch_slot());
+  return MakeSamplingRow(SamplingParams{}, seen_->scratch_slot());
 }
 
-void Engine::StartSampling(const Sequence& sequence) {
+void Engine::MarkSeen(const Sequence& sequence, int64_t num_tokens) {
   if (sequence.sampling.repetition_penalty == 1.0f) return;
-  sampler_->StartSlot(sequence.sampling.slot, sequence.tokens);
+  seen_->Set(sequence.sampling.slot,
+             std::span(sequence.tokens).first(static_cast<size_t>(num_tokens)));
 }
 
 int64_t Engine::PrefillNext(Sequence& sequence) {
+  return CacheDensely(sequence, sequence.prompt_len);
+}
+
+void Engine::CorrectCache(Sequence& sequence) {
+  if (config_.correction_interval == 0 || sequence.num_sparse < config_.correction_interval) return;
+  int64_t end = sequence.cached;
+  sequence.cached -= sequence.num_sparse;
+  while (sequence.cached < end) CacheDensely(sequence, end);
+  sequence.num_sparse = 0;
+}
+
+int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   int64_t begin = sequence.cached;
-  int64_t count = std::min(config_.prefill_chunk, sequence.prompt_len - begin);
+  int64_t count = std::min(config_.prefill_chunk, end - begin);
   int64_t seq_len = begin + count;
   Pass pass = prefill_buffers_->Take(count, 1);
 
@@ -165,16 +202,15 @@ int64_t Engine::PrefillNext(Sequence& sequence) {
   for (int64_t i = begin; i < seq_len; ++i) inputs.push_back(static_cast<int32_t>(i));
   inputs.push_back(static_cast<int32_t>(seq_len));
   std::vector<int32_t> zeros(static_cast<size_t>(count), 0);
-  std::vector<int32_t> table(static_cast<size_t>(pass.page_table.dim(1)), 0);
-  std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(), table.begin());
   std::vector<int32_t> q_starts = {0, static_cast<int32_t>(count)};
+  Sequence* row = &sequence;
   backend_->Upload(pass.inputs, inputs.data());
   backend_->Upload(pass.seq_idx, zeros.data());
-  backend_->Upload(pass.page_table, table.data());
-  backend_->Upload(pass.inv_freq, sequence.inv_freq.data());
   backend_->Upload(q_starts_, q_starts.data());
+  UploadSequences(*backend_, {&row, 1}, pass);
 
-  PrefillChunk(*backend_, *transformer_, q_starts_, seq_len, pass);
+  PrefillChunk(*backend_, *transformer_,
+               {.q_starts = q_starts_, .max_q_len = count, .max_seq_len = seq_len}, pass);
   sequence.cached = seq_len;
   return count;
 }
@@ -216,14 +252,6 @@ void Engine::AppendPrefillLogits(const Sequence& sequence, int64_t chunk_len, in
   }
 }
 
-// Graphs are recorded per batch size; on a device that records, few sizes serve all.
-int64_t Engine::BatchBucket(int64_t batch_size) const {
-  if (config_.device.type == DeviceType::kCpu) return batch_size;
-  int64_t bucket = 1;
-  while (bucket < batch_size) bucket = bucket < 8 ? bucket * 2 : bucket + 8;
-  return std::min(bucket, config_.max_batch_size);
-}
-
 // What stays the same while the same sequences step together.
 void Engine::UploadRows(std::span<Sequence* const> rows, const Pass& pass) {
   std::vector<uint64_t> ids;
@@ -231,23 +259,12 @@ void Engine::UploadRows(std::span<Sequence* const> rows, const Pass& pass) {
   if (ids == step_rows_) return;
 
   auto b = static_cast<size_t>(pass.seq_lens.dim(0));
-  auto max_pages = static_cast<size_t>(pass.page_table.dim(1));
-  auto half_dim = static_cast<size_t>(pass.inv_freq.dim(1));
-  std::vector<int32_t> seq_idx(b), table(b * max_pages, 0);
-  std::vector<float> inv_freq(b * half_dim, 0.0f);
+  std::vector<int32_t> seq_idx(b);
   std::vector<SamplingRow> sampling(b, ScratchSampling());
   for (size_t i = 0; i < b; ++i) seq_idx[i] = static_cast<int32_t>(i);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const Sequence& sequence = *rows[i];
-    std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(),
-              table.begin() + static_cast<std::ptrdiff_t>(i * max_pages));
-    std::copy(sequence.inv_freq.begin(), sequence.inv_freq.end(),
-              inv_freq.begin() + static_cast<std::ptrdiff_t>(i * half_dim));
-    sampling[i] = sequence.sampling;
-  }
+  for (size_t i = 0; i < rows.size(); ++i) sampling[i] = rows[i]->sampling;
   backend_->Upload(pass.seq_idx, seq_idx.data());
-  backend_->Upload(pass.page_table, table.data());
-  backend_->Upload(pass.inv_freq, inv_freq.data());
+  UploadSequences(*backend_, rows, pass);
   sampler_->SetRows(sampling);
   step_rows_ = std::move(ids);
 }
@@ -265,29 +282,38 @@ void Engine::UploadTokens(std::span<Sequence* const> rows, const Pass& pass) {
   backend_->Upload(pass.inputs, inputs.data());
 }
 
+bool Engine::IsSparse(const Sequence& sequence) const {
+  return !plan_.is_dense() && sequence.cached + 1 > selection_->dense_len();
+}
+
 std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan) {
-  int64_t b = BatchBucket(static_cast<int64_t>(rows.size()));
+  int64_t b =
+      StepSize(config_.device.type, static_cast<int64_t>(rows.size()), config_.max_batch_size);
   Pass pass = step_buffers_->Take(b, b);
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
-  bool may_be_sparse = plan == StepPlan::kDecoder && !plan_.is_dense();
-  bool sparse = may_be_sparse && std::any_of(rows.begin(), rows.end(), [&](Sequence* row) {
-                  return row->cached + 1 > selection_->dense_len();
-                });
-  backend_->RunStep({.batch_size = b, .sparse = sparse}, [&] {
+  bool sparse =
+      plan == StepPlan::kDecoder &&
+      std::any_of(rows.begin(), rows.end(), [&](Sequence* row) { return IsSparse(*row); });
+  backend_->RunStep({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, [&] {
     DecodeStep(*backend_, *transformer_, sparse ? plan_ : dense_plan_, *selection_, *sampler_,
                pass);
   });
 
   if (sparse) last_sparse_rows_.clear();
   for (Sequence* row : rows) {
+    if (sparse && IsSparse(*row)) ++row->num_sparse;
     ++row->cached;
     if (sparse) last_sparse_rows_.push_back({row->id, row->cached});
   }
   std::vector<int32_t> next = sampler_->Read(b);
   next.resize(rows.size());
   return next;
+}
+
+std::vector<std::vector<int32_t>> Engine::Verify(std::span<Sequence* const> rows) {
+  return verifier_->Run(*transformer_, rows);
 }
 
 void Engine::AppendStepLogits(int64_t row, std::vector<float>& out) {

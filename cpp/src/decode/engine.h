@@ -14,6 +14,7 @@
 #include "decode/selection.h"
 #include "decode/sequence.h"
 #include "decode/transformer.h"
+#include "decode/verifier.h"
 #include "kv/paged_kv_cache.h"
 #include "model/weights.h"
 #include "tidal/decoder.h"
@@ -41,11 +42,16 @@ class Engine {
   // Greedy parameters for rows whose draw nobody keeps.
   SamplingRow ScratchSampling() const;
 
-  // Marks the prompt in the sequence's sampling slot, if its parameters ask for it.
-  void StartSampling(const Sequence& sequence);
+  // Marks the sequence's first num_tokens tokens, and no others, in its sampling slot, if its
+  // parameters ask for it. Draws mark what they draw.
+  void MarkSeen(const Sequence& sequence, int64_t num_tokens);
 
   // Caches the next chunk of the prompt. Returns the number of tokens done.
   int64_t PrefillNext(Sequence& sequence);
+
+  // Before a step: if correction_interval tokens of the sequence have been decoded sparsely since
+  // the last time, rewrites their K and V densely, as a prompt's, chunk by chunk.
+  void CorrectCache(Sequence& sequence);
 
   // After the last chunk: the first generated token (not appended to the sequence); -1 if the
   // logits were unusable.
@@ -60,6 +66,16 @@ class Engine {
   // At most max_batch_size rows, each with exactly one token not yet cached.
   std::vector<int32_t> Step(std::span<Sequence* const> rows, StepPlan plan = StepPlan::kDecoder);
 
+  // Whether this decoder checks what sparse steps draft. A dense one has nothing to draft with.
+  bool verifies() const { return config_.verify && !plan_.is_dense(); }
+
+  // Whether the next step of the sequence reads chosen positions only.
+  bool IsSparse(const Sequence& sequence) const;
+
+  // Caches all tokens of each row that are not yet cached, densely, and returns for each row the
+  // successors drawn after them (-1: unusable logits). Rows, and tokens of a row, as in a Verifier.
+  std::vector<std::vector<int32_t>> Verify(std::span<Sequence* const> rows);
+
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);
 
@@ -71,7 +87,9 @@ class Engine {
  private:
   void ResolveLimits();
   int64_t ResolveNumPages() const;
-  int64_t BatchBucket(int64_t batch_size) const;
+  int64_t TokensPerRow() const;  // of the largest step
+  // Caches the tokens from `cached` on, up to `end` or a chunk of them; returns how many.
+  int64_t CacheDensely(Sequence& sequence, int64_t end);
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
 
@@ -84,7 +102,9 @@ class Engine {
   std::unique_ptr<PassBuffers> prefill_buffers_;
   std::unique_ptr<PassBuffers> step_buffers_;
   std::unique_ptr<Selection> selection_;
+  std::unique_ptr<SeenTokens> seen_;
   std::unique_ptr<Sampler> sampler_;
+  std::unique_ptr<Verifier> verifier_;  // null: the decoder does not verify
   std::unique_ptr<PagedKvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
   std::unique_ptr<DeviceTensors> tensors_;

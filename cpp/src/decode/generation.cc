@@ -4,10 +4,14 @@
 #include <chrono>
 
 #include "decode/decoder_impl.h"
+#include "decode/verified_round.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
+
+// Before anything is known about how many drafts are kept.
+constexpr int64_t kFirstDraftTokens = 4;
 
 int64_t NowNs() {
   auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -23,10 +27,11 @@ Generation::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32
   for (size_t i = 0; i < prompts.size(); ++i) {
     auto prompt_len = static_cast<int64_t>(prompts[i].size());
     SamplingRow sampling = MakeSamplingRow(params[i], decoder.slots.Take());
+    int64_t draft_tokens = engine.config().draft_tokens;
     running.push_back(
         {engine.MakeSequence(prompts[i], prompt_len + params[i].max_new_tokens, sampling),
-         params[i], 0.0});
-    engine.StartSampling(*running.back().sequence);
+         params[i], draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
+    engine.MarkSeen(*running.back().sequence, prompt_len);
     results.push_back({.token_ids = {},
                        .finish_reason = FinishReason::kNone,
                        .error = {},
@@ -57,7 +62,16 @@ std::vector<TokenEvent> Generation::Impl::Advance() {
     PrefillOne(static_cast<int64_t>(i), events);
     return events;
   }
-  if (num_alive > 0) StepAll(events);
+  bool any_drawn = std::any_of(running.begin(), running.end(),
+                               [](const Running& run) { return !run.drawn.empty(); });
+  if (!any_drawn && num_alive > 0) StepAll();
+  for (size_t i = 0; i < running.size(); ++i) {
+    std::deque<int32_t>& drawn = running[i].drawn;
+    if (drawn.empty()) continue;
+    int32_t token = drawn.front();
+    drawn.pop_front();
+    Accept(static_cast<int64_t>(i), token, events);
+  }
   return events;
 }
 
@@ -68,33 +82,68 @@ void Generation::Impl::PrefillOne(int64_t index, std::vector<TokenEvent>& events
   int32_t token = decoder.engine.SampleAfterPrefill(*run.sequence);
   run.first_token_s = Elapsed();
   results[static_cast<size_t>(index)].time_to_first_token_s = run.first_token_s;
+  if (token >= 0) run.sequence->tokens.push_back(token);
   Accept(index, token, events);
 }
 
-void Generation::Impl::StepAll(std::vector<TokenEvent>& events) {
-  std::vector<int64_t> indices;
+void Generation::Impl::StepAll() {
+  Engine& engine = decoder.engine;
+  std::vector<size_t> indices;
   std::vector<Sequence*> rows;
   for (size_t i = 0; i < running.size(); ++i) {
     if (!running[i].sequence) continue;
-    indices.push_back(static_cast<int64_t>(i));
+    indices.push_back(i);
     rows.push_back(&*running[i].sequence);
   }
-  std::vector<int32_t> next = decoder.engine.Step(rows);
-  for (size_t row = 0; row < rows.size(); ++row) Accept(indices[row], next[row], events);
+  if (engine.verifies()) return VerifyAll(indices);
+  for (Sequence* row : rows) engine.CorrectCache(*row);
+  std::vector<int32_t> next = engine.Step(rows);
+  for (size_t row = 0; row < rows.size(); ++row) {
+    if (next[row] >= 0) rows[row]->tokens.push_back(next[row]);
+    running[indices[row]].drawn.push_back(next[row]);
+  }
 }
 
-// Appends a drawn token and applies the stop rules.
+void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
+  Engine& engine = decoder.engine;
+  std::vector<DraftRow> rows;
+  for (size_t index : indices) {
+    Running& run = running[index];
+    Sequence& sequence = *run.sequence;
+    // A round draws one token more than it drafts; room for all was reserved, and no more.
+    int64_t num_new = static_cast<int64_t>(sequence.tokens.size()) - sequence.prompt_len;
+    int64_t room = run.params.max_new_tokens - num_new - 1;
+    rows.push_back({.sequence = &sequence,
+                    .num_drafts = engine.IsSparse(sequence) ? std::min(run.draft_tokens, room) : 0,
+                    .begin = 0,
+                    .tokens = {}});
+  }
+  RunVerifiedRound(engine, rows);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const DraftRow& row = rows[i];
+    Running& run = running[indices[i]];
+    run.drawn.assign(row.tokens.begin(), row.tokens.end());
+    bool adapts = engine.config().draft_tokens == 0 && row.num_drafts > 0;
+    if (adapts) run.draft_tokens = NextDraftTokens(row);
+    Verification& verification = results[indices[i]].verification;
+    verification.drafted_tokens += row.num_drafts;
+    verification.accepted_tokens += row.num_kept();
+    ++verification.dense_passes;
+  }
+}
+
+// Takes a drawn token into the result and applies the stop rules.
 void Generation::Impl::Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events) {
   Running& run = running[static_cast<size_t>(index)];
   SequenceResult& result = results[static_cast<size_t>(index)];
   if (token < 0) {
-    result.error = Concat("the logits after token ", run.sequence->cached - 1,
+    auto num_tokens = result.prompt_tokens + static_cast<int64_t>(result.token_ids.size());
+    result.error = Concat("the logits after token ", num_tokens - 1,
                           " hold a NaN or infinity, or nothing above -inf; expected finite values; "
                           "check the weights, or try dtype float32");
     End(index, FinishReason::kError);
     return;
   }
-  run.sequence->tokens.push_back(token);
   result.token_ids.push_back(token);
   events.push_back({index, token});
   const std::vector<int32_t>& stops = run.params.stop_token_ids;
@@ -119,6 +168,7 @@ void Generation::Impl::End(int64_t index, FinishReason reason) {
   }
   decoder.slots.Release(run.sequence->sampling.slot);
   run.sequence.reset();
+  run.drawn.clear();
   --num_alive;
 }
 

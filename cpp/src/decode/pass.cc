@@ -1,5 +1,8 @@
 #include "decode/pass.h"
 
+#include <algorithm>
+#include <vector>
+
 namespace tidal {
 
 PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
@@ -39,6 +42,29 @@ Pass PassBuffers::Take(int64_t num_tokens, int64_t batch_size) const {
   pass.positions = pass.inputs.Rows(num_tokens, num_tokens);
   pass.seq_lens = pass.inputs.Rows(2 * num_tokens, batch_size);
   return pass;
+}
+
+int64_t StepSize(DeviceType device, int64_t count, int64_t max_count) {
+  if (device == DeviceType::kCpu) return count;
+  int64_t size = 1;
+  while (size < count) size = size < 8 ? size * 2 : size + 8;
+  return std::min(size, max_count);
+}
+
+void UploadSequences(Backend& backend, std::span<Sequence* const> rows, const Pass& pass) {
+  int64_t max_pages = pass.page_table.dim(1), half_dim = pass.inv_freq.dim(1);
+  std::vector<int32_t> table(static_cast<size_t>(pass.page_table.numel()), 0);
+  std::vector<float> inv_freq(static_cast<size_t>(pass.inv_freq.numel()), 0.0f);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Sequence& sequence = *rows[i];
+    auto row = static_cast<int64_t>(i);
+    std::copy(sequence.pages.pages().begin(), sequence.pages.pages().end(),
+              table.begin() + row * max_pages);
+    std::copy(sequence.inv_freq.begin(), sequence.inv_freq.end(),
+              inv_freq.begin() + row * half_dim);
+  }
+  backend.Upload(pass.page_table, table.data());
+  backend.Upload(pass.inv_freq, inv_freq.data());
 }
 
 }  // namespace tidal

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
+#include "decode/sequence.h"
 
 namespace tidal {
 
@@ -47,5 +49,13 @@ class PassBuffers {
   DeviceTensors tensors_;
   Pass full_;
 };
+
+// How many rows (or tokens of a row) a step is made for: all of them on the CPU; on a device that
+// records its steps few sizes serve all.
+int64_t StepSize(DeviceType device, int64_t count, int64_t max_count);
+
+// The page tables and rotary frequencies of a pass's sequences: what stays the same while the same
+// ones go through the model together. Batch rows past them are idle.
+void UploadSequences(Backend& backend, std::span<Sequence* const> rows, const Pass& pass);
 
 }  // namespace tidal

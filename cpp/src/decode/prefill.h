@@ -1,4 +1,5 @@
-// Prefill: one chunk of one prompt, dense, into the paged cache.
+// Prefill: many tokens of each sequence at once, dense, into the paged cache. A chunk of a prompt,
+// of decoded tokens to correct, or of drafts to verify.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,14 @@
 
 namespace tidal {
 
-// Runs all layers over a pass of one sequence. `q_starts`: [2] int32 on the device, {0, T};
-// `seq_len`: the host's copy of pass.seq_lens[0].
-void PrefillChunk(Backend& backend, const Transformer& transformer, const TensorView& q_starts,
-                  int64_t seq_len, const Pass& pass);
+struct ChunkRows {
+  TensorView q_starts;    // [B + 1] int32 on the device: where each row's tokens begin in the pass
+  int64_t max_q_len = 0;  // at least the tokens of any row in the pass
+  int64_t max_seq_len = 0;  // at least all of pass.seq_lens
+};
+
+// Runs all layers over a pass; pass.hidden is what is left to do the logits from.
+void PrefillChunk(Backend& backend, const Transformer& transformer, const ChunkRows& rows,
+                  const Pass& pass);
 
 }  // namespace tidal

@@ -35,36 +35,40 @@ SamplingRow MakeSamplingRow(const SamplingParams& p, int32_t slot) {
           .seed = p.seed};
 }
 
-Sampler::Sampler(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
-    : backend_(backend), tensors_(backend, "logits and sampling state") {
-  logits_ = tensors_.Make(DType::kFloat32, {max_batch_size, vocab_size});
-  rows_ = tensors_.Make(DType::kUInt8, {max_batch_size, static_cast<int64_t>(sizeof(SamplingRow))});
+SeenTokens::SeenTokens(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
+    : backend_(backend), tensors_(backend, "tokens seen") {
   seen_ = tensors_.Make(DType::kUInt8, {max_batch_size + 1, vocab_size});
-  token_ids_ = tensors_.Make(DType::kInt32, {max_batch_size});
 }
 
-void Sampler::StartSlot(int32_t slot, const std::vector<int32_t>& prompt) {
-  std::vector<uint8_t> seen(static_cast<size_t>(vocab_size()), 0);
-  for (int32_t token : prompt) seen[static_cast<size_t>(token)] = 1;
+void SeenTokens::Set(int32_t slot, std::span<const int32_t> tokens) {
+  std::vector<uint8_t> seen(static_cast<size_t>(seen_.dim(1)), 0);
+  for (int32_t token : tokens) seen[static_cast<size_t>(token)] = 1;
   backend_.Upload(seen_.Rows(slot, 1), seen.data());
+}
+
+Sampler::Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows)
+    : backend_(backend), seen_(seen), tensors_(backend, "logits and draws") {
+  logits_ = tensors_.Make(DType::kFloat32, {max_rows, seen.view().dim(1)});
+  rows_ = tensors_.Make(DType::kUInt8, {max_rows, static_cast<int64_t>(sizeof(SamplingRow))});
+  token_ids_ = tensors_.Make(DType::kInt32, {max_rows});
 }
 
 void Sampler::SetRows(const std::vector<SamplingRow>& rows) {
   backend_.Upload(rows_.Rows(0, static_cast<int64_t>(rows.size())), rows.data());
 }
 
-void Sampler::Sample(const TensorView& seq_lens) const {
-  int64_t b = seq_lens.dim(0);
-  backend_.Sample({.logits = logits(b),
-                   .rows = rows_.Rows(0, b),
+void Sampler::Sample(const TensorView& seq_lens, int64_t first) const {
+  int64_t count = seq_lens.dim(0);
+  backend_.Sample({.logits = logits_.Rows(first, count),
+                   .rows = rows_.Rows(first, count),
                    .seq_lens = seq_lens,
-                   .seen = seen_,
-                   .token_ids = token_ids_.Rows(0, b)});
+                   .seen = seen_.view(),
+                   .token_ids = token_ids_.Rows(first, count)});
 }
 
-std::vector<int32_t> Sampler::Read(int64_t batch_size) const {
-  std::vector<int32_t> ids(static_cast<size_t>(batch_size));
-  backend_.Download(ids.data(), token_ids_.Rows(0, batch_size));
+std::vector<int32_t> Sampler::Read(int64_t num_rows) const {
+  std::vector<int32_t> ids(static_cast<size_t>(num_rows));
+  backend_.Download(ids.data(), token_ids_.Rows(0, num_rows));
   return ids;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -15,36 +16,50 @@ void ValidateSamplingParams(const SamplingParams& params);
 // `slot`: the row of `seen` the sequence owns.
 SamplingRow MakeSamplingRow(const SamplingParams& params, int32_t slot);
 
-class Sampler {
+// The tokens that sequences hold, for the repetition penalty; a sequence owns one slot.
+class SeenTokens {
  public:
   // Slots 0 to max_batch_size - 1 are for sequences; scratch_slot() is for draws nobody keeps.
-  Sampler(Backend& backend, int64_t vocab_size, int64_t max_batch_size);
+  SeenTokens(Backend& backend, int64_t vocab_size, int64_t max_batch_size);
 
   int32_t scratch_slot() const { return static_cast<int32_t>(seen_.dim(0) - 1); }
 
-  // Forgets what the slot has seen and marks the prompt's tokens (for the repetition penalty).
-  void StartSlot(int32_t slot, const std::vector<int32_t>& prompt);
+  // Forgets what the slot has seen and marks these tokens. A draw marks its own.
+  void Set(int32_t slot, std::span<const int32_t> tokens);
 
-  // Before a step: the parameters of its rows.
-  void SetRows(const std::vector<SamplingRow>& rows);
-
-  // Queues the draw for the first seq_lens.dim(0) rows of logits().
-  void Sample(const TensorView& seq_lens) const;
-
-  // The drawn ids; waits for the step.
-  std::vector<int32_t> Read(int64_t batch_size) const;
-
-  TensorView logits(int64_t batch_size) const { return logits_.Rows(0, batch_size); }
-  int64_t vocab_size() const { return logits_.dim(1); }
+  const TensorView& view() const { return seen_; }
   int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   Backend& backend_;
   DeviceTensors tensors_;
-  TensorView logits_;     // [max_batch_size, V] float32
-  TensorView rows_;       // [max_batch_size, sizeof(SamplingRow)] uint8
-  TensorView seen_;       // [max_batch_size + 1, V] uint8
-  TensorView token_ids_;  // [max_batch_size] int32
+  TensorView seen_;  // [max_batch_size + 1, V] uint8
+};
+
+class Sampler {
+ public:
+  // For up to max_rows draws at once; `seen` must outlive it.
+  Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows);
+
+  // Before a step: the parameters of its rows.
+  void SetRows(const std::vector<SamplingRow>& rows);
+
+  // Queues the draw for the seq_lens.dim(0) rows of logits() from `first` on.
+  void Sample(const TensorView& seq_lens, int64_t first = 0) const;
+
+  // The drawn ids of the first rows; waits for the step.
+  std::vector<int32_t> Read(int64_t num_rows) const;
+
+  TensorView logits(int64_t num_rows) const { return logits_.Rows(0, num_rows); }
+  int64_t bytes() const { return tensors_.bytes(); }
+
+ private:
+  Backend& backend_;
+  const SeenTokens& seen_;
+  DeviceTensors tensors_;
+  TensorView logits_;     // [max_rows, V] float32
+  TensorView rows_;       // [max_rows, sizeof(SamplingRow)] uint8
+  TensorView token_ids_;  // [max_rows] int32
 };
 
 }  // namespace tidal

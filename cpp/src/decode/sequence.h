@@ -15,6 +15,7 @@ struct Sequence {
   std::vector<int32_t> tokens;  // prompt, then generated
   int64_t prompt_len = 0;
   int64_t cached = 0;           // tokens whose K and V are in the cache
+  int64_t num_sparse = 0;       // the last of those: K and V are from sparse steps
   SequencePages pages;          // for the longest the sequence can become
   std::vector<float> inv_freq;  // [head_dim / 2]
   SamplingRow sampling;

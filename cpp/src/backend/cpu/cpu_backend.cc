@@ -142,11 +142,12 @@ void ReserveScratch(CpuContext& context, const StepLimits& limits) {
   const ModelConfig& model = limits.model;
   const int64_t rows = limits.max_batch_size;
   const int64_t head_dim = model.head_dim;
+  const int64_t few = std::min(limits.tokens_per_row, kFewQueries);
   context.scratch.Take<AttendRow>(Scratch::kPlan, rows);
   context.scratch.Take<float>(
       Scratch::kRecords,
       std::max(
-          AttendRecordFloats(rows, 1, model.num_q_heads, head_dim, limits.max_seq_len),
+          AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),
           AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)));
   const int64_t in_features =
       std::max({model.hidden_size, model.q_size(), model.intermediate_size});

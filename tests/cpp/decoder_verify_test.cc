@@ -1,0 +1,307 @@
+// Verified decoding: the tokens of dense decoding, whatever the drafts are worth.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "tidal/decoder.h"
+#include "tiny_model.h"
+
+namespace tidal::test {
+namespace {
+
+class VerifiedDecoding : public DecoderTest {
+ protected:
+  void SetUp() override {
+    DecoderTest::SetUp();
+    if (IsSkipped() || is_cpu()) return;
+    GTEST_SKIP() << "on CUDA a pass over drafts equals decode steps to rounding only";
+  }
+
+  DecodeConfig Verified(int64_t draft_tokens = 0) const {
+    DecodeConfig config = Tidal();
+    config.verify = true;
+    config.draft_tokens = draft_tokens;
+    return config;
+  }
+
+  static SamplingParams Drawn(int64_t max_new_tokens, uint64_t seed) {
+    SamplingParams params = Greedy(max_new_tokens);
+    params.temperature = 0.8;
+    params.seed = seed;
+    return params;
+  }
+
+  // The same call, verified and dense.
+  void ExpectDenseTokens(const DecodeConfig& config, const Prompts& prompts,
+                         const std::vector<SamplingParams>& params) const {
+    const auto want = Finish(*Make(Dense())->Start(prompts, params));
+    const auto got = Finish(*Make(config)->Start(prompts, params));
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "prompt " << i);
+      EXPECT_EQ(got[i].token_ids, want[i].token_ids);
+      EXPECT_EQ(got[i].finish_reason, want[i].finish_reason);
+      EXPECT_EQ(got[i].error, want[i].error);
+    }
+  }
+};
+
+TEST_P(VerifiedDecoding, WritesWhatDenseDecodingWrites) {
+  for (uint64_t seed = 0; seed < 6; ++seed) {
+    SCOPED_TRACE(seed);
+    weights_ = TinyModel(model_, seed);
+    const Prompts prompts = MakePrompts({150, 40, 33, 7}, seed);
+    DecodeConfig config = Verified(Ints{0, 1, 3, 7, 16, 64}[seed]);
+    config.token_budget = Ints{2, 8, 32}[seed % 3];
+    for (const SamplingParams& params : {Greedy(50), Drawn(50, seed)}) {
+      ExpectDenseTokens(config, prompts, std::vector(4, params));
+    }
+  }
+}
+
+TEST_P(VerifiedDecoding, WritesItForAnyModelAndPlan) {
+  std::vector<ModelConfig> models(3, TinyConfig());
+  models[0].num_q_heads = models[0].num_kv_heads = 3;
+  models[1].num_q_heads = 8;
+  models[1].num_kv_heads = 1;
+  models[2] = OddConfig();
+  for (const ModelConfig& model : models) {
+    model_ = model;
+    weights_ = TinyModel(model, 3);
+    Prompts prompts = MakePrompts({100, 61, 5});
+    for (Ints& prompt : prompts) {
+      for (int32_t& token : prompt) token %= static_cast<int32_t>(model.vocab_size);
+    }
+    for (Granularity granularity :
+         {Granularity::kKvHead, Granularity::kHead, Granularity::kLayer}) {
+      DecodeConfig config = Verified(5);
+      config.granularity = granularity;
+      config.token_budget = 16;
+      ExpectDenseTokens(config, prompts, std::vector(3, Greedy(40)));
+    }
+  }
+}
+
+TEST_P(VerifiedDecoding, KeepsSomeDraftsAndRejectsSome) {
+  const auto result = Generate(*Make(Verified()), MakePrompts({150}), Greedy(100))[0];
+  const Verification& counts = result.verification;
+  EXPECT_GT(counts.accepted_tokens, 10);
+  EXPECT_GT(counts.drafted_tokens, counts.accepted_tokens + 5);
+  // Every token but the prompt's successor is a kept draft or was drawn after the kept ones.
+  EXPECT_EQ(counts.accepted_tokens + counts.dense_passes, 99);
+  EXPECT_LT(counts.dense_passes, 90);
+}
+
+TEST_P(VerifiedDecoding, CountsNothingElsewhere) {
+  const auto plain = Generate(*Make(Tidal()), MakePrompts({150}), Greedy(20))[0].verification;
+  EXPECT_EQ(plain.drafted_tokens + plain.accepted_tokens + plain.dense_passes, 0);
+  // Within the budget steps are dense: nothing is drafted.
+  const auto brief = Generate(*Make(Verified()), MakePrompts({10}), Greedy(20))[0].verification;
+  EXPECT_EQ(brief.drafted_tokens, 0);
+  EXPECT_EQ(brief.dense_passes, 19);
+  // Nor is it by a decoder that is dense anyway.
+  DecodeConfig config = Dense();
+  config.verify = true;
+  ExpectDenseTokens(config, MakePrompts({150, 10}), std::vector(2, Greedy(20)));
+}
+
+TEST_P(VerifiedDecoding, AppliesEverySamplingParameter) {
+  const Prompts prompts = MakePrompts({80, 90, 100, 110});
+  std::vector<SamplingParams> params;
+  for (uint64_t seed = 0; seed < 4; ++seed) params.push_back(Drawn(60, seed));
+  params[0].top_k = 5;
+  params[1].top_p = 0.7;
+  params[2].min_p = 0.1;
+  params[3].temperature = 2.0;
+  for (int64_t draft_tokens : {0, 7}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+}
+
+// The penalty looks at the tokens before the drawn one: no drafts, and not those drawn in vain.
+TEST_P(VerifiedDecoding, PenalisesTokensOnlyOnceTheyStand) {
+  const Prompts prompts = MakePrompts({80, 90, 100, 20});
+  std::vector<SamplingParams> params = {Greedy(60), Drawn(60, 1), Drawn(60, 2), Greedy(60)};
+  params[0].repetition_penalty = 1.5;
+  params[1].repetition_penalty = 3.0;  // beside it rows without one
+  params[3].repetition_penalty = 0.7;
+  for (int64_t draft_tokens : {0, 1, 9}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+}
+
+TEST_P(VerifiedDecoding, StopTokensEndWhereTheyStand) {
+  const Prompts prompts = MakePrompts({80, 90});
+  const auto dense = Generate(*Make(Dense()), prompts, Greedy(40));
+  for (size_t at : {0, 1, 2, 3, 10, 25}) {
+    std::vector<SamplingParams> params(2, Greedy(40));
+    for (size_t i = 0; i < 2; ++i) params[i].stop_token_ids = {dense[i].token_ids[at]};
+    ExpectDenseTokens(Verified(9), prompts, params);
+  }
+}
+
+TEST_P(VerifiedDecoding, DraftsNeverPassTheEnd) {
+  for (int64_t new_tokens : {1, 2, 3, 5, 12}) {
+    ExpectDenseTokens(Verified(16), MakePrompts({500, 40, 511 - 11}),
+                      {Greedy(new_tokens), Greedy(13 - new_tokens), Greedy(12)});
+  }
+  DecodeConfig config = Verified(16);
+  config.num_pages = 32;  // for one sequence of 512 tokens, to the last slot
+  ExpectDenseTokens(config, MakePrompts({500}), {Greedy(12)});
+}
+
+TEST_P(VerifiedDecoding, RowsHaveNoSayInEachOther) {
+  const Prompts prompts = MakePrompts({150, 90, 31, 2});
+  const auto decoder = Make(Verified());
+  const auto together = Generate(*decoder, prompts, Greedy(50));
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const auto alone = Generate(*decoder, {prompts[i]}, Greedy(50))[0];
+    EXPECT_EQ(alone.token_ids, together[i].token_ids);
+    EXPECT_EQ(alone.verification.drafted_tokens, together[i].verification.drafted_tokens);
+    EXPECT_EQ(alone.verification.accepted_tokens, together[i].verification.accepted_tokens);
+    EXPECT_EQ(alone.verification.dense_passes, together[i].verification.dense_passes);
+  }
+}
+
+TEST_P(VerifiedDecoding, GivesItsTokensOneByOne) {
+  const auto decoder = Make(Verified(8));
+  const Prompts prompts = MakePrompts({150, 90});
+  const auto want = Generate(*Make(Dense()), prompts, Greedy(50));
+  const auto generation = decoder->Start(prompts, std::vector(2, Greedy(50)));
+  std::vector<Ints> seen(2);
+  while (!generation->done()) {
+    std::vector<int> count(2, 0);
+    for (const TokenEvent& event : generation->Advance()) {
+      const auto sequence = static_cast<size_t>(event.sequence);
+      EXPECT_EQ(++count[sequence], 1);
+      seen[sequence].push_back(event.token_id);
+      EXPECT_EQ(generation->results()[sequence].token_ids, seen[sequence]);
+    }
+    // Between any two tokens a sequence may be stopped, and then has no more.
+    if (seen[0].size() == 20) generation->Stop(0, FinishReason::kStop);
+  }
+  EXPECT_EQ(seen[0], Ints(want[0].token_ids.begin(), want[0].token_ids.begin() + 20));
+  EXPECT_EQ(seen[1], want[1].token_ids);
+  EXPECT_EQ(decoder->num_free_pages(), decoder->config().num_pages);
+}
+
+TEST_P(VerifiedDecoding, SeveralMayRunInterleaved) {
+  const auto decoder = Make(Verified());
+  const Prompts prompts = MakePrompts({100, 40, 150});
+  SamplingParams params = Greedy(40);
+  params.repetition_penalty = 1.3;
+  const auto want = Generate(*Make(Dense()), prompts, params);
+  std::vector<std::unique_ptr<Generation>> calls;
+  for (const Ints& prompt : prompts) calls.push_back(decoder->Start({prompt}, {params}));
+  for (bool running = true; running;) {
+    running = false;
+    for (const auto& call : calls) {
+      call->Advance();
+      running = running || !call->done();
+    }
+  }
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(calls[i]->results()[0].token_ids, want[i].token_ids);
+}
+
+TEST_P(VerifiedDecoding, ANanEndsItsSequenceAtTheSameToken) {
+  const Prompts prompts = MakePrompts({60, 70, 80});
+  const auto clean = Generate(*Make(Dense()), prompts, Greedy(30));
+  for (size_t at : {0, 1, 2, 5, 11}) {
+    SCOPED_TRACE(at);
+    TinyModel spoiled = weights_;
+    const int32_t bad = clean[1].token_ids[at];
+    Values& table = spoiled.tensor("model.embed_tokens.weight").values;
+    std::fill_n(table.begin() + bad * model_.hidden_size, model_.hidden_size, NAN);
+    std::swap(spoiled, weights_);
+    for (int64_t draft_tokens : {1, 4, 16}) {
+      ExpectDenseTokens(Verified(draft_tokens), prompts, std::vector(3, Greedy(30)));
+    }
+    std::swap(spoiled, weights_);
+  }
+}
+
+// Verified draws with some seeds and dense draws with others, as two samples of one distribution.
+TEST_P(VerifiedDecoding, KeepsTheDistribution) {
+  constexpr int64_t kVocab = 12, kSeeds = 1200;
+  model_.vocab_size = kVocab;
+  weights_ = TinyModel(model_, 8);
+  Ints prompt = MakePrompts({40})[0];
+  for (int32_t& token : prompt) token %= kVocab;
+  // Counts of the fourth token, which follows drafts kept and drafts rejected.
+  auto histogram = [&](const DecodeConfig& config, uint64_t first_seed) {
+    const auto decoder = Make(config);
+    std::vector<double> counts(kVocab, 0.0);
+    for (uint64_t seed = first_seed; seed < first_seed + kSeeds; seed += 4) {
+      std::vector<SamplingParams> params;
+      for (uint64_t i = 0; i < 4; ++i) {
+        params.push_back(Drawn(4, seed + i));
+        params.back().temperature = 3.0;
+      }
+      const auto results = Finish(*decoder->Start(Prompts(4, prompt), params));
+      for (const auto& result : results) counts[static_cast<size_t>(result.token_ids[3])] += 1.0;
+    }
+    return counts;
+  };
+  DecodeConfig config = Verified(2);
+  config.token_budget = 4;
+  const auto verified = histogram(config, 0), dense = histogram(Dense(), 100'000);
+  double chi_squared = 0.0;
+  int freedom = -1;
+  for (size_t i = 0; i < kVocab; ++i) {
+    const double both = verified[i] + dense[i];
+    if (both == 0.0) continue;
+    const double difference = verified[i] - dense[i];
+    chi_squared += difference * difference / both;
+    ++freedom;
+  }
+  EXPECT_GE(freedom, 6) << "too narrow a distribution to say anything";
+  // Mean freedom, variance 2 freedom: three deviations.
+  EXPECT_LT(chi_squared, freedom + 3.0 * std::sqrt(2.0 * freedom));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, VerifiedDecoding, ::testing::ValuesIn(DecoderBackends()),
+                         CaseNameOf<BackendCase>);
+
+// What holds on every device.
+class Verifications : public DecoderTest {
+ protected:
+  DecodeConfig Verified() const {
+    DecodeConfig config = Tidal();
+    config.verify = true;
+    return config;
+  }
+};
+
+TEST_P(Verifications, AreDeterministicWithGraphsAndWithout) {
+  const Prompts prompts = MakePrompts({150, 40, 90, 3});
+  DecodeConfig config = Verified();
+  const auto decoder = Make(config);
+  const auto want = Generate(*decoder, prompts, Greedy(60));
+  const auto again = Generate(*decoder, prompts, Greedy(60));
+  config.cuda_graphs = false;
+  const auto eager = Generate(*Make(config), prompts, Greedy(60));
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    EXPECT_EQ(want[i].token_ids.size(), 60u);
+    EXPECT_EQ(again[i].token_ids, want[i].token_ids);
+    EXPECT_EQ(eager[i].token_ids, want[i].token_ids);
+    EXPECT_EQ(eager[i].verification.drafted_tokens, want[i].verification.drafted_tokens);
+  }
+}
+
+// Teacher forcing dense steps with the tokens: each is the best, or as good to rounding.
+TEST_P(Verifications, DrawTheBestTokensOfDenseDecoding) {
+  const Ints prompt = MakePrompts({150})[0];
+  const Ints tokens = Generate(*Make(Verified()), {prompt}, Greedy(60))[0].token_ids;
+  Ints text = prompt;
+  text.insert(text.end(), tokens.begin(), tokens.end() - 1);
+  const auto logits = Make(Dense())->DecodeLogits(text, 150);
+  double size = 0.0;
+  for (float logit : logits) size = std::max(size, std::abs(static_cast<double>(logit)));
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const auto row = logits.begin() + static_cast<int64_t>(i) * model_.vocab_size;
+    const double best = *std::max_element(row, row + model_.vocab_size);
+    EXPECT_LE(best - row[tokens[i]], size * ToleranceFor(Op::kLogits, GetParam().dtype).rel) << i;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, Verifications, ::testing::ValuesIn(DecoderBackends()),
+                         CaseNameOf<BackendCase>);
+
+}  // namespace
+}  // namespace tidal::test
