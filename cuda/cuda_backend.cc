@@ -8,6 +8,7 @@
 #include "backend/check_args.h"
 #include "common/check.h"
 #include "common/launch_config.h"
+#include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
 #include "kernels/attention_prefill.h"
 #include "kernels/attention_select.h"
@@ -313,9 +314,11 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_prefill", {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
-  // It keeps no partial results: the scratch of the decode ops is handed on as it is.
-  LaunchAttentionPrefill(args, {attention_scratch_.data(), attention_scratch_.bytes(), num_sms_},
-                         stream());
+  if (HasFewQueries(args)) {
+    LaunchAttentionFewQueries(args, ScratchFor(args.q), stream());
+  } else {
+    LaunchAttentionPrefill(args, stream());
+  }
 }
 
 void CudaBackend::AttentionFull(const AttentionArgs& args) {

@@ -1,12 +1,12 @@
 // One warp's share of decode attention: flash-decoding (online softmax over a stream of K and V) of
 // the query heads of one KV head, in tiles of 16 tokens. Used by attention_full.cuh,
-// attention_sparse.cuh.
+// attention_sparse.cuh and, for the heads of several queries, attention_few_queries.cuh.
 //
 // The tensor cores see everything transposed: scores^T [16 tokens x 8 heads] = K [16 x D] . Q^T,
 // and out^T [D x 8 heads] += V^T [D x 16 tokens] . P^T. Tokens, of which there are many, fill the
 // 16 rows of an mma, and a group's up to 8 query heads its 8 columns, so K and V are read once for
-// the group and no instruction is spent on padding to 16 heads. Absent heads are zero columns that
-// nobody reads.
+// the group and no instruction is spent on padding to 16 heads. More columns are more such mma with
+// the same fragments of K and V. Absent heads are zero columns that nobody reads.
 //
 // A warp owns its stages of shared memory and waits for its own copies only; warps meet once, in
 // FinishBlock. Numerics: scores, maximum, sum and output are float32; the weights exp(score - max)
@@ -31,12 +31,20 @@
 
 namespace tidal {
 
-// The query heads that attend to one list of tokens of one KV head.
+// The query heads that attend to one list of tokens of one KV head: of one query, or of several
+// that follow each other.
 template <typename T>
 struct DecodeQuery {
-  const T* rows;  // [num_heads, D]
-  int num_heads;  // 1 to kMaxGroupSize
+  const T* rows;  // [num_heads / heads_per_query, query_stride, D]: the first heads_per_query each
+  int num_heads;  // at least 1
   float sm_scale;
+  int heads_per_query = kMaxGroupSize;
+  int64_t query_stride = 0;
+  int num_visible = 0;  // tokens that the first query sees; of several, each sees one more
+
+  __device__ __forceinline__ const T* Head(int head, int head_dim) const {
+    return rows + (head / heads_per_query * query_stride + head % heads_per_query) * head_dim;
+  }
 };
 
 // The tokens of one row and KV head to attend to. Loads are from L2, which nothing stale is in:
@@ -68,9 +76,11 @@ struct AttendedTokens {
 template <int kHeadDim>
 inline constexpr int kDecodeStages = 3 * 128 / kHeadDim;
 
-template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>>
+// kColumnTiles x 8 heads; with more than one, of several queries.
+template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>, int kColumnTiles = 1>
 class DecodeWarp {
  public:
+  static constexpr int kColumns = 8 * kColumnTiles;
   // Tiles whose copies are under way at a time: in all stages but that of the tile that is worked
   // on. With fewer stages than usual, which should hold all of a warp's tiles, in all of them.
   static constexpr int kAhead = kStages < kDecodeStages<kHeadDim> ? kStages : kStages - 1;
@@ -82,6 +92,8 @@ class DecodeWarp {
   __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, const PagedKvView<T>& kv)
       : block_shared_(block_shared), k_(kv.k), v_(kv.v), lane_(threadIdx.x % kWarpSize) {
     shared_ = reinterpret_cast<T*>(block_shared + threadIdx.x / kWarpSize * kWarpBytes);
+#pragma unroll
+    for (int t = 0; t < kColumnTiles; ++t) max_[t][0] = max_[t][1] = NegativeInfinity();
   }
 
   // Attends to those of the tokens [span.begin, span.end) that are this warp's: every
@@ -130,9 +142,9 @@ class DecodeWarp {
       __syncwarp();              // for all lanes; and all are done with the tile before
       if constexpr (kAhead < kStages) copy_next();
 
-      float scores[4];
-      Scores(stage, valid[0], query.sm_scale, scores);
-      on_scores(begin + tile * kDecodeTile, scores, valid[0], KeyTile(stage));
+      float scores[kColumnTiles][4];
+      Scores(stage, begin + tile * kDecodeTile, valid[0], query.sm_scale, scores);
+      on_scores(begin + tile * kDecodeTile, scores[0], valid[0], KeyTile(stage));
       Accumulate(stage, scores);
 
       if constexpr (kAhead == kStages) {
@@ -172,12 +184,12 @@ class DecodeWarp {
   static constexpr int kTileElements = kDecodeWarpTile * kHeadDim;
   static constexpr int kWarpBytes = kStages * kStageBytes;
 
-  // A warp's results in shared memory, in floats: out [8 heads, D], in rows that are padded so that
-  // StoreForMerge spreads over all banks; max [8], sum [8].
+  // A warp's results in shared memory, in floats: out [kColumns, D], in rows that are padded so
+  // that StoreForMerge spreads over all banks; max [kColumns], sum [kColumns].
   static constexpr int kMergeStride = kHeadDim + 4;
-  static constexpr int kMergeMax = kMaxGroupSize * kMergeStride;
-  static constexpr int kMergeSum = kMergeMax + kMaxGroupSize;
-  static_assert((kMergeSum + kMaxGroupSize) * sizeof(float) <= kStageBytes);
+  static constexpr int kMergeMax = kColumns * kMergeStride;
+  static constexpr int kMergeSum = kMergeMax + kColumns;
+  static_assert((kMergeSum + kColumns) * sizeof(float) <= kWarpBytes);
 
   __device__ __forceinline__ T* KeyTile(int stage) const {
     return shared_ + stage * 2 * kTileElements;
@@ -238,59 +250,84 @@ class DecodeWarp {
 
   // A plain load: through the read-only path it might move before WaitForPreviousKernel.
   __device__ __forceinline__ void LoadQuery(const DecodeQuery<T>& query) {
-    int head = lane_ / 4, pair = lane_ % 4 * 2;
+    int pair = lane_ % 4 * 2;
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const T* source = query.rows + head * kHeadDim + step * 16 + pair;
+    for (int t = 0; t < kColumnTiles; ++t) {
+      int head = t * 8 + lane_ / 4;
       bool present = head < query.num_heads;
-      query_[step][0] = present ? *reinterpret_cast<const uint32_t*>(source) : 0u;
-      query_[step][1] = present ? *reinterpret_cast<const uint32_t*>(source + 8) : 0u;
+      const T* source = query.Head(present ? head : 0, kHeadDim) + pair;
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        const T* of_step = source + step * 16;
+        query_[t][step][0] = present ? *reinterpret_cast<const uint32_t*>(of_step) : 0u;
+        query_[t][step][1] = present ? *reinterpret_cast<const uint32_t*>(of_step + 8) : 0u;
+      }
+      if constexpr (kColumnTiles > 1) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          num_visible_[t][i] = query.num_visible + (t * 8 + pair + i) / query.heads_per_query;
+        }
+      }
     }
   }
 
-  // scores[c]: sm_scale * q.k of token lane / 4 + (c / 2) * 8 and head lane % 4 * 2 + c % 2; -inf
-  // where masked.
-  __device__ __forceinline__ void Scores(int stage, unsigned valid, float sm_scale,
-                                         float (&scores)[4]) {
+  // scores[t][c]: sm_scale * q.k of token first + lane / 4 + (c / 2) * 8 and head t * 8 + lane % 4
+  // * 2 + c % 2; -inf where masked.
+  __device__ __forceinline__ void Scores(int stage, int first, unsigned valid, float sm_scale,
+                                         float (&scores)[kColumnTiles][4]) {
     const T* key = KeyTile(stage);
     int offset = TileOffset<kHeadDim>(lane_ % 16, lane_ / 16);
-    float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float dot[kColumnTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       uint32_t a[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
       LoadMatrix4(a, key + NextChunks(offset, step * 2));
-      MultiplyAdd<T>(dot, a, query_[step][0], query_[step][1]);
+#pragma unroll
+      for (int t = 0; t < kColumnTiles; ++t) {
+        MultiplyAdd<T>(dot[t], a, query_[t][step][0], query_[t][step][1]);
+      }
     }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      bool is_valid = (valid >> (lane_ / 4 + c / 2 * 8)) & 1u;
-      scores[c] = is_valid ? __fmul_rn(dot[c], sm_scale) : NegativeInfinity();
+    for (int t = 0; t < kColumnTiles; ++t) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int token = lane_ / 4 + c / 2 * 8;
+        bool is_valid = (valid >> token) & 1u;
+        if constexpr (kColumnTiles > 1) {
+          is_valid = is_valid && first + token < num_visible_[t][c % 2];
+        }
+        scores[t][c] = is_valid ? __fmul_rn(dot[t][c], sm_scale) : NegativeInfinity();
+      }
     }
   }
 
-  // One step of the online softmax. Lanes that share lane % 4 hold the same two heads.
-  __device__ __forceinline__ void Accumulate(int stage, const float (&scores)[4]) {
-    float weights[4];
-    float rescale[2];
+  // One step of the online softmax. Lanes that share lane % 4 hold the same heads.
+  __device__ __forceinline__ void Accumulate(int stage, const float (&scores)[kColumnTiles][4]) {
+    float rescale[kColumnTiles][2];
+    uint32_t b[kColumnTiles][2];
 #pragma unroll
-    for (int head = 0; head < 2; ++head) {
-      float max = fmaxf(scores[head], scores[head + 2]);
+    for (int t = 0; t < kColumnTiles; ++t) {
+      float weights[4];
 #pragma unroll
-      for (int mask = 4; mask < kWarpSize; mask *= 2) {
-        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
+      for (int i = 0; i < 2; ++i) {
+        float max = fmaxf(scores[t][i], scores[t][i + 2]);
+#pragma unroll
+        for (int mask = 4; mask < kWarpSize; mask *= 2) {
+          max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
+        }
+        max = fmaxf(max, max_[t][i]);
+        float finite_max = FiniteMax(max);
+        rescale[t][i] = SoftmaxWeight(max_[t][i], finite_max);
+        weights[i] = SoftmaxWeight(scores[t][i], finite_max);
+        weights[i + 2] = SoftmaxWeight(scores[t][i + 2], finite_max);
+        max_[t][i] = max;
+        sum_[t][i] = __fmaf_rn(sum_[t][i], rescale[t][i], __fadd_rn(weights[i], weights[i + 2]));
       }
-      max = fmaxf(max, max_[head]);
-      float finite_max = FiniteMax(max);
-      rescale[head] = SoftmaxWeight(max_[head], finite_max);
-      weights[head] = SoftmaxWeight(scores[head], finite_max);
-      weights[head + 2] = SoftmaxWeight(scores[head + 2], finite_max);
-      max_[head] = max;
-      sum_[head] =
-          __fmaf_rn(sum_[head], rescale[head], __fadd_rn(weights[head], weights[head + 2]));
+      // Weights arrive as C [token, head] and leave as B [token (k), head (n)]: two 8 x 8
+      // transposes.
+      b[t][0] = TransposeMatrix(PackPair<T>(weights[0], weights[1]));
+      b[t][1] = TransposeMatrix(PackPair<T>(weights[2], weights[3]));
     }
-    // Weights arrive as C [token, head] and leave as B [token (k), head (n)]: two 8 x 8 transposes.
-    uint32_t b0 = TransposeMatrix(PackPair<T>(weights[0], weights[1]));
-    uint32_t b1 = TransposeMatrix(PackPair<T>(weights[2], weights[3]));
     const T* value = ValueTile(stage);
     int offset = TileOffset<kHeadDim>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
 #pragma unroll
@@ -298,32 +335,41 @@ class DecodeWarp {
       uint32_t a[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
       LoadMatrix4Transposed(a, value + NextChunks(offset, step * 2));
 #pragma unroll
-      for (int c = 0; c < 4; ++c) out_[step][c] = __fmul_rn(out_[step][c], rescale[c % 2]);
-      MultiplyAdd<T>(out_[step], a, b0, b1);
+      for (int t = 0; t < kColumnTiles; ++t) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          out_[t][step][c] = __fmul_rn(out_[t][step][c], rescale[t][c % 2]);
+        }
+        MultiplyAdd<T>(out_[t][step], a, b[t][0], b[t][1]);
+      }
     }
   }
 
-  // out_[step][c] is dim step * 16 + lane / 4 + (c / 2) * 8 of head lane % 4 * 2 + c % 2. The
-  // maximum is the same in the lanes of a head, the sum is not yet added up over them.
+  // out_[t][step][c] is dim step * 16 + lane / 4 + (c / 2) * 8 of head t * 8 + lane % 4 * 2 + c %
+  // 2. The maximum is the same in the lanes of a head, the sum is not yet added up over them.
   __device__ __forceinline__ void StoreForMerge(float* area) {
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
+    for (int t = 0; t < kColumnTiles; ++t) {
+      int first_head = t * 8 + lane_ % 4 * 2;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int head = lane_ % 4 * 2 + c % 2, dim = step * 16 + lane_ / 4 + c / 2 * 8;
-        area[head * kMergeStride + dim] = out_[step][c];
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          int dim = step * 16 + lane_ / 4 + c / 2 * 8;
+          area[(first_head + c % 2) * kMergeStride + dim] = out_[t][step][c];
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float sum = sum_[i];
+      for (int i = 0; i < 2; ++i) {
+        float sum = sum_[t][i];
 #pragma unroll
-      for (int mask = 4; mask < kWarpSize; mask *= 2) {
-        sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, mask));
-      }
-      if (lane_ < 4) {
-        area[kMergeMax + lane_ * 2 + i] = max_[i];
-        area[kMergeSum + lane_ * 2 + i] = sum;
+        for (int mask = 4; mask < kWarpSize; mask *= 2) {
+          sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, mask));
+        }
+        if (lane_ < 4) {
+          area[kMergeMax + first_head + i] = max_[t][i];
+          area[kMergeSum + first_head + i] = sum;
+        }
       }
     }
   }
@@ -334,10 +380,11 @@ class DecodeWarp {
   const T* v_;
   int lane_;
   uint64_t policy_ = EvictFirstPolicy();  // a cache row is read once a step
-  uint32_t query_[kHeadDim / 16][2];
-  float out_[kHeadDim / 16][4] = {};
-  float max_[2] = {NegativeInfinity(), NegativeInfinity()};
-  float sum_[2] = {0.0f, 0.0f};
+  uint32_t query_[kColumnTiles][kHeadDim / 16][2];
+  int num_visible_[kColumnTiles][2];  // tokens that this lane's heads see; with several queries
+  float out_[kColumnTiles][kHeadDim / 16][4] = {};
+  float max_[kColumnTiles][2];
+  float sum_[kColumnTiles][2] = {};
 };
 
 }  // namespace tidal

@@ -9,7 +9,14 @@
 
 namespace tidal {
 
-inline constexpr int kMaxGroupSize = 8;     // query heads of one KV head: the N of one mma.m16n8k16
+inline constexpr int kMaxGroupSize = 8;  // query heads of one KV head: the N of one mma.m16n8k16
+
+// attention_few_queries: queries of a row, query heads of a block, and blocks that a row's queries
+// take for one KV head and split (at a group of 8, two queries each).
+inline constexpr int kMaxFewQueries = 32;
+inline constexpr int kFewQueriesColumns = 16;
+inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns;
+
 inline constexpr int kDecodeWarps = 4;      // of a block of a decode kernel
 inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: the M of one mma
 inline constexpr int kDecodeTile = kDecodeWarps * kDecodeWarpTile;

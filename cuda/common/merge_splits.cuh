@@ -111,12 +111,20 @@ struct AttentionOutput {
 
 // What one block of an attention kernel works on.
 struct BlockWork {
-  int64_t first_row;  // batch * Hq + q_head of its first head
-  int num_heads;      // at most kMaxGroupSize
+  int64_t first_row;      // of the output: token * Hq + q_head of its first head
+  int64_t first_partial;  // of the partial results, a row for each head
+  int num_heads;
   int split;
   int num_splits;     // of the grid
   int num_used;       // of the row
   int counter_index;  // of the row and these heads
+  // Where the heads are those of several queries that follow each other (DecodeQuery).
+  int heads_per_query = kMaxGroupSize;
+  int64_t query_stride = 0;
+
+  __device__ __forceinline__ int64_t OutputRow(int head) const {
+    return first_row + head / heads_per_query * query_stride + head % heads_per_query;
+  }
 };
 
 // Calls fn(head), each by one warp, for those of the heads that fall to this block: the `rank`-th
@@ -136,7 +144,7 @@ __device__ __forceinline__ void EndUnusedSplit(const BlockWork& work,
   LetNextKernelStart();
   if (work.split > 0) return;
   ForEachHead(work.num_heads, 0, 1,
-              [&](int head) { output.Store(work.first_row + head, HeadResult<kHeadDim>()); });
+              [&](int head) { output.Store(work.OutputRow(head), HeadResult<kHeadDim>()); });
 }
 
 // Loads from L2: the L1 may hold what was there before other SMs wrote.
@@ -173,7 +181,7 @@ template <typename T, int kHeadDim, typename BlockResult>
 __device__ __forceinline__ void StoreAlone(const BlockWork& work, const AttentionOutput<T>& output,
                                            const BlockResult& block_result) {
   ForEachHead(work.num_heads, 0, 1,
-              [&](int head) { output.Store(work.first_row + head, block_result(head)); });
+              [&](int head) { output.Store(work.OutputRow(head), block_result(head)); });
 }
 
 // The splits leave their results in device memory, and the last block to finish merges them.
@@ -190,7 +198,7 @@ __device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
   int lane = threadIdx.x % kWarpSize;
   auto outs = reinterpret_cast<LaneDims<kHeadDim>*>(partials.out) + lane;
   auto part_of = [&](int head, int split) {
-    return (work.first_row + head) * work.num_splits + split;
+    return (work.first_partial + head) * work.num_splits + split;
   };
   ForEachHead(work.num_heads, 0, 1, [&](int head) {
     HeadResult<kHeadDim> result = block_result(head);
@@ -203,7 +211,7 @@ __device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
     int64_t first_part = part_of(head, 0);
     auto state_of = [&](int split) { return __ldcg(partials.state + first_part + split); };
     auto out_of = [&](int split) { return LoadFromL2(outs + (first_part + split) * kWarpSize); };
-    output.Store(work.first_row + head,
+    output.Store(work.OutputRow(head),
                  MergeParts<kHeadDim, kMaxSplits>(work.num_used, state_of, out_of));
   });
 }
@@ -244,7 +252,7 @@ __device__ __forceinline__ void MergeInCluster(const BlockWork& work,
   ForEachHead(work.num_heads, work.split, work.num_used, [&](int head) {
     auto state_of = [&](int split) { return InBlock(states[head], split); };
     auto out_of = [&](int split) { return InBlock(outs[head][lane], split); };
-    output.Store(work.first_row + head,
+    output.Store(work.OutputRow(head),
                  MergeParts<kHeadDim, kMaxClusterSplits>(work.num_used, state_of, out_of));
   });
   // No block ends while others read its shared memory. Nothing is handed on, so nothing that was

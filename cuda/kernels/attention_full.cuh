@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   int seq_len = __ldcg(params.kv.seq_lens + batch);
   RowSplits splits(seq_len, gridDim.x);
   BlockWork work{.first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size,
+                 .first_partial = int64_t{batch} * num_q_heads + kv_head * params.group_size,
                  .num_heads = params.group_size,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = static_cast<int>(gridDim.x),

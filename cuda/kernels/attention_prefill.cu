@@ -6,8 +6,7 @@
 
 namespace tidal {
 
-void LaunchAttentionPrefill(const AttentionPrefillArgs& args, const AttentionScratch& /*scratch*/,
-                            cudaStream_t stream) {
+void LaunchAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) {
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
     RunAttentionPrefill<T, head_dim()>(args, stream);

@@ -24,6 +24,11 @@ template <typename T, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                         CacheReads reads, cudaStream_t stream);
 
+// Defined in attention_few_queries.cuh.
+template <typename T, int kHeadDim>
+void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                            cudaStream_t stream);
+
 // Defined in attention_prefill.cuh.
 template <typename T, int kHeadDim>
 void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream);

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   bool is_dense = seq_len <= params.dense_len;
   RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget), gridDim.x);
   BlockWork work{.first_row = int64_t{batch} * params.num_q_heads + first_head,
+                 .first_partial = int64_t{batch} * params.num_q_heads + first_head,
                  .num_heads = params.heads_per_block,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = static_cast<int>(gridDim.x),

@@ -24,6 +24,8 @@ const std::vector<Chunk>& Chunks() {
       {"one query each", {1, 2, 65, 400}, {1, 1, 1, 1}},
       {"ragged, with rows that have no query", {0, 130, 50, 333, 17}, {0, 37, 0, 95, 17}},
       {"one long chunk", {611}, {251}},
+      {"a few queries over long rows", {3000, 1, 40, 0, 2500}, {5, 1, 32, 0, 17}},
+      {"more than a few", {600, 50}, {33, 1}},
   };
   return *chunks;
 }
