@@ -21,6 +21,12 @@
 
 namespace tidal {
 
+// A plan and its sets, for steps that run another one than the decoder's.
+struct OtherPlan {
+  DecodePlan plan;
+  Selection selection;
+};
+
 class Engine {
  public:
   Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
@@ -60,6 +66,12 @@ class Engine {
   // At most max_batch_size rows, each with exactly one token not yet cached.
   std::vector<int32_t> Step(std::span<Sequence* const> rows, StepPlan plan = StepPlan::kDecoder);
 
+  // As Step, through another plan; where steps are recorded, it must not be called.
+  std::vector<int32_t> StepThrough(const OtherPlan& other, std::span<Sequence* const> rows);
+
+  // The plan of these settings, with memory of its own.
+  std::unique_ptr<OtherPlan> MakePlan(DecodeConfig settings);
+
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);
 
@@ -70,6 +82,10 @@ class Engine {
 
  private:
   void ResolveLimits();
+  void ResolvePlanLimits(DecodeConfig& config) const;
+  void ReserveScratch(const DecodeConfig& config, const DecodePlan& plan);
+  std::vector<int32_t> RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
+                               const Selection& selection, bool sparse);
   int64_t ResolveNumPages() const;
   int64_t BatchBucket(int64_t batch_size) const;
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
