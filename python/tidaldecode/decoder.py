@@ -361,7 +361,8 @@ class Decoder:
 
     @property
     def plan_source(self) -> str:
-        """Where the plan comes from: a file, the table of known models, the caller, or "dense"."""
+        """Where the plan comes from: a file, the user's cache, the table of known models, the
+        caller, or "dense"."""
         return self._plan_source
 
     @property
