@@ -17,6 +17,7 @@ from rich.console import Console
 from tidaldecode import _core
 from tidaldecode import cli_options as opt
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.evaluation.attention import AttentionReport, measure_attention
 from tidaldecode.evaluation.example import Encode, Example
 from tidaldecode.evaluation.perplexity import (
     Perplexity,
@@ -26,11 +27,18 @@ from tidaldecode.evaluation.perplexity import (
     run_windows,
     summarise_losses,
 )
+from tidaldecode.evaluation.plots import draw_report, load_matplotlib
 from tidaldecode.evaluation.prompt_file import read_prompt_file
-from tidaldecode.evaluation.report import Summary, as_json, summarise
+from tidaldecode.evaluation.report import as_json, summarise
 from tidaldecode.evaluation.results import LossRecord, Record, ResultFile
 from tidaldecode.evaluation.runner import Run, run
-from tidaldecode.evaluation.settings import Setting, check_names, dense_setting, tidal_setting
+from tidaldecode.evaluation.settings import (
+    Setting,
+    check_names,
+    dense_setting,
+    quest_setting,
+    tidal_setting,
+)
 from tidaldecode.evaluation.tasks import TASKS, make_examples
 from tidaldecode.evaluation.view import show_report
 from tidaldecode.model_folder import read_model_folder
@@ -43,6 +51,7 @@ _DEFAULT_CONTEXT = 4096
 _DEFAULT_PROMPTS = 10  # per task and context: every depth of the single needle once
 _OWN_NEW_TOKENS = 64
 _DEFAULT_WINDOWS = 8  # of a text, at each context
+_LOOKED_AT = 4  # prompts whose attention is measured
 _RESULTS_FILE = "results.jsonl"
 _LOSSES_FILE = "losses.jsonl"
 _REPORT_FILE = "report.json"
@@ -85,6 +94,24 @@ _Tidal = Annotated[
         "the model's plan if not given."
     ),
 ]
+_Quest = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='A page-wise setting to compare, as "token_budget=64 page_size=16"; may be repeated. '
+        "In numpy, so slow."
+    ),
+]
+_Attention = Annotated[
+    bool,
+    typer.Option(
+        "--attention",
+        help="Also measure how much of the dense attention lies on the sets, and how alike layers "
+        f"choose, on the {_LOOKED_AT} shortest prompts. In numpy, so slow.",
+    ),
+]
+_Plots = Annotated[
+    bool, typer.Option("--plots", help="Draw the report into PNG files; needs matplotlib.")
+]
 _NewTokens = Annotated[
     int | None,
     typer.Option(
@@ -113,10 +140,13 @@ def evaluate(
     context: _Contexts = None,
     limit: _Limit = None,
     tidal: _Tidal = None,
+    quest: _Quest = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
     max_new_tokens: _NewTokens = None,
     out: _Out = None,
     chat: _Chat = False,
+    attention: _Attention = False,
+    plots: _Plots = False,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
@@ -129,27 +159,34 @@ def evaluate(
     engine = opt.engine_options(
         {"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "num_threads": num_threads}
     )
-    work = Run(model_dir=model_dir, settings=_settings(model_dir, tidal), engine=engine)
+    settings = _settings(model_dir, tidal, quest)
+    work = Run(model_dir=model_dir, settings=settings, engine=engine)
     encode = _encoder(model_dir, chat)
     bars = Bars(is_watched())
+    if plots:
+        load_matplotlib()  # better now than after hours of work
     examples = asked.examples(encode, bars)
     windows = asked.windows(_encoder(model_dir, chat=False))
     title = model_dir.resolve().name
     folder = out or Path(f"eval-{title}")
     try:
-        summaries = _run_tasks(work, examples, folder, bars)
+        records = _run_tasks(work, examples, folder, bars)
         perplexities = _run_text(work, windows, folder, bars)
     except KeyboardInterrupt:
         print_note("the same command goes on from here")
         raise
+    looked_at = _look(work, examples, bars) if attention else None
     head = {"model": title, "engine": _core.version(), **engine, "seed": seed, "limit": limit}
+    summaries = summarise(records)
     report = folder / _REPORT_FILE
-    content = as_json(head, summaries, perplexities)
+    content = as_json(head, summaries, perplexities, looked_at)
     report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console = Console(highlight=False)
     console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
     show_report(console, summaries, perplexities)
     console.print(f"Report: {one_line(str(report))}", soft_wrap=True, markup=False)
+    for path in draw_report(folder, summaries, records, looked_at) if plots else []:
+        console.print(f"Plot: {one_line(str(path))}", soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +253,10 @@ def _generated(
     return examples
 
 
-def _run_tasks(work: Run, examples: Sequence[Example], folder: Path, bars: Bars) -> list[Summary]:
+def _run_tasks(work: Run, examples: Sequence[Example], folder: Path, bars: Bars) -> list[Record]:
     """Decodes what an earlier run in the same folder has not."""
     with ResultFile(folder / _RESULTS_FILE, Record) as results:
-        return summarise(run(work, examples, results, bars))
+        return run(work, examples, results, bars)
 
 
 def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) -> list[Perplexity]:
@@ -230,15 +267,28 @@ def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) ->
         return summarise_losses(run_windows(work, windows, results, bars))
 
 
-def _settings(model_dir: Path, tidal: Sequence[str] | None) -> list[Setting]:
+def _look(work: Run, examples: Sequence[Example], bars: Bars) -> AttentionReport:
+    """The attention behind a few of the shortest prompts."""
+    if not examples:
+        raise InvalidArgument("attention: got no prompts to look at; name a --task")
+    shortest = sorted(examples, key=lambda example: len(example.prompt_ids))[:_LOOKED_AT]
+    settings = [setting for setting in work.settings if not setting.is_quest]
+    with bars.counting("Attention") as on_done:
+        return measure_attention(read_model_folder(work.model_dir), shortest, settings, on_done)
+
+
+def _settings(
+    model_dir: Path, tidal: Sequence[str] | None, quest: Sequence[str] | None
+) -> list[Setting]:
     """Dense first, then what was asked for or the model's plan."""
+    paged = [quest_setting(text) for text in quest or []]
     if tidal is None and find_plan(read_model_folder(model_dir)) is None:
         print_note(
             "no tidal run: there is no plan for this model; give --tidal 'select_layers=2,N', or "
             + HOW_TO_CHOOSE
         )
-        return [dense_setting()]
-    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""])]
+        return [dense_setting(), *paged]
+    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""]), *paged]
     check_names(settings)
     return settings
 

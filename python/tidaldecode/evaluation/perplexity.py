@@ -15,15 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.distributions import divergences, token_losses
 from tidaldecode.evaluation.example import Encode
 from tidaldecode.evaluation.results import LossRecord, ResultFile
 from tidaldecode.evaluation.resume import Keys
-from tidaldecode.evaluation.runner import Reporter, Run
+from tidaldecode.evaluation.runner import Prompt, Reporter, Run
 from tidaldecode.evaluation.settings import dense_setting
 from tidaldecode.model_folder import read_model_folder
 
@@ -136,13 +134,12 @@ def run_windows(
 
 def _losses(decoder: Decoder, window: Window, work: Run) -> dict[str, dict[str, Any]]:
     """One window in all settings: the fields of its records but key and plan, by setting."""
-    steps = [window.scored_ids[:-1]]
     results: dict[str, dict[str, Any]] = {}
-    with decoder.replay([window.prompt_ids], max_new_tokens=len(window.scored_ids)) as replay:
-        dense: np.ndarray = replay.step_logits(steps, **dense_setting().options)[0]
+    with Prompt(decoder, window.prompt_ids, len(window.scored_ids)) as prompt:
+        dense = prompt.logits(dense_setting(), window.scored_ids)
         for setting in work.settings:
             started = time.perf_counter()
-            (logits,) = replay.step_logits(steps, **setting.options)
+            logits = prompt.logits(setting, window.scored_ids)
             results[setting.name] = {
                 "own": setting,
                 "setting": setting.name,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from tidaldecode.evaluation.attention import AttentionReport
 from tidaldecode.evaluation.perplexity import Perplexity
 from tidaldecode.evaluation.results import Record
 
@@ -88,7 +89,10 @@ def _summary(setting: str, records: Sequence[Record], dense: Mapping[Hashable, R
 
 
 def as_json(
-    head: dict[str, Any], summaries: Sequence[Summary], perplexities: Sequence[Perplexity]
+    head: dict[str, Any],
+    summaries: Sequence[Summary],
+    perplexities: Sequence[Perplexity],
+    attention: AttentionReport | None,
 ) -> dict[str, Any]:
     """The report as an object of JSON.
 
@@ -96,10 +100,12 @@ def as_json(
         head: what it belongs to: model, seed, device, command.
         summaries: of the tasks.
         perplexities: of the text.
+        attention: of the chosen sets, if it was looked at.
     """
     return {
         "version": REPORT_VERSION,
         **head,
         "settings": [asdict(summary) for summary in summaries],
         "perplexity": [asdict(entry) for entry in perplexities],
+        "attention": asdict(attention) if attention else None,
     }

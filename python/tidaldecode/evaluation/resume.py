@@ -31,14 +31,18 @@ class Keys:
 
         Raises: ConfigError if the setting does not fit the model.
         """
-        # Settings of a stored plan hold wherever an option does not say otherwise.
-        plan = choose_plan(DecodeConfig(**setting.options), self._folder)
-        used = [list(plan.select_layers), dict(plan.settings)] if plan else None
+        used: Any = setting.options
+        if not setting.is_quest:
+            # Settings of a stored plan hold wherever an option does not say otherwise.
+            plan = choose_plan(DecodeConfig(**setting.options), self._folder)
+            used = [list(plan.select_layers), dict(plan.settings)] if plan else None
         parts = [self._fingerprint, _core.version(), self._engine, used, content]
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def plan(self, setting: Setting) -> str:
-        """The setting's plan, as Decoder.plan prints it."""
+        """The setting's plan, as Decoder.plan prints it; what is not the engine's has none."""
+        if setting.is_quest:
+            return "page-wise"
         plan = choose_plan(DecodeConfig(**setting.options), self._folder)
         return plan_letters(self._folder.model.num_layers, plan.select_layers if plan else ())

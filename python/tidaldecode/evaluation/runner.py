@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,13 @@ from tidaldecode.decoder import Decoder
 from tidaldecode.errors import TidalError
 from tidaldecode.evaluation.distributions import common_length, divergences
 from tidaldecode.evaluation.example import Example
+from tidaldecode.evaluation.quest import QuestReplay
+from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.results import Record, ResultFile
 from tidaldecode.evaluation.resume import Keys
 from tidaldecode.evaluation.scoring import score
 from tidaldecode.evaluation.settings import Setting, dense_setting
-from tidaldecode.model_folder import read_model_folder
-from tidaldecode.replay import Replay
+from tidaldecode.model_folder import ModelFolder, read_model_folder
 
 
 class Reporter(Protocol):
@@ -58,6 +60,45 @@ class Run:
                 progress=on_load,
                 **self.engine,
             )
+
+
+class Prompt:
+    """A prompt that has been read: in the engine, and where a setting asks for it in numpy."""
+
+    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], room: int) -> None:
+        self._decoder, self._prompt_ids, self._room = decoder, list(prompt_ids), room
+        self._replay = decoder.replay([self._prompt_ids], max_new_tokens=room)
+        self._quest: QuestReplay | None = None
+
+    def greedy(self, setting: Setting, max_new_tokens: int) -> list[int]:
+        """The most likely tokens; none if the logits were unusable."""
+        if setting.is_quest:
+            ends = self._decoder.folder.eos_token_ids
+            return self._paged.greedy(max_new_tokens, eos_token_ids=ends, **setting.options)[0]
+        return self._replay.greedy(max_new_tokens, **setting.options)[0]
+
+    def logits(self, setting: Setting, token_ids: Sequence[int]) -> np.ndarray:
+        """[len(token_ids), vocab_size] float32, each row predicting the token of its index."""
+        replay = self._paged if setting.is_quest else self._replay
+        return replay.step_logits([token_ids[:-1]], **setting.options)[0]
+
+    @property
+    def _paged(self) -> QuestReplay:
+        if self._quest is None:
+            model = _reference_model(self._decoder.folder)
+            self._quest = QuestReplay(model, self._prompt_ids, self._room)
+        return self._quest
+
+    def __enter__(self) -> Prompt:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._replay.close()
+
+
+@lru_cache(maxsize=1)
+def _reference_model(folder: ModelFolder) -> ReferenceModel:
+    return ReferenceModel(folder)
 
 
 def run(
@@ -102,46 +143,43 @@ def _decode(
     decoder: Decoder, example: Example, settings: Sequence[Setting]
 ) -> list[tuple[Setting, dict[str, Any]]]:
     """One prompt in these settings: the fields of their records but key and plan."""
-    with decoder.replay([example.prompt_ids], max_new_tokens=example.max_new_tokens) as replay:
-        dense = _Output(replay, example, dense_setting())
-        return [
-            (setting, _judged(decoder, example, setting, dense, _Output(replay, example, setting)))
-            for setting in settings
-        ]
+    with Prompt(decoder, example.prompt_ids, example.max_new_tokens) as prompt:
+        dense = _decoded(prompt, example, dense_setting())
+        expected = prompt.logits(dense_setting(), dense.token_ids)
+        results = []
+        for setting in settings:
+            own = _decoded(prompt, example, setting)
+            got = prompt.logits(setting, dense.token_ids)
+            kl = float(divergences(expected, got).mean())
+            results.append((setting, _judged(decoder, example, dense, own) | {"kl": round(kl, 6)}))
+        return results
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Output:
-    """What one setting writes, and what it predicts along the dense output."""
+    """What one setting writes."""
 
-    def __init__(self, replay: Replay, example: Example, setting: Setting) -> None:
-        started = time.perf_counter()
-        self._replay, self._options = replay, setting.options
-        (self.token_ids,) = replay.greedy(example.max_new_tokens, **setting.options)
-        self.seconds = time.perf_counter() - started
-        if not self.token_ids:
-            raise TidalError(
-                f"{example.task} {example.index}, {setting.name}: the logits after the prompt hold "
-                "a NaN or infinity; check the weights, or try dtype float32"
-            )
-
-    def logits_along(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len(token_ids), vocab_size] float32, each row predicting the token of its index."""
-        (logits,) = self._replay.step_logits([token_ids[:-1]], **self._options)
-        return logits
+    setting: Setting
+    token_ids: list[int]
+    seconds: float
 
 
-def _judged(
-    decoder: Decoder, example: Example, setting: Setting, dense: _Output, own: _Output
-) -> dict[str, Any]:
+def _decoded(prompt: Prompt, example: Example, setting: Setting) -> _Output:
+    started = time.perf_counter()
+    token_ids = prompt.greedy(setting, example.max_new_tokens)
+    if not token_ids:
+        raise TidalError(
+            f"{example.task} {example.index}, {setting.name}: the logits after the prompt hold "
+            "a NaN or infinity; check the weights, or try dtype float32"
+        )
+    return _Output(setting=setting, token_ids=token_ids, seconds=time.perf_counter() - started)
+
+
+def _judged(decoder: Decoder, example: Example, dense: _Output, own: _Output) -> dict[str, Any]:
     output = decoder.decode(own.token_ids)
-    if setting == dense_setting():
-        kl = 0.0
-    else:
-        expected = dense.logits_along(dense.token_ids)
-        kl = float(divergences(expected, own.logits_along(dense.token_ids)).mean())
     ends = decoder.folder.eos_token_ids
     return {
-        "setting": setting.name,
+        "setting": own.setting.name,
         "task": example.task,
         "index": example.index,
         "context": example.context,
@@ -153,6 +191,5 @@ def _judged(
         "output_tokens": len(own.token_ids),
         "finish_reason": "stop" if own.token_ids[-1] in ends else "length",
         "same_tokens": common_length(dense.token_ids, own.token_ids),
-        "kl": round(kl, 6),
         "seconds": round(own.seconds, 3),
     }

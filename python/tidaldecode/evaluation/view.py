@@ -26,7 +26,7 @@ def show_report(
 ) -> None:
     """Prints the tables, and which setting each of their columns is."""
     plans = {entry.setting: entry.plan for entry in [*summaries, *perplexities]}
-    names = ["dense", *(f"tidal {number}" for number in range(1, len(plans)))]
+    names = _column_names(list(plans))
     if summaries:
         console.print(_task_table(names, summaries))
     if perplexities:
@@ -35,6 +35,16 @@ def show_report(
         options = setting.partition(" ")[2]
         text = f"{name}: plan {plan}" + (f", {options}" if options else "")
         console.print(text, markup=False, highlight=False)
+
+
+def _column_names(settings: Sequence[str]) -> list[str]:
+    """Short ones: "dense", "tidal 1", "tidal 2", "quest 1"."""
+    names = []
+    for setting in settings:
+        kind = setting.partition(" ")[0]
+        count = sum(name.startswith(f"{kind} ") for name in names) + 1
+        names.append(kind if kind == "dense" else f"{kind} {count}")
+    return names
 
 
 def _new_table(title: str, count_title: str, names: Sequence[str]) -> Table:
