@@ -42,7 +42,7 @@ _DEFAULT_SELECT_LAYERS = 3
 _DEFAULT_LOSS = 0.03  # nats a token: about 3 % of perplexity
 _NUM_WINDOWS = 6
 _SCORED_TOKENS = 64
-_NUM_QUESTIONS = 15
+_NUM_QUESTIONS = 30
 # How many plans a search scores is not known before; a bar wants a number.
 _PLANS_GUESSED = 200
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -62,7 +62,8 @@ _Budgets = Annotated[
     ),
 ]
 _MaxLoss = Annotated[
-    float, typer.Option(help="Nats a token over dense, of text and of answers together.")
+    float,
+    typer.Option(help="Nats a token over dense, of text and answers, and one for answers lost."),
 ]
 _Output = Annotated[
     Path | None,

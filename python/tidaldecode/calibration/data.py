@@ -29,6 +29,7 @@ _ATTRIBUTES = ("access code", "door code", "invoice number", "serial number", "t
 _SEVERAL = 6
 _TABLE_ROWS = 16
 _CHAIN = 3
+_CHAINS = 2
 _PASSAGE_WORDS = 60
 _GIVEN_WORDS = 20
 _MAX_NEW_TOKENS = 16
@@ -157,14 +158,16 @@ def _table(rng: random.Random, sentences: Sequence[str]) -> tuple[list[Needle], 
 
 
 def _chain(rng: random.Random, sentences: Sequence[str]) -> tuple[list[Needle], str]:
-    """A value handed from name to name."""
-    names = rng.sample(WORDS, _CHAIN)
-    depths = sorted(rng.random() for _ in names)
-    needles = [
-        Needle(text=f"\nLET {name} = {source}\n", depth=depth)
-        for name, source, depth in zip(names, [_number(rng), *names], depths, strict=False)
-    ]
-    return needles, f"\n\nWhat is the value of {names[-1]}? {names[-1]} = {names[-2]} ="
+    """Values handed from name to name; the end of the first chain is asked for."""
+    names = rng.sample(WORDS, _CHAINS * _CHAIN)
+    needles = []
+    for begin in range(0, len(names), _CHAIN):
+        own = names[begin : begin + _CHAIN]
+        depths = sorted(rng.random() for _ in own)
+        for name, source, depth in zip(own, [_number(rng), *own], depths, strict=False):
+            needles.append(Needle(text=f"\nLET {name} = {source}\n", depth=depth))
+    last, before = names[_CHAIN - 1], names[_CHAIN - 2]
+    return needles, f"\n\nWhat is the value of {last}? {last} = {before} ="
 
 
 def _passage(rng: random.Random, sentences: Sequence[str]) -> tuple[list[Needle], str]:

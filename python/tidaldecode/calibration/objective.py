@@ -23,6 +23,9 @@ from tidaldecode.replay import Replay
 
 BATCH_SIZE = 4  # prompts that step together
 ANSWER_TOKENS = 4  # of the dense answer to a question; six digits are two or three tokens
+# The dense model is sure of an answer whose every token is at least this likely; another plan's
+# other answer to a question that it is not sure of says nothing.
+_SURE = 0.5
 _DENSE = {"attention": "full"}
 
 
@@ -35,12 +38,12 @@ class Scores:
         float  # KL from the dense next-token distributions: the same in expectation, less noisy
     )
     answer_kl: float  # along the dense answers
-    agreement: float  # share of questions whose answer is the dense one, token for token
+    agreement: float  # share of the dense model's sure answers that are the same, token for token
 
     @property
     def loss(self) -> float:
-        """What the search makes small."""
-        return self.text_kl + self.answer_kl
+        """What the search makes small: an answer lost weighs as much as a nat on every token."""
+        return self.text_kl + self.answer_kl + (1.0 - self.agreement)
 
 
 class Objective:
@@ -97,14 +100,19 @@ class Objective:
             text_loss=round(float(np.mean([row.loss for row in texts])), 6),
             text_kl=round(float(np.mean([row.kl for row in texts])), 6),
             answer_kl=round(float(np.mean([row.kl for row in answers])), 6),
-            agreement=round(float(np.mean([row.is_same for row in answers])), 6),
+            agreement=round(_share([row.is_same for row in answers if row.is_sure]), 6),
         )
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     loss: float
     kl: float
+    is_sure: bool  # of the dense model
     is_same: bool
 
 
@@ -123,12 +131,13 @@ class _Batch:
         rows = []
         triples = zip(self._tokens, self._dense, self._logits(plan), strict=True)
         for ids, dense, logits in triples:
-            loss = token_losses(logits, ids) - token_losses(dense, ids)
+            dense_loss = token_losses(dense, ids)
             is_same = logits.argmax(axis=-1) == dense.argmax(axis=-1)
             rows.append(
                 _Row(
-                    loss=float(loss.mean()),
+                    loss=float((token_losses(logits, ids) - dense_loss).mean()),
                     kl=float(divergences(dense, logits).mean()),
+                    is_sure=bool(dense_loss.max() <= -np.log(_SURE)),
                     is_same=bool(is_same.all()),
                 )
             )

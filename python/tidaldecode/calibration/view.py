@@ -40,7 +40,7 @@ def show_frontier(
         )
     console.print(table)
     console.print(
-        "KV MB: of keys and values a step reads; loss: nats a token over dense, of text and answers"
-        " together; same: answers that are as dense; *: chosen",
+        "KV MB: of keys and values a step reads; loss: nats a token over dense, of text and of "
+        "answers, and one for all answers lost; same: answers as dense; *: chosen",
         highlight=False,
     )
