@@ -51,7 +51,7 @@ class Replay:
         Raises: InvalidArgument; CapacityError for more tokens than there is room for.
         """
         vocab_size = self._folder.model.vocab_size
-        ids = [check_token_ids(tokens, vocab_size) if tokens else [] for tokens in continuations]
+        ids = [check_token_ids(tokens, vocab_size) if len(tokens) else [] for tokens in continuations]
         with self._turn:
             return self._core.step_logits(self._plan(plan), ids)
 

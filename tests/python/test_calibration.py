@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tidaldecode.calibration.search import (
     kv_bytes_per_step,
 )
 from tidaldecode.demo_text import KEY_WORDS
-from tidaldecode.errors import InvalidArgument
+from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation.distributions import divergences
 from tidaldecode.evaluation.tasks import make_examples
 from tidaldecode.fingerprint import model_fingerprint
@@ -123,6 +124,12 @@ def test_the_search_finds_what_is_planted():
     assert counts == list(range(1, len(points) + 1)) and len(points) < 400
     assert len({point.candidate for point in points}) == len(points)
     assert max(len(point.candidate.select_layers) for point in points) == 3
+
+
+def test_a_model_without_room_for_a_sparse_layer_is_refused():
+    search = Search(replace(MODEL, num_layers=2), planted, seq_len=100, value_bytes=4)
+    with pytest.raises(UnsupportedError, match="got a model of 2 layers, expected at least 3"):
+        search.run([64], 3)
 
 
 def test_a_step_reads_whole_caches_and_sets():

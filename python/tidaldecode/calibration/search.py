@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tidaldecode.calibration.objective import Scores
+from tidaldecode.errors import UnsupportedError
 from tidaldecode.model_config import ModelConfig
 from tidaldecode.plans import plan_letters
 
 # First select layers that are tried: those in front are dense.
 FIRST_LAYERS = (1, 2, 3)
+_LEAST_LAYERS = 3
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)  # of the budget
 SINKS = (1, 4)
 GRANULARITIES = ("kv_head", "layer")
@@ -105,7 +107,14 @@ class Search:
             budgets: token budgets, ascending; layers are searched at the smallest, which is the
                 hardest, and all else at each.
             max_select_layers: most layers that select.
+
+        Raises: UnsupportedError for a model without room for a dense, a select and a sparse layer.
         """
+        if self._model.num_layers < _LEAST_LAYERS:
+            raise UnsupportedError(
+                f"calibrate: got a model of {self._model.num_layers} layers, expected at least "
+                f"{_LEAST_LAYERS}: one dense, one that selects, one sparse"
+            )
         chains = [
             chain
             for first in FIRST_LAYERS
