@@ -51,7 +51,8 @@ class Replay:
         Raises: InvalidArgument; CapacityError for more tokens than there is room for.
         """
         vocab_size = self._folder.model.vocab_size
-        ids = [check_token_ids(tokens, vocab_size) if len(tokens) else [] for tokens in continuations]
+        # Nothing may follow a prompt, unlike a prompt itself.
+        ids = [check_token_ids(more, vocab_size) if len(more) else [] for more in continuations]
         with self._turn:
             return self._core.step_logits(self._plan(plan), ids)
 
