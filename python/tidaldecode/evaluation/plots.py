@@ -102,7 +102,7 @@ def _accuracy(pyplot: ModuleType, summaries: Sequence[Summary]) -> Any:
     axis.set_xlabel("token budget")
     axis.set_ylabel("score in % (dotted: worst task)")
     axis.set_ylim(-3, 103)
-    axis.legend(fontsize="x-small")
+    figure.legend(loc="outside lower center", fontsize="xx-small")
     return figure
 
 
@@ -140,7 +140,7 @@ def _mass(pyplot: ModuleType, attention: AttentionReport) -> Any:
     axis.set_ylabel("dense attention on the set, %")
     axis.set_title(f"{attention.context:,} tokens, {attention.num_prompts} prompts")
     axis.set_ylim(0, 103)
-    axis.legend(fontsize="x-small")
+    figure.legend(loc="outside lower center", fontsize="xx-small")
     return figure
 
 
