@@ -63,7 +63,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0
+	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

@@ -122,6 +122,60 @@ class PyGeneration {
   PrefillProgress prefill_;
 };
 
+// A Replay that close() can end before its Decoder.
+class PyReplay {
+ public:
+  explicit PyReplay(std::unique_ptr<Replay> replay) : replay_(std::move(replay)) {}
+  ~PyReplay() { Close(); }
+
+  Replay& get() const {
+    TIDAL_CHECK(replay_ != nullptr, InvalidArgument, "replay: it is closed; start a new one");
+    return *replay_;
+  }
+
+  void Close() {
+    py::gil_scoped_release release;
+    replay_.reset();
+  }
+
+  void Read(const py::object& on_progress) {
+    Replay& replay = get();
+    py::gil_scoped_release release;
+    while (replay.ReadNext()) {
+      PrefillProgress progress = replay.prefill_progress();
+      py::gil_scoped_acquire acquire;
+      CheckSignals();
+      if (!on_progress.is_none()) on_progress(progress.tokens_done, progress.tokens_total);
+    }
+  }
+
+  py::list StepLogits(const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& tokens) {
+    Replay& replay = get();
+    std::vector<std::vector<float>> logits;
+    {
+      py::gil_scoped_release release;
+      logits = replay.StepLogits(plan, tokens);
+    }
+    py::list arrays;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      auto rows = static_cast<int64_t>(tokens[i].size()) + 1;
+      auto vocab_size = static_cast<int64_t>(logits[i].size()) / rows;
+      arrays.append(ToArray(std::move(logits[i]), rows, vocab_size));
+    }
+    return arrays;
+  }
+
+  std::vector<std::vector<int32_t>> Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+                                           const std::vector<int32_t>& stop_token_ids) {
+    Replay& replay = get();
+    py::gil_scoped_release release;
+    return replay.Greedy(plan, max_new_tokens, stop_token_ids);
+  }
+
+ private:
+  std::unique_ptr<Replay> replay_;
+};
+
 // No weights: random ones.
 std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, DType dtype,
                                                std::optional<std::vector<WeightFileEntry>> files) {
@@ -204,10 +258,20 @@ void RegisterGeneration(py::module_& module) {
       });
 }
 
+void RegisterReplay(py::module_& module) {
+  py::class_<PyReplay>(module, "Replay")
+      .def("read", &PyReplay::Read, py::arg("on_progress") = py::none())
+      .def("step_logits", &PyReplay::StepLogits, py::arg("plan"), py::arg("continuations"))
+      .def("greedy", &PyReplay::Greedy, py::arg("plan"), py::arg("max_new_tokens"),
+           py::arg("stop_token_ids"))
+      .def("close", &PyReplay::Close);
+}
+
 }  // namespace
 
 void RegisterDecoder(py::module_& module) {
   RegisterGeneration(module);
+  RegisterReplay(module);
   py::class_<Decoder>(module, "Decoder")
       .def(py::init(&MakeDecoder), py::arg("model"), py::arg("config"), py::arg("weights"),
            py::arg("progress") = py::none())
@@ -219,6 +283,14 @@ void RegisterDecoder(py::module_& module) {
             return std::make_unique<PyGeneration>(self.Start(prompts, params));
           },
           py::arg("prompts"), py::arg("params"), py::keep_alive<0, 1>())
+      .def(
+          "start_replay",
+          [](Decoder& self, const std::vector<std::vector<int32_t>>& prompts,
+             int64_t max_new_tokens) {
+            py::gil_scoped_release release;
+            return std::make_unique<PyReplay>(self.StartReplay(prompts, max_new_tokens));
+          },
+          py::arg("prompts"), py::arg("max_new_tokens"), py::keep_alive<0, 1>())
       .def(
           "prefill_logits",
           [](Decoder& self, const std::vector<int32_t>& token_ids, int64_t num_positions) {

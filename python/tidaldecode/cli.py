@@ -1,4 +1,4 @@
-"""The command line: tidaldecode generate, info, demo and eval.
+"""The command line: tidaldecode generate, info, demo, calibrate and eval.
 
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
 while running, 2 bad usage or bad input, 130 interrupted.
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tidaldecode import _core
 from tidaldecode import cli_options as opt
+from tidaldecode.calibration.command import calibrate
 from tidaldecode.decoder import Decoder
 from tidaldecode.demo import DEFAULT_CONTEXTS, run_demo
 from tidaldecode.demo_view import show_comparison
@@ -174,6 +175,7 @@ def demo(
         show_comparison(console, comparison)
 
 
+app.command()(calibrate)
 app.command(name="eval")(evaluate)
 
 

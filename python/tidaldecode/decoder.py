@@ -27,6 +27,7 @@ from tidaldecode.model_config import ModelConfig
 from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import choose_plan
 from tidaldecode.prompts import check_token_ids, encode_prompts
+from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer, check_sampling
 from tidaldecode.stream import TextStream
@@ -115,6 +116,7 @@ class Decoder:
         # Calls from several threads take turns: together they might not fit.
         self._turn = threading.RLock()
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._replays: weakref.WeakSet[Replay] = weakref.WeakSet()
         self._core: _core.Decoder | None = _core.Decoder(
             core_model(folder.model),
             core_config(settings, plan, folder),
@@ -259,6 +261,10 @@ class Decoder:
         """Token ids of a prompt, with what the model wants in front of it (BOS)."""
         return self._text_tokenizer_encode(text)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._text_tokenizer().decode(token_ids)
+
     # Looking inside
 
     def selection(self, sequence: int = 0) -> dict[int, np.ndarray]:
@@ -288,6 +294,32 @@ class Decoder:
         """
         core = self._open_core()
         return core.decode_logits(self._checked_ids(token_ids), prefill)
+
+    def replay(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        on_prefill: PrefillProgress | None = None,
+    ) -> Replay:
+        """Reads prompts once, to continue them with one plan after the other.
+
+        Args:
+            prompts: texts or lists of token ids, at most max_batch_size of them.
+            max_new_tokens: room behind each.
+            on_prefill: as in generate().
+
+        Raises: InvalidArgument, also where steps are recorded (on CUDA give cuda_graphs=False);
+            CapacityError if the prompts do not fit.
+        """
+        core = self._open_core()
+        ids, _ = encode_prompts(prompts, self._text_tokenizer_encode, self._folder.model.vocab_size)
+        room = check_integer("max_new_tokens", max_new_tokens, low=1)
+        with self._turn:
+            replay = Replay(core.start_replay(ids, room), self._folder, self._turn)
+            replay.read(on_prefill)
+        self._replays.add(replay)
+        return replay
 
     def measure_steps(
         self,
@@ -333,7 +365,8 @@ class Decoder:
 
     @property
     def plan_source(self) -> str:
-        """Where the plan comes from: a file, the table of known models, the caller, or "dense"."""
+        """Where the plan comes from: a file, the user's cache, the table of known models, the
+        caller, or "dense"."""
         return self._plan_source
 
     @property
@@ -366,8 +399,8 @@ class Decoder:
         """Frees the model and ends its streams. Any later use is an error."""
         if self._core is None:
             return
-        for stream in list(self._streams):
-            stream.close()
+        for running in [*self._streams, *self._replays]:
+            running.close()
         self._core = None
 
     def __enter__(self) -> Decoder:

@@ -1,4 +1,4 @@
-"""Which layers select positions: a plan stored beside the model, known for it, or given.
+"""Which layers select positions: a plan stored for the model, known for it, or given.
 
 Called by decoder.py. TidalDecode (arXiv 2410.05076, section 3) stands and falls with this choice,
 so nothing is guessed: a model without a plan is decoded densely and one line says what to do. The
@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tidaldecode.config import PLAN_SETTINGS, DecodeConfig, check_select_layers, check_setting
 from tidaldecode.errors import ConfigError, show
+from tidaldecode.fingerprint import model_fingerprint
 from tidaldecode.json_file import read_json_object
 from tidaldecode.model_folder import ModelFolder
+from tidaldecode.user_cache import cached_plan_file
 
 PLAN_FILE = "tidal_plan.json"
 HOW_TO_CHOOSE = (
-    "give select_layers=(2, N), for N try layers in the middle of the model and compare answers "
-    f"with attention='full', and keep what works in a {PLAN_FILE} beside the model"
+    f"run `tidaldecode calibrate`, which measures plans and keeps the best as {PLAN_FILE}, or give "
+    "select_layers=(2, N)"
 )
+# What a calibration adds to a plan: which model it was measured on, on which data, and how it did.
+CALIBRATION_KEYS = ("version", "fingerprint", "data", "context", "scores")
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -89,11 +93,16 @@ _SHAPE_FIELDS = (
 def read_plan_file(path: Path, num_layers: int) -> Plan:
     """Reads a tidal_plan.json: select_layers and, each optional, the fields of PLAN_SETTINGS.
 
+    What a calibration has noted besides (CALIBRATION_KEYS) is not looked at.
+
     Raises: ConfigError naming the file and the field.
     """
-    raw = read_json_object(path)
+    return _parse_plan(read_json_object(path), path, num_layers)
+
+
+def _parse_plan(raw: Mapping[str, Any], path: Path, num_layers: int) -> Plan:
     where = str(path)
-    allowed = ("description", "select_layers", *PLAN_SETTINGS)
+    allowed = ("description", "select_layers", *PLAN_SETTINGS, *CALIBRATION_KEYS)
     unknown = [key for key in raw if key not in allowed]
     if unknown:
         raise ConfigError(
@@ -103,16 +112,20 @@ def read_plan_file(path: Path, num_layers: int) -> Plan:
     settings = {name: raw[name] for name in PLAN_SETTINGS if name in raw}
     for name, value in settings.items():
         check_setting(name, value, where)
-    plan = Plan(select_layers=select_layers, settings=settings, source=PLAN_FILE)
+    source = f"{PLAN_FILE}, calibrated" if "fingerprint" in raw else PLAN_FILE
+    plan = Plan(select_layers=select_layers, settings=settings, source=source)
     check_layers(plan.select_layers, settings.get("full_layers"), num_layers, where)
     return plan
 
 
 def find_plan(folder: ModelFolder) -> Plan | None:
-    """The plan stored beside the model, else the one known for it, else None."""
-    path = folder.path / PLAN_FILE
-    if path.is_symlink() or path.exists():
-        return read_plan_file(path, folder.model.num_layers)
+    """The plan stored beside the model or in the user's cache, else the one known for it, or None.
+
+    A plan that was calibrated on other weights is passed over, with a warning.
+    """
+    stored = _stored_plan(folder)
+    if stored is not None:
+        return stored
     names = f"{folder.name} {folder.path.name}".lower()
     for known in _KNOWN_MODELS:
         same_shape = known.family == folder.family and all(
@@ -125,6 +138,33 @@ def find_plan(folder: ModelFolder) -> Plan | None:
                 source=f"known for {known.title}",
             )
     return None
+
+
+def _stored_plan(folder: ModelFolder) -> Plan | None:
+    path = folder.path / PLAN_FILE
+    if path.is_symlink() or path.exists():
+        raw = read_json_object(path)
+        plan = _parse_plan(raw, path, folder.model.num_layers)
+        # Random weights are nobody's: a plan by hand or by calibration gives their step its shape.
+        if "fingerprint" not in raw or folder.load_format == "dummy":
+            return plan
+        found = model_fingerprint(folder)
+        if raw["fingerprint"] == found:
+            return plan
+        _logger.warning(
+            "%s: calibrated for the model %s, but this one is %s, so it is not used; calibrate "
+            "again, or delete its fingerprint to keep it",
+            path,
+            show(raw["fingerprint"]),
+            found,
+        )
+    if folder.load_format == "dummy" or not cached_plan_file("").parent.is_dir():
+        return None
+    path = cached_plan_file(model_fingerprint(folder))
+    if not path.exists():
+        return None
+    plan = read_plan_file(path, folder.model.num_layers)
+    return replace(plan, source=f"{plan.source}, in the user's cache")
 
 
 def choose_plan(config: DecodeConfig, folder: ModelFolder) -> Plan | None:

@@ -242,10 +242,10 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
                  "tokenizer: none", "no token", "float32, 1 file"):  # fmt: skip
         assert text in out
     (folder / "tidal_plan.json").unlink()
-    assert "none; give select_layers" in " ".join(run("info", str(folder))[1].split())
+    assert "none; run `tidaldecode calibrate`" in " ".join(run("info", str(folder))[1].split())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"], ["calibrate"]])
 def test_help_explains_every_command(run, command: list[str]):
     code, out, err = run(*command, "--help")
     assert (code, err) == (0, "")

@@ -122,7 +122,8 @@ def test_auto_without_a_plan_is_dense_and_says_so_once(folder: Path, caplog):
 
 
 def test_tidal_without_a_plan_is_an_error_that_says_how_to_get_one(folder: Path):
-    with pytest.raises(ConfigError, match=rf"no plan.*select_layers=.*{PLAN_FILE}"):
+    expected = rf"no plan.*tidaldecode calibrate.*{PLAN_FILE}.*select_layers="
+    with pytest.raises(ConfigError, match=expected):
         choose(folder, attention="tidal")
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripted_model import SCRIPT, update_json, write_scripted_model
-from tidaldecode import cli
+from tidaldecode import Decoder, cli, demo_model_dir
+from tidaldecode.demo_text import filler_sentence
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation import runner
+from tidaldecode.evaluation.distributions import token_losses
+from tidaldecode.evaluation.perplexity import make_windows
 from tidaldecode.evaluation.report import summarise
 from tidaldecode.evaluation.results import Record, ResultFile
 from tidaldecode.evaluation.settings import tidal_setting
 
 ON_CPU = ["--device", "cpu", "--num-threads", "1"]
 PLAN = ["--tidal", "select_layers=1 token_budget=16"]
+LENGTH = len(SCRIPT.encode()) + 1  # tokens of an output, the end of text included
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +66,18 @@ def test_own_prompts_densely_and_with_a_setting(run, own: Path, tmp_path: Path):
     records = records_in(tmp_path / "out")
     assert [(r["setting"], r["index"], r["score"]) for r in records] == [
         ("dense", 0, 1.0),
-        ("dense", 1, 0.0),
         ("tidal select_layers=1 token_budget=16", 0, 1.0),
+        ("dense", 1, 0.0),
         ("tidal select_layers=1 token_budget=16", 1, 0.0),
     ]
     assert {r["output"] for r in records} == {SCRIPT}
+    assert {(r["same_tokens"], r["finish_reason"]) for r in records} == {(LENGTH, "stop")}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     dense, tidal = report["settings"]
     assert (dense["setting"], dense["mean_score"], dense["worst"]["task"]) == ("dense", 0.5, "own")
-    assert tidal["mean_output_tokens"] == len(SCRIPT.encode()) + 1  # and the end of text
+    assert tidal["mean_output_tokens"] == tidal["mean_same_tokens"] == LENGTH
+    assert tidal["same_outputs"] == 1.0 and tidal["mean_kl"] < 1e-3
+    assert report["perplexity"] == []
 
 
 def test_generated_tasks(run, tmp_path: Path):
@@ -76,11 +85,11 @@ def test_generated_tasks(run, tmp_path: Path):
     code, out, _ = run(*arguments)
     assert code == 0
     assert "single, 1,024 tokens" in out and "worst task" in out
-    assert max(map(len, out.split("\n")[1:-2])) <= 80
+    assert "KL to dense" in out and max(map(len, out.split("\n")[1:-2])) <= 80
     records = records_in(tmp_path / "out")
     assert len(records) == 8
     prompts = [(r["task"], r["index"], r["prompt_tokens"]) for r in records]
-    assert prompts[:4] == prompts[4:]
+    assert prompts[::2] == prompts[1::2]
     assert {r["prompt_tokens"] for r in records} == {1024 - 32, 1024 - 64}
 
 
@@ -103,7 +112,7 @@ def test_an_interrupted_run_resumes(run, own: Path, tmp_path: Path, monkeypatch)
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return decode(*args)
 
@@ -115,7 +124,7 @@ def test_an_interrupted_run_resumes(run, own: Path, tmp_path: Path, monkeypatch)
     with open(results, "ab") as file:
         file.write(b'{"key": "torn')
     assert run(*arguments)[0] == 0
-    assert len(calls) == 3 + 2
+    assert len(calls) == 2 + 1  # the second prompt was asked again
     lines = results.read_bytes().splitlines()
     assert len(lines) == 5 and lines[2] == b'{"key": "torn'
 
@@ -167,6 +176,10 @@ def test_a_chat_template_goes_around_the_prompts(run, own: Path, tmp_path: Path)
         ([*PLAN, *PLAN], "given twice, expected different settings"),
         (["--prompts", "/no/such", *PLAN], "/no/such: cannot be opened"),
         (["--prompts", "x", "--task", "copy", *PLAN], "prompts: got a file together with"),
+        (["--prompts", "x", "--context", "9", *PLAN], "prompts: got a file together with"),
+        (["--text", "/no/such", *PLAN], "text: /no/such: No such file"),
+        (["--text", __file__, "--context", "200", *PLAN], "context: got 200, expected more than"),
+        (["--text", __file__, "--context", "99999", *PLAN], "expected at least 99998"),
         (["--max-new-tokens", "5", *PLAN], "max-new-tokens: got it without --prompts"),
         (["--out", "/dev/null/x", "--context", "512", "--task", "single", *PLAN], "out: /dev/null"),
     ],
@@ -177,6 +190,76 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments: list[str], expect
     last = err.rstrip("\n").split("\n")[-1]
     assert (code, out) == (2, "")
     assert last.startswith("error: ") and expected in last
+
+
+@pytest.fixture
+def trained_text(tmp_path: Path) -> Path:
+    """More text than any window, in words the packaged model knows."""
+    rng = random.Random(1)
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(filler_sentence(rng) for _ in range(120)), encoding="utf-8")
+    return path
+
+
+def test_perplexity_is_that_of_decode_steps(trained_text: Path, tmp_path: Path, capsys):
+    """Against the same windows through a decoder of each plan."""
+    plan = {"select_layers": (2, 7), "token_budget": 32, "sparse_min_context": 0}
+    arguments = [
+        "eval", str(demo_model_dir()), *ON_CPU, "--out", str(tmp_path), "--text", str(trained_text),
+        "--context", "600", "--limit", "2", "--tidal", "select_layers=2,7 token_budget=32",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert "600 tokens" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"] == []
+    dense, tidal = report["perplexity"]
+    assert dense["over_dense"] == dense["kl"] == 0 and tidal["kl"] > 0
+    for entry, options in ((dense, {"attention": "full"}), (tidal, plan)):
+        losses = []
+        with Decoder(demo_model_dir(), device="cpu", max_seq_len=600, **options) as decoder:
+            for window in make_windows(trained_text.read_text(), decoder.encode, [600], count=2):
+                ids = [*window.prompt_ids, *window.scored_ids]
+                logits = decoder.step_logits(ids[:-1], prefill=len(window.prompt_ids))
+                losses.append(token_losses(logits, window.scored_ids).mean())
+        assert entry["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+        assert entry["num_tokens"] == 512
+    before = (tmp_path / "losses.jsonl").read_bytes()
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "losses.jsonl").read_bytes() == before
+
+
+def test_windows_predict_no_token_twice():
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+
+    def encode(text: str) -> list[int]:
+        return [256, *text.encode()]
+
+    windows = make_windows(text, encode, [301, 901], count=4, scored_tokens=100)
+    assert [(w.context, w.index) for w in windows] == [(301, i) for i in range(4)] + [
+        (901, i) for i in range(2)
+    ]
+    for window in windows:
+        assert len(window.prompt_ids) + len(window.scored_ids) == window.context
+        assert window.prompt_ids[0] == 256 and 256 not in window.prompt_ids[1:]
+        piece = bytes([*window.prompt_ids[1:], *window.scored_ids]).decode()
+        assert piece in text
+
+
+def test_agreement_with_dense_is_judged_along_the_dense_output(tmp_path: Path, capsys):
+    """A budget that loses the answer changes tokens; one that covers everything changes nothing."""
+    arguments = [
+        "eval", str(demo_model_dir()), *ON_CPU, "--out", str(tmp_path), "--task", "single",
+        "--context", "512", "--limit", "2",
+        "--tidal", "select_layers=2,7 token_budget=1024",
+        "--tidal", "select_layers=2 token_budget=4",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    report = json.loads((tmp_path / "report.json").read_text())
+    dense, whole, poor = report["settings"]
+    assert dense["same_outputs"] == whole["same_outputs"] == 1.0
+    assert whole["mean_kl"] == 0.0 and whole["mean_score"] == dense["mean_score"]
+    assert poor["mean_kl"] > 0.01 and poor["mean_same_tokens"] < dense["mean_output_tokens"]
 
 
 def test_a_setting_is_sparse_at_every_length_unless_told_otherwise():
@@ -193,7 +276,8 @@ def record(task: str, score: float, **changes) -> Record:
     values = {
         "key": f"{task}{score}", "setting": "dense", "plan": "FF", "task": task, "index": 0,
         "context": 512, "depth": None, "score": score, "output": "", "answers": ("x",),
-        "prompt_tokens": 500, "output_tokens": 2, "finish_reason": "stop", "seconds": 0.1,
+        "prompt_tokens": 500, "output_tokens": 2, "finish_reason": "stop", "same_tokens": 2,
+        "kl": 0.0, "seconds": 0.1,
     }  # fmt: skip
     return Record(**(values | changes))
 
@@ -209,20 +293,20 @@ def test_tasks_count_the_same_whatever_their_number_of_prompts():
 def test_results_survive_what_is_no_record(tmp_path: Path):
     path = tmp_path / "deep" / "results.jsonl"
     kept = record("a", 1.0, output="é\ud83c")
-    with ResultFile(path) as results:
+    with ResultFile(path, Record) as results:
         results.append(record("b", 0.5))
         results.append(kept)
     with open(path, "ab") as file:
         file.write(b'[]\n{"key": 1}\n\xff\n{"ke')
-    with ResultFile(path) as results:
+    with ResultFile(path, Record) as results:
         assert set(results.records) == {"a1.0", "b0.5"}
         assert results.records["b0.5"] == record("b", 0.5)
         results.append(record("c", 0.1))
-    with ResultFile(path) as results:
+    with ResultFile(path, Record) as results:
         assert set(results.records) == {"a1.0", "b0.5", "c0.1"}
 
 
 def test_results_go_nowhere_else_than_a_folder(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match="out: .*expected a folder"):
-        ResultFile(tmp_path / "file" / "results.jsonl")
+        ResultFile(tmp_path / "file" / "results.jsonl", Record)

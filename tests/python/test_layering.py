@@ -44,6 +44,7 @@ ALLOWED_ENVIRONMENT = {
     "TIDAL_LOG": "log level",
     "OMP_NUM_THREADS": "thread count of the CPU backend",
     "NO_COLOR": "plain output",
+    "XDG_CACHE_HOME": "place of the user's cache, by the platform's convention",
 }
 
 

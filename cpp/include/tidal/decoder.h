@@ -88,6 +88,41 @@ class Generation {
   std::unique_ptr<Impl> impl_;
 };
 
+// Prompts that are read once and continued again and again from there, each time with a plan of its
+// own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
+// must be destroyed before its Decoder. Of a DecodeConfig passed here the fields of the plan count:
+// select_layers, full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
+// sparse_min_context.
+class Replay {
+ public:
+  ~Replay();
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  // Reads the next chunk of the prompts, densely. Returns false once there is none.
+  bool ReadNext();
+  PrefillProgress prefill_progress() const;
+
+  // Teacher forcing: decodes the continuations, one per prompt, a step at a time through the plan.
+  // Row i of a prompt's logits follows the prompt and i tokens: [continuation.size() + 1,
+  // vocab_size] float32. Reads what is left of the prompts first. Throws InvalidArgument,
+  // CapacityError.
+  std::vector<std::vector<float>> StepLogits(
+      const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& continuations);
+
+  // The most likely tokens through the plan, as a Generation with these settings decodes them: up
+  // to max_new_tokens a prompt, a stop token being the last. An empty list is a prompt whose logits
+  // were unusable.
+  std::vector<std::vector<int32_t>> Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+                                           const std::vector<int32_t>& stop_token_ids);
+
+ private:
+  friend class Decoder;
+  struct Impl;
+  explicit Replay(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
 struct MemoryUse {
   int64_t weight_bytes = 0;
   int64_t kv_bytes = 0;
@@ -136,6 +171,11 @@ class Decoder {
   // - num_prefill + 1, vocab_size] float32.
   std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
 
+  // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Needs
+  // cuda_graphs off: a recorded step belongs to one plan. Throws InvalidArgument and CapacityError.
+  std::unique_ptr<Replay> StartReplay(const std::vector<std::vector<int32_t>>& prompts,
+                                      int64_t max_new_tokens);
+
   // For measuring speed: seconds of each timed step, by the host's clock, from token ids going up
   // to their successors coming down, as every step of a Generation runs. The cache needs no
   // prefill: pages that a measurement uses first are filled with random K and V. Every step is the
@@ -157,6 +197,7 @@ class Decoder {
 
  private:
   friend class Generation;
+  friend class Replay;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

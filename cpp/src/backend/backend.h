@@ -59,7 +59,8 @@ class Backend {
   // --- memory; load time only ---
   // Zero-filled. `what` names the purpose in the OutOfMemoryError.
   virtual Buffer Allocate(int64_t bytes, const std::string& what) = 0;
-  // Checks that this backend runs the shapes (UnsupportedError) and allocates its scratch; once.
+  // Checks that this backend runs the shapes (UnsupportedError) and allocates its scratch. May
+  // be called again for other steps of the same model.
   virtual void Reserve(const StepLimits& limits) = 0;
   // Two-phase upload of weights: the caller fills the returned host memory of `bytes` bytes, then
   // commits it to `dst` (device memory). The CPU hands out dst itself.

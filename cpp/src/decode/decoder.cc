@@ -129,6 +129,21 @@ std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
   return logits;
 }
 
+std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32_t>>& prompts,
+                                             int64_t max_new_tokens) {
+  bool is_recorded = config().device.type != DeviceType::kCpu && config().cuda_graphs;
+  TIDAL_CHECK(!is_recorded, InvalidArgument,
+              "cuda_graphs: got true, expected false for a replay: steps change their plan");
+  SamplingParams params;
+  params.max_new_tokens = max_new_tokens;
+  ValidateSamplingParams(params);
+  for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
+  std::lock_guard lock(impl_->mutex);
+  CheckCapacity(impl_->engine, impl_->slots, prompts, std::vector(prompts.size(), params));
+  auto replay = std::make_unique<Replay::Impl>(*impl_, prompts, max_new_tokens);
+  return std::unique_ptr<Replay>(new Replay(std::move(replay)));
+}
+
 std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
   std::lock_guard lock(impl_->mutex);
   const std::shared_ptr<SelectionRecord>& record = impl_->last_call;

@@ -44,6 +44,27 @@ struct Decoder::Impl {
   mutable std::mutex mutex;                    // one thread at a time in the engine
 };
 
+struct Replay::Impl {
+  Impl(Decoder::Impl& decoder, const std::vector<std::vector<int32_t>>& prompts,
+       int64_t max_new_tokens);
+  ~Impl();
+
+  struct Prompt {
+    Sequence sequence;
+    std::vector<float> logits;  // [vocab_size], after the prompt; empty until it has been read
+    int32_t first_token = -1;   // the most likely one
+  };
+
+  bool ReadNext();
+  void ReadAll();
+  // Back to where the prompts end, and which sequences those are.
+  std::vector<Sequence*> Rewind();
+
+  Decoder::Impl& decoder;
+  int64_t max_new_tokens;
+  std::vector<Prompt> prompts;
+};
+
 struct Generation::Impl {
   Impl(Decoder::Impl& decoder, const std::vector<std::vector<int32_t>>& prompts,
        const std::vector<SamplingParams>& params);

@@ -45,31 +45,31 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
               " together with verify, expected 0: checking drafts rewrites their K and V already");
 }
 
+DecodePlan MakeDecodePlan(const ModelConfig& model, const DecodeConfig& config) {
+  if (config.select_layers.empty()) return DecodePlan::Dense(model.num_layers);
+  return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers);
+}
+
+// True if a row's next step attends to more than `length` tokens.
+bool AnyLonger(std::span<Sequence* const> rows, int64_t length) {
+  return std::any_of(rows.begin(), rows.end(),
+                     [&](const Sequence* row) { return row->cached + 1 > length; });
+}
+
 }  // namespace
 
 Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
                const Decoder::LoadProgress& progress)
     : model_((ValidateModelConfig(model), model)),
       config_((ValidateDecodeConfig(config), config)),
-      plan_(config.select_layers.empty()
-                ? DecodePlan::Dense(model.num_layers)
-                : DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers)),
+      plan_(MakeDecodePlan(model, config)),
       dense_plan_(DecodePlan::Dense(model.num_layers)),
       backend_(MakeBackend({.device = config.device,
                             .num_threads = config.num_threads,
                             .cuda_graphs = config.cuda_graphs})) {
   weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
   ResolveLimits();
-  backend_->Reserve({.model = model_,
-                     .dtype = config_.dtype,
-                     .kv_dtype = config_.kv_dtype,
-                     .max_batch_size = config_.max_batch_size,
-                     .max_seq_len = config_.max_seq_len,
-                     .prefill_chunk = config_.prefill_chunk,
-                     .tokens_per_row = TokensPerRow(),
-                     .page_size = config_.page_size,
-                     .token_budget = plan_.is_dense() ? 0 : config_.token_budget,
-                     .granularity = config_.granularity});
+  ReserveScratch(config_, plan_);
 
   int64_t b = config_.max_batch_size;
   int64_t max_pages = (config_.max_seq_len + config_.page_size - 1) / config_.page_size;
@@ -106,6 +106,19 @@ int64_t Engine::TokensPerRow() const {
   return 1 + (config_.draft_tokens == 0 ? kMaxAutomaticDrafts : config_.draft_tokens);
 }
 
+void Engine::ReserveScratch(const DecodeConfig& config, const DecodePlan& plan) {
+  backend_->Reserve({.model = model_,
+                     .dtype = config_.dtype,
+                     .kv_dtype = config_.kv_dtype,
+                     .max_batch_size = config_.max_batch_size,
+                     .max_seq_len = config_.max_seq_len,
+                     .prefill_chunk = config_.prefill_chunk,
+                     .tokens_per_row = TokensPerRow(),
+                     .page_size = config_.page_size,
+                     .token_budget = plan.is_dense() ? 0 : config.token_budget,
+                     .granularity = config.granularity});
+}
+
 // Fills in what is automatic: max_seq_len, prefill_chunk, sparse_min_context.
 void Engine::ResolveLimits() {
   BackendInfo info = backend_->info();
@@ -118,11 +131,15 @@ void Engine::ResolveLimits() {
   }
   if (config_.prefill_chunk == 0) config_.prefill_chunk = info.prefill_chunk;
   config_.prefill_chunk = std::min(config_.prefill_chunk, config_.max_seq_len);
+  ResolvePlanLimits(config_);
+}
+
+void Engine::ResolvePlanLimits(DecodeConfig& config) const {
   // A budget beyond the longest sequence means everything; no need for memory to say so.
-  config_.token_budget = std::max(std::min(config_.token_budget, config_.max_seq_len),
-                                  config_.sink_tokens + config_.recent_tokens);
-  if (config_.sparse_min_context == kAutomatic) {
-    config_.sparse_min_context = backend_->SparseMinContext(config_.token_budget);
+  config.token_budget = std::max(std::min(config.token_budget, config_.max_seq_len),
+                                 config.sink_tokens + config.recent_tokens);
+  if (config.sparse_min_context == kAutomatic) {
+    config.sparse_min_context = backend_->SparseMinContext(config.token_budget);
   }
 }
 
@@ -287,26 +304,48 @@ bool Engine::IsSparse(const Sequence& sequence) const {
 }
 
 std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan) {
+  bool may_be_sparse = plan == StepPlan::kDecoder && !plan_.is_dense();
+  bool sparse = may_be_sparse && AnyLonger(rows, selection_->dense_len());
+  std::vector<int32_t> next = RunStep(rows, plan_, *selection_, sparse);
+  if (!sparse) return next;
+  last_sparse_rows_.clear();
+  for (Sequence* row : rows) {
+    if (row->cached > selection_->dense_len()) ++row->num_sparse;
+    last_sparse_rows_.push_back({row->id, row->cached});
+  }
+  return next;
+}
+
+std::vector<int32_t> Engine::StepThrough(const OtherPlan& other, std::span<Sequence* const> rows) {
+  bool sparse = !other.plan.is_dense() && AnyLonger(rows, other.selection.dense_len());
+  return RunStep(rows, other.plan, other.selection, sparse);
+}
+
+std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
+  settings.max_seq_len = config_.max_seq_len;
+  settings.max_batch_size = config_.max_batch_size;
+  ValidateDecodeConfig(settings);
+  ResolvePlanLimits(settings);
+  DecodePlan plan = MakeDecodePlan(model_, settings);
+  ReserveScratch(settings, plan);
+  return std::unique_ptr<OtherPlan>(
+      new OtherPlan{plan, Selection(*backend_, model_, settings, plan)});
+}
+
+// Without sparse the dense plan, whatever `plan` says.
+std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
+                                     const Selection& selection, bool sparse) {
   int64_t b =
       StepSize(config_.device.type, static_cast<int64_t>(rows.size()), config_.max_batch_size);
   Pass pass = step_buffers_->Take(b, b);
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
-  bool sparse =
-      plan == StepPlan::kDecoder &&
-      std::any_of(rows.begin(), rows.end(), [&](Sequence* row) { return IsSparse(*row); });
   backend_->RunStep({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, [&] {
-    DecodeStep(*backend_, *transformer_, sparse ? plan_ : dense_plan_, *selection_, *sampler_,
-               pass);
+    DecodeStep(*backend_, *transformer_, sparse ? plan : dense_plan_, selection, *sampler_, pass);
   });
 
-  if (sparse) last_sparse_rows_.clear();
-  for (Sequence* row : rows) {
-    if (sparse && IsSparse(*row)) ++row->num_sparse;
-    ++row->cached;
-    if (sparse) last_sparse_rows_.push_back({row->id, row->cached});
-  }
+  for (Sequence* row : rows) ++row->cached;
   std::vector<int32_t> next = sampler_->Read(b);
   next.resize(rows.size());
   return next;

@@ -22,6 +22,12 @@
 
 namespace tidal {
 
+// A plan and its sets, for steps that run another one than the decoder's.
+struct OtherPlan {
+  DecodePlan plan;
+  Selection selection;
+};
+
 class Engine {
  public:
   Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
@@ -76,6 +82,12 @@ class Engine {
   // successors drawn after them (-1: unusable logits). Rows, and tokens of a row, as in a Verifier.
   std::vector<std::vector<int32_t>> Verify(std::span<Sequence* const> rows);
 
+  // As Step, through another plan; where steps are recorded, it must not be called.
+  std::vector<int32_t> StepThrough(const OtherPlan& other, std::span<Sequence* const> rows);
+
+  // The plan of these settings, with memory of its own.
+  std::unique_ptr<OtherPlan> MakePlan(DecodeConfig settings);
+
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);
 
@@ -86,6 +98,10 @@ class Engine {
 
  private:
   void ResolveLimits();
+  void ResolvePlanLimits(DecodeConfig& config) const;
+  void ReserveScratch(const DecodeConfig& config, const DecodePlan& plan);
+  std::vector<int32_t> RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
+                               const Selection& selection, bool sparse);
   int64_t ResolveNumPages() const;
   int64_t TokensPerRow() const;  // of the largest step
   // Caches the tokens from `cached` on, up to `end` or a chunk of them; returns how many.

@@ -7,20 +7,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from tidaldecode import _core
 from tidaldecode import cli_options as opt
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.evaluation.attention import AttentionReport, measure_attention
 from tidaldecode.evaluation.example import Encode, Example
+from tidaldecode.evaluation.perplexity import (
+    Perplexity,
+    Window,
+    make_windows,
+    read_text,
+    run_windows,
+    summarise_losses,
+)
+from tidaldecode.evaluation.plots import draw_report, load_matplotlib
 from tidaldecode.evaluation.prompt_file import read_prompt_file
-from tidaldecode.evaluation.report import Summary, as_json, summarise
-from tidaldecode.evaluation.results import ResultFile
+from tidaldecode.evaluation.report import as_json, summarise
+from tidaldecode.evaluation.results import LossRecord, Record, ResultFile
 from tidaldecode.evaluation.runner import Run, run
-from tidaldecode.evaluation.settings import Setting, check_names, dense_setting, tidal_setting
+from tidaldecode.evaluation.settings import (
+    Setting,
+    check_names,
+    dense_setting,
+    quest_setting,
+    tidal_setting,
+)
 from tidaldecode.evaluation.tasks import TASKS, make_examples
 from tidaldecode.evaluation.view import show_report
 from tidaldecode.model_folder import read_model_folder
@@ -32,7 +50,10 @@ from tidaldecode.tokenizer import Tokenizer
 _DEFAULT_CONTEXT = 4096
 _DEFAULT_PROMPTS = 10  # per task and context: every depth of the single needle once
 _OWN_NEW_TOKENS = 64
+_DEFAULT_WINDOWS = 8  # of a text, at each context
+_LOOKED_AT = 4  # prompts whose attention is measured
 _RESULTS_FILE = "results.jsonl"
+_LOSSES_FILE = "losses.jsonl"
 _REPORT_FILE = "report.json"
 
 
@@ -44,6 +65,13 @@ _Prompts = Annotated[
     Path | None,
     typer.Option(help="Own prompts instead: lines of JSON with `prompt` and `answers`."),
 ]
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file: perplexity of its tokens as decode steps predict them; alone unless "
+        "--task or --prompts is given too."
+    ),
+]
 _Contexts = Annotated[
     list[int] | None,
     typer.Option(
@@ -54,8 +82,9 @@ _Contexts = Annotated[
 _Limit = Annotated[
     int | None,
     typer.Option(
-        help="Prompts per task and context. "
-        f"[dim]\\[default: {_DEFAULT_PROMPTS}, of own prompts all][/dim]"
+        help="Prompts per task and context, windows of a text per context. "
+        f"[dim]\\[default: {_DEFAULT_PROMPTS}, of own prompts all, {_DEFAULT_WINDOWS} windows]"
+        "[/dim]"
     ),
 ]
 _Tidal = Annotated[
@@ -64,6 +93,24 @@ _Tidal = Annotated[
         help='A setting to compare, as "select_layers=2,9 token_budget=64"; may be repeated; '
         "the model's plan if not given."
     ),
+]
+_Quest = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='A page-wise setting to compare, as "token_budget=64 page_size=16"; may be repeated. '
+        "In numpy, so slow."
+    ),
+]
+_Attention = Annotated[
+    bool,
+    typer.Option(
+        "--attention",
+        help="Also measure how much of the dense attention lies on the sets, and how alike layers "
+        f"choose, on the {_LOOKED_AT} shortest prompts. In numpy, so slow.",
+    ),
+]
+_Plots = Annotated[
+    bool, typer.Option("--plots", help="Draw the report into PNG files; needs matplotlib.")
 ]
 _NewTokens = Annotated[
     int | None,
@@ -89,13 +136,17 @@ def evaluate(
     model_dir: opt.ModelDir,
     task: _Tasks = None,
     prompts: _Prompts = None,
+    text: _Text = None,
     context: _Contexts = None,
     limit: _Limit = None,
     tidal: _Tidal = None,
+    quest: _Quest = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
     max_new_tokens: _NewTokens = None,
     out: _Out = None,
     chat: _Chat = False,
+    attention: _Attention = False,
+    plots: _Plots = False,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
@@ -103,38 +154,86 @@ def evaluate(
     debug: opt.Debug = False,
 ) -> None:
     """Compare dense and tidal decoding on long prompts whose answers are known."""
+    asked = _Asked(**{name: value for name, value in locals().items() if name in _ASKED})
+    asked.check()
     engine = opt.engine_options(
         {"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "num_threads": num_threads}
     )
-    settings = _settings(model_dir, tidal)
-    if prompts is not None and (task or context):
-        raise InvalidArgument("prompts: got a file together with --task or --context, expected one")
-    if prompts is None and max_new_tokens is not None:
-        raise InvalidArgument("max-new-tokens: got it without --prompts; tasks have their own")
-    if limit is not None:
-        check_integer("limit", limit, low=1)
+    settings = _settings(model_dir, tidal, quest)
+    work = Run(model_dir=model_dir, settings=settings, engine=engine)
     encode = _encoder(model_dir, chat)
     bars = Bars(is_watched())
-    if prompts is None:
-        contexts, per_task = context or [_DEFAULT_CONTEXT], limit or _DEFAULT_PROMPTS
-        examples = _generated(task or list(TASKS), encode, contexts, per_task, seed, bars)
-    else:
-        new_tokens = _OWN_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        check_integer("max_new_tokens", new_tokens, low=1)
-        examples = read_prompt_file(prompts, encode, max_new_tokens=new_tokens, limit=limit)
+    if plots:
+        load_matplotlib()  # better now than after hours of work
+    examples = asked.examples(encode, bars)
+    windows = asked.windows(_encoder(model_dir, chat=False))
     title = model_dir.resolve().name
     folder = out or Path(f"eval-{title}")
-    summaries = _run(
-        Run(model_dir=model_dir, settings=settings, examples=examples, engine=engine), folder, bars
-    )
+    try:
+        records = _run_tasks(work, examples, folder, bars)
+        perplexities = _run_text(work, windows, folder, bars)
+    except KeyboardInterrupt:
+        print_note("the same command goes on from here")
+        raise
+    looked_at = _look(work, examples, bars) if attention else None
+    head = {"model": title, "engine": _core.version(), **engine, "seed": seed, "limit": limit}
+    summaries = summarise(records)
     report = folder / _REPORT_FILE
-    report.write_text(
-        json.dumps(as_json(title, seed, summaries), indent=2) + "\n", encoding="utf-8"
-    )
+    content = as_json(head, summaries, perplexities, looked_at)
+    report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console = Console(highlight=False)
     console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
-    show_report(console, summaries)
+    show_report(console, summaries, perplexities)
     console.print(f"Report: {one_line(str(report))}", soft_wrap=True, markup=False)
+    for path in draw_report(folder, summaries, records, looked_at) if plots else []:
+        console.print(f"Plot: {one_line(str(path))}", soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The options that say what is decoded."""
+
+    task: list[str] | None
+    prompts: Path | None
+    text: Path | None
+    context: list[int] | None
+    limit: int | None
+    seed: int
+    max_new_tokens: int | None
+
+    def check(self) -> None:
+        """Refuses what does not go together."""
+        if self.prompts is not None and self.task:
+            raise InvalidArgument("prompts: got a file together with --task, expected one")
+        if self.prompts is not None and self.context and self.text is None:
+            raise InvalidArgument("prompts: got a file together with --context, expected one")
+        if self.prompts is None and self.max_new_tokens is not None:
+            raise InvalidArgument("max-new-tokens: got it without --prompts; tasks have their own")
+        if self.limit is not None:
+            check_integer("limit", self.limit, low=1)
+
+    def examples(self, encode: Encode, bars: Bars) -> list[Example]:
+        """The prompts: own ones, or those of the generated tasks; none for a text alone."""
+        if self.prompts is not None:
+            new_tokens = _OWN_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+            check_integer("max_new_tokens", new_tokens, low=1)
+            return read_prompt_file(
+                self.prompts, encode, max_new_tokens=new_tokens, limit=self.limit
+            )
+        if self.text is not None and not self.task:
+            return []
+        names, contexts = self.task or list(TASKS), self.context or [_DEFAULT_CONTEXT]
+        return _generated(names, encode, contexts, self.limit or _DEFAULT_PROMPTS, self.seed, bars)
+
+    def windows(self, encode: Encode) -> list[Window]:
+        """The windows of the text, if there is one."""
+        if self.text is None:
+            return []
+        contexts, count = self.context or [_DEFAULT_CONTEXT], self.limit or _DEFAULT_WINDOWS
+        return make_windows(read_text(self.text), encode, contexts, count=count)
+
+
+_ASKED = tuple(field.name for field in fields(_Asked))
 
 
 def _generated(
@@ -154,25 +253,42 @@ def _generated(
     return examples
 
 
-def _run(work: Run, folder: Path, bars: Bars) -> list[Summary]:
+def _run_tasks(work: Run, examples: Sequence[Example], folder: Path, bars: Bars) -> list[Record]:
     """Decodes what an earlier run in the same folder has not."""
-    with ResultFile(folder / _RESULTS_FILE) as results:
-        try:
-            return summarise(run(work, results, bars))
-        except KeyboardInterrupt:
-            print_note("the same command goes on from here")
-            raise
+    with ResultFile(folder / _RESULTS_FILE, Record) as results:
+        return run(work, examples, results, bars)
 
 
-def _settings(model_dir: Path, tidal: Sequence[str] | None) -> list[Setting]:
+def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) -> list[Perplexity]:
+    """Predicts what an earlier run in the same folder has not."""
+    if not windows:
+        return []
+    with ResultFile(folder / _LOSSES_FILE, LossRecord) as results:
+        return summarise_losses(run_windows(work, windows, results, bars))
+
+
+def _look(work: Run, examples: Sequence[Example], bars: Bars) -> AttentionReport:
+    """The attention behind a few of the shortest prompts."""
+    if not examples:
+        raise InvalidArgument("attention: got no prompts to look at; name a --task")
+    shortest = sorted(examples, key=lambda example: len(example.prompt_ids))[:_LOOKED_AT]
+    settings = [setting for setting in work.settings if not setting.is_quest]
+    with bars.counting("Attention") as on_done:
+        return measure_attention(read_model_folder(work.model_dir), shortest, settings, on_done)
+
+
+def _settings(
+    model_dir: Path, tidal: Sequence[str] | None, quest: Sequence[str] | None
+) -> list[Setting]:
     """Dense first, then what was asked for or the model's plan."""
+    paged = [quest_setting(text) for text in quest or []]
     if tidal is None and find_plan(read_model_folder(model_dir)) is None:
         print_note(
             "no tidal run: there is no plan for this model; give --tidal 'select_layers=2,N', or "
             + HOW_TO_CHOOSE
         )
-        return [dense_setting()]
-    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""])]
+        return [dense_setting(), *paged]
+    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""]), *paged]
     check_names(settings)
     return settings
 

@@ -1,7 +1,7 @@
 """Every scored output, one JSON object a line, written as it comes: what makes a run resumable.
 
-Used by runner.py. A record carries a key that changes with the model, the setting, the prompt and
-the version of the engine, so that an older record counts only where it would come out the same.
+Used by runner.py and perplexity.py. A record carries a key (resume.py), so that an older one counts
+only where it would come out the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tidaldecode.errors import InvalidArgument
 
@@ -32,16 +32,38 @@ class Record:
     prompt_tokens: int
     output_tokens: int
     finish_reason: str
+    same_tokens: int  # of the output, until it first differs from the dense one
+    kl: float  # from the dense next-token distributions along the dense output, mean, nats
+    seconds: float
+
+    @property
+    def place(self) -> tuple[str, int | None, int]:
+        """Which prompt it is, the same in every setting."""
+        return self.task, self.context, self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRecord:
+    """One window of a text, its last tokens predicted in one setting by decode steps."""
+
+    key: str
+    setting: str
+    plan: str  # as Decoder.plan
+    context: int
+    window: int
+    num_tokens: int  # predicted ones
+    loss: float  # mean, nats a token
+    kl: float  # from the dense next-token distributions, mean, nats
     seconds: float
 
 
-_NAMES = tuple(field.name for field in fields(Record))
+AnyRecord = TypeVar("AnyRecord", Record, LossRecord)
 
 
-class ResultFile:
-    """The records of a run, on disk and in memory."""
+class ResultFile(Generic[AnyRecord]):
+    """The records of a run, all of one kind, on disk and in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[AnyRecord]) -> None:
         """Reads what an earlier run has left.
 
         A line that is no record (the last one, if a run was cut off) is passed over.
@@ -49,7 +71,7 @@ class ResultFile:
         Raises: InvalidArgument if the file cannot be read or written.
         """
         self.path = path
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, AnyRecord] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
@@ -59,13 +81,13 @@ class ResultFile:
                 f"out: {path}: {cause.strerror}; expected a folder to write to"
             ) from cause
         for line in content.splitlines():
-            record = _read_record(line)
+            record = _read_record(line, kind)
             if record is not None:
                 self.records[record.key] = record
         if content and not content.endswith(b"\n"):
             self._file.write(b"\n")
 
-    def append(self, record: Record) -> None:
+    def append(self, record: AnyRecord) -> None:
         """Keeps a record, on disk before this returns."""
         self.records[record.key] = record
         line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
@@ -78,20 +100,20 @@ class ResultFile:
         """Ends writing; the records stay readable."""
         self._file.close()
 
-    def __enter__(self) -> ResultFile:
+    def __enter__(self) -> ResultFile[AnyRecord]:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def _read_record(line: bytes) -> Record | None:
+def _read_record(line: bytes, kind: type[AnyRecord]) -> AnyRecord | None:
     try:
         raw: Any = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(raw, dict) or set(raw) != set(_NAMES):
+    names = {field.name for field in fields(kind)}
+    if not isinstance(raw, dict) or set(raw) != names or not isinstance(raw["key"], str):
         return None
-    if not isinstance(raw["key"], str) or not isinstance(raw["answers"], list):
-        return None
-    return Record(**{**raw, "answers": tuple(raw["answers"])})
+    # Lists were tuples.
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

@@ -1,4 +1,4 @@
-"""Decodes the examples in every setting, greedily, one engine after the other.
+"""Decodes the examples in every setting, greedily: each prompt is read once, for all settings.
 
 Called by command.py. Results go to the file as they come; those that are there already are not
 made again.
@@ -6,30 +6,28 @@ made again.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from tidaldecode import _core
+import numpy as np
+
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.decoder import Decoder
-from tidaldecode.errors import TidalError, WeightsError
+from tidaldecode.errors import TidalError
+from tidaldecode.evaluation.distributions import common_length, divergences
 from tidaldecode.evaluation.example import Example
+from tidaldecode.evaluation.quest import QuestReplay
+from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.results import Record, ResultFile
+from tidaldecode.evaluation.resume import Keys
 from tidaldecode.evaluation.scoring import score
-from tidaldecode.evaluation.settings import Setting
-from tidaldecode.json_file import open_regular_file, read_exactly
+from tidaldecode.evaluation.settings import Setting, dense_setting
 from tidaldecode.model_folder import ModelFolder, read_model_folder
-from tidaldecode.plans import Plan, find_plan
-
-# More than a tokenizer.json has, and enough of the weights to tell two trainings apart.
-_FINGERPRINT_BYTES = 16 * 1024 * 1024
 
 
 class Reporter(Protocol):
@@ -48,115 +46,150 @@ class Run:
 
     model_dir: Path
     settings: Sequence[Setting]
-    examples: Sequence[Example]
     engine: dict[str, Any]  # options of Decoder for all settings: device, dtype, num_threads
 
+    def decoder(self, max_seq_len: int, reporter: Reporter) -> Decoder:
+        """The engine for all settings: one sequence at a time, unrecorded steps of any plan."""
+        with reporter.loading(f"Loading {self.model_dir.name}") as on_load:
+            return Decoder(
+                self.model_dir,
+                attention="full",
+                max_seq_len=max_seq_len,
+                max_batch_size=1,
+                cuda_graphs=False,
+                progress=on_load,
+                **self.engine,
+            )
 
-def run(work: Run, results: ResultFile, reporter: Reporter) -> list[Record]:
+
+class Prompt:
+    """A prompt that has been read: in the engine, and where a setting asks for it in numpy."""
+
+    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], room: int) -> None:
+        self._decoder, self._prompt_ids, self._room = decoder, list(prompt_ids), room
+        self._replay = decoder.replay([self._prompt_ids], max_new_tokens=room)
+        self._quest: QuestReplay | None = None
+
+    def greedy(self, setting: Setting, max_new_tokens: int) -> list[int]:
+        """The most likely tokens; none if the logits were unusable."""
+        if setting.is_quest:
+            ends = self._decoder.folder.eos_token_ids
+            return self._paged.greedy(max_new_tokens, eos_token_ids=ends, **setting.options)[0]
+        return self._replay.greedy(max_new_tokens, **setting.options)[0]
+
+    def logits(self, setting: Setting, token_ids: Sequence[int]) -> np.ndarray:
+        """[len(token_ids), vocab_size] float32, each row predicting the token of its index."""
+        replay = self._paged if setting.is_quest else self._replay
+        return replay.step_logits([token_ids[:-1]], **setting.options)[0]
+
+    @property
+    def _paged(self) -> QuestReplay:
+        if self._quest is None:
+            model = _reference_model(self._decoder.folder)
+            self._quest = QuestReplay(model, self._prompt_ids, self._room)
+        return self._quest
+
+    def __enter__(self) -> Prompt:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._replay.close()
+
+
+@lru_cache(maxsize=1)
+def _reference_model(folder: ModelFolder) -> ReferenceModel:
+    return ReferenceModel(folder)
+
+
+def run(
+    work: Run, examples: Sequence[Example], results: ResultFile[Record], reporter: Reporter
+) -> list[Record]:
     """Decodes what is not in `results` yet.
 
     Returns: the records of all examples in all settings, setting by setting.
     Raises: as Decoder; TidalError if the engine gives up on a prompt.
     """
-    folder = read_model_folder(work.model_dir)
-    fingerprint, plan = model_fingerprint(folder), find_plan(folder)
-    records: list[Record] = []
-    for setting in work.settings:
-        keys = [_key(work, setting, fingerprint, plan, example) for example in work.examples]
-        missing = [
-            (key, example)
-            for key, example in zip(keys, work.examples, strict=True)
-            if key not in results.records
-        ]
-        if missing:
-            _run_setting(work, setting, missing, results, reporter)
-        records += [results.records[key] for key in keys]
-    return records
-
-
-def model_fingerprint(folder: ModelFolder) -> str:
-    """Changes with the model's files; of weights their sizes and beginnings count."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.path.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
-            descriptor, size = open_regular_file(path, WeightsError)
-            try:
-                beginning = read_exactly(descriptor, 0, _FINGERPRINT_BYTES)
-            finally:
-                os.close(descriptor)
-            digest.update(f"{path.name} {size}\n".encode())
-            digest.update(hashlib.sha256(beginning).digest())
-    return digest.hexdigest()[:16]
-
-
-def _key(work: Run, setting: Setting, fingerprint: str, plan: Plan | None, example: Example) -> str:
-    """Of what decides an output: model, version, options, prompt."""
-    # Settings of the plan hold wherever an option does not say otherwise.
-    is_tidal = setting.options["attention"] == "tidal"
-    content = [
-        fingerprint,
-        _core.version(),
-        {**work.engine, **setting.options},
-        [plan.select_layers, dict(plan.settings)] if plan and is_tidal else None,
-        [example.task, example.index, example.context, example.digest],
+    keys = Keys(read_model_folder(work.model_dir), work.engine)
+    wanted = {
+        (setting.name, index): keys.of(setting, _content(example))
+        for setting in work.settings
+        for index, example in enumerate(examples)
+    }
+    missing = {place for place, key in wanted.items() if key not in results.records}
+    open_examples = [
+        (example, [setting for setting in work.settings if (setting.name, index) in missing], index)
+        for index, example in enumerate(examples)
     ]
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    open_examples = [entry for entry in open_examples if entry[1]]
+    if open_examples:
+        # Of all examples, so that a resumed run uses the same engine as one that was not cut off.
+        room = max(len(example.prompt_ids) + example.max_new_tokens for example in examples)
+        with work.decoder(room, reporter) as decoder, reporter.counting("Prompts") as on_done:
+            on_done(0, len(open_examples))
+            for count, (example, settings, index) in enumerate(open_examples, start=1):
+                for setting, values in _decode(decoder, example, settings):
+                    results.append(
+                        Record(key=wanted[setting.name, index], plan=keys.plan(setting), **values)
+                    )
+                on_done(count, len(open_examples))
+    return [results.records[key] for key in wanted.values()]
 
 
-def _run_setting(
-    work: Run,
-    setting: Setting,
-    missing: Sequence[tuple[str, Example]],
-    results: ResultFile,
-    reporter: Reporter,
-) -> None:
-    """Decodes these examples with an engine of their own."""
-    # Of all examples, so that a resumed run uses the same engine as one that was not cut off.
-    room = max(len(example.prompt_ids) + example.max_new_tokens for example in work.examples)
-    with (
-        reporter.loading(f"Loading {work.model_dir.name}, {setting.name}") as on_load,
-        Decoder(
-            work.model_dir,
-            **work.engine,
-            **setting.options,
-            max_seq_len=room,
-            max_batch_size=1,
-            progress=on_load,
-        ) as decoder,
-        reporter.counting(setting.name) as on_done,
-    ):
-        on_done(0, len(missing))
-        for count, (key, example) in enumerate(missing, start=1):
-            results.append(_decode(decoder, setting, key, example))
-            on_done(count, len(missing))
+def _content(example: Example) -> list[Any]:
+    return [example.task, example.index, example.context, example.digest]
 
 
-def _decode(decoder: Decoder, setting: Setting, key: str, example: Example) -> Record:
+def _decode(
+    decoder: Decoder, example: Example, settings: Sequence[Setting]
+) -> list[tuple[Setting, dict[str, Any]]]:
+    """One prompt in these settings: the fields of their records but key and plan."""
+    with Prompt(decoder, example.prompt_ids, example.max_new_tokens) as prompt:
+        dense = _decoded(prompt, example, dense_setting())
+        expected = prompt.logits(dense_setting(), dense.token_ids)
+        results = []
+        for setting in settings:
+            own = _decoded(prompt, example, setting)
+            got = prompt.logits(setting, dense.token_ids)
+            kl = float(divergences(expected, got).mean())
+            results.append((setting, _judged(decoder, example, dense, own) | {"kl": round(kl, 6)}))
+        return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """What one setting writes."""
+
+    setting: Setting
+    token_ids: list[int]
+    seconds: float
+
+
+def _decoded(prompt: Prompt, example: Example, setting: Setting) -> _Output:
     started = time.perf_counter()
-    # Explicit, because the folder's generation_config.json may ask for sampling.
-    result = decoder.generate(
-        list(example.prompt_ids),
-        max_new_tokens=example.max_new_tokens,
-        temperature=0.0,
-        repetition_penalty=1.0,
-    )
-    if result.error is not None:
-        raise TidalError(f"{example.task} {example.index}, {setting.name}: {result.error}")
-    output = result.text or ""
-    return Record(
-        key=key,
-        setting=setting.name,
-        plan=decoder.plan,
-        task=example.task,
-        index=example.index,
-        context=example.context,
-        depth=example.depth,
-        score=score(example.rule, output, example.answers),
-        output=output,
-        answers=example.answers,
-        prompt_tokens=len(example.prompt_ids),
-        output_tokens=len(result.token_ids),
-        finish_reason=result.finish_reason,
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    token_ids = prompt.greedy(setting, example.max_new_tokens)
+    if not token_ids:
+        raise TidalError(
+            f"{example.task} {example.index}, {setting.name}: the logits after the prompt hold "
+            "a NaN or infinity; check the weights, or try dtype float32"
+        )
+    return _Output(setting=setting, token_ids=token_ids, seconds=time.perf_counter() - started)
+
+
+def _judged(decoder: Decoder, example: Example, dense: _Output, own: _Output) -> dict[str, Any]:
+    output = decoder.decode(own.token_ids)
+    ends = decoder.folder.eos_token_ids
+    return {
+        "setting": own.setting.name,
+        "task": example.task,
+        "index": example.index,
+        "context": example.context,
+        "depth": example.depth,
+        "score": score(example.rule, output, example.answers),
+        "output": output,
+        "answers": example.answers,
+        "prompt_tokens": len(example.prompt_ids),
+        "output_tokens": len(own.token_ids),
+        "finish_reason": "stop" if own.token_ids[-1] in ends else "length",
+        "same_tokens": common_length(dense.token_ids, own.token_ids),
+        "seconds": round(own.seconds, 3),
+    }

@@ -23,7 +23,8 @@ class Setting:
     """One way to decode."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)  # of Decoder
+    options: dict[str, Any] = field(default_factory=dict)  # of Decoder; for quest see quest.py
+    is_quest: bool = False  # not the engine's
 
 
 def dense_setting() -> Setting:
@@ -53,6 +54,28 @@ def tidal_setting(text: str) -> Setting:
     shown = " ".join(text.split())
     options.setdefault("sparse_min_context", 0)
     return Setting(name=f"tidal {shown}".strip(), options={"attention": "tidal", **options})
+
+
+def quest_setting(text: str) -> Setting:
+    """A page-wise setting (quest.py) from what a user writes: "token_budget=64 page_size=16".
+
+    Raises: InvalidArgument for another form or field.
+    """
+    options = {"token_budget": 64, "page_size": 16}
+    for part in text.split():
+        name, _, value = part.partition("=")
+        if name not in options or not value.isdecimal() or int(value) < 1:
+            raise InvalidArgument(
+                f"quest: got {show(part)}, expected settings such as 'token_budget=64 page_size=16'"
+            )
+        options[name] = int(value)
+    if options["page_size"] > options["token_budget"]:
+        raise InvalidArgument(
+            f"quest: got page_size {options['page_size']}, expected at most token_budget "
+            f"{options['token_budget']}"
+        )
+    shown = " ".join(f"{name}={value}" for name, value in options.items())
+    return Setting(name=f"quest {shown}", options=options, is_quest=True)
 
 
 def check_names(settings: Sequence[Setting]) -> None:

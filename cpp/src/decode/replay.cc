@@ -1,0 +1,159 @@
+// Replay: prompts read once, their continuations decoded through one plan after the other. The
+// prompts' keys and values stay; those of a continuation are written over by the next.
+#include <algorithm>
+
+#include "decode/decoder_impl.h"
+#include "tidal/error.h"
+
+namespace tidal {
+
+Replay::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32_t>>& token_ids,
+                   int64_t room)
+    : decoder(owner), max_new_tokens(room) {
+  Engine& engine = decoder.engine;
+  prompts.reserve(token_ids.size());
+  for (const std::vector<int32_t>& ids : token_ids) {
+    int64_t max_len = static_cast<int64_t>(ids.size()) + room;
+    prompts.push_back(
+        {.sequence = engine.MakeSequence(ids, max_len, engine.ScratchSampling()), .logits = {}});
+  }
+}
+
+Replay::Impl::~Impl() {
+  std::lock_guard lock(decoder.mutex);
+  prompts.clear();  // gives the pages back
+}
+
+bool Replay::Impl::ReadNext() {
+  Engine& engine = decoder.engine;
+  for (Prompt& prompt : prompts) {
+    Sequence& sequence = prompt.sequence;
+    if (sequence.prefilled()) continue;
+    int64_t chunk_len = engine.PrefillNext(sequence);
+    if (!sequence.prefilled()) return true;
+    engine.AppendPrefillLogits(sequence, chunk_len, sequence.prompt_len - 1, sequence.prompt_len,
+                               prompt.logits);
+    prompt.first_token = engine.SampleAfterPrefill(sequence);
+    return true;
+  }
+  return false;
+}
+
+void Replay::Impl::ReadAll() {
+  while (ReadNext()) {
+  }
+}
+
+std::vector<Sequence*> Replay::Impl::Rewind() {
+  std::vector<Sequence*> rows;
+  for (Prompt& prompt : prompts) {
+    prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.prompt_len));
+    prompt.sequence.cached = prompt.sequence.prompt_len;
+    rows.push_back(&prompt.sequence);
+  }
+  return rows;
+}
+
+Replay::Replay(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Replay::~Replay() = default;
+
+bool Replay::ReadNext() {
+  std::lock_guard lock(impl_->decoder.mutex);
+  return impl_->ReadNext();
+}
+
+PrefillProgress Replay::prefill_progress() const {
+  std::lock_guard lock(impl_->decoder.mutex);
+  PrefillProgress progress;
+  for (const Impl::Prompt& prompt : impl_->prompts) {
+    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.prompt_len);
+    progress.tokens_total += prompt.sequence.prompt_len;
+  }
+  return progress;
+}
+
+std::vector<std::vector<float>> Replay::StepLogits(
+    const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& continuations) {
+  size_t count = impl_->prompts.size();
+  TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
+              continuations.size(), ", expected one per prompt (", count, ")");
+  size_t longest = 0;
+  for (const std::vector<int32_t>& tokens : continuations) {
+    longest = std::max(longest, tokens.size());
+    int64_t vocab_size = impl_->decoder.engine.model().vocab_size;
+    for (int32_t token : tokens) {
+      TIDAL_CHECK(token >= 0 && token < vocab_size, InvalidArgument, "continuations: got token id ",
+                  token, ", expected 0 to ", vocab_size - 1);
+    }
+  }
+  TIDAL_CHECK(static_cast<int64_t>(longest) <= impl_->max_new_tokens, CapacityError,
+              "continuations: ", longest, " tokens, have room for max_new_tokens ",
+              impl_->max_new_tokens);
+  std::lock_guard lock(impl_->decoder.mutex);
+  Engine& engine = impl_->decoder.engine;
+  std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
+  impl_->ReadAll();
+  std::vector<Sequence*> sequences = impl_->Rewind();
+  std::vector<std::vector<float>> logits;
+  for (const Impl::Prompt& prompt : impl_->prompts) logits.push_back(prompt.logits);
+  for (size_t step = 0; step < longest; ++step) {
+    std::vector<size_t> indices;
+    std::vector<Sequence*> rows;
+    for (size_t i = 0; i < count; ++i) {
+      if (step >= continuations[i].size()) continue;
+      sequences[i]->tokens.push_back(continuations[i][step]);
+      indices.push_back(i);
+      rows.push_back(sequences[i]);
+    }
+    engine.StepThrough(*other, rows);
+    for (size_t row = 0; row < rows.size(); ++row) {
+      engine.AppendStepLogits(static_cast<int64_t>(row), logits[indices[row]]);
+    }
+  }
+  return logits;
+}
+
+std::vector<std::vector<int32_t>> Replay::Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+                                                 const std::vector<int32_t>& stop_token_ids) {
+  TIDAL_CHECK(max_new_tokens >= 1, InvalidArgument, "max_new_tokens: got ", max_new_tokens,
+              ", expected >= 1");
+  TIDAL_CHECK(max_new_tokens <= impl_->max_new_tokens, CapacityError, "max_new_tokens: got ",
+              max_new_tokens, ", have room for ", impl_->max_new_tokens);
+  std::lock_guard lock(impl_->decoder.mutex);
+  Engine& engine = impl_->decoder.engine;
+  std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
+  impl_->ReadAll();
+  std::vector<Sequence*> rows = impl_->Rewind();
+  std::vector<std::vector<int32_t>> outputs(rows.size());
+  std::vector<size_t> indices;
+  std::vector<int32_t> next;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    indices.push_back(i);
+    next.push_back(impl_->prompts[i].first_token);
+  }
+  while (true) {
+    std::vector<size_t> alive;
+    std::vector<Sequence*> alive_rows;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      std::vector<int32_t>& output = outputs[indices[row]];
+      int32_t token = next[row];
+      if (token < 0) {
+        output.clear();
+        continue;
+      }
+      output.push_back(token);
+      bool stops =
+          std::find(stop_token_ids.begin(), stop_token_ids.end(), token) != stop_token_ids.end();
+      if (stops || static_cast<int64_t>(output.size()) >= max_new_tokens) continue;
+      rows[row]->tokens.push_back(token);
+      alive.push_back(indices[row]);
+      alive_rows.push_back(rows[row]);
+    }
+    if (alive.empty()) return outputs;
+    indices = std::move(alive);
+    rows = std::move(alive_rows);
+    next = engine.StepThrough(*other, rows);
+  }
+}
+
+}  // namespace tidal

@@ -1,0 +1,158 @@
+"""What the chosen sets hold of the dense attention, layer by layer, and how alike layers choose.
+
+Called by command.py. Looks at decode steps of the dense model (reference.py), so it needs no plan
+to have been run: of every layer the attention weights over all tokens, and the set that the layer
+would choose. A share of mass says how good a set is at one place; it does not say whether an answer
+is found, which is what the tasks are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tidaldecode import _core
+from tidaldecode.config import DecodeConfig
+from tidaldecode.evaluation.example import Example
+from tidaldecode.evaluation.reference import ReferenceModel
+from tidaldecode.evaluation.settings import Setting
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.plans import choose_plan, plan_letters
+
+_STEPS = 4  # of the dense answer: where what was asked for is looked up
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMass:
+    """One setting: the share of each layer's dense attention that lies on the set it would use."""
+
+    setting: str
+    plan: str
+    mass: tuple[float | None, ...]  # by layer, mean over heads, steps and prompts; None: dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionReport:
+    """What command.py puts into the report and plots.py draws."""
+
+    context: int
+    num_prompts: int
+    token_budget: int  # of the overlap
+    masses: tuple[LayerMass, ...]
+    # [layer][other]: share of a layer's best token_budget positions that are the other's too, per
+    # KV head, mean.
+    overlap: tuple[tuple[float, ...], ...]
+
+
+def measure_attention(
+    folder: ModelFolder,
+    examples: Sequence[Example],
+    settings: Sequence[Setting],
+    on_done: Callable[[int, int], None],
+) -> AttentionReport:
+    """Looks at the dense attention of the first steps behind each prompt.
+
+    Raises: UnsupportedError for a model that the numpy reference does not do.
+    """
+    model = ReferenceModel(folder)
+    plans = {setting.name: _plan_of(setting, folder) for setting in settings}
+    plans = {name: plan for name, plan in plans.items() if plan is not None}
+    budget = min((plan["token_budget"] for plan in plans.values()), default=64)
+    masses: dict[str, list[np.ndarray]] = {name: [] for name in plans}
+    overlaps = []
+    on_done(0, len(examples))
+    for count, example in enumerate(examples, start=1):
+        for weights in _dense_steps(model, example.prompt_ids):
+            for name, plan in plans.items():
+                masses[name].append(_masses(weights, plan, folder.model.num_kv_heads))
+            overlaps.append(_overlap(weights, budget, folder.model.num_kv_heads))
+        on_done(count, len(examples))
+    return AttentionReport(
+        context=max(len(example.prompt_ids) for example in examples),
+        num_prompts=len(examples),
+        token_budget=budget,
+        masses=tuple(
+            LayerMass(
+                setting=name, plan=plans[name]["letters"], mass=_rounded(np.mean(rows, axis=0))
+            )
+            for name, rows in masses.items()
+        ),
+        overlap=tuple(tuple(row) for row in np.mean(overlaps, axis=0).round(4).tolist()),
+    )
+
+
+def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
+    """All settings of a plan and its letters; None for dense."""
+    plan = choose_plan(DecodeConfig(**setting.options), folder)
+    if plan is None:
+        return None
+    defaults = _core.DecodeConfig()
+    names = ("token_budget", "granularity", "pooling", "sink_tokens", "recent_tokens")
+    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in names}
+    return values | {"letters": plan_letters(folder.model.num_layers, plan.select_layers)}
+
+
+def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.ndarray]:
+    """Attention weights of each step: [num_layers, num_q_heads, n] each."""
+    cache, logits = model.read(prompt_ids, _STEPS)
+    steps = []
+    for _ in range(_STEPS):
+        weights: list[np.ndarray] = []
+
+        def attend(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+            weights.append(model.weights_of(q, k))  # noqa: B023, called in this round only
+            grouped = weights[-1].reshape(model.config.num_kv_heads, model.config.group_size, -1)  # noqa: B023
+            return np.einsum("gqn,ngd->gqd", grouped, v).reshape(q.shape)
+
+        logits = model.step(int(logits.argmax()), cache, attend)
+        steps.append(np.stack(weights))
+    return steps
+
+
+def _masses(weights: np.ndarray, plan: dict[str, Any], num_kv_heads: int) -> np.ndarray:
+    """Share of each layer's attention on the set of the last select layer; NaN where dense."""
+    result = np.full(len(weights), np.nan)
+    chosen = None
+    for layer, letter in enumerate(plan["letters"]):
+        if letter == "S":
+            chosen = chosen_positions(weights[layer], num_kv_heads, plan)
+        elif letter == "s":
+            result[layer] = (weights[layer] * chosen).sum(axis=-1).mean()
+    return result
+
+
+def chosen_positions(weights: np.ndarray, num_kv_heads: int, plan: dict[str, Any]) -> np.ndarray:
+    """The set of each query head, as docs/algorithm.md has it: [num_q_heads, n] bool.
+
+    Args:
+        weights: [num_q_heads, n], dense attention of a select layer.
+        num_kv_heads: of the model.
+        plan: token_budget, granularity, pooling, sink_tokens, recent_tokens.
+    """
+    num_q_heads, n = weights.shape
+    num_sets = {"head": num_q_heads, "kv_head": num_kv_heads, "layer": 1}[plan["granularity"]]
+    grouped = weights.reshape(num_sets, -1, n)
+    ranked = grouped.max(axis=1) if plan["pooling"] == "max" else grouped.sum(axis=1)
+    ranked[:, : plan["sink_tokens"]] = np.inf
+    ranked[:, n - plan["recent_tokens"] :] = np.inf
+    best = np.argsort(-ranked, axis=1, kind="stable")[:, : plan["token_budget"]]
+    chosen = np.zeros(ranked.shape, bool)
+    np.put_along_axis(chosen, best, True, axis=1)
+    return np.repeat(chosen, num_q_heads // num_sets, axis=0)
+
+
+def _overlap(weights: np.ndarray, budget: int, num_kv_heads: int) -> np.ndarray:
+    """Share of common positions of the layers' own sets: [num_layers, num_layers]."""
+    num_layers, _, n = weights.shape
+    ranked = weights.reshape(num_layers, num_kv_heads, -1, n).sum(axis=2)
+    best = np.argsort(-ranked, axis=-1, kind="stable")[..., :budget]
+    chosen = np.zeros(ranked.shape, np.float32)
+    np.put_along_axis(chosen, best, 1.0, axis=-1)
+    return np.einsum("ahn,bhn->ab", chosen, chosen) / (num_kv_heads * min(budget, n))
+
+
+def _rounded(values: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(None if np.isnan(value) else round(float(value), 4) for value in values)

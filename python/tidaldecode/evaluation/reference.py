@@ -1,0 +1,177 @@
+"""A model in numpy, slow and plain: what the engine does not show, and what it does not do.
+
+Used by attention.py, which looks at dense attention weights, and by quest.py, another way to choose
+positions. All in float32; a prompt of 4096 tokens takes a 30M-parameter model some 20 seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tidaldecode.errors import UnsupportedError, WeightsError
+from tidaldecode.json_file import open_regular_file, read_exactly
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.safetensors_header import TensorEntry
+
+# (layer, q [num_q_heads, head_dim], k, v [n, num_kv_heads, head_dim]) to [num_q_heads, head_dim];
+# the newest token is the last of n.
+Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+_CHUNK = 256  # queries of a prompt whose scores are in memory together
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Of each row: any real [..., n]."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@dataclass
+class Cache:
+    """Keys (rotated) and values of a sequence: [num_layers, room, num_kv_heads, head_dim]."""
+
+    k: np.ndarray
+    v: np.ndarray
+    num_tokens: int = 0
+
+
+class ReferenceModel:
+    """Llama, Mistral, Qwen2 or Qwen3 with plain rotary positions.
+
+    Raises: UnsupportedError for scaled ones.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.config = folder.model
+        rope = self.config.rope
+        if rope.type != "default":
+            raise UnsupportedError(
+                f"rope: got type {rope.type!r}, expected 'default', the only one in numpy"
+            )
+        self._weights = {entry.name: _read_tensor(entry) for entry in folder.weights}
+        half = np.arange(self.config.head_dim // 2)
+        self._inv_freq = rope.theta ** (-2.0 * half / self.config.head_dim)
+
+    def read(self, token_ids: Sequence[int], room: int) -> tuple[Cache, np.ndarray]:
+        """Dense causal pass over a prompt.
+
+        Args:
+            token_ids: the prompt.
+            room: tokens that may follow it.
+
+        Returns: (cache, logits after the prompt [vocab_size]).
+        """
+        config, n = self.config, len(token_ids)
+        shape = (config.num_layers, n + room, config.num_kv_heads, config.head_dim)
+        cache = Cache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+        def attend(layer: int, q: np.ndarray) -> np.ndarray:
+            k, v = cache.k[layer, :n], cache.v[layer, :n]
+            out = np.empty_like(q)
+            for begin in range(0, n, _CHUNK):
+                end = min(begin + _CHUNK, n)
+                hidden = np.triu(np.full((end - begin, end), -np.inf, np.float32), k=begin + 1)
+                for head in range(config.num_q_heads):
+                    kv_head = head // config.group_size
+                    scores = q[begin:end, head] @ k[:end, kv_head].T * self._scale + hidden
+                    out[begin:end, head] = softmax(scores) @ v[:end, kv_head]
+            return out
+
+        hidden = self._run(token_ids, cache, attend)
+        return cache, self._logits(hidden[-1:])[0]
+
+    def step(self, token_id: int, cache: Cache, attend: Attend) -> np.ndarray:
+        """Appends a token; its logits: [vocab_size]."""
+
+        def attend_rows(layer: int, q: np.ndarray) -> np.ndarray:
+            n = cache.num_tokens + 1
+            return attend(layer, q[0], cache.k[layer, :n], cache.v[layer, :n])[None]
+
+        return self._logits(self._run([token_id], cache, attend_rows))[0]
+
+    def weights_of(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """Dense attention weights of one query per head: [num_q_heads, n]."""
+        grouped = q.reshape(self.config.num_kv_heads, self.config.group_size, -1)
+        scores = np.einsum("gqd,ngd->gqn", grouped, k) * self._scale
+        return softmax(scores).reshape(self.config.num_q_heads, -1)
+
+    @property
+    def _scale(self) -> np.float32:
+        return np.float32(self.config.head_dim**-0.5)
+
+    def _run(
+        self,
+        token_ids: Sequence[int],
+        cache: Cache,
+        attend: Callable[[int, np.ndarray], np.ndarray],
+    ) -> np.ndarray:
+        """Tokens through all layers, keys and values into the cache: [tokens, hidden_size]."""
+        start, end = cache.num_tokens, cache.num_tokens + len(token_ids)
+        x = self._weights["model.embed_tokens.weight"][list(token_ids)]
+        for layer in range(self.config.num_layers):
+            prefix = f"model.layers.{layer}."
+            normed = self._norm(x, prefix + "input_layernorm.weight")
+            q, k, v = self._qkv(normed, prefix + "self_attn.", start)
+            cache.k[layer, start:end], cache.v[layer, start:end] = k, v
+            out = attend(layer, q).reshape(len(token_ids), -1)
+            x = x + self._linear(out, prefix + "self_attn.o_proj")
+            normed = self._norm(x, prefix + "post_attention_layernorm.weight")
+            x = x + self._mlp(normed, prefix + "mlp.")
+        cache.num_tokens = end
+        return x
+
+    def _qkv(
+        self, x: np.ndarray, prefix: str, start: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        q, k, v = (
+            self._linear(x, f"{prefix}{name}_proj").reshape(len(x), -1, self.config.head_dim)
+            for name in "qkv"
+        )
+        if self.config.qk_norm:
+            q = self._norm(q, prefix + "q_norm.weight")
+            k = self._norm(k, prefix + "k_norm.weight")
+        angle = np.arange(start, start + len(x))[:, None, None] * self._inv_freq
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def _mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        gate = self._linear(x, prefix + "gate_proj")
+        up = self._linear(x, prefix + "up_proj")
+        return self._linear(gate / (1 + np.exp(-gate)) * up, prefix + "down_proj")
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        out = x @ self._weights[name + ".weight"].T
+        bias = self._weights.get(name + ".bias")
+        return out if bias is None else out + bias
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        rms = np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.config.rms_norm_eps))
+        return x / rms * self._weights[name]
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        tied = self.config.tie_word_embeddings
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return self._norm(x, "model.norm.weight") @ self._weights[head].T
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+def _read_tensor(entry: TensorEntry) -> np.ndarray:
+    """A tensor as float32."""
+    descriptor, _ = open_regular_file(entry.path, WeightsError)
+    try:
+        data = read_exactly(descriptor, entry.file_offset, entry.num_bytes)
+    finally:
+        os.close(descriptor)
+    if entry.dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[entry.dtype])
+    return values.astype(np.float32).reshape(entry.shape)

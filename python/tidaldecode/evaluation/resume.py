@@ -1,0 +1,48 @@
+"""What a record belongs to: keys that change with whatever could change an output.
+
+Used by runner.py and perplexity.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tidaldecode import _core
+from tidaldecode.config import DecodeConfig
+from tidaldecode.evaluation.settings import Setting
+from tidaldecode.fingerprint import model_fingerprint
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.plans import choose_plan, plan_letters
+
+
+class Keys:
+    """Keys of the records of one model, run with the same engine options."""
+
+    def __init__(self, folder: ModelFolder, engine: dict[str, Any]) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._fingerprint = model_fingerprint(folder)
+
+    def of(self, setting: Setting, content: Sequence[Any]) -> str:
+        """Of model, version, options and `content`, which is what is decoded.
+
+        Raises: ConfigError if the setting does not fit the model.
+        """
+        used: Any = setting.options
+        if not setting.is_quest:
+            # Settings of a stored plan hold wherever an option does not say otherwise.
+            plan = choose_plan(DecodeConfig(**setting.options), self._folder)
+            used = [list(plan.select_layers), dict(plan.settings)] if plan else None
+        parts = [self._fingerprint, _core.version(), self._engine, used, content]
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def plan(self, setting: Setting) -> str:
+        """The setting's plan, as Decoder.plan prints it; what is not the engine's has none."""
+        if setting.is_quest:
+            return "page-wise"
+        plan = choose_plan(DecodeConfig(**setting.options), self._folder)
+        return plan_letters(self._folder.model.num_layers, plan.select_layers if plan else ())

@@ -1,0 +1,87 @@
+"""Prompts in the cache, continued with one plan after the other: how plans are compared.
+
+Made by Decoder.replay(); used by the evaluation and the calibration. Reading a long prompt costs a
+hundred times what answering it does, and the keys and values of a prompt do not depend on the plan.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tidaldecode import _core
+from tidaldecode.batch import PrefillProgress
+from tidaldecode.config import DecodeConfig
+from tidaldecode.engine_config import core_config
+from tidaldecode.model_folder import ModelFolder
+from tidaldecode.plans import choose_plan
+from tidaldecode.prompts import check_token_ids
+from tidaldecode.sampling import check_integer
+
+
+class Replay:
+    """Prompts that have been read, for steps of any plan. Close it to free its pages.
+
+    Every method takes the options of Decoder that make a plan: attention, select_layers,
+    full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
+    sparse_min_context.
+    """
+
+    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:
+        self._core = core
+        self._folder = folder
+        self._turn = turn
+
+    def read(self, on_prefill: PrefillProgress | None = None) -> None:
+        """Reads what is not in the cache yet."""
+        self._core.read(on_prefill)
+
+    def step_logits(self, continuations: Sequence[Sequence[int]], **plan: Any) -> list[np.ndarray]:
+        """Logits of decode steps over given tokens (teacher forcing), all prompts together.
+
+        Args:
+            continuations: token ids to follow each prompt; their numbers may differ.
+            plan: options of Decoder.
+
+        Returns: one [len(continuation) + 1, vocab_size] float32 a prompt; row i follows the prompt
+            and i tokens.
+        Raises: InvalidArgument; CapacityError for more tokens than there is room for.
+        """
+        vocab_size = self._folder.model.vocab_size
+        # Nothing may follow a prompt, unlike a prompt itself.
+        ids = [check_token_ids(more, vocab_size) if len(more) else [] for more in continuations]
+        with self._turn:
+            return self._core.step_logits(self._plan(plan), ids)
+
+    def greedy(self, max_new_tokens: int, **plan: Any) -> list[list[int]]:
+        """The most likely tokens, as generate(temperature=0) of a decoder with this plan.
+
+        Args:
+            max_new_tokens: most tokens to generate; the model's end-of-text tokens end earlier and
+                are the last.
+            plan: options of Decoder.
+
+        Returns: token ids, one list a prompt; an empty one where the logits were unusable.
+        Raises: InvalidArgument; CapacityError for more tokens than there is room for.
+        """
+        check_integer("max_new_tokens", max_new_tokens, low=1)
+        stop = list(self._folder.eos_token_ids)
+        with self._turn:
+            return self._core.greedy(self._plan(plan), max_new_tokens, stop)
+
+    def close(self) -> None:
+        """Gives the pages back."""
+        self._core.close()
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _plan(self, options: dict[str, Any]) -> _core.DecodeConfig:
+        settings = DecodeConfig(device="cpu", **options)  # of the device nothing is used
+        return core_config(settings, choose_plan(settings, self._folder), self._folder)

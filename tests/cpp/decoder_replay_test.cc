@@ -1,0 +1,130 @@
+// Replay: the same prompts through one plan after the other, each as a decoder of that plan alone.
+#include <gtest/gtest.h>
+
+#include "throws.h"
+#include "tidal/decoder.h"
+#include "tidal/error.h"
+#include "tiny_model.h"
+
+namespace tidal::test {
+namespace {
+
+class Replays : public DecoderTest {
+ protected:
+  std::unique_ptr<Decoder> MakeUnrecorded(DecodeConfig config) const {
+    config.cuda_graphs = false;
+    return Make(config);
+  }
+
+  // Plans that differ in everything that makes one.
+  std::vector<DecodeConfig> Plans() const {
+    DecodeConfig other = Tidal();
+    other.select_layers = {3};
+    other.full_layers = 1;
+    other.token_budget = 48;
+    other.granularity = Granularity::kHead;
+    other.sink_tokens = 3;
+    other.recent_tokens = 9;
+    DecodeConfig pooled = Tidal();
+    pooled.granularity = Granularity::kLayer;
+    pooled.pooling = Pooling::kMax;
+    pooled.token_budget = 16;
+    return {Tidal(), Dense(), other, pooled, Tidal()};
+  }
+
+  const Prompts prompts_ = MakePrompts({150, 100, 130});
+};
+
+TEST_P(Replays, DecodeAsADecoderOfThePlan) {
+  if (!is_cpu()) GTEST_SKIP() << "on CUDA rows agree to rounding only";
+  for (const DecodeConfig& own : {Dense(), Tidal()}) {
+    const auto decoder = MakeUnrecorded(own);
+    const auto replay = decoder->StartReplay(prompts_, 40);
+    for (const DecodeConfig& plan : Plans()) {
+      const auto want = Generate(*Make(plan), prompts_, Greedy(40));
+      const auto got = replay->Greedy(plan, 40, {});
+      for (size_t i = 0; i < prompts_.size(); ++i) EXPECT_EQ(got[i], want[i].token_ids);
+    }
+  }
+}
+
+TEST_P(Replays, LogitsAreThoseOfADecoderOfThePlan) {
+  const auto decoder = MakeUnrecorded(Dense());
+  const auto replay = decoder->StartReplay(prompts_, 20);
+  const Prompts continuations = MakePrompts({20, 0, 7}, 3);
+  for (const DecodeConfig& plan : Plans()) {
+    const auto got = replay->StepLogits(plan, continuations);
+    for (size_t i = 0; i < prompts_.size(); ++i) {
+      Ints text = prompts_[i];
+      text.insert(text.end(), continuations[i].begin(), continuations[i].end());
+      const auto want = Make(plan)->DecodeLogits(text, static_cast<int64_t>(prompts_[i].size()));
+      ASSERT_EQ(got[i].size(), want.size());
+      if (is_cpu()) {
+        EXPECT_TRUE(SameBits(Bits(got[i]), Bits(want), 4));
+      } else {
+        EXPECT_LT(RelativeError(Widen(got[i]), Widen(want)),
+                  ToleranceFor(Op::kLogits, GetParam().dtype).rel);
+      }
+    }
+  }
+}
+
+TEST_P(Replays, StopAtStopTokens) {
+  const auto decoder = MakeUnrecorded(Dense());
+  const auto replay = decoder->StartReplay(prompts_, 20);
+  const auto all = replay->Greedy(Tidal(), 20, {});
+  const int32_t stop = all[0][5];
+  const auto stopped = replay->Greedy(Tidal(), 20, {stop});
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto end = std::find(all[i].begin(), all[i].end(), stop);
+    const Ints want(all[i].begin(), end == all[i].end() ? end : end + 1);
+    EXPECT_EQ(stopped[i], want);
+  }
+}
+
+TEST_P(Replays, LeaveTheDecoderAsItWas) {
+  const auto decoder = MakeUnrecorded(Tidal());
+  const int64_t all = decoder->num_free_pages();
+  const auto want = Generate(*decoder, {prompts_[0]}, Greedy(20))[0].token_ids;
+  const auto chosen = decoder->Selection(0);
+  {
+    const auto replay = decoder->StartReplay({prompts_[1]}, 20);
+    EXPECT_LT(decoder->num_free_pages(), all);
+    EXPECT_TRUE(replay->ReadNext());
+    while (replay->ReadNext()) {
+    }
+    EXPECT_EQ(replay->prefill_progress().tokens_done, 100);
+    replay->Greedy(Plans()[3], 20, {});
+    EXPECT_EQ(decoder->Selection(0)[0].token_idx, chosen[0].token_idx);
+  }
+  EXPECT_EQ(decoder->num_free_pages(), all);
+  EXPECT_EQ(Generate(*decoder, {prompts_[0]}, Greedy(20))[0].token_ids, want);
+}
+
+TEST_P(Replays, RefuseWhatDoesNotFit) {
+  const auto decoder = MakeUnrecorded(Dense());
+  EXPECT_TRUE(Throws<CapacityError>([&] { decoder->StartReplay({prompts_[0]}, 400); },
+                                    {"max_seq_len 512"}));
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { decoder->StartReplay({{}}, 4); }, {"prompt 0"}));
+  const auto replay = decoder->StartReplay({prompts_[0]}, 4);
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { replay->StepLogits(Tidal(), {}); },
+                                      {"continuations: got 0", "(1)"}));
+  EXPECT_TRUE(
+      Throws<InvalidArgument>([&] { replay->StepLogits(Tidal(), {{-1}}); }, {"token id -1"}));
+  EXPECT_TRUE(Throws<CapacityError>([&] { replay->StepLogits(Tidal(), {Ints(5, 1)}); },
+                                    {"5 tokens", "max_new_tokens 4"}));
+  EXPECT_TRUE(Throws<CapacityError>([&] { replay->Greedy(Tidal(), 5, {}); }, {"got 5"}));
+  DecodeConfig bad = Tidal();
+  bad.token_budget = 1;
+  bad.sink_tokens = 5;
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { replay->Greedy(bad, 4, {}); }, {"token_budget"}));
+  if (is_cpu()) return;
+  EXPECT_TRUE(
+      Throws<InvalidArgument>([&] { Make(Dense())->StartReplay(prompts_, 4); }, {"cuda_graphs"}));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, Replays, ::testing::ValuesIn(DecoderBackends()),
+                         CaseNameOf<BackendCase>);
+
+}  // namespace
+}  // namespace tidal::test

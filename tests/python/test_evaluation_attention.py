@@ -1,0 +1,177 @@
+"""The numpy side of the evaluation: the reference model, page-wise selection, attention, plots."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tidaldecode import Decoder, cli, demo_model_dir
+from tidaldecode.errors import InvalidArgument, UnsupportedError
+from tidaldecode.evaluation.attention import chosen_positions, measure_attention
+from tidaldecode.evaluation.example import Example
+from tidaldecode.evaluation.quest import QuestReplay, chosen_tokens
+from tidaldecode.evaluation.reference import ReferenceModel
+from tidaldecode.evaluation.settings import dense_setting, quest_setting, tidal_setting
+from tidaldecode.model_folder import read_model_folder
+from tiny_models import TinyModel, random_prompt, write_checkpoint
+
+CPU = {"device": "cpu", "num_threads": 1, "max_seq_len": 128, "max_batch_size": 1}
+
+
+def attend_densely(model: ReferenceModel):
+    def attend(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        grouped = model.weights_of(q, k).reshape(model.config.num_kv_heads, -1, len(k))
+        return np.einsum("gqn,ngd->gqd", grouped, v).reshape(q.shape)
+
+    return attend
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_reference_computes_what_the_engine_does(tmp_path: Path, family: str):
+    tiny = TinyModel(family=family)
+    folder = write_checkpoint(tmp_path, tiny)
+    ids = random_prompt(tiny, 100)
+    want = Decoder(folder, attention="full", **CPU).step_logits(ids, prefill=97)
+    model = ReferenceModel(read_model_folder(folder))
+    cache, logits = model.read(ids[:97], room=3)
+    got = [logits, *(model.step(token, cache, attend_densely(model)) for token in ids[97:])]
+    assert np.stack(got) == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+def test_the_reference_refuses_scaled_positions(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, TinyModel(rope="yarn"))
+    with pytest.raises(UnsupportedError, match="rope: got type 'yarn'"):
+        ReferenceModel(read_model_folder(folder))
+
+
+# Page-wise selection
+
+
+def test_pages_are_ranked_by_the_most_a_key_in_their_bounds_could_give():
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(4, 8)), rng.normal(size=(50, 2, 8))
+    chosen = chosen_tokens(q, k, token_budget=24, page_size=8)
+    for head in range(4):
+        pages = [k[i : i + 8, head // 2] for i in range(0, 50, 8)]
+        # The larger of the two products, channel by channel.
+        bounds = [
+            np.maximum(q[head] * page.min(axis=0), q[head] * page.max(axis=0)).sum()
+            for page in pages
+        ]
+        best = {6, *sorted(range(6), key=lambda i: -bounds[i])[:2]}
+        assert set(np.flatnonzero(chosen[head]) // 8) == best
+        assert chosen[head].sum() == 2 * 8 + 2
+
+
+def test_a_covering_budget_is_dense_and_a_small_one_is_not(tmp_path: Path):
+    tiny = TinyModel(num_layers=4)
+    folder = write_checkpoint(tmp_path, tiny)
+    ids, more = random_prompt(tiny, 90), random_prompt(tiny, 5, seed=1)
+    decoder = Decoder(folder, attention="full", **CPU)
+    want = decoder.step_logits([*ids, *more], prefill=90)
+    replay = QuestReplay(ReferenceModel(read_model_folder(folder)), ids, room=8)
+    for budget, is_dense in ((128, True), (16, False), (128, True)):
+        (got,) = replay.step_logits([more], token_budget=budget, page_size=8)
+        assert np.allclose(got, want, rtol=1e-3, atol=1e-3) == is_dense
+    (tokens,) = replay.greedy(8, eos_token_ids=(), token_budget=128, page_size=8)
+    assert tokens == list(decoder.generate(ids, max_new_tokens=8, temperature=0).token_ids)
+    (ended,) = replay.greedy(8, eos_token_ids=tokens[:3][-1:], token_budget=128, page_size=8)
+    assert ended == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_quest_settings_are_read():
+    setting = quest_setting("token_budget=128")
+    assert setting.name == "quest token_budget=128 page_size=16" and setting.is_quest
+    for text in ("budget=1", "token_budget=x", "token_budget=0", "token_budget=8"):
+        with pytest.raises(InvalidArgument, match="quest: got"):
+            quest_setting(text)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
+@pytest.mark.parametrize("pooling", ["sum", "max"])
+def test_sets_are_those_of_the_engine(tmp_path: Path, granularity: str, pooling: str):
+    """The first select layer stands behind dense layers, so its weights are the dense ones."""
+    tiny = TinyModel(num_layers=3)
+    folder = write_checkpoint(tmp_path, tiny)
+    plan = {
+        "token_budget": 20, "granularity": granularity, "pooling": pooling, "sink_tokens": 2,
+        "recent_tokens": 3,
+    }  # fmt: skip
+    decoder = Decoder(folder, select_layers=(1,), sparse_min_context=0, **plan, **CPU)
+    ids = random_prompt(tiny, 80)
+    (token, _) = decoder.generate(ids, max_new_tokens=2, temperature=0, ignore_eos=True).token_ids
+    model = ReferenceModel(read_model_folder(folder))
+    cache, _ = model.read(ids, room=1)
+    seen = []
+
+    def attend(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        seen.append(model.weights_of(q, k))
+        return attend_densely(model)(layer, q, k, v)
+
+    model.step(token, cache, attend)
+    chosen = chosen_positions(seen[1], model.config.num_kv_heads, plan)
+    sets = decoder.selection()[1]
+    for head, row in enumerate(chosen):
+        assert np.array_equal(np.flatnonzero(row), sets[head * len(sets) // len(chosen)])
+
+
+def test_mass_and_overlap_of_a_plan(tmp_path: Path):
+    tiny = TinyModel(num_layers=4)
+    folder = read_model_folder(write_checkpoint(tmp_path, tiny))
+    ids = tuple(random_prompt(tiny, 60))
+    example = Example(
+        task="t", index=0, context=None, prompt_ids=ids, answers=("x",), rule="any_found",
+        max_new_tokens=4,
+    )  # fmt: skip
+    settings = [
+        dense_setting(),
+        tidal_setting("select_layers=1 token_budget=8"),
+        tidal_setting("select_layers=1 token_budget=64"),
+    ]
+    report = measure_attention(folder, [example], settings, lambda done, total: None)
+    assert report.token_budget == 8 and [m.plan for m in report.masses] == ["FSss"] * 2
+    small, whole = (entry.mass for entry in report.masses)
+    assert small[:2] == whole[:2] == (None, None)
+    assert whole[2:] == pytest.approx((1.0, 1.0)) and 0 < small[2] < 1
+    overlap = np.array(report.overlap)
+    assert np.allclose(overlap, overlap.T) and np.allclose(np.diag(overlap), 1.0)
+
+
+# The command
+
+
+def arguments(out: Path) -> list[str]:
+    return [
+        "eval", str(demo_model_dir()), "--device", "cpu", "--num-threads", "1", "--out", str(out),
+        "--task", "single", "--context", "400", "--limit", "1", "--quest", "token_budget=32",
+        "--tidal", "select_layers=2,7 token_budget=32", "--attention",
+    ]  # fmt: skip
+
+
+def test_everything_together_and_drawn(tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main([*arguments(tmp_path), "--plots"]) == 0
+    out = capsys.readouterr().out
+    assert "quest 1: plan page-wise, token_budget=32 page_size=16" in out
+    for name in ("accuracy", "needle", "mass", "overlap"):
+        data = (tmp_path / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and f"Plot: {tmp_path / name}.png" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [s["plan"] for s in report["settings"]] == ["FFFFFFFF", "FFSssssS", "page-wise"]
+    (entry,) = report["attention"]["masses"]
+    assert entry["mass"][2] is None and 0 < entry["mass"][3] <= 1
+
+
+def test_plots_without_matplotlib_are_an_error_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([*arguments(tmp_path), "--plots"]) == 2
+    error = capsys.readouterr().err
+    assert "matplotlib is not installed; pip install 'tidaldecode[plots]'" in error
+    assert not (tmp_path / "results.jsonl").exists()
