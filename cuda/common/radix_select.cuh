@@ -159,7 +159,6 @@ struct RadixShared {
   RadixBins<Weight, kRadixPasses * kMaxShare> cluster_bins;
   Weight warp_sums[kMaxWarps];
   RadixThreshold<Weight> found;  // .key holds one digit
-  Weight found_in_block;         // what this block's elements weigh in the bin that was found
 };
 
 // Whose elements a pass counts.
@@ -203,11 +202,10 @@ __device__ __forceinline__ void AddUpCluster(const BlockCluster& cluster,
 }
 
 // The bin, from the highest down, in which `above` plus the bins' weights reaches `target`. The
-// first thread holds the highest bins. in_block: of those weights, what this block's elements have.
+// first thread holds the highest bins.
 template <typename Weight>
 __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& shared, int first,
                                                           const Weight (&weights)[kBinsPerThread],
-                                                          const Weight (&in_block)[kBinsPerThread],
                                                           Weight above, Weight target) {
   Weight sum = 0;
 #pragma unroll
@@ -217,7 +215,6 @@ __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& s
   for (int i = kBinsPerThread - 1; i >= 0; --i) {
     if (before < target && target <= before + weights[i]) {  // true for one bin only
       shared.found = {static_cast<uint32_t>(first + i), before, weights[i]};
-      shared.found_in_block = in_block[i];
     }
     before += weights[i];
   }
@@ -248,16 +245,13 @@ __device__ __forceinline__ void FindDigit(const BlockCluster& cluster, RadixShar
   });
   __syncthreads();
   int first = kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
-  Weight in_block[kBinsPerThread], weights[kBinsPerThread];
-  TakeBins(shared.block_bins, first, in_block);
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) weights[i] = in_block[i];
+  Weight weights[kBinsPerThread];
+  TakeBins(shared.block_bins, first, weights);
   if constexpr (kElements == RadixElements::kOfThisBlock) {
     if (search.pass == 0) cluster.Wait();
     AddUpCluster(cluster, shared, search.pass, first, weights);
   }
-  RadixThreshold<Weight> bin =
-      FindBin(shared, first, weights, in_block, search.threshold.above, target);
+  RadixThreshold<Weight> bin = FindBin(shared, first, weights, search.threshold.above, target);
   search.threshold = {search.threshold.key | bin.key << digit.shift, bin.above, bin.at};
   search.prefix_mask |= digit.mask << digit.shift;
   ++search.pass;

@@ -34,9 +34,7 @@ class Scores:
     """One plan on the calibration data; losses in nats a token, over the dense ones."""
 
     text_loss: float  # of the tokens that came
-    text_kl: (
-        float  # KL from the dense next-token distributions: the same in expectation, less noisy
-    )
+    text_kl: float  # KL from the dense distributions: the same in expectation, less noisy
     answer_kl: float  # along the dense answers
     agreement: float  # share of the dense model's sure answers that are the same, token for token
 
