@@ -37,7 +37,17 @@ struct Row {
   int64_t seq_len;
   int64_t token_budget = 0;
   Granularity granularity = Granularity::kKvHead;
+  // select_top_k: below 1 an adaptive budget. attention_sparse: below 1 sets as such a budget might
+  // leave them, of RaggedSize() positions.
+  float top_p_mass = 1.0f;
+  SetSizes set_sizes = SetSizes::kEqual;  // as the op is told
 };
+
+// Between 64 and token_budget, mostly few, now and then all: for 4096, 819 on average.
+int64_t RaggedSize(int64_t set, int64_t token_budget) {
+  constexpr int64_t kShares[] = {64, 32, 16, 8, 1, 32, 64, 4, 16, 2};
+  return std::max<int64_t>(64, token_budget / kShares[set % std::ssize(kShares)]);
+}
 
 constexpr int64_t kHeadDim = 128;
 constexpr int64_t kPageSize = 64;
@@ -73,7 +83,16 @@ std::vector<Row> Rows() {
   rows.push_back({"attention_select", gqa, 1, 131072});
   rows.push_back({"select_top_k", gqa, 1, 131072, 1024});
   rows.push_back({"select_top_k", mha, 1, 102400, 1024, Granularity::kHead});
+  rows.push_back({"select_top_k", gqa, 1, 131072, 4096});
+  rows.push_back({"select_top_k", gqa, 1, 131072, 4096, Granularity::kKvHead, 0.98f});
   for (int64_t b : {1, 8}) rows.push_back({"attention_sparse", gqa, b, 131072 / b, 1024});
+  for (int64_t b : {1, 8}) {
+    rows.push_back({"attention_sparse", gqa, b, 131072 / b, 819});
+    for (SetSizes sizes : {SetSizes::kEqual, SetSizes::kRagged}) {
+      rows.push_back(
+          {"attention_sparse", gqa, b, 131072 / b, 4096, Granularity::kKvHead, 0.98f, sizes});
+    }
+  }
   for (int64_t k : {256, 1024, 4096}) rows.push_back({"attention_sparse", mha, 1, 102400, k});
   return rows;
 }
@@ -103,9 +122,8 @@ class Bench {
     int64_t pages_per_row = (row.seq_len + kPageSize - 1) / kPageSize;
     int64_t num_pages = pages_per_row * row.batch_size;
     int64_t cache_bytes = 2 * num_pages * kPageSize * row.shape.num_kv_heads * kHeadDim * 2;
-    int64_t read_bytes = row.op == "attention_sparse" ? 2 * row.batch_size * row.token_budget *
-                                                            row.shape.num_kv_heads * kHeadDim * 2
-                                                      : cache_bytes;
+    int64_t read_bytes =
+        row.op == "attention_sparse" ? 4 * kHeadDim * NumSelected(row) : cache_bytes;
     // Caches of sparse rows need not be whole: few of them already leave the L2 cold.
     auto wanted =
         static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(read_bytes)));
@@ -161,6 +179,15 @@ class Bench {
     return view;
   }
 
+  // Positions in all sets of an attention_sparse row.
+  static int64_t NumSelected(const Row& row) {
+    int64_t total = 0;
+    for (int64_t set = 0; set < row.batch_size * row.shape.num_kv_heads; ++set) {
+      total += row.top_p_mass < 1.0f ? RaggedSize(set, row.token_budget) : row.token_budget;
+    }
+    return total;
+  }
+
   // Random normal values; a block of them repeated, since generation is slower than the device.
   TensorView RandomHalf(std::initializer_list<int64_t> shape) {
     TensorView view = Tensor(kDType, shape);
@@ -209,8 +236,12 @@ class Bench {
       if (row.op == "attention_sparse") sets = hkv;
       in.token_idx = Ints(RandomSets(b * sets, row.token_budget, row.seq_len, engine),
                           {b, sets, row.token_budget});
-      std::vector<int32_t> counts(static_cast<size_t>(b), static_cast<int32_t>(row.token_budget));
-      in.num_selected = Ints(counts, {b});
+      std::vector<int32_t> counts(static_cast<size_t>(b * sets),
+                                  static_cast<int32_t>(row.token_budget));
+      for (size_t set = 0; row.top_p_mass < 1.0f && set < counts.size(); ++set) {
+        counts[set] = static_cast<int32_t>(RaggedSize(static_cast<int64_t>(set), row.token_budget));
+      }
+      in.num_selected = Ints(counts, {b, sets});
     }
     // Real scores and lse for select_top_k.
     backend_->AttentionSelect({.attention = Attention(in, 0), .scores = in.scores, .lse = in.lse});
@@ -251,6 +282,7 @@ class Bench {
         backend_->AttentionSparse({.attention = Attention(in, i),
                                    .token_idx = in.token_idx,
                                    .num_selected = in.num_selected,
+                                   .set_sizes = row.set_sizes,
                                    .dense_len = 0});
       };
     }
@@ -263,6 +295,8 @@ class Bench {
                             .pooling = Pooling::kSum,
                             .sink_tokens = 1,
                             .recent_tokens = 1,
+                            .top_p_mass = row.top_p_mass,
+                            .min_tokens = 64,
                             .token_idx = in.token_idx,
                             .num_selected = in.num_selected});
     };
@@ -348,12 +382,14 @@ class Bench {
     std::printf(
         "{\"op\": \"%s\", \"shape\": \"%s\", \"num_q_heads\": %lld, \"num_kv_heads\": %lld, "
         "\"head_dim\": %lld, \"batch_size\": %lld, \"seq_len\": %lld, \"token_budget\": %lld, "
-        "\"caches\": %lld, \"median_of\": %d, \"us\": %.2f, \"tb_per_s\": %.3f}\n",
+        "\"top_p_mass\": %.2f, \"set_sizes\": \"%s\", \"caches\": %lld, \"median_of\": %d, "
+        "\"us\": %.2f, \"tb_per_s\": %.3f}\n",
         row.op.c_str(), row.shape.name.c_str(), static_cast<long long>(row.shape.num_q_heads),
         static_cast<long long>(row.shape.num_kv_heads), static_cast<long long>(kHeadDim),
         static_cast<long long>(row.batch_size), static_cast<long long>(row.seq_len),
-        static_cast<long long>(row.token_budget), static_cast<long long>(num_caches), samples_, us,
-        row.op == "select_top_k" ? 0.0 : static_cast<double>(bytes) / us * 1e-6);
+        static_cast<long long>(row.token_budget), static_cast<double>(row.top_p_mass),
+        row.set_sizes == SetSizes::kRagged ? "ragged" : "equal", static_cast<long long>(num_caches),
+        samples_, us, row.op == "select_top_k" ? 0.0 : static_cast<double>(bytes) / us * 1e-6);
     std::fflush(stdout);
   }
 

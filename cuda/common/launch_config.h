@@ -43,4 +43,17 @@ inline int ChooseNumSplits(int64_t num_rows, int num_sms, int64_t max_tokens) {
   return static_cast<int>(std::max<int64_t>(num_splits, 1));
 }
 
+// The same for rows of very different lengths: shorter spans, more of them than run at once, so
+// that the long rows' are dealt out to the processors as the short ones' end. Spans that a row does
+// not need cost next to nothing.
+inline constexpr int kRaggedOversubscription = 8;  // at most kMaxBlocksOfRow: the scratch is enough
+inline constexpr int kRaggedSpan = 4 * kDecodeTile;
+inline int ChooseNumRaggedSplits(int64_t num_rows, int num_sms, int64_t max_tokens) {
+  int64_t most = kRaggedOversubscription * int64_t{kDecodeBlocksPerSm} * num_sms /
+                 std::max<int64_t>(num_rows, 1);
+  int64_t wanted = (max_tokens + kRaggedSpan - 1) / kRaggedSpan;
+  int64_t num_splits = std::min({wanted, most, int64_t{kMaxSplits}});
+  return std::max(ChooseNumSplits(num_rows, num_sms, max_tokens), static_cast<int>(num_splits));
+}
+
 }  // namespace tidal

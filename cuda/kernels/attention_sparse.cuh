@@ -38,7 +38,7 @@ struct AttentionSparseParams {
   int token_budget;             // positions a list has room for
   int dense_len;                // rows with seq_len <= dense_len attend to all positions
   const int32_t* token_idx;     // [B, num_sets, token_budget]
-  const int32_t* num_selected;  // [B]
+  const int32_t* num_selected;  // [B, num_sets]
   CacheReads reads;
   PartialResults partials;
   AttentionOutput<T> output;
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int batch = blockIdx.z, first_head = blockIdx.y * params.heads_per_block;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  int num_selected = __ldcg(params.num_selected + batch);
+  int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
+  int num_selected = __ldcg(params.num_selected + set);
   bool is_dense = seq_len <= params.dense_len;
   RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget), gridDim.x);
   BlockWork work{.first_row = int64_t{batch} * params.num_q_heads + first_head,
@@ -72,7 +73,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   }
 
   Warp warp(shared_bytes, params.kv);
-  int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
   AttendedTokens<T> tokens{
       .kv = params.kv,
       .batch = batch,
@@ -121,7 +121,10 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t num_blocks = num_q_heads / heads_per_block;
   int64_t max_tokens =
       std::min(std::max(token_budget, args.dense_len), int64_t{kMaxAttendedTokens});
-  int num_splits = ChooseNumSplits(batch_size * num_blocks, scratch.num_sms, max_tokens);
+  int64_t num_rows = batch_size * num_blocks;
+  int num_splits = args.set_sizes == SetSizes::kRagged
+                       ? ChooseNumRaggedSplits(num_rows, scratch.num_sms, max_tokens)
+                       : ChooseNumSplits(num_rows, scratch.num_sms, max_tokens);
   int cluster_splits = std::min(num_splits, kMaxClusterSplits);
   bool in_cluster = SpanLength(static_cast<int>(std::min<int64_t>(token_budget, max_tokens)),
                                cluster_splits) <= kMaxClusterSpan &&

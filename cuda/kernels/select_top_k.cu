@@ -10,6 +10,7 @@
 //    the cluster, and else over all keys again.
 // 3. WriteChosen writes all better positions, and the first of the equal ones, in ascending order.
 // Where the shared memory of a whole cluster is too small for a set's keys, they lie in scratch.
+// With top_p_mass a second launch takes away what is more than asked for (trim_to_mass.h).
 #include "kernels/select_top_k.h"
 
 #include <algorithm>
@@ -19,6 +20,8 @@
 #include "common/dispatch.h"
 #include "common/radix_select.cuh"
 #include "common/vec.cuh"
+#include "kernels/pooled_scores.cuh"
+#include "kernels/trim_to_mass.h"
 
 namespace tidal {
 namespace {
@@ -29,17 +32,13 @@ constexpr int kBlocksPerSm = 3;
 constexpr int kVec = 4;                    // scores of one load; slices begin at multiples of it
 constexpr int64_t kMinSliceLength = 2048;  // less is not worth another block
 
-constexpr float kLog2E = 1.44269504f;
-
-enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights };
-
 struct SelectParams {
   const float* scores;      // [B, num_q_heads, max_len]
   const float* lse;         // [B, num_q_heads]
   const int32_t* seq_lens;  // [B]
   uint32_t* keys;           // [blocks of the grid, slice_capacity]; null: in shared memory
   int32_t* token_idx;       // [B, num_sets, token_budget]
-  int32_t* num_selected;    // [B]
+  int32_t* num_selected;    // [B, num_sets]
   int64_t max_len;
   int64_t slice_capacity;  // positions of a block at most; a multiple of kRunLength
   bool vectorized;         // kVec scores in one load
@@ -135,64 +134,13 @@ __device__ void WriteForced(const SelectParams& p, int num_tokens, int32_t* toke
   }
 }
 
-template <int kWidth>
-using Scores = Vec<float, kWidth>;  // of adjacent positions
-
-// Takes the next head's score into a position's pooled one.
-// log2_lse: lse in units of log 2.
-template <KeySource kSource>
-__device__ __forceinline__ float Pool(float pooled, float score, float log2_lse) {
-  float weight = exp2f(__fmaf_rn(score, kLog2E, -log2_lse));
-  // fmaxf drops a NaN: for the maximum it ranks below every score.
-  return kSource == KeySource::kSumOfWeights ? __fadd_rn(pooled, weight) : fmaxf(pooled, weight);
-}
-
-// The pooled scores of adjacent positions; `scores` points to the first head's, `lse` to the set's.
-template <KeySource kSource, int kWidth>
-__device__ __forceinline__ Scores<kWidth> PoolHeads(const SelectParams& p, const float* scores,
-                                                    const float* lse) {
-  constexpr int kBatch = 4;  // heads whose loads overlap
-  Scores<kWidth> pooled;
-#pragma unroll
-  for (float& score : pooled.elements) {
-    score = kSource == KeySource::kSumOfWeights ? 0.0f : -INFINITY;
-  }
-#pragma unroll 1
-  for (int begin = 0; begin < p.heads_per_set; begin += kBatch) {
-    Scores<kWidth> batch[kBatch];
-    float log2_lse[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (begin + j >= p.heads_per_set) break;
-      batch[j] = *reinterpret_cast<const Scores<kWidth>*>(scores + (begin + j) * p.max_len);
-      log2_lse[j] = __fmul_rn(lse[begin + j], kLog2E);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (begin + j >= p.heads_per_set) break;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        pooled.elements[i] = Pool<kSource>(pooled.elements[i], batch[j].elements[i], log2_lse[j]);
-      }
-    }
-  }
-  return pooled;
-}
-
-// Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete. `scores`
-// and `lse` are the set's.
+// Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete.
 template <KeySource kSource, int kWidth, typename Add>
-__device__ __forceinline__ void MakeKeys(const SelectParams& p, const Slice& slice,
-                                         const float* scores, const float* lse, uint32_t* keys,
+__device__ __forceinline__ void MakeKeys(const SetScores& set, const Slice& slice, uint32_t* keys,
                                          Add&& add) {
   constexpr bool kRaw = kSource == KeySource::kRawScores;
   auto load = [&](int vector) {
-    const float* source = scores + slice.first + vector * kWidth;
-    if constexpr (kRaw) {
-      return *reinterpret_cast<const Scores<kWidth>*>(source);
-    } else {
-      return PoolHeads<kSource, kWidth>(p, source, lse);
-    }
+    return PoolHeads<kSource, kWidth>(set, slice.first + vector * kWidth);
   };
   auto store = [&](int vector, const Scores<kWidth>& pooled) {
     int first = vector * kWidth;
@@ -424,13 +372,15 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
     if constexpr (!kKeysInShared) {
       keys = p.keys + (set * cluster.size() + cluster.rank()) * p.slice_capacity;
     }
+    SetScores scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
+                        .lse = p.lse + set * p.heads_per_set,
+                        .max_len = p.max_len,
+                        .num_heads = p.heads_per_set};
     auto make_keys = [&](auto&& add) {
-      const float* scores = p.scores + set * p.heads_per_set * p.max_len;
-      const float* lse = p.lse + set * p.heads_per_set;
       if (p.vectorized) {
-        MakeKeys<kSource, kVec>(p, slice, scores, lse, keys, add);
+        MakeKeys<kSource, kVec>(scores, slice, keys, add);
       } else {
-        MakeKeys<kSource, 1>(p, slice, scores, lse, keys, add);
+        MakeKeys<kSource, 1>(scores, slice, keys, add);
       }
     };
     auto count = static_cast<uint32_t>(contest.count);
@@ -442,8 +392,8 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
   }
   // Last, because barriers of a cluster wait for writes.
   if (cluster.rank() == 0) WriteForced(p, num_tokens, token_idx);
-  if (cluster.rank() == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    p.num_selected[row] = min(num_tokens, p.token_budget);
+  if (cluster.rank() == 0 && threadIdx.x == 0) {
+    p.num_selected[set] = min(num_tokens, p.token_budget);
   }
 }
 
@@ -525,6 +475,7 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
                        .shared_bytes = static_cast<size_t>(launch.shared_bytes),
                        .cluster_size = launch.cluster_size};
   LaunchOverlapped("select_top_k", launch.kernel, shape, stream, p);
+  if (args.top_p_mass < 1.0f) LaunchTrimToMass(args, stream);
 }
 
 }  // namespace tidal

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 
 #include "throws.h"
@@ -126,7 +127,7 @@ TEST(CheckArgs, SelectTopKTiesSetsToGranularity) {
   good.seq_lens = Int({2});
   good.num_kv_heads = 2;
   good.token_idx = Int({2, 2, 8});
-  good.num_selected = Int({2});
+  good.num_selected = Int({2, 2});
   EXPECT_NO_THROW(Check(good));
   SelectTopKArgs bad = good;
   bad.granularity = Granularity::kHead;
@@ -140,17 +141,47 @@ TEST(CheckArgs, SelectTopKTiesSetsToGranularity) {
   bad = good;
   bad.recent_tokens = 0;
   ExpectRefused(bad, {"SelectTopK", "recent_tokens 0"});
+  bad = good;
+  bad.num_selected = Int({2});
+  ExpectRefused(bad, {"SelectTopK", "num_selected"});
+}
+
+TEST(CheckArgs, SelectTopKTakesAMassOfASum) {
+  SelectTopKArgs good;
+  good.scores = Float({2, 6, 100});
+  good.lse = Float({2, 6});
+  good.seq_lens = Int({2});
+  good.num_kv_heads = 2;
+  good.top_p_mass = 0.9f;
+  good.min_tokens = 4;
+  good.token_idx = Int({2, 2, 8});
+  good.num_selected = Int({2, 2});
+  EXPECT_NO_THROW(Check(good));
+  for (float top_p_mass : {0.0f, 1.5f, -1.0f, std::numeric_limits<float>::quiet_NaN()}) {
+    SelectTopKArgs bad = good;
+    bad.top_p_mass = top_p_mass;
+    ExpectRefused(bad, {"SelectTopK", "top_p_mass", "expected in (0, 1]"});
+  }
+  SelectTopKArgs bad = good;
+  bad.pooling = Pooling::kMax;
+  ExpectRefused(bad, {"SelectTopK", "top_p_mass", "kSum"});
+  for (int64_t min_tokens : {0, 9}) {
+    bad = good;
+    bad.min_tokens = min_tokens;
+    ExpectRefused(bad, {"SelectTopK", "min_tokens"});
+  }
 }
 
 TEST(CheckArgs, SparseTakesAnyKindOfSet) {
   AttentionSparseArgs args;
   args.attention = Attention();
-  args.num_selected = Int({2});
   for (int64_t num_sets : {2, 6, 1}) {
     args.token_idx = Int({2, num_sets, 8});
+    args.num_selected = Int({2, num_sets});
     EXPECT_NO_THROW(Check(args)) << num_sets;
   }
   args.token_idx = Int({2, 3, 8});
+  args.num_selected = Int({2, 3});
   ExpectRefused(args, {"token_idx"});
 }
 

@@ -53,10 +53,10 @@ class OpAttentionSparse : public AttentionTest {
   AttentionSparseArgs Args(const PagedKv& kv, const Sets& sets, int64_t dense_len = 0) {
     const int64_t rows = batch_size();
     const Shape q_shape = {rows, shape().num_q_heads, shape().head_dim};
-    Ints token_idx(rows * num_sets() * token_budget_, -1), num_selected(rows, 0);
+    Ints token_idx(rows * num_sets() * token_budget_, -1), num_selected(rows * num_sets(), 0);
     for (int64_t b = 0; b < rows; ++b) {
       for (size_t set = 0; set < sets[b].size(); ++set) {
-        num_selected[b] = static_cast<int32_t>(sets[b][set].size());
+        num_selected[b * num_sets() + set] = static_cast<int32_t>(sets[b][set].size());
         std::copy(sets[b][set].begin(), sets[b][set].end(),
                   token_idx.begin() + (b * num_sets() + set) * token_budget_);
       }
@@ -66,7 +66,7 @@ class OpAttentionSparse : public AttentionTest {
                           .sm_scale = static_cast<float>(sm_scale()),
                           .out = Output(act(), q_shape)},
             .token_idx = PutInts(token_idx, {rows, num_sets(), token_budget_}),
-            .num_selected = PutInts(num_selected, {rows}),
+            .num_selected = PutInts(num_selected, {rows, num_sets()}),
             .dense_len = dense_len};
   }
 
@@ -93,6 +93,36 @@ class OpAttentionSparse : public AttentionTest {
   std::vector<reference::Sequence> sequences_;
   Values q_;
 };
+
+// Sets of one row that differ in size by far, and one that holds the newest token only.
+TEST_P(OpAttentionSparse, SetsOfAnySize) {
+  for (Granularity granularity : kGranularities) {
+    for (int64_t token_budget : {300, 2000, 5000}) {
+      SCOPED_TRACE(
+          Concat("granularity ", static_cast<int>(granularity), ", budget ", token_budget));
+      Prepare(granularity, token_budget, {6000, 0, 1, 2500, 301});
+      Sets sets = RandomSets();
+      int64_t number = 0;
+      for (auto& row : sets) {
+        for (Ints& set : row) {
+          // Of every third set one position, of the others a share.
+          const auto size = static_cast<int64_t>(set.size());
+          const int64_t kept = number % 3 == 0 ? 1 : std::max<int64_t>(1, size * (number % 7) / 7);
+          set.erase(set.begin(), set.end() - kept);
+          ++number;
+        }
+      }
+      AttentionSparseArgs args = Args(PutCache(sequences_, shape().page_size), sets);
+      args.set_sizes = SetSizes::kRagged;
+      backend().AttentionSparse(args);
+      EXPECT_TRUE(Close(Get(args.attention.out), Want(sets), ToleranceFor(Op::kAttention, act())));
+      const Values ragged = Get(args.attention.out);
+      args.set_sizes = SetSizes::kEqual;
+      backend().AttentionSparse(args);
+      EXPECT_TRUE(Close(Get(args.attention.out), ragged, ToleranceFor(Op::kAttention, act())));
+    }
+  }
+}
 
 // Idle rows, rows shorter than the budget (so num_selected < capacity), and long ones in one batch.
 TEST_P(OpAttentionSparse, MatchesReferenceForEveryGranularity) {

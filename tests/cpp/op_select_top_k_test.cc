@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "backend_test.h"
+#include "tidal/error.h"
 
 namespace tidal::test {
 namespace {
@@ -26,6 +27,8 @@ struct Problem {
   int64_t token_budget = 64;
   int64_t sink_tokens = 1;
   int64_t recent_tokens = 1;
+  float top_p_mass = 1.0f;
+  int64_t min_tokens = 0;
   std::vector<float> scores = {};  // [B, Hq, max_len]
   std::vector<float> lse = {};     // [B, Hq]
 
@@ -91,6 +94,8 @@ class OpSelectTopK : public OpTest<SelectShape> {
             .token_budget = problem.token_budget,
             .sink_tokens = problem.sink_tokens,
             .recent_tokens = problem.recent_tokens,
+            .top_p_mass = problem.top_p_mass,
+            .min_tokens = problem.min_tokens,
             .granularity = shape().granularity,
             .pooling = shape().pooling};
   }
@@ -118,17 +123,20 @@ class OpSelectTopK : public OpTest<SelectShape> {
     args.pooling = shape().pooling;
     args.sink_tokens = problem.sink_tokens;
     args.recent_tokens = problem.recent_tokens;
+    args.top_p_mass = problem.top_p_mass;
+    args.min_tokens = problem.min_tokens;
     args.token_idx = PutInts(Ints(rows * num_sets * problem.token_budget, 123456789),
                              {rows, num_sets, problem.token_budget});
-    args.num_selected = Output(DType::kInt32, {rows});
+    args.num_selected = Output(DType::kInt32, {rows, num_sets});
     backend().SelectTopK(args);
 
     const Ints got = GetInts(args.token_idx), num_selected = GetInts(args.num_selected);
     for (int64_t b = 0; b < rows; ++b) {
       const auto sets = reference::SelectTopK(RowProblem(problem, static_cast<size_t>(b)));
-      EXPECT_EQ(num_selected[b], static_cast<int64_t>(sets[0].size())) << "row " << b;
       for (int64_t set = 0; set < num_sets; ++set) {
         Ints want = sets[set];
+        EXPECT_EQ(num_selected[b * num_sets + set], static_cast<int64_t>(want.size()))
+            << "row " << b << ", set " << set;
         want.resize(problem.token_budget, -1);
         const auto begin = got.begin() + (b * num_sets + set) * problem.token_budget;
         EXPECT_EQ(Ints(begin, begin + problem.token_budget), want)
@@ -294,6 +302,83 @@ TEST_P(OpSelectTopK, VeryLongRow) {
   const Ints levels = Random(11).Below(kLength, 3000);
   Fill(problem,
        [&](int64_t, int64_t, int32_t t) { return -0.004f * static_cast<float>(levels[t]); });
+  RunAndCheck(problem);
+}
+
+// Scores whose sets reach the mass with few positions in some rows and never in others.
+TEST_P(OpSelectTopK, MassDecidesHowManyAreTaken) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  for (float top_p_mass : {0.5f, 0.9f, 0.98f}) {
+    for (int64_t min_tokens : {6, 20, 300}) {
+      SCOPED_TRACE(Concat("mass ", top_p_mass, ", at least ", min_tokens));
+      Problem problem{.seq_lens = {5000, 5, 6, 7, 21, 299, 301, 0, 800, 3000},
+                      .token_budget = 300,
+                      .sink_tokens = 2,
+                      .recent_tokens = 4,
+                      .top_p_mass = top_p_mass,
+                      .min_tokens = min_tokens};
+      FillSeparated(problem);
+      RunAndCheck(problem);
+    }
+  }
+}
+
+TEST_P(OpSelectTopK, MassOfTiesTakesTheLowerPositions) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  // Every position holds 1 / 1000 of the mass; 0.2505 of it are 251 positions, 3 of them forced.
+  Problem problem{.seq_lens = {1000, 1000},
+                  .token_budget = 400,
+                  .sink_tokens = 1,
+                  .recent_tokens = 2,
+                  .top_p_mass = 0.2505f,
+                  .min_tokens = 3};
+  Fill(problem, [](int64_t, int64_t, int32_t) { return 0.25f; });
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, MassOfSinksAndRecentsMayBeEnough) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  Problem problem{.seq_lens = {2000},
+                  .token_budget = 128,
+                  .sink_tokens = 1,
+                  .recent_tokens = 8,
+                  .top_p_mass = 0.9f,
+                  .min_tokens = 9};
+  Fill(problem, [](int64_t, int64_t head, int32_t t) {
+    return t == 0 ? 20.0f : 0.001f * static_cast<float>((t * 7 + head) % 500);
+  });
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, MassThatIsNeverReachedTakesTheBudget) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  Problem problem{
+      .seq_lens = {3000, 64, 65}, .token_budget = 64, .top_p_mass = 0.999f, .min_tokens = 2};
+  const Ints levels = Random(14).Permutation(3000);
+  Fill(problem, [&](int64_t, int64_t, int32_t t) { return 1e-4f * static_cast<float>(levels[t]); });
+  RunAndCheck(problem);
+}
+
+TEST_P(OpSelectTopK, MassCountsNanAsNothing) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  const Ints rank = Random(15).Permutation(900);
+  Problem problem{.seq_lens = {900}, .token_budget = 100, .top_p_mass = 0.8f, .min_tokens = 2};
+  Fill(problem, [&](int64_t, int64_t, int32_t t) {
+    if (rank[t] < 30) return 0.3f * static_cast<float>(rank[t]);
+    return rank[t] < 50 ? -kInf : std::numeric_limits<float>::quiet_NaN();
+  });
+  RunAndCheck(problem);
+}
+
+// More positions than a block keeps the keys of.
+TEST_P(OpSelectTopK, MassOfALargeBudget) {
+  if (shape().pooling == Pooling::kMax) GTEST_SKIP() << "top_p_mass needs pooling kSum";
+  Problem problem{
+      .seq_lens = {40001, 30000}, .token_budget = 20000, .top_p_mass = 0.7f, .min_tokens = 64};
+  const Ints levels = Random(16).Permutation(40001);
+  Fill(problem, [&](int64_t, int64_t, int32_t t) {
+    return std::log(0.5f + static_cast<float>(levels[t] % 20000));
+  });
   RunAndCheck(problem);
 }
 

@@ -166,6 +166,37 @@ bool Better(float a, int32_t a_idx, float b, int32_t b_idx) {
   return a_idx < b_idx;
 }
 
+// The softmax of the query heads [first, last) at position t, added up.
+double MassAt(const SelectProblem& problem, int64_t first, int64_t last, int64_t t) {
+  double mass = 0.0;
+  for (int64_t head = first; head < last; ++head) {
+    const double weight =
+        std::exp(double{problem.scores[head * problem.max_len + t]} - double{problem.lse[head]});
+    if (!std::isnan(weight)) mass += weight;
+  }
+  return mass;
+}
+
+// How many of `others`, best first, a set takes besides `forced`; at most `most`.
+int64_t NumForMass(const SelectProblem& problem, int64_t first, int64_t last, const Ints& forced,
+                   const Ints& others, int64_t most, double* margin) {
+  const double target = double{problem.top_p_mass} * static_cast<double>(last - first);
+  double mass = 0.0;
+  for (int32_t t : forced) mass += MassAt(problem, first, last, t);
+  const int64_t least =
+      std::min(problem.min_tokens, problem.seq_len) - static_cast<int64_t>(forced.size());
+  int64_t count = 0;
+  auto note_margin = [&] {
+    if (margin != nullptr) *margin = std::min(*margin, std::abs(mass - target) / target);
+  };
+  if (least <= 0) note_margin();
+  while (count < most && (count < least || mass < target)) {
+    mass += MassAt(problem, first, last, others[count++]);
+    if (count >= least) note_margin();
+  }
+  return count;
+}
+
 Ints SelectOneSet(const SelectProblem& problem, int64_t first, int64_t last, double* margin) {
   const int64_t n = problem.seq_len;
   const int64_t size = std::min(problem.token_budget, n);
@@ -173,12 +204,16 @@ Ints SelectOneSet(const SelectProblem& problem, int64_t first, int64_t last, dou
   std::vector<float> scores(n);
   for (int32_t t = 0; t < n; ++t) {
     scores[t] = PooledScore(problem, first, last, t);
-    const bool always = t < problem.sink_tokens || t >= n - problem.recent_tokens || size == n;
+    const bool all = n <= (problem.top_p_mass < 1.0f ? problem.min_tokens : problem.token_budget);
+    const bool always = t < problem.sink_tokens || t >= n - problem.recent_tokens || all;
     (always ? chosen : others).push_back(t);
   }
   std::sort(others.begin(), others.end(),
             [&](int32_t a, int32_t b) { return Better(scores[a], a, scores[b], b); });
-  const int64_t free_places = size - static_cast<int64_t>(chosen.size());
+  int64_t free_places = size - static_cast<int64_t>(chosen.size());
+  if (problem.top_p_mass < 1.0f) {
+    free_places = NumForMass(problem, first, last, chosen, others, free_places, margin);
+  }
   chosen.insert(chosen.end(), others.begin(), others.begin() + free_places);
   if (margin != nullptr && free_places > 0 && free_places < static_cast<int64_t>(others.size())) {
     const double in = scores[others[free_places - 1]], out = scores[others[free_places]];

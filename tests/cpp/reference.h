@@ -73,13 +73,16 @@ struct SelectProblem {
   int64_t token_budget = 0;
   int64_t sink_tokens = 0;
   int64_t recent_tokens = 1;
+  float top_p_mass = 1.0f;
+  int64_t min_tokens = 0;
   Granularity granularity = Granularity::kKvHead;
   Pooling pooling = Pooling::kSum;
 };
 
 // The chosen positions of every set, each ascending, without padding. `margin`, if given, receives
 // the smallest relative distance between the last score chosen and the first one left, over all
-// sets (infinite if a set leaves nothing): below about 1e-5 another exp() may choose differently.
+// sets (infinite if a set leaves nothing), or, if that is smaller, between the mass that decided
+// how many are chosen and top_p_mass: below about 1e-5 another exp() may choose differently.
 std::vector<Ints> SelectTopK(const SelectProblem& problem, double* margin = nullptr);
 
 struct SampleProblem {

@@ -73,6 +73,10 @@ enum class Pooling : int32_t { kSum, kMax };
 
 inline constexpr int64_t kAutomatic = -1;  // where 0 has a meaning of its own
 
+inline constexpr double kAutomaticMass = 0.98;
+inline constexpr int64_t kAutomaticBudget = 4096;
+inline constexpr int64_t kAutomaticMinBudget = 64;
+
 // Bounds the memory of a pass over drafts, of which the logits are most: [max_batch_size x 65,
 // vocab_size] float32.
 inline constexpr int64_t kMaxDraftTokens = 64;
@@ -86,8 +90,14 @@ struct DecodeConfig {
 
   // The plan. Empty select_layers = dense decoding.
   std::vector<int64_t> select_layers;
-  int64_t full_layers = 2;      // dense layers before the first select layer
-  int64_t token_budget = 1024;  // positions a sparse layer attends to, per set, >= 1
+  int64_t full_layers = 2;  // dense layers before the first select layer
+  // Positions a sparse layer attends to, per set, >= 1. kAutomatic: as many as top_p_mass asks for,
+  // kAutomaticMass if that is 1, up to kAutomaticBudget.
+  int64_t token_budget = 1024;
+  // Below 1, an adaptive budget: of the token_budget positions a set keeps as few as hold this
+  // share of the softmax of its heads together, but at least min_token_budget.
+  double top_p_mass = 1.0;       // in (0, 1]
+  int64_t min_token_budget = 0;  // with top_p_mass; 0: kAutomaticMinBudget, if the budget allows
   Granularity granularity = Granularity::kKvHead;
   Pooling pooling = Pooling::kSum;
   int64_t sink_tokens = 1;    // first positions, always chosen

@@ -52,9 +52,10 @@ struct PrefillProgress {
 // The positions one select layer chose for one sequence in its last sparse step.
 struct LayerSelection {
   int64_t layer = 0;
-  int64_t num_sets = 0;  // KV heads, query heads or 1, by granularity
-  int64_t num_selected = 0;
-  std::vector<int32_t> token_idx;  // [num_sets, num_selected], ascending per set
+  int64_t num_sets = 0;      // KV heads, query heads or 1, by granularity
+  int64_t num_selected = 0;  // of the largest set
+  // [num_sets, num_selected], ascending per set; -1 past the end of a smaller one (top_p_mass).
+  std::vector<int32_t> token_idx;
 };
 
 class Decoder;
@@ -91,8 +92,8 @@ class Generation {
 // Prompts that are read once and continued again and again from there, each time with a plan of its
 // own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
 // must be destroyed before its Decoder. Of a DecodeConfig passed here the fields of the plan count:
-// select_layers, full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
-// sparse_min_context.
+// select_layers, full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling,
+// sink_tokens, recent_tokens and sparse_min_context.
 class Replay {
  public:
   ~Replay();

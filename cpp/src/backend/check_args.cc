@@ -234,7 +234,7 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
   op.Groups(num_q_heads, num_kv_heads);
   Dim num_sets{"num_sets", NumSets(args.granularity, num_q_heads.size, num_kv_heads.size)};
   op.Tensor("token_idx", args.token_idx, {&batch, &num_sets, &token_budget}, op.int32());
-  op.Tensor("num_selected", args.num_selected, {&batch}, op.int32());
+  op.Tensor("num_selected", args.num_selected, {&batch, &num_sets}, op.int32());
   TIDAL_CHECK(
       args.sink_tokens >= 0 && args.recent_tokens >= 1 &&
           args.sink_tokens + args.recent_tokens <= token_budget.size,
@@ -242,6 +242,17 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
       args.recent_tokens,
       ", expected sink_tokens >= 0, recent_tokens >= 1 and a sum of at most token_budget = ",
       token_budget.size);
+  if (args.top_p_mass == 1.0f) return;
+  TIDAL_CHECK(args.top_p_mass > 0.0f && args.top_p_mass < 1.0f, InvalidArgument,
+              "SelectTopK: top_p_mass: got ", args.top_p_mass, ", expected in (0, 1]");
+  TIDAL_CHECK(args.pooling == Pooling::kSum || args.granularity == Granularity::kHead,
+              InvalidArgument, "SelectTopK: top_p_mass ", args.top_p_mass,
+              ": got pooling kMax, expected kSum");
+  TIDAL_CHECK(args.min_tokens >= args.sink_tokens + args.recent_tokens &&
+                  args.min_tokens <= token_budget.size,
+              InvalidArgument, "SelectTopK: min_tokens: got ", args.min_tokens, ", expected from ",
+              args.sink_tokens + args.recent_tokens,
+              " (sinks and recents) to token_budget = ", token_budget.size);
 }
 
 void Check(const AttentionSparseArgs& args, std::optional<DType> act) {
@@ -249,7 +260,7 @@ void Check(const AttentionSparseArgs& args, std::optional<DType> act) {
   DecodeDims dims = CheckDecode(op, args.attention);
   Dim num_sets{"num_sets"}, token_budget{"token_budget"};
   op.Tensor("token_idx", args.token_idx, {&dims.batch, &num_sets, &token_budget}, op.int32());
-  op.Tensor("num_selected", args.num_selected, {&dims.batch}, op.int32());
+  op.Tensor("num_selected", args.num_selected, {&dims.batch, &num_sets}, op.int32());
   const int64_t sets = num_sets.size;
   TIDAL_CHECK(sets == dims.num_kv_heads.size || sets == dims.num_q_heads.size || sets == 1,
               InvalidArgument, "AttentionSparse: token_idx: got num_sets = ", sets,

@@ -110,6 +110,10 @@ struct AttentionSelectArgs {
 // scores: the lower position. A position's score: kKvHead: exp(score - lse) pooled over the group's
 // G query heads in ascending order; kHead: the raw score; kLayer: exp(score - lse) pooled over all
 // query heads in ascending order. NaN scores rank below -inf.
+// With top_p_mass < 1 a set has fewer of them: the smallest number whose weights, exp(score - lse)
+// summed over the query heads that share the set, reach top_p_mass x those heads, but at least
+// min(min_tokens, n). Weights count in whole units of 2^-40 (core/mass.h), NaN and smaller ones as
+// 0, so the order of the sum does not matter.
 struct SelectTopKArgs {
   TensorView scores;    // [B, Hq, max_len] float32
   TensorView lse;       // [B, Hq] float32
@@ -119,16 +123,22 @@ struct SelectTopKArgs {
   Pooling pooling = Pooling::kSum;
   int64_t sink_tokens = 0;
   int64_t recent_tokens = 1;  // >= 1; sink_tokens + recent_tokens <= token_budget
+  float top_p_mass = 1.0f;    // in (0, 1]; below 1 pooling is kSum
+  int64_t min_tokens = 0;     // with top_p_mass < 1; from sinks and recents up to token_budget
   TensorView token_idx;  // out [B, num_sets, token_budget] int32, ascending; -1 past num_selected
-  TensorView num_selected;  // out [B] int32: min(token_budget, seq_lens[b])
+  TensorView num_selected;  // out [B, num_sets] int32
 };
+
+// Whether the sets of long rows have about as many positions each.
+enum class SetSizes : int32_t { kEqual, kRagged };
 
 // Attention to the chosen positions only. Rows with seq_lens[b] <= dense_len attend to all
 // positions instead (on the CPU bit for bit as AttentionFull, elsewhere to rounding).
 struct AttentionSparseArgs {
   AttentionArgs attention;
   TensorView token_idx;     // [B, num_sets, token_budget] int32; num_sets is Hkv, Hq or 1
-  TensorView num_selected;  // [B] int32
+  TensorView num_selected;  // [B, num_sets] int32
+  SetSizes set_sizes = SetSizes::kEqual;  // how to share out the work; changes no result
   int64_t dense_len = 0;
 };
 

@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define TIDAL_HOST_DEVICE __host__ __device__
-#else
-#define TIDAL_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace tidal {
 

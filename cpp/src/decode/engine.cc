@@ -23,7 +23,10 @@ void CheckAtLeast(const char* field, int64_t value, int64_t least) {
 }
 
 void ValidateDecodeConfig(const DecodeConfig& c) {
-  CheckAtLeast("token_budget", c.token_budget, 1);
+  if (c.token_budget != kAutomatic) CheckAtLeast("token_budget", c.token_budget, 1);
+  CheckAtLeast("min_token_budget", c.min_token_budget, 0);
+  TIDAL_CHECK(c.top_p_mass > 0.0 && c.top_p_mass <= 1.0, InvalidArgument, "top_p_mass: got ",
+              c.top_p_mass, ", expected in (0, 1]");
   CheckAtLeast("sink_tokens", c.sink_tokens, 0);
   CheckAtLeast("recent_tokens", c.recent_tokens, 1);
   CheckAtLeast("sparse_min_context", c.sparse_min_context, kAutomatic);
@@ -35,9 +38,16 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("num_pages", c.num_pages, 0);
   CheckAtLeast("prefill_chunk", c.prefill_chunk, 0);
   CheckAtLeast("num_threads", c.num_threads, 0);
-  TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= c.token_budget, InvalidArgument,
-              "token_budget: got ", c.token_budget, ", expected at least sink_tokens ",
-              c.sink_tokens, " + recent_tokens ", c.recent_tokens);
+  int64_t budget = c.token_budget == kAutomatic ? kAutomaticBudget : c.token_budget;
+  TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= budget, InvalidArgument, "token_budget: got ",
+              budget, ", expected at least sink_tokens ", c.sink_tokens, " + recent_tokens ",
+              c.recent_tokens);
+  TIDAL_CHECK(c.min_token_budget <= budget, InvalidArgument, "min_token_budget: got ",
+              c.min_token_budget, ", expected at most token_budget ", budget);
+  bool is_adaptive = c.top_p_mass < 1.0 || c.token_budget == kAutomatic;
+  TIDAL_CHECK(!is_adaptive || c.pooling == Pooling::kSum, InvalidArgument,
+              "pooling: got \"max\" with an adaptive budget (top_p_mass or token_budget \"auto\"), "
+              "expected \"sum\": the mass of a set is a sum over its heads");
   TIDAL_CHECK(c.draft_tokens <= kMaxDraftTokens, InvalidArgument, "draft_tokens: got ",
               c.draft_tokens, ", expected at most ", kMaxDraftTokens);
   TIDAL_CHECK(!c.verify || c.correction_interval == 0, InvalidArgument, "correction_interval: got ",
@@ -135,9 +145,16 @@ void Engine::ResolveLimits() {
 }
 
 void Engine::ResolvePlanLimits(DecodeConfig& config) const {
+  if (config.token_budget == kAutomatic) {
+    config.token_budget = kAutomaticBudget;
+    if (config.top_p_mass == 1.0) config.top_p_mass = kAutomaticMass;
+  }
+  int64_t num_forced = config.sink_tokens + config.recent_tokens;
   // A budget beyond the longest sequence means everything; no need for memory to say so.
-  config.token_budget = std::max(std::min(config.token_budget, config_.max_seq_len),
-                                 config.sink_tokens + config.recent_tokens);
+  config.token_budget = std::max(std::min(config.token_budget, config_.max_seq_len), num_forced);
+  if (config.min_token_budget == 0) config.min_token_budget = kAutomaticMinBudget;
+  config.min_token_budget =
+      std::max(std::min(config.min_token_budget, config.token_budget), num_forced);
   if (config.sparse_min_context == kAutomatic) {
     config.sparse_min_context = backend_->SparseMinContext(config.token_budget);
   }
@@ -365,7 +382,7 @@ std::vector<LayerSelection> Engine::ReadSelection(uint64_t sequence_id) const {
   for (size_t i = 0; i < last_sparse_rows_.size(); ++i) {
     const SparseRow& row = last_sparse_rows_[i];
     if (row.id != sequence_id || row.seq_len <= selection_->dense_len()) continue;
-    return selection_->Read(*backend_, static_cast<int64_t>(i), row.seq_len);
+    return selection_->Read(*backend_, static_cast<int64_t>(i));
   }
   return {};
 }

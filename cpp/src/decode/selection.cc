@@ -10,15 +10,16 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
       select_layers_(plan.select_layers()),
       num_kv_heads_(model.num_kv_heads),
       num_sets_(NumSets(config.granularity, model.num_q_heads, model.num_kv_heads)),
-      dense_len_(std::max(config.token_budget, config.sparse_min_context)),
+      dense_len_(std::max(config.top_p_mass < 1.0 ? config.min_token_budget : config.token_budget,
+                          config.sparse_min_context)),
       tensors_(backend, "selection scores and positions") {
   if (plan.is_dense()) return;
   int64_t b = config.max_batch_size;
   scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
   lse_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads});
-  num_selected_ = tensors_.Make(DType::kInt32, {b});
   for (size_t i = 0; i < select_layers_.size(); ++i) {
     token_idx_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_, config.token_budget}));
+    num_selected_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_}));
   }
 }
 
@@ -37,26 +38,31 @@ SelectTopKArgs Selection::TopKArgs(int64_t ordinal, const AttentionArgs& attenti
           .pooling = config_.pooling,
           .sink_tokens = config_.sink_tokens,
           .recent_tokens = config_.recent_tokens,
+          .top_p_mass = static_cast<float>(config_.top_p_mass),
+          .min_tokens = config_.min_token_budget,
           .token_idx = token_idx_[static_cast<size_t>(ordinal)].Rows(0, b),
-          .num_selected = num_selected_.Rows(0, b)};
+          .num_selected = num_selected_[static_cast<size_t>(ordinal)].Rows(0, b)};
 }
 
 AttentionSparseArgs Selection::SparseArgs(int64_t ordinal, const AttentionArgs& attention) const {
   int64_t b = attention.q.dim(0);
   return {.attention = attention,
           .token_idx = token_idx_[static_cast<size_t>(ordinal)].Rows(0, b),
-          .num_selected = num_selected_.Rows(0, b),
+          .num_selected = num_selected_[static_cast<size_t>(ordinal)].Rows(0, b),
+          .set_sizes = config_.top_p_mass < 1.0 ? SetSizes::kRagged : SetSizes::kEqual,
           // A row alone takes sparse steps only when it is longer.
           .dense_len = b == 1 ? 0 : dense_len_};
 }
 
-std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row, int64_t seq_len) const {
+std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row) const {
   std::vector<LayerSelection> chosen;
   int64_t budget = config_.token_budget;
-  int64_t num_selected = std::min(budget, seq_len);
   std::vector<int32_t> sets(static_cast<size_t>(num_sets_ * budget));
+  std::vector<int32_t> sizes(static_cast<size_t>(num_sets_));
   for (size_t i = 0; i < select_layers_.size(); ++i) {
     backend.Download(sets.data(), token_idx_[i].Rows(row, 1));
+    backend.Download(sizes.data(), num_selected_[i].Rows(row, 1));
+    int64_t num_selected = *std::max_element(sizes.begin(), sizes.end());
     LayerSelection layer{.layer = select_layers_[i],
                          .num_sets = num_sets_,
                          .num_selected = num_selected,

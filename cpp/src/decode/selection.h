@@ -25,8 +25,8 @@ class Selection {
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
 
-  // What every select layer chose for a row of the last sparse step, of `seq_len` tokens.
-  std::vector<LayerSelection> Read(Backend& backend, int64_t row, int64_t seq_len) const;
+  // What every select layer chose for a row of the last sparse step.
+  std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;
 
   int64_t bytes() const { return tensors_.bytes(); }
 
@@ -37,11 +37,11 @@ class Selection {
   int64_t num_sets_;
   int64_t dense_len_;
   DeviceTensors tensors_;
-  TensorView scores_;        // [max_batch_size, Hq, max_seq_len] float32
-  TensorView lse_;           // [max_batch_size, Hq] float32
-  TensorView num_selected_;  // [max_batch_size] int32
-  std::vector<TensorView>
-      token_idx_;  // one a select layer: [max_batch_size, num_sets, token_budget]
+  TensorView scores_;  // [max_batch_size, Hq, max_seq_len] float32
+  TensorView lse_;     // [max_batch_size, Hq] float32
+  // One a select layer.
+  std::vector<TensorView> token_idx_;     // [max_batch_size, num_sets, token_budget] int32
+  std::vector<TensorView> num_selected_;  // [max_batch_size, num_sets] int32
 };
 
 }  // namespace tidal

@@ -40,6 +40,15 @@ Units UnitsOf(const AttendRow& row, int64_t num_q_heads, int64_t num_kv_heads) {
   return {count, num_q_heads / count};
 }
 
+int64_t SetOf(const AttendRow& row, int64_t unit) {
+  return row.num_sets == 1 ? 0 : unit;
+}
+
+// Tokens that a unit of the row attends to.
+int64_t LengthOf(const AttendRow& row, int64_t unit) {
+  return row.token_idx == nullptr ? row.length : row.set_lengths[SetOf(row, unit)];
+}
+
 Totals PlanAttendRows(const AttendBatch& batch) {
   const int64_t num_kv_heads = batch.kv->k_pages.dim(1);
   const int64_t head_dim = batch.kv->k_pages.dim(3);
@@ -70,6 +79,8 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   const int64_t spans = NumSpans(row.length);
   const int64_t unit = (task - row.first_task) / spans;
   const int64_t span = (task - row.first_task) % spans;
+  const int64_t length = LengthOf(row, unit);
+  if (span * kSpanTokens >= length) return;  // only longer lists have one
   const int64_t head = unit * units.heads;
   const int64_t kv_head = head / (batch.num_q_heads / num_kv_heads);
   const int64_t head_bytes = kv_head * page_size * head_dim * DTypeBytes(kv.k_pages.dtype);
@@ -87,13 +98,10 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.page_stride = num_kv_heads * page_size * head_dim;
   args.page_size = page_size;
   args.page_table = kv.page_table.data<int32_t>() + row.row * kv.page_table.dim(1);
-  if (row.token_idx != nullptr) {
-    int64_t set = row.num_sets == 1 ? 0 : unit;
-    args.token_idx = row.token_idx + set * row.set_stride;
-  }
+  if (row.token_idx != nullptr) args.token_idx = row.token_idx + SetOf(row, unit) * row.set_stride;
   args.begin = span * kSpanTokens;
-  args.end = std::min(row.length, args.begin + kSpanTokens);
-  args.causal_len = row.length - row.num_tokens + 1;
+  args.end = std::min(length, args.begin + kSpanTokens);
+  args.causal_len = length - row.num_tokens + 1;
   if (row.scores != nullptr) {
     args.scores = row.scores + head * row.scores_stride;
     args.scores_stride = row.scores_stride;
@@ -117,7 +125,7 @@ void MergeQuery(const CpuContext& context, const AttendBatch& batch, const float
   MergeSpans args;
   args.partial = records + record * PartialStride(head_dim);
   args.stride = row.num_tokens * batch.num_q_heads * PartialStride(head_dim);
-  args.num_spans = NumSpans(row.length);
+  args.num_spans = NumSpans(LengthOf(row, unit));
   args.head_dim = head_dim;
   args.out = row.out + local * head_dim;
   args.lse = row.lse == nullptr ? nullptr : row.lse + head;

@@ -20,11 +20,12 @@ struct AttendRow {
   const float* q = nullptr;  // [num_tokens, Hq, D]
   float* out = nullptr;      // [num_tokens, Hq, D]
   int64_t num_tokens = 0;    // the last query sees `length` tokens, the one before it one less, ...
-  int64_t length = 0;        // tokens attended to
-  // Positions attended to, one list of `length` per set at token_idx + set * set_stride; absent:
-  // all. With lists num_tokens is 1.
+  int64_t length = 0;        // tokens attended to; with lists, of the longest
+  // Positions attended to, one list of set_lengths[set] per set at token_idx + set * set_stride;
+  // absent: all. With lists num_tokens is 1.
   const int32_t* token_idx = nullptr;
-  int64_t num_sets = 0;  // Hq, Hkv or 1
+  const int32_t* set_lengths = nullptr;  // [num_sets]
+  int64_t num_sets = 0;                  // Hq, Hkv or 1
   int64_t set_stride = 0;
   float* scores = nullptr;  // [Hq, scores_stride], or absent
   int64_t scores_stride = 0;

@@ -1,6 +1,8 @@
 // Decode attention: one query per row over all of its tokens (AttentionFull, AttentionSelect) or
 // over the chosen ones (AttentionSparse). All three are AttendRows; they differ in what a row is
 // told to attend to and to hand out.
+#include <algorithm>
+
 #include "backend/cpu/attend_rows.h"
 #include "backend/cpu/ops.h"
 
@@ -54,7 +56,8 @@ void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args) {
   for (int64_t b = 0; b < batch.num_rows; ++b) {
     AttendRow& row = batch.rows[b];
     if (row.length <= args.dense_len) continue;
-    row.length = args.num_selected.data<int32_t>()[b];
+    row.set_lengths = args.num_selected.data<int32_t>() + b * num_sets;
+    row.length = *std::max_element(row.set_lengths, row.set_lengths + num_sets);
     row.token_idx = args.token_idx.data<int32_t>() + b * num_sets * token_budget;
     row.num_sets = num_sets;
     row.set_stride = token_budget;

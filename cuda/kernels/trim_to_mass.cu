@@ -1,0 +1,231 @@
+// TrimToMass: a block per set searches its best positions, of which there are at most token_budget,
+// for the smallest number whose weights reach the target, and moves those to the front.
+//
+// The weights are summed as integers (core/mass.h), so the result does not depend on the order of
+// atomics; the search is the radix search of SelectTopK, with weights in place of counts.
+#include "kernels/trim_to_mass.h"
+
+#include <algorithm>
+
+#include "common/block_cluster.cuh"
+#include "common/check.h"
+#include "common/dependent_launch.cuh"
+#include "common/radix_select.cuh"
+#include "core/mass.h"
+#include "kernels/pooled_scores.cuh"
+
+namespace tidal {
+namespace {
+
+using Mass = unsigned long long;
+
+// Keys that are kept in shared memory; those beyond them are made anew each time.
+constexpr int64_t kMaxCachedKeys = 16384;
+
+struct TrimParams {
+  const float* scores;      // [B, num_q_heads, max_len]
+  const float* lse;         // [B, num_q_heads]
+  const int32_t* seq_lens;  // [B]
+  int32_t* token_idx;       // [B, num_sets, token_budget]
+  int32_t* num_selected;    // [B, num_sets]
+  Mass target;              // of a set
+  int64_t max_len;
+  int heads_per_set;
+  int token_budget;
+  int sink_tokens;
+  int recent_tokens;
+  int min_tokens;
+  int num_cached_keys;
+};
+
+struct TrimShared {
+  union {
+    RadixShared<Mass> mass;
+    RadixShared<uint32_t> count;
+  };
+  Mass warp_sums[kMaxWarps];
+};
+
+// The best positions of a set, by place in its list.
+template <KeySource kSource>
+class BestPositions {
+ public:
+  __device__ BestPositions(const SetScores& scores, const int32_t* token_idx, uint32_t* cached_keys,
+                           int num_cached)
+      : scores_(scores),
+        token_idx_(token_idx),
+        cached_keys_(cached_keys),
+        num_cached_(num_cached),
+        log2_lse_(Log2Lse(scores.lse[0])) {}
+
+  // Before Key, by all threads of the block.
+  __device__ void CacheKeys(int count) const {
+    for (int i = threadIdx.x; i < min(count, num_cached_); i += kRadixThreads) {
+      cached_keys_[i] = MakeKey(i);
+    }
+    __syncthreads();
+  }
+  __device__ uint32_t Key(int i) const { return i < num_cached_ ? cached_keys_[i] : MakeKey(i); }
+
+  __device__ Mass MassOf(uint32_t key) const {
+    if (key == 0) return 0;  // NaN
+    float value = KeyToFloat(key);
+    return ToMass(kSource == KeySource::kRawScores ? Weight(value, log2_lse_) : value);
+  }
+
+ private:
+  __device__ uint32_t MakeKey(int i) const {
+    return OrderedKey(PoolHeads<kSource, 1>(scores_, token_idx_[i]).elements[0]);
+  }
+
+  SetScores scores_;
+  const int32_t* token_idx_;
+  uint32_t* cached_keys_;
+  int num_cached_;
+  float log2_lse_;  // of the only head, with raw scores
+};
+
+// Which of the places [begin, end) are kept: keys above `key`, and the first num_ties at it.
+struct Cut {
+  uint32_t key;
+  Mass num_ties;
+};
+
+// The cut that keeps `count` places.
+template <KeySource kSource>
+__device__ Cut CutAtCount(TrimShared& shared, const BestPositions<kSource>& best, int begin,
+                          int end, uint32_t count) {
+  auto visit = [&](auto&& add) {
+    for (int i = begin + threadIdx.x; i < end; i += kRadixThreads) add(best.Key(i), 1u);
+  };
+  auto threshold = FindThreshold(BlockCluster(), shared.count, count, visit, visit);
+  return {threshold.key, count - threshold.above};
+}
+
+// The cut that keeps as few places as reach `target`, if all do, and at least `least`.
+template <KeySource kSource>
+__device__ Cut CutAtMass(TrimShared& shared, const BestPositions<kSource>& best, int begin, int end,
+                         Mass target, int least) {
+  Cut cut = {~0u, 0};  // nothing
+  Mass num_kept = 0;
+  if (target > 0) {
+    auto visit = [&](auto&& add) {
+      for (int i = begin + threadIdx.x; i < end; i += kRadixThreads) {
+        uint32_t key = best.Key(i);
+        add(key, best.MassOf(key));
+      }
+    };
+    auto threshold = FindThreshold(BlockCluster(), shared.mass, target, visit, visit);
+    Mass each = best.MassOf(threshold.key);  // > 0: the threshold's bin has mass
+    cut = {threshold.key, (target - threshold.above + each - 1) / each};
+    Mass num_above = 0;
+    for (int i = begin + threadIdx.x; i < end; i += kRadixThreads) {
+      num_above += best.Key(i) > cut.key;
+    }
+    num_kept = BlockScan(num_above, shared.warp_sums).total + cut.num_ties;
+  }
+  if (num_kept >= static_cast<Mass>(least)) return cut;
+  __syncthreads();  // `shared` is free again
+  return CutAtCount(shared, best, begin, end, static_cast<uint32_t>(least));
+}
+
+// Moves what the cut keeps of the places [begin, end), and all places up to `count`, to the front;
+// fills up with -1. Returns how many places are kept in all.
+template <KeySource kSource>
+__device__ int KeepInPlace(TrimShared& shared, const BestPositions<kSource>& best, const Cut& cut,
+                           int begin, int end, int count, int32_t* token_idx) {
+  // Counts of the places before: kept for sure in the upper half, ties in the lower.
+  Mass done = 0;
+  auto num_kept = [&](Mass before) {
+    return begin + static_cast<int>((before >> 32) + min(before & 0xffffffffu, cut.num_ties));
+  };
+  for (int first = begin; first < count; first += kRadixThreads) {
+    int i = first + static_cast<int>(threadIdx.x);
+    int32_t position = i < count ? token_idx[i] : -1;
+    uint32_t key = i < end ? best.Key(i) : 0;
+    bool is_kept = i < count && (i >= end || key > cut.key);
+    bool is_tie = i < end && key == cut.key;
+    // Its barriers come after the reads of all threads, and places only move to the front.
+    auto scan = BlockScan(Mass{is_kept} << 32 | Mass{is_tie}, shared.warp_sums);
+    Mass before = done + scan.before;
+    if (is_kept || (is_tie && (before & 0xffffffffu) < cut.num_ties)) {
+      token_idx[num_kept(before)] = position;
+    }
+    done += scan.total;
+  }
+  int total = num_kept(done);
+  for (int i = total + static_cast<int>(threadIdx.x); i < count; i += kRadixThreads) {
+    token_idx[i] = -1;
+  }
+  return total;
+}
+
+// grid (num_sets, B). Dynamic shared memory: num_cached_keys keys.
+template <KeySource kSource>
+__global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimParams p) {
+  extern __shared__ uint4 dynamic_shared[];
+  __shared__ TrimShared shared;
+  WaitForPreviousKernel();
+  LetNextKernelStart();
+  int row = static_cast<int>(blockIdx.y);
+  int64_t set = static_cast<int64_t>(row) * gridDim.x + blockIdx.x;
+  int num_tokens = p.seq_lens[row];
+  int count = min(num_tokens, p.token_budget);
+  if (count <= p.min_tokens) return;
+  int32_t* token_idx = p.token_idx + set * p.token_budget;
+  SetScores scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
+                      .lse = p.lse + set * p.heads_per_set,
+                      .max_len = p.max_len,
+                      .num_heads = p.heads_per_set};
+  BestPositions<kSource> best(scores, token_idx, reinterpret_cast<uint32_t*>(dynamic_shared),
+                              p.num_cached_keys);
+  best.CacheKeys(count);
+  int begin = p.sink_tokens, end = count - p.recent_tokens;
+  Mass forced = 0, others = 0;
+  for (int i = threadIdx.x; i < count; i += kRadixThreads) {
+    (i < begin || i >= end ? forced : others) += best.MassOf(best.Key(i));
+  }
+  forced = BlockScan(forced, shared.warp_sums).total;
+  others = BlockScan(others, shared.warp_sums).total;
+  Mass target = p.target - min(p.target, forced);
+  if (others < target) return;  // all of them do not reach it
+  int least = max(p.min_tokens - p.sink_tokens - p.recent_tokens, 0);
+  __syncthreads();
+  Cut cut = CutAtMass(shared, best, begin, end, target, least);
+  int num_kept = KeepInPlace(shared, best, cut, begin, end, count, token_idx);
+  if (threadIdx.x == 0) p.num_selected[set] = num_kept;
+}
+
+}  // namespace
+
+void LaunchTrimToMass(const SelectTopKArgs& args, cudaStream_t stream) {
+  int64_t batch_size = args.token_idx.dim(0), num_sets = args.token_idx.dim(1);
+  int64_t token_budget = args.token_idx.dim(2);
+  TrimParams p = {};
+  p.scores = args.scores.data<float>();
+  p.lse = args.lse.data<float>();
+  p.seq_lens = args.seq_lens.data<int32_t>();
+  p.token_idx = args.token_idx.data<int32_t>();
+  p.num_selected = args.num_selected.data<int32_t>();
+  p.max_len = args.scores.dim(2);
+  p.heads_per_set = static_cast<int>(args.scores.dim(1) / num_sets);
+  p.target = TargetMass(args.top_p_mass, p.heads_per_set);
+  p.token_budget = static_cast<int>(token_budget);
+  p.sink_tokens = static_cast<int>(args.sink_tokens);
+  p.recent_tokens = static_cast<int>(args.recent_tokens);
+  p.min_tokens = static_cast<int>(args.min_tokens);
+  p.num_cached_keys = static_cast<int>(std::min(token_budget, kMaxCachedKeys));
+  auto kernel = args.granularity == Granularity::kHead
+                    ? TrimToMassKernel<KeySource::kRawScores>
+                    : TrimToMassKernel<KeySource::kSumOfWeights>;
+  size_t shared_bytes = static_cast<size_t>(p.num_cached_keys) * sizeof(uint32_t);
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  LaunchOverlapped("trim_to_mass", kernel,
+                   {.grid = dim3(static_cast<unsigned>(num_sets), static_cast<unsigned>(batch_size)),
+                    .block = dim3(kRadixThreads),
+                    .shared_bytes = shared_bytes},
+                   stream, p);
+}
+
+}  // namespace tidal
