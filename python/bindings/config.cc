@@ -100,11 +100,17 @@ void RegisterModelConfig(py::module_& module) {
 }
 
 void RegisterDecodeConfig(py::module_& module) {
+  module.attr("AUTOMATIC") = kAutomatic;
+  module.attr("AUTOMATIC_BUDGET") = kAutomaticBudget;
+  module.attr("AUTOMATIC_MASS") = kAutomaticMass;
+  module.attr("AUTOMATIC_MIN_BUDGET") = kAutomaticMinBudget;
   py::class_<DecodeConfig> config(module, "DecodeConfig");
   config.def(py::init<>())
       .def_readwrite("select_layers", &DecodeConfig::select_layers)
       .def_readwrite("full_layers", &DecodeConfig::full_layers)
       .def_readwrite("token_budget", &DecodeConfig::token_budget)
+      .def_readwrite("top_p_mass", &DecodeConfig::top_p_mass)
+      .def_readwrite("min_token_budget", &DecodeConfig::min_token_budget)
       .def_readwrite("sink_tokens", &DecodeConfig::sink_tokens)
       .def_readwrite("recent_tokens", &DecodeConfig::recent_tokens)
       .def_readwrite("sparse_min_context", &DecodeConfig::sparse_min_context)

@@ -41,6 +41,12 @@ class ModelConfig:
     rope: RopeConfig
     def __init__(self) -> None: ...
 
+AUTOMATIC: int  # a token_budget or sparse_min_context that the engine chooses
+# What an automatic token_budget means.
+AUTOMATIC_BUDGET: int
+AUTOMATIC_MASS: float
+AUTOMATIC_MIN_BUDGET: int
+
 class DecodeConfig:
     device: str
     dtype: str
@@ -48,6 +54,8 @@ class DecodeConfig:
     select_layers: list[int]
     full_layers: int
     token_budget: int
+    top_p_mass: float
+    min_token_budget: int
     granularity: str
     pooling: str
     sink_tokens: int

@@ -86,6 +86,8 @@ def generate(
     kv_dtype: opt.KvDType = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
+    top_p_mass: opt.TopPMass = None,
+    min_token_budget: opt.MinTokenBudget = None,
     select_layers: opt.SelectLayers = None,
     full_layers: opt.FullLayers = None,
     granularity: opt.Granularity = None,
@@ -156,6 +158,8 @@ def demo(
     dtype: opt.DType = "auto",
     select_layers: opt.SelectLayers = None,
     token_budget: opt.TokenBudget = None,
+    top_p_mass: opt.TopPMass = None,
+    min_token_budget: opt.MinTokenBudget = None,
     num_threads: opt.NumThreads = None,
     seed: Annotated[
         int | None, typer.Option(help="Of text and key; new ones each time if not given.")

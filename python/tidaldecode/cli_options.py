@@ -29,6 +29,7 @@ def _engine_option(help_text: str, field: str = "") -> Any:
             "num_pages",
             "prefill_chunk",
             "num_threads",
+            "min_token_budget",
         )
         default = "automatic" if is_auto else value
         help_text += f" [dim]\\[default: {default}][/dim]"
@@ -49,7 +50,22 @@ Attention = Annotated[
     str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
 ]
 TokenBudget = Annotated[
-    int | None, _engine_option("Positions a sparse layer attends to.", "token_budget")
+    str | None,
+    _engine_option(
+        "Positions a sparse layer attends to, or auto: as many as --top-p-mass asks for.",
+        "token_budget",
+    ),
+]
+TopPMass = Annotated[
+    float | None,
+    _engine_option(
+        "Below 1, sets keep as few of these positions as hold this share of the softmax.",
+        "top_p_mass",
+    ),
+]
+MinTokenBudget = Annotated[
+    int | None,
+    _engine_option("Positions a set keeps whatever its mass.", "min_token_budget"),
 ]
 SelectLayers = Annotated[str | None, _engine_option("Layers that choose positions, as 2,13.")]
 FullLayers = Annotated[int | None, _engine_option("Dense layers in front.", "full_layers")]
@@ -126,7 +142,18 @@ def engine_options(values: dict[str, Any]) -> dict[str, Any]:
     options = {k: v for k, v in values.items() if k in _ENGINE_FIELDS and v is not None}
     if "select_layers" in options:
         options["select_layers"] = parse_layers(options["select_layers"])
+    if options.get("token_budget", "auto") != "auto":
+        options["token_budget"] = _parse_budget(options["token_budget"])
     return options
+
+
+def _parse_budget(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"token-budget: got {show(text)}, expected a number of positions or auto"
+        ) from None
 
 
 def sampling_options(values: dict[str, Any]) -> dict[str, Any]:

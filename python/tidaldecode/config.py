@@ -25,6 +25,8 @@ VERIFY_WORDS = ("greedy", "sample")  # beside True and False
 PLAN_SETTINGS = (
     "full_layers",
     "token_budget",
+    "top_p_mass",
+    "min_token_budget",
     "granularity",
     "pooling",
     "sink_tokens",
@@ -43,6 +45,7 @@ _CHOICES = {
 _INT32_MAX = 2**31 - 1
 _INT_RANGES = {
     "token_budget": (1, _INT32_MAX),
+    "min_token_budget": (1, _INT32_MAX),
     "full_layers": (1, _INT32_MAX),
     "sink_tokens": (0, _INT32_MAX),
     "recent_tokens": (1, _INT32_MAX),
@@ -73,7 +76,12 @@ class DecodeConfig:
             means nothing. Prompts of token ids then need no tokenizer either.
         attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers are
             given or there is a plan for this model, else dense.
-        token_budget: positions a sparse layer attends to, per set, >= 1.
+        token_budget: positions a sparse layer attends to, per set, >= 1. "auto" is an adaptive
+            budget: as many as top_p_mass asks for, 0.98 if it is not given, up to 4096.
+        top_p_mass: below 1, an adaptive budget: of its token_budget best positions a set keeps as
+            few as hold this share of the softmax of its heads, in (0, 1]. Needs pooling "sum".
+        min_token_budget: positions a set keeps whatever its mass; None is 64, or token_budget if
+            that is less.
         select_layers: layers that choose positions, strictly ascending.
         full_layers: dense layers in front of them, >= 1.
         granularity: which heads share a set: "kv_head", "head" (the paper) or "layer".
@@ -108,7 +116,9 @@ class DecodeConfig:
     kv_dtype: str = "auto"
     load_format: str = "auto"
     attention: str = "auto"
-    token_budget: int | None = None
+    token_budget: int | str | None = None
+    top_p_mass: float | None = None
+    min_token_budget: int | None = None
     select_layers: tuple[int, ...] | None = None
     full_layers: int | None = None
     granularity: str | None = None
@@ -137,7 +147,7 @@ class DecodeConfig:
         for name in ("sparse_min_context", "draft_tokens"):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, None)
-        for name in (*_INT_RANGES, "granularity", "pooling"):
+        for name in (*_INT_RANGES, "top_p_mass", "granularity", "pooling"):
             if getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
@@ -162,6 +172,13 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
         if not isinstance(value, str) or value not in _CHOICES[name]:
             expected = ", ".join(repr(choice) for choice in _CHOICES[name])
             raise ConfigError(f"{prefix}: got {show(value)}, expected one of {expected}")
+        return
+    if name == "token_budget" and value == "auto":
+        return
+    if name == "top_p_mass":
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= 1:
+            raise ConfigError(f"{prefix}: got {show(value)}, expected a number in (0, 1]")
         return
     low, high = _INT_RANGES[name]
     is_int = isinstance(value, int) and not isinstance(value, bool)

@@ -75,7 +75,9 @@ class Decoder:
         kv_dtype: str = "auto",
         load_format: str = "auto",
         attention: str = "auto",
-        token_budget: int | None = None,
+        token_budget: int | str | None = None,
+        top_p_mass: float | None = None,
+        min_token_budget: int | None = None,
         select_layers: Sequence[int] | None = None,
         full_layers: int | None = None,
         granularity: str | None = None,
@@ -274,7 +276,8 @@ class Decoder:
             sequence: index into the prompts of the last call (of its last wave).
 
         Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
-            of KV heads, query heads or 1, by granularity. Empty if there was no sparse step.
+            of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
+            (an adaptive budget) end in -1. Empty if there was no sparse step.
         """
         return self._open_core().selection(sequence)
 

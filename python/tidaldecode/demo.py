@@ -66,13 +66,16 @@ def rows_read_per_step(decoder: Decoder, seq_len: int) -> int:
     """KV rows a decode step reads per KV head, summed over the layers.
 
     Full and select layers read the whole cache. A sparse layer reads its set; with granularity
-    "head" the query heads of a group have sets of their own, at most group_size times as much.
+    "head" the query heads of a group have sets of their own, at most group_size times as much, and
+    with an adaptive budget a set is at most the budget.
     """
     config = decoder.config
+    assert not isinstance(config.token_budget, str)  # in use it is a number
     budget = config.token_budget or seq_len
+    always_taken = config.min_token_budget if (config.top_p_mass or 1) < 1 else budget
     if config.granularity == "head":
         budget *= decoder.model.group_size
-    is_dense_step = seq_len <= max(config.token_budget or 0, config.sparse_min_context or 0)
+    is_dense_step = seq_len <= max(always_taken or 0, config.sparse_min_context or 0)
     per_sparse_layer = seq_len if is_dense_step else min(budget, seq_len)
     return sum(per_sparse_layer if kind == "s" else seq_len for kind in decoder.plan)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.config import DecodeConfig
@@ -55,11 +56,11 @@ def core_config(
         config.select_layers = list(plan.select_layers)
         config.full_layers = min(config.full_layers, plan.select_layers[0])
         for name, value in plan.settings.items():
-            setattr(config, name, value)
+            _set(config, name, value)
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name not in _TRANSLATED and value is not None:
-            setattr(config, field.name, value)
+            _set(config, field.name, value)
     config.device = resolve_device(settings.device)
     on_cpu = config.device == "cpu"
     dtype, kv_dtype = settings.dtype, settings.kv_dtype
@@ -70,6 +71,10 @@ def core_config(
     config.dtype, config.kv_dtype = dtype, kv_dtype
     config.verify = bool(settings.verify)
     return config
+
+
+def _set(config: _core.DecodeConfig, name: str, value: Any) -> None:
+    setattr(config, name, _core.AUTOMATIC if value == "auto" else value)
 
 
 def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:

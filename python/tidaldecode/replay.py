@@ -26,8 +26,8 @@ class Replay:
     """Prompts that have been read, for steps of any plan. Close it to free its pages.
 
     Every method takes the options of Decoder that make a plan: attention, select_layers,
-    full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
-    sparse_min_context.
+    full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling, sink_tokens,
+    recent_tokens and sparse_min_context.
     """
 
     def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:

@@ -26,6 +26,8 @@ class TidalSettings:
     sink_tokens: int = 1
     recent_tokens: int = 1
     sparse_min_context: int = 0
+    top_p_mass: float = 1.0
+    min_token_budget: int | None = None  # with top_p_mass
 
 
 @dataclass
@@ -66,7 +68,7 @@ def choose_positions(scores: np.ndarray, num_kv_heads: int, settings: TidalSetti
         scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions.
 
     Returns:
-        [num_sets, min(token_budget, n)] positions, ascending.
+        [num_sets, size of the largest] positions, ascending; -1 past the end of a smaller set.
     """
     num_q_heads, n = scores.shape
     pool = {"sum": np.sum, "max": np.max}[settings.pooling]
@@ -78,14 +80,23 @@ def choose_positions(scores: np.ndarray, num_kv_heads: int, settings: TidalSetti
     else:
         ranked = pool(softmax(scores), axis=0, keepdims=True)
     budget = min(settings.token_budget, n)
+    num_sets = len(ranked)
+    mass = softmax(scores).reshape(num_sets, -1, n).sum(axis=1)
+    target = settings.top_p_mass * num_q_heads / num_sets
     chosen = np.zeros(ranked.shape, bool)
     chosen[:, : settings.sink_tokens] = True
     chosen[:, n - settings.recent_tokens :] = True
-    for row, values in zip(chosen, ranked, strict=True):
+    for row, values, weights in zip(chosen, ranked, mass, strict=True):
         order = np.argsort(-values, kind="stable")  # stable: the lower of two equals comes first
-        others = [position for position in order if not row[position]]
-        row[others[: budget - int(row.sum())]] = True
-    return np.stack([np.flatnonzero(row) for row in chosen])
+        for position in order:
+            enough = weights[row].sum() >= target and settings.top_p_mass < 1.0
+            if row.sum() == budget or (enough and row.sum() >= settings.min_token_budget):
+                break
+            row[position] = True
+    sets = np.full((num_sets, chosen.sum(axis=1).max()), -1)
+    for positions, row in zip(sets, chosen, strict=True):
+        positions[: row.sum()] = np.flatnonzero(row)
+    return sets
 
 
 class ReferenceLlama:
@@ -191,7 +202,9 @@ class ReferenceLlama:
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Appends one token. Returns its logits [vocab_size] and what each select layer chose."""
         n = len(caches[0].k) + 1
-        dense = n <= max(settings.token_budget, settings.sparse_min_context)
+        is_adaptive = settings.top_p_mass < 1.0
+        always_taken = settings.min_token_budget if is_adaptive else settings.token_budget
+        dense = n <= max(always_taken, settings.sparse_min_context)
         letters = plan_letters(self.num_layers, TidalSettings() if dense else settings)
         x = self.weights["model.embed_tokens.weight"][[token_id]]
         selection: dict[int, np.ndarray] = {}

@@ -48,6 +48,13 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"token_budget": float("nan")}, "token_budget: got nan"),
         ({"token_budget": True}, "token_budget: got True"),
         ({"token_budget": 2**31}, "token_budget: got 2147483648"),
+        ({"token_budget": "all"}, "token_budget: got 'all'"),
+        ({"top_p_mass": 0}, r"top_p_mass: got 0, expected a number in \(0, 1\]"),
+        ({"top_p_mass": 1.01}, "top_p_mass: got 1.01"),
+        ({"top_p_mass": float("nan")}, "top_p_mass: got nan"),
+        ({"top_p_mass": True}, "top_p_mass: got True"),
+        ({"top_p_mass": "0.9"}, "top_p_mass: got '0.9'"),
+        ({"min_token_budget": 0}, "min_token_budget: got 0"),
         ({"select_layers": ()}, r"select_layers: got \(\)"),
         ({"select_layers": (5, 2)}, "strictly ascending"),
         ({"select_layers": (2, 2)}, "strictly ascending"),
@@ -81,6 +88,16 @@ def test_sparse_min_context_is_automatic_unless_given(planned: Path):
         assert config.sparse_min_context == config.token_budget
     config = Decoder(planned, device="cpu", sparse_min_context=0).config
     assert config.sparse_min_context == 0
+
+
+def test_an_automatic_budget_is_a_mass_with_floor_and_cap(folder: Path):
+    plan = {"device": "cpu", "select_layers": (2,), "max_seq_len": 8192}
+    config = Decoder(folder, token_budget="auto", **plan).config
+    assert (config.token_budget, config.top_p_mass, config.min_token_budget) == (4096, 0.98, 64)
+    config = Decoder(folder, token_budget="auto", top_p_mass=0.5, min_token_budget=7, **plan).config
+    assert (config.token_budget, config.top_p_mass, config.min_token_budget) == (4096, 0.5, 7)
+    config = Decoder(folder, token_budget=32, top_p_mass=0.9, **plan).config
+    assert (config.token_budget, config.top_p_mass, config.min_token_budget) == (32, 0.9, 32)
 
 
 def test_a_config_is_immutable_and_takes_lists_of_layers():

@@ -120,6 +120,20 @@ def test_a_budget_below_sinks_and_recent_tokens_is_refused(tmp_path: Path):
         Decoder(tmp_path, device="cpu", select_layers=(1,), token_budget=4, sink_tokens=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p_mass": 0.9, "pooling": "max"}, 'pooling: got "max" with an adaptive budget'),
+        ({"token_budget": "auto", "pooling": "max"}, 'pooling: got "max" with an adaptive budget'),
+        ({"token_budget": 8, "min_token_budget": 9}, "min_token_budget: got 9, expected at most"),
+    ],
+)
+def test_settings_of_an_adaptive_budget_that_do_not_fit(tmp_path: Path, options, expected):
+    write_checkpoint(tmp_path, TINY)
+    with pytest.raises(InvalidArgument, match=expected):
+        Decoder(tmp_path, device="cpu", select_layers=(1,), **options)
+
+
 def test_no_code_of_a_folder_runs(tmp_path: Path):
     write_checkpoint(tmp_path, TINY)
     (tmp_path / "evil.py").write_text("raise SystemExit('run')\n")

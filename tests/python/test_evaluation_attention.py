@@ -95,14 +95,16 @@ def test_quest_settings_are_read():
 
 
 @pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
-@pytest.mark.parametrize("pooling", ["sum", "max"])
-def test_sets_are_those_of_the_engine(tmp_path: Path, granularity: str, pooling: str):
+@pytest.mark.parametrize(("pooling", "top_p_mass"), [("sum", 1.0), ("max", 1.0), ("sum", 0.6)])
+def test_sets_are_those_of_the_engine(
+    tmp_path: Path, granularity: str, pooling: str, top_p_mass: float
+):
     """The first select layer stands behind dense layers, so its weights are the dense ones."""
     tiny = TinyModel(num_layers=3)
     folder = write_checkpoint(tmp_path, tiny)
     plan = {
         "token_budget": 20, "granularity": granularity, "pooling": pooling, "sink_tokens": 2,
-        "recent_tokens": 3,
+        "recent_tokens": 3, "top_p_mass": top_p_mass, "min_token_budget": 8,
     }  # fmt: skip
     decoder = Decoder(folder, select_layers=(1,), sparse_min_context=0, **plan, **CPU)
     ids = random_prompt(tiny, 80)
@@ -119,7 +121,8 @@ def test_sets_are_those_of_the_engine(tmp_path: Path, granularity: str, pooling:
     chosen = chosen_positions(seen[1], model.config.num_kv_heads, plan)
     sets = decoder.selection()[1]
     for head, row in enumerate(chosen):
-        assert np.array_equal(np.flatnonzero(row), sets[head * len(sets) // len(chosen)])
+        positions = sets[head * len(sets) // len(chosen)]
+        assert np.array_equal(np.flatnonzero(row), positions[positions >= 0])
 
 
 def test_mass_and_overlap_of_a_plan(tmp_path: Path):

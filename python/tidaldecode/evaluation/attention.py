@@ -23,6 +23,16 @@ from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import choose_plan, plan_letters
 
 _STEPS = 4  # of the dense answer: where what was asked for is looked up
+# Settings that make a set.
+_SET_FIELDS = (
+    "token_budget",
+    "top_p_mass",
+    "min_token_budget",
+    "granularity",
+    "pooling",
+    "sink_tokens",
+    "recent_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +100,14 @@ def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
     if plan is None:
         return None
     defaults = _core.DecodeConfig()
-    names = ("token_budget", "granularity", "pooling", "sink_tokens", "recent_tokens")
-    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in names}
+    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in _SET_FIELDS}
+    if values["token_budget"] == "auto":
+        values["token_budget"] = _core.AUTOMATIC_BUDGET
+        if values["top_p_mass"] == 1:
+            values["top_p_mass"] = _core.AUTOMATIC_MASS
+    values["min_token_budget"] = min(
+        values["min_token_budget"] or _core.AUTOMATIC_MIN_BUDGET, values["token_budget"]
+    )
     return values | {"letters": plan_letters(folder.model.num_layers, plan.select_layers)}
 
 
@@ -130,7 +146,7 @@ def chosen_positions(weights: np.ndarray, num_kv_heads: int, plan: dict[str, Any
     Args:
         weights: [num_q_heads, n], dense attention of a select layer.
         num_kv_heads: of the model.
-        plan: token_budget, granularity, pooling, sink_tokens, recent_tokens.
+        plan: the settings of _SET_FIELDS.
     """
     num_q_heads, n = weights.shape
     num_sets = {"head": num_q_heads, "kv_head": num_kv_heads, "layer": 1}[plan["granularity"]]
@@ -138,9 +154,14 @@ def chosen_positions(weights: np.ndarray, num_kv_heads: int, plan: dict[str, Any
     ranked = grouped.max(axis=1) if plan["pooling"] == "max" else grouped.sum(axis=1)
     ranked[:, : plan["sink_tokens"]] = np.inf
     ranked[:, n - plan["recent_tokens"] :] = np.inf
-    best = np.argsort(-ranked, axis=1, kind="stable")[:, : plan["token_budget"]]
+    best = np.argsort(-ranked, axis=1, kind="stable")
+    sizes = np.full(num_sets, plan["token_budget"])
+    if plan["top_p_mass"] < 1:
+        mass = np.take_along_axis(grouped.sum(axis=1), best, axis=1).cumsum(axis=1)
+        reached = 1 + (mass < plan["top_p_mass"] * grouped.shape[1]).sum(axis=1)
+        sizes = np.clip(reached, plan["min_token_budget"], plan["token_budget"])
     chosen = np.zeros(ranked.shape, bool)
-    np.put_along_axis(chosen, best, True, axis=1)
+    np.put_along_axis(chosen, best, np.arange(n) < sizes[:, None], axis=1)
     return np.repeat(chosen, num_q_heads // num_sets, axis=0)
 
 

@@ -15,6 +15,7 @@ from tidaldecode.errors import InvalidArgument, show
 
 DENSE = "dense"
 _TEXT_FIELDS = ("granularity", "pooling")
+_FLOAT_FIELDS = ("top_p_mass",)
 _FIELDS = ("select_layers", *PLAN_SETTINGS)
 
 
@@ -96,7 +97,8 @@ def _read_value(name: str, value: str) -> Any:
         return parse_layers(value)
     if name in _TEXT_FIELDS or value == "auto":
         return value
+    kind, expected = (float, "a number") if name in _FLOAT_FIELDS else (int, "an integer")
     try:
-        return int(value)
+        return kind(value)
     except ValueError:
-        raise InvalidArgument(f"tidal: {name}: got {show(value)}, expected an integer") from None
+        raise InvalidArgument(f"tidal: {name}: got {show(value)}, expected {expected}") from None
