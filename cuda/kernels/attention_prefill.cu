@@ -2,11 +2,16 @@
 #include "kernels/attention_prefill.h"
 
 #include "common/attention_dispatch.h"
+#include "kernels/attention_prefill_hopper.h"
 #include "kernels/attention_run.h"
 
 namespace tidal {
 
 void LaunchAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) {
+  if (FitsAttentionPrefillHopper(args)) {
+    LaunchAttentionPrefillHopper(args, stream);
+    return;
+  }
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
     RunAttentionPrefill<T, head_dim()>(args, stream);

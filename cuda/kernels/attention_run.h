@@ -33,4 +33,8 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
 template <typename T, int kHeadDim>
 void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream);
 
+// Defined in attention_prefill_hopper.cuh.
+template <typename T, int kHeadDim>
+void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream);
+
 }  // namespace tidal

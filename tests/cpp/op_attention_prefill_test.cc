@@ -26,6 +26,8 @@ const std::vector<Chunk>& Chunks() {
       {"one long chunk", {611}, {251}},
       {"a few queries over long rows", {3000, 1, 40, 0, 2500}, {5, 1, 32, 0, 17}},
       {"more than a few", {600, 50}, {33, 1}},
+      {"several tiles of queries, from the start and later", {385, 600, 257}, {385, 190, 129}},
+      {"whole tiles", {256, 384}, {256, 128}},
   };
   return *chunks;
 }
@@ -71,6 +73,28 @@ class OpAttentionPrefill : public AttentionTest {
     }
     return want;
   }
+
+  // Writes no row past the last, and reads nothing from there that matters.
+  void ExpectIdleTokens(const Chunk& chunk) {
+    Random random(4);
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const PagedKv kv = PutCache(sequences, shape().page_size);
+    Values q = RandomQ(random, chunk);
+    AttentionPrefillArgs args = Args(kv, chunk, q);
+    backend().AttentionPrefill(args);
+    Bytes want = GetBytes(args.out);
+    const size_t idle = static_cast<size_t>(7 * q_size());
+    want.resize(want.size() + idle * DTypeBytes(act()), 0xff);
+
+    q.resize(q.size() + idle, std::nan(""));
+    const Shape q_shape = {args.q.dim(0) + 7, shape().num_q_heads, shape().head_dim};
+    args.q = Put(q, act(), q_shape);
+    args.out = Output(act(), q_shape);
+    args.max_q_len += 8;
+    args.max_seq_len = 1000;
+    backend().AttentionPrefill(args);
+    EXPECT_TRUE(SameBits(GetBytes(args.out), want, DTypeBytes(act())));
+  }
 };
 
 TEST_P(OpAttentionPrefill, MatchesReference) {
@@ -91,7 +115,7 @@ TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
   const Chunk chunk = {"", {300, 77}, {129, 77}};
   const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
   const Values q = RandomQ(random, chunk);
-  Ints page_sizes = {8, 16, 64, 256};
+  Ints page_sizes = {8, 16, 32, 64, 128, 256};
   if (on().is_cpu()) page_sizes.insert(page_sizes.end(), {1, 7});
   Bytes first;
   for (int32_t page_size : page_sizes) {
@@ -123,25 +147,11 @@ TEST_P(OpAttentionPrefill, LastQueryEqualsDecodeToRounding) {
 
 // A recorded pass has room for more tokens than its rows may have, and bounds that fit any.
 TEST_P(OpAttentionPrefill, TokensPastTheLastRowAreIdle) {
-  Random random(4);
-  const Chunk chunk = {"", {300, 0, 77}, {5, 0, 9}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
-  const PagedKv kv = PutCache(sequences, shape().page_size);
-  Values q = RandomQ(random, chunk);
-  AttentionPrefillArgs args = Args(kv, chunk, q);
-  backend().AttentionPrefill(args);
-  Bytes want = GetBytes(args.out);
-  const size_t idle = static_cast<size_t>(7 * q_size());
-  want.resize(want.size() + idle * DTypeBytes(act()), 0xff);
-
-  q.resize(q.size() + idle, std::nan(""));
-  const Shape q_shape = {14 + 7, shape().num_q_heads, shape().head_dim};
-  args.q = Put(q, act(), q_shape);
-  args.out = Output(act(), q_shape);
-  args.max_q_len = 17;
-  args.max_seq_len = 1000;
-  backend().AttentionPrefill(args);
-  EXPECT_TRUE(SameBits(GetBytes(args.out), want, DTypeBytes(act())));
+  for (const Chunk& chunk : {Chunk{"a few queries", {300, 0, 77}, {5, 0, 9}},
+                             Chunk{"many", {300, 0, 77}, {135, 0, 77}}}) {
+    SCOPED_TRACE(chunk.name);
+    ExpectIdleTokens(chunk);
+  }
 }
 
 // So on the CPU a pass over drafts draws what decode steps would.
