@@ -98,7 +98,9 @@ def test_budgets(folder, reference, token_budget):
 
 
 @pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
-@pytest.mark.parametrize(("top_p_mass", "least", "most"), [(0.5, 4, 40), (0.9, 12, 30), (0.98, 6, 64)])
+@pytest.mark.parametrize(
+    ("top_p_mass", "least", "most"), [(0.5, 4, 40), (0.9, 12, 30), (0.98, 6, 64)]
+)
 def test_adaptive_budgets(folder, reference, granularity, top_p_mass, least, most):
     settings = TidalSettings(
         (1, 3), 1, most, granularity, sink_tokens=1, recent_tokens=2, top_p_mass=top_p_mass,
@@ -110,7 +112,8 @@ def test_adaptive_budgets(folder, reference, granularity, top_p_mass, least, mos
     for sets in decoder.selection().values():
         sizes = (sets >= 0).sum(axis=1)
         assert sizes.min() >= least and sizes.max() <= most
-        assert all((positions[:size] >= 0).all() for positions, size in zip(sets, sizes, strict=True))
+        for positions, size in zip(sets, sizes, strict=True):
+            assert (positions[:size] >= 0).all()
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64, 256])
