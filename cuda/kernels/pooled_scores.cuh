@@ -71,8 +71,7 @@ __device__ __forceinline__ Scores<kWidth> PoolHeads(const SetScores& set, int64_
         if (begin + j >= set.num_heads) break;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          pooled.elements[i] =
-              Pool<kSource>(pooled.elements[i], batch[j].elements[i], log2_lse[j]);
+          pooled.elements[i] = Pool<kSource>(pooled.elements[i], batch[j].elements[i], log2_lse[j]);
         }
       }
     }

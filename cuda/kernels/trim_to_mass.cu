@@ -215,17 +215,17 @@ void LaunchTrimToMass(const SelectTopKArgs& args, cudaStream_t stream) {
   p.recent_tokens = static_cast<int>(args.recent_tokens);
   p.min_tokens = static_cast<int>(args.min_tokens);
   p.num_cached_keys = static_cast<int>(std::min(token_budget, kMaxCachedKeys));
-  auto kernel = args.granularity == Granularity::kHead
-                    ? TrimToMassKernel<KeySource::kRawScores>
-                    : TrimToMassKernel<KeySource::kSumOfWeights>;
+  auto kernel = args.granularity == Granularity::kHead ? TrimToMassKernel<KeySource::kRawScores>
+                                                       : TrimToMassKernel<KeySource::kSumOfWeights>;
   size_t shared_bytes = static_cast<size_t>(p.num_cached_keys) * sizeof(uint32_t);
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
-  LaunchOverlapped("trim_to_mass", kernel,
-                   {.grid = dim3(static_cast<unsigned>(num_sets), static_cast<unsigned>(batch_size)),
-                    .block = dim3(kRadixThreads),
-                    .shared_bytes = shared_bytes},
-                   stream, p);
+  LaunchOverlapped(
+      "trim_to_mass", kernel,
+      {.grid = dim3(static_cast<unsigned>(num_sets), static_cast<unsigned>(batch_size)),
+       .block = dim3(kRadixThreads),
+       .shared_bytes = shared_bytes},
+      stream, p);
 }
 
 }  // namespace tidal
