@@ -1,0 +1,206 @@
+"""Time to first token of long prompts, beside transformers on the same shape.
+
+    python benchmarks/bench_prefill.py --output results.json      # Llama-3.1-8B's shape
+    python benchmarks/bench_prefill.py --shape tiny --device cpu --context 512 --peers none
+
+Random weights (`load_format="dummy"`) and random token ids, one prompt at a time: from the call of
+`generate(max_new_tokens=1)` to its token. Model FLOPs count the matrix products of every token, the
+output layer of the last one, and causal attention. Prints a table, writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import peer_transformers
+import tidaldecode
+from peers import one_line, version
+from provenance import command_line, commit, hardware_name, has_uncommitted_changes
+from shapes import SHAPES
+from tidaldecode.engine_config import resolve_device
+from tidaldecode.model_config import ModelConfig
+from tidaldecode.model_folder import read_model_folder
+
+H200_TFLOPS = 790.0  # bf16 matrix products, measured (benchmarks/README.md)
+CONTEXTS = (8192, 32768, 131072)
+PEERS = ("flash", "cudnn", "compiled")
+
+console = Console()
+if not console.is_terminal:
+    console.width = 120  # a log file has room for the table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shape", default="llama-3.1-8b", choices=list(SHAPES))
+    add("--context", type=int, action="append", help=f"repeatable; default: {CONTEXTS}")
+    add("--chunk", type=int, action="append", help="prefill_chunk; repeatable; default: automatic")
+    add("--page-size", type=int, help="tokens per KV page")
+    add("--device", default="auto")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--repeats", type=int, default=5, help="timed prompts per row, after one untimed")
+    add("--peers", action="append", choices=[*PEERS, "none"],
+        help="repeatable; default: all, on a GPU")  # fmt: skip
+    add("--output", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def model_tflop(model: ModelConfig, num_tokens: int) -> float:
+    """Of reading a prompt, in 10^12 operations."""
+    qkv = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
+    out = model.num_q_heads * model.head_dim
+    layer = model.hidden_size * (qkv + out + 3 * model.intermediate_size)
+    products = num_tokens * model.num_layers * layer + model.hidden_size * model.vocab_size
+    visible = num_tokens * (num_tokens + 1) // 2
+    attention = 2 * model.num_layers * model.num_q_heads * model.head_dim * visible
+    return 2 * (products + attention) / 1e12
+
+
+def prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(vocab_size) for _ in range(num_tokens)]
+
+
+def engine_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> Iterator[dict]:
+    """One row a chunk size and context."""
+    for chunk in args.chunk or [None]:
+        options = {"prefill_chunk": chunk, "page_size": args.page_size, "load_format": "dummy"}
+        with tidaldecode.Decoder(
+            folder, device=args.device, dtype=args.dtype, attention="full",
+            max_seq_len=max(contexts) + 1, max_batch_size=1, **options,
+        ) as decoder:  # fmt: skip
+            for context in contexts:
+                seconds = []
+                for repeat in range(args.repeats + 1):
+                    ids = prompt(context, decoder.model.vocab_size, repeat)
+                    result = decoder.generate(ids, max_new_tokens=1, temperature=0.0)
+                    seconds.append(result.timings.time_to_first_token_s)
+                yield {
+                    "runner": "tidaldecode",
+                    "context": context,
+                    "prefill_chunk": decoder.config.prefill_chunk,
+                    "page_size": decoder.config.page_size,
+                    "s": statistics.median(seconds[1:]),
+                    "median_of": args.repeats,
+                }
+
+
+def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> Iterator[dict]:
+    """transformers with each attention asked for; what fails becomes a line for people."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    backends = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "compiled": SDPBackend.FLASH_ATTENTION,
+    }
+    config = AutoConfig.from_pretrained(folder)
+    with torch.inference_mode():
+        with torch.device("cuda"):
+            dtype = getattr(torch, args.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for peer in args.peers or PEERS:
+            forward = torch.compile(model.forward) if peer == "compiled" else model.forward
+            for context in contexts:
+                row = {"runner": f"transformers, {peer}", "context": context}
+                try:
+                    with sdpa_kernel(backends[peer]):
+                        seconds = peer_seconds(forward, config.vocab_size, context, args.repeats)
+                except Exception as error:  # whatever a peer throws must not end the run
+                    yield {**row, "skipped": one_line(error)}
+                    continue
+                yield {**row, "s": statistics.median(seconds), "median_of": len(seconds)}
+    del model, forward
+    peer_transformers.free_memory("cuda")
+
+
+def peer_seconds(forward: Any, vocab_size: int, context: int, repeats: int) -> list[float]:
+    """As its generate() reads a prompt: one pass, logits of the last token, the token down."""
+    import torch
+
+    seconds = []
+    for repeat in range(repeats + 1):
+        ids = torch.tensor([prompt(context, vocab_size, repeat)], device="cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = forward(input_ids=ids, use_cache=True, logits_to_keep=1)
+        int(out.logits[0, -1].argmax())
+        seconds.append(time.perf_counter() - start)
+        del out
+    return seconds[1:]
+
+
+def with_rates(row: dict, model: ModelConfig, is_cuda: bool) -> dict:
+    """The row with what its time means."""
+    if "s" not in row:
+        return row
+    tflops = model_tflop(model, row["context"]) / row["s"]
+    rates = {"s": round(row["s"], 4), "tokens_per_s": round(row["context"] / row["s"])}
+    rates["tflops"] = round(tflops, 1)
+    if is_cuda:
+        rates["share_of_790"] = round(tflops / H200_TFLOPS, 3)
+    return row | rates
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title="Time to first token")
+    for name in ("prompt", "runner", "chunk", "s", "tokens/s", "TFLOP/s", "of 790"):
+        table.add_column(name, justify="left" if name == "runner" else "right")
+    for row in rows:
+        if "skipped" in row:
+            console.print(f"{row['runner']}, {row['context']} tokens: {row['skipped']}")
+            continue
+        share = f"{row['share_of_790']:.0%}" if "share_of_790" in row else ""
+        table.add_row(
+            f"{row['context']:,}", row["runner"], str(row.get("prefill_chunk", "")),
+            f"{row['s']:.3f}", f"{row['tokens_per_s']:,}", f"{row['tflops']:.0f}", share,
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    args = parse_arguments()
+    contexts = args.context or list(CONTEXTS)
+    with tempfile.TemporaryDirectory() as parent:
+        shape = SHAPES[args.shape].for_contexts(max(contexts) + 1)
+        folder = shape.write(Path(parent))
+        model = read_model_folder(folder, "dummy").model
+        device = resolve_device(args.device)
+        is_cuda = device != "cpu"
+        rows = [with_rates(row, model, is_cuda) for row in engine_rows(args, folder, contexts)]
+        if is_cuda and args.peers != ["none"]:
+            rows += [with_rates(row, model, True) for row in peer_rows(args, folder, contexts)]
+    show(rows)
+    if args.output:
+        report = {
+            "benchmark": "prefill",
+            "command": command_line(),
+            "commit": commit(),
+            "uncommitted_changes": has_uncommitted_changes(),
+            "date": datetime.date.today().isoformat(),
+            "device": hardware_name(device),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "shape": args.shape,
+            "dtype": args.dtype,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
