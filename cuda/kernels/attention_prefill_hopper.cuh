@@ -32,7 +32,7 @@ namespace tidal {
 inline constexpr int kPrefillGroups = 2;
 inline constexpr int kPrefillQueries = kPrefillGroups * kWarpgroupRows;  // of a block
 inline constexpr int kPrefillTokens = 128;                               // of a tile of K or V
-inline constexpr int kPrefillStages = 2;
+inline constexpr int kPrefillStages = 3;
 inline constexpr int kGroupsThreads = kPrefillGroups * kWarpgroupThreads;
 inline constexpr int kHopperThreads = kWarpgroupThreads + kGroupsThreads;
 // Registers a thread. 168 is what a block of 384 threads is launched with at most; what the copying
@@ -433,16 +433,16 @@ class PrefillGroup {
   float sum_[2] = {};  // of this thread's columns
 };
 
-// grid (num_q_heads, batch_size, query tiles), 3 warpgroups. Blocks start in the order of the grid,
-// x first: the last tiles of queries, which see the most tokens, come first, and heads that share K
-// and V run side by side.
+// grid (query tiles, num_q_heads, batch_size), 3 warpgroups. Blocks start in the order of the grid,
+// x first: those of a head together, so that its K and V stay in L2, and of a head the last tiles
+// of queries, which see the most tokens, first.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     AttentionPrefillHopperKernel(const __grid_constant__ PrefillMaps maps,
                                  const __grid_constant__ PrefillHopperParams<T> params) {
   extern __shared__ __align__(kPanelAlignment) unsigned char hopper_shared[];
   auto& shared = *reinterpret_cast<PrefillShared<T, kHeadDim>*>(hopper_shared);
-  int batch = blockIdx.y, first_query = (gridDim.z - 1 - blockIdx.z) * kPrefillQueries;
+  int batch = blockIdx.z, first_query = (gridDim.x - 1 - blockIdx.x) * kPrefillQueries;
   int q_start = __ldg(params.q_starts + batch);
   int q_len = __ldg(params.q_starts + batch + 1) - q_start;
   if (first_query >= q_len) return;
@@ -450,8 +450,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   int num_queries = min(kPrefillQueries, q_len - first_query);
   int first_position = __ldg(params.seq_lens + batch) - q_len + first_query;
   const PrefillHopperTask task = {.batch = batch,
-                                  .q_head = static_cast<int>(blockIdx.x),
-                                  .kv_head = static_cast<int>(blockIdx.x) / params.group_size,
+                                  .q_head = static_cast<int>(blockIdx.y),
+                                  .kv_head = static_cast<int>(blockIdx.y) / params.group_size,
                                   .first_row = q_start + first_query,
                                   .num_queries = num_queries,
                                   .first_position = first_position,
@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     ClaimRegisters<kComputeRegisters>();
     PrefillGroup<T, kHeadDim> group(shared, warpgroup - 1, first_position, params.sm_scale_log2);
     group.Attend(task.kv_end);
-    int64_t row_stride = int64_t{gridDim.x} * kHeadDim;
+    int64_t row_stride = int64_t{gridDim.y} * kHeadDim;
     T* out = params.out + task.first_row * row_stride + task.q_head * kHeadDim;
     group.Store(out, row_stride, num_queries);
   }
@@ -511,8 +511,8 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t st
   constexpr int kSharedBytes = sizeof(PrefillShared<T, kHeadDim>);
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  dim3 grid(static_cast<unsigned>(num_q_heads), static_cast<unsigned>(batch_size),
-            static_cast<unsigned>(num_tiles));
+  dim3 grid(static_cast<unsigned>(num_tiles), static_cast<unsigned>(num_q_heads),
+            static_cast<unsigned>(batch_size));
   kernel<<<grid, kHopperThreads, kSharedBytes, stream>>>(MakePrefillMaps<T, kHeadDim>(args),
                                                          params);
   TIDAL_LAUNCH_CHECK("attention_prefill");
