@@ -26,8 +26,9 @@ class Replay:
     """Prompts that have been read, for steps of any plan. Close it to free its pages.
 
     Every method takes the options of Decoder that make a plan: attention, select_layers,
-    full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
-    sparse_min_context.
+    full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens,
+    sparse_min_context and correction_interval. A prompt's keys and values are dense: a correction
+    rewrites those of what follows it.
     """
 
     def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:

@@ -91,8 +91,8 @@ class Generation {
 // Prompts that are read once and continued again and again from there, each time with a plan of its
 // own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
 // must be destroyed before its Decoder. Of a DecodeConfig passed here the fields of the plan count:
-// select_layers, full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens and
-// sparse_min_context.
+// select_layers, full_layers, token_budget, granularity, pooling, sink_tokens, recent_tokens,
+// sparse_min_context and correction_interval (the K and V of a prompt are dense, never rewritten).
 class Replay {
  public:
   ~Replay();
