@@ -27,7 +27,8 @@ class Replay:
 
     Every method takes the options of Decoder that make a plan: attention, select_layers,
     full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling, sink_tokens,
-    recent_tokens and sparse_min_context.
+    recent_tokens, sparse_min_context and correction_interval. A prompt's keys and values are dense:
+    a correction rewrites those of what follows it.
     """
 
     def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:

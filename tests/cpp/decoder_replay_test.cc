@@ -29,7 +29,13 @@ class Replays : public DecoderTest {
     pooled.granularity = Granularity::kLayer;
     pooled.pooling = Pooling::kMax;
     pooled.token_budget = 16;
-    return {Tidal(), Dense(), other, pooled, Tidal()};
+    return {Tidal(), Dense(), other, Corrected(), pooled, Tidal()};
+  }
+
+  DecodeConfig Corrected() const {
+    DecodeConfig config = Tidal();
+    config.correction_interval = 5;
+    return config;
   }
 
   const Prompts prompts_ = MakePrompts({150, 100, 130});
@@ -67,6 +73,24 @@ TEST_P(Replays, LogitsAreThoseOfADecoderOfThePlan) {
       }
     }
   }
+}
+
+// What a correction changes, and that the next continuation starts without it.
+TEST_P(Replays, CorrectTheCacheOfAPlanThatAsksForIt) {
+  const auto decoder = MakeUnrecorded(Dense());
+  const auto replay = decoder->StartReplay({prompts_[0]}, 20);
+  const Prompts continuation = MakePrompts({20}, 3);
+  const auto plain = replay->StepLogits(Tidal(), continuation)[0];
+  const auto corrected = replay->StepLogits(Corrected(), continuation)[0];
+  // Rows 1 to 5 are of steps before the first correction.
+  const auto same = 6 * model_.vocab_size;
+  EXPECT_TRUE(std::equal(plain.begin(), plain.begin() + same, corrected.begin()));
+  EXPECT_FALSE(std::equal(plain.begin() + same, plain.end(), corrected.begin() + same));
+  EXPECT_EQ(replay->StepLogits(Tidal(), continuation)[0], plain);
+  DecodeConfig bad = Tidal();
+  bad.correction_interval = -1;
+  EXPECT_TRUE(
+      Throws<InvalidArgument>([&] { replay->Greedy(bad, 4, {}); }, {"correction_interval"}));
 }
 
 TEST_P(Replays, StopAtStopTokens) {

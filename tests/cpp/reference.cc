@@ -285,13 +285,18 @@ uint32_t Philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   return counter[0];
 }
 
-Draw Sample(const SampleProblem& problem) {
+Values DrawScores(const SampleProblem& problem) {
   Values values = FilterLogits(problem);
   for (size_t id = 0; id < values.size() && problem.temperature > 0; ++id) {
     const uint32_t word = Philox(problem.seed, problem.position, static_cast<uint32_t>(id), 0, 0);
     const double uniform = ((word >> 9) + 0.5) / 8388608.0;
     values[id] += -std::log(-std::log(uniform));
   }
+  return values;
+}
+
+Draw Sample(const SampleProblem& problem) {
+  Values values = DrawScores(problem);
   const auto best = std::max_element(values.begin(), values.end());
   Draw draw{static_cast<int32_t>(best - values.begin()), 0.0};
   const double top = *best;

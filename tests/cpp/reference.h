@@ -103,13 +103,16 @@ Values FilterLogits(const SampleProblem& problem);
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for key `seed`, counter (c0, c1, c2, c3).
 uint32_t Philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3);
 
+// FilterLogits plus Gumbel noise, FilterLogits itself if temperature is 0: the highest is drawn.
+Values DrawScores(const SampleProblem& problem);
+
 struct Draw {
   int32_t token_id = 0;
   double margin =
       0.0;  // how far ahead of the runner-up; a tiny one may go the other way in float32
 };
 
-// Gumbel-max over FilterLogits; greedy if temperature is 0.
+// The highest of DrawScores.
 Draw Sample(const SampleProblem& problem);
 
 }  // namespace tidal::test::reference

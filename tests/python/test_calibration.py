@@ -126,6 +126,21 @@ def test_the_search_finds_what_is_planted():
     assert max(len(point.candidate.select_layers) for point in points) == 3
 
 
+def test_a_plan_that_its_answers_rule_out_is_not_scored():
+    """The same plans are found, whatever the bound leaves out."""
+
+    def best_at_each_cost(bound) -> tuple[int, set[tuple[int, float]]]:
+        search = Search(MODEL, planted, seq_len=1000, value_bytes=4, bound=bound)
+        points = search.run([64, 256], 3)
+        assert all(bound(point.candidate) <= point.scores.loss for point in points)
+        return len(points), {(p.bytes_per_step, p.scores.loss) for p in frontier(points)}
+
+    all_of_them, expected = best_at_each_cost(lambda candidate: 0.0)
+    some, same = best_at_each_cost(lambda candidate: 0.8 * planted(candidate).loss)
+    few, as_well = best_at_each_cost(lambda candidate: planted(candidate).loss)
+    assert few < some < all_of_them and expected == same == as_well
+
+
 def test_a_model_without_room_for_a_sparse_layer_is_refused():
     search = Search(replace(MODEL, num_layers=2), planted, seq_len=100, value_bytes=4)
     with pytest.raises(UnsupportedError, match="got a model of 2 layers, expected at least 3"):
@@ -172,9 +187,12 @@ def test_losses_are_those_of_decode_steps(tokenizer: Tokenizer, tmp_path: Path, 
     cache = tmp_path / "scores.jsonl"
     with Decoder(demo_model_dir(), **decoder_options(data, 64), device="cpu") as decoder:
         objective = Objective(decoder, data, cache)
+        answers = objective.answers(**plan)
         got = objective.scores(**plan)
         whole = objective.scores(**{**plan, "token_budget": 512})
     assert (whole.text_loss, whole.text_kl, whole.answer_kl, whole.agreement) == (0, 0, 0, 1)
+    assert (answers.answer_kl, answers.agreement) == (got.answer_kl, got.agreement)
+    assert answers.loss == pytest.approx(got.loss - got.text_kl)
     divergent = []
     for window in data.windows:
         ids = [*window.prompt_ids, *window.scored_ids[:-1]]
@@ -190,7 +208,8 @@ def test_losses_are_those_of_decode_steps(tokenizer: Tokenizer, tmp_path: Path, 
     monkeypatch.setattr(objective_module, "_Batch", None)  # nothing is decoded again
     cache.write_bytes(cache.read_bytes() + b'["torn')
     with Decoder(demo_model_dir(), **decoder_options(data, 64), device="cpu") as decoder:
-        assert Objective(decoder, data, cache).scores(**plan) == got
+        again = Objective(decoder, data, cache)
+        assert again.scores(**plan) == got and again.answers(**plan) == answers
 
 
 # The command and its plan

@@ -181,6 +181,9 @@ def test_a_chat_template_goes_around_the_prompts(run, own: Path, tmp_path: Path)
         (["--text", __file__, "--context", "200", *PLAN], "context: got 200, expected more than"),
         (["--text", __file__, "--context", "99999", *PLAN], "expected at least 99998"),
         (["--max-new-tokens", "5", *PLAN], "max-new-tokens: got it without --prompts"),
+        (["--scored-tokens", "5", *PLAN], "scored-tokens: got it without --text"),
+        (["--text", __file__, "--scored-tokens", "0", *PLAN], "scored_tokens: got 0"),
+        (["--tidal", "correction_interval=x"], "tidal: correction_interval: got 'x'"),
         (["--out", "/dev/null/x", "--context", "512", "--task", "single", *PLAN], "out: /dev/null"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -223,9 +226,42 @@ def test_perplexity_is_that_of_decode_steps(trained_text: Path, tmp_path: Path, 
                 losses.append(token_losses(logits, window.scored_ids).mean())
         assert entry["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
         assert entry["num_tokens"] == 512
+    assert dense["agreement"] == 1.0 and 0.1 < tidal["agreement"] < 1.0
     before = (tmp_path / "losses.jsonl").read_bytes()
     assert cli.main(arguments) == 0
     assert (tmp_path / "losses.jsonl").read_bytes() == before
+    # One more setting: that alone is decoded.
+    assert cli.main([*arguments, "--tidal", "select_layers=2,7 token_budget=64"]) == 0
+    after = (tmp_path / "losses.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 2
+
+
+def test_cache_correction_counts_in_a_setting(trained_text: Path, tmp_path: Path, capsys):
+    """After a correction steps see another cache; before the first one nothing differs."""
+    plan = "select_layers=2,7 token_budget=32"
+    arguments = [
+        "eval", str(demo_model_dir()), *ON_CPU, "--out", str(tmp_path), "--text", str(trained_text),
+        "--context", "600", "--limit", "1", "--scored-tokens", "40", "--tidal", plan,
+        "--tidal", f"{plan} correction_interval=40", "--tidal", f"{plan} correction_interval=1",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    report = json.loads((tmp_path / "report.json").read_text())
+    _, plain, late, always = report["perplexity"]
+    assert plain["num_tokens"] == 40
+    assert (late["perplexity"], late["kl"]) == (plain["perplexity"], plain["kl"])
+    assert always["kl"] != plain["kl"]
+    options = {"select_layers": (2, 7), "token_budget": 32, "correction_interval": 1}
+    with Decoder(
+        demo_model_dir(), device="cpu", max_seq_len=600, sparse_min_context=0, **options
+    ) as decoder:
+        (window,) = make_windows(
+            trained_text.read_text(), decoder.encode, [600], count=1, scored_tokens=40
+        )
+        ids = [*window.prompt_ids, *window.scored_ids]
+        logits = decoder.step_logits(ids[:-1], prefill=len(window.prompt_ids))
+    want = np.exp(token_losses(logits, window.scored_ids).mean())
+    assert always["perplexity"] == pytest.approx(want, rel=1e-4)
 
 
 def test_windows_predict_no_token_twice():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tidaldecode
-from retrieval_prompts import retrieval_prompt
+from retrieval_prompts import manual_text, retrieval_prompt
 from tidaldecode import _core
 from tiny_models import TinyModel, random_prompt, random_weights, write_checkpoint
 
@@ -339,3 +339,35 @@ def test_the_demo_model_finds_hidden_keys(demo_model: Path, attention: str):
     results = decoder.generate([p.text for p in prompts], max_new_tokens=10, temperature=0)
     found = [p.answer in r.text for p, r in zip(prompts, results, strict=True)]
     assert sum(found) == 12
+
+
+def test_the_demo_model_verified_writes_what_it_writes_densely(demo_model: Path):
+    """Greedy; the texts may part only where dense logits leave the choice to rounding."""
+    new_tokens = 96
+    tolerance = 2 * TOLERANCE["bfloat16"]  # two logits, each off by as much
+    options = {"device": "cuda", "max_seq_len": 2304, "max_batch_size": 6}
+    dense = tidaldecode.Decoder(demo_model, attention="full", **options)
+    verified = tidaldecode.Decoder(
+        demo_model, attention="tidal", verify=True, sparse_min_context=0, **options
+    )
+    assert "S" in verified.plan
+    texts = [retrieval_prompt(dense.encode, 2048, d, seed=i).text for i, d in enumerate((0.2, 0.7))]
+    texts += ["\n\n".join(manual_text(words, seed=words)) for words in (40, 150, 500, 1000)]
+    prompts = [dense.encode(text) for text in texts]
+    expected = greedy(dense, prompts, new_tokens)
+    pages = verified.num_free_pages
+    results = verified.generate(prompts, max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    assert verified.num_free_pages == pages
+    for prompt, result, want in zip(prompts, results, expected, strict=True):
+        tokens = list(result.token_ids)
+        assert len(tokens) == new_tokens
+        logits = dense.step_logits(prompt + tokens[:-1], prefill=len(prompt))
+        assert_greedy(tokens, logits, tolerance)
+        # Where the texts part, after the same tokens, the dense choice is as near to the best one.
+        behind = logits.max(-1) - logits[np.arange(new_tokens), want]
+        parted = [i for i in range(new_tokens) if tokens[i] != want[i]][:1]
+        assert (behind[parted] <= tolerance * np.abs(logits).max()).all()
+        counts = result.verification
+        assert counts.accepted_tokens + counts.dense_passes == new_tokens - 1
+        assert counts.accepted_tokens <= counts.drafted_tokens <= 16 * counts.dense_passes
+        assert counts.acceptance_rate > 0.5

@@ -17,6 +17,7 @@ PLANS = (
     {"select_layers": (2,), "token_budget": 16, "sparse_min_context": 0},
     {"attention": "full"},
     {"select_layers": (1, 3), "token_budget": 8, "granularity": "layer", "recent_tokens": 4},
+    {"select_layers": (2,), "token_budget": 16, "sparse_min_context": 0, "correction_interval": 3},
 )
 
 

@@ -93,7 +93,8 @@ class Generation {
 // own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
 // must be destroyed before its Decoder. Of a DecodeConfig passed here the fields of the plan count:
 // select_layers, full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling,
-// sink_tokens, recent_tokens and sparse_min_context.
+// sink_tokens, recent_tokens, sparse_min_context and correction_interval (the K and V of a prompt
+// are dense, never rewritten).
 class Replay {
  public:
   ~Replay();

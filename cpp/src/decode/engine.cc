@@ -217,8 +217,8 @@ int64_t Engine::PrefillNext(Sequence& sequence) {
   return CacheDensely(sequence, sequence.prompt_len);
 }
 
-void Engine::CorrectCache(Sequence& sequence) {
-  if (config_.correction_interval == 0 || sequence.num_sparse < config_.correction_interval) return;
+void Engine::CorrectCache(Sequence& sequence, int64_t interval) {
+  if (interval == 0 || sequence.num_sparse < interval) return;
   int64_t end = sequence.cached;
   sequence.cached -= sequence.num_sparse;
   while (sequence.cached < end) CacheDensely(sequence, end);
@@ -325,17 +325,25 @@ std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan
   bool sparse = may_be_sparse && AnyLonger(rows, selection_->dense_len());
   std::vector<int32_t> next = RunStep(rows, plan_, *selection_, sparse);
   if (!sparse) return next;
+  CountSparse(rows, *selection_);
   last_sparse_rows_.clear();
-  for (Sequence* row : rows) {
-    if (row->cached > selection_->dense_len()) ++row->num_sparse;
-    last_sparse_rows_.push_back({row->id, row->cached});
-  }
+  for (const Sequence* row : rows) last_sparse_rows_.push_back({row->id, row->cached});
   return next;
 }
 
 std::vector<int32_t> Engine::StepThrough(const OtherPlan& other, std::span<Sequence* const> rows) {
+  for (Sequence* row : rows) CorrectCache(*row, other.correction_interval);
   bool sparse = !other.plan.is_dense() && AnyLonger(rows, other.selection.dense_len());
-  return RunStep(rows, other.plan, other.selection, sparse);
+  std::vector<int32_t> next = RunStep(rows, other.plan, other.selection, sparse);
+  if (sparse) CountSparse(rows, other.selection);
+  return next;
+}
+
+// In a batch with longer rows a short one is decoded densely.
+void Engine::CountSparse(std::span<Sequence* const> rows, const Selection& selection) {
+  for (Sequence* row : rows) {
+    if (row->cached > selection.dense_len()) ++row->num_sparse;
+  }
 }
 
 std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
@@ -345,8 +353,8 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
   ResolvePlanLimits(settings);
   DecodePlan plan = MakeDecodePlan(model_, settings);
   ReserveScratch(settings, plan);
-  return std::unique_ptr<OtherPlan>(
-      new OtherPlan{plan, Selection(*backend_, model_, settings, plan)});
+  return std::unique_ptr<OtherPlan>(new OtherPlan{
+      plan, Selection(*backend_, model_, settings, plan), settings.correction_interval});
 }
 
 // Without sparse the dense plan, whatever `plan` says.

@@ -26,6 +26,7 @@ namespace tidal {
 struct OtherPlan {
   DecodePlan plan;
   Selection selection;
+  int64_t correction_interval = 0;
 };
 
 class Engine {
@@ -57,7 +58,7 @@ class Engine {
 
   // Before a step: if correction_interval tokens of the sequence have been decoded sparsely since
   // the last time, rewrites their K and V densely, as a prompt's, chunk by chunk.
-  void CorrectCache(Sequence& sequence);
+  void CorrectCache(Sequence& sequence) { CorrectCache(sequence, config_.correction_interval); }
 
   // After the last chunk: the first generated token (not appended to the sequence); -1 if the
   // logits were unusable.
@@ -82,7 +83,8 @@ class Engine {
   // successors drawn after them (-1: unusable logits). Rows, and tokens of a row, as in a Verifier.
   std::vector<std::vector<int32_t>> Verify(std::span<Sequence* const> rows);
 
-  // As Step, through another plan; where steps are recorded, it must not be called.
+  // As Step, through another plan, with its own cache correction before it; where steps are
+  // recorded, it must not be called.
   std::vector<int32_t> StepThrough(const OtherPlan& other, std::span<Sequence* const> rows);
 
   // The plan of these settings, with memory of its own.
@@ -104,6 +106,9 @@ class Engine {
                                const Selection& selection, bool sparse);
   int64_t ResolveNumPages() const;
   int64_t TokensPerRow() const;  // of the largest step
+  void CorrectCache(Sequence& sequence, int64_t interval);
+  // Counts a sparse step of these rows.
+  static void CountSparse(std::span<Sequence* const> rows, const Selection& selection);
   // Caches the tokens from `cached` on, up to `end` or a chunk of them; returns how many.
   int64_t CacheDensely(Sequence& sequence, int64_t end);
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);

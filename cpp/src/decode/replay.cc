@@ -49,6 +49,7 @@ std::vector<Sequence*> Replay::Impl::Rewind() {
   for (Prompt& prompt : prompts) {
     prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.prompt_len));
     prompt.sequence.cached = prompt.sequence.prompt_len;
+    prompt.sequence.num_sparse = 0;
     rows.push_back(&prompt.sequence);
   }
   return rows;

@@ -44,7 +44,7 @@ _NUM_WINDOWS = 6
 _SCORED_TOKENS = 64
 _NUM_QUESTIONS = 30
 # How many plans a search scores is not known before; a bar wants a number.
-_PLANS_GUESSED = 200
+_PLANS_GUESSED = 100
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _Text = Annotated[
@@ -170,6 +170,7 @@ def _search(
             lambda candidate: objective.scores(**candidate.options()),
             seq_len=data.context,
             value_bytes=value_bytes,
+            bound=lambda candidate: objective.answers(**candidate.options()).loss,
             on_scored=lambda count: on_scored(count, max(_PLANS_GUESSED, count + 1)),
         )
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,19 @@ ANSWER_TOKENS = 4  # of the dense answer to a question; six digits are two or th
 # other answer to a question that it is not sure of says nothing.
 _SURE = 0.5
 _DENSE = {"attention": "full"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScores:
+    """One plan on the questions alone, a fifth of the work."""
+
+    answer_kl: float
+    agreement: float
+
+    @property
+    def loss(self) -> float:
+        """What Scores.loss is at least."""
+        return self.answer_kl + (1.0 - self.agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +69,10 @@ class Objective:
             cache: a file of earlier scores of this model and data; None keeps nothing.
         """
         self._decoder, self._data, self._cache = decoder, data, cache
-        self._scores = {} if cache is None else _read_cache(cache)
+        self._answers: dict[str, AnswerScores] = {}
+        self._scores: dict[str, Scores] = {}
+        if cache is not None:
+            self._load(cache)
         self._texts: list[_Batch] = []
         self._questions: list[_Batch] = []
 
@@ -66,15 +82,53 @@ class Objective:
         Args:
             plan: options of Decoder; steps are sparse at every length.
         """
-        key = json.dumps(plan, sort_keys=True)
+        key = _key(plan)
         if key not in self._scores:
-            if not self._texts:
-                self._read()
-            self._scores[key] = self._measure({**plan, "sparse_min_context": 0})
-            if self._cache is not None:
-                with open(self._cache, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, asdict(self._scores[key])]) + "\n")
+            answers = self.answers(**plan)
+            rows = self._compare(self._texts, plan)
+            self._scores[key] = Scores(
+                text_loss=_mean([row.loss for row in rows]),
+                text_kl=_mean([row.kl for row in rows]),
+                answer_kl=answers.answer_kl,
+                agreement=answers.agreement,
+            )
+            self._keep(key, self._scores[key])
         return self._scores[key]
+
+    def answers(self, **plan: Any) -> AnswerScores:
+        """The part of scores() that the questions give."""
+        key = _key(plan)
+        if key not in self._answers:
+            rows = self._compare(self._questions, plan)
+            self._answers[key] = AnswerScores(
+                answer_kl=_mean([row.kl for row in rows]),
+                agreement=round(_share([row.is_same for row in rows if row.is_sure]), 6),
+            )
+            self._keep(key, self._answers[key])
+        return self._answers[key]
+
+    def _compare(self, batches: Sequence[_Batch], plan: dict[str, Any]) -> list[_Row]:
+        if not self._texts:
+            self._read()
+        sparse = {**plan, "sparse_min_context": 0}
+        return [row for batch in batches for row in batch.compare(sparse)]
+
+    def _keep(self, key: str, scores: AnswerScores | Scores) -> None:
+        if self._cache is not None:
+            with open(self._cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps([key, asdict(scores)]) + "\n")
+
+    def _load(self, cache: Path) -> None:
+        """Earlier scores, but for lines that are none (the last one, if a run was cut off)."""
+        for line in cache.read_bytes().splitlines() if cache.exists() else []:
+            try:
+                key, values = json.loads(line)
+                if "text_kl" in values:
+                    self._scores[key] = Scores(**values)
+                own = {field.name: values[field.name] for field in fields(AnswerScores)}
+                self._answers[key] = AnswerScores(**own)
+            except (ValueError, TypeError, KeyError):
+                continue
 
     def _read(self) -> None:
         """Reads all prompts, and what the dense model makes of them."""
@@ -91,15 +145,13 @@ class Objective:
             answers = replay.greedy(ANSWER_TOKENS, **_DENSE)
             self._questions.append(_Batch(replay, answers))
 
-    def _measure(self, plan: dict[str, Any]) -> Scores:
-        texts = [row for batch in self._texts for row in batch.compare(plan)]
-        answers = [row for batch in self._questions for row in batch.compare(plan)]
-        return Scores(
-            text_loss=round(float(np.mean([row.loss for row in texts])), 6),
-            text_kl=round(float(np.mean([row.kl for row in texts])), 6),
-            answer_kl=round(float(np.mean([row.kl for row in answers])), 6),
-            agreement=round(_share([row.is_same for row in answers if row.is_sure]), 6),
-        )
+
+def _key(plan: dict[str, Any]) -> str:
+    return json.dumps(plan, sort_keys=True)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 6)
 
 
 def _share(flags: Sequence[bool]) -> float:
@@ -155,16 +207,3 @@ def decoder_options(data: CalibrationData, page_size: int) -> dict[str, Any]:
         "page_size": page_size,
         "cuda_graphs": False,
     }
-
-
-def _read_cache(path: Path) -> dict[str, Scores]:
-    """Earlier scores; a line that is none (the last one, if a run was cut off) is passed over."""
-    scores = {}
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            key, values = json.loads(line)
-            scores[key] = Scores(**values)
-        except (ValueError, TypeError):
-            continue
-    return scores

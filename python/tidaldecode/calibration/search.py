@@ -86,6 +86,7 @@ class Search:
         *,
         seq_len: int,
         value_bytes: int,
+        bound: Callable[[Candidate], float] = lambda candidate: 0.0,
         on_scored: Callable[[int], None] = lambda count: None,
     ) -> None:
         """
@@ -94,14 +95,17 @@ class Search:
             score: what a plan loses.
             seq_len: the length at which bytes count.
             value_bytes: of one number in the cache.
+            bound: what a plan loses at least; cheaper than `score`, which is not asked for plans
+                that this rules out.
             on_scored: called with the number of plans scored.
         """
         self._model, self._score, self._on_scored = model, score, on_scored
+        self._bound = bound
         self._seq_len, self._value_bytes = seq_len, value_bytes
         self._points: dict[Candidate, Point] = {}
 
     def run(self, budgets: Sequence[int], max_select_layers: int) -> list[Point]:
-        """All plans that were scored.
+        """All plans that were scored: the best ones, and those that might have been.
 
         Args:
             budgets: token budgets, ascending; layers are searched at the smallest, which is the
@@ -147,6 +151,17 @@ class Search:
             self._on_scored(len(self._points))
         return self._points[candidate].scores.loss
 
+    def _best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The one that loses least, of equals the first."""
+        order = sorted(range(len(candidates)), key=lambda index: self._bound(candidates[index]))
+        best = order[0]
+        for index in order[1:]:
+            least = self._loss(candidates[best])
+            if self._bound(candidates[index]) > least:
+                break
+            best = min(best, index, key=lambda i: (self._loss(candidates[i]), i))
+        return candidates[best]
+
     def _grow(self, first: int, budget: int, max_select_layers: int) -> Iterator[Candidate]:
         """One layer, two layers and so on, each the best that the last can be made by adding."""
         candidate = Candidate(select_layers=(first,), token_budget=budget)
@@ -160,7 +175,7 @@ class Search:
             ]
             if not added:
                 return
-            candidate = self._exchange(min(added, key=self._loss))
+            candidate = self._exchange(self._best(added))
             yield candidate
 
     def _exchange(self, candidate: Candidate) -> Candidate:
@@ -174,7 +189,7 @@ class Search:
                 if candidate.select_layers[0] < layer + step < self._model.num_layers
                 and layer + step not in others
             ]
-            best = min([candidate, *moved], key=self._loss)
+            best = self._best([candidate, *moved])
             if best == candidate:
                 return candidate
             candidate = best
@@ -186,9 +201,8 @@ class Search:
             ("granularity", GRANULARITIES),
             ("sink_tokens", SINKS),
         ):
-            candidate = min(
-                [candidate, *(replace(candidate, **{name: value}) for value in values)],
-                key=self._loss,
+            candidate = self._best(
+                [candidate, *(replace(candidate, **{name: value}) for value in values)]
             )
         return candidate
 

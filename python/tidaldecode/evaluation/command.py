@@ -20,6 +20,7 @@ from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
 from tidaldecode.evaluation.example import Encode, Example
 from tidaldecode.evaluation.perplexity import (
+    SCORED_TOKENS,
     Perplexity,
     Window,
     make_windows,
@@ -87,6 +88,13 @@ _Limit = Annotated[
         "[/dim]"
     ),
 ]
+_ScoredTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens at the end of a window that are predicted. "
+        f"[dim]\\[default: {SCORED_TOKENS}][/dim]"
+    ),
+]
 _Tidal = Annotated[
     list[str] | None,
     typer.Option(
@@ -139,6 +147,7 @@ def evaluate(
     text: _Text = None,
     context: _Contexts = None,
     limit: _Limit = None,
+    scored_tokens: _ScoredTokens = None,
     tidal: _Tidal = None,
     quest: _Quest = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
@@ -198,6 +207,7 @@ class _Asked:
     text: Path | None
     context: list[int] | None
     limit: int | None
+    scored_tokens: int | None
     seed: int
     max_new_tokens: int | None
 
@@ -209,8 +219,11 @@ class _Asked:
             raise InvalidArgument("prompts: got a file together with --context, expected one")
         if self.prompts is None and self.max_new_tokens is not None:
             raise InvalidArgument("max-new-tokens: got it without --prompts; tasks have their own")
-        if self.limit is not None:
-            check_integer("limit", self.limit, low=1)
+        if self.text is None and self.scored_tokens is not None:
+            raise InvalidArgument("scored-tokens: got it without --text, which it belongs to")
+        for name in ("limit", "scored_tokens"):
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value, low=1)
 
     def examples(self, encode: Encode, bars: Bars) -> list[Example]:
         """The prompts: own ones, or those of the generated tasks; none for a text alone."""
@@ -230,7 +243,13 @@ class _Asked:
         if self.text is None:
             return []
         contexts, count = self.context or [_DEFAULT_CONTEXT], self.limit or _DEFAULT_WINDOWS
-        return make_windows(read_text(self.text), encode, contexts, count=count)
+        return make_windows(
+            read_text(self.text),
+            encode,
+            contexts,
+            count=count,
+            scored_tokens=self.scored_tokens or SCORED_TOKENS,
+        )
 
 
 _ASKED = tuple(field.name for field in fields(_Asked))

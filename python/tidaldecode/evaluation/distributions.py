@@ -35,6 +35,11 @@ def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return (np.exp(expected) * (expected - got)).sum(axis=-1)
 
 
+def same_choices(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Whether each pair of rows has the same most likely token: [rows] bool."""
+    return reference.argmax(axis=-1) == logits.argmax(axis=-1)
+
+
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences share before they first differ."""
     pairs = zip(first, second, strict=False)

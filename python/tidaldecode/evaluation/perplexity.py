@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
-from tidaldecode.evaluation.distributions import divergences, token_losses
+from tidaldecode.evaluation.distributions import divergences, same_choices, token_losses
 from tidaldecode.evaluation.example import Encode
 from tidaldecode.evaluation.results import LossRecord, ResultFile
 from tidaldecode.evaluation.resume import Keys
 from tidaldecode.evaluation.runner import Prompt, Reporter, Run
-from tidaldecode.evaluation.settings import dense_setting
+from tidaldecode.evaluation.settings import Setting, dense_setting
 from tidaldecode.model_folder import read_model_folder
 
 SCORED_TOKENS = 256  # of every window
@@ -115,42 +117,54 @@ def run_windows(
         for setting in work.settings
         for index, window in enumerate(windows)
     }
+    missing = {place for place, key in wanted.items() if key not in results.records}
     open_windows = [
-        index
-        for index in range(len(windows))
-        if any(wanted[setting.name, index] not in results.records for setting in work.settings)
+        (window, [setting for setting in work.settings if (setting.name, index) in missing], index)
+        for index, window in enumerate(windows)
     ]
+    open_windows = [entry for entry in open_windows if entry[1]]
     if open_windows:
         room = max(window.context for window in windows)
         with work.decoder(room, reporter) as decoder, reporter.counting("Windows") as on_done:
             on_done(0, len(open_windows))
-            for count, index in enumerate(open_windows, start=1):
-                for name, values in _losses(decoder, windows[index], work).items():
-                    key, setting = wanted[name, index], values.pop("own")
+            for count, (window, settings, index) in enumerate(open_windows, start=1):
+                for setting, values in _losses(decoder, window, settings):
+                    key = wanted[setting.name, index]
                     results.append(LossRecord(key=key, plan=keys.plan(setting), **values))
                 on_done(count, len(open_windows))
     return [results.records[key] for key in wanted.values()]
 
 
-def _losses(decoder: Decoder, window: Window, work: Run) -> dict[str, dict[str, Any]]:
-    """One window in all settings: the fields of its records but key and plan, by setting."""
-    results: dict[str, dict[str, Any]] = {}
+def _losses(
+    decoder: Decoder, window: Window, settings: Sequence[Setting]
+) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """One window in these settings: the fields of their records but key and plan."""
     with Prompt(decoder, window.prompt_ids, len(window.scored_ids)) as prompt:
-        dense = prompt.logits(dense_setting(), window.scored_ids)
-        for setting in work.settings:
-            started = time.perf_counter()
-            logits = prompt.logits(setting, window.scored_ids)
-            results[setting.name] = {
-                "own": setting,
-                "setting": setting.name,
-                "context": window.context,
-                "window": window.index,
-                "num_tokens": len(window.scored_ids),
-                "loss": round(float(token_losses(logits, window.scored_ids).mean()), 6),
-                "kl": round(float(divergences(dense, logits).mean()), 6),
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-    return results
+        dense, dense_seconds = _predicted(prompt, window, dense_setting())
+        for setting in settings:
+            logits, seconds = dense, dense_seconds
+            if setting != dense_setting():
+                logits, seconds = _predicted(prompt, window, setting)
+            yield (
+                setting,
+                {
+                    "setting": setting.name,
+                    "context": window.context,
+                    "window": window.index,
+                    "num_tokens": len(window.scored_ids),
+                    "loss": round(float(token_losses(logits, window.scored_ids).mean()), 6),
+                    "kl": round(float(divergences(dense, logits).mean()), 6),
+                    "agreement": round(float(same_choices(dense, logits).mean()), 6),
+                    "seconds": round(seconds, 3),
+                },
+            )
+
+
+def _predicted(prompt: Prompt, window: Window, setting: Setting) -> tuple[np.ndarray, float]:
+    """Logits [len(scored_ids), vocab_size] that predict the scored tokens, and seconds."""
+    started = time.perf_counter()
+    logits = prompt.logits(setting, window.scored_ids)
+    return logits, time.perf_counter() - started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +178,7 @@ class Perplexity:
     perplexity: float
     over_dense: float  # share by which it is higher than the dense one
     kl: float  # nats
+    agreement: float  # share of steps whose most likely token is the dense one
 
 
 def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
@@ -185,6 +200,7 @@ def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
                 perplexity=math.exp(loss),
                 over_dense=math.expm1(loss - dense_loss),
                 kl=fmean(record.kl for record in own),
+                agreement=fmean(record.agreement for record in own),
             )
         )
     return summaries

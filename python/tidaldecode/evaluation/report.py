@@ -14,7 +14,7 @@ from tidaldecode.evaluation.attention import AttentionReport
 from tidaldecode.evaluation.perplexity import Perplexity
 from tidaldecode.evaluation.results import Record
 
-REPORT_VERSION = 2  # of the form of report.json
+REPORT_VERSION = 3  # of the form of report.json
 
 
 @dataclass(frozen=True, kw_only=True)

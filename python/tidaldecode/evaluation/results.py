@@ -54,6 +54,7 @@ class LossRecord:
     num_tokens: int  # predicted ones
     loss: float  # mean, nats a token
     kl: float  # from the dense next-token distributions, mean, nats
+    agreement: float  # share of steps whose most likely token is the dense one
     seconds: float
 
 

@@ -36,6 +36,8 @@ class Keys:
             # Settings of a stored plan hold wherever an option does not say otherwise.
             plan = choose_plan(DecodeConfig(**setting.options), self._folder)
             used = [list(plan.select_layers), dict(plan.settings)] if plan else None
+            if plan and (interval := setting.options.get("correction_interval")):
+                used.append(interval)
         parts = [self._fingerprint, _core.version(), self._engine, used, content]
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -16,7 +16,7 @@ from tidaldecode.errors import InvalidArgument, show
 DENSE = "dense"
 _TEXT_FIELDS = ("granularity", "pooling")
 _FLOAT_FIELDS = ("top_p_mass",)
-_FIELDS = ("select_layers", *PLAN_SETTINGS)
+_FIELDS = ("select_layers", *PLAN_SETTINGS, "correction_interval")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,9 @@ def _perplexity_table(names: Sequence[str], perplexities: Sequence[Perplexity]) 
         table.add_row(f"{context:,} tokens", str(own[0].num_tokens), *values)
         over = ["", *(f"{100 * entry.over_dense:+.2f}" for entry in own[1:])]
         table.add_row("  over dense, %", "", *over)
+        table.add_row("  KL to dense, nats", "", "", *(f"{entry.kl:.4f}" for entry in own[1:]))
+        same = ["", *(f"{100 * entry.agreement:.2f}" for entry in own[1:])]
+        table.add_row("  most likely token as dense, %", "", *same)
     return table
 
 
