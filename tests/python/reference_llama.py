@@ -224,7 +224,7 @@ class ReferenceLlama:
                 positions = np.arange(n)
                 if kind == "s":
                     owner = {"kv_head": kv_head, "head": head, "layer": 0}[settings.granularity]
-                    positions = chosen[owner]
+                    positions = chosen[owner][chosen[owner] >= 0]
                 out[head] = softmax(scores[head, positions]) @ cache.v[positions, kv_head]
             if kind == "S":
                 chosen = choose_positions(scores, self.num_kv_heads, settings)
