@@ -172,6 +172,8 @@ class PyReplay {
     return replay.Greedy(plan, max_new_tokens, stop_token_ids);
   }
 
+  double MeanSetSize() const { return get().mean_set_size(); }
+
  private:
   std::unique_ptr<Replay> replay_;
 };
@@ -264,6 +266,7 @@ void RegisterReplay(py::module_& module) {
       .def("step_logits", &PyReplay::StepLogits, py::arg("plan"), py::arg("continuations"))
       .def("greedy", &PyReplay::Greedy, py::arg("plan"), py::arg("max_new_tokens"),
            py::arg("stop_token_ids"))
+      .def("mean_set_size", &PyReplay::MeanSetSize)
       .def("close", &PyReplay::Close);
 }
 

@@ -73,6 +73,11 @@ class Replay:
         with self._turn:
             return self._core.greedy(self._plan(plan), max_new_tokens, stop)
 
+    @property
+    def mean_set_size(self) -> float:
+        """Positions of a set, on average over the sparse steps of the last call; 0 if none was."""
+        return self._core.mean_set_size()
+
     def close(self) -> None:
         """Gives the pages back."""
         self._core.close()

@@ -29,7 +29,10 @@ class Replays : public DecoderTest {
     pooled.granularity = Granularity::kLayer;
     pooled.pooling = Pooling::kMax;
     pooled.token_budget = 16;
-    return {Tidal(), Dense(), other, Corrected(), pooled, Tidal()};
+    DecodeConfig adaptive = Tidal();
+    adaptive.top_p_mass = 0.7;
+    adaptive.min_token_budget = 8;
+    return {Tidal(), Dense(), other, Corrected(), pooled, adaptive, Tidal()};
   }
 
   DecodeConfig Corrected() const {
@@ -91,6 +94,21 @@ TEST_P(Replays, CorrectTheCacheOfAPlanThatAsksForIt) {
   bad.correction_interval = -1;
   EXPECT_TRUE(
       Throws<InvalidArgument>([&] { replay->Greedy(bad, 4, {}); }, {"correction_interval"}));
+}
+
+TEST_P(Replays, TellHowManyPositionsASetHad) {
+  const auto decoder = MakeUnrecorded(Dense());
+  const auto replay = decoder->StartReplay(prompts_, 20);
+  replay->Greedy(Dense(), 20, {});
+  EXPECT_EQ(replay->mean_set_size(), 0.0);
+  replay->Greedy(Tidal(), 20, {});
+  EXPECT_EQ(replay->mean_set_size(), static_cast<double>(Tidal().token_budget));
+  DecodeConfig adaptive = Tidal();
+  adaptive.top_p_mass = 0.7;
+  adaptive.min_token_budget = 4;
+  replay->StepLogits(adaptive, MakePrompts({20, 0, 7}, 3));
+  EXPECT_GE(replay->mean_set_size(), 4.0);
+  EXPECT_LT(replay->mean_set_size(), static_cast<double>(Tidal().token_budget));
 }
 
 TEST_P(Replays, StopAtStopTokens) {

@@ -118,6 +118,10 @@ class Replay {
   std::vector<std::vector<int32_t>> Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
                                            const std::vector<int32_t>& stop_token_ids);
 
+  // Positions of a set, on average over the sparse steps of the last StepLogits or Greedy; 0 if
+  // there were none.
+  double mean_set_size() const;
+
  private:
   friend class Decoder;
   struct Impl;

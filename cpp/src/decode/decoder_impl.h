@@ -63,6 +63,7 @@ struct Replay::Impl {
   Decoder::Impl& decoder;
   int64_t max_new_tokens;
   std::vector<Prompt> prompts;
+  double mean_set_size = 0.0;
 };
 
 struct Generation::Impl {

@@ -331,11 +331,15 @@ std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan
   return next;
 }
 
-std::vector<int32_t> Engine::StepThrough(const OtherPlan& other, std::span<Sequence* const> rows) {
+std::vector<int32_t> Engine::StepThrough(OtherPlan& other, std::span<Sequence* const> rows) {
   for (Sequence* row : rows) CorrectCache(*row, other.correction_interval);
   bool sparse = !other.plan.is_dense() && AnyLonger(rows, other.selection.dense_len());
   std::vector<int32_t> next = RunStep(rows, other.plan, other.selection, sparse);
-  if (sparse) CountSparse(rows, other.selection);
+  if (!sparse) return next;
+  CountSparse(rows, other.selection);
+  auto num_rows = static_cast<int64_t>(rows.size());
+  other.num_sets += other.selection.CountSets(num_rows);
+  other.num_positions += other.selection.CountPositions(*backend_, num_rows);
   return next;
 }
 
@@ -353,8 +357,10 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
   ResolvePlanLimits(settings);
   DecodePlan plan = MakeDecodePlan(model_, settings);
   ReserveScratch(settings, plan);
-  return std::unique_ptr<OtherPlan>(new OtherPlan{
-      plan, Selection(*backend_, model_, settings, plan), settings.correction_interval});
+  return std::unique_ptr<OtherPlan>(
+      new OtherPlan{.plan = plan,
+                    .selection = Selection(*backend_, model_, settings, plan),
+                    .correction_interval = settings.correction_interval});
 }
 
 // Without sparse the dense plan, whatever `plan` says.

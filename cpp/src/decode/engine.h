@@ -27,6 +27,9 @@ struct OtherPlan {
   DecodePlan plan;
   Selection selection;
   int64_t correction_interval = 0;
+  // Of all sparse steps so far.
+  int64_t num_sets = 0;
+  int64_t num_positions = 0;
 };
 
 class Engine {
@@ -85,7 +88,7 @@ class Engine {
 
   // As Step, through another plan, with its own cache correction before it; where steps are
   // recorded, it must not be called.
-  std::vector<int32_t> StepThrough(const OtherPlan& other, std::span<Sequence* const> rows);
+  std::vector<int32_t> StepThrough(OtherPlan& other, std::span<Sequence* const> rows);
 
   // The plan of these settings, with memory of its own.
   std::unique_ptr<OtherPlan> MakePlan(DecodeConfig settings);

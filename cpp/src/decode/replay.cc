@@ -6,6 +6,14 @@
 #include "tidal/error.h"
 
 namespace tidal {
+namespace {
+
+double MeanSetSize(const OtherPlan& other) {
+  if (other.num_sets == 0) return 0.0;
+  return static_cast<double>(other.num_positions) / static_cast<double>(other.num_sets);
+}
+
+}  // namespace
 
 Replay::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32_t>>& token_ids,
                    int64_t room)
@@ -111,6 +119,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
       engine.AppendStepLogits(static_cast<int64_t>(row), logits[indices[row]]);
     }
   }
+  impl_->mean_set_size = MeanSetSize(*other);
   return logits;
 }
 
@@ -150,11 +159,18 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const DecodeConfig& plan, int64
       alive.push_back(indices[row]);
       alive_rows.push_back(rows[row]);
     }
-    if (alive.empty()) return outputs;
+    if (alive.empty()) break;
     indices = std::move(alive);
     rows = std::move(alive_rows);
     next = engine.StepThrough(*other, rows);
   }
+  impl_->mean_set_size = MeanSetSize(*other);
+  return outputs;
+}
+
+double Replay::mean_set_size() const {
+  std::lock_guard lock(impl_->decoder.mutex);
+  return impl_->mean_set_size;
 }
 
 }  // namespace tidal

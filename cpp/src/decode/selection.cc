@@ -1,6 +1,7 @@
 #include "decode/selection.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tidal {
 
@@ -52,6 +53,16 @@ AttentionSparseArgs Selection::SparseArgs(int64_t ordinal, const AttentionArgs& 
           .set_sizes = config_.top_p_mass < 1.0 ? SetSizes::kRagged : SetSizes::kEqual,
           // A row alone takes sparse steps only when it is longer.
           .dense_len = b == 1 ? 0 : dense_len_};
+}
+
+int64_t Selection::CountPositions(Backend& backend, int64_t num_rows) const {
+  int64_t total = 0;
+  std::vector<int32_t> sizes(static_cast<size_t>(num_rows * num_sets_));
+  for (const TensorView& num_selected : num_selected_) {
+    backend.Download(sizes.data(), num_selected.Rows(0, num_rows));
+    total += std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+  }
+  return total;
 }
 
 std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row) const {

@@ -25,6 +25,12 @@ class Selection {
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
 
+  // Positions in the sets of the last sparse step, of the first num_rows rows and all layers.
+  int64_t CountPositions(Backend& backend, int64_t num_rows) const;
+  int64_t CountSets(int64_t num_rows) const {
+    return num_rows * num_sets_ * static_cast<int64_t>(select_layers_.size());
+  }
+
   // What every select layer chose for a row of the last sparse step.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;
 

@@ -142,9 +142,10 @@ def _losses(
     with Prompt(decoder, window.prompt_ids, len(window.scored_ids)) as prompt:
         dense, dense_seconds = _predicted(prompt, window, dense_setting())
         for setting in settings:
-            logits, seconds = dense, dense_seconds
+            logits, seconds, set_size = dense, dense_seconds, 0.0
             if setting != dense_setting():
                 logits, seconds = _predicted(prompt, window, setting)
+                set_size = prompt.set_size(setting)
             yield (
                 setting,
                 {
@@ -155,6 +156,7 @@ def _losses(
                     "loss": round(float(token_losses(logits, window.scored_ids).mean()), 6),
                     "kl": round(float(divergences(dense, logits).mean()), 6),
                     "agreement": round(float(same_choices(dense, logits).mean()), 6),
+                    "set_size": set_size,
                     "seconds": round(seconds, 3),
                 },
             )
@@ -179,6 +181,7 @@ class Perplexity:
     over_dense: float  # share by which it is higher than the dense one
     kl: float  # nats
     agreement: float  # share of steps whose most likely token is the dense one
+    set_size: float  # positions of a set, mean; 0 where all steps are dense
 
 
 def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
@@ -201,6 +204,7 @@ def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
                 over_dense=math.expm1(loss - dense_loss),
                 kl=fmean(record.kl for record in own),
                 agreement=fmean(record.agreement for record in own),
+                set_size=fmean(record.set_size for record in own),
             )
         )
     return summaries

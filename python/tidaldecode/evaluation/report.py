@@ -14,7 +14,7 @@ from tidaldecode.evaluation.attention import AttentionReport
 from tidaldecode.evaluation.perplexity import Perplexity
 from tidaldecode.evaluation.results import Record
 
-REPORT_VERSION = 3  # of the form of report.json
+REPORT_VERSION = 4  # of the form of report.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,11 @@ class Summary:
     cells: tuple[Cell, ...]
     mean_score: float
     worst: Cell
-    mean_output_tokens: float  # over all prompts, as are the next three
+    mean_output_tokens: float  # over all prompts, as is what follows
     same_outputs: float  # share that equals the dense output
     mean_same_tokens: float
     mean_kl: float
+    mean_set_size: float
 
 
 def summarise(records: Sequence[Record]) -> list[Summary]:
@@ -85,6 +86,7 @@ def _summary(setting: str, records: Sequence[Record], dense: Mapping[Hashable, R
         same_outputs=fmean(_is_same(record, dense[record.place]) for record in records),
         mean_same_tokens=fmean(record.same_tokens for record in records),
         mean_kl=fmean(record.kl for record in records),
+        mean_set_size=fmean(record.set_size for record in records),
     )
 
 

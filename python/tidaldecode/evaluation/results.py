@@ -34,6 +34,7 @@ class Record:
     finish_reason: str
     same_tokens: int  # of the output, until it first differs from the dense one
     kl: float  # from the dense next-token distributions along the dense output, mean, nats
+    set_size: float  # positions of a set along the dense output, mean; 0 where all steps are dense
     seconds: float
 
     @property
@@ -55,6 +56,7 @@ class LossRecord:
     loss: float  # mean, nats a token
     kl: float  # from the dense next-token distributions, mean, nats
     agreement: float  # share of steps whose most likely token is the dense one
+    set_size: float  # positions of a set, mean; 0 where all steps are dense
     seconds: float
 
 

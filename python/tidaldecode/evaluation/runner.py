@@ -82,6 +82,12 @@ class Prompt:
         replay = self._paged if setting.is_quest else self._replay
         return replay.step_logits([token_ids[:-1]], **setting.options)[0]
 
+    def set_size(self, setting: Setting) -> float:
+        """Positions of a set in the last call of this setting, on average; 0 if it was dense."""
+        if setting.is_quest:
+            return float(setting.options["token_budget"])
+        return round(self._replay.mean_set_size, 2)
+
     @property
     def _paged(self) -> QuestReplay:
         if self._quest is None:
@@ -150,8 +156,9 @@ def _decode(
         for setting in settings:
             own = _decoded(prompt, example, setting)
             got = prompt.logits(setting, dense.token_ids)
-            kl = float(divergences(expected, got).mean())
-            results.append((setting, _judged(decoder, example, dense, own) | {"kl": round(kl, 6)}))
+            kl = round(float(divergences(expected, got).mean()), 6)
+            judged = _judged(decoder, example, dense, own)
+            results.append((setting, judged | {"kl": kl, "set_size": prompt.set_size(setting)}))
         return results
 
 

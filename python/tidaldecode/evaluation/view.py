@@ -73,6 +73,7 @@ def _task_table(names: Sequence[str], summaries: Sequence[Summary]) -> Table:
         "outputs as dense": [f"{100 * summary.same_outputs:.1f}" for summary in summaries],
         "tokens as dense": [f"{summary.mean_same_tokens:.1f}" for summary in summaries],
         "KL to dense, nats": [f"{summary.mean_kl:.4f}" for summary in summaries],
+        "positions of a set": [_set_size(summary.mean_set_size) for summary in summaries],
     }
     for title, values in rows.items():
         table.add_row(title, "", *values)
@@ -91,7 +92,12 @@ def _perplexity_table(names: Sequence[str], perplexities: Sequence[Perplexity]) 
         table.add_row("  KL to dense, nats", "", "", *(f"{entry.kl:.4f}" for entry in own[1:]))
         same = ["", *(f"{100 * entry.agreement:.2f}" for entry in own[1:])]
         table.add_row("  most likely token as dense, %", "", *same)
+        table.add_row("  positions of a set", "", *(_set_size(entry.set_size) for entry in own))
     return table
+
+
+def _set_size(mean: float) -> str:
+    return f"{mean:,.0f}" if mean else ""
 
 
 def _title(cell: Cell) -> str:
