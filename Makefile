@@ -33,7 +33,9 @@ test-sanitize: $(VENV)/.tools
 cuda-build: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/python tests/ensure_cublas.py
-	$(BIN)/cmake --preset cuda-release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/python tests/ensure_cudnn.py build/cudnn
+	$(BIN)/cmake --preset cuda-release -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DCudnnFrontend_ROOT=$(abspath build/cudnn)
 	$(BIN)/cmake --build --preset cuda-release
 
 # On a machine with a GPU: build, all tests on it, compute-sanitizer, a short benchmark, JSON.

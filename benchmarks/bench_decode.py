@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup", type=int, default=4, help="untimed steps before every round of them")
     floors = f"TB/s for the floors; default: {H200_READ_TB_PER_S}, an H200's; none on a CPU"
     add("--bandwidth", type=float, help=floors)
-    add("--peers", action="append", choices=["attention", "selection", "hf", "none"],
+    add("--peers", action="append", choices=["attention", "prompt", "selection", "hf", "none"],
         help="repeatable; default: attention and selection, on a GPU")  # fmt: skip
     add("--bench-ops", type=Path, help="the built bench_ops, to run beside the attention peers")
     add("--output", type=Path, help="JSON file to write; the plot goes beside it")

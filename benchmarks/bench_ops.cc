@@ -1,10 +1,11 @@
 // Microseconds per op of a decode step, through the Backend seam, as a decode step calls them:
-// attention and selection, and the projections of Llama-3.1-8B.
+// attention and selection, and the projections of Llama-3.1-8B; and of attention over prompts.
 //
-// Every row runs one op on many caches (or weights) in turn, more than the L2 holds, recorded as
-// one step; the time is that of several replays queued back to back, divided by the ops in them,
-// launch gaps included. Medians of `--samples` such measurements. Random data. One JSON line per
-// row on stdout.
+// Every row of a decode step runs one op on many caches (or weights) in turn, more than the L2
+// holds, recorded as one step; the time is that of several replays queued back to back, divided by
+// the ops in them, launch gaps included. Rows of prompts queue all chunks of one layer's attention
+// one by one, with the engine's own kernel and, where it is installed, with cuDNN. Medians of
+// `--samples` such measurements. Random data. One JSON line per row on stdout.
 //
 //   bench_ops [--samples 20] [--filter TEXT]
 #include <algorithm>
@@ -55,6 +56,23 @@ constexpr DType kDType = DType::kBFloat16;
 constexpr double kBytesPerReplay = 1.5e9;  // many times any L2
 constexpr int64_t kMaxCaches = 32;
 
+// One layer's attention over the tokens [first, end) of a prompt, `chunk` at a time.
+struct PromptRow {
+  int64_t first;
+  int64_t end;
+  int64_t chunk;
+  int64_t page_size = kPageSize;
+
+  // Tokens that all queries see together.
+  double visible() const {
+    auto sum = [](int64_t n) { return 0.5 * static_cast<double>(n) * static_cast<double>(n + 1); };
+    return sum(end) - sum(first);
+  }
+};
+
+// Dense bfloat16 products reach this on an H200 (cuBLASLt, 8192^3): what shares are given of.
+constexpr double kMatmulTflops = 790;
+
 // A matrix product of a layer with what is fused to it.
 struct Projection {
   std::string op;
@@ -97,13 +115,26 @@ std::vector<Row> Rows() {
   return rows;
 }
 
+std::vector<PromptRow> PromptRows(int64_t default_chunk) {
+  constexpr int64_t kPrompt = 32768;
+  std::vector<PromptRow> rows = {{kPrompt - 8192, kPrompt, 8192}, {0, kPrompt, kPrompt}};
+  for (int64_t chunk : {default_chunk, 4 * default_chunk}) rows.push_back({0, kPrompt, chunk});
+  for (int64_t page_size : {16, 128}) rows.push_back({0, kPrompt, 8192, page_size});
+  rows.push_back({0, default_chunk, default_chunk});
+  return rows;
+}
+
 // One device buffer filled with random 16-bit floats; every cache is a window of it at its own
 // offset.
 class Bench {
  public:
-  Bench(const Device& device, int samples) : samples_(samples) {
-    backend_ = MakeBackend({.device = device});
+  Bench(const Device& device, int samples,
+        PrefillAttention prefill_attention = PrefillAttention::kAuto)
+      : samples_(samples) {
+    backend_ = MakeBackend({.device = device, .prefill_attention = prefill_attention});
   }
+
+  BackendInfo info() const { return backend_->info(); }
 
   // The first line of the output: what the rows were measured on.
   void ReportDevice() const {
@@ -139,6 +170,28 @@ class Bench {
     backend_->RunStep({.batch_size = ++step_id_, .sparse = false}, step);
     backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
     Report(row, num_caches, read_bytes, Measure(step, num_caches));
+  }
+
+  void Run(const PromptRow& row) {
+    buffers_.clear();
+    std::vector<AttentionPrefillArgs> chunks = Chunks(row);
+    auto prompt = [&] {
+      for (const AttentionPrefillArgs& chunk : chunks) backend_->AttentionPrefill(chunk);
+    };
+    prompt();  // plans are made
+    double us = MedianTime(prompt, 2);
+    double tflops = 4.0 * kQHeads * kHeadDim * row.visible() / us * 1e-6;
+    std::printf(
+        "{\"op\": \"attention_prefill\", \"kernel\": \"%s\", \"num_q_heads\": %lld, "
+        "\"num_kv_heads\": %lld, \"head_dim\": %lld, \"first\": %lld, \"seq_len\": %lld, "
+        "\"chunk\": %lld, \"page_size\": %lld, \"median_of\": %d, \"us\": %.1f, "
+        "\"tflop_per_s\": %.1f, \"of_matmul\": %.3f}\n",
+        backend_->info().prefill_attention.c_str(), static_cast<long long>(kQHeads),
+        static_cast<long long>(kKvHeads), static_cast<long long>(kHeadDim),
+        static_cast<long long>(row.first), static_cast<long long>(row.end),
+        static_cast<long long>(row.chunk), static_cast<long long>(row.page_size), samples_, us,
+        tflops, tflops / kMatmulTflops);
+    std::fflush(stdout);
   }
 
   void Run(const Projection& row, int64_t batch_size) {
@@ -246,6 +299,34 @@ class Bench {
     // Real scores and lse for select_top_k.
     backend_->AttentionSelect({.attention = Attention(in, 0), .scores = in.scores, .lse = in.lse});
     return in;
+  }
+
+  // The calls of one layer, on pages in random order.
+  std::vector<AttentionPrefillArgs> Chunks(const PromptRow& row) {
+    int64_t num_pages = (row.end + row.page_size - 1) / row.page_size;
+    std::vector<int32_t> pages(static_cast<size_t>(num_pages));
+    std::iota(pages.begin(), pages.end(), 0);
+    std::mt19937 engine(3);
+    std::shuffle(pages.begin(), pages.end(), engine);
+    PagedKv kv = {.k_pages = RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
+                  .v_pages = RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
+                  .page_table = Ints(pages, {1, num_pages}),
+                  .seq_lens = {}};
+    TensorView q = RandomHalf({row.chunk, kQHeads, kHeadDim});
+    TensorView out = Tensor(kDType, {row.chunk, kQHeads, kHeadDim});
+    std::vector<AttentionPrefillArgs> chunks;
+    for (int64_t begin = row.first; begin < row.end; begin += row.chunk) {
+      int64_t seq_len = std::min(begin + row.chunk, row.end), count = seq_len - begin;
+      kv.seq_lens = Ints({static_cast<int32_t>(seq_len)}, {1});
+      chunks.push_back({.q = q.Rows(0, count),
+                        .q_starts = Ints({0, static_cast<int32_t>(count)}, {2}),
+                        .kv = kv,
+                        .sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+                        .out = out.Rows(0, count),
+                        .max_q_len = count,
+                        .max_seq_len = seq_len});
+    }
+    return chunks;
   }
 
   static std::vector<int32_t> RandomSets(int64_t num_sets, int64_t budget, int64_t seq_len,
@@ -361,18 +442,21 @@ class Bench {
   }
 
   double Measure(const std::function<void()>& step, int64_t ops_per_step) {
-    constexpr int kReplays = 10, kWarmUp = 2;
+    auto replay = [&] { backend_->RunStep({.batch_size = step_id_, .sparse = false}, step); };
+    return MedianTime(replay, 10) / static_cast<double>(ops_per_step);
+  }
+
+  // Microseconds of one call of `work`, `repeats` of them queued back to back.
+  double MedianTime(const std::function<void()>& work, int repeats) {
+    constexpr int kWarmUp = 2;
     std::vector<double> us;
     for (int sample = 0; sample < samples_ + kWarmUp; ++sample) {
       Wait();
       auto start = std::chrono::steady_clock::now();
-      for (int i = 0; i < kReplays; ++i) {
-        backend_->RunStep({.batch_size = step_id_, .sparse = false}, step);
-      }
+      for (int i = 0; i < repeats; ++i) work();
       Wait();
       std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
-      if (sample < kWarmUp) continue;
-      us.push_back(elapsed.count() / static_cast<double>(kReplays * ops_per_step));
+      if (sample >= kWarmUp) us.push_back(elapsed.count() / repeats);
     }
     std::nth_element(us.begin(), us.begin() + samples_ / 2, us.end());
     return us[static_cast<size_t>(samples_ / 2)];
@@ -412,8 +496,18 @@ int main(int argc, char** argv) {
     if (option == "--filter") filter = value;
   }
   try {
-    tidal::Bench bench({tidal::DeviceType::kCuda, 0}, samples);
+    const tidal::Device device = {tidal::DeviceType::kCuda, 0};
+    tidal::Bench bench(device, samples);
     bench.ReportDevice();
+    if (std::string("attention_prefill").find(filter) != std::string::npos) {
+      std::vector<tidal::PromptRow> rows = tidal::PromptRows(bench.info().prefill_chunk);
+      tidal::Bench own(device, samples, tidal::PrefillAttention::kOwn);
+      for (const tidal::PromptRow& row : rows) {
+        own.Run(row);
+        // Without cuDNN this would be the same again.
+        if (bench.info().prefill_attention.rfind("cuDNN", 0) == 0) bench.Run(row);
+      }
+    }
     for (const tidal::Row& row : tidal::Rows()) {
       if (row.op.find(filter) != std::string::npos) bench.Run(row);
     }

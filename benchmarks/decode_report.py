@@ -15,7 +15,7 @@ Report = dict[str, Any]
 def print_tables(console: Console, report: Report) -> None:
     if report["rows"]:
         console.print(step_table(report))
-    for kind in ("attention", "selection", "step"):
+    for kind in ("attention", "prompt", "selection", "step"):
         rows = [row for row in report["peers"] if row["kind"] == kind]
         if rows:
             console.print(peer_table(kind, rows, report["ops"]))
@@ -79,7 +79,7 @@ def case_label(row: Report) -> str:
     if "rows" in row:
         return f"top {row['token_budget']} of {row['rows']} rows"
     heads = f"{row['num_q_heads']}/{row['num_kv_heads']} heads of {row['head_dim']}"
-    return f"{heads}, batch {row['batch_size']}"
+    return f"{heads}, batch {row['batch_size']}" if "batch_size" in row else f"{heads}, a prompt"
 
 
 def op_label(op: Report) -> tuple[str, int]:

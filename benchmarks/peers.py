@@ -5,9 +5,10 @@ installed or fails is reported in one line. An op runs on many copies of its dat
 than the L2 holds, recorded in one CUDA graph; the time is a replay's, by events, over its ops. On
 a CPU, which is there to try this file out, the calls are timed one after the other.
 
-All attend from one new token per sequence to a full cache in bfloat16: torch contiguous, FlashInfer
-in pages of 16. Selection is top-k alone, of one row of float32 scores per KV head: the engine's
-SelectTopK pools and normalises them as well.
+Attention is from one new token per sequence to a full cache in bfloat16: torch contiguous,
+FlashInfer in pages of 16; prompts are causal attention of all tokens to each other, contiguous.
+Selection is top-k alone, of one row of float32 scores per KV head: the engine's SelectTopK pools
+and normalises them as well.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tidaldecode.model_folder import read_model_folder
 SAMPLES = 20
 COLD_BYTES = 1.5e9  # of all copies together: many times any L2
 MAX_COPIES = 32
+PROMPT_TOKENS = 32768
 FLASHINFER_PAGE_SIZE = 16
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
 
@@ -63,14 +65,34 @@ class SelectionCase:
         return self.rows * self.context * 4
 
 
-Case = AttentionCase | SelectionCase
+@dataclass(frozen=True)
+class PromptCase:
+    """One layer's causal attention over a whole prompt."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Queries, keys and values read, outputs written, once."""
+        return 4 * self.context * (self.num_q_heads + self.num_kv_heads) * self.head_dim
+
+    @property
+    def num_flops(self) -> int:
+        """Two products over the tokens that each query sees."""
+        return 4 * self.num_q_heads * self.head_dim * self.context * (self.context + 1) // 2
+
+
+Case = AttentionCase | SelectionCase | PromptCase
 Peer = Callable[[Any, int, str], Call]  # case, copies, device
 
 
 def measure(
     kinds: Iterable[str], models: list[Model], device: str, token_budget: int, progress: Progress
 ) -> Iterator[Row]:
-    """Rows of all peers of the kinds asked ("attention", "selection", "hf").
+    """Rows of all peers of the kinds asked ("attention", "prompt", "selection", "hf").
 
     A row that says "skipped" is a line for people.
     """
@@ -81,6 +103,7 @@ def measure(
             yield from peer_transformers.measure(models, device, progress)
             continue
         cases = attention_cases(models) if kind == "attention" else []
+        cases = prompt_cases(models) if kind == "prompt" else cases
         cases = selection_cases(models, token_budget) if kind == "selection" else cases
         yield from measure_ops(kind, cases, device, progress)
 
@@ -93,6 +116,15 @@ def attention_cases(models: list[Model]) -> list[AttentionCase]:
             heads = (model.num_q_heads, model.num_kv_heads, model.head_dim)
             if context != NEARLY_EMPTY:
                 cases[AttentionCase(*heads, context, batch_size)] = None
+    return list(cases)
+
+
+def prompt_cases(models: list[Model]) -> list[PromptCase]:
+    cases = {}
+    for folder, load_format, _ in models:
+        model = read_model_folder(folder, load_format).model
+        heads = (model.num_q_heads, model.num_kv_heads, model.head_dim)
+        cases[PromptCase(*heads, PROMPT_TOKENS)] = None
     return list(cases)
 
 
@@ -148,12 +180,15 @@ def measure_op(prepare: Peer, case: Case, device: str) -> Row:
         if device != "cpu":
             torch.cuda.empty_cache()
     us = statistics.median(times)
-    return {
+    row = {
         "us": round(us, 2),
         "tb_per_s": round(case.num_bytes / us * 1e-6, 3),
         "copies": copies,
         "median_of": len(times),
     }
+    if isinstance(case, PromptCase):
+        row["tflop_per_s"] = round(case.num_flops / us * 1e-6, 1)
+    return row
 
 
 def time_op(call: Call, copies: int, device: str) -> list[float]:
@@ -217,6 +252,33 @@ def sdpa(backend: str) -> Peer:
     return prepare
 
 
+def sdpa_prompt(backend: str) -> Peer:
+    """The same over a whole prompt, causal; laid out [tokens, heads, d] as projections leave it."""
+
+    def prepare(case: PromptCase, copies: int, device: str) -> Call:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        def random(heads: int) -> torch.Tensor:
+            shape = (copies, 1, case.context, heads, case.head_dim)
+            return torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(2, 3)
+
+        q, k, v = random(case.num_q_heads), random(case.num_kv_heads), random(case.num_kv_heads)
+        grouped = case.num_q_heads != case.num_kv_heads
+        only = getattr(SDPBackend, backend)
+
+        def call(i: int) -> object:
+            with sdpa_kernel(only):
+                return scaled_dot_product_attention(
+                    q[i], k[i], v[i], is_causal=True, enable_gqa=grouped
+                )
+
+        return call
+
+    return prepare
+
+
 def flashinfer_decode(case: AttentionCase, copies: int, device: str) -> Call:
     """FlashInfer's paged decode without tensor cores, pages in random order."""
     import flashinfer
@@ -272,6 +334,10 @@ PEERS: dict[str, dict[str, Peer]] = {
         "torch sdpa cudnn": sdpa("CUDNN_ATTENTION"),
         "torch sdpa flash": sdpa("FLASH_ATTENTION"),
         "flashinfer decode": flashinfer_decode,
+    },
+    "prompt": {
+        "torch sdpa cudnn": sdpa_prompt("CUDNN_ATTENTION"),
+        "torch sdpa flash": sdpa_prompt("FLASH_ATTENTION"),
     },
     "selection": {"torch topk": torch_top_k, "flashinfer top_k": flashinfer_top_k},
 }

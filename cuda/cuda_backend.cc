@@ -7,6 +7,7 @@
 
 #include "backend/check_args.h"
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/launch_config.h"
 #include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
@@ -30,6 +31,7 @@ constexpr int64_t kWeightStagingBytes = 64 << 20;  // two of them: copy and file
 constexpr int64_t kInputStagingBytes = 1 << 20;    // the inputs of several steps
 constexpr int64_t kDownloadBytes = 4 << 20;        // logits come in pieces of this size
 constexpr int64_t kPrefillChunk = 2048;            // fills the tensor cores of a large GPU
+constexpr int64_t kLeastCudnnQueries = 128;        // below, cuDNN's kernels are mostly empty
 constexpr int64_t kMaxSeqLen = int64_t{1} << 30;   // positions are int32 on the device
 
 int Attribute(int device, cudaDeviceAttr name) {
@@ -107,9 +109,11 @@ CudaBackend::Stream::~Stream() {
 CudaBackend::CudaBackend(const BackendOptions& options)
     : device_(CheckDevice(options.device.index)),
       use_graphs_(options.cuda_graphs),
+      prefill_attention_(options.prefill_attention),
       num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
       stream_(device_),
       linear_(device_, stream_.get()),
+      cudnn_attention_(device_, stream_.get()),
       graphs_(stream_.get()),
       input_staging_(std::make_unique<PinnedStaging>(kInputStagingBytes, stream_.get(),
                                                      "staging of step inputs")),
@@ -131,6 +135,10 @@ BackendInfo CudaBackend::info() const {
   info.name = Concat("cuda:", device_);
   info.free_bytes = static_cast<int64_t>(free_bytes);
   info.prefill_chunk = kPrefillChunk;
+  const std::string& problem = cudnn_attention_.problem();
+  info.prefill_attention = prefill_attention_ == PrefillAttention::kOwn ? "own kernel"
+                           : problem.empty() ? "cuDNN " + CudnnAttention::LibraryVersion()
+                                             : "own kernel (" + problem + ")";
   return info;
 }
 
@@ -179,6 +187,18 @@ void CudaBackend::Reserve(const StepLimits& limits) {
     Grow(select_scratch_,
          SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len),
          "selection scratch");
+  }
+  bool may_use_cudnn = prefill_attention_ != PrefillAttention::kOwn;
+  if (may_use_cudnn && limits.num_pages > 0 && limits.prefill_chunk >= kLeastCudnnQueries) {
+    cudnn_attention_.Prepare({.dtype = limits.dtype,
+                              .batch_size = 1,
+                              .max_q_len = limits.prefill_chunk,
+                              .num_q_heads = model.num_q_heads,
+                              .num_kv_heads = model.num_kv_heads,
+                              .head_dim = model.head_dim,
+                              .num_pages = limits.num_pages,
+                              .page_size = limits.page_size,
+                              .max_pages = CeilDiv(limits.max_seq_len, limits.page_size)});
   }
 }
 
@@ -316,9 +336,20 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
   CheckSameDType("attention_prefill", {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
   if (HasFewQueries(args)) {
     LaunchAttentionFewQueries(args, ScratchFor(args.q), stream());
-  } else {
+  } else if (!PrefillByCudnn(args)) {
     LaunchAttentionPrefill(args, stream());
   }
+}
+
+bool CudaBackend::PrefillByCudnn(const AttentionPrefillArgs& args) {
+  // Plans are made when they are first asked for, and a recorded step may not wait for that.
+  if (prefill_attention_ == PrefillAttention::kOwn || in_step_) return false;
+  bool is_forced = prefill_attention_ == PrefillAttention::kCudnn;
+  if (!is_forced && args.max_q_len < kLeastCudnnQueries) return false;
+  bool done = cudnn_attention_.Run(args);
+  TIDAL_CHECK(done || !is_forced, UnsupportedError, "prefill_attention: cuDNN was asked for, but ",
+              cudnn_attention_.problem());
+  return done;
 }
 
 void CudaBackend::AttentionFull(const AttentionArgs& args) {

@@ -17,6 +17,7 @@
 #include "cuda_graphs.h"
 #include "cuda_linear.h"
 #include "cuda_memory.h"
+#include "cudnn_attention.h"
 
 namespace tidal {
 
@@ -85,6 +86,8 @@ class CudaBackend final : public Backend {
   // The norm that makes a product's inputs: handed on if the product takes it along, else done.
   const RmsNormArgs* NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   void LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear);
+  // AttentionPrefill by cuDNN, if that is to do it and can; false: by the own kernel.
+  bool PrefillByCudnn(const AttentionPrefillArgs& args);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
   void AllowEarlyReads(bool allow) {
     attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;
@@ -92,9 +95,11 @@ class CudaBackend final : public Backend {
 
   int device_;
   bool use_graphs_;
+  PrefillAttention prefill_attention_;
   int num_sms_ = 0;
   Stream stream_;
   CudaLinear linear_;
+  CudnnAttention cudnn_attention_;
   GraphCache graphs_;
   Buffer attention_scratch_;
   Buffer select_scratch_;

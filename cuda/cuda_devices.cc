@@ -8,6 +8,7 @@
 
 #include "cuda_backend.h"
 #include "cuda_linear.h"
+#include "cudnn_attention.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -64,6 +65,13 @@ class ManagementLibrary {
   int (*memory_)(void*, Memory*) = nullptr;
 };
 
+// What a decoder's prompts will be done by, if it has their shapes.
+std::string PrefillAttentionText() {
+  std::string version = CudnnAttention::LibraryVersion();
+  return version.empty() ? Concat("own kernel (", CudnnAttention::LibraryProblem(), ")")
+                         : "cuDNN " + version;
+}
+
 // Why there is no GPU at all, in plain words.
 std::string WhyNoDevice(cudaError_t status) {
   int driver = 0, runtime = 0;
@@ -100,6 +108,7 @@ void ListCudaDevices(std::vector<DeviceStatus>& devices,
                      std::vector<std::pair<std::string, std::string>>& libraries) {
   libraries.emplace_back("CUDA runtime", VersionText(CUDART_VERSION));
   libraries.emplace_back("cuBLASLt", CudaLinear::LibraryVersion());
+  libraries.emplace_back("prefill attention", PrefillAttentionText());
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   cudaGetLastError();

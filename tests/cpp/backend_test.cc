@@ -141,10 +141,14 @@ StepLimits BackendFixture::SmallLimits(DType dtype) {
   return limits;
 }
 
-void BackendFixture::Open(const BackendCase& on, const StepLimits& limits) {
+void BackendFixture::Open(const BackendCase& on, const StepLimits& limits,
+                          PrefillAttention prefill_attention) {
   buffers_.clear();
   on_ = on;
-  backend_ = MakeBackend({.device = {on.device, 0}, .num_threads = 2, .cuda_graphs = true});
+  backend_ = MakeBackend({.device = {on.device, 0},
+                          .num_threads = 2,
+                          .cuda_graphs = true,
+                          .prefill_attention = prefill_attention});
   backend_->Reserve(limits);
   act_ = backend_->activation_dtype(on.dtype);
 }

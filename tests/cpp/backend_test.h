@@ -63,7 +63,8 @@ class BackendFixture : public ::testing::Test {
   static StepLimits SmallLimits(DType dtype);
 
   // Makes the backend of `on` and reserves it for `limits`.
-  void Open(const BackendCase& on, const StepLimits& limits);
+  void Open(const BackendCase& on, const StepLimits& limits,
+            PrefillAttention prefill_attention = PrefillAttention::kAuto);
 
   Backend& backend() { return *backend_; }
   DType act() const { return act_; }

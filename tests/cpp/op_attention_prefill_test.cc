@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "paged_cache.h"
+#include "tidal/error.h"
 
 namespace tidal::test {
 namespace {
@@ -36,7 +37,7 @@ class OpAttentionPrefill : public AttentionTest {
  protected:
   void SetUp() override {
     AttentionTest::SetUp();
-    if (!IsSkipped()) Open(GetParam().on, Limits());
+    if (!IsSkipped()) Open(GetParam().on, Limits(), PrefillAttention::kOwn);
   }
 
   int64_t q_size() const { return shape().num_q_heads * shape().head_dim; }
@@ -122,7 +123,7 @@ TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
     SCOPED_TRACE(page_size);
     StepLimits limits = Limits();
     limits.page_size = page_size;
-    Open(GetParam().on, limits);
+    Open(GetParam().on, limits, PrefillAttention::kOwn);
     const AttentionPrefillArgs args = Args(PutCache(sequences, page_size), chunk, q);
     backend().AttentionPrefill(args);
     const Bytes out = GetBytes(args.out);
@@ -173,6 +174,91 @@ TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
     EXPECT_TRUE(SameBits(GetBytes(args.out.Rows(i, 1)), GetBytes(decoded), DTypeBytes(act())));
   }
 }
+
+// The same through cuDNN, where it is installed. It does not promise bits, and passes of a few
+// queries never come to it.
+class OpAttentionPrefillCudnn : public OpAttentionPrefill {
+ protected:
+  void SetUp() override {
+    AttentionTest::SetUp();
+    if (IsSkipped()) return;
+    Open(GetParam().on, Limits(), PrefillAttention::kCudnn);
+    const std::string with = backend().info().prefill_attention;
+    if (with.rfind("cuDNN", 0) != 0) GTEST_SKIP() << "needs cuDNN: " << with;
+  }
+
+  void ExpectMatch(Random& random, const Chunk& chunk, int64_t page_size) {
+    SCOPED_TRACE(chunk.name);
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const Values q = RandomQ(random, chunk);
+    const AttentionPrefillArgs args = Args(PutCache(sequences, page_size), chunk, q);
+    backend().AttentionPrefill(args);
+    EXPECT_TRUE(
+        Close(Get(args.out), Want(chunk, sequences, q), ToleranceFor(Op::kAttention, act())));
+  }
+};
+
+TEST_P(OpAttentionPrefillCudnn, MatchesReference) {
+  Random random(6);
+  for (const Chunk& chunk : Chunks()) ExpectMatch(random, chunk, shape().page_size);
+}
+
+// One sequence, as the engine reads prompts: first, middle and last chunks, lengths around the
+// kernels' tiles.
+TEST_P(OpAttentionPrefillCudnn, MatchesReferenceOnChunksOfOnePrompt) {
+  Random random(7);
+  const std::vector<std::pair<int32_t, int32_t>> lengths = {
+      {256, 256}, {512, 256}, {600, 88}, {33, 33}, {129, 128}, {1025, 255}, {640, 640}, {701, 301}};
+  for (const auto& [seq_len, q_len] : lengths) {
+    ExpectMatch(random, {Concat(q_len, " of ", seq_len), {seq_len}, {q_len}}, shape().page_size);
+  }
+}
+
+TEST_P(OpAttentionPrefillCudnn, MatchesReferenceAtEveryPageSize) {
+  Random random(8);
+  for (int64_t page_size : {16, 32, 64, 128}) {
+    ExpectMatch(random, {Concat("pages of ", page_size), {300, 77}, {129, 77}}, page_size);
+  }
+}
+
+TEST_P(OpAttentionPrefillCudnn, TokensPastTheLastRowAreIdle) {
+  Random random(9);
+  const Chunk chunk = {"", {300, 77}, {130, 40}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  Values q = RandomQ(random, chunk);
+  AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size), chunk, q);
+  backend().AttentionPrefill(args);
+  Bytes want = GetBytes(args.out);
+  const size_t idle = static_cast<size_t>(150 * q_size());
+  want.resize(want.size() + idle * DTypeBytes(act()), 0xff);
+
+  q.resize(q.size() + idle, std::nan(""));
+  const Shape q_shape = {170 + 150, shape().num_q_heads, shape().head_dim};
+  args.q = Put(q, act(), q_shape);
+  args.out = Output(act(), q_shape);
+  backend().AttentionPrefill(args);
+  EXPECT_TRUE(SameBits(GetBytes(args.out), want, DTypeBytes(act())));
+}
+
+TEST_P(OpAttentionPrefillCudnn, ARecordedStepIsLeftToTheOwnKernel) {
+  Random random(10);
+  const Chunk chunk = {"", {300}, {200}};
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const AttentionPrefillArgs args =
+      Args(PutCache(sequences, shape().page_size), chunk, RandomQ(random, chunk));
+  Bytes eager;
+  for (int round = 0; round < 3; ++round) {
+    backend().RunStep({.batch_size = 1}, [&] { backend().AttentionPrefill(args); });
+    if (round == 0) eager = GetBytes(args.out);
+    EXPECT_TRUE(SameBits(GetBytes(args.out), eager, DTypeBytes(act())));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cudnn, OpAttentionPrefillCudnn,
+                         ::testing::ValuesIn(Cases({{DeviceType::kCuda, DType::kBFloat16},
+                                                    {DeviceType::kCuda, DType::kFloat16}},
+                                                   CommonHeadShapes())),
+                         CaseNameOf<OpCase<HeadShape>>);
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionPrefill,
                          ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),

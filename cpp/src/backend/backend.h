@@ -19,9 +19,10 @@ namespace tidal {
 
 struct BackendInfo {
   Device device;
-  std::string name;           // "cpu", "cuda:0"
-  int64_t free_bytes = 0;     // memory that can be allocated now
-  int64_t prefill_chunk = 0;  // prompt tokens per pass that run well here
+  std::string name;               // "cpu", "cuda:0"
+  int64_t free_bytes = 0;         // memory that can be allocated now
+  int64_t prefill_chunk = 0;      // prompt tokens per pass that run well here
+  std::string prefill_attention;  // what does AttentionPrefill: "cuDNN 9.28.1", "own kernel (why)"
 };
 
 // The largest step a decoder will ever run; the backend sizes its own scratch by it.
@@ -34,6 +35,7 @@ struct StepLimits {
   int64_t prefill_chunk = 0;
   int64_t tokens_per_row = 1;  // of a step; more: it checks drafts, with AttentionPrefill
   int64_t page_size = 0;
+  int64_t num_pages = 0;     // of the cache; 0: not known yet
   int64_t token_budget = 0;  // 0: dense only
   Granularity granularity = Granularity::kKvHead;
 };
@@ -98,10 +100,19 @@ class Backend {
   virtual void GateUpSiluMul(const GateUpSiluMulArgs& args);
 };
 
+// What does AttentionPrefill of more than a few queries on CUDA. The results are the same to
+// rounding.
+enum class PrefillAttention : int32_t {
+  kAuto,   // cuDNN where it is installed and has the shapes, else the own kernel
+  kOwn,    // the own kernel
+  kCudnn,  // cuDNN, or an error that says why not
+};
+
 struct BackendOptions {
   Device device;
   int32_t num_threads = 0;  // CPU; 0: one per core
   bool cuda_graphs = true;
+  PrefillAttention prefill_attention = PrefillAttention::kAuto;
 };
 
 // Throws BackendError if the device is not available, with the reason and the remedy.

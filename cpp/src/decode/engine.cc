@@ -106,6 +106,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   config_.num_pages = ResolveNumPages();
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
+  ReserveScratch(config_, plan_);  // now that num_pages is known
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
@@ -125,6 +126,7 @@ void Engine::ReserveScratch(const DecodeConfig& config, const DecodePlan& plan) 
                      .prefill_chunk = config_.prefill_chunk,
                      .tokens_per_row = TokensPerRow(),
                      .page_size = config_.page_size,
+                     .num_pages = config_.num_pages,
                      .token_budget = plan.is_dense() ? 0 : config.token_budget,
                      .granularity = config.granularity});
 }
