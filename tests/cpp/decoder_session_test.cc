@@ -271,6 +271,23 @@ TEST_P(Sessions, TruncatedOnesAreAsIfNothingHadFollowed) {
   }
 }
 
+// Back where a turn ended, decoding goes on from there as it would have.
+TEST_P(Sessions, GoOnFromWhereTheyWereTruncatedTo) {
+  const Prompts prompts = MakePrompts({100, 70});
+  const auto decoder = Make(Tidal());
+  const Ints want = One(*decoder, prompts[0], Greedy(40));
+  const auto session = decoder->StartSession();
+  Turn(*session, prompts[0], Greedy(20));
+  Turn(*session, prompts[1], Greedy(20));
+  session->Truncate(120);
+  EXPECT_EQ(Turn(*session, {}, Greedy(20)), Ints(want.begin() + 20, want.end()));
+  session->Truncate(120);
+  session->Append(prompts[1]);
+  session->ReadNext();
+  session->Truncate(120);
+  EXPECT_EQ(Turn(*session, {}, Greedy(20)), Ints(want.begin() + 20, want.end()));
+}
+
 // keep: the same as truncating and then starting a turn, but all or nothing.
 TEST_P(Sessions, ATurnMayKeepABeginning) {
   const auto decoder = Make(Tidal());

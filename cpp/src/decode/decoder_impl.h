@@ -76,6 +76,8 @@ struct Session::Impl {
   // The sequence's first `keep` tokens, then token_ids, with pages for max_new_tokens more. Throws
   // CapacityError, changing nothing.
   void Extend(int64_t keep, std::span<const int32_t> token_ids, int64_t max_new_tokens);
+  // Forgets the tokens from `length` on.
+  void GoBack(Sequence& used, int64_t length) const;
   // A turn has ended that generated num_new tokens. The caller holds the lock.
   void TakeBack(Sequence used, int64_t num_new);
 

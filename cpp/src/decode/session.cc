@@ -91,6 +91,8 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
               "; close other sessions, raise num_pages, or lower max_new_tokens");
 
   Keep(*sequence, keep);
+  kept = keep;
+  kept_prompt_len = sequence->prompt_len;
   sequence->tokens.insert(sequence->tokens.end(), token_ids.begin(), token_ids.end());
   if (num_added > 0) sequence->prompt_len = length;
   sequence->cached = use.cached;
@@ -98,17 +100,16 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
   engine.OwnPages(*sequence, max_len, first);
 }
 
+void Session::Impl::GoBack(Sequence& used, int64_t length) const {
+  bool is_cached = used.cached + 1 >= length;
+  Keep(used, length);
+  if (length <= kept && is_cached) used.prompt_len = std::min(kept_prompt_len, length);
+  used.pages.Shrink(length);
+}
+
 void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
-  if (used.prefilled()) {
-    // A verified round may have drawn tokens that were not handed out.
-    Keep(used, turn_len + num_new);
-  } else {
-    // Not all of what stayed is cached if it had to be read again.
-    bool is_read = used.cached + 1 >= kept;
-    Keep(used, kept);
-    if (is_read) used.prompt_len = std::min(kept_prompt_len, kept);
-  }
-  used.pages.Shrink(Length(used));
+  // A verified round may have drawn tokens that were not handed out.
+  GoBack(used, used.prefilled() ? turn_len + num_new : kept);
   used.sampling = decoder.engine.ScratchSampling();
   sequence.emplace(std::move(used));
 }
@@ -155,10 +156,7 @@ std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids
               "batch: need 1 row, have 0 free of max_batch_size ",
               decoder.engine.config().max_batch_size,
               "; raise max_batch_size or let running sequences end");
-  int64_t prompt_len = sequence.prompt_len;
   impl_->Extend(kept, token_ids, params.max_new_tokens);
-  impl_->kept = kept;
-  impl_->kept_prompt_len = prompt_len;
   impl_->turn_len = Length(sequence);
   auto generation = std::make_unique<Generation::Impl>(decoder);
   generation->Add(std::move(sequence), params);
@@ -173,8 +171,7 @@ void Session::Truncate(int64_t length) {
   Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
               ", expected 0 to ", Length(sequence));
-  Keep(sequence, length);
-  sequence.pages.Shrink(length);
+  impl_->GoBack(sequence, length);
 }
 
 std::unique_ptr<Session> Session::Fork() const {
