@@ -1,4 +1,5 @@
-// Decoder and Generation. Every call that works on the device releases the GIL.
+// Decoder, Generation, Session and Replay. Every call that works on the device, or waits for one
+// that does, releases the GIL.
 #include "tidal/decoder.h"
 
 #include <pybind11/functional.h>
@@ -122,6 +123,31 @@ class PyGeneration {
   PrefillProgress prefill_;
 };
 
+// A Session that close() can end before its Decoder.
+class PySession {
+ public:
+  explicit PySession(std::unique_ptr<Session> session) : session_(std::move(session)) {}
+  ~PySession() { Close(); }
+
+  Session& get() const {
+    TIDAL_CHECK(session_ != nullptr, InvalidArgument, "session: it is closed; start a new one");
+    return *session_;
+  }
+
+  void Close() {
+    py::gil_scoped_release release;
+    session_.reset();
+  }
+
+  std::unique_ptr<PyGeneration> Start(const std::vector<int32_t>& token_ids,
+                                      const SamplingParams& params, std::optional<int64_t> keep) {
+    return std::make_unique<PyGeneration>(get().Start(token_ids, params, keep));
+  }
+
+ private:
+  std::unique_ptr<Session> session_;
+};
+
 // A Replay that close() can end before its Decoder.
 class PyReplay {
  public:
@@ -236,6 +262,7 @@ void RegisterGeneration(py::module_& module) {
           [](const SequenceResult& self) { return FinishReasonString(self.finish_reason); })
       .def_readonly("error", &SequenceResult::error)
       .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
+      .def_readonly("cached_tokens", &SequenceResult::cached_tokens)
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
       .def_readonly("decode_s", &SequenceResult::decode_s)
       .def_readonly("verification", &SequenceResult::verification);
@@ -260,6 +287,29 @@ void RegisterGeneration(py::module_& module) {
       });
 }
 
+void RegisterSession(py::module_& module) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<PySession>(module, "Session")
+      .def(
+          "append",
+          [](PySession& self, const std::vector<int32_t>& ids) { self.get().Append(ids); },
+          py::arg("token_ids"), NoGil())
+      .def(
+          "read_next", [](PySession& self) { return self.get().ReadNext(); }, NoGil())
+      .def("start", &PySession::Start, py::arg("token_ids"), py::arg("params"),
+           py::arg("keep") = py::none(), NoGil(), py::keep_alive<0, 1>())
+      .def(
+          "truncate", [](PySession& self, int64_t length) { self.get().Truncate(length); },
+          py::arg("length"), NoGil())
+      .def(
+          "token_ids", [](const PySession& self) { return self.get().token_ids(); }, NoGil())
+      .def(
+          "num_cached", [](const PySession& self) { return self.get().num_cached(); }, NoGil())
+      .def_property_readonly("max_seq_len",
+                             [](const PySession& self) { return self.get().max_seq_len(); })
+      .def("close", &PySession::Close);
+}
+
 void RegisterReplay(py::module_& module) {
   py::class_<PyReplay>(module, "Replay")
       .def("read", &PyReplay::Read, py::arg("on_progress") = py::none())
@@ -274,6 +324,7 @@ void RegisterReplay(py::module_& module) {
 
 void RegisterDecoder(py::module_& module) {
   RegisterGeneration(module);
+  RegisterSession(module);
   RegisterReplay(module);
   py::class_<Decoder>(module, "Decoder")
       .def(py::init(&MakeDecoder), py::arg("model"), py::arg("config"), py::arg("weights"),
@@ -286,6 +337,20 @@ void RegisterDecoder(py::module_& module) {
             return std::make_unique<PyGeneration>(self.Start(prompts, params));
           },
           py::arg("prompts"), py::arg("params"), py::keep_alive<0, 1>())
+      .def(
+          "start_session",
+          [](Decoder& self, int64_t max_seq_len) {
+            py::gil_scoped_release release;
+            return std::make_unique<PySession>(self.StartSession(max_seq_len));
+          },
+          py::arg("max_seq_len"), py::keep_alive<0, 1>())
+      .def(
+          "fork_session",  // here, so that a fork keeps the decoder alive and not its parent
+          [](Decoder&, const PySession& session) {
+            py::gil_scoped_release release;
+            return std::make_unique<PySession>(session.get().Fork());
+          },
+          py::arg("session"), py::keep_alive<0, 1>())
       .def(
           "start_replay",
           [](Decoder& self, const std::vector<std::vector<int32_t>>& prompts,

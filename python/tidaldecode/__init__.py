@@ -26,6 +26,7 @@ from tidaldecode.errors import (
 )
 from tidaldecode.model_folder import demo_model_dir
 from tidaldecode.results import GenerationResult, Timings, Verification
+from tidaldecode.session import Session
 from tidaldecode.stream import TextStream
 
 __version__: str = _core.version()
@@ -39,6 +40,7 @@ __all__ = [
     "GenerationResult",
     "InvalidArgument",
     "OutOfMemoryError",
+    "Session",
     "TextStream",
     "TidalError",
     "Timings",

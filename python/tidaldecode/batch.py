@@ -1,6 +1,7 @@
 """Running the prompts of one call: in waves of what fits, each wave in the engine's own loop.
 
-Called by decoder.py. stream.py is the one-sequence twin that hands text out while it runs.
+Called by decoder.py and session.py. stream.py is the one-sequence twin that hands text out while it
+runs.
 """
 
 from __future__ import annotations
@@ -10,19 +11,46 @@ from dataclasses import dataclass, field
 
 from tidaldecode import _core
 from tidaldecode.detokenizer import TextAssembler
-from tidaldecode.errors import CapacityError
+from tidaldecode.errors import CapacityError, InvalidArgument, show
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.sampling import SamplingSettings
 
 Decode = Callable[[Sequence[int]], str]
 PrefillProgress = Callable[[int, int], None]
+ShouldStop = Callable[[], bool]
+
+
+@dataclass
+class Callbacks:
+    """What a caller wants to hear, and to say, while a call runs."""
+
+    on_prefill: PrefillProgress | None
+    should_stop: ShouldStop | None
+    stopped: bool = False  # should_stop has said so; it is not asked again
+
+    def __post_init__(self) -> None:
+        for name in ("on_prefill", "should_stop"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise InvalidArgument(f"{name}: got {show(value)}, expected a function")
+
+    def wants_stop(self) -> bool:
+        """Whether the caller has had enough."""
+        if not self.stopped and self.should_stop is not None:
+            self.stopped = bool(self.should_stop())
+        return self.stopped
+
+    def report(self, done: int, total: int) -> None:
+        """Tells how much of the prompts has been read."""
+        if self.on_prefill is not None and total > 0:
+            self.on_prefill(done, total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt and how long its continuation may get."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # in a session all tokens before the new ones
     max_new_tokens: int
     settings: SamplingSettings
 
@@ -55,12 +83,7 @@ def make_requests(
     room = min(config.max_seq_len, config.num_pages * config.page_size)
     requests = []
     for prompt_ids in prompts:
-        max_new_tokens = settings.max_new_tokens
-        if not settings.max_new_tokens_is_explicit:
-            max_new_tokens = max(1, min(max_new_tokens, room - len(prompt_ids)))
-        requests.append(
-            Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
-        )
+        requests.append(make_request(prompt_ids, settings, room))
     num_free_pages = core.num_free_pages
     for index, request in enumerate(requests):
         if request.num_tokens > config.max_seq_len:
@@ -77,6 +100,14 @@ def make_requests(
                 "or shorten the prompt or max_new_tokens"
             )
     return requests
+
+
+def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -> Request:
+    """A request where prompt and continuation have `room` positions together, if they fit."""
+    max_new_tokens = settings.max_new_tokens
+    if not settings.max_new_tokens_is_explicit:
+        max_new_tokens = max(1, min(max_new_tokens, room - len(prompt_ids)))
+    return Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
 
 
 def plan_waves(requests: Sequence[Request], core: _core.Decoder) -> Iterator[Sequence[Request]]:
@@ -119,46 +150,61 @@ def run_wave(
     core: _core.Decoder,
     requests: Sequence[Request],
     decode: Decode | None,
-    on_prefill: PrefillProgress | None,
+    callbacks: Callbacks,
 ) -> list[GenerationResult]:
-    """Runs requests together to their ends; whatever happens, their pages come back.
+    """Runs requests together to their ends.
 
     Args:
         core: the engine.
         requests: at most what the engine has rows and pages for.
         decode: text of token ids; None gives results without text.
-        on_prefill: called with (tokens done, tokens in all) while prompts are read.
+        callbacks: of the caller.
     """
+    generation = core.start(
+        [request.prompt_ids for request in requests],
+        [request.core_params() for request in requests],
+    )
+    return run_generation(generation, requests, decode, callbacks)
+
+
+def run_generation(
+    generation: _core.Generation,
+    requests: Sequence[Request],
+    decode: Decode | None,
+    callbacks: Callbacks,
+) -> list[GenerationResult]:
+    """Runs a generation that has been started to its end; whatever happens, its pages come back."""
     settings = requests[0].settings
     texts = [
         _Text(TextAssembler(decode, request.prompt_ids, settings.stop)) if decode else None
         for request in requests
     ]
-    generation = core.start(
-        [request.prompt_ids for request in requests],
-        [request.core_params() for request in requests],
-    )
+    is_reading = True
 
-    is_reading = on_prefill is not None
+    def stop_if_wanted() -> None:
+        if callbacks.wants_stop():
+            for sequence in range(len(requests)):
+                generation.stop(sequence, "abort")
 
     def on_tokens(events: list[tuple[int, int]]) -> None:
         nonlocal is_reading
-        if is_reading and on_prefill is not None:
+        if is_reading:
             done, total = generation.prefill_progress
-            on_prefill(done, total)
+            callbacks.report(done, total)
             is_reading = done < total
-        if not settings.stop:
-            return
-        for sequence, token_id in events:
+        for sequence, token_id in events if settings.stop else ():
             text = texts[sequence]
             if text is None or token_id in settings.stop_token_ids:
                 continue
             text.push(token_id)
             if text.assembler.matched_stop is not None:
                 generation.stop(sequence, "stop")
+        stop_if_wanted()
 
+    is_watched = settings.stop or callbacks.on_prefill or callbacks.should_stop
     try:
-        generation.run(on_tokens if settings.stop or on_prefill else None)
+        stop_if_wanted()
+        generation.run(on_tokens if is_watched else None)
         core_results = generation.results()
     finally:
         generation.close()

@@ -2,7 +2,8 @@
 
 The walk from model_dir to text: model_folder.py reads the folder, plans.py chooses the layers that
 select positions, the C++ engine (cpp/include/tidal/decoder.h) loads the weights and runs every
-step; tokenizer.py and detokenizer.py stand between text and token ids. Nothing is computed here.
+step; frontend.py, tokenizer.py and detokenizer.py stand between text and token ids; session.py
+keeps a conversation. Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,19 +20,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tidaldecode import _core
-from tidaldecode.batch import PrefillProgress, make_requests, plan_waves, run_wave
+from tidaldecode.batch import (
+    Callbacks,
+    PrefillProgress,
+    ShouldStop,
+    make_requests,
+    plan_waves,
+    run_wave,
+)
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
+from tidaldecode.frontend import Frontend, Messages
 from tidaldecode.model_config import ModelConfig
 from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import choose_plan
-from tidaldecode.prompts import check_token_ids, encode_prompts
+from tidaldecode.prompts import check_token_ids
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
-from tidaldecode.sampling import SamplingSettings, check_integer, check_sampling
+from tidaldecode.sampling import check_integer
+from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
-from tidaldecode.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +50,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("tidaldecode")
 
 LoadProgress = Callable[[int, int], None]
-Messages = Sequence[Mapping[str, Any]]
 
 
 class Decoder:
@@ -114,11 +122,11 @@ class Decoder:
         self._settings = settings
         self._folder = folder
         self._plan_source = plan.source if plan else "dense"
-        self._tokenizer: Tokenizer | None = None
+        self._frontend = Frontend(folder, settings)
         # Calls from several threads take turns: together they might not fit.
         self._turn = threading.RLock()
-        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
-        self._replays: weakref.WeakSet[Replay] = weakref.WeakSet()
+        # What holds pages, and ends with the decoder.
+        self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
         self._core: _core.Decoder | None = _core.Decoder(
             core_model(folder.model),
             core_config(settings, plan, folder),
@@ -143,6 +151,7 @@ class Decoder:
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
         on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """Continues one prompt or several.
 
@@ -163,6 +172,8 @@ class Decoder:
             stop_token_ids: ids that end the text, besides the model's own.
             ignore_eos: go on after the model's end-of-text tokens.
             on_prefill: called with (tokens done, tokens in all) while prompts are read.
+            should_stop: asked before every chunk of a prompt and every decode step; True ends the
+                call with what there is (finish_reason "abort").
 
         Returns: a GenerationResult, or a list of them for a list of prompts.
         Raises:
@@ -170,7 +181,8 @@ class Decoder:
             CapacityError: a prompt with its new tokens does not fit; no work has been done.
         """
         core = self._open_core()
-        settings = self._check_sampling(
+        callbacks = Callbacks(on_prefill, should_stop)
+        settings = self._frontend.check_sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -182,15 +194,13 @@ class Decoder:
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
         )
-        prompts, is_batch = encode_prompts(
-            prompt, self._text_tokenizer_encode, self._folder.model.vocab_size
-        )
-        decode = self._decode_function(needed=bool(settings.stop))
+        prompts, is_batch = self._frontend.encode_prompts(prompt)
+        decode = self._frontend.decode_function(needed=bool(settings.stop))
         results: list[GenerationResult] = []
         with self._turn:
             requests = make_requests(prompts, settings, core)
             for wave in plan_waves(requests, core):
-                results += run_wave(core, wave, decode, on_prefill)
+                results += run_wave(core, wave, decode, callbacks)
         return results if is_batch else results[0]
 
     def stream(
@@ -198,6 +208,7 @@ class Decoder:
         prompt: str | Sequence[int],
         *,
         on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
         """Continues one prompt; iterate over the result for pieces of text as they come.
@@ -205,23 +216,20 @@ class Decoder:
         Args:
             prompt: a text or a list of token ids.
             on_prefill: called with (tokens done, tokens in all) while the prompt is read.
+            should_stop: as in generate().
             sampling: the settings of generate().
 
         Raises: as generate(), at the call.
         """
         core = self._open_core()
-        settings = self._check_sampling(**sampling)
-        prompts, is_batch = encode_prompts(
-            prompt, self._text_tokenizer_encode, self._folder.model.vocab_size
-        )
-        if is_batch:
-            raise InvalidArgument(
-                f"prompt: got {len(prompts)} prompts, expected one; use generate() for several"
-            )
-        decode = self._text_tokenizer().decode
-        (request,) = make_requests(prompts, settings, core)
-        stream = TextStream(core, request, decode, on_prefill)
-        self._streams.add(stream)
+        callbacks = Callbacks(on_prefill, should_stop)
+        settings = self._frontend.check_sampling(**sampling)
+        prompt_ids = self._frontend.encode_prompt(prompt)
+        decode = self._frontend.tokenizer.decode
+        (request,) = make_requests([prompt_ids], settings, core)
+        generation = core.start([prompt_ids], [request.core_params()])
+        stream = TextStream(generation, request, decode, callbacks)
+        self._holders.add(stream)
         return stream
 
     def chat(
@@ -229,6 +237,7 @@ class Decoder:
         messages: Messages,
         *,
         on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult:
         """The model's answer to a conversation, through the folder's chat template.
@@ -236,11 +245,14 @@ class Decoder:
         Args:
             messages: {"role": "user", "content": "..."} each.
             on_prefill: as in generate().
+            should_stop: as in generate().
             sampling: the settings of generate().
 
         Raises: ConfigError if the folder has no chat template; else as generate().
         """
-        result = self.generate(self.render_chat(messages), on_prefill=on_prefill, **sampling)
+        result = self.generate(
+            self.render_chat(messages), on_prefill=on_prefill, should_stop=should_stop, **sampling
+        )
         assert isinstance(result, GenerationResult)
         return result
 
@@ -249,23 +261,40 @@ class Decoder:
         messages: Messages,
         *,
         on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
         """chat(), as pieces of text while they come."""
-        return self.stream(self.render_chat(messages), on_prefill=on_prefill, **sampling)
+        return self.stream(
+            self.render_chat(messages), on_prefill=on_prefill, should_stop=should_stop, **sampling
+        )
+
+    def session(self, *, max_seq_len: int | None = None) -> Session:
+        """A conversation whose tokens stay in the cache from one turn to the next.
+
+        Args:
+            max_seq_len: most tokens it may grow to; None is the decoder's. Rotary types that
+                depend on length (dynamic, longrope) use the frequencies of this one.
+
+        Raises: InvalidArgument; CapacityError for more than the decoder's max_seq_len.
+        """
+        core = self._open_core()
+        most = 0 if max_seq_len is None else check_integer("max_seq_len", max_seq_len, low=1)
+        host = SessionHost(core, self._frontend, self._turn, self._holders)
+        return Session(core.start_session(most), host)
 
     def render_chat(self, messages: Messages) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins."""
         self._open_core()
-        return self._text_tokenizer().render_chat(messages)
+        return self._frontend.render_chat(messages)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with what the model wants in front of it (BOS)."""
-        return self._text_tokenizer_encode(text)
+        return self._frontend.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self._text_tokenizer().decode(token_ids)
+        return self._frontend.tokenizer.decode(token_ids)
 
     # Looking inside
 
@@ -273,7 +302,8 @@ class Decoder:
         """The positions each select layer chose in its last sparse step.
 
         Args:
-            sequence: index into the prompts of the last call (of its last wave).
+            sequence: index into the prompts of the last call (of its last wave; 0 for a session's
+                turn).
 
         Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
             of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
@@ -316,12 +346,12 @@ class Decoder:
             CapacityError if the prompts do not fit.
         """
         core = self._open_core()
-        ids, _ = encode_prompts(prompts, self._text_tokenizer_encode, self._folder.model.vocab_size)
+        ids, _ = self._frontend.encode_prompts(prompts)
         room = check_integer("max_new_tokens", max_new_tokens, low=1)
         with self._turn:
             replay = Replay(core.start_replay(ids, room), self._folder, self._turn)
             replay.read(on_prefill)
-        self._replays.add(replay)
+        self._holders.add(replay)
         return replay
 
     def measure_steps(
@@ -389,7 +419,7 @@ class Decoder:
 
     @property
     def num_free_pages(self) -> int:
-        """KV pages that no running sequence holds."""
+        """KV pages that neither a running sequence nor a session holds."""
         return self._open_core().num_free_pages
 
     def memory_use(self) -> dict[str, int]:
@@ -399,11 +429,11 @@ class Decoder:
     # Lifetime
 
     def close(self) -> None:
-        """Frees the model and ends its streams. Any later use is an error."""
+        """Frees the model and ends its streams and sessions. Any later use is an error."""
         if self._core is None:
             return
-        for running in [*self._streams, *self._replays]:
-            running.close()
+        for holder in [*self._holders]:
+            holder.close()
         self._core = None
 
     def __enter__(self) -> Decoder:
@@ -433,39 +463,8 @@ class Decoder:
             raise InvalidArgument("decoder: it is closed; create a new Decoder")
         return self._core
 
-    def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> SamplingSettings:
-        try:
-            settings = check_sampling(
-                defaults=self._folder.generation,
-                eos_token_ids=self._folder.eos_token_ids,
-                vocab_size=self._folder.model.vocab_size,
-                **sampling,
-            )
-        except TypeError as cause:  # an unknown setting, named by Python
-            raise TypeError(str(cause).replace("check_sampling()", "sampling settings")) from None
-        if self._settings.verify == "greedy" and settings.temperature > 0:
-            raise InvalidArgument(
-                f"temperature: got {settings.temperature}, expected 0 with verify='greedy'; "
-                "verify=True keeps sampled text too"
-            )
-        return settings
-
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)
-
-    def _text_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._folder.path, self._folder.model.vocab_size)
-        return self._tokenizer
-
-    def _text_tokenizer_encode(self, text: str) -> list[int]:
-        return self._text_tokenizer().encode(text)
-
-    def _decode_function(self, *, needed: bool) -> Callable[[Sequence[int]], str] | None:
-        """What turns ids into text; None if the folder has no tokenizer and none is needed."""
-        if needed or Tokenizer.exists(self._folder.path):
-            return self._text_tokenizer().decode
-        return None
 
 
 def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:

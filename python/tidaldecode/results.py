@@ -48,8 +48,9 @@ class GenerationResult:
     token_ids: tuple[int, ...]  # the new tokens; a stop token is the last of them
     finish_reason: str  # "stop", "length", "abort" or "error"
     stop_reason: str | int | None  # the stop string or token id if finish_reason is "stop"
-    prompt_tokens: int
+    prompt_tokens: int  # of a session's turn: all tokens it follows
     timings: Timings
+    cached_tokens: int = 0  # of the prompt_tokens, those in the cache before: a session's
     error: str | None = None  # what went wrong if finish_reason is "error"
     verification: Verification | None = None  # None: nothing was verified
 
@@ -75,6 +76,7 @@ def make_result(
         finish_reason=finish_reason,
         stop_reason=stop_reason,
         prompt_tokens=core.prompt_tokens,
+        cached_tokens=core.cached_tokens,
         timings=Timings(
             time_to_first_token_s=core.time_to_first_token_s,
             decode_tokens_per_s=steps / core.decode_s if steps > 0 and core.decode_s > 0 else 0.0,

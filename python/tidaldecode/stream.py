@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from tidaldecode import _core
-from tidaldecode.batch import Decode, PrefillProgress, Request
+from tidaldecode.batch import Callbacks, Decode, Request
 from tidaldecode.detokenizer import TextAssembler
 from tidaldecode.results import GenerationResult, make_result
 
@@ -21,21 +21,19 @@ class TextStream(Iterator[str]):
 
     def __init__(
         self,
-        core: _core.Decoder,
+        generation: _core.Generation,
         request: Request,
         decode: Decode,
-        on_prefill: PrefillProgress | None = None,
+        callbacks: Callbacks,
     ) -> None:
-        """Reserves the sequence's pages; Decoder.stream makes these."""
+        """Takes over a generation of one sequence; Decoder.stream and Session.stream make these."""
         self.result: GenerationResult | None = None
         self.token_ids: list[int] = []  # the tokens so far
         self._stop_token_ids = frozenset(request.settings.stop_token_ids)
         self._assembler = TextAssembler(decode, request.prompt_ids, request.settings.stop)
-        self._on_prefill = on_prefill
+        self._callbacks = callbacks
         self._pieces: list[str] = []
-        self._generation: _core.Generation | None = core.start(
-            [request.prompt_ids], [request.core_params()]
-        )
+        self._generation: _core.Generation | None = generation
 
     def __iter__(self) -> TextStream:
         return self
@@ -54,10 +52,11 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def _advance(self, generation: _core.Generation) -> str:
-        events = generation.advance()
-        done, total = generation.prefill_progress
-        if self._on_prefill is not None and not self.token_ids:
-            self._on_prefill(done, total)
+        if self._callbacks.wants_stop():
+            generation.stop(0, "abort")
+        events = generation.advance()  # nothing once it is stopped
+        if not self.token_ids and not self._callbacks.stopped:
+            self._callbacks.report(*generation.prefill_progress)
         piece = ""
         for _, token_id in events:
             self.token_ids.append(token_id)

@@ -1,6 +1,7 @@
 // The model in double precision (reference_model.h).
 #include "reference_model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -107,9 +108,13 @@ Values ReferenceModel::Logits(int32_t token, Mode mode) {
   return Project(reference::RmsNorm(x, Weight("model.norm.weight"), model_.rms_norm_eps), head);
 }
 
-Values ReferenceModel::DecodeLogits(const Ints& token_ids, int64_t num_prefill) {
+void ReferenceModel::Clear() {
   cache_.assign(static_cast<size_t>(model_.num_layers),
                 {model_.num_kv_heads, model_.head_dim, {}, {}});
+}
+
+Values ReferenceModel::DecodeLogits(const Ints& token_ids, int64_t num_prefill) {
+  Clear();
   Values logits;
   for (size_t i = 0; i < token_ids.size(); ++i) {
     const bool prompt = static_cast<int64_t>(i) < num_prefill;
@@ -119,6 +124,22 @@ Values ReferenceModel::DecodeLogits(const Ints& token_ids, int64_t num_prefill) 
     }
   }
   return logits;
+}
+
+Ints ReferenceModel::Turn(const Ints& prompt, int64_t max_new_tokens) {
+  if (cache_.empty()) Clear();
+  unread_.insert(unread_.end(), prompt.begin(), prompt.end());
+  Values logits;
+  for (int32_t token : unread_) logits = Logits(token, Mode::kDense);
+  Ints chosen;
+  while (true) {
+    const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    chosen.push_back(static_cast<int32_t>(best));
+    if (static_cast<int64_t>(chosen.size()) == max_new_tokens) break;
+    logits = Logits(chosen.back(), Mode::kPlan);
+  }
+  unread_ = {chosen.back()};
+  return chosen;
 }
 
 }  // namespace tidal::test

@@ -20,9 +20,14 @@ class ReferenceModel {
   // As Decoder::DecodeLogits: the first num_prefill tokens densely, the others through the plan.
   Values DecodeLogits(const Ints& token_ids, int64_t num_prefill);
 
+  // A turn of a session: reads the prompt densely, with the token that the last turn left, and
+  // chooses max_new_tokens greedily through the plan.
+  Ints Turn(const Ints& prompt, int64_t max_new_tokens);
+
  private:
   enum class Mode { kDense, kPlan };
 
+  void Clear();
   Values Logits(int32_t token, Mode mode);  // appends the token, then predicts
   Values Attention(int64_t layer, const Values& q, Mode mode);
   const Values& Weight(const std::string& name);
@@ -37,6 +42,7 @@ class ReferenceModel {
   DecodePlan plan_;
   std::vector<reference::Sequence> cache_;  // one a layer
   std::vector<Ints> sets_;                  // of the last select layer
+  Ints unread_;                             // of the last turn
 };
 
 }  // namespace tidal::test

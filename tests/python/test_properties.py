@@ -300,25 +300,30 @@ INTERRUPTED = """
     decoder = tidaldecode.Decoder(sys.argv[1], device="cpu", dtype="float32", attention="full",
                                   max_seq_len=100_000, max_batch_size=1)
     prompt = [5] * int(sys.argv[2])
-    free = decoder._core.num_free_pages
+    free = decoder.num_free_pages
+    caller = decoder.session() if sys.argv[3] == "session" else decoder
     print("ready", flush=True)
     try:
-        decoder.generate([prompt], max_new_tokens=100_000 - len(prompt), ignore_eos=True)
+        caller.generate(prompt, max_new_tokens=100_000 - len(prompt), ignore_eos=True)
     except KeyboardInterrupt:
-        assert decoder._core.num_free_pages == free, "pages were lost"
-        after = decoder.generate([prompt[:8]], max_new_tokens=4, ignore_eos=True)
-        print("interrupted", len(after[0].token_ids), flush=True)
+        after = caller.generate(prompt[:8], max_new_tokens=4, ignore_eos=True)
+        if caller is not decoder:
+            assert (len(prompt) > 8) == (len(caller) == 12), "what was not read must not stay"
+            caller.close()
+        assert decoder.num_free_pages == free, "pages were lost"
+        print("interrupted", len(after.token_ids), flush=True)
         raise
     print("finished", flush=True)
 """
 
 
+@pytest.mark.parametrize("caller", ["decoder", "session"])
 @pytest.mark.parametrize("prompt_tokens", [8, 60_000], ids=["decoding", "prefilling"])
-def test_ctrl_c_stops_within_a_step(tmp_path, prompt_tokens):
+def test_ctrl_c_stops_within_a_step(tmp_path, prompt_tokens, caller):
     model = dataclasses.replace(MODEL, max_position_embeddings=100_000)
     folder = write_checkpoint(tmp_path, model)
     child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), folder, str(prompt_tokens)],
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), folder, str(prompt_tokens), caller],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip

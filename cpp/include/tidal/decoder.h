@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,8 +32,9 @@ struct Verification {
 struct SequenceResult {
   std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
   FinishReason finish_reason = FinishReason::kNone;
-  std::string error;  // non-empty iff finish_reason is kError
-  int64_t prompt_tokens = 0;
+  std::string error;                   // non-empty iff finish_reason is kError
+  int64_t prompt_tokens = 0;           // of a session's turn: all tokens it follows
+  int64_t cached_tokens = 0;           // of those, in the cache before the call
   double time_to_first_token_s = 0.0;  // from the start of the call
   double decode_s = 0.0;               // from the first to the last token
   Verification verification{};         // zeros unless the decoder verifies
@@ -46,7 +48,7 @@ struct TokenEvent {
 
 struct PrefillProgress {
   int64_t tokens_done = 0;
-  int64_t tokens_total = 0;  // over all prompts of the call
+  int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
 };
 
 // The positions one select layer chose for one sequence in its last sparse step.
@@ -84,6 +86,7 @@ class Generation {
 
  private:
   friend class Decoder;
+  friend class Session;
   struct Impl;
   explicit Generation(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
@@ -127,6 +130,56 @@ class Replay {
   struct Impl;
   explicit Replay(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
+};
+
+// A conversation: its tokens stay in the cache from one turn to the next. Owns pages for them, and
+// while a turn runs for max_new_tokens more; a batch row only while a turn runs. One turn at a
+// time: until its Generation is done or destroyed, every call but the destructor throws
+// InvalidArgument. Must be destroyed before its Decoder.
+//
+// What Append and Start are given is read densely, however often the session has decoded before.
+// What was generated stays as it was decoded, a stop token at the end included; the last token,
+// which no step has cached yet, is cached with the next. With a correction_interval, what was
+// decoded sparsely and not yet corrected is read again with what is appended to it.
+class Session {
+ public:
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  // Adds tokens and reserves pages for them. Throws InvalidArgument and CapacityError, the session
+  // being as before.
+  void Append(const std::vector<int32_t>& token_ids);
+
+  // Reads the next chunk of what was appended; the last token is left to the turn. Returns false
+  // once there is none. Throws CapacityError where a fork has to copy a page and none is free.
+  bool ReadNext();
+
+  // A turn: keeps the first `keep` tokens (none given: all), adds token_ids, which may be empty,
+  // and generates after them; without token_ids it goes on as if the last turn had not ended.
+  // Reserves what the turn can need. Throws as Append does. A turn that ends before its tokens have
+  // been read takes them back; any other leaves them and what was generated.
+  std::unique_ptr<Generation> Start(const std::vector<int32_t>& token_ids,
+                                    const SamplingParams& params,
+                                    std::optional<int64_t> keep = std::nullopt);
+
+  // Forgets the tokens from `length` on.
+  void Truncate(int64_t length);
+
+  // A session of its own with the same tokens. Takes no pages: those in the cache are shared until
+  // one of the owners writes to them, which copies the page.
+  std::unique_ptr<Session> Fork() const;
+
+  std::vector<int32_t> token_ids() const;
+  int64_t num_cached() const;  // of its tokens
+  int64_t max_seq_len() const;
+
+ private:
+  friend class Decoder;
+  friend class Generation;
+  struct Impl;
+  explicit Session(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;  // a running turn keeps it too
 };
 
 struct MemoryUse {
@@ -182,6 +235,11 @@ class Decoder {
   std::unique_ptr<Replay> StartReplay(const std::vector<std::vector<int32_t>>& prompts,
                                       int64_t max_new_tokens);
 
+  // An empty session that may grow to max_seq_len tokens (0: the decoder's). The length decides for
+  // rotary frequencies that depend on it; pages are taken as tokens come. Throws InvalidArgument
+  // and CapacityError.
+  std::unique_ptr<Session> StartSession(int64_t max_seq_len = 0);
+
   // For measuring speed: seconds of each timed step, by the host's clock, from token ids going up
   // to their successors coming down, as every step of a Generation runs. The cache needs no
   // prefill: pages that a measurement uses first are filled with random K and V. Every step is the
@@ -190,8 +248,9 @@ class Decoder {
   // WeightsError if the logits are not finite.
   std::vector<double> MeasureSteps(const StepBenchmark& benchmark);
 
-  // What each select layer chose for `sequence` (index into the prompts of the last Start) in its
-  // last sparse step; empty if it has had none, or if it still runs and others have stepped since.
+  // What each select layer chose for `sequence` (index into the prompts of the last call; 0 for a
+  // session's turn) in the last sparse step of that call; empty if it has had none, or if it still
+  // runs and others have stepped since.
   std::vector<LayerSelection> Selection(int64_t sequence) const;
 
   const ModelConfig& model() const;
@@ -204,6 +263,7 @@ class Decoder {
  private:
   friend class Generation;
   friend class Replay;
+  friend class Session;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

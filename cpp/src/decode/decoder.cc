@@ -2,6 +2,7 @@
 #include "tidal/decoder.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "decode/decoder_impl.h"
 #include "tidal/error.h"
@@ -95,7 +96,13 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   }
   std::lock_guard lock(impl_->mutex);
   CheckCapacity(impl_->engine, impl_->slots, prompts, params);
-  auto generation = std::make_unique<Generation::Impl>(*impl_, prompts, params);
+  auto generation = std::make_unique<Generation::Impl>(*impl_);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    int64_t max_len = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
+    generation->Add(
+        impl_->engine.MakeSequence(prompts[i], max_len, impl_->engine.ScratchSampling()),
+        params[i]);
+  }
   impl_->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
@@ -142,6 +149,18 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   CheckCapacity(impl_->engine, impl_->slots, prompts, std::vector(prompts.size(), params));
   auto replay = std::make_unique<Replay::Impl>(*impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
+}
+
+std::unique_ptr<Session> Decoder::StartSession(int64_t max_seq_len) {
+  TIDAL_CHECK(max_seq_len >= 0, InvalidArgument, "max_seq_len: got ", max_seq_len,
+              ", expected >= 0 (0 = the decoder's)");
+  TIDAL_CHECK(max_seq_len <= config().max_seq_len, CapacityError, "max_seq_len: got ", max_seq_len,
+              ", expected at most the decoder's ", config().max_seq_len, "; raise that");
+  if (max_seq_len == 0) max_seq_len = config().max_seq_len;
+  std::lock_guard lock(impl_->mutex);
+  Sequence sequence = impl_->engine.MakeEmptySequence(max_seq_len);
+  auto session = std::make_shared<Session::Impl>(*impl_, std::move(sequence), max_seq_len);
+  return std::unique_ptr<Session>(new Session(std::move(session)));
 }
 
 std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {

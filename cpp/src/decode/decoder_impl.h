@@ -1,4 +1,5 @@
-// What Decoder and Generation share: the engine, its lock, and what is left of ended sequences.
+// What Decoder, Generation, Replay and Session share: the engine, its lock, and what is left of
+// ended sequences.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "decode/engine.h"
@@ -66,10 +68,35 @@ struct Replay::Impl {
   double mean_set_size = 0.0;
 };
 
-struct Generation::Impl {
-  Impl(Decoder::Impl& decoder, const std::vector<std::vector<int32_t>>& prompts,
-       const std::vector<SamplingParams>& params);
+struct Session::Impl {
+  Impl(Decoder::Impl& decoder, Sequence sequence, int64_t max_seq_len);
   ~Impl();
+
+  // Throws InvalidArgument while a turn runs.
+  Sequence& Idle();
+  // The sequence's first `keep` tokens, then token_ids, with pages for max_new_tokens more. Throws
+  // CapacityError, changing nothing.
+  void Extend(int64_t keep, std::span<const int32_t> token_ids, int64_t max_new_tokens);
+  // Forgets the tokens from `length` on.
+  void GoBack(Sequence& used, int64_t length) const;
+  // A turn has ended that generated num_new tokens. The caller holds the lock.
+  void TakeBack(Sequence used, int64_t num_new);
+
+  Decoder::Impl& decoder;
+  int64_t max_seq_len;
+  std::optional<Sequence> sequence;  // empty while a turn runs
+  int64_t turn_len = 0;              // tokens the running turn generates after
+  // What it goes back to if it does not get to read them.
+  int64_t kept = 0;
+  int64_t kept_prompt_len = 0;
+};
+
+struct Generation::Impl {
+  explicit Impl(Decoder::Impl& decoder);
+  ~Impl();
+
+  // Takes a batch row for one more sequence, which goes on from where its cache ends.
+  void Add(Sequence sequence, const SamplingParams& params);
 
   std::vector<TokenEvent> Advance();
   void Stop(int64_t sequence, FinishReason reason);
@@ -90,6 +117,7 @@ struct Generation::Impl {
   double Elapsed() const;
 
   Decoder::Impl& decoder;
+  std::shared_ptr<Session::Impl> session;  // whose turn this is; null: prompts of a call
   std::vector<Running> running;
   std::vector<SequenceResult> results;
   std::shared_ptr<SelectionRecord> record;

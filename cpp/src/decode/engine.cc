@@ -195,6 +195,33 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
           .sampling = sampling};
 }
 
+Sequence Engine::MakeEmptySequence(int64_t max_len) {
+  return {.id = next_sequence_id_++,
+          .tokens = {},
+          .prompt_len = 0,
+          .cached = 0,
+          .num_sparse = 0,
+          .pages = SequencePages(pool(), 0),
+          .inv_freq = ComputeRope(model_, max_len).inv_freq,
+          .sampling = ScratchSampling()};
+}
+
+Sequence Engine::Fork(const Sequence& sequence) {
+  return {.id = next_sequence_id_++,
+          .tokens = sequence.tokens,
+          .prompt_len = sequence.prompt_len,
+          .cached = sequence.cached,
+          .num_sparse = sequence.num_sparse,
+          .pages = sequence.pages.Share(sequence.cached),
+          .inv_freq = sequence.inv_freq,
+          .sampling = sequence.sampling};
+}
+
+void Engine::OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first) {
+  cache_->Copy(*backend_, sequence.pages.Own(num_tokens, first, sequence.cached));
+  sequence.id = next_sequence_id_++;
+}
+
 void Engine::FillCache(const std::vector<Sequence>& sequences, uint64_t seed) {
   std::optional<Noise> noise;  // drawn only if needed
   for (const Sequence& sequence : sequences) {
@@ -251,8 +278,7 @@ int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   return count;
 }
 
-int32_t Engine::SampleAfterPrefill(const Sequence& sequence) {
-  int64_t chunk_len = (sequence.prompt_len - 1) % config_.prefill_chunk + 1;
+int32_t Engine::SampleAfterPrefill(const Sequence& sequence, int64_t chunk_len) {
   Pass pass = prefill_buffers_->Take(chunk_len, 1);
   Pass row = step_buffers_->Take(1, 1);
   auto last = static_cast<int32_t>(chunk_len - 1);

@@ -46,6 +46,16 @@ class Engine {
   // A sequence with pages for max_len tokens. Throws CapacityError.
   Sequence MakeSequence(std::vector<int32_t> prompt, int64_t max_len, const SamplingRow& sampling);
 
+  // One without tokens and pages that may grow to max_len tokens (OwnPages).
+  Sequence MakeEmptySequence(int64_t max_len);
+
+  // Another sequence of the same tokens. The pages of those that are cached belong to both.
+  Sequence Fork(const Sequence& sequence);
+
+  // Before tokens from position `first` on are cached: pages for num_tokens tokens, of which no
+  // other sequence owns those that are written. Throws CapacityError, changing nothing.
+  void OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first);
+
   // Puts random K and V into pages of the sequences that never had any, for measuring.
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
 
@@ -59,13 +69,16 @@ class Engine {
   // Caches the next chunk of the prompt. Returns the number of tokens done.
   int64_t PrefillNext(Sequence& sequence);
 
+  // Caches the tokens from `cached` on, densely, up to `end` or a chunk of them; returns how many.
+  int64_t CacheDensely(Sequence& sequence, int64_t end);
+
   // Before a step: if correction_interval tokens of the sequence have been decoded sparsely since
   // the last time, rewrites their K and V densely, as a prompt's, chunk by chunk.
   void CorrectCache(Sequence& sequence) { CorrectCache(sequence, config_.correction_interval); }
 
-  // After the last chunk: the first generated token (not appended to the sequence); -1 if the
-  // logits were unusable.
-  int32_t SampleAfterPrefill(const Sequence& sequence);
+  // After the last chunk, of chunk_len tokens: the first generated token (not appended to the
+  // sequence); -1 if the logits were unusable.
+  int32_t SampleAfterPrefill(const Sequence& sequence, int64_t chunk_len);
 
   // Logits after the tokens [first, last) of the chunk that PrefillNext just did, as indices into
   // the sequence; appended to `out`.
@@ -99,8 +112,6 @@ class Engine {
   // What the select layers chose for the sequence in the last sparse step, if it took part.
   std::vector<LayerSelection> ReadSelection(uint64_t sequence_id) const;
 
-  uint64_t NextSequenceId() { return next_sequence_id_++; }
-
  private:
   void ResolveLimits();
   void ResolvePlanLimits(DecodeConfig& config) const;
@@ -112,8 +123,6 @@ class Engine {
   void CorrectCache(Sequence& sequence, int64_t interval);
   // Counts a sparse step of these rows.
   static void CountSparse(std::span<Sequence* const> rows, const Selection& selection);
-  // Caches the tokens from `cached` on, up to `end` or a chunk of them; returns how many.
-  int64_t CacheDensely(Sequence& sequence, int64_t end);
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
 

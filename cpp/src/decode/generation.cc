@@ -20,27 +20,26 @@ int64_t NowNs() {
 
 }  // namespace
 
-Generation::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32_t>>& prompts,
-                       const std::vector<SamplingParams>& params)
-    : decoder(owner), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {
+Generation::Impl::Impl(Decoder::Impl& owner)
+    : decoder(owner), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {}
+
+void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
   Engine& engine = decoder.engine;
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    auto prompt_len = static_cast<int64_t>(prompts[i].size());
-    SamplingRow sampling = MakeSamplingRow(params[i], decoder.slots.Take());
-    int64_t draft_tokens = engine.config().draft_tokens;
-    running.push_back(
-        {engine.MakeSequence(prompts[i], prompt_len + params[i].max_new_tokens, sampling),
-         params[i], draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
-    engine.MarkSeen(*running.back().sequence, prompt_len);
-    results.push_back({.token_ids = {},
-                       .finish_reason = FinishReason::kNone,
-                       .error = {},
-                       .prompt_tokens = prompt_len});
-    record->running.push_back(running.back().sequence->id);
-    record->selections.emplace_back();
-    prefill.tokens_total += prompt_len;
-    ++num_alive;
-  }
+  auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
+  int64_t draft_tokens = engine.config().draft_tokens;
+  sequence.sampling = MakeSamplingRow(params, decoder.slots.Take());
+  engine.MarkSeen(sequence, num_tokens);
+  results.push_back({.token_ids = {},
+                     .finish_reason = FinishReason::kNone,
+                     .error = {},
+                     .prompt_tokens = num_tokens,
+                     .cached_tokens = sequence.cached});
+  record->running.push_back(sequence.id);
+  record->selections.emplace_back();
+  prefill.tokens_total += std::max<int64_t>(sequence.prompt_len - sequence.cached, 0);
+  running.push_back(
+      {std::move(sequence), params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
+  ++num_alive;
 }
 
 Generation::Impl::~Impl() {
@@ -77,11 +76,10 @@ std::vector<TokenEvent> Generation::Impl::Advance() {
 
 void Generation::Impl::PrefillOne(int64_t index, std::vector<TokenEvent>& events) {
   Running& run = running[static_cast<size_t>(index)];
-  prefill.tokens_done += decoder.engine.PrefillNext(*run.sequence);
+  int64_t chunk_len = decoder.engine.PrefillNext(*run.sequence);
+  prefill.tokens_done += chunk_len;
   if (!run.sequence->prefilled()) return;
-  int32_t token = decoder.engine.SampleAfterPrefill(*run.sequence);
-  run.first_token_s = Elapsed();
-  results[static_cast<size_t>(index)].time_to_first_token_s = run.first_token_s;
+  int32_t token = decoder.engine.SampleAfterPrefill(*run.sequence, chunk_len);
   if (token >= 0) run.sequence->tokens.push_back(token);
   Accept(index, token, events);
 }
@@ -111,7 +109,7 @@ void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
     Running& run = running[index];
     Sequence& sequence = *run.sequence;
     // A round draws one token more than it drafts; room for all was reserved, and no more.
-    int64_t num_new = static_cast<int64_t>(sequence.tokens.size()) - sequence.prompt_len;
+    int64_t num_new = static_cast<int64_t>(sequence.tokens.size()) - results[index].prompt_tokens;
     int64_t room = run.params.max_new_tokens - num_new - 1;
     rows.push_back({.sequence = &sequence,
                     .num_drafts = engine.IsSparse(sequence) ? std::min(run.draft_tokens, room) : 0,
@@ -136,6 +134,7 @@ void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
 void Generation::Impl::Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events) {
   Running& run = running[static_cast<size_t>(index)];
   SequenceResult& result = results[static_cast<size_t>(index)];
+  if (result.token_ids.empty()) result.time_to_first_token_s = run.first_token_s = Elapsed();
   if (token < 0) {
     auto num_tokens = result.prompt_tokens + static_cast<int64_t>(result.token_ids.size());
     result.error = Concat("the logits after token ", num_tokens - 1,
@@ -154,7 +153,8 @@ void Generation::Impl::Accept(int64_t index, int32_t token, std::vector<TokenEve
   }
 }
 
-// Keeps what can be looked at, gives the memory back. The caller holds the lock.
+// Keeps what can be looked at, gives the memory back, a session's sequence to the session. The
+// caller holds the lock.
 void Generation::Impl::End(int64_t index, FinishReason reason) {
   auto i = static_cast<size_t>(index);
   Running& run = running[i];
@@ -167,6 +167,9 @@ void Generation::Impl::End(int64_t index, FinishReason reason) {
     // A device that has failed has already said so; the pages below must come back all the same.
   }
   decoder.slots.Release(run.sequence->sampling.slot);
+  if (session) {
+    session->TakeBack(std::move(*run.sequence), static_cast<int64_t>(results[i].token_ids.size()));
+  }
   run.sequence.reset();
   run.drawn.clear();
   --num_alive;

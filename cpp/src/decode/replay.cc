@@ -41,7 +41,7 @@ bool Replay::Impl::ReadNext() {
     if (!sequence.prefilled()) return true;
     engine.AppendPrefillLogits(sequence, chunk_len, sequence.prompt_len - 1, sequence.prompt_len,
                                prompt.logits);
-    prompt.first_token = engine.SampleAfterPrefill(sequence);
+    prompt.first_token = engine.SampleAfterPrefill(sequence, chunk_len);
     return true;
   }
   return false;

@@ -1,4 +1,5 @@
-// Sequence: one prompt and what was generated after it, with the memory it owns.
+// Sequence: a prompt and what was generated after it (in a session perhaps several times in turn),
+// with the memory it owns.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +12,12 @@
 namespace tidal {
 
 struct Sequence {
-  uint64_t id = 0;              // unique in the decoder's life
-  std::vector<int32_t> tokens;  // prompt, then generated
-  int64_t prompt_len = 0;
+  uint64_t id = 0;  // unique in the decoder's life; a new one with other pages or parameters
+  std::vector<int32_t> tokens;
+  int64_t prompt_len = 0;       // tokens up to here are read densely, those behind were generated
   int64_t cached = 0;           // tokens whose K and V are in the cache
   int64_t num_sparse = 0;       // the last of those: K and V are from sparse steps
-  SequencePages pages;          // for the longest the sequence can become
+  SequencePages pages;          // for the longest the sequence, or its turn, can become
   std::vector<float> inv_freq;  // [head_dim / 2]
   SamplingRow sampling;
 

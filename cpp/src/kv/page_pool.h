@@ -1,6 +1,8 @@
-// PagePool: which pages of the KV cache are free. Pure host arithmetic.
+// PagePool: which pages of the KV cache are free, and how many owners the others have. Pure host
+// arithmetic.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -19,14 +21,20 @@ class PagePool {
   // fewer.
   std::vector<int32_t> Take(int64_t count);
 
-  // Gives pages back. Each must have been taken.
+  // One owner more for pages that have been taken.
+  void Share(const std::vector<int32_t>& pages);
+  bool IsShared(int32_t page) const { return num_owners_[static_cast<size_t>(page)] > 1; }
+
+  // One owner less for each page, which must have one; without any it is free.
   void Release(const std::vector<int32_t>& pages);
 
  private:
+  void CheckTaken(int32_t page, const char* what) const;
+
   int64_t num_pages_;
   int64_t page_size_;
   std::vector<int32_t> free_;  // descending, so that the lowest id is at the back
-  std::vector<bool> is_free_;
+  std::vector<int32_t> num_owners_;
 };
 
 }  // namespace tidal

@@ -49,6 +49,19 @@ PagedKv PagedKvCache::Layer(int64_t layer, const TensorView& page_table,
           .seq_lens = seq_lens};
 }
 
+void PagedKvCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
+  if (copies.empty()) return;
+  std::vector<char> host(static_cast<size_t>(k_pages_.front().Rows(0, 1).bytes()));
+  for (size_t layer = 0; layer < k_pages_.size(); ++layer) {
+    for (const TensorView* all : {&k_pages_[layer], &v_pages_[layer]}) {
+      for (const PageCopy& copy : copies) {
+        backend.Download(host.data(), all->Rows(copy.from, 1));
+        backend.Upload(all->Rows(copy.to, 1), host.data());
+      }
+    }
+  }
+}
+
 bool PagedKvCache::IsFilled(const std::vector<int32_t>& pages) const {
   return std::all_of(pages.begin(), pages.end(),
                      [&](int32_t page) { return is_filled_[static_cast<size_t>(page)]; });

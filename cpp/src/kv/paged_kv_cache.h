@@ -7,6 +7,7 @@
 #include "backend/backend.h"
 #include "core/noise.h"
 #include "kv/page_pool.h"
+#include "kv/sequence_pages.h"
 
 namespace tidal {
 
@@ -23,6 +24,9 @@ class PagedKvCache {
   // The layer's pages with a pass's page_table and seq_lens.
   PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
 
+  // K and V of whole pages, in every layer. Through the host: a fork copies a page or two.
+  void Copy(Backend& backend, const std::vector<PageCopy>& copies);
+
   // For measuring without a prefill: random K and V, in every layer, for pages not filled so
   // before. What is decoded later goes over them; they stay plausible.
   bool IsFilled(const std::vector<int32_t>& pages) const;
@@ -37,29 +41,6 @@ class PagedKvCache {
   std::vector<TensorView> k_pages_;
   std::vector<TensorView> v_pages_;
   std::vector<bool> is_filled_;  // by Fill, per page
-};
-
-// The pages of one sequence, given back on destruction.
-class SequencePages {
- public:
-  SequencePages(PagePool& pool, int64_t num_tokens)
-      : pool_(&pool), pages_(pool.Take(pool.PagesFor(num_tokens))) {}
-  ~SequencePages() { Release(); }
-  SequencePages(SequencePages&& other) noexcept
-      : pool_(other.pool_), pages_(std::move(other.pages_)) {
-    other.pages_.clear();
-  }
-  SequencePages& operator=(SequencePages&&) = delete;
-
-  const std::vector<int32_t>& pages() const { return pages_; }
-  void Release() {
-    pool_->Release(pages_);
-    pages_.clear();
-  }
-
- private:
-  PagePool* pool_;
-  std::vector<int32_t> pages_;
 };
 
 }  // namespace tidal

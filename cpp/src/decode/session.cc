@@ -1,0 +1,199 @@
+// Session: one sequence that outlives its turns. A turn is a Generation that borrows the sequence
+// and gives it back when it ends (generation.cc).
+#include <algorithm>
+#include <utility>
+
+#include "decode/decoder_impl.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+void CheckTokenIds(const std::vector<int32_t>& token_ids, int64_t vocab_size) {
+  for (int32_t token : token_ids) {
+    TIDAL_CHECK(token >= 0 && token < vocab_size, InvalidArgument, "token_ids: got token id ",
+                token, ", expected 0 to ", vocab_size - 1);
+  }
+}
+
+int64_t Length(const Sequence& sequence) {
+  return static_cast<int64_t>(sequence.tokens.size());
+}
+
+// How much of a sequence's cache is of use once its tokens change.
+struct CacheUse {
+  int64_t cached;
+  int64_t num_sparse;
+
+  // Nothing from `length` on.
+  CacheUse UpTo(int64_t length) const {
+    int64_t dropped = std::max<int64_t>(cached - length, 0);
+    return {cached - dropped, std::max<int64_t>(num_sparse - dropped, 0)};
+  }
+};
+
+CacheUse UseOf(const Sequence& sequence) {
+  return {sequence.cached, sequence.num_sparse};
+}
+
+void Keep(Sequence& sequence, int64_t length) {
+  CacheUse use = UseOf(sequence).UpTo(length);
+  sequence.tokens.resize(static_cast<size_t>(length));
+  sequence.prompt_len = std::min(sequence.prompt_len, length);
+  sequence.cached = use.cached;
+  sequence.num_sparse = use.num_sparse;
+}
+
+}  // namespace
+
+Session::Impl::Impl(Decoder::Impl& owner, Sequence empty, int64_t max_len)
+    : decoder(owner), max_seq_len(max_len), sequence(std::move(empty)) {}
+
+Session::Impl::~Impl() {
+  std::lock_guard lock(decoder.mutex);
+  sequence.reset();  // gives the pages back
+}
+
+Sequence& Session::Impl::Idle() {
+  TIDAL_CHECK(sequence.has_value(), InvalidArgument,
+              "session: a turn is running; finish it or close it first");
+  return *sequence;
+}
+
+void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
+                           int64_t max_new_tokens) {
+  Engine& engine = decoder.engine;
+  bool corrects = engine.config().correction_interval > 0;
+  auto num_added = static_cast<int64_t>(token_ids.size());
+  int64_t length = keep + num_added;
+
+  CacheUse use = UseOf(*sequence).UpTo(keep);
+  if (num_added > 0) {
+    // A correction would be due in the midst of the new tokens; reading them makes it.
+    use = {corrects ? use.cached - use.num_sparse : use.cached, 0};
+  } else {
+    use = use.UpTo(length - 1);  // somebody has to compute what follows the last token
+  }
+  int64_t first = corrects ? use.cached - use.num_sparse : use.cached;
+
+  // Unsigned: max_new_tokens may be as large as int64 holds.
+  uint64_t need = static_cast<uint64_t>(length) + static_cast<uint64_t>(max_new_tokens);
+  TIDAL_CHECK(need <= static_cast<uint64_t>(max_seq_len), CapacityError, "session: ", keep,
+              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " need ", need,
+              " positions, have max_seq_len ", max_seq_len,
+              "; start it with a larger max_seq_len, truncate it, or lower max_new_tokens");
+  int64_t max_len = length + max_new_tokens;
+  int64_t missing = sequence->pages.NumMissing(max_len, first);
+  TIDAL_CHECK(missing <= engine.pool().num_free(), CapacityError, "KV cache: a session of ", keep,
+              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ",
+              missing, " pages of ", engine.config().page_size, " tokens, have ",
+              engine.pool().num_free(), " free of ", engine.pool().num_pages(),
+              "; close other sessions, raise num_pages, or lower max_new_tokens");
+
+  Keep(*sequence, keep);
+  kept = keep;
+  kept_prompt_len = sequence->prompt_len;
+  sequence->tokens.insert(sequence->tokens.end(), token_ids.begin(), token_ids.end());
+  if (num_added > 0) sequence->prompt_len = length;
+  sequence->cached = use.cached;
+  sequence->num_sparse = use.num_sparse;
+  engine.OwnPages(*sequence, max_len, first);
+}
+
+void Session::Impl::GoBack(Sequence& used, int64_t length) const {
+  bool is_cached = used.cached + 1 >= length;
+  Keep(used, length);
+  if (length <= kept && is_cached) used.prompt_len = std::min(kept_prompt_len, length);
+  used.pages.Shrink(length);
+}
+
+void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
+  // A verified round may have drawn tokens that were not handed out.
+  GoBack(used, used.prefilled() ? turn_len + num_new : kept);
+  used.sampling = decoder.engine.ScratchSampling();
+  sequence.emplace(std::move(used));
+}
+
+Session::Session(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::~Session() = default;
+
+void Session::Append(const std::vector<int32_t>& token_ids) {
+  TIDAL_CHECK(!token_ids.empty(), InvalidArgument,
+              "token_ids: got no tokens, expected at least one");
+  CheckTokenIds(token_ids, impl_->decoder.engine.model().vocab_size);
+  std::lock_guard lock(impl_->decoder.mutex);
+  impl_->Extend(Length(impl_->Idle()), token_ids, 0);
+}
+
+bool Session::ReadNext() {
+  std::lock_guard lock(impl_->decoder.mutex);
+  Engine& engine = impl_->decoder.engine;
+  Sequence& sequence = impl_->Idle();
+  int64_t length = Length(sequence), end = std::min(sequence.prompt_len, length - 1);
+  if (sequence.cached >= end) return false;
+  // A fork since Append took no pages.
+  if (sequence.pages.NumMissing(length, sequence.cached) > 0) {
+    engine.OwnPages(sequence, length, sequence.cached);
+  }
+  engine.CacheDensely(sequence, end);
+  return true;
+}
+
+std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids,
+                                           const SamplingParams& params,
+                                           std::optional<int64_t> keep) {
+  CheckTokenIds(token_ids, impl_->decoder.engine.model().vocab_size);
+  ValidateSamplingParams(params);
+  Decoder::Impl& decoder = impl_->decoder;
+  std::lock_guard lock(decoder.mutex);
+  Sequence& sequence = impl_->Idle();
+  int64_t kept = keep.value_or(Length(sequence));
+  TIDAL_CHECK(kept >= 0 && kept <= Length(sequence), InvalidArgument, "keep: got ", kept,
+              ", expected 0 to ", Length(sequence));
+  TIDAL_CHECK(kept > 0 || !token_ids.empty(), InvalidArgument,
+              "session: it has no tokens to generate after; append a prompt");
+  TIDAL_CHECK(decoder.slots.num_free() > 0, CapacityError,
+              "batch: need 1 row, have 0 free of max_batch_size ",
+              decoder.engine.config().max_batch_size,
+              "; raise max_batch_size or let running sequences end");
+  impl_->Extend(kept, token_ids, params.max_new_tokens);
+  impl_->turn_len = Length(sequence);
+  auto generation = std::make_unique<Generation::Impl>(decoder);
+  generation->Add(std::move(sequence), params);
+  impl_->sequence.reset();
+  generation->session = impl_;
+  decoder.last_call = generation->record;
+  return std::unique_ptr<Generation>(new Generation(std::move(generation)));
+}
+
+void Session::Truncate(int64_t length) {
+  std::lock_guard lock(impl_->decoder.mutex);
+  Sequence& sequence = impl_->Idle();
+  TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
+              ", expected 0 to ", Length(sequence));
+  impl_->GoBack(sequence, length);
+}
+
+std::unique_ptr<Session> Session::Fork() const {
+  Decoder::Impl& decoder = impl_->decoder;
+  std::lock_guard lock(decoder.mutex);
+  auto fork =
+      std::make_shared<Impl>(decoder, decoder.engine.Fork(impl_->Idle()), impl_->max_seq_len);
+  return std::unique_ptr<Session>(new Session(std::move(fork)));
+}
+
+std::vector<int32_t> Session::token_ids() const {
+  std::lock_guard lock(impl_->decoder.mutex);
+  return impl_->Idle().tokens;
+}
+
+int64_t Session::num_cached() const {
+  std::lock_guard lock(impl_->decoder.mutex);
+  return impl_->Idle().cached;
+}
+
+int64_t Session::max_seq_len() const {
+  return impl_->max_seq_len;
+}
+
+}  // namespace tidal

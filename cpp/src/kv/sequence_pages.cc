@@ -1,0 +1,48 @@
+#include "kv/sequence_pages.h"
+
+#include <algorithm>
+
+namespace tidal {
+
+SequencePages SequencePages::Share(int64_t num_tokens) const {
+  auto end = pages_.begin() + pool_->PagesFor(num_tokens);
+  std::vector<int32_t> pages(pages_.begin(), end);
+  pool_->Share(pages);
+  return SequencePages(pool_, std::move(pages));
+}
+
+int64_t SequencePages::NumMissing(int64_t num_tokens, int64_t first) const {
+  int64_t wanted = pool_->PagesFor(num_tokens), have = static_cast<int64_t>(pages_.size());
+  int64_t missing = std::max<int64_t>(wanted - have, 0);
+  for (int64_t i = first / pool_->page_size(); i < std::min(wanted, have); ++i) {
+    if (pool_->IsShared(pages_[static_cast<size_t>(i)])) ++missing;
+  }
+  return missing;
+}
+
+std::vector<PageCopy> SequencePages::Own(int64_t num_tokens, int64_t first, int64_t cached) {
+  std::vector<int32_t> taken = pool_->Take(NumMissing(num_tokens, first));
+  Shrink(num_tokens);
+  auto next = taken.begin();
+  std::vector<PageCopy> copies;
+  std::vector<int32_t> left;
+  auto num_cached_pages = static_cast<size_t>(pool_->PagesFor(cached));
+  for (auto i = static_cast<size_t>(first / pool_->page_size()); i < pages_.size(); ++i) {
+    if (!pool_->IsShared(pages_[i])) continue;
+    if (i < num_cached_pages) copies.push_back({.from = pages_[i], .to = *next});
+    left.push_back(pages_[i]);
+    pages_[i] = *next++;
+  }
+  pool_->Release(left);
+  pages_.insert(pages_.end(), next, taken.end());
+  return copies;
+}
+
+void SequencePages::Shrink(int64_t num_tokens) {
+  auto keep = static_cast<size_t>(pool_->PagesFor(num_tokens));
+  if (keep >= pages_.size()) return;
+  pool_->Release({pages_.begin() + static_cast<std::ptrdiff_t>(keep), pages_.end()});
+  pages_.resize(keep);
+}
+
+}  // namespace tidal

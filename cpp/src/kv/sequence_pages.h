@@ -1,0 +1,58 @@
+// SequencePages: the pages of one sequence. Sequences that began as the same one share pages until
+// one of them writes.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kv/page_pool.h"
+
+namespace tidal {
+
+struct PageCopy {
+  int32_t from;
+  int32_t to;
+};
+
+// Given back on destruction.
+class SequencePages {
+ public:
+  SequencePages(PagePool& pool, int64_t num_tokens)
+      : pool_(&pool), pages_(pool.Take(pool.PagesFor(num_tokens))) {}
+  ~SequencePages() { Release(); }
+  SequencePages(SequencePages&& other) noexcept
+      : pool_(other.pool_), pages_(std::move(other.pages_)) {
+    other.pages_.clear();
+  }
+  SequencePages& operator=(SequencePages&&) = delete;
+
+  const std::vector<int32_t>& pages() const { return pages_; }
+  void Release() {
+    pool_->Release(pages_);
+    pages_.clear();
+  }
+
+  // The pages of the first num_tokens tokens, with this as another owner.
+  SequencePages Share(int64_t num_tokens) const;
+
+  // Free pages that Own needs.
+  int64_t NumMissing(int64_t num_tokens, int64_t first) const;
+
+  // Has pages for exactly num_tokens tokens, of which those that hold the tokens from `first` on
+  // have no other owner. Returns what must be copied before anything is written so that the first
+  // `cached` tokens stay in the cache. Throws CapacityError, changing nothing.
+  std::vector<PageCopy> Own(int64_t num_tokens, int64_t first, int64_t cached);
+
+  // Gives back the pages behind the first num_tokens tokens.
+  void Shrink(int64_t num_tokens);
+
+ private:
+  SequencePages(PagePool* pool, std::vector<int32_t> pages)
+      : pool_(pool), pages_(std::move(pages)) {}
+
+  PagePool* pool_;
+  std::vector<int32_t> pages_;
+};
+
+}  // namespace tidal

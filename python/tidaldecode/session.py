@@ -1,0 +1,316 @@
+"""A conversation that stays in the cache: each turn reads only what is new.
+
+Made by Decoder.session(). The engine's side, and what exactly stays, is Session in
+cpp/include/tidal/decoder.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tidaldecode import _core
+from tidaldecode.batch import (
+    Callbacks,
+    PrefillProgress,
+    Request,
+    ShouldStop,
+    make_request,
+    run_generation,
+)
+from tidaldecode.errors import InvalidArgument, TidalError
+from tidaldecode.frontend import Frontend, Messages, Prompt
+from tidaldecode.results import GenerationResult
+from tidaldecode.sampling import SamplingSettings, check_integer
+from tidaldecode.stream import TextStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tidaldecode.sampling import SamplingOptions
+
+
+@dataclass(frozen=True)
+class SessionHost:
+    """What sessions need of their decoder."""
+
+    core: _core.Decoder
+    frontend: Frontend
+    turn: threading.RLock  # held by the call that runs
+    holders: weakref.WeakSet  # of pages; they end with the decoder
+
+
+class Session:
+    """Tokens that stay in the cache from one turn to the next.
+
+    Example:
+        >>> with decoder.session() as session:
+        ...     session.append(report)
+        ...     print(session.generate("Question: who wrote this? Answer:").text)
+        ...     print(session.generate("Question: and when? Answer:").text)
+
+    What a turn generated belongs to the conversation, stop tokens and the tokens of stop strings
+    included. A text that is not the first gets nothing (no BOS) put in front of it. Between turns a
+    session holds KV pages for its tokens, and no batch row. One turn runs at a time; what does not
+    fit is a CapacityError and leaves the session as it was.
+    """
+
+    def __init__(self, core: _core.Session, host: SessionHost) -> None:
+        """Takes over a session of the engine; Decoder.session and fork() make these."""
+        self._core: _core.Session | None = core
+        self._host: SessionHost | None = host
+        self._stream: weakref.ref[TextStream] | None = None  # the newest
+        host.holders.add(self)
+
+    # The conversation
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens so far, prompts and answers."""
+        return self._open()[0].token_ids()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens the session may grow to."""
+        return self._open()[0].max_seq_len
+
+    def append(
+        self,
+        prompt: Prompt,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> bool:
+        """Adds a text or token ids and reads them, without generating.
+
+        Args:
+            prompt: what follows the tokens so far.
+            on_prefill: called with (tokens done, tokens in all) while it is read. The last token is
+                read by the next turn.
+            should_stop: asked before every chunk; True ends the reading.
+
+        Returns: False if should_stop ended it. Then, and if anything else does (Ctrl-C), the
+            session is as before.
+        Raises: InvalidArgument, CapacityError.
+        """
+        core, host = self._open()
+        callbacks = Callbacks(on_prefill, should_stop)
+        with host.turn:
+            length = len(core.token_ids())
+            ids = host.frontend.encode_prompt(prompt, follows=length > 0)
+            is_read = False
+            try:
+                core.append(ids)
+                is_read = _read(core, length + len(ids) - 1, callbacks)
+            finally:
+                if not is_read:
+                    with contextlib.suppress(TidalError):  # closed meanwhile, or a turn runs
+                        core.truncate(length)
+        return is_read
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from `length` on.
+
+        Raises: InvalidArgument.
+        """
+        core, _ = self._open()
+        core.truncate(check_integer("length", length, low=0))
+
+    def fork(self) -> Session:
+        """A session of its own with the same tokens.
+
+        Takes no pages: those of the tokens so far are shared until one of the sessions writes to
+        them, which needs a page for each.
+        """
+        core, host = self._open()
+        return Session(host.core.fork_session(core), host)
+
+    # Turns
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Adds a prompt, if there is one, and generates after all tokens so far.
+
+        Without a prompt after a turn that generated, decoding goes on as if that had not ended.
+
+        Args:
+            prompt: a text or token ids.
+            on_prefill: called with (tokens done, tokens in all) while the prompt is read.
+            should_stop: as in Decoder.generate().
+            sampling: the settings of Decoder.generate().
+
+        A turn that is stopped (should_stop, Ctrl-C) while its prompt is being read leaves the
+        session as it was; stopped later, the prompt and what was generated stay, until truncate().
+
+        Raises: as Decoder.generate().
+        """
+        return self._run(prompt, Callbacks(on_prefill, should_stop), sampling)
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextStream:
+        """generate(), as pieces of text while they come.
+
+        The turn runs, and any other is refused, until the stream has ended or is closed.
+        """
+        return self._run_stream(prompt, Callbacks(on_prefill, should_stop), sampling)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """The answer to a whole conversation, through the folder's chat template.
+
+        The session becomes this conversation: what it begins with that is in the cache already is
+        not read again (GenerationResult.cached_tokens), anything else is forgotten. If a turn is
+        stopped while it reads, the session keeps that beginning.
+
+        Args:
+            messages: {"role": "user", "content": "..."} each, from the first one on.
+            on_prefill: as in generate().
+            should_stop: as in generate().
+            sampling: the settings of Decoder.generate().
+
+        Raises: ConfigError if the folder has no chat template; else as Decoder.generate().
+        """
+        ids = self._open()[1].frontend.render_chat(messages)
+        return self._run(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
+
+    def chat_stream(
+        self,
+        messages: Messages,
+        *,
+        on_prefill: PrefillProgress | None = None,
+        should_stop: ShouldStop | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextStream:
+        """chat(), as pieces of text while they come."""
+        ids = self._open()[1].frontend.render_chat(messages)
+        return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
+
+    # Lifetime
+
+    def close(self) -> None:
+        """Ends a running stream and gives the pages back. Any later use is an error."""
+        core, stream = self._core, self._stream and self._stream()
+        self._core = self._host = self._stream = None
+        if stream is not None:
+            stream.close()
+        if core is not None:
+            core.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._core is None:
+            return "Session(closed)"
+        try:
+            return f"Session({len(self)} of {self.max_seq_len} tokens)"
+        except InvalidArgument:
+            return "Session(a turn is running)"
+
+    # Inner parts
+
+    def _open(self) -> tuple[_core.Session, SessionHost]:
+        core, host = self._core, self._host
+        if core is None or host is None:
+            raise InvalidArgument("session: it is closed; start a new one")
+        return core, host
+
+    def _run(
+        self,
+        prompt: Prompt | None,
+        callbacks: Callbacks,
+        sampling: SamplingOptions,
+        is_whole: bool = False,
+    ) -> GenerationResult:
+        _, host = self._open()
+        settings = host.frontend.check_sampling(**sampling)
+        decode = host.frontend.decode_function(needed=bool(settings.stop))
+        with host.turn:
+            request, generation = self._start(prompt, settings, is_whole)
+            return run_generation(generation, [request], decode, callbacks)[0]
+
+    def _run_stream(
+        self,
+        prompt: Prompt | None,
+        callbacks: Callbacks,
+        sampling: SamplingOptions,
+        is_whole: bool = False,
+    ) -> TextStream:
+        _, host = self._open()
+        settings = host.frontend.check_sampling(**sampling)
+        decode = host.frontend.tokenizer.decode
+        request, generation = self._start(prompt, settings, is_whole)
+        stream = TextStream(generation, request, decode, callbacks)
+        self._stream = weakref.ref(stream)
+        host.holders.add(stream)
+        return stream
+
+    def _start(
+        self, prompt: Prompt | None, settings: SamplingSettings, is_whole: bool
+    ) -> tuple[Request, _core.Generation]:
+        """Starts a turn; is_whole: the prompt takes the place of the session's tokens."""
+        core, host = self._open()
+        tokens = core.token_ids()
+        ids = []
+        if prompt is not None:
+            ids = host.frontend.encode_prompt(prompt, follows=bool(tokens))
+        keep = len(tokens)
+        if is_whole:
+            keep = min(_common_length(tokens, ids), len(ids) - 1)  # the last is always read
+            tokens, ids = tokens[:keep], ids[keep:]
+        # Pages that could be had: the session's own, the last of which may have to be copied.
+        page_size = host.core.config.page_size
+        num_pages = host.core.num_free_pages + max(0, keep - 1) // page_size
+        room = min(core.max_seq_len, num_pages * page_size)
+        request = make_request(tokens + ids, settings, room)
+        return request, core.start(ids, request.core_params(), keep)
+
+
+def _read(core: _core.Session, end: int, callbacks: Callbacks) -> bool:
+    """Reads up to `end` tokens into the cache; False if the caller stopped it."""
+    start = core.num_cached()
+    while not callbacks.wants_stop():
+        if not core.read_next():
+            return True
+        callbacks.report(core.num_cached() - start, end - start)
+    return False
+
+
+def _common_length(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
