@@ -35,6 +35,7 @@ from tidaldecode.model_folder import read_model_folder
 
 H200_TFLOPS = 790.0  # bf16 matrix products, measured (benchmarks/README.md)
 CONTEXTS = (8192, 32768, 131072)
+_LONG = 65536  # a longer prompt is read once: it takes seconds
 PEERS = ("flash", "cudnn", "compiled")
 
 console = Console()
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--page-size", type=int, help="tokens per KV page")
     add("--device", default="auto")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--repeats", type=int, default=5, help="timed prompts per row, after one untimed")
+    add("--repeats", type=int, default=5, help="timed prompts per row; of more than 64K tokens one")
     add("--peers", action="append", choices=[*PEERS, "none"],
         help="repeatable; default: all, on a GPU")  # fmt: skip
     add("--output", type=Path, help="JSON file to write")
@@ -69,6 +70,16 @@ def model_tflop(model: ModelConfig, num_tokens: int) -> float:
     return 2 * (products + attention) / 1e12
 
 
+def repeats(args: argparse.Namespace, context: int) -> int:
+    """Timed prompts of this length."""
+    return args.repeats if context <= _LONG else 1
+
+
+def seeds(args: argparse.Namespace, context: int) -> range:
+    """Of the prompts of a row, the untimed one first; a long one warms up on shorter rows."""
+    return range(repeats(args, context) + (context <= _LONG))
+
+
 def prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     return [draw.randrange(vocab_size) for _ in range(num_tokens)]
@@ -84,17 +95,18 @@ def engine_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> 
         ) as decoder:  # fmt: skip
             for context in contexts:
                 seconds = []
-                for repeat in range(args.repeats + 1):
-                    ids = prompt(context, decoder.model.vocab_size, repeat)
+                for seed in seeds(args, context):
+                    ids = prompt(context, decoder.model.vocab_size, seed)
                     result = decoder.generate(ids, max_new_tokens=1, temperature=0.0)
                     seconds.append(result.timings.time_to_first_token_s)
+                seconds = seconds[-repeats(args, context) :]
                 yield {
                     "runner": "tidaldecode",
                     "context": context,
                     "prefill_chunk": decoder.config.prefill_chunk,
                     "page_size": decoder.config.page_size,
-                    "s": statistics.median(seconds[1:]),
-                    "median_of": args.repeats,
+                    "s": statistics.median(seconds),
+                    "median_of": len(seconds),
                 }
 
 
@@ -120,7 +132,10 @@ def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> It
                 row = {"runner": f"transformers, {peer}", "context": context}
                 try:
                     with sdpa_kernel(backends[peer]):
-                        seconds = peer_seconds(forward, config.vocab_size, context, args.repeats)
+                        seconds = [
+                            peer_seconds(forward, prompt(context, config.vocab_size, seed))
+                            for seed in seeds(args, context)
+                        ][-repeats(args, context) :]
                 except Exception as error:  # whatever a peer throws must not end the run
                     yield {**row, "skipped": one_line(error)}
                     continue
@@ -129,20 +144,15 @@ def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> It
     peer_transformers.free_memory("cuda")
 
 
-def peer_seconds(forward: Any, vocab_size: int, context: int, repeats: int) -> list[float]:
+def peer_seconds(forward: Any, ids: list[int]) -> float:
     """As its generate() reads a prompt: one pass, logits of the last token, the token down."""
     import torch
 
-    seconds = []
-    for repeat in range(repeats + 1):
-        ids = torch.tensor([prompt(context, vocab_size, repeat)], device="cuda")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        out = forward(input_ids=ids, use_cache=True, logits_to_keep=1)
-        int(out.logits[0, -1].argmax())
-        seconds.append(time.perf_counter() - start)
-        del out
-    return seconds[1:]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = forward(input_ids=torch.tensor([ids], device="cuda"), use_cache=True, logits_to_keep=1)
+    int(out.logits[0, -1].argmax())
+    return time.perf_counter() - start
 
 
 def with_rates(row: dict, model: ModelConfig, is_cuda: bool) -> dict:

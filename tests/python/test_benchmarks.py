@@ -1,5 +1,5 @@
 """benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs. That
-bench_verify.py runs.
+bench_verify.py and bench_prefill.py run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tiny_models import FAMILIES, TinyModel, config_json
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from bench_prefill import model_tflop  # noqa: E402
 from shapes import NEARLY_EMPTY, SHAPES  # noqa: E402
 from step_bytes import (  # noqa: E402
     H200_READ_TB_PER_S,
@@ -144,3 +145,23 @@ def test_verified_decoding_is_compared_with_dense(tmp_path: Path, demo_model: Pa
     assert results["accepted tokens"] + results["dense passes"] == 3 * 11
     assert set(results["decode ms per token"]) == {"dense", "tidal", "verified"}
     assert str(tmp_path) not in json.dumps(report) and "identical prompts" in printed
+
+
+def test_bench_prefill_runs(tmp_path: Path):
+    output = tmp_path / "prefill.json"
+    command = [
+        sys.executable, str(BENCHMARKS / "bench_prefill.py"), "--shape", "tiny", "--device", "cpu",
+        "--context", "64", "--chunk", "32", "--repeats", "1", "--peers", "none",
+        "--output", str(output),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["prefill_chunk"] == 32 and row["median_of"] == 1 and row["s"] > 0
+
+
+def test_model_flops_are_those_worked_out_by_hand(tmp_path: Path):
+    folder = read_model_folder(SHAPES["llama-3.1-8b"].write(tmp_path), "dummy")
+    # 2 x 6.979e9 weights of the layers a token, 4 x 4096 x 32 a visible token, the output layer.
+    n = 32768
+    by_hand = 2 * 6_979_321_856 * n + 4 * 4096 * 32 * n * (n + 1) // 2 + 2 * 128256 * 4096
+    assert model_tflop(folder.model, n) == pytest.approx(by_hand / 1e12)
