@@ -87,9 +87,9 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
         tmp_path, load_format="dummy", device="cpu", dtype="float16", max_seq_len=64,
         max_batch_size=1,
     )  # fmt: skip
-    memory = decoder.memory_use()
-    assert memory["weight_bytes"] == loaded_bytes(decoder.model, "float16")
-    assert memory["kv_bytes"] == 64 * kv_bytes_per_token(decoder.model, "float32")
+    memory = decoder.memory_plan()
+    assert memory.weight_bytes == loaded_bytes(decoder.model, "float16")
+    assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float32")
 
 
 def run_benchmark(*words: object, script: str = "bench_decode.py") -> tuple[dict, str]:

@@ -28,8 +28,6 @@ class Selection {
   // What every select layer chose for a row of the last sparse step, of `seq_len` tokens.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row, int64_t seq_len) const;
 
-  int64_t bytes() const { return tensors_.bytes(); }
-
  private:
   DecodeConfig config_;
   std::vector<int64_t> select_layers_;
