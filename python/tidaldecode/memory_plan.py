@@ -116,6 +116,9 @@ def plan_memory(model_dir: str | os.PathLike[str], **options: Any) -> MemoryPlan
 
 
 def show_bytes(count: int) -> str:
-    """A size to read: "15.0 GiB", "3.2 MiB"."""
-    gibibytes = count / 1024**3
-    return f"{gibibytes:.2f} GiB" if gibibytes >= 1 else f"{count / 1024**2:.1f} MiB"
+    """A size to read: "14.96 GiB", "3.2 MiB", "12.0 KiB"."""
+    if count >= 1024**3:
+        return f"{count / 1024**3:.2f} GiB"
+    if count >= 1024**2:
+        return f"{count / 1024**2:.1f} MiB"
+    return f"{count / 1024:.1f} KiB"

@@ -191,9 +191,9 @@ TEST_P(MemoryProblem, TooManyPages) {
 
 TEST_P(MemoryProblem, TooManyRows) {
   DecodeConfig config = Tidal();
-  config.max_seq_len = int64_t{1} << 19;
-  config.max_batch_size = 60000;
-  ExpectRefused(config, {"scratch", "max_batch_size 60000", "lower max_batch_size to "});
+  config.max_seq_len = int64_t{1} << 17;
+  config.max_batch_size = int64_t{1} << 20;
+  ExpectRefused(config, {"scratch", "max_batch_size 1048576", "lower max_batch_size to "});
 }
 
 TEST_P(MemoryProblem, TooSmallAShare) {
@@ -203,7 +203,7 @@ TEST_P(MemoryProblem, TooSmallAShare) {
 }
 
 TEST_P(MemoryProblem, AModelThatIsTooLarge) {
-  model_.num_layers = 1000;
+  model_.num_layers = 4000;
   model_.hidden_size = 1 << 17;
   ExpectRefused(Dense(), {"weights ", "use a smaller dtype, a smaller model or another device"});
 }
