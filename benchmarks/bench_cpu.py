@@ -10,6 +10,7 @@ process, so that a machine that slows down slows all of them. Writes one JSON fi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -273,7 +274,7 @@ def tidal_versus_dense(options: argparse.Namespace, prompt: list[int]) -> dict[s
         "token_budget": options.token_budget,
         "dtype": decoders["dense"].config.dtype,
         "kv_dtype": decoders["dense"].config.kv_dtype,
-        "memory": decoders["dense"].memory_use(),
+        "memory": dataclasses.asdict(decoders["dense"].memory_plan()),
         "prefill s": prefill_s,
         "decode ms per token": decode,
         "speed ratio": ratio(decode, "dense", "tidal"),

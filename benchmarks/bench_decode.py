@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
         max_batch_size=max(batch_size for _, batch_size in points),
         num_pages=max(b * -(-context // page_size) for context, b in points),
         page_size=page_size,
+        gpu_memory_utilization=1.0,  # fitting_points leaves room
     )
 
 
@@ -252,7 +253,7 @@ def describe(target: Target, decoder: tidaldecode.Decoder, load_s: float) -> dic
         "plan": decoder.plan,
         "plan_source": decoder.plan_source,
         **{name: getattr(config, name) for name in settings},
-        "memory": decoder.memory_use(),
+        "memory": asdict(decoder.memory_plan()),
         "load_s": round(load_s, 2),
         **target.notes,
     }

@@ -27,12 +27,26 @@
 namespace tidal {
 namespace {
 
-constexpr int64_t kWeightStagingBytes = 64 << 20;  // two of them: copy and file read overlap
+constexpr int64_t kWeightStagingBytes = 32 << 20;  // two of them: copy and file read overlap
 constexpr int64_t kInputStagingBytes = 1 << 20;    // the inputs of several steps
 constexpr int64_t kDownloadBytes = 4 << 20;        // logits come in pieces of this size
-constexpr int64_t kPrefillChunk = 2048;            // fills the tensor cores of a large GPU
-constexpr int64_t kLeastCudnnQueries = 128;        // below, cuDNN's kernels are mostly empty
-constexpr int64_t kMaxSeqLen = int64_t{1} << 30;   // positions are int32 on the device
+// Purposes of memory.
+constexpr const char* kAttentionPurpose = "attention";
+constexpr const char* kSelectionPurpose = "selection";
+constexpr const char* kProductsPurpose = "matrix products";
+
+// What the device itself takes: at least the most kernels of a layer and around the layers in one
+// step, each with the driver's memory for a launch in a graph; and the code of kernels, ours and
+// the libraries', as they are first used, with the few MB that cuDNN's attention works in. The test
+// of the plan in tests/python/test_gpu.py compares it with what the device then really has less.
+constexpr int64_t kLaunchesPerLayer = 12;
+constexpr int64_t kLaunchesPerStep = 8;
+constexpr int64_t kBytesPerLaunch = 64 << 10;
+constexpr int64_t kCodeBytes = 256 << 20;
+
+constexpr int64_t kPrefillChunk = 2048;           // fills the tensor cores of a large GPU
+constexpr int64_t kLeastCudnnQueries = 128;       // below, cuDNN's kernels are mostly empty
+constexpr int64_t kMaxSeqLen = int64_t{1} << 30;  // positions are int32 on the device
 
 int Attribute(int device, cudaDeviceAttr name) {
   int value = 0;
@@ -112,7 +126,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       prefill_attention_(options.prefill_attention),
       num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
       stream_(device_),
-      linear_(device_, stream_.get()),
+      linear_(stream_.get()),
       cudnn_attention_(device_, stream_.get()),
       graphs_(stream_.get()),
       input_staging_(std::make_unique<PinnedStaging>(kInputStagingBytes, stream_.get(),
@@ -133,8 +147,10 @@ BackendInfo CudaBackend::info() const {
   BackendInfo info;
   info.device = {DeviceType::kCuda, device_};
   info.name = Concat("cuda:", device_);
+  info.total_bytes = static_cast<int64_t>(total_bytes);
   info.free_bytes = static_cast<int64_t>(free_bytes);
   info.prefill_chunk = kPrefillChunk;
+  info.max_recorded_steps = use_graphs_ ? GraphCache::kMaxGraphs : 0;
   const std::string& problem = cudnn_attention_.problem();
   info.prefill_attention = prefill_attention_ == PrefillAttention::kOwn ? "own kernel"
                            : problem.empty() ? "cuDNN " + CudnnAttention::LibraryVersion()
@@ -168,7 +184,7 @@ void CudaBackend::EnterOutsideStep(const char* what) const {
 
 // --- memory ---
 
-Buffer CudaBackend::Allocate(int64_t bytes, const std::string& what) {
+Buffer CudaBackend::DoAllocate(int64_t bytes, const std::string& what) {
   EnterOutsideStep("memory allocation");
   Buffer buffer = AllocateDevice(device_, bytes, what);
   if (bytes > 0) {
@@ -177,17 +193,19 @@ Buffer CudaBackend::Allocate(int64_t bytes, const std::string& what) {
   return buffer;
 }
 
-void CudaBackend::Reserve(const StepLimits& limits) {
-  CheckLimits(limits);
-  EnterOutsideStep("reservation of scratch");
+CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) const {
   const ModelConfig& model = limits.model;
-  Grow(attention_scratch_, AttentionScratchBytes(model.head_dim, num_sms_), "attention scratch");
+  ReserveBytes bytes;
+  bytes.attention = AttentionScratchBytes(model.head_dim, num_sms_);
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
-    Grow(select_scratch_,
-         SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len),
-         "selection scratch");
+    bytes.selection = SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len);
   }
+  ReserveBytes bytes = BytesToReserve(limits);
+  Grow(attention_scratch_, bytes.attention, kAttentionPurpose);
+  Grow(select_scratch_, bytes.selection, kSelectionPurpose);
+  Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
+  const ModelConfig& model = limits.model;
   bool may_use_cudnn = prefill_attention_ != PrefillAttention::kOwn;
   if (may_use_cudnn && limits.num_pages > 0 && limits.prefill_chunk >= kLeastCudnnQueries) {
     cudnn_attention_.Prepare({.dtype = limits.dtype,
@@ -216,7 +234,7 @@ void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
 
 AttentionScratch CudaBackend::ScratchFor(const TensorView& q) {
   int64_t bytes = AttentionScratchBytes(q.dim(2), num_sms_);
-  void* memory = Grow(attention_scratch_, bytes, "attention scratch");
+  void* memory = Grow(attention_scratch_, bytes, kAttentionPurpose);
   return {memory, attention_scratch_.bytes(), num_sms_};
 }
 
@@ -373,7 +391,7 @@ void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Check(args);
   int64_t bytes =
       SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1), args.scores.dim(2));
-  LaunchSelectTopK(args, Grow(select_scratch_, bytes, "selection scratch"), stream());
+  LaunchSelectTopK(args, Grow(select_scratch_, bytes, kSelectionPurpose), stream());
   AllowEarlyReads(false);  // it writes sets
 }
 
@@ -419,7 +437,7 @@ void CudaBackend::LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear)
   if (FitsSkinnyLinear(linear)) {
     LaunchSkinnyLinear(linear, norm, num_sms_, stream());
   } else {
-    linear_.Run(linear);
+    linear_.Run(linear, Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose));
   }
 }
 

@@ -32,9 +32,9 @@ class CudaBackend final : public Backend {
   DType activation_dtype(DType weight_dtype) const override;
   int64_t SparseMinContext(int64_t token_budget) const override;
 
-  Buffer Allocate(int64_t bytes, const std::string& what) override;
+  BackendMemory PlanReserve(const StepLimits& limits) const override;
   void Reserve(const StepLimits& limits) override;
-  // One piece at a time, of at most 64 MiB: begin, fill, commit.
+  // One piece at a time, of at most 32 MiB: begin, fill, commit.
   void* BeginUpload(void* dst, int64_t bytes) override;
   void CommitUpload(void* dst, int64_t bytes) override;
 
@@ -59,6 +59,9 @@ class CudaBackend final : public Backend {
   void QkvRopeAppend(const QkvRopeAppendArgs& args) override;
   void GateUpSiluMul(const GateUpSiluMulArgs& args) override;
 
+ protected:
+  Buffer DoAllocate(int64_t bytes, const std::string& what) override;
+
  private:
   // Owns the stream, so that members using it are destroyed before it.
   class Stream {
@@ -78,6 +81,10 @@ class CudaBackend final : public Backend {
   // As Enter, for what may not be part of a recorded step.
   void EnterOutsideStep(const char* what) const;
   cudaStream_t stream() const { return stream_.get(); }
+  struct ReserveBytes {
+    int64_t attention = 0, selection = 0;
+  };
+  ReserveBytes BytesToReserve(const StepLimits& limits) const;
   // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
   // zeros when it is new.
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
@@ -103,6 +110,7 @@ class CudaBackend final : public Backend {
   GraphCache graphs_;
   Buffer attention_scratch_;
   Buffer select_scratch_;
+  Buffer linear_workspace_;
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
   Buffer download_;       // pinned

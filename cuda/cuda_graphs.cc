@@ -6,13 +6,6 @@
 #include "common/check.h"
 
 namespace tidal {
-namespace {
-
-// More than the batch sizes times plans of one decoder in use; a graph of a large model takes some
-// MiB.
-constexpr size_t kMaxGraphs = 64;
-
-}  // namespace
 
 void GraphCache::Run(const StepKey& key, const std::function<void()>& step) {
   Entry* entry = Find(key);
@@ -33,7 +26,7 @@ GraphCache::Entry* GraphCache::Find(const StepKey& key) {
 }
 
 void GraphCache::Add(const StepKey& key) {
-  if (entries_.size() == kMaxGraphs) {
+  if (entries_.size() == static_cast<size_t>(kMaxGraphs)) {
     auto oldest = std::min_element(
         entries_.begin(), entries_.end(),
         [](const Entry& left, const Entry& right) { return left.last_use < right.last_use; });

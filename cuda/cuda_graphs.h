@@ -15,6 +15,9 @@ namespace tidal {
 // algorithms, growing scratch) is done; the second records a graph; later ones replay it.
 class GraphCache {
  public:
+  // More than the batch sizes times plans of most decoders; those of others push each other out.
+  static constexpr int64_t kMaxGraphs = 128;
+
   explicit GraphCache(cudaStream_t stream) : stream_(stream) {}
   ~GraphCache() { Clear(); }
   GraphCache(const GraphCache&) = delete;

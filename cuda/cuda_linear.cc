@@ -6,14 +6,10 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "cuda_memory.h"
 #include "kernels/add_bias.h"
 
 namespace tidal {
 namespace {
-
-constexpr int64_t kWorkspaceBytes =
-    32 << 20;  // NVIDIA's recommendation for Hopper (cuBLAS guide, 2.1.8)
 
 // Prompt chunks come in any length, each with plans of its own; beyond this many start afresh. The
 // choice is a function of the shape, so a plan made again is the same plan.
@@ -77,17 +73,14 @@ cublasLtMatrixLayout_t CreateLayout(DType dtype, int64_t rows, int64_t columns) 
 
 }  // namespace
 
-CudaLinear::CudaLinear(int device, cudaStream_t stream)
-    : stream_(stream),
-      handle_(CreateHandle()),
-      workspace_(AllocateDevice(device, kWorkspaceBytes, "workspace of the matrix products")) {}
+CudaLinear::CudaLinear(cudaStream_t stream) : stream_(stream), handle_(CreateHandle()) {}
 
 std::string CudaLinear::LibraryVersion() {
   size_t version = cublasLtGetVersion();  // major x 10000 + minor x 100 + patch
   return Concat(version / 10000, ".", version / 100 % 100, ".", version % 100);
 }
 
-void CudaLinear::Run(const LinearArgs& args) {
+void CudaLinear::Run(const LinearArgs& args, void* workspace) {
   Shape shape = ShapeOf(args);
   if (shape.num_tokens == 0) return;
   Plan& plan = PlanFor(shape, args.bias.ptr);
@@ -98,7 +91,7 @@ void CudaLinear::Run(const LinearArgs& args) {
   TIDAL_CUBLAS_CHECK(cublasLtMatmul(
       handle_.get(), plan.product.get(), &alpha, args.weight.ptr, plan.weight.get(), args.x.ptr,
       plan.x.get(), &beta, args.out.ptr, plan.out.get(), args.out.ptr, plan.out.get(),
-      &plan.algorithm, workspace_.data(), static_cast<size_t>(workspace_.bytes()), stream_));
+      &plan.algorithm, workspace, static_cast<size_t>(kLinearWorkspaceBytes), stream_));
   if (args.bias && !shape.bias_epilogue) LaunchAddBias(args.bias, args.out, stream_);
 }
 
@@ -148,7 +141,7 @@ void CudaLinear::ChooseAlgorithm(const Shape& shape, Plan& plan) const {
   TIDAL_CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&created));
   Preference preference(created);
   SetPreference(created, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                static_cast<uint64_t>(workspace_.bytes()));
+                static_cast<uint64_t>(kLinearWorkspaceBytes));
   SetPreference(created, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, kReductionSchemes);
   SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.weight_alignment);
   SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, shape.x_alignment);

@@ -12,16 +12,19 @@
 #include <type_traits>
 
 #include "backend/op_args.h"
-#include "core/buffer.h"
 
 namespace tidal {
 
+// NVIDIA's recommendation for Hopper (cuBLAS guide, 2.1.8).
+inline constexpr int64_t kLinearWorkspaceBytes = 32 << 20;
+
 class CudaLinear {
  public:
-  CudaLinear(int device, cudaStream_t stream);
+  explicit CudaLinear(cudaStream_t stream);
 
   // Queues the product. Deterministic: the same shapes, alignments and contents give the same bits.
-  void Run(const LinearArgs& args);
+  // `workspace`: device memory of kLinearWorkspaceBytes.
+  void Run(const LinearArgs& args, void* workspace);
 
   static std::string LibraryVersion();  // "13.1.0"
 
@@ -63,7 +66,6 @@ class CudaLinear {
 
   cudaStream_t stream_;
   Handle handle_;
-  Buffer workspace_;
   std::map<Shape, Plan> plans_;
 };
 

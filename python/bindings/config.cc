@@ -121,6 +121,7 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("max_batch_size", &DecodeConfig::max_batch_size)
       .def_readwrite("page_size", &DecodeConfig::page_size)
       .def_readwrite("num_pages", &DecodeConfig::num_pages)
+      .def_readwrite("gpu_memory_utilization", &DecodeConfig::gpu_memory_utilization)
       .def_readwrite("prefill_chunk", &DecodeConfig::prefill_chunk)
       .def_readwrite("cuda_graphs", &DecodeConfig::cuda_graphs)
       .def_readwrite("num_threads", &DecodeConfig::num_threads)

@@ -237,6 +237,27 @@ py::dict SelectionDict(const Decoder& decoder, int64_t sequence) {
   return result;
 }
 
+py::dict PlanDict(const MemoryPlan& plan) {
+  py::dict result;
+  result["device"] = plan.device;
+  result["max_seq_len"] = plan.max_seq_len;
+  result["max_batch_size"] = plan.max_batch_size;
+  result["weight_bytes"] = plan.weight_bytes;
+  result["kv_bytes"] = plan.kv_bytes;
+  result["num_pages"] = plan.num_pages;
+  result["page_size"] = plan.page_size;
+  py::dict scratch;
+  for (const MemoryItem& item : plan.scratch) scratch[py::str(item.purpose)] = item.bytes;
+  result["scratch"] = scratch;
+  result["reserve_bytes"] = plan.reserve_bytes;
+  result["host_bytes"] = plan.host_bytes;
+  result["device_bytes"] = plan.device_bytes;
+  result["free_bytes"] = plan.free_bytes;
+  result["usable_bytes"] = plan.usable_bytes;
+  result["problem"] = plan.problem;
+  return result;
+}
+
 template <typename Compute>
 py::array_t<float> LogitsArray(const Decoder& decoder, const Compute& compute) {
   std::vector<float> logits;
@@ -381,15 +402,7 @@ void RegisterDecoder(py::module_& module) {
           },
           py::arg("seq_lens"), py::arg("steps"), py::arg("warmup"), py::arg("attention") = "auto")
       .def("selection", &SelectionDict, py::arg("sequence"))
-      .def("memory_use",
-           [](const Decoder& self) {
-             MemoryUse use = self.memory_use();
-             py::dict result;
-             result["weight_bytes"] = use.weight_bytes;
-             result["kv_bytes"] = use.kv_bytes;
-             result["scratch_bytes"] = use.scratch_bytes;
-             return result;
-           })
+      .def("memory_plan", [](const Decoder& self) { return PlanDict(self.memory_plan()); })
       .def_property_readonly("plan", [](const Decoder& self) { return self.plan().ToString(); })
       .def_property_readonly("model", [](const Decoder& self) { return self.model(); })
       .def_property_readonly("config", [](const Decoder& self) { return self.config(); })
@@ -404,6 +417,17 @@ void RegisterDecoder(py::module_& module) {
         return self.num_free_rows();
       });
 
+  module.def(
+      "plan_memory",
+      [](const ModelConfig& model, const DecodeConfig& config) {
+        MemoryPlan plan;
+        {
+          py::gil_scoped_release release;
+          plan = PlanMemory(model, config);
+        }
+        return PlanDict(plan);
+      },
+      py::arg("model"), py::arg("config"));
   module.def("list_devices", [] {
     py::list devices;
     for (const DeviceStatus& status : ListDevices()) {

@@ -24,6 +24,7 @@ from tidaldecode.errors import (
     UnsupportedError,
     WeightsError,
 )
+from tidaldecode.memory_plan import MemoryPlan, plan_memory
 from tidaldecode.model_folder import demo_model_dir
 from tidaldecode.results import GenerationResult, Timings, Verification
 from tidaldecode.session import Session
@@ -39,6 +40,7 @@ __all__ = [
     "Decoder",
     "GenerationResult",
     "InvalidArgument",
+    "MemoryPlan",
     "OutOfMemoryError",
     "Session",
     "TextStream",
@@ -49,6 +51,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "demo_model_dir",
+    "plan_memory",
 ]
 
 # The one environment variable: the level of the package's log, for example TIDAL_LOG=debug.

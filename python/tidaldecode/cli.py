@@ -28,9 +28,11 @@ from tidaldecode.errors import (
     InvalidArgument,
     OutOfMemoryError,
     TidalError,
+    UnsupportedError,
 )
 from tidaldecode.evaluation.command import evaluate
-from tidaldecode.info import show_installation, show_model
+from tidaldecode.info import show_installation, show_memory, show_model
+from tidaldecode.memory_plan import plan_memory
 from tidaldecode.model_folder import demo_model_dir, read_model_folder
 from tidaldecode.results import GenerationResult
 from tidaldecode.terminal import Bars, NoteHandler, is_watched, one_line, print_error
@@ -100,6 +102,7 @@ def generate(
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
     page_size: opt.PageSize = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
     prefill_chunk: opt.PrefillChunk = None,
     num_threads: opt.NumThreads = None,
     max_new_tokens: opt.MaxNewTokens = None,
@@ -136,14 +139,34 @@ def info(
     model_dir: Annotated[
         Path | None, typer.Argument(help="A model folder to describe as well.")
     ] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    kv_dtype: opt.KvDType = "auto",
+    attention: opt.Attention = "auto",
+    token_budget: opt.TokenBudget = None,
+    select_layers: opt.SelectLayers = None,
+    verify: opt.Verify = False,
+    draft_tokens: opt.DraftTokens = None,
+    max_seq_len: opt.MaxSeqLen = None,
+    max_batch_size: opt.MaxBatchSize = None,
+    page_size: opt.PageSize = None,
+    num_pages: opt.NumPages = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
+    prefill_chunk: opt.PrefillChunk = None,
     debug: opt.Debug = False,
 ) -> None:
-    """Show version, devices and libraries; with a folder, what it holds."""
+    """Show version, devices and libraries; with a folder, what it holds and the memory that it
+    would take with the settings given. Loads nothing."""
+    options = opt.engine_options(locals())
     console = Console(highlight=False)
     folder = None if model_dir is None else read_model_folder(model_dir)
     show_installation(console)
-    if folder is not None:
+    if model_dir is not None and folder is not None:
         show_model(console, folder)
+        try:
+            show_memory(console, plan_memory(model_dir, **options))
+        except (BackendError, UnsupportedError) as error:  # of this device only
+            console.print(f"Memory: {one_line(str(error))}", markup=False)
 
 
 @app.command()

@@ -104,6 +104,16 @@ DraftTokens = Annotated[
 MaxSeqLen = Annotated[
     int | None, _engine_option("Tokens of prompt and output together.", "max_seq_len")
 ]
+MaxBatchSize = Annotated[
+    int | None, _engine_option("Sequences decoded together.", "max_batch_size")
+]
+NumPages = Annotated[int | None, _engine_option("Pages of the KV cache.", "num_pages")]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    _engine_option(
+        "Share of the memory that the decoder may take in all.", "gpu_memory_utilization"
+    ),
+]
 PageSize = Annotated[int | None, _engine_option("Tokens per KV page.", "page_size")]
 PrefillChunk = Annotated[int | None, _engine_option("Prompt tokens per pass.", "prefill_chunk")]
 NumThreads = Annotated[int | None, _engine_option("CPU threads.", "num_threads")]

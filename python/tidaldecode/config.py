@@ -103,6 +103,9 @@ class DecodeConfig:
         max_batch_size: sequences decoded together.
         page_size: tokens per page of the KV cache.
         num_pages: pages of the KV cache; None is what memory allows.
+        gpu_memory_utilization: share of the memory that weights, cache and everything else may take
+            in all, in (0, 1]; 0.9 if None. On a GPU of its whole memory, as far as that is free; on
+            the CPU of the memory that is free.
         prefill_chunk: prompt tokens per pass; None is the backend's choice.
         cuda_graphs: False launches every kernel of a step by itself (for debugging).
         num_threads: of the CPU backend; None is one per core.
@@ -133,6 +136,7 @@ class DecodeConfig:
     max_batch_size: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
+    gpu_memory_utilization: float | None = None
     prefill_chunk: int | None = None
     cuda_graphs: bool | None = None
     num_threads: int | None = None
@@ -150,6 +154,11 @@ class DecodeConfig:
         for name in (*_INT_RANGES, "top_p_mass", "granularity", "pooling"):
             if getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
+        share = self.gpu_memory_utilization
+        if share is not None and not _is_share(share):
+            raise ConfigError(
+                f"gpu_memory_utilization: got {show(share)}, expected a number in (0, 1]"
+            )
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise ConfigError(f"cuda_graphs: got {show(self.cuda_graphs)}, expected True or False")
         if not isinstance(self.verify, (bool, type(None))) and self.verify not in VERIFY_WORDS:
@@ -163,6 +172,10 @@ class DecodeConfig:
                     "attention: got 'full' together with select_layers, expected one of them: "
                     "dense decoding selects nothing"
                 )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def check_setting(name: str, value: Any, where: str = "") -> None:

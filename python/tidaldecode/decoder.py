@@ -32,6 +32,7 @@ from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
 from tidaldecode.frontend import Frontend, Messages
+from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.model_config import ModelConfig
 from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import choose_plan
@@ -70,7 +71,7 @@ class Decoder:
         ConfigError: the folder's configuration or an option is impossible or not supported.
         WeightsError: weights are missing, damaged or of the wrong shape.
         UnsupportedError: the device is not there, or does not do this model.
-        OutOfMemoryError: the model or its cache does not fit.
+        OutOfMemoryError: the model or its cache does not fit; known before anything is loaded.
         BackendError: the device failed.
     """
 
@@ -100,6 +101,7 @@ class Decoder:
         max_batch_size: int | None = None,
         page_size: int | None = None,
         num_pages: int | None = None,
+        gpu_memory_utilization: float | None = None,
         prefill_chunk: int | None = None,
         cuda_graphs: bool | None = None,
         num_threads: int | None = None,
@@ -422,9 +424,10 @@ class Decoder:
         """KV pages that neither a running sequence nor a session holds."""
         return self._open_core().num_free_pages
 
-    def memory_use(self) -> dict[str, int]:
-        """Bytes of weights, KV cache and scratch: weight_bytes, kv_bytes, scratch_bytes."""
-        return self._open_core().memory_use()
+    def memory_plan(self) -> MemoryPlan:
+        """What the decoder takes of its device, by purpose: planned before it was allocated, and
+        not exceeded afterwards. print() shows it as a table."""
+        return MemoryPlan(**self._open_core().memory_plan())
 
     # Lifetime
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode import _core
+from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, plan_letters
 from tidaldecode.terminal import one_line
@@ -53,6 +54,13 @@ def show_model(console: Console, folder: ModelFolder) -> None:
     Raises: ConfigError for a plan file that is wrong.
     """
     _print_pairs(console, "Model", _describe(folder))
+
+
+def show_memory(console: Console, plan: MemoryPlan) -> None:
+    """A decoder's memory by purpose, and whether it is there."""
+    _print_pairs(console, plan.title(), plan.rows())
+    if plan.problem:
+        console.print(f"It does not fit. {one_line(plan.problem)}", style="bold", markup=False)
 
 
 def _describe(folder: ModelFolder) -> list[tuple[str, str]]:

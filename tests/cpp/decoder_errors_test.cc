@@ -124,6 +124,11 @@ TEST_P(DecoderErrors, SettingsOutOfRange) {
   refuse("max_batch_size", &DecodeConfig::max_batch_size, int64_t{0});
   refuse("page_size", &DecodeConfig::page_size, int64_t{0});
   refuse("num_pages", &DecodeConfig::num_pages, int64_t{-1});
+  refuse("max_seq_len", &DecodeConfig::max_seq_len, int64_t{1} << 31);
+  refuse("num_pages", &DecodeConfig::num_pages, int64_t{1} << 31);
+  for (double share : {0.0, -0.5, 1.1, std::nan("")}) {
+    refuse("gpu_memory_utilization", &DecodeConfig::gpu_memory_utilization, share);
+  }
   refuse("prefill_chunk", &DecodeConfig::prefill_chunk, int64_t{-1});
   refuse("num_threads", &DecodeConfig::num_threads, int32_t{-1});
   refuse("full_layers", &DecodeConfig::full_layers, int64_t{0});
@@ -218,12 +223,12 @@ TEST_P(DecoderState, FillsInAutomaticSettings) {
 
 TEST_P(DecoderState, CountsItsMemory) {
   const auto decoder = Make(Tidal());
-  const MemoryUse use = decoder->memory_use();
+  const MemoryPlan& plan = decoder->memory_plan();
   const int64_t element = DTypeBytes(GetParam().dtype);
-  EXPECT_EQ(use.weight_bytes, weights_.num_elements() * element);
+  EXPECT_EQ(plan.weight_bytes, weights_.num_elements() * element);
   // K and V of 4 x 512 tokens in 6 layers.
-  EXPECT_EQ(use.kv_bytes, 2 * 4 * 512 * 6 * model_.kv_size() * element);
-  EXPECT_GT(use.scratch_bytes, 0);
+  EXPECT_EQ(plan.kv_bytes, 2 * 4 * 512 * 6 * model_.kv_size() * element);
+  EXPECT_GT(plan.scratch_bytes(), 0);
 }
 
 TEST_P(DecoderState, LoadingReportsItsProgress) {
@@ -236,7 +241,7 @@ TEST_P(DecoderState, LoadingReportsItsProgress) {
   ASSERT_FALSE(done.empty());
   EXPECT_TRUE(std::is_sorted(done.begin(), done.end()));
   EXPECT_EQ(done.back(), total);
-  EXPECT_EQ(total, decoder.memory_use().weight_bytes);
+  EXPECT_EQ(total, decoder.memory_plan().weight_bytes);
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, DecoderState, ::testing::ValuesIn(DecoderBackends()),

@@ -51,6 +51,27 @@ TEST_F(FileWeights, AFileCutShortIsAnError) {
                                    {"layer.weight", path_, "8 bytes early"}));
 }
 
+// What several threads read, at offsets that divide nothing.
+TEST_F(FileWeights, LargePiecesArriveWhole) {
+  std::string want(9'000'001, '\0');
+  uint32_t state = 1;
+  for (char& byte : want) byte = static_cast<char>((state = state * 1664525u + 1013904223u) >> 24);
+  std::ofstream(path_, std::ios::binary) << "head" << want;
+  const FileWeightSource source({Entry("a", 4)});
+  std::string bytes(want.size() - 77, '\0');
+  source.Read("a", 77, static_cast<int64_t>(bytes.size()), bytes.data());
+  EXPECT_TRUE(bytes == want.substr(77));
+}
+
+TEST_F(FileWeights, ALargePieceCutShortSaysHowMuchIsMissing) {
+  constexpr int64_t kThere = 5'000'000, kAsked = 9'000'000;
+  std::ofstream(path_, std::ios::binary) << std::string(kThere, 'x');
+  const FileWeightSource source({Entry("a", 0)});
+  std::string bytes(kAsked, '\0');
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, kAsked, bytes.data()); },
+                                   {"a", path_, "4000000 bytes early"}));
+}
+
 TEST_F(FileWeights, AMissingFileOrTensorIsAnError) {
   WeightFileEntry entry = Entry("a", 0);
   entry.path += ".not-there";

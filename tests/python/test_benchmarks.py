@@ -88,9 +88,9 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
         tmp_path, load_format="dummy", device="cpu", dtype="float16", max_seq_len=64,
         max_batch_size=1,
     )  # fmt: skip
-    memory = decoder.memory_use()
-    assert memory["weight_bytes"] == loaded_bytes(decoder.model, "float16")
-    assert memory["kv_bytes"] == 64 * kv_bytes_per_token(decoder.model, "float32")
+    memory = decoder.memory_plan()
+    assert memory.weight_bytes == loaded_bytes(decoder.model, "float16")
+    assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float32")
 
 
 def run_benchmark(*words: object, script: str = "bench_decode.py") -> tuple[dict, str]:
@@ -145,6 +145,19 @@ def test_verified_decoding_is_compared_with_dense(tmp_path: Path, demo_model: Pa
     assert results["accepted tokens"] + results["dense passes"] == 3 * 11
     assert set(results["decode ms per token"]) == {"dense", "tidal", "verified"}
     assert str(tmp_path) not in json.dumps(report) and "identical prompts" in printed
+
+
+def test_loading_is_measured(tmp_path: Path):
+    report, printed = run_benchmark(
+        "--shape", "tiny", "--repeats", 1, "--max-seq-len", 64, tmp_path / "load.json",
+        script="bench_load.py",
+    )  # fmt: skip
+    (run,) = report["results"]["runs"]
+    model = read_model_folder(SHAPES["tiny"].write(tmp_path), "dummy").model
+    assert run["weight_bytes"] == run["plan"]["weight_bytes"] == loaded_bytes(model, "bfloat16")
+    assert run["gb_per_s"] > 0 and run["ready_s"] >= run["weights_s"] > 0
+    assert report["results"]["pinned_gb_per_s"] is None
+    assert "loading, from the page cache" in printed
 
 
 def test_bench_prefill_runs(tmp_path: Path):

@@ -304,6 +304,44 @@ def test_sampling_is_seeded(make_folder):
     assert sample(1) != sample(2)
 
 
+def free_bytes() -> int:
+    """Of the first GPU, over all programs, as its driver counts."""
+    device = next(d for d in _core.list_devices() if d["name"] == "cuda:0")
+    if not device["free_bytes"]:
+        pytest.skip("the driver's management library, which counts free memory, is not there")
+    return device["free_bytes"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [DENSE, TIDAL, TIDAL | {"verify": True}, TIDAL | {"correction_interval": 8}],
+    ids=["dense", "tidal", "verify", "correction"],
+)
+class TestMemory:
+    OPTIONS = {"max_seq_len": 4096, "max_batch_size": 8}
+    PROMPTS = [random_prompt(BASE, n, seed=n) for n in (1500, 33, 64, 1, 65, 150)]
+
+    def test_a_decoder_takes_what_it_planned(self, make_folder, options):
+        folder = make_folder(BASE)
+        greedy(open_decoder(folder, "cuda", **self.OPTIONS | options), self.PROMPTS, 4)
+        before = free_bytes()  # the device's context and the code of kernels have had their share
+        with open_decoder(folder, "cuda", **self.OPTIONS | options) as decoder:
+            plan = decoder.memory_plan()
+            taken = before - free_bytes()
+            assert 0.9 * plan.kv_bytes <= taken <= plan.total_bytes
+            greedy(decoder, self.PROMPTS, 200)
+            assert before - free_bytes() <= plan.total_bytes
+
+    def test_nothing_is_allocated_after_the_start(self, make_folder, options):
+        with open_decoder(make_folder(BASE), "cuda", **self.OPTIONS | options) as decoder:
+            greedy(decoder, self.PROMPTS, 16)  # chunks of other lengths bring kernels of their own
+            started = free_bytes()
+            for count in range(1, len(self.PROMPTS) + 1):
+                greedy(decoder, self.PROMPTS[:count], 16)
+            greedy(decoder, self.PROMPTS, 1000)
+            assert free_bytes() >= started
+
+
 class TestErrors:
     def test_a_call_that_does_not_fit_takes_nothing(self, make_folder):
         decoder = open_decoder(make_folder(BASE), "cuda", max_seq_len=128)

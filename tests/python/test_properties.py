@@ -116,7 +116,7 @@ def test_scratch_memory_does_not_grow_with_the_square_of_the_context(tmp_path):
 
     def scratch_bytes(max_seq_len: int) -> int:
         decoder = open_decoder(folder, max_seq_len=max_seq_len, max_batch_size=1, **TIDAL)
-        return decoder.memory_use()["scratch_bytes"]
+        return decoder.memory_plan().scratch_bytes
 
     assert scratch_bytes(2**16) <= 17 * scratch_bytes(2**12)
 

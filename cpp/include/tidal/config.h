@@ -118,6 +118,9 @@ struct DecodeConfig {
   int64_t max_batch_size = 8;  // sequences decoded together
   int64_t page_size = 64;      // tokens per KV page
   int64_t num_pages = 0;       // 0: what memory allows, at most max_batch_size x max_seq_len
+  // Share of the memory that weights, cache and everything else may take in all, in (0, 1]: of a
+  // GPU's own; of a host's, which other programs use too, what is free.
+  double gpu_memory_utilization = 0.9;
 
   // Execution.
   int64_t prefill_chunk = 0;  // prompt tokens per pass; 0: the backend's choice

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tidal/config.h"
+#include "tidal/memory_plan.h"
 #include "tidal/plan.h"
 #include "tidal/weights.h"
 
@@ -182,12 +183,6 @@ class Session {
   std::shared_ptr<Impl> impl_;  // a running turn keeps it too
 };
 
-struct MemoryUse {
-  int64_t weight_bytes = 0;
-  int64_t kv_bytes = 0;
-  int64_t scratch_bytes = 0;
-};
-
 // Which plan a step runs.
 enum class StepPlan : int32_t {
   kDecoder,  // as every decode step chooses: the decoder's, or dense where all rows are short
@@ -206,9 +201,9 @@ class Decoder {
  public:
   using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
 
-  // Loads the weights onto the device and allocates everything a step needs.
-  // Throws ConfigError, WeightsError, InvalidArgument, UnsupportedError, OutOfMemoryError,
-  // BackendError.
+  // Plans its memory, loads the weights onto the device and allocates everything a step needs:
+  // nothing is allocated on the device afterwards, but for a Replay's plans. Throws ConfigError,
+  // WeightsError, InvalidArgument, UnsupportedError, OutOfMemoryError, BackendError.
   Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
           const LoadProgress& progress = nullptr);
   ~Decoder();
@@ -256,7 +251,7 @@ class Decoder {
   const ModelConfig& model() const;
   const DecodeConfig& config() const;  // with automatic values filled in
   const DecodePlan& plan() const;
-  MemoryUse memory_use() const;
+  const MemoryPlan& memory_plan() const;
   int64_t num_free_pages() const;
   int64_t num_free_rows() const;  // batch rows no running sequence owns
 
@@ -267,6 +262,11 @@ class Decoder {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
+// GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
+// UnsupportedError, BackendError.
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
 
 // A device the engine can (or could) run on, and why not.
 struct DeviceStatus {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backend/op_args.h"
 #include "core/buffer.h"
@@ -19,10 +20,12 @@ namespace tidal {
 
 struct BackendInfo {
   Device device;
-  std::string name;               // "cpu", "cuda:0"
-  int64_t free_bytes = 0;         // memory that can be allocated now
-  int64_t prefill_chunk = 0;      // prompt tokens per pass that run well here
-  std::string prefill_attention;  // what does AttentionPrefill: "cuDNN 9.28.1", "own kernel (why)"
+  std::string name;                // "cpu", "cuda:0"
+  int64_t total_bytes = 0;         // of its memory
+  int64_t free_bytes = 0;          // memory that can be allocated now
+  int64_t prefill_chunk = 0;       // prompt tokens per pass that run well here
+  int64_t max_recorded_steps = 0;  // StepKeys whose steps are kept recorded; 0: none is recorded
+  std::string prefill_attention;   // what does AttentionPrefill: "cuDNN 9.28.1", "own kernel (why)"
 };
 
 // The largest step a decoder will ever run; the backend sizes its own scratch by it.
@@ -38,6 +41,14 @@ struct StepLimits {
   int64_t num_pages = 0;     // of the cache; 0: not known yet
   int64_t token_budget = 0;  // 0: dense only
   Granularity granularity = Granularity::kKvHead;
+  int64_t num_recorded_steps = 0;  // different StepKeys, at most max_recorded_steps
+};
+
+// Memory that a backend takes for itself.
+struct BackendMemory {
+  std::vector<MemoryItem> scratch;  // what Reserve allocates
+  int64_t reserve_bytes = 0;        // what the device takes by itself: recorded steps, code
+  int64_t host_bytes = 0;           // staging of copies in host memory, where that is not scratch
 };
 
 // Names a step whose work is the same each time but for the contents of its buffers.
@@ -47,6 +58,16 @@ struct StepKey {
   int64_t tokens_per_row = 1;
   bool operator==(const StepKey&) const = default;
 };
+
+// Adds to the item of the same purpose, if there is one.
+inline void AddItem(std::vector<MemoryItem>& items, const MemoryItem& added) {
+  for (MemoryItem& item : items) {
+    if (item.purpose != added.purpose) continue;
+    item.bytes += added.bytes;
+    return;
+  }
+  items.push_back(added);
+}
 
 class Backend {
  public:
@@ -59,10 +80,18 @@ class Backend {
   virtual int64_t SparseMinContext(int64_t token_budget) const = 0;
 
   // --- memory; load time only ---
-  // Zero-filled. `what` names the purpose in the OutOfMemoryError.
-  virtual Buffer Allocate(int64_t bytes, const std::string& what) = 0;
-  // Checks that this backend runs the shapes (UnsupportedError) and allocates its scratch. May
-  // be called again for other steps of the same model.
+  // Zero-filled. `what` names the purpose, here and in the OutOfMemoryError.
+  Buffer Allocate(int64_t bytes, const std::string& what) {
+    Buffer buffer = DoAllocate(bytes, what);
+    CountAllocation(bytes, what);
+    return buffer;
+  }
+  // All that was ever allocated, scratch included, each purpose once.
+  const std::vector<MemoryItem>& allocated() const { return allocated_; }
+  // Checks that this backend runs the shapes (UnsupportedError) and says what Reserve would
+  // allocate for them. Allocates nothing.
+  virtual BackendMemory PlanReserve(const StepLimits& limits) const = 0;
+  // Checks and allocates. May be called again for other steps of the same model.
   virtual void Reserve(const StepLimits& limits) = 0;
   // Two-phase upload of weights: the caller fills the returned host memory of `bytes` bytes, then
   // commits it to `dst` (device memory). The CPU hands out dst itself.
@@ -98,6 +127,15 @@ class Backend {
   virtual void NormLinear(const NormLinearArgs& args);
   virtual void QkvRopeAppend(const QkvRopeAppendArgs& args);
   virtual void GateUpSiluMul(const GateUpSiluMulArgs& args);
+
+ protected:
+  virtual Buffer DoAllocate(int64_t bytes, const std::string& what) = 0;
+  void CountAllocation(int64_t bytes, const std::string& what) {
+    AddItem(allocated_, {what, bytes});
+  }
+
+ private:
+  std::vector<MemoryItem> allocated_;
 };
 
 // What does AttentionPrefill of more than a few queries on CUDA. The results are the same to

@@ -183,8 +183,8 @@ const DecodeConfig& Decoder::config() const {
 const DecodePlan& Decoder::plan() const {
   return impl_->engine.plan();
 }
-MemoryUse Decoder::memory_use() const {
-  return impl_->engine.memory_use();
+const MemoryPlan& Decoder::memory_plan() const {
+  return impl_->engine.memory_plan();
 }
 
 int64_t Decoder::num_free_pages() const {

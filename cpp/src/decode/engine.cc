@@ -1,11 +1,14 @@
 #include "decode/engine.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 
 #include "core/noise.h"
 #include "decode/decode_step.h"
+#include "decode/engine_buffers.h"
+#include "decode/memory_plan.h"
 #include "decode/prefill.h"
 #include "model/model_config.h"
 #include "model/rope.h"
@@ -14,12 +17,14 @@
 namespace tidal {
 namespace {
 
-// Share of the memory found free after loading that the cache may take: leaves room for the
-// device's own needs (graphs, library workspaces) and, on a host, for other programs.
-constexpr double kCacheShareOfFreeMemory = 0.85;
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 void CheckAtLeast(const char* field, int64_t value, int64_t least) {
   TIDAL_CHECK(value >= least, InvalidArgument, field, ": got ", value, ", expected >= ", least);
+}
+
+void CheckAtMost(const char* field, int64_t value, int64_t most) {
+  TIDAL_CHECK(value <= most, InvalidArgument, field, ": got ", value, ", expected <= ", most);
 }
 
 void ValidateDecodeConfig(const DecodeConfig& c) {
@@ -38,6 +43,11 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("num_pages", c.num_pages, 0);
   CheckAtLeast("prefill_chunk", c.prefill_chunk, 0);
   CheckAtLeast("num_threads", c.num_threads, 0);
+  // Positions and page ids are 32-bit on the device.
+  CheckAtMost("max_seq_len", c.max_seq_len, kMaxInt32);
+  CheckAtMost("num_pages", c.num_pages, kMaxInt32);
+  TIDAL_CHECK(c.gpu_memory_utilization > 0.0 && c.gpu_memory_utilization <= 1.0, InvalidArgument,
+              "gpu_memory_utilization: got ", c.gpu_memory_utilization, ", expected in (0, 1]");
   int64_t budget = c.token_budget == kAutomatic ? kAutomaticBudget : c.token_budget;
   TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= budget, InvalidArgument, "token_budget: got ",
               budget, ", expected at least sink_tokens ", c.sink_tokens, " + recent_tokens ",
@@ -55,6 +65,12 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
               " together with verify, expected 0: checking drafts rewrites their K and V already");
 }
 
+BackendOptions OptionsOf(const DecodeConfig& config) {
+  return {.device = config.device,
+          .num_threads = config.num_threads,
+          .cuda_graphs = config.cuda_graphs};
+}
+
 DecodePlan MakeDecodePlan(const ModelConfig& model, const DecodeConfig& config) {
   if (config.select_layers.empty()) return DecodePlan::Dense(model.num_layers);
   return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers);
@@ -66,6 +82,14 @@ bool AnyLonger(std::span<Sequence* const> rows, int64_t length) {
                      [&](const Sequence* row) { return row->cached + 1 > length; });
 }
 
+// Tokens and rows of nobody.
+void UploadIdle(Backend& backend, const Pass& pass) {
+  auto t = static_cast<size_t>(pass.token_ids.dim(0));
+  std::vector<int32_t> inputs(static_cast<size_t>(pass.inputs.numel()), 0);
+  std::fill_n(inputs.begin() + static_cast<std::ptrdiff_t>(t), t, -1);  // positions
+  backend.Upload(pass.inputs, inputs.data());
+}
+
 }  // namespace
 
 Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
@@ -74,112 +98,59 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
       config_((ValidateDecodeConfig(config), config)),
       plan_(MakeDecodePlan(model, config)),
       dense_plan_(DecodePlan::Dense(model.num_layers)),
-      backend_(MakeBackend({.device = config.device,
-                            .num_threads = config.num_threads,
-                            .cuda_graphs = config.cuda_graphs})) {
+      backend_(MakeBackend(OptionsOf(config))) {
+  ResolvedSettings resolved = ResolveSettings(*backend_, model_, config_, plan_);
+  TIDAL_CHECK(resolved.memory.problem.empty(), OutOfMemoryError, resolved.memory.problem);
+  config_ = resolved.config;
+  memory_plan_ = std::move(resolved.memory);
+
   weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
-  ResolveLimits();
-  ReserveScratch(config_, plan_);
+  backend_->Reserve(LimitsFor(*backend_, model_, config_, plan_));
+  EngineBuffers buffers(*backend_, model_, config_, plan_);
+  prefill_buffers_ = std::move(buffers.prefill);
+  step_buffers_ = std::move(buffers.step);
+  selection_ = std::move(buffers.selection);
+  seen_ = std::move(buffers.seen);
+  sampler_ = std::move(buffers.sampler);
+  verifier_ = std::move(buffers.verifier);
+  tensors_ = std::move(buffers.tensors);
+  q_starts_ = buffers.q_starts;
+  gather_rows_ = buffers.gather_rows;
+  gathered_ = buffers.gathered;
 
-  int64_t b = config_.max_batch_size;
-  int64_t max_pages = (config_.max_seq_len + config_.page_size - 1) / config_.page_size;
-  DType act = backend_->activation_dtype(config_.dtype);
-  prefill_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, config_.prefill_chunk,
-                                                   int64_t{1}, max_pages);
-  step_buffers_ = std::make_unique<PassBuffers>(*backend_, model_, act, b, b, max_pages);
-  selection_ = std::make_unique<Selection>(*backend_, model_, config_, plan_);
-  seen_ = std::make_unique<SeenTokens>(*backend_, model_.vocab_size, b);
-  sampler_ = std::make_unique<Sampler>(*backend_, *seen_, b);
-  if (verifies()) {
-    verifier_ = std::make_unique<Verifier>(*backend_, model_, act, *seen_,
-                                           VerifierLimits{.device = config_.device.type,
-                                                          .max_batch_size = b,
-                                                          .max_tokens_per_row = TokensPerRow(),
-                                                          .max_seq_len = config_.max_seq_len,
-                                                          .max_pages = max_pages});
-  }
-  tensors_ = std::make_unique<DeviceTensors>(*backend_, "step inputs");
-  q_starts_ = tensors_->Make(DType::kInt32, {2});
-  gather_rows_ = tensors_->Make(DType::kInt32, {b});
-  gathered_ = tensors_->Make(DType::kFloat32, {b, model_.hidden_size});
-
-  config_.num_pages = ResolveNumPages();
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
-  ReserveScratch(config_, plan_);  // now that num_pages is known
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
+  Warm();
 }
 
-int64_t Engine::TokensPerRow() const {
-  if (!verifies()) return 1;
-  return 1 + (config_.draft_tokens == 0 ? kMaxAutomaticDrafts : config_.draft_tokens);
-}
-
-void Engine::ReserveScratch(const DecodeConfig& config, const DecodePlan& plan) {
-  backend_->Reserve({.model = model_,
-                     .dtype = config_.dtype,
-                     .kv_dtype = config_.kv_dtype,
-                     .max_batch_size = config_.max_batch_size,
-                     .max_seq_len = config_.max_seq_len,
-                     .prefill_chunk = config_.prefill_chunk,
-                     .tokens_per_row = TokensPerRow(),
-                     .page_size = config_.page_size,
-                     .num_pages = config_.num_pages,
-                     .token_budget = plan.is_dense() ? 0 : config.token_budget,
-                     .granularity = config.granularity});
-}
-
-// Fills in what is automatic: max_seq_len, prefill_chunk, sparse_min_context.
-void Engine::ResolveLimits() {
-  BackendInfo info = backend_->info();
-  if (config_.max_seq_len == 0) {
-    int64_t page = PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
-    double usable = kCacheShareOfFreeMemory * static_cast<double>(info.free_bytes);
-    int64_t fitting = static_cast<int64_t>(usable / static_cast<double>(page)) * config_.page_size;
-    config_.max_seq_len =
-        std::max<int64_t>(config_.page_size, std::min(model_.max_position_embeddings, fitting));
+// A device that records its steps does so now, with idle rows: it takes memory for each, and for
+// the code of its kernels when they first run.
+void Engine::Warm() {
+  std::vector<StepKey> keys = RecordedSteps(*backend_, config_, plan_);
+  if (keys.empty()) return;
+  Pass chunk = prefill_buffers_->Take(config_.prefill_chunk, 1);
+  UploadIdle(*backend_, chunk);
+  std::vector<int32_t> no_queries = {0, 0};
+  backend_->Upload(q_starts_, no_queries.data());
+  PrefillChunk(*backend_, *transformer_,
+               {.q_starts = q_starts_,
+                .max_q_len = config_.prefill_chunk,
+                .max_seq_len = config_.max_seq_len},
+               chunk);
+  for (const StepKey& key : keys) {
+    if (key.tokens_per_row > 1) {
+      verifier_->Warm(*transformer_, key.batch_size, key.tokens_per_row);
+      continue;
+    }
+    Pass pass = step_buffers_->Take(key.batch_size, key.batch_size);
+    UploadIdle(*backend_, pass);
+    sampler_->SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
+    for (int run = 0; run < 2; ++run) RunPass(key, plan_, *selection_, pass);
   }
-  if (config_.prefill_chunk == 0) config_.prefill_chunk = info.prefill_chunk;
-  config_.prefill_chunk = std::min(config_.prefill_chunk, config_.max_seq_len);
-  ResolvePlanLimits(config_);
-}
-
-void Engine::ResolvePlanLimits(DecodeConfig& config) const {
-  if (config.token_budget == kAutomatic) {
-    config.token_budget = kAutomaticBudget;
-    if (config.top_p_mass == 1.0) config.top_p_mass = kAutomaticMass;
-  }
-  int64_t num_forced = config.sink_tokens + config.recent_tokens;
-  // A budget beyond the longest sequence means everything; no need for memory to say so.
-  config.token_budget = std::max(std::min(config.token_budget, config_.max_seq_len), num_forced);
-  if (config.min_token_budget == 0) config.min_token_budget = kAutomaticMinBudget;
-  config.min_token_budget =
-      std::max(std::min(config.min_token_budget, config.token_budget), num_forced);
-  if (config.sparse_min_context == kAutomatic) {
-    config.sparse_min_context = backend_->SparseMinContext(config.token_budget);
-  }
-}
-
-int64_t Engine::ResolveNumPages() const {
-  if (config_.num_pages != 0) return config_.num_pages;
-  int64_t page = PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
-  int64_t per_sequence = (config_.max_seq_len + config_.page_size - 1) / config_.page_size;
-  double usable = kCacheShareOfFreeMemory * static_cast<double>(backend_->info().free_bytes);
-  auto fitting = static_cast<int64_t>(usable / static_cast<double>(page));
-  TIDAL_CHECK(fitting >= per_sequence, OutOfMemoryError, "KV cache: one sequence of max_seq_len ",
-              config_.max_seq_len, " tokens needs ", per_sequence * page, " bytes, ",
-              static_cast<int64_t>(usable), " are free for it on ", backend_->info().name,
-              "; lower max_seq_len");
-  return std::min(fitting, per_sequence * config_.max_batch_size);
-}
-
-MemoryUse Engine::memory_use() const {
-  int64_t scratch = prefill_buffers_->bytes() + step_buffers_->bytes() + selection_->bytes() +
-                    seen_->bytes() + sampler_->bytes() + tensors_->bytes() +
-                    (verifier_ ? verifier_->bytes() : 0);
-  return {.weight_bytes = weights_.bytes, .kv_bytes = cache_->bytes(), .scratch_bytes = scratch};
+  sampler_->Read(1);  // a device that fails says so now
 }
 
 Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
@@ -382,9 +353,12 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
   settings.max_seq_len = config_.max_seq_len;
   settings.max_batch_size = config_.max_batch_size;
   ValidateDecodeConfig(settings);
-  ResolvePlanLimits(settings);
+  ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
   DecodePlan plan = MakeDecodePlan(model_, settings);
-  ReserveScratch(settings, plan);
+  settings.verify = false;
+  StepLimits limits = LimitsFor(*backend_, model_, settings, plan);
+  limits.tokens_per_row = TokensPerRow(config_, plan_);
+  backend_->Reserve(limits);
   return std::unique_ptr<OtherPlan>(
       new OtherPlan{.plan = plan,
                     .selection = Selection(*backend_, model_, settings, plan),
@@ -400,14 +374,20 @@ std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const Deco
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
-  backend_->RunStep({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, [&] {
-    DecodeStep(*backend_, *transformer_, sparse ? plan : dense_plan_, selection, *sampler_, pass);
-  });
+  RunPass({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, plan, selection, pass);
 
   for (Sequence* row : rows) ++row->cached;
   std::vector<int32_t> next = sampler_->Read(b);
   next.resize(rows.size());
   return next;
+}
+
+void Engine::RunPass(const StepKey& key, const DecodePlan& plan, const Selection& selection,
+                     const Pass& pass) {
+  backend_->RunStep(key, [&] {
+    DecodeStep(*backend_, *transformer_, key.sparse ? plan : dense_plan_, selection, *sampler_,
+               pass);
+  });
 }
 
 std::vector<std::vector<int32_t>> Engine::Verify(std::span<Sequence* const> rows) {
@@ -427,6 +407,13 @@ std::vector<LayerSelection> Engine::ReadSelection(uint64_t sequence_id) const {
     return selection_->Read(*backend_, static_cast<int64_t>(i));
   }
   return {};
+}
+
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config) {
+  ValidateModelConfig(model);
+  ValidateDecodeConfig(config);
+  std::unique_ptr<Backend> backend = MakeBackend(OptionsOf(config));
+  return ResolveSettings(*backend, model, config, MakeDecodePlan(model, config)).memory;
 }
 
 }  // namespace tidal

@@ -41,7 +41,9 @@ class Engine {
   const DecodeConfig& config() const { return config_; }
   const DecodePlan& plan() const { return plan_; }
   PagePool& pool() { return cache_->pool(); }
-  MemoryUse memory_use() const;
+  const MemoryPlan& memory_plan() const { return memory_plan_; }
+  // All that was allocated on the device so far, by purpose.
+  const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
   // A sequence with pages for max_len tokens. Throws CapacityError.
   Sequence MakeSequence(std::vector<int32_t> prompt, int64_t max_len, const SamplingRow& sampling);
@@ -90,7 +92,7 @@ class Engine {
   std::vector<int32_t> Step(std::span<Sequence* const> rows, StepPlan plan = StepPlan::kDecoder);
 
   // Whether this decoder checks what sparse steps draft. A dense one has nothing to draft with.
-  bool verifies() const { return config_.verify && !plan_.is_dense(); }
+  bool verifies() const { return verifier_ != nullptr; }
 
   // Whether the next step of the sequence reads chosen positions only.
   bool IsSparse(const Sequence& sequence) const;
@@ -113,16 +115,14 @@ class Engine {
   std::vector<LayerSelection> ReadSelection(uint64_t sequence_id) const;
 
  private:
-  void ResolveLimits();
-  void ResolvePlanLimits(DecodeConfig& config) const;
-  void ReserveScratch(const DecodeConfig& config, const DecodePlan& plan);
+  void Warm();
   std::vector<int32_t> RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
                                const Selection& selection, bool sparse);
-  int64_t ResolveNumPages() const;
-  int64_t TokensPerRow() const;  // of the largest step
   void CorrectCache(Sequence& sequence, int64_t interval);
   // Counts a sparse step of these rows.
   static void CountSparse(std::span<Sequence* const> rows, const Selection& selection);
+  void RunPass(const StepKey& key, const DecodePlan& plan, const Selection& selection,
+               const Pass& pass);
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
 
@@ -131,6 +131,7 @@ class Engine {
   DecodePlan plan_;
   DecodePlan dense_plan_;
   std::unique_ptr<Backend> backend_;
+  MemoryPlan memory_plan_;
   ModelWeights weights_;
   std::unique_ptr<PassBuffers> prefill_buffers_;
   std::unique_ptr<PassBuffers> step_buffers_;

@@ -5,9 +5,9 @@
 
 namespace tidal {
 
-PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
-                         int64_t max_batch_size, int64_t max_pages)
-    : tensors_(backend, "activations") {
+PassBuffers::PassBuffers(Backend& backend, const std::string& what, const ModelConfig& model,
+                         DType act, int64_t max_tokens, int64_t max_batch_size, int64_t max_pages)
+    : tensors_(backend, what) {
   auto tensor = [&](DType dtype, std::initializer_list<int64_t> shape) {
     return tensors_.Make(dtype, shape);
   };

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
@@ -37,13 +38,12 @@ struct Pass {
 // never change, so a recorded step can be replayed.
 class PassBuffers {
  public:
-  PassBuffers(Backend& backend, const ModelConfig& model, DType act, int64_t max_tokens,
-              int64_t max_batch_size, int64_t max_pages);
+  // `what` names their purpose.
+  PassBuffers(Backend& backend, const std::string& what, const ModelConfig& model, DType act,
+              int64_t max_tokens, int64_t max_batch_size, int64_t max_pages);
 
   // The leading parts of all tensors.
   Pass Take(int64_t num_tokens, int64_t batch_size) const;
-
-  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   DeviceTensors tensors_;

@@ -36,7 +36,7 @@ SamplingRow MakeSamplingRow(const SamplingParams& p, int32_t slot) {
 }
 
 SeenTokens::SeenTokens(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
-    : backend_(backend), tensors_(backend, "tokens seen") {
+    : backend_(backend), tensors_(backend, "sampling") {
   seen_ = tensors_.Make(DType::kUInt8, {max_batch_size + 1, vocab_size});
 }
 
@@ -46,8 +46,9 @@ void SeenTokens::Set(int32_t slot, std::span<const int32_t> tokens) {
   backend_.Upload(seen_.Rows(slot, 1), seen.data());
 }
 
-Sampler::Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows)
-    : backend_(backend), seen_(seen), tensors_(backend, "logits and draws") {
+Sampler::Sampler(Backend& backend, const std::string& what, const SeenTokens& seen,
+                 int64_t max_rows)
+    : backend_(backend), seen_(seen), tensors_(backend, what) {
   logits_ = tensors_.Make(DType::kFloat32, {max_rows, seen.view().dim(1)});
   rows_ = tensors_.Make(DType::kUInt8, {max_rows, static_cast<int64_t>(sizeof(SamplingRow))});
   token_ids_ = tensors_.Make(DType::kInt32, {max_rows});

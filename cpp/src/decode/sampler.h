@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -28,7 +29,6 @@ class SeenTokens {
   void Set(int32_t slot, std::span<const int32_t> tokens);
 
   const TensorView& view() const { return seen_; }
-  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   Backend& backend_;
@@ -38,8 +38,8 @@ class SeenTokens {
 
 class Sampler {
  public:
-  // For up to max_rows draws at once; `seen` must outlive it.
-  Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows);
+  // For up to max_rows draws at once; `seen` must outlive it. `what` names the memory's purpose.
+  Sampler(Backend& backend, const std::string& what, const SeenTokens& seen, int64_t max_rows);
 
   // Before a step: the parameters of its rows.
   void SetRows(const std::vector<SamplingRow>& rows);
@@ -51,7 +51,6 @@ class Sampler {
   std::vector<int32_t> Read(int64_t num_rows) const;
 
   TensorView logits(int64_t num_rows) const { return logits_.Rows(0, num_rows); }
-  int64_t bytes() const { return tensors_.bytes(); }
 
  private:
   Backend& backend_;

@@ -13,7 +13,7 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
       num_sets_(NumSets(config.granularity, model.num_q_heads, model.num_kv_heads)),
       dense_len_(std::max(config.top_p_mass < 1.0 ? config.min_token_budget : config.token_budget,
                           config.sparse_min_context)),
-      tensors_(backend, "selection scores and positions") {
+      tensors_(backend, "selection") {
   if (plan.is_dense()) return;
   int64_t b = config.max_batch_size;
   scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});

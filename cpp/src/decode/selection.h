@@ -34,8 +34,6 @@ class Selection {
   // What every select layer chose for a row of the last sparse step.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;
 
-  int64_t bytes() const { return tensors_.bytes(); }
-
  private:
   DecodeConfig config_;
   std::vector<int64_t> select_layers_;

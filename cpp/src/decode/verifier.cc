@@ -17,11 +17,12 @@ Verifier::Verifier(Backend& backend, const ModelConfig& model, DType act, const 
                    const VerifierLimits& limits)
     : backend_(backend),
       limits_(limits),
-      buffers_(backend, model, act, limits.max_batch_size * limits.max_tokens_per_row,
-               limits.max_batch_size, limits.max_pages),
-      sampler_(backend, seen, limits.max_batch_size * limits.max_tokens_per_row),
+      buffers_(backend, "verification", model, act,
+               limits.max_batch_size * limits.max_tokens_per_row, limits.max_batch_size,
+               limits.max_pages),
+      sampler_(backend, "verification", seen, limits.max_batch_size * limits.max_tokens_per_row),
       idle_(MakeSamplingRow(SamplingParams{}, seen.scratch_slot())),
-      tensors_(backend, "verification inputs") {
+      tensors_(backend, "verification") {
   int64_t max_tokens = limits.max_batch_size * limits.max_tokens_per_row;
   q_starts_ = tensors_.Make(DType::kInt32, {limits.max_batch_size + 1});
   gather_rows_ = tensors_.Make(DType::kInt32, {max_tokens});
@@ -119,7 +120,26 @@ std::vector<std::vector<int32_t>> Verifier::Run(const Transformer& transformer,
   Pass pass = buffers_.Take(t, shape.batch_size);
   UploadTokens(rows, pass);
   UploadDraws(rows, draws, t);
+  RunPass(transformer, shape, pass);
+  Sample(rows, draws);
 
+  std::vector<int32_t> drawn = sampler_.Read(static_cast<int64_t>(draws.size()));
+  std::vector<std::vector<int32_t>> result(rows.size());
+  for (size_t i = 0; i < draws.size(); ++i) result[draws[i].row].push_back(drawn[i]);
+  for (Sequence* row : rows) row->cached = static_cast<int64_t>(row->tokens.size());
+  return result;
+}
+
+void Verifier::Warm(const Transformer& transformer, int64_t batch_size, int64_t tokens_per_row) {
+  Shape shape = {batch_size, tokens_per_row, batch_size * tokens_per_row};
+  Pass pass = buffers_.Take(shape.num_tokens, batch_size);
+  UploadTokens({}, pass);
+  UploadDraws({}, {}, shape.num_tokens);
+  for (int run = 0; run < 2; ++run) RunPass(transformer, shape, pass);
+}
+
+void Verifier::RunPass(const Transformer& transformer, const Shape& shape, const Pass& pass) {
+  int64_t t = shape.num_tokens;
   // More tokens than rows, so no RopeAppendKv here is taken for that of a decode step. A recording
   // fixes the host's bounds (on CUDA max_q_len is the number of query tiles in the grid), so they
   // are those of the shape and of all sequences; lengths and shares are read on the device.
@@ -135,13 +155,6 @@ std::vector<std::vector<int32_t>> Verifier::Run(const Transformer& transformer,
         {.x = pass.hidden, .rows = gather_rows_.Rows(0, t), .out = gathered_.Rows(0, t)});
     transformer.Logits(gathered_.Rows(0, t), pass.normed, sampler_.logits(t));
   });
-  Sample(rows, draws);
-
-  std::vector<int32_t> drawn = sampler_.Read(static_cast<int64_t>(draws.size()));
-  std::vector<std::vector<int32_t>> result(rows.size());
-  for (size_t i = 0; i < draws.size(); ++i) result[draws[i].row].push_back(drawn[i]);
-  for (Sequence* row : rows) row->cached = static_cast<int64_t>(row->tokens.size());
-  return result;
 }
 
 }  // namespace tidal

@@ -36,7 +36,9 @@ class Verifier {
   std::vector<std::vector<int32_t>> Run(const Transformer& transformer,
                                         std::span<Sequence* const> rows);
 
-  int64_t bytes() const { return buffers_.bytes() + sampler_.bytes() + tensors_.bytes(); }
+  // Runs the pass of a batch_size and tokens_per_row that a step has (StepSize) twice, with idle
+  // rows, so that a device that records it has done so.
+  void Warm(const Transformer& transformer, int64_t batch_size, int64_t tokens_per_row);
 
  private:
   // A token of a row; the order of the draws: the first of each row, then the second, ...
@@ -49,6 +51,7 @@ class Verifier {
   };
 
   Shape ShapeFor(std::span<Sequence* const> rows) const;
+  void RunPass(const Transformer& transformer, const Shape& shape, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
   void UploadDraws(std::span<Sequence* const> rows, const std::vector<Draw>& draws,
                    int64_t num_tokens);

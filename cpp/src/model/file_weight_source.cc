@@ -1,4 +1,4 @@
-// FileWeightSource: tensors inside safetensors files, read with pread.
+// FileWeightSource: tensors inside safetensors files, read with pread, a piece on several threads.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -7,10 +7,18 @@
 #include <cstring>
 #include <utility>
 
+#include "core/parallel.h"
 #include "tidal/error.h"
 #include "tidal/weights.h"
 
 namespace tidal {
+namespace {
+
+// Of one thread at a time: from the page cache a read is a copy, and takes far longer than its
+// call.
+constexpr int64_t kReadBytes = 1 << 20;
+
+}  // namespace
 
 FileWeightSource::FileWeightSource(std::vector<WeightFileEntry> entries) {
   for (WeightFileEntry& entry : entries) {
@@ -35,17 +43,18 @@ void FileWeightSource::Read(const std::string& name, int64_t offset, int64_t byt
   TIDAL_CHECK(found != entries_.end(), WeightsError, name, ": no such tensor");
   const WeightFileEntry& entry = found->second;
   int descriptor = FileDescriptor(entry.path);
-  int64_t done = 0;
-  while (done < bytes) {
-    ssize_t got = pread(descriptor, static_cast<char*>(dst) + done,
-                        static_cast<size_t>(bytes - done), entry.file_offset + offset + done);
-    if (got < 0 && errno == EINTR) continue;
-    TIDAL_CHECK(got >= 0, WeightsError, name, ": cannot read ", entry.path, ": ",
-                std::strerror(errno));
-    TIDAL_CHECK(got > 0, WeightsError, name, ": ", entry.path, " ends ", bytes - done,
-                " bytes early; was the file cut short or replaced while loading?");
-    done += got;
-  }
+  ForPieces(bytes, kReadBytes, [&](int64_t begin, int64_t end) {
+    for (int64_t done = begin; done < end;) {
+      ssize_t got = pread(descriptor, static_cast<char*>(dst) + done,
+                          static_cast<size_t>(end - done), entry.file_offset + offset + done);
+      if (got < 0 && errno == EINTR) continue;
+      TIDAL_CHECK(got >= 0, WeightsError, name, ": cannot read ", entry.path, ": ",
+                  std::strerror(errno));
+      TIDAL_CHECK(got > 0, WeightsError, name, ": ", entry.path, " ends ", bytes - done,
+                  " bytes early; was the file cut short or replaced while loading?");
+      done += got;
+    }
+  });
 }
 
 int FileWeightSource::FileDescriptor(const std::string& path) const {

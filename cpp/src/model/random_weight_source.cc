@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/noise.h"
+#include "core/parallel.h"
 #include "model/model_config.h"
 #include "model/weights.h"
 #include "tidal/error.h"
@@ -47,7 +48,11 @@ void RandomWeightSource::Read(const std::string& name, int64_t offset, int64_t b
                               void* dst) const {
   auto found = tensors_.find(name);
   TIDAL_CHECK(found != tensors_.end(), WeightsError, name, ": no such tensor");
-  found->second.values->Read(found->second.offset + offset, bytes, dst);
+  const Tensor& tensor = found->second;
+  ForPieces(bytes, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+    tensor.values->Read(tensor.offset + offset + begin, end - begin,
+                        static_cast<char*>(dst) + begin);
+  });
 }
 
 }  // namespace tidal

@@ -6,12 +6,14 @@
 #include <utility>
 
 #include "core/float16.h"
+#include "core/parallel.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
 
-// Big enough to keep a disk and a bus busy, small enough to stay out of the way.
+// Big enough to keep a disk and a bus busy and to be read by several threads, small enough to stay
+// out of the way: two or four are in memory at a time.
 constexpr int64_t kPieceBytes = int64_t{16} << 20;
 
 // Tensors that are stacked, in order, into one device tensor.
@@ -171,7 +173,7 @@ class Loader {
   void LoadTensor(const std::string& name, int64_t count, char* target,
                   const std::function<void(int64_t, int64_t)>& progress) {
     DType from = source_.Find(name)->dtype;
-    int64_t piece = kPieceBytes / 4;  // elements, whatever the widest of the two dtypes
+    int64_t piece = kPieceBytes / std::max(DTypeBytes(from), DTypeBytes(dtype_));  // elements
     for (int64_t begin = 0; begin < count; begin += piece) {
       int64_t n = std::min(piece, count - begin);
       int64_t bytes = n * DTypeBytes(dtype_);
@@ -215,7 +217,10 @@ class Loader {
 
   template <typename From, typename To>
   static void ConvertElements(const From* from, To* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
+    constexpr int64_t kGrain = 1 << 18;
+    ForPieces(count, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
+    });
   }
 
   Backend& backend_;
@@ -238,6 +243,16 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
     }
   }
   return expected;
+}
+
+int64_t WeightBytes(const ModelConfig& model, DType dtype) {
+  int64_t bytes = 0;
+  for (const WeightShape& weight : ExpectedWeights(model)) {
+    int64_t elements = 1;
+    for (int64_t size : weight.shape) elements *= size;
+    bytes += elements * DTypeBytes(dtype);
+  }
+  return bytes;
 }
 
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,

@@ -45,6 +45,9 @@ struct WeightShape {
 // Every tensor the config calls for, in the order in which it is loaded.
 std::vector<WeightShape> ExpectedWeights(const ModelConfig& model);
 
+// Of all of them on the device.
+int64_t WeightBytes(const ModelConfig& model, DType dtype);
+
 // Reads every weight the config calls for, converts it to `dtype` and uploads it.
 // Throws WeightsError for a missing tensor, a wrong shape or an unreadable file.
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,

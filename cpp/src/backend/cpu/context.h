@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "backend/cpu/kernels/kernels.h"
@@ -12,11 +13,16 @@ namespace tidal {
 // Zero-filled, 64-byte aligned, committed page by page as it is touched. Throws OutOfMemoryError.
 Buffer AllocateHostMemory(int64_t bytes, const std::string& what);
 
+inline constexpr const char* kScratchPurpose = "scratch of the ops";
+
 // Memory an op uses while it runs; pieces grow to the largest size ever asked for and keep their
 // address until then. An op takes each slot at most once.
 class Scratch {
  public:
   enum Slot { kPlan, kRecords, kThreads, kKeys, kNumSlots };
+
+  // Called with the bytes of every piece that is allocated.
+  std::function<void(int64_t)> on_growth;
 
   // Uninitialised.
   template <typename T>
@@ -25,7 +31,8 @@ class Scratch {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     if (buffer.bytes() < bytes) {
       buffer = Buffer();
-      buffer = AllocateHostMemory(bytes, "the scratch of the CPU backend");
+      buffer = AllocateHostMemory(bytes, kScratchPurpose);
+      if (on_growth) on_growth(bytes);
     }
     return static_cast<T*>(buffer.data());
   }

@@ -29,12 +29,17 @@ class CpuBackend final : public Backend {
   CpuBackend(const CpuKernels& kernels, int num_threads) {
     context_.kernels = &kernels;
     context_.num_threads = num_threads;
+    context_.scratch.on_growth = [this](int64_t bytes) { CountAllocation(bytes, kScratchPurpose); };
   }
+  CpuBackend(const CpuBackend&) = delete;  // the scratch holds its address
+  CpuBackend& operator=(const CpuBackend&) = delete;
 
   BackendInfo info() const override {
     BackendInfo info;
     info.name = "cpu";
-    info.free_bytes = ReadHostMemory().free_bytes;
+    HostMemory memory = ReadHostMemory();
+    info.total_bytes = memory.total_bytes;
+    info.free_bytes = memory.free_bytes;
     info.prefill_chunk = kPrefillChunk;
     return info;
   }
@@ -42,8 +47,10 @@ class CpuBackend final : public Backend {
   // A sparse layer's time follows the positions it reads, from the first one it leaves out.
   int64_t SparseMinContext(int64_t token_budget) const override { return token_budget; }
 
-  Buffer Allocate(int64_t bytes, const std::string& what) override {
-    return AllocateHostMemory(bytes, what);
+  BackendMemory PlanReserve(const StepLimits& limits) const override {
+    BackendMemory memory;
+    memory.scratch = {{kScratchPurpose, ScratchBytes(context_.num_threads, limits)}};
+    return memory;
   }
   void Reserve(const StepLimits& limits) override { ReserveScratch(context_, limits); }
   void* BeginUpload(void* dst, int64_t) override { return dst; }
@@ -71,6 +78,11 @@ class CpuBackend final : public Backend {
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
   void GatherRows(const GatherRowsArgs& args) override { Run(CpuGatherRows, args); }
   void Sample(const SampleArgs& args) override { Run(CpuSample, args); }
+
+ protected:
+  Buffer DoAllocate(int64_t bytes, const std::string& what) override {
+    return AllocateHostMemory(bytes, what);
+  }
 
  private:
   template <typename Args>
@@ -138,29 +150,49 @@ int ThreadIndex() {
   return omp_get_thread_num();
 }
 
-void ReserveScratch(CpuContext& context, const StepLimits& limits) {
+namespace {
+
+// Calls visit(slot, count, element) for the scratch of every op at its largest; `element`, a value
+// of the type, is only there for its type.
+template <typename Visit>
+void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
   const ModelConfig& model = limits.model;
   const int64_t rows = limits.max_batch_size;
   const int64_t head_dim = model.head_dim;
   const int64_t few = std::min(limits.tokens_per_row, kFewQueries);
-  context.scratch.Take<AttendRow>(Scratch::kPlan, rows);
-  context.scratch.Take<float>(
+  visit(Scratch::kPlan, rows, AttendRow());
+  visit(
       Scratch::kRecords,
-      std::max(
-          AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),
-          AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)));
+      std::max(AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),
+               AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)),
+      float());
   const int64_t in_features =
       std::max({model.hidden_size, model.q_size(), model.intermediate_size});
   // Sample's candidates take two floats each.
   const int64_t thread_floats = std::max({LinearScratchFloats(in_features),
                                           PrefillScratchFloats(model.group_size(), head_dim),
                                           2 * model.vocab_size, head_dim + 16});
-  context.scratch.Take<float>(Scratch::kThreads, context.num_threads * thread_floats);
+  visit(Scratch::kThreads, num_threads * thread_floats, float());
   if (limits.token_budget > 0) {
     const int64_t sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
-    context.scratch.Take<uint32_t>(Scratch::kKeys,
-                                   SelectScratchWords(rows * sets, limits.max_seq_len));
+    visit(Scratch::kKeys, SelectScratchWords(rows * sets, limits.max_seq_len), uint32_t());
   }
+}
+
+}  // namespace
+
+int64_t ScratchBytes(int num_threads, const StepLimits& limits) {
+  int64_t bytes = 0;
+  ForScratch(num_threads, limits, [&](Scratch::Slot, int64_t count, auto element) {
+    bytes += count * static_cast<int64_t>(sizeof(element));
+  });
+  return bytes;
+}
+
+void ReserveScratch(CpuContext& context, const StepLimits& limits) {
+  ForScratch(context.num_threads, limits, [&](Scratch::Slot slot, int64_t count, auto element) {
+    context.scratch.Take<decltype(element)>(slot, count);
+  });
 }
 
 }  // namespace tidal

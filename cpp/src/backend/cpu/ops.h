@@ -22,7 +22,8 @@ void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);
 void CpuGatherRows(CpuContext& context, const GatherRowsArgs& args);
 void CpuSample(CpuContext& context, const SampleArgs& args);
 
-// Takes the scratch of every op at its largest, so that steps allocate nothing.
+// Takes the scratch of every op at its largest, so that steps allocate nothing: ScratchBytes of it.
 void ReserveScratch(CpuContext& context, const StepLimits& limits);
+int64_t ScratchBytes(int num_threads, const StepLimits& limits);
 
 }  // namespace tidal

@@ -1,0 +1,40 @@
+// EngineBuffers: the memory of passes and steps, all of it but weights, cache and the backend's own
+// scratch. The engine holds one; memory_plan.cc makes one on a backend that only counts.
+#pragma once
+
+#include <memory>
+
+#include "backend/backend.h"
+#include "backend/device_tensors.h"
+#include "decode/pass.h"
+#include "decode/sampler.h"
+#include "decode/selection.h"
+#include "decode/verifier.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+struct EngineBuffers {
+  // `config` with all automatic values filled in, but for num_pages.
+  EngineBuffers(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                const DecodePlan& plan);
+
+  std::unique_ptr<PassBuffers> prefill;
+  std::unique_ptr<PassBuffers> step;
+  std::unique_ptr<Selection> selection;
+  std::unique_ptr<SeenTokens> seen;
+  std::unique_ptr<Sampler> sampler;
+  std::unique_ptr<Verifier> verifier;  // null: the decoder does not verify
+  std::unique_ptr<DeviceTensors> tensors;
+  TensorView q_starts;     // [2] int32: {0, tokens of the prefill chunk}
+  TensorView gather_rows;  // [max_batch_size] int32
+  TensorView gathered;     // [max_batch_size, H] float32
+};
+
+// Whether the decoder checks what sparse steps draft. A dense one has nothing to draft with.
+bool Verifies(const DecodeConfig& config, const DecodePlan& plan);
+
+// Of the largest step.
+int64_t TokensPerRow(const DecodeConfig& config, const DecodePlan& plan);
+
+}  // namespace tidal

@@ -1,0 +1,37 @@
+// The plan of an engine's memory: made before anything is loaded, by the code that allocates.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+#include "tidal/config.h"
+#include "tidal/memory_plan.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+// Settings with every automatic value filled in, and the memory they need. Whether that is there:
+// MemoryPlan::problem.
+struct ResolvedSettings {
+  DecodeConfig config;
+  MemoryPlan memory;
+};
+
+// Throws UnsupportedError for shapes that the backend does not run.
+ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
+                                 const DecodeConfig& config, const DecodePlan& plan);
+
+// Of a plan, for steps of sequences up to max_seq_len: token_budget, sparse_min_context.
+void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, DecodeConfig& config);
+
+// The largest step of these (resolved) settings.
+StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                     const DecodePlan& plan);
+
+// The steps that a device which records them will ever be asked for, in the order in which they are
+// best recorded; at most BackendInfo::max_recorded_steps. Empty where none is recorded.
+std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& config,
+                                   const DecodePlan& plan);
+
+}  // namespace tidal

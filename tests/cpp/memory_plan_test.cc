@@ -1,0 +1,220 @@
+// The plan of an engine's memory: that it is what is allocated, that it is held, and what is said
+// when it does not fit.
+#include <gtest/gtest.h>
+
+#include "decode/engine.h"
+#include "decode/memory_plan.h"
+#include "throws.h"
+#include "tidal/error.h"
+#include "tiny_model.h"
+
+namespace tidal::test {
+namespace {
+
+class MemoryPlanTest : public DecoderTest {
+ protected:
+  DecodeConfig Verifying() const {
+    DecodeConfig config = Tidal();
+    config.verify = true;
+    return config;
+  }
+
+  // Every kind of decoder.
+  std::vector<DecodeConfig> Configs() const {
+    DecodeConfig automatic = Tidal();
+    automatic.max_seq_len = automatic.prefill_chunk = 0;
+    DecodeConfig few_pages = Tidal();
+    few_pages.num_pages = 7;
+    few_pages.granularity = Granularity::kHead;
+    DecodeConfig drafts = Verifying();
+    drafts.draft_tokens = 33;
+    drafts.max_batch_size = 2;
+    DecodeConfig corrected = Tidal();
+    corrected.correction_interval = 4;
+    corrected.granularity = Granularity::kLayer;
+    return {Dense(), Tidal(), Verifying(), automatic, few_pages, drafts, corrected};
+  }
+};
+
+TEST_P(MemoryPlanTest, IsWhatIsAllocated) {
+  for (const DecodeConfig& config : Configs()) {
+    Engine engine(model_, config, weights_, nullptr);
+    const MemoryPlan& plan = engine.memory_plan();
+    std::vector<MemoryItem> planned = plan.scratch;
+    AddItem(planned, {"the model's weights", plan.weight_bytes});
+    AddItem(planned, {"the KV cache", plan.kv_bytes});
+    for (const MemoryItem& item : engine.allocated()) {
+      AddItem(planned, {item.purpose, -item.bytes});
+    }
+    for (const MemoryItem& left : planned) EXPECT_EQ(left.bytes, 0) << left.purpose;
+    EXPECT_EQ(plan.num_pages, engine.config().num_pages);
+    EXPECT_EQ(plan.max_seq_len, engine.config().max_seq_len);
+    EXPECT_LE(plan.total_bytes(), plan.usable_bytes);
+  }
+}
+
+TEST_P(MemoryPlanTest, IsTheSameWithoutLoading) {
+  for (const DecodeConfig& config : Configs()) {
+    const MemoryPlan plan = PlanMemory(model_, config);
+    const std::unique_ptr<Decoder> decoder = Make(config);
+    const MemoryPlan& held = decoder->memory_plan();
+    EXPECT_TRUE(plan.problem.empty()) << plan.problem;
+    EXPECT_EQ(plan.total_bytes(), held.total_bytes());
+    EXPECT_EQ(plan.num_pages, held.num_pages);
+    ASSERT_EQ(plan.scratch.size(), held.scratch.size());
+    for (size_t i = 0; i < plan.scratch.size(); ++i) {
+      EXPECT_EQ(plan.scratch[i].purpose, held.scratch[i].purpose);
+      EXPECT_EQ(plan.scratch[i].bytes, held.scratch[i].bytes) << held.scratch[i].purpose;
+    }
+  }
+}
+
+int64_t AllBytes(const std::vector<MemoryItem>& items) {
+  int64_t bytes = 0;
+  for (const MemoryItem& item : items) bytes += item.bytes;
+  return bytes;
+}
+
+// Decodes a batch with an Engine, which shows what it has allocated: prompts in chunks, steps,
+// corrections, checks of drafts, at the largest sizes there are.
+void Exercise(Engine& engine, const Prompts& prompts, int64_t steps) {
+  std::vector<Sequence> sequences;
+  std::vector<Sequence*> rows;
+  sequences.reserve(prompts.size());
+  SamplingParams params;
+  params.repetition_penalty = 1.1;
+  for (const Ints& prompt : prompts) {
+    const auto slot = static_cast<int32_t>(sequences.size());
+    sequences.push_back(
+        engine.MakeSequence(prompt, engine.config().max_seq_len, MakeSamplingRow(params, slot)));
+    rows.push_back(&sequences.back());
+    engine.MarkSeen(sequences.back(), sequences.back().prompt_len);
+    while (!sequences.back().prefilled()) engine.PrefillNext(sequences.back());
+    sequences.back().tokens.push_back(engine.SampleAfterPrefill(sequences.back()));
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    for (Sequence* row : rows) engine.CorrectCache(*row);
+    const std::vector<int32_t> next = engine.Step(rows);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i]->tokens.push_back(next[i]);
+  }
+  for (Sequence* row : rows) engine.ReadSelection(row->id);
+  if (!engine.verifies()) return;
+  // As many tokens a row as a check takes.
+  const int64_t drafts =
+      engine.config().draft_tokens == 0 ? kMaxAutomaticDrafts : engine.config().draft_tokens;
+  for (Sequence* row : rows) {
+    for (int64_t i = 0; i < drafts; ++i) row->tokens.push_back(3);
+  }
+  engine.Verify(rows);
+}
+
+TEST_P(MemoryPlanTest, IsHeldWhateverRuns) {
+  for (const DecodeConfig& config : Configs()) {
+    if (config.num_pages != 0) continue;  // has no room for sequences of max_seq_len
+    Engine engine(model_, config, weights_, nullptr);
+    const int64_t before = AllBytes(engine.allocated());
+    // A row's prompt is longer than a chunk; together with what follows it fills max_seq_len.
+    const auto longest = static_cast<int32_t>(engine.config().max_seq_len);
+    Ints lengths = {longest - 90, 1};
+    for (int64_t row = 2; row < config.max_batch_size; ++row) lengths.push_back(100);
+    Exercise(engine, MakePrompts(lengths), 40);
+    Exercise(engine, MakePrompts({70}), 10);
+    EXPECT_EQ(AllBytes(engine.allocated()), before);
+  }
+}
+
+// The largest max_seq_len is one more page's cache and scratch away from not fitting.
+TEST_P(MemoryPlanTest, AnAutomaticLengthIsTheLongestThatFits) {
+  DecodeConfig config = Tidal();
+  config.max_batch_size = 1;
+  const MemoryPlan whole = PlanMemory(model_, config);
+  config.max_seq_len = 0;
+  model_.max_position_embeddings = int64_t{1} << 30;
+  // So that some thousand tokens fit beside the rest.
+  const int64_t all = whole.device.rfind("cpu", 0) == 0 ? whole.free_bytes : whole.device_bytes;
+  const int64_t wanted = whole.total_bytes() + (int64_t{64} << 20);
+  config.gpu_memory_utilization = static_cast<double>(wanted) / static_cast<double>(all);
+  const MemoryPlan fitted = PlanMemory(model_, config);
+  EXPECT_TRUE(fitted.problem.empty()) << fitted.problem;
+  EXPECT_GT(fitted.max_seq_len, 512);
+  EXPECT_LT(fitted.max_seq_len, model_.max_position_embeddings);
+  EXPECT_EQ(fitted.max_seq_len % config.page_size, 0);
+  EXPECT_LE(fitted.total_bytes(), fitted.usable_bytes);
+  // Free memory of a machine in use moves; a tenth more must not fit all the same.
+  config.max_seq_len = fitted.max_seq_len + fitted.max_seq_len / 10 + 64;
+  EXPECT_FALSE(PlanMemory(model_, config).problem.empty());
+}
+
+class MemoryProblem : public MemoryPlanTest {
+ protected:
+  // Refused without a look at the weights, of which there are none.
+  void ExpectRefused(const DecodeConfig& config, std::initializer_list<std::string> parts) {
+    class NoWeights final : public WeightSource {
+     public:
+      const WeightInfo* Find(const std::string& name) const override {
+        throw WeightsError(name + ": was looked for");
+      }
+      void Read(const std::string&, int64_t, int64_t, void*) const override {}
+    };
+    const NoWeights none;
+    EXPECT_TRUE(Throws<OutOfMemoryError>([&] { Decoder(model_, config, none); }, parts));
+    const std::string problem = PlanMemory(model_, config).problem;
+    for (const std::string& part : parts) EXPECT_NE(problem.find(part), std::string::npos);
+  }
+};
+
+TEST_P(MemoryProblem, ACacheThatIsTooLong) {
+  DecodeConfig config = Tidal();
+  config.max_seq_len = int64_t{1} << 30;
+  ExpectRefused(config, {"need ", " GiB", "have ", "KV cache", "max_seq_len 1073741824",
+                         "gpu_memory_utilization 0.9", "lower max_seq_len to "});
+}
+
+TEST_P(MemoryProblem, ALengthThatIsTakenAsAdvisedFits) {
+  DecodeConfig config = Tidal();
+  config.max_seq_len = int64_t{1} << 30;
+  const std::string problem = PlanMemory(model_, config).problem;
+  const std::string words = "lower max_seq_len to ";
+  const size_t at = problem.find(words);
+  ASSERT_NE(at, std::string::npos) << problem;
+  // Less a tenth: free memory moves.
+  config.max_seq_len = std::stoll(problem.substr(at + words.size())) / 10 * 9;
+  EXPECT_GT(config.max_seq_len, 512);
+  EXPECT_EQ(PlanMemory(model_, config).problem, "");
+}
+
+TEST_P(MemoryProblem, TooManyPages) {
+  DecodeConfig config = Dense();
+  config.num_pages = int64_t{1} << 30;
+  ExpectRefused(config, {"num_pages 1073741824", "lower num_pages to "});
+}
+
+TEST_P(MemoryProblem, TooManyRows) {
+  DecodeConfig config = Tidal();
+  config.max_seq_len = int64_t{1} << 17;
+  config.max_batch_size = int64_t{1} << 20;
+  ExpectRefused(config, {"scratch", "max_batch_size 1048576", "lower max_batch_size to "});
+}
+
+TEST_P(MemoryProblem, TooSmallAShare) {
+  DecodeConfig config = Dense();
+  config.gpu_memory_utilization = 1e-9;
+  ExpectRefused(config, {"need ", "have 0.0 MiB", "raise gpu_memory_utilization to "});
+}
+
+TEST_P(MemoryProblem, AModelThatIsTooLarge) {
+  model_.num_layers = 4000;
+  model_.hidden_size = 1 << 17;
+  ExpectRefused(Dense(), {"weights ", "use a smaller dtype, a smaller model or another device"});
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, MemoryPlanTest, ::testing::ValuesIn(DecoderBackends()),
+                         CaseNameOf<BackendCase>);
+INSTANTIATE_TEST_SUITE_P(Backends, MemoryProblem,
+                         ::testing::ValuesIn(std::vector<BackendCase>{
+                             {DeviceType::kCpu, DType::kFloat32},
+                             {DeviceType::kCuda, DType::kBFloat16}}),
+                         CaseNameOf<BackendCase>);
+
+}  // namespace
+}  // namespace tidal::test
