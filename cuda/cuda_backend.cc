@@ -12,6 +12,7 @@
 #include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
 #include "kernels/attention_prefill.h"
+#include "kernels/attention_prefill_hopper.h"
 #include "kernels/attention_select.h"
 #include "kernels/attention_sparse.h"
 #include "kernels/embed.h"
@@ -123,7 +124,9 @@ CudaBackend::Stream::~Stream() {
 CudaBackend::CudaBackend(const BackendOptions& options)
     : device_(CheckDevice(options.device.index)),
       use_graphs_(options.cuda_graphs),
-      prefill_attention_(options.prefill_attention),
+      must_use_cudnn_(options.prefill_attention == PrefillAttention::kCudnn),
+      uses_cudnn_(must_use_cudnn_ || (options.prefill_attention == PrefillAttention::kAuto &&
+                                      !HasAttentionPrefillHopper(device_))),
       num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
       stream_(device_),
       linear_(stream_.get()),
@@ -152,7 +155,7 @@ BackendInfo CudaBackend::info() const {
   info.prefill_chunk = kPrefillChunk;
   info.max_recorded_steps = use_graphs_ ? GraphCache::kMaxGraphs : 0;
   const std::string& problem = cudnn_attention_.problem();
-  info.prefill_attention = prefill_attention_ == PrefillAttention::kOwn ? "own kernel"
+  info.prefill_attention = !uses_cudnn_      ? "own kernel"
                            : problem.empty() ? "cuDNN " + CudnnAttention::LibraryVersion()
                                              : "own kernel (" + problem + ")";
   return info;
@@ -201,23 +204,41 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     bytes.selection = SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len);
   }
+  return bytes;
+}
+
+BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
+  CheckLimits(limits);
+  Enter();
+  ReserveBytes bytes = BytesToReserve(limits);
+  BackendMemory memory;
+  memory.scratch = {{kAttentionPurpose, bytes.attention},
+                    {kProductsPurpose, kLinearWorkspaceBytes}};
+  if (bytes.selection > 0) memory.scratch.push_back({kSelectionPurpose, bytes.selection});
+  int64_t launches = limits.model.num_layers * kLaunchesPerLayer + kLaunchesPerStep;
+  memory.reserve_bytes = kCodeBytes + limits.num_recorded_steps * launches * kBytesPerLaunch;
+  memory.host_bytes = 2 * (kWeightStagingBytes + kInputStagingBytes) + kDownloadBytes;
+  return memory;
+}
+
+void CudaBackend::Reserve(const StepLimits& limits) {
+  CheckLimits(limits);
+  EnterOutsideStep("reservation of scratch");
   ReserveBytes bytes = BytesToReserve(limits);
   Grow(attention_scratch_, bytes.attention, kAttentionPurpose);
   Grow(select_scratch_, bytes.selection, kSelectionPurpose);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
+  if (!uses_cudnn_ || limits.num_pages == 0 || limits.prefill_chunk < kLeastCudnnQueries) return;
   const ModelConfig& model = limits.model;
-  bool may_use_cudnn = prefill_attention_ != PrefillAttention::kOwn;
-  if (may_use_cudnn && limits.num_pages > 0 && limits.prefill_chunk >= kLeastCudnnQueries) {
-    cudnn_attention_.Prepare({.dtype = limits.dtype,
-                              .batch_size = 1,
-                              .max_q_len = limits.prefill_chunk,
-                              .num_q_heads = model.num_q_heads,
-                              .num_kv_heads = model.num_kv_heads,
-                              .head_dim = model.head_dim,
-                              .num_pages = limits.num_pages,
-                              .page_size = limits.page_size,
-                              .max_pages = CeilDiv(limits.max_seq_len, limits.page_size)});
-  }
+  cudnn_attention_.Prepare({.dtype = limits.dtype,
+                            .batch_size = 1,
+                            .max_q_len = limits.prefill_chunk,
+                            .num_q_heads = model.num_q_heads,
+                            .num_kv_heads = model.num_kv_heads,
+                            .head_dim = model.head_dim,
+                            .num_pages = limits.num_pages,
+                            .page_size = limits.page_size,
+                            .max_pages = CeilDiv(limits.max_seq_len, limits.page_size)});
 }
 
 void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
@@ -361,12 +382,11 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
 
 bool CudaBackend::PrefillByCudnn(const AttentionPrefillArgs& args) {
   // Plans are made when they are first asked for, and a recorded step may not wait for that.
-  if (prefill_attention_ == PrefillAttention::kOwn || in_step_) return false;
-  bool is_forced = prefill_attention_ == PrefillAttention::kCudnn;
-  if (!is_forced && args.max_q_len < kLeastCudnnQueries) return false;
+  if (!uses_cudnn_ || in_step_) return false;
+  if (!must_use_cudnn_ && args.max_q_len < kLeastCudnnQueries) return false;
   bool done = cudnn_attention_.Run(args);
-  TIDAL_CHECK(done || !is_forced, UnsupportedError, "prefill_attention: cuDNN was asked for, but ",
-              cudnn_attention_.problem());
+  TIDAL_CHECK(done || !must_use_cudnn_, UnsupportedError,
+              "prefill_attention: cuDNN was asked for, but ", cudnn_attention_.problem());
   return done;
 }
 

@@ -102,7 +102,8 @@ class CudaBackend final : public Backend {
 
   int device_;
   bool use_graphs_;
-  PrefillAttention prefill_attention_;
+  bool must_use_cudnn_;  // for prompts
+  bool uses_cudnn_;      // where it can
   int num_sms_ = 0;
   Stream stream_;
   CudaLinear linear_;

@@ -9,6 +9,7 @@
 #include "cuda_backend.h"
 #include "cuda_linear.h"
 #include "cudnn_attention.h"
+#include "kernels/attention_prefill_hopper.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -65,8 +66,11 @@ class ManagementLibrary {
   int (*memory_)(void*, Memory*) = nullptr;
 };
 
-// What a decoder's prompts will be done by, if it has their shapes.
-std::string PrefillAttentionText() {
+// What a decoder's prompts will be done by, if it has their shapes, on the first device.
+std::string PrefillAttentionText(int num_devices) {
+  if (num_devices > 0 && HasAttentionPrefillHopper(0)) {
+    return "own kernel for compute capability 9.0";
+  }
   std::string version = CudnnAttention::LibraryVersion();
   return version.empty() ? Concat("own kernel (", CudnnAttention::LibraryProblem(), ")")
                          : "cuDNN " + version;
@@ -108,10 +112,10 @@ void ListCudaDevices(std::vector<DeviceStatus>& devices,
                      std::vector<std::pair<std::string, std::string>>& libraries) {
   libraries.emplace_back("CUDA runtime", VersionText(CUDART_VERSION));
   libraries.emplace_back("cuBLASLt", CudaLinear::LibraryVersion());
-  libraries.emplace_back("prefill attention", PrefillAttentionText());
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   cudaGetLastError();
+  libraries.emplace_back("prefill attention", PrefillAttentionText(count));
   if (error != cudaSuccess || count == 0) {
     DeviceStatus status;
     status.name = "cuda";

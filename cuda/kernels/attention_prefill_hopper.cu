@@ -17,14 +17,6 @@ int Attribute(int device, cudaDeviceAttr name) {
   return value;
 }
 
-// Code for sm_90a runs on 9.0 and on nothing newer.
-bool DeviceIsHopper() {
-  int device = 0;
-  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  return Attribute(device, cudaDevAttrComputeCapabilityMajor) == 9 &&
-         Attribute(device, cudaDevAttrComputeCapabilityMinor) == 0;
-}
-
 // As tensor maps want it.
 bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
@@ -32,9 +24,17 @@ bool IsAligned(const TensorView& view) {
 
 }  // namespace
 
+// Code for sm_90a runs on 9.0 and on nothing newer.
+bool HasAttentionPrefillHopper(int device) {
+  return Attribute(device, cudaDevAttrComputeCapabilityMajor) == 9 &&
+         Attribute(device, cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args) {
-  return IsAligned(args.q) && IsAligned(args.out) && IsAligned(args.kv.k_pages) &&
-         IsAligned(args.kv.v_pages) && DeviceIsHopper();
+  int device = 0;
+  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
+  return HasAttentionPrefillHopper(device) && IsAligned(args.q) && IsAligned(args.out) &&
+         IsAligned(args.kv.k_pages) && IsAligned(args.kv.v_pages);
 }
 
 void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream) {

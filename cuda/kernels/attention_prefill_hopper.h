@@ -7,7 +7,10 @@
 
 namespace tidal {
 
-// Whether this build and the current device have the kernel; else it must not be launched.
+// Whether this build and the device have the kernel.
+bool HasAttentionPrefillHopper(int device);
+
+// Whether it takes this call, on the current device; else it must not be launched.
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args);
 
 void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream);

@@ -4,6 +4,10 @@
 
 namespace tidal {
 
+bool HasAttentionPrefillHopper(int) {
+  return false;
+}
+
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs&) {
   return false;
 }

@@ -141,7 +141,7 @@ class Backend {
 // What does AttentionPrefill of more than a few queries on CUDA. The results are the same to
 // rounding.
 enum class PrefillAttention : int32_t {
-  kAuto,   // cuDNN where it is installed and has the shapes, else the own kernel
+  kAuto,   // the own kernel on compute capability 9.0, elsewhere cuDNN if it has the shapes
   kOwn,    // the own kernel
   kCudnn,  // cuDNN, or an error that says why not
 };
