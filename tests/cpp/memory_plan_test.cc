@@ -89,8 +89,9 @@ void Exercise(Engine& engine, const Prompts& prompts, int64_t steps) {
         engine.MakeSequence(prompt, engine.config().max_seq_len, MakeSamplingRow(params, slot)));
     rows.push_back(&sequences.back());
     engine.MarkSeen(sequences.back(), sequences.back().prompt_len);
-    while (!sequences.back().prefilled()) engine.PrefillNext(sequences.back());
-    sequences.back().tokens.push_back(engine.SampleAfterPrefill(sequences.back()));
+    int64_t chunk_len = 0;
+    while (!sequences.back().prefilled()) chunk_len = engine.PrefillNext(sequences.back());
+    sequences.back().tokens.push_back(engine.SampleAfterPrefill(sequences.back(), chunk_len));
   }
   for (int64_t step = 0; step < steps; ++step) {
     for (Sequence* row : rows) engine.CorrectCache(*row);

@@ -122,7 +122,7 @@ class LargePool : public LargeMemory {
     }
     backend().AttentionSparse({.attention = attention,
                                .token_idx = PutInts(list, {2, 1, 64}),
-                               .num_selected = PutInts({64, 64}, {2})});
+                               .num_selected = PutInts({64, 64}, {2, 1})});
     results.push_back(GetBytes(out));
 
     // A chunk of many queries, and one of a few.
@@ -183,7 +183,7 @@ class LargeScores : public LargeMemory {
     const TensorView lse = Output(DType::kFloat32, {rows, heads});
     backend().AttentionSelect({.attention = attention, .scores = scores, .lse = lse});
     const TensorView token_idx = Output(DType::kInt32, {rows, 1, 64});
-    const TensorView num_selected = Output(DType::kInt32, {rows});
+    const TensorView num_selected = Output(DType::kInt32, {rows, 1});
     backend().SelectTopK({.scores = scores,
                           .lse = lse,
                           .seq_lens = attention.kv.seq_lens,
