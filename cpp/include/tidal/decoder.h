@@ -135,7 +135,7 @@ class Replay {
 
 // A conversation: its tokens stay in the cache from one turn to the next. Owns pages for them, and
 // while a turn runs for max_new_tokens more; a batch row only while a turn runs. One turn at a
-// time: until its Generation is done or destroyed, every call but the destructor throws
+// time: until its Generation is done or destroyed, what reads or changes the tokens throws
 // InvalidArgument. Must be destroyed before its Decoder.
 //
 // What Append and Start are given is read densely, however often the session has decoded before.
