@@ -275,10 +275,10 @@ class Bench {
     std::vector<int32_t> lens(static_cast<size_t>(b), static_cast<int32_t>(row.seq_len));
     TensorView seq_lens = Ints(lens, {b});
     for (int64_t i = 0; i < num_caches; ++i) {
-      in.caches.push_back({.k_pages = RandomHalf({num_pages, hkv, kPageSize, kHeadDim}),
-                           .v_pages = RandomHalf({num_pages, hkv, kPageSize, kHeadDim}),
-                           .page_table = page_table,
-                           .seq_lens = seq_lens});
+      TensorView k = RandomHalf({num_pages, hkv, kPageSize, kHeadDim});
+      TensorView v = RandomHalf({num_pages, hkv, kPageSize, kHeadDim});
+      in.caches.push_back(
+          {.k_pages = k, .v_pages = v, .page_table = page_table, .seq_lens = seq_lens});
     }
     in.q = RandomHalf({b, hq, kHeadDim});
     in.out = Tensor(kDType, {b, hq, kHeadDim});
