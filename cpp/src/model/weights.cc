@@ -122,7 +122,9 @@ class Loader {
     for (const Placement& placement : placements) CheckShapes(placement);
     for (const Placement& placement : placements) total_ += Elements(placement);
     total_ *= DTypeBytes(dtype_);
-    for (const Placement& placement : placements) LoadOne(placement, weights, progress);
+    // All of the memory first: an allocation would hold up the copies under way.
+    for (const Placement& placement : placements) Allocate(placement, weights);
+    for (const Placement& placement : placements) LoadOne(placement, progress);
     if (model_.tie_word_embeddings) weights.lm_head = weights.embedding;
     weights.bytes = total_;
     return weights;
@@ -153,16 +155,20 @@ class Loader {
     return rows * std::max<int64_t>(placement.columns, 1);
   }
 
-  void LoadOne(const Placement& placement, ModelWeights& weights,
-               const std::function<void(int64_t, int64_t)>& progress) {
+  void Allocate(const Placement& placement, ModelWeights& weights) {
     int64_t elements = Elements(placement);
     int64_t columns = std::max<int64_t>(placement.columns, 1);
     weights.buffers.push_back(
         backend_.Allocate(elements * DTypeBytes(dtype_), "the model's weights"));
-    char* target = static_cast<char*>(weights.buffers.back().data());
+    void* target = weights.buffers.back().data();
     *placement.target = placement.columns == 0
                             ? TensorView(target, dtype_, {elements})
                             : TensorView(target, dtype_, {elements / columns, columns});
+  }
+
+  void LoadOne(const Placement& placement, const std::function<void(int64_t, int64_t)>& progress) {
+    int64_t columns = std::max<int64_t>(placement.columns, 1);
+    char* target = static_cast<char*>(placement.target->ptr);
     for (size_t i = 0; i < placement.names.size(); ++i) {
       int64_t count = placement.rows[i] * columns;
       LoadTensor(placement.names[i], count, target, progress);
