@@ -129,7 +129,7 @@ std::vector<PromptRow> PromptRows(int64_t default_chunk) {
 class Bench {
  public:
   Bench(const Device& device, int samples,
-        PrefillAttention prefill_attention = PrefillAttention::kAuto)
+        PrefillAttention prefill_attention = PrefillAttention::kOwn)
       : samples_(samples) {
     backend_ = MakeBackend({.device = device, .prefill_attention = prefill_attention});
   }
@@ -501,11 +501,11 @@ int main(int argc, char** argv) {
     bench.ReportDevice();
     if (std::string("attention_prefill").find(filter) != std::string::npos) {
       std::vector<tidal::PromptRow> rows = tidal::PromptRows(bench.info().prefill_chunk);
-      tidal::Bench own(device, samples, tidal::PrefillAttention::kOwn);
+      tidal::Bench cudnn(device, samples, tidal::PrefillAttention::kCudnn);
+      bool has_cudnn = cudnn.info().prefill_attention.rfind("cuDNN", 0) == 0;
       for (const tidal::PromptRow& row : rows) {
-        own.Run(row);
-        // Without cuDNN this would be the same again.
-        if (bench.info().prefill_attention.rfind("cuDNN", 0) == 0) bench.Run(row);
+        bench.Run(row);
+        if (has_cudnn) cudnn.Run(row);
       }
     }
     for (const tidal::Row& row : tidal::Rows()) {

@@ -102,8 +102,7 @@ class CudaBackend final : public Backend {
 
   int device_;
   bool use_graphs_;
-  bool must_use_cudnn_;  // for prompts
-  bool uses_cudnn_;      // where it can
+  bool uses_cudnn_;  // for prompts
   int num_sms_ = 0;
   Stream stream_;
   CudaLinear linear_;

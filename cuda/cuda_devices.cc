@@ -8,7 +8,6 @@
 
 #include "cuda_backend.h"
 #include "cuda_linear.h"
-#include "cudnn_attention.h"
 #include "kernels/attention_prefill_hopper.h"
 #include "tidal/error.h"
 
@@ -66,14 +65,10 @@ class ManagementLibrary {
   int (*memory_)(void*, Memory*) = nullptr;
 };
 
-// What a decoder's prompts will be done by, if it has their shapes, on the first device.
-std::string PrefillAttentionText(int num_devices) {
-  if (num_devices > 0 && HasAttentionPrefillHopper(0)) {
-    return "own kernel for compute capability 9.0";
-  }
-  std::string version = CudnnAttention::LibraryVersion();
-  return version.empty() ? Concat("own kernel (", CudnnAttention::LibraryProblem(), ")")
-                         : "cuDNN " + version;
+// What reads prompts on the first device.
+const char* PrefillAttentionText(int num_devices) {
+  bool is_hopper = num_devices > 0 && HasAttentionPrefillHopper(0);
+  return is_hopper ? "own kernel for compute capability 9.0" : "own kernel";
 }
 
 // Why there is no GPU at all, in plain words.

@@ -64,7 +64,7 @@ class BackendFixture : public ::testing::Test {
 
   // Makes the backend of `on` and reserves it for `limits`.
   void Open(const BackendCase& on, const StepLimits& limits,
-            PrefillAttention prefill_attention = PrefillAttention::kAuto);
+            PrefillAttention prefill_attention = PrefillAttention::kOwn);
 
   Backend& backend() { return *backend_; }
   DType act() const { return act_; }

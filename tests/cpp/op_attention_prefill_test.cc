@@ -37,7 +37,7 @@ class OpAttentionPrefill : public AttentionTest {
  protected:
   void SetUp() override {
     AttentionTest::SetUp();
-    if (!IsSkipped()) Open(GetParam().on, Limits(), PrefillAttention::kOwn);
+    if (!IsSkipped()) Open(GetParam().on, Limits());
   }
 
   int64_t q_size() const { return shape().num_q_heads * shape().head_dim; }
@@ -123,7 +123,7 @@ TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
     SCOPED_TRACE(page_size);
     StepLimits limits = Limits();
     limits.page_size = page_size;
-    Open(GetParam().on, limits, PrefillAttention::kOwn);
+    Open(GetParam().on, limits);
     const AttentionPrefillArgs args = Args(PutCache(sequences, page_size), chunk, q);
     backend().AttentionPrefill(args);
     const Bytes out = GetBytes(args.out);
@@ -175,10 +175,12 @@ TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
   }
 }
 
-// The same through cuDNN, where it is installed. It does not promise bits, and passes of a few
-// queries never come to it.
+// The same through cuDNN, where it is installed. It does not promise bits, passes of a few queries
+// never come to it, and it multiplies free slots by 0, so here they hold numbers.
 class OpAttentionPrefillCudnn : public OpAttentionPrefill {
  protected:
+  static constexpr double kFreeSlots = 1000.0;
+
   void SetUp() override {
     AttentionTest::SetUp();
     if (IsSkipped()) return;
@@ -191,7 +193,7 @@ class OpAttentionPrefillCudnn : public OpAttentionPrefill {
     SCOPED_TRACE(chunk.name);
     const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
     const Values q = RandomQ(random, chunk);
-    const AttentionPrefillArgs args = Args(PutCache(sequences, page_size), chunk, q);
+    const AttentionPrefillArgs args = Args(PutCache(sequences, page_size, kFreeSlots), chunk, q);
     backend().AttentionPrefill(args);
     EXPECT_TRUE(
         Close(Get(args.out), Want(chunk, sequences, q), ToleranceFor(Op::kAttention, act())));
@@ -226,7 +228,7 @@ TEST_P(OpAttentionPrefillCudnn, TokensPastTheLastRowAreIdle) {
   const Chunk chunk = {"", {300, 77}, {130, 40}};
   const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
   Values q = RandomQ(random, chunk);
-  AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size), chunk, q);
+  AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size, kFreeSlots), chunk, q);
   backend().AttentionPrefill(args);
   Bytes want = GetBytes(args.out);
   const size_t idle = static_cast<size_t>(150 * q_size());
@@ -245,7 +247,7 @@ TEST_P(OpAttentionPrefillCudnn, ARecordedStepIsLeftToTheOwnKernel) {
   const Chunk chunk = {"", {300}, {200}};
   const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
   const AttentionPrefillArgs args =
-      Args(PutCache(sequences, shape().page_size), chunk, RandomQ(random, chunk));
+      Args(PutCache(sequences, shape().page_size, kFreeSlots), chunk, RandomQ(random, chunk));
   Bytes eager;
   for (int round = 0; round < 3; ++round) {
     backend().RunStep({.batch_size = 1}, [&] { backend().AttentionPrefill(args); });

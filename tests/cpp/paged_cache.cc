@@ -43,7 +43,7 @@ double AttentionTest::sm_scale() const {
 }
 
 PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequences,
-                                int64_t page_size) {
+                                int64_t page_size, double unused) {
   const int64_t heads = shape().num_kv_heads, dim = shape().head_dim;
   const int64_t batch_size = static_cast<int64_t>(sequences.size());
   Ints seq_lens, pages_of_row;
@@ -54,10 +54,9 @@ PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequence
     used_pages += pages;
     max_pages = std::max(max_pages, pages);
   }
-  const int64_t num_pages = used_pages + 2;  // two stay NaN
+  const int64_t num_pages = used_pages + 2;  // two stay unused
   const Ints order = Random(99).Permutation(num_pages);
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  Values k(num_pages * heads * page_size * dim, nan), v = k;
+  Values k(num_pages * heads * page_size * dim, unused), v = k;
   Ints page_table(batch_size * max_pages, order.back());
   int64_t next_page = 0;
   for (int64_t b = 0; b < batch_size; ++b) {

@@ -32,8 +32,9 @@ class AttentionTest : public OpTest<HeadShape> {
   double sm_scale() const;
 
   // Scatters the sequences over pages in random order. Free slots, spare pages and everything the
-  // page table points to past a row's end hold NaN: nothing of it may reach a result.
-  PagedKv PutCache(const std::vector<reference::Sequence>& sequences, int64_t page_size);
+  // page table points to past a row's end hold `unused`: nothing of it may reach a result.
+  PagedKv PutCache(const std::vector<reference::Sequence>& sequences, int64_t page_size,
+                   double unused = std::numeric_limits<double>::quiet_NaN());
 
   // Random queries into q, and random K and V in place of what `kv` has as the newest token of each
   // row.

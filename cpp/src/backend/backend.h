@@ -25,7 +25,7 @@ struct BackendInfo {
   int64_t free_bytes = 0;          // memory that can be allocated now
   int64_t prefill_chunk = 0;       // prompt tokens per pass that run well here
   int64_t max_recorded_steps = 0;  // StepKeys whose steps are kept recorded; 0: none is recorded
-  std::string prefill_attention;   // what does AttentionPrefill: "cuDNN 9.28.1", "own kernel (why)"
+  std::string prefill_attention;   // what does AttentionPrefill: "own kernel", "cuDNN 9.28.1"
 };
 
 // The largest step a decoder will ever run; the backend sizes its own scratch by it.
@@ -141,16 +141,17 @@ class Backend {
 // What does AttentionPrefill of more than a few queries on CUDA. The results are the same to
 // rounding.
 enum class PrefillAttention : int32_t {
-  kAuto,   // the own kernel on compute capability 9.0, elsewhere cuDNN if it has the shapes
-  kOwn,    // the own kernel
-  kCudnn,  // cuDNN, or an error that says why not
+  kOwn,
+  // cuDNN, or an error that says why not. It multiplies what it masks by 0, so a NaN in a free slot
+  // of a page, left by another sequence, reaches results: decoders do not use it.
+  kCudnn,
 };
 
 struct BackendOptions {
   Device device;
   int32_t num_threads = 0;  // CPU; 0: one per core
   bool cuda_graphs = true;
-  PrefillAttention prefill_attention = PrefillAttention::kAuto;
+  PrefillAttention prefill_attention = PrefillAttention::kOwn;
 };
 
 // Throws BackendError if the device is not available, with the reason and the remedy.
