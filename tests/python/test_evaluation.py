@@ -77,6 +77,7 @@ def test_own_prompts_densely_and_with_a_setting(run, own: Path, tmp_path: Path):
     assert (dense["setting"], dense["mean_score"], dense["worst"]["task"]) == ("dense", 0.5, "own")
     assert tidal["mean_output_tokens"] == tidal["mean_same_tokens"] == LENGTH
     assert tidal["same_outputs"] == 1.0 and tidal["mean_kl"] < 1e-3
+    assert (dense["mean_set_size"], tidal["mean_set_size"]) == (0, 16)
     assert report["perplexity"] == []
 
 
@@ -204,6 +205,14 @@ def trained_text(tmp_path: Path) -> Path:
     return path
 
 
+def test_adaptive_budgets_are_settings_too(run, own: Path, tmp_path: Path):
+    setting = "select_layers=1 token_budget=32 top_p_mass=0.6 min_token_budget=4"
+    assert run("--prompts", str(own), "--tidal", setting)[0] == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 4 <= report["settings"][1]["mean_set_size"] < 32
+    assert "got 'x', expected a number" in run("--tidal", "top_p_mass=x")[2]
+
+
 def test_perplexity_is_that_of_decode_steps(trained_text: Path, tmp_path: Path, capsys):
     """Against the same windows through a decoder of each plan."""
     plan = {"select_layers": (2, 7), "token_budget": 32, "sparse_min_context": 0}
@@ -217,6 +226,7 @@ def test_perplexity_is_that_of_decode_steps(trained_text: Path, tmp_path: Path, 
     assert report["settings"] == []
     dense, tidal = report["perplexity"]
     assert dense["over_dense"] == dense["kl"] == 0 and tidal["kl"] > 0
+    assert (dense["set_size"], tidal["set_size"]) == (0, 32)
     for entry, options in ((dense, {"attention": "full"}), (tidal, plan)):
         losses = []
         with Decoder(demo_model_dir(), device="cpu", max_seq_len=600, **options) as decoder:
@@ -313,7 +323,7 @@ def record(task: str, score: float, **changes) -> Record:
         "key": f"{task}{score}", "setting": "dense", "plan": "FF", "task": task, "index": 0,
         "context": 512, "depth": None, "score": score, "output": "", "answers": ("x",),
         "prompt_tokens": 500, "output_tokens": 2, "finish_reason": "stop", "same_tokens": 2,
-        "kl": 0.0, "seconds": 0.1,
+        "kl": 0.0, "set_size": 0.0, "seconds": 0.1,
     }  # fmt: skip
     return Record(**(values | changes))
 
