@@ -29,7 +29,7 @@ ALLOWED_INCLUDES = {
     "cpp/src/kv": ("tidal/", "core/", "backend/*", "kv/"),
     "cpp/src/model": ("tidal/", "core/", "backend/*", "model/"),
     "cpp/src/decode": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/"),
-    "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_"),
+    "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_", "cudnn_attention"),
     "cuda/common": ("tidal/", "core/", "backend/*", "common/"),
     "cuda/kernels": ("tidal/", "core/", "backend/*", "common/", "kernels/"),
     "python/bindings": ("tidal/", "core/", "backend/*", "bindings"),
