@@ -196,7 +196,10 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
     low, high = _INT_RANGES[name]
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or not low <= value <= high:
-        raise ConfigError(f"{prefix}: got {show(value)}, expected an integer from {low} to {high}")
+        expected = f"an integer from {low} to {high}"
+        if name == "token_budget":
+            expected += " or 'auto'"
+        raise ConfigError(f"{prefix}: got {show(value)}, expected {expected}")
 
 
 def check_select_layers(value: Any, where: str = "") -> tuple[int, ...]:
