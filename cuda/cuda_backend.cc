@@ -125,15 +125,17 @@ CudaBackend::Stream::~Stream() {
 CudaBackend::CudaBackend(const BackendOptions& options)
     : device_(CheckDevice(options.device.index)),
       use_graphs_(options.cuda_graphs),
-      uses_cudnn_(options.prefill_attention == PrefillAttention::kCudnn),
       num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
       stream_(device_),
       linear_(stream_.get()),
-      cudnn_attention_(device_, stream_.get()),
       graphs_(stream_.get()),
       input_staging_(std::make_unique<PinnedStaging>(kInputStagingBytes, stream_.get(),
                                                      "staging of step inputs")),
-      download_(AllocatePinned(kDownloadBytes, "staging of results")) {}
+      download_(AllocatePinned(kDownloadBytes, "staging of results")) {
+  if (options.prefill_attention == PrefillAttention::kCudnn) {
+    cudnn_attention_.emplace(device_, stream());
+  }
+}
 
 CudaBackend::~CudaBackend() {
   // Members are freed after this; the device must not be using them. Errors were or are reported by
@@ -153,10 +155,12 @@ BackendInfo CudaBackend::info() const {
   info.free_bytes = static_cast<int64_t>(free_bytes);
   info.prefill_chunk = kPrefillChunk;
   info.max_recorded_steps = use_graphs_ ? GraphCache::kMaxGraphs : 0;
-  const std::string& problem = cudnn_attention_.problem();
-  info.prefill_attention = !uses_cudnn_      ? "own kernel"
-                           : problem.empty() ? "cuDNN " + CudnnAttention::LibraryVersion()
-                                             : "none: " + problem;
+  info.prefill_attention = "own kernel";
+  if (cudnn_attention_) {
+    const std::string& problem = cudnn_attention_->problem();
+    info.prefill_attention =
+        problem.empty() ? "cuDNN " + CudnnAttention::LibraryVersion() : "none: " + problem;
+  }
   return info;
 }
 
@@ -227,17 +231,17 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   Grow(attention_scratch_, bytes.attention, kAttentionPurpose);
   Grow(select_scratch_, bytes.selection, kSelectionPurpose);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
-  if (!uses_cudnn_ || limits.num_pages == 0) return;
+  if (!cudnn_attention_ || limits.num_pages == 0) return;
   const ModelConfig& model = limits.model;
-  cudnn_attention_.Prepare({.dtype = limits.dtype,
-                            .batch_size = 1,
-                            .max_q_len = limits.prefill_chunk,
-                            .num_q_heads = model.num_q_heads,
-                            .num_kv_heads = model.num_kv_heads,
-                            .head_dim = model.head_dim,
-                            .num_pages = limits.num_pages,
-                            .page_size = limits.page_size,
-                            .max_pages = CeilDiv(limits.max_seq_len, limits.page_size)});
+  cudnn_attention_->Prepare({.dtype = limits.dtype,
+                             .batch_size = 1,
+                             .max_q_len = limits.prefill_chunk,
+                             .num_q_heads = model.num_q_heads,
+                             .num_kv_heads = model.num_kv_heads,
+                             .head_dim = model.head_dim,
+                             .num_pages = limits.num_pages,
+                             .page_size = limits.page_size,
+                             .max_pages = CeilDiv(limits.max_seq_len, limits.page_size)});
 }
 
 void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
@@ -381,9 +385,9 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
 
 bool CudaBackend::PrefillByCudnn(const AttentionPrefillArgs& args) {
   // Plans are made when they are first asked for, and a recorded step may not wait for that.
-  if (!uses_cudnn_ || in_step_) return false;
-  TIDAL_CHECK(cudnn_attention_.Run(args), UnsupportedError,
-              "prefill_attention: cuDNN was asked for, but ", cudnn_attention_.problem());
+  if (!cudnn_attention_ || in_step_) return false;
+  TIDAL_CHECK(cudnn_attention_->Run(args), UnsupportedError,
+              "prefill_attention: cuDNN was asked for, but ", cudnn_attention_->problem());
   return true;
 }
 

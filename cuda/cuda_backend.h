@@ -9,6 +9,7 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "backend/backend.h"
@@ -102,11 +103,10 @@ class CudaBackend final : public Backend {
 
   int device_;
   bool use_graphs_;
-  bool uses_cudnn_;  // for prompts
   int num_sms_ = 0;
   Stream stream_;
   CudaLinear linear_;
-  CudnnAttention cudnn_attention_;
+  std::optional<CudnnAttention> cudnn_attention_;  // if prompts are to be read with it
   GraphCache graphs_;
   Buffer attention_scratch_;
   Buffer select_scratch_;
