@@ -279,13 +279,7 @@ TEST_P(Sessions, TakeTurnsWithEachOtherAndWithCalls) {
   calls.push_back(one->Start(prompts[0], Drawn(25)));
   calls.push_back(two->Start(prompts[1], Drawn(25)));
   calls.push_back(decoder->Start({prompts[2]}, {Drawn(25)}));
-  for (bool running = true; running;) {
-    running = false;
-    for (const auto& call : calls) {
-      call->Advance();
-      running = running || !call->done();
-    }
-  }
+  FinishInTurns(calls);
   for (size_t i = 0; i < 3; ++i) EXPECT_EQ(calls[i]->results()[0].token_ids, want[i]);
 }
 

@@ -258,13 +258,7 @@ TEST_P(VerifiedDecoding, SeveralMayRunInterleaved) {
   }
   std::vector<std::unique_ptr<Generation>> calls;
   for (const Ints& prompt : prompts) calls.push_back(decoder->Start({prompt}, {params}));
-  for (bool running = true; running;) {
-    running = false;
-    for (const auto& call : calls) {
-      call->Advance();
-      running = running || !call->done();
-    }
-  }
+  FinishInTurns(calls);
   for (size_t i = 0; i < 3; ++i) EXPECT_EQ(calls[i]->results()[0].token_ids, want[i]);
 }
 

@@ -173,6 +173,16 @@ std::vector<SequenceResult> DecoderTest::Finish(Generation& generation) {
   return generation.results();
 }
 
+void DecoderTest::FinishInTurns(const std::vector<std::unique_ptr<Generation>>& calls) {
+  for (bool running = true; running;) {
+    running = false;
+    for (const auto& call : calls) {
+      call->Advance();
+      running = running || !call->done();
+    }
+  }
+}
+
 std::vector<SequenceResult> DecoderTest::Generate(Decoder& decoder, const Prompts& prompts,
                                                   const SamplingParams& params) {
   const std::vector<SamplingParams> each(prompts.size(), params);

@@ -57,6 +57,8 @@ class DecoderTest : public ::testing::TestWithParam<BackendCase> {
   static std::vector<SequenceResult> Generate(Decoder& decoder, const Prompts& prompts,
                                               const SamplingParams& params);
   static std::vector<SequenceResult> Finish(Generation& generation);
+  // One Advance of each, again and again until all are done.
+  static void FinishInTurns(const std::vector<std::unique_ptr<Generation>>& calls);
 
   ModelConfig model_ = TinyConfig();
   TinyModel weights_{model_, 5};
