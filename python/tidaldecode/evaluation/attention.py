@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tidaldecode import _core
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import PLAN_SETTINGS, DecodeConfig
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.settings import Setting
@@ -23,16 +23,6 @@ from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import choose_plan, plan_letters
 
 _STEPS = 4  # of the dense answer: where what was asked for is looked up
-# Settings that make a set.
-_SET_FIELDS = (
-    "token_budget",
-    "top_p_mass",
-    "min_token_budget",
-    "granularity",
-    "pooling",
-    "sink_tokens",
-    "recent_tokens",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +90,7 @@ def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
     if plan is None:
         return None
     defaults = _core.DecodeConfig()
-    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in _SET_FIELDS}
+    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in PLAN_SETTINGS}
     if values["token_budget"] == "auto":
         values["token_budget"] = _core.AUTOMATIC_BUDGET
         if values["top_p_mass"] == 1:
@@ -146,7 +136,7 @@ def chosen_positions(weights: np.ndarray, num_kv_heads: int, plan: dict[str, Any
     Args:
         weights: [num_q_heads, n], dense attention of a select layer.
         num_kv_heads: of the model.
-        plan: the settings of _SET_FIELDS.
+        plan: its settings; those that do not make a set are not looked at.
     """
     num_q_heads, n = weights.shape
     num_sets = {"head": num_q_heads, "kv_head": num_kv_heads, "layer": 1}[plan["granularity"]]
