@@ -4,8 +4,9 @@
     python benchmarks/bench_prefill.py --shape tiny --device cpu --context 512 --peers none
 
 Random weights (`load_format="dummy"`) and random token ids, one prompt at a time: from the call of
-`generate(max_new_tokens=1)` to its token. Model FLOPs count the matrix products of every token, the
-output layer of the last one, and causal attention. Prints a table, writes JSON.
+`generate` to its first token; with `--new-tokens N` also the time of each token after it. Model
+FLOPs count the matrix products of every token, the output layer of the last one, and causal
+attention. Prints a table, writes JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--page-size", type=int, help="tokens per KV page")
     add("--device", default="auto")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--attention", action="append", choices=["full", "tidal"],
+        help="of the tokens after the prompt; repeatable; default: full")  # fmt: skip
+    add("--new-tokens", type=int, default=1, help="with each prompt; default: 1")
     add("--repeats", type=int, default=5, help="timed prompts per row; of more than 64K tokens one")
     add("--peers", action="append", choices=[*PEERS, "none"],
         help="repeatable; default: all, on a GPU")  # fmt: skip
@@ -75,9 +80,10 @@ def repeats(args: argparse.Namespace, context: int) -> int:
     return args.repeats if context <= _LONG else 1
 
 
-def seeds(args: argparse.Namespace, context: int) -> range:
-    """Of the prompts of a row, the untimed one first; a long one warms up on shorter rows."""
-    return range(repeats(args, context) + (context <= _LONG))
+def seeds(args: argparse.Namespace, context: int, compiles: bool = False) -> range:
+    """Of the prompts of a row, the untimed one first; a long one warms up on shorter rows, unless
+    every length is compiled."""
+    return range(repeats(args, context) + (compiles or context <= _LONG))
 
 
 def prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
@@ -86,28 +92,37 @@ def prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
 
 
 def engine_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> Iterator[dict]:
-    """One row a chunk size and context."""
-    for chunk in args.chunk or [None]:
+    """One row a kind of attention, chunk size and context."""
+    for attention, chunk in product(args.attention or ["full"], args.chunk or [None]):
         options = {"prefill_chunk": chunk, "page_size": args.page_size, "load_format": "dummy"}
+        if attention == "tidal":
+            options["select_layers"] = SHAPES[args.shape].select_layers
         with tidaldecode.Decoder(
-            folder, device=args.device, dtype=args.dtype, attention="full",
-            max_seq_len=max(contexts) + 1, max_batch_size=1, **options,
+            folder, device=args.device, dtype=args.dtype, attention=attention,
+            max_seq_len=max(contexts) + args.new_tokens, max_batch_size=1, **options,
         ) as decoder:  # fmt: skip
             for context in contexts:
-                seconds = []
-                for seed in seeds(args, context):
-                    ids = prompt(context, decoder.model.vocab_size, seed)
-                    result = decoder.generate(ids, max_new_tokens=1, temperature=0.0)
-                    seconds.append(result.timings.time_to_first_token_s)
-                seconds = seconds[-repeats(args, context) :]
-                yield {
-                    "runner": "tidaldecode",
+                timings = [
+                    decoder.generate(
+                        prompt(context, decoder.model.vocab_size, seed),
+                        max_new_tokens=args.new_tokens,
+                        temperature=0.0,
+                        ignore_eos=True,
+                    ).timings
+                    for seed in seeds(args, context)
+                ][-repeats(args, context) :]
+                row = {
+                    "runner": f"tidaldecode, {attention}",
                     "context": context,
                     "prefill_chunk": decoder.config.prefill_chunk,
                     "page_size": decoder.config.page_size,
-                    "s": statistics.median(seconds),
-                    "median_of": len(seconds),
+                    "s": statistics.median(each.time_to_first_token_s for each in timings),
+                    "median_of": len(timings),
                 }
+                if args.new_tokens > 1:
+                    rate = statistics.median(each.decode_tokens_per_s for each in timings)
+                    row |= {"new_tokens": args.new_tokens, "ms_per_token": round(1e3 / rate, 3)}
+                yield row
 
 
 def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> Iterator[dict]:
@@ -119,7 +134,7 @@ def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> It
     backends = {
         "flash": SDPBackend.FLASH_ATTENTION,
         "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "compiled": SDPBackend.FLASH_ATTENTION,
+        "compiled": SDPBackend.CUDNN_ATTENTION,  # the faster one
     }
     config = AutoConfig.from_pretrained(folder)
     with torch.inference_mode():
@@ -127,14 +142,16 @@ def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> It
             dtype = getattr(torch, args.dtype)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for peer in args.peers or PEERS:
-            forward = torch.compile(model.forward) if peer == "compiled" else model.forward
+            compiles = peer == "compiled"
+            # A program for each length: the one for all lengths may be slower.
+            forward = torch.compile(model.forward, dynamic=False) if compiles else model.forward
             for context in contexts:
                 row = {"runner": f"transformers, {peer}", "context": context}
                 try:
                     with sdpa_kernel(backends[peer]):
                         seconds = [
                             peer_seconds(forward, prompt(context, config.vocab_size, seed))
-                            for seed in seeds(args, context)
+                            for seed in seeds(args, context, compiles)
                         ][-repeats(args, context) :]
                 except Exception as error:  # whatever a peer throws must not end the run
                     yield {**row, "skipped": one_line(error)}
@@ -169,7 +186,7 @@ def with_rates(row: dict, model: ModelConfig, is_cuda: bool) -> dict:
 
 def show(rows: list[dict]) -> None:
     table = Table(title="Time to first token")
-    for name in ("prompt", "runner", "chunk", "s", "tokens/s", "TFLOP/s", "of 790"):
+    for name in ("prompt", "runner", "chunk", "s", "tokens/s", "TFLOP/s", "of 790", "ms/token"):
         table.add_column(name, justify="left" if name == "runner" else "right")
     for row in rows:
         if "skipped" in row:
@@ -179,6 +196,7 @@ def show(rows: list[dict]) -> None:
         table.add_row(
             f"{row['context']:,}", row["runner"], str(row.get("prefill_chunk", "")),
             f"{row['s']:.3f}", f"{row['tokens_per_s']:,}", f"{row['tflops']:.0f}", share,
+            f"{row['ms_per_token']:.2f}" if "ms_per_token" in row else "",
         )  # fmt: skip
     console.print(table)
 
@@ -187,7 +205,7 @@ def main() -> None:
     args = parse_arguments()
     contexts = args.context or list(CONTEXTS)
     with tempfile.TemporaryDirectory() as parent:
-        shape = SHAPES[args.shape].for_contexts(max(contexts) + 1)
+        shape = SHAPES[args.shape].for_contexts(max(contexts) + args.new_tokens)
         folder = shape.write(Path(parent))
         model = read_model_folder(folder, "dummy").model
         device = resolve_device(args.device)
