@@ -2,6 +2,7 @@
 // when it does not fit.
 #include <gtest/gtest.h>
 
+#include "backend/memory_meter.h"
 #include "decode/engine.h"
 #include "decode/memory_plan.h"
 #include "throws.h"
@@ -207,6 +208,40 @@ TEST_P(MemoryProblem, AModelThatIsTooLarge) {
   model_.num_layers = 4000;
   model_.hidden_size = 1 << 17;
   ExpectRefused(Dense(), {"weights ", "use a smaller dtype, a smaller model or another device"});
+}
+
+// A device that records steps, on any machine.
+class RecordingDevice final : public MemoryMeter {
+ public:
+  using MemoryMeter::MemoryMeter;
+  BackendInfo info() const override {
+    BackendInfo info = MemoryMeter::info();
+    info.max_recorded_steps = 10;
+    return info;
+  }
+};
+
+TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
+  const std::unique_ptr<Backend> cpu = MakeBackend(BackendOptions{});
+  const RecordingDevice backend(*cpu);
+  DecodeConfig config;
+  config.device.type = DeviceType::kCuda;
+  for (int64_t max_batch_size : {int64_t{50}, int64_t{1} << 60}) {
+    config.max_batch_size = max_batch_size;
+    std::vector<int64_t> dense, sparse;
+    for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Dense(3))) {
+      EXPECT_FALSE(key.sparse);
+      dense.push_back(key.batch_size);
+    }
+    const std::vector<int64_t> every = {1, 2, 4, 8, 16, 24, 32, 40, 48};
+    EXPECT_EQ(std::vector(dense.begin(), dense.begin() + 9), every);
+    EXPECT_EQ(dense.back(), max_batch_size == 50 ? 50 : 56);
+    EXPECT_EQ(dense.size(), 10u);
+    for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Tidal(4, 2, {2}))) {
+      if (key.sparse) sparse.push_back(key.batch_size);
+    }
+    EXPECT_EQ(sparse, (std::vector<int64_t>{1, 2, 4, 8, 16}));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, MemoryPlanTest, ::testing::ValuesIn(DecoderBackends()),

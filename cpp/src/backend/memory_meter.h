@@ -9,7 +9,7 @@
 
 namespace tidal {
 
-class MemoryMeter final : public Backend {
+class MemoryMeter : public Backend {
  public:
   // `measured` must outlive it.
   explicit MemoryMeter(const Backend& measured) : measured_(measured) {}

@@ -196,10 +196,11 @@ class Planner {
   int64_t usable_bytes_;
 };
 
-// The sizes that steps of up to max_count rows (or tokens of a row) have, ascending.
-std::vector<int64_t> StepSizes(DeviceType device, int64_t first, int64_t max_count) {
+// The sizes that steps of up to max_count rows (or tokens of a row) have, ascending, the first
+// `most` of them.
+std::vector<int64_t> StepSizes(DeviceType device, int64_t first, int64_t max_count, size_t most) {
   std::vector<int64_t> sizes;
-  for (int64_t count = first; count <= max_count;) {
+  for (int64_t count = first; count <= max_count && sizes.size() < most;) {
     sizes.push_back(StepSize(device, count, max_count));
     count = sizes.back() + 1;
   }
@@ -251,13 +252,13 @@ std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& c
   auto most = static_cast<size_t>(backend.info().max_recorded_steps);
   std::vector<StepKey> keys;
   if (most == 0) return keys;
-  for (int64_t b : StepSizes(config.device.type, 1, config.max_batch_size)) {
+  for (int64_t b : StepSizes(config.device.type, 1, config.max_batch_size, most)) {
     keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = 1});
     if (plan.is_dense()) continue;
     keys.push_back({.batch_size = b, .sparse = true, .tokens_per_row = 1});
     // A pass over drafts has at least two tokens of a row.
     if (!Verifies(config, plan)) continue;
-    for (int64_t t : StepSizes(config.device.type, 2, TokensPerRow(config, plan))) {
+    for (int64_t t : StepSizes(config.device.type, 2, TokensPerRow(config, plan), most)) {
       keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = t});
     }
   }

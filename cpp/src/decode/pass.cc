@@ -1,6 +1,7 @@
 #include "decode/pass.h"
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 namespace tidal {
@@ -46,8 +47,8 @@ Pass PassBuffers::Take(int64_t num_tokens, int64_t batch_size) const {
 
 int64_t StepSize(DeviceType device, int64_t count, int64_t max_count) {
   if (device == DeviceType::kCpu) return count;
-  int64_t size = 1;
-  while (size < count) size = size < 8 ? size * 2 : size + 8;
+  auto whole = static_cast<uint64_t>(count);
+  auto size = static_cast<int64_t>(whole <= 8 ? std::bit_ceil(whole) : (whole + 7) / 8 * 8);
   return std::min(size, max_count);
 }
 
