@@ -141,44 +141,45 @@ def peer_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> It
         with torch.device("cuda"):
             dtype = getattr(torch, args.dtype)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        for peer in args.peers or PEERS:
-            compiles = peer == "compiled"
-            forward = compiled_forward(model) if compiles else model.forward
+        for peer in sorted(args.peers or PEERS, key=PEERS.index):  # compiling is for good
+            if compiles := peer == "compiled":
+                compile_layers(model)
             for context in contexts:
                 row = {"runner": f"transformers, {peer}", "context": context}
                 try:
                     with sdpa_kernel(backends[peer]):
                         seconds = [
-                            peer_seconds(forward, prompt(context, config.vocab_size, seed))
+                            peer_seconds(model, prompt(context, config.vocab_size, seed))
                             for seed in seeds(args, context, compiles)
                         ][-repeats(args, context) :]
                 except Exception as error:  # whatever a peer throws must not end the run
                     yield {**row, "skipped": one_line(error)}
                     continue
                 yield {**row, "s": statistics.median(seconds), "median_of": len(seconds)}
-    del model, forward
+    del model
     peer_transformers.free_memory("cuda")
 
 
-def compiled_forward(model: Any) -> Any:
-    """All but attention compiled, for each length. Compiled too, attention is slower than eager: in
-    torch 2.11 a prompt of 32K took 2.64 s in all instead of 1.40."""
+def compile_layers(model: Any) -> None:
+    """All of every layer but attention, for each length. Compiled whole, transformers 5.17 makes a
+    mask where it otherwise says "causal", and attention takes twice as long."""
     import torch
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register("sdpa", torch.compiler.disable(sdpa_attention_forward))
     torch._dynamo.config.recompile_limit = 1024  # each layer is a program
-    return torch.compile(model.forward, dynamic=False)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
 
 
-def peer_seconds(forward: Any, ids: list[int]) -> float:
+def peer_seconds(model: Any, ids: list[int]) -> float:
     """As its generate() reads a prompt: one pass, logits of the last token, the token down."""
     import torch
 
     torch.cuda.synchronize()
     start = time.perf_counter()
-    out = forward(input_ids=torch.tensor([ids], device="cuda"), use_cache=True, logits_to_keep=1)
+    out = model(input_ids=torch.tensor([ids], device="cuda"), use_cache=True, logits_to_keep=1)
     int(out.logits[0, -1].argmax())
     return time.perf_counter() - start
 
