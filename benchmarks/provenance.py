@@ -26,7 +26,10 @@ def commit() -> str:
     return os.environ.get("TIDAL_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
 
 
-def has_uncommitted_changes() -> bool:
+def has_uncommitted_changes() -> bool | None:
+    """None where nothing here can tell."""
+    if os.environ.get("TIDAL_COMMIT"):
+        return None
     return bool(git("status", "--porcelain"))
 
 
