@@ -7,7 +7,6 @@
 
 #include "core/noise.h"
 #include "decode/decode_step.h"
-#include "decode/engine_buffers.h"
 #include "decode/memory_plan.h"
 #include "decode/prefill.h"
 #include "model/model_config.h"
@@ -106,18 +105,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
 
   weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
   backend_->Reserve(LimitsFor(*backend_, model_, config_, plan_));
-  EngineBuffers buffers(*backend_, model_, config_, plan_);
-  prefill_buffers_ = std::move(buffers.prefill);
-  step_buffers_ = std::move(buffers.step);
-  selection_ = std::move(buffers.selection);
-  seen_ = std::move(buffers.seen);
-  sampler_ = std::move(buffers.sampler);
-  verifier_ = std::move(buffers.verifier);
-  tensors_ = std::move(buffers.tensors);
-  q_starts_ = buffers.q_starts;
-  gather_rows_ = buffers.gather_rows;
-  gathered_ = buffers.gathered;
-
+  buffers_ = std::make_unique<EngineBuffers>(*backend_, model_, config_, plan_);
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
   transformer_ =
@@ -131,26 +119,26 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
 void Engine::Warm() {
   std::vector<StepKey> keys = RecordedSteps(*backend_, config_, plan_);
   if (keys.empty()) return;
-  Pass chunk = prefill_buffers_->Take(config_.prefill_chunk, 1);
+  Pass chunk = buffers_->prefill.Take(config_.prefill_chunk, 1);
   UploadIdle(*backend_, chunk);
   std::vector<int32_t> no_queries = {0, 0};
-  backend_->Upload(q_starts_, no_queries.data());
+  backend_->Upload(buffers_->q_starts, no_queries.data());
   PrefillChunk(*backend_, *transformer_,
-               {.q_starts = q_starts_,
+               {.q_starts = buffers_->q_starts,
                 .max_q_len = config_.prefill_chunk,
                 .max_seq_len = config_.max_seq_len},
                chunk);
   for (const StepKey& key : keys) {
     if (key.tokens_per_row > 1) {
-      verifier_->Warm(*transformer_, key.batch_size, key.tokens_per_row);
+      buffers_->verifier->Warm(*transformer_, key.batch_size, key.tokens_per_row);
       continue;
     }
-    Pass pass = step_buffers_->Take(key.batch_size, key.batch_size);
+    Pass pass = buffers_->step.Take(key.batch_size, key.batch_size);
     UploadIdle(*backend_, pass);
-    sampler_->SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
-    for (int run = 0; run < 2; ++run) RunPass(key, plan_, *selection_, pass);
+    buffers_->sampler.SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
+    for (int run = 0; run < 2; ++run) RunPass(key, plan_, buffers_->selection, pass);
   }
-  sampler_->Read(1);  // a device that fails says so now
+  buffers_->sampler.Read(1);  // a device that fails says so now
 }
 
 Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
@@ -204,13 +192,13 @@ void Engine::FillCache(const std::vector<Sequence>& sequences, uint64_t seed) {
 }
 
 SamplingRow Engine::ScratchSampling() const {
-  return MakeSamplingRow(SamplingParams{}, seen_->scratch_slot());
+  return MakeSamplingRow(SamplingParams{}, buffers_->seen.scratch_slot());
 }
 
 void Engine::MarkSeen(const Sequence& sequence, int64_t num_tokens) {
   if (sequence.sampling.repetition_penalty == 1.0f) return;
-  seen_->Set(sequence.sampling.slot,
-             std::span(sequence.tokens).first(static_cast<size_t>(num_tokens)));
+  buffers_->seen.Set(sequence.sampling.slot,
+                     std::span(sequence.tokens).first(static_cast<size_t>(num_tokens)));
 }
 
 int64_t Engine::PrefillNext(Sequence& sequence) {
@@ -229,7 +217,7 @@ int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   int64_t begin = sequence.cached;
   int64_t count = std::min(config_.prefill_chunk, end - begin);
   int64_t seq_len = begin + count;
-  Pass pass = prefill_buffers_->Take(count, 1);
+  Pass pass = buffers_->prefill.Take(count, 1);
 
   // token_ids, positions, seq_lens
   std::vector<int32_t> inputs(sequence.tokens.begin() + begin, sequence.tokens.begin() + seq_len);
@@ -240,47 +228,49 @@ int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   Sequence* row = &sequence;
   backend_->Upload(pass.inputs, inputs.data());
   backend_->Upload(pass.seq_idx, zeros.data());
-  backend_->Upload(q_starts_, q_starts.data());
+  backend_->Upload(buffers_->q_starts, q_starts.data());
   UploadSequences(*backend_, {&row, 1}, pass);
 
   PrefillChunk(*backend_, *transformer_,
-               {.q_starts = q_starts_, .max_q_len = count, .max_seq_len = seq_len}, pass);
+               {.q_starts = buffers_->q_starts, .max_q_len = count, .max_seq_len = seq_len}, pass);
   sequence.cached = seq_len;
   return count;
 }
 
 int32_t Engine::SampleAfterPrefill(const Sequence& sequence, int64_t chunk_len) {
-  Pass pass = prefill_buffers_->Take(chunk_len, 1);
-  Pass row = step_buffers_->Take(1, 1);
+  Pass pass = buffers_->prefill.Take(chunk_len, 1);
+  Pass row = buffers_->step.Take(1, 1);
   auto last = static_cast<int32_t>(chunk_len - 1);
-  backend_->Upload(gather_rows_.Rows(0, 1), &last);
-  backend_->GatherRows(
-      {.x = pass.hidden, .rows = gather_rows_.Rows(0, 1), .out = gathered_.Rows(0, 1)});
-  transformer_->Logits(gathered_.Rows(0, 1), row.normed, sampler_->logits(1));
-  sampler_->SetRows({sequence.sampling});
+  backend_->Upload(buffers_->gather_rows.Rows(0, 1), &last);
+  backend_->GatherRows({.x = pass.hidden,
+                        .rows = buffers_->gather_rows.Rows(0, 1),
+                        .out = buffers_->gathered.Rows(0, 1)});
+  transformer_->Logits(buffers_->gathered.Rows(0, 1), row.normed, buffers_->sampler.logits(1));
+  buffers_->sampler.SetRows({sequence.sampling});
   step_rows_.clear();  // the first row's parameters were just replaced
-  sampler_->Sample(pass.seq_lens);
-  return sampler_->Read(1)[0];
+  buffers_->sampler.Sample(pass.seq_lens);
+  return buffers_->sampler.Read(1)[0];
 }
 
 void Engine::AppendPrefillLogits(const Sequence& sequence, int64_t chunk_len, int64_t first,
                                  int64_t last, std::vector<float>& out) {
   int64_t chunk_begin = sequence.cached - chunk_len;
-  TensorView hidden = prefill_buffers_->Take(chunk_len, 1).hidden;
+  TensorView hidden = buffers_->prefill.Take(chunk_len, 1).hidden;
   for (int64_t begin = std::max(first, chunk_begin); begin < std::min(last, sequence.cached);) {
     int64_t count = std::min({config_.max_batch_size, last - begin, sequence.cached - begin});
     std::vector<int32_t> rows(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
       rows[static_cast<size_t>(i)] = static_cast<int32_t>(begin - chunk_begin + i);
     }
-    TensorView gathered = gathered_.Rows(0, count);
-    backend_->Upload(gather_rows_.Rows(0, count), rows.data());
-    backend_->GatherRows({.x = hidden, .rows = gather_rows_.Rows(0, count), .out = gathered});
-    transformer_->Logits(gathered, step_buffers_->Take(count, count).normed,
-                         sampler_->logits(count));
+    TensorView gathered = buffers_->gathered.Rows(0, count);
+    backend_->Upload(buffers_->gather_rows.Rows(0, count), rows.data());
+    backend_->GatherRows(
+        {.x = hidden, .rows = buffers_->gather_rows.Rows(0, count), .out = gathered});
+    transformer_->Logits(gathered, buffers_->step.Take(count, count).normed,
+                         buffers_->sampler.logits(count));
     size_t size = out.size();
     out.resize(size + static_cast<size_t>(count * model_.vocab_size));
-    backend_->Download(out.data() + size, sampler_->logits(count));
+    backend_->Download(out.data() + size, buffers_->sampler.logits(count));
     begin += count;
   }
 }
@@ -298,7 +288,7 @@ void Engine::UploadRows(std::span<Sequence* const> rows, const Pass& pass) {
   for (size_t i = 0; i < rows.size(); ++i) sampling[i] = rows[i]->sampling;
   backend_->Upload(pass.seq_idx, seq_idx.data());
   UploadSequences(*backend_, rows, pass);
-  sampler_->SetRows(sampling);
+  buffers_->sampler.SetRows(sampling);
   step_rows_ = std::move(ids);
 }
 
@@ -316,15 +306,15 @@ void Engine::UploadTokens(std::span<Sequence* const> rows, const Pass& pass) {
 }
 
 bool Engine::IsSparse(const Sequence& sequence) const {
-  return !plan_.is_dense() && sequence.cached + 1 > selection_->dense_len();
+  return !plan_.is_dense() && sequence.cached + 1 > buffers_->selection.dense_len();
 }
 
 std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan) {
   bool may_be_sparse = plan == StepPlan::kDecoder && !plan_.is_dense();
-  bool sparse = may_be_sparse && AnyLonger(rows, selection_->dense_len());
-  std::vector<int32_t> next = RunStep(rows, plan_, *selection_, sparse);
+  bool sparse = may_be_sparse && AnyLonger(rows, buffers_->selection.dense_len());
+  std::vector<int32_t> next = RunStep(rows, plan_, buffers_->selection, sparse);
   if (!sparse) return next;
-  CountSparse(rows, *selection_);
+  CountSparse(rows, buffers_->selection);
   last_sparse_rows_.clear();
   for (const Sequence* row : rows) last_sparse_rows_.push_back({row->id, row->cached});
   return next;
@@ -370,14 +360,14 @@ std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const Deco
                                      const Selection& selection, bool sparse) {
   int64_t b =
       StepSize(config_.device.type, static_cast<int64_t>(rows.size()), config_.max_batch_size);
-  Pass pass = step_buffers_->Take(b, b);
+  Pass pass = buffers_->step.Take(b, b);
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
   RunPass({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, plan, selection, pass);
 
   for (Sequence* row : rows) ++row->cached;
-  std::vector<int32_t> next = sampler_->Read(b);
+  std::vector<int32_t> next = buffers_->sampler.Read(b);
   next.resize(rows.size());
   return next;
 }
@@ -385,26 +375,27 @@ std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const Deco
 void Engine::RunPass(const StepKey& key, const DecodePlan& plan, const Selection& selection,
                      const Pass& pass) {
   backend_->RunStep(key, [&] {
-    DecodeStep(*backend_, *transformer_, key.sparse ? plan : dense_plan_, selection, *sampler_,
-               pass);
+    DecodeStep(*backend_, *transformer_, key.sparse ? plan : dense_plan_, selection,
+               buffers_->sampler, pass);
   });
 }
 
 std::vector<std::vector<int32_t>> Engine::Verify(std::span<Sequence* const> rows) {
-  return verifier_->Run(*transformer_, rows);
+  return buffers_->verifier->Run(*transformer_, rows);
 }
 
 void Engine::AppendStepLogits(int64_t row, std::vector<float>& out) {
   size_t size = out.size();
   out.resize(size + static_cast<size_t>(model_.vocab_size));
-  backend_->Download(out.data() + size, sampler_->logits(config_.max_batch_size).Rows(row, 1));
+  backend_->Download(out.data() + size,
+                     buffers_->sampler.logits(config_.max_batch_size).Rows(row, 1));
 }
 
 std::vector<LayerSelection> Engine::ReadSelection(uint64_t sequence_id) const {
   for (size_t i = 0; i < last_sparse_rows_.size(); ++i) {
     const SparseRow& row = last_sparse_rows_[i];
-    if (row.id != sequence_id || row.seq_len <= selection_->dense_len()) continue;
-    return selection_->Read(*backend_, static_cast<int64_t>(i));
+    if (row.id != sequence_id || row.seq_len <= buffers_->selection.dense_len()) continue;
+    return buffers_->selection.Read(*backend_, static_cast<int64_t>(i));
   }
   return {};
 }

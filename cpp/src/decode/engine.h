@@ -8,13 +8,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/device_tensors.h"
-#include "decode/pass.h"
-#include "decode/sampler.h"
-#include "decode/selection.h"
+#include "decode/engine_buffers.h"
 #include "decode/sequence.h"
 #include "decode/transformer.h"
-#include "decode/verifier.h"
 #include "kv/paged_kv_cache.h"
 #include "model/weights.h"
 #include "tidal/decoder.h"
@@ -92,7 +88,7 @@ class Engine {
   std::vector<int32_t> Step(std::span<Sequence* const> rows, StepPlan plan = StepPlan::kDecoder);
 
   // Whether this decoder checks what sparse steps draft. A dense one has nothing to draft with.
-  bool verifies() const { return verifier_ != nullptr; }
+  bool verifies() const { return buffers_->verifier.has_value(); }
 
   // Whether the next step of the sequence reads chosen positions only.
   bool IsSparse(const Sequence& sequence) const;
@@ -133,21 +129,12 @@ class Engine {
   std::unique_ptr<Backend> backend_;
   MemoryPlan memory_plan_;
   ModelWeights weights_;
-  std::unique_ptr<PassBuffers> prefill_buffers_;
-  std::unique_ptr<PassBuffers> step_buffers_;
-  std::unique_ptr<Selection> selection_;
-  std::unique_ptr<SeenTokens> seen_;
-  std::unique_ptr<Sampler> sampler_;
-  std::unique_ptr<Verifier> verifier_;  // null: the decoder does not verify
+  std::unique_ptr<EngineBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
-  std::unique_ptr<DeviceTensors> tensors_;
-  TensorView q_starts_;     // [2] int32: {0, tokens of the prefill chunk}
-  TensorView gather_rows_;  // [max_batch_size] int32
-  TensorView gathered_;     // [max_batch_size, H] float32
 
   uint64_t next_sequence_id_ = 1;
-  std::vector<uint64_t> step_rows_;  // ids whose page tables and parameters are in step_buffers_
+  std::vector<uint64_t> step_rows_;  // ids whose page tables and parameters are in buffers_->step
   struct SparseRow {
     uint64_t id;
     int64_t seq_len;

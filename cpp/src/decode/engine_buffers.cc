@@ -5,32 +5,37 @@ namespace {
 
 constexpr const char* kStepPurpose = "activations of a step";
 
+DType ActivationDType(const Backend& backend, const DecodeConfig& config) {
+  return backend.activation_dtype(config.dtype);
+}
+
+// Of one sequence.
+int64_t MaxPages(const DecodeConfig& config) {
+  return (config.max_seq_len + config.page_size - 1) / config.page_size;
+}
+
 }  // namespace
 
 EngineBuffers::EngineBuffers(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
-                             const DecodePlan& plan) {
-  int64_t b = config.max_batch_size;
-  int64_t max_pages = (config.max_seq_len + config.page_size - 1) / config.page_size;
-  DType act = backend.activation_dtype(config.dtype);
-  prefill = std::make_unique<PassBuffers>(backend, "activations of a prefill chunk", model, act,
-                                          config.prefill_chunk, int64_t{1}, max_pages);
-  step = std::make_unique<PassBuffers>(backend, kStepPurpose, model, act, b, b, max_pages);
-  selection = std::make_unique<Selection>(backend, model, config, plan);
-  seen = std::make_unique<SeenTokens>(backend, model.vocab_size, b);
-  sampler = std::make_unique<Sampler>(backend, "sampling", *seen, b);
-  if (Verifies(config, plan)) {
-    verifier =
-        std::make_unique<Verifier>(backend, model, act, *seen,
-                                   VerifierLimits{.device = config.device.type,
-                                                  .max_batch_size = b,
-                                                  .max_tokens_per_row = TokensPerRow(config, plan),
-                                                  .max_seq_len = config.max_seq_len,
-                                                  .max_pages = max_pages});
-  }
-  tensors = std::make_unique<DeviceTensors>(backend, kStepPurpose);
-  q_starts = tensors->Make(DType::kInt32, {2});
-  gather_rows = tensors->Make(DType::kInt32, {b});
-  gathered = tensors->Make(DType::kFloat32, {b, model.hidden_size});
+                             const DecodePlan& plan)
+    : prefill(backend, "activations of a prefill chunk", model, ActivationDType(backend, config),
+              config.prefill_chunk, int64_t{1}, MaxPages(config)),
+      step(backend, kStepPurpose, model, ActivationDType(backend, config), config.max_batch_size,
+           config.max_batch_size, MaxPages(config)),
+      selection(backend, model, config, plan),
+      seen(backend, model.vocab_size, config.max_batch_size),
+      sampler(backend, "sampling", seen, config.max_batch_size),
+      tensors(backend, kStepPurpose),
+      q_starts(tensors.Make(DType::kInt32, {2})),
+      gather_rows(tensors.Make(DType::kInt32, {config.max_batch_size})),
+      gathered(tensors.Make(DType::kFloat32, {config.max_batch_size, model.hidden_size})) {
+  if (!Verifies(config, plan)) return;
+  verifier.emplace(backend, model, ActivationDType(backend, config), seen,
+                   VerifierLimits{.device = config.device.type,
+                                  .max_batch_size = config.max_batch_size,
+                                  .max_tokens_per_row = TokensPerRow(config, plan),
+                                  .max_seq_len = config.max_seq_len,
+                                  .max_pages = MaxPages(config)});
 }
 
 bool Verifies(const DecodeConfig& config, const DecodePlan& plan) {

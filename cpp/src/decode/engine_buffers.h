@@ -2,7 +2,7 @@
 // scratch. The engine holds one; memory_plan.cc makes one on a backend that only counts.
 #pragma once
 
-#include <memory>
+#include <optional>
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
@@ -18,14 +18,16 @@ struct EngineBuffers {
   // `config` with all automatic values filled in, but for num_pages.
   EngineBuffers(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                 const DecodePlan& plan);
+  EngineBuffers(const EngineBuffers&) = delete;  // its parts refer to each other
+  EngineBuffers& operator=(const EngineBuffers&) = delete;
 
-  std::unique_ptr<PassBuffers> prefill;
-  std::unique_ptr<PassBuffers> step;
-  std::unique_ptr<Selection> selection;
-  std::unique_ptr<SeenTokens> seen;
-  std::unique_ptr<Sampler> sampler;
-  std::unique_ptr<Verifier> verifier;  // null: the decoder does not verify
-  std::unique_ptr<DeviceTensors> tensors;
+  PassBuffers prefill;
+  PassBuffers step;
+  Selection selection;
+  SeenTokens seen;
+  Sampler sampler;
+  std::optional<Verifier> verifier;  // none: the decoder does not verify
+  DeviceTensors tensors;
   TensorView q_starts;     // [2] int32: {0, tokens of the prefill chunk}
   TensorView gather_rows;  // [max_batch_size] int32
   TensorView gathered;     // [max_batch_size, H] float32
