@@ -41,6 +41,7 @@ class CudaBackend final : public Backend {
 
   void Upload(const TensorView& dst, const void* host) override;
   void Download(void* host, const TensorView& src) override;
+  void Copy(const TensorView& dst, const TensorView& src) override;
   void RunStep(const StepKey& key, const std::function<void()>& step) override;
 
   void Embed(const EmbedArgs& args) override;
@@ -64,6 +65,9 @@ class CudaBackend final : public Backend {
   Buffer DoAllocate(int64_t bytes, const std::string& what) override;
 
  private:
+  // Two of them: copy and file read overlap.
+  static constexpr int64_t kWeightStagingBytes = 32 << 20;
+
   // Owns the stream, so that members using it are destroyed before it.
   class Stream {
    public:

@@ -69,6 +69,18 @@ TEST_P(BackendMemory, UploadMayReuseItsHostMemoryAtOnce) {
   EXPECT_EQ(GetInts(tensor), Ints(1000, 7));
 }
 
+TEST_P(BackendMemory, CopiesComeInOrderWithTheOps) {
+  constexpr int64_t kRows = 3, kWidth = 1000;
+  const TensorView tensor = Output(DType::kInt32, {kRows, kWidth});
+  for (int32_t value : {5, 6}) {
+    backend().Upload(tensor.Rows(1, 1), Ints(kWidth, value).data());
+    backend().Copy(tensor.Rows(value == 5 ? 0 : 2, 1), tensor.Rows(1, 1));
+  }
+  EXPECT_EQ(GetInts(tensor.Rows(0, 1)), Ints(kWidth, 5));
+  EXPECT_EQ(GetInts(tensor.Rows(1, 1)), Ints(kWidth, 6));
+  EXPECT_EQ(GetInts(tensor.Rows(2, 1)), Ints(kWidth, 6));
+}
+
 // A recorded step reads its inputs anew each time; results equal those of plain calls bit for bit.
 TEST_P(BackendMemory, RunStepIsAFunctionOfItsBuffers) {
   constexpr int64_t kRows = 4, kWidth = 256;

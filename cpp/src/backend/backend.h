@@ -101,6 +101,7 @@ class Backend {
   // --- copies, in order with the ops; host memory may be reused on return ---
   virtual void Upload(const TensorView& dst, const void* host) = 0;
   virtual void Download(void* host, const TensorView& src) = 0;  // returns when host is readable
+  virtual void Copy(const TensorView& dst, const TensorView& src) = 0;  // apart, of equal size
 
   // Runs `step`, a pure function of device buffers at fixed addresses. A device may record it the
   // first times and replay it afterwards; results are the same bit for bit. In a step, a

@@ -32,6 +32,7 @@ class MemoryMeter : public Backend {
   void CommitUpload(void*, int64_t) override { Refuse(); }
   void Upload(const TensorView&, const void*) override { Refuse(); }
   void Download(void*, const TensorView&) override { Refuse(); }
+  void Copy(const TensorView&, const TensorView&) override { Refuse(); }
   void RunStep(const StepKey&, const std::function<void()>&) override { Refuse(); }
   void Embed(const EmbedArgs&) override { Refuse(); }
   void RmsNorm(const RmsNormArgs&) override { Refuse(); }

@@ -50,13 +50,10 @@ PagedKv PagedKvCache::Layer(int64_t layer, const TensorView& page_table,
 }
 
 void PagedKvCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
-  if (copies.empty()) return;
-  std::vector<char> host(static_cast<size_t>(k_pages_.front().Rows(0, 1).bytes()));
-  for (size_t layer = 0; layer < k_pages_.size(); ++layer) {
-    for (const TensorView* all : {&k_pages_[layer], &v_pages_[layer]}) {
-      for (const PageCopy& copy : copies) {
-        backend.Download(host.data(), all->Rows(copy.from, 1));
-        backend.Upload(all->Rows(copy.to, 1), host.data());
+  for (const PageCopy& copy : copies) {
+    for (const std::vector<TensorView>* layers : {&k_pages_, &v_pages_}) {
+      for (const TensorView& pages : *layers) {
+        backend.Copy(pages.Rows(copy.to, 1), pages.Rows(copy.from, 1));
       }
     }
   }

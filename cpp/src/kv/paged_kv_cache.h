@@ -24,7 +24,7 @@ class PagedKvCache {
   // The layer's pages with a pass's page_table and seq_lens.
   PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
 
-  // K and V of whole pages, in every layer. Through the host: a fork copies a page or two.
+  // K and V of whole pages, in every layer.
   void Copy(Backend& backend, const std::vector<PageCopy>& copies);
 
   // For measuring without a prefill: random K and V, in every layer, for pages not filled so

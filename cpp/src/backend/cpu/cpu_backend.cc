@@ -61,6 +61,9 @@ class CpuBackend final : public Backend {
   void Download(void* host, const TensorView& src) override {
     std::memcpy(host, src.ptr, static_cast<size_t>(src.bytes()));
   }
+  void Copy(const TensorView& dst, const TensorView& src) override {
+    std::memcpy(dst.ptr, src.ptr, static_cast<size_t>(dst.bytes()));
+  }
   void RunStep(const StepKey&, const std::function<void()>& step) override { step(); }
 
   void Embed(const EmbedArgs& args) override { Run(CpuEmbed, args); }
