@@ -1,0 +1,85 @@
+#include "bench_device.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <random>
+
+namespace tidal {
+
+BenchDevice::BenchDevice(const Device& device, int samples, PrefillAttention prefill_attention)
+    : samples_(samples),
+      backend_(MakeBackend({.device = device, .prefill_attention = prefill_attention})) {}
+
+void BenchDevice::Report() const {
+  std::string name = backend_->info().name, hardware;
+  for (const DeviceStatus& status : ListDevices()) {
+    if (status.name == name) hardware = status.hardware;
+  }
+  std::printf(
+      "{\"benchmark\": \"bench_ops\", \"device\": \"%s\", \"dtype\": \"%s\", "
+      "\"page_size\": %lld}\n",
+      hardware.c_str(), DTypeName(kDType), static_cast<long long>(kPageSize));
+}
+
+TensorView BenchDevice::Tensor(DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView view(nullptr, dtype, shape);
+  buffers_.push_back(backend_->Allocate(view.bytes(), "benchmark data"));
+  view.ptr = buffers_.back().data();
+  return view;
+}
+
+TensorView BenchDevice::Ints(const std::vector<int32_t>& values,
+                             std::initializer_list<int64_t> shape) {
+  TensorView view = Tensor(DType::kInt32, shape);
+  backend_->Upload(view, values.data());
+  return view;
+}
+
+TensorView BenchDevice::RandomHalf(std::initializer_list<int64_t> shape) {
+  TensorView view = Tensor(kDType, shape);
+  constexpr int64_t kBlock = (int64_t{1} << 22) + 7;  // odd: repeats do not line up with pages
+  if (noise_.empty()) {
+    std::mt19937 engine(1);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < kBlock; ++i) noise_.push_back(FromFloat<BFloat16>(normal(engine)));
+  }
+  for (int64_t begin = 0; begin < view.numel(); begin += kBlock) {
+    int64_t count = std::min(kBlock, view.numel() - begin);
+    TensorView part(view.data<BFloat16>() + begin, kDType, {count});
+    backend_->Upload(part, noise_.data());
+  }
+  return view;
+}
+
+double BenchDevice::TimeOfStep(const std::function<void()>& step, int64_t ops_per_step) {
+  ++step_id_;
+  auto replay = [&] { backend_->RunStep({.batch_size = step_id_, .sparse = false}, step); };
+  for (int run = 0; run < 2; ++run) replay();  // it is recorded
+  return MedianTime(replay, 10) / static_cast<double>(ops_per_step);
+}
+
+double BenchDevice::MedianTime(const std::function<void()>& work, int repeats) {
+  constexpr int kWarmUp = 2;
+  std::vector<double> us;
+  for (int sample = 0; sample < samples_ + kWarmUp; ++sample) {
+    Wait();
+    auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < repeats; ++i) work();
+    Wait();
+    std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+    if (sample >= kWarmUp) us.push_back(elapsed.count() / repeats);
+  }
+  std::nth_element(us.begin(), us.begin() + samples_ / 2, us.end());
+  return us[static_cast<size_t>(samples_ / 2)];
+}
+
+void BenchDevice::Wait() {
+  float ignored[1];
+  TensorView first = buffers_.front().bytes() >= 4
+                         ? TensorView(buffers_.front().data(), DType::kFloat32, {1})
+                         : TensorView();
+  backend_->Download(ignored, first);
+}
+
+}  // namespace tidal

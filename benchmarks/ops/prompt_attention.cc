@@ -1,0 +1,102 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "rows.h"
+
+namespace tidal {
+namespace {
+
+// One layer's attention over the tokens [first, end) of a prompt, `chunk` at a time.
+struct PromptRow {
+  int64_t first;
+  int64_t end;
+  int64_t chunk;
+  int64_t page_size = kPageSize;
+
+  // Tokens that all queries see together.
+  double visible() const {
+    auto sum = [](int64_t n) { return 0.5 * static_cast<double>(n) * static_cast<double>(n + 1); };
+    return sum(end) - sum(first);
+  }
+};
+
+// Dense bfloat16 products reach this on an H200 (cuBLASLt, 8192^3): what shares are given of.
+constexpr double kMatmulTflops = 790;
+
+std::vector<PromptRow> PromptRows(int64_t default_chunk) {
+  constexpr int64_t kPrompt = 32768;
+  std::vector<PromptRow> rows = {{kPrompt - 8192, kPrompt, 8192}, {0, kPrompt, kPrompt}};
+  for (int64_t chunk : {default_chunk, 4 * default_chunk}) rows.push_back({0, kPrompt, chunk});
+  for (int64_t page_size : {8, 16, 128}) rows.push_back({0, kPrompt, 8192, page_size});
+  rows.push_back({0, default_chunk, default_chunk});
+  return rows;
+}
+
+// The calls of one layer, on pages in random order.
+std::vector<AttentionPrefillArgs> Chunks(BenchDevice& bench, const PromptRow& row) {
+  int64_t num_pages = (row.end + row.page_size - 1) / row.page_size;
+  std::vector<int32_t> pages(static_cast<size_t>(num_pages));
+  std::iota(pages.begin(), pages.end(), 0);
+  std::mt19937 engine(3);
+  std::shuffle(pages.begin(), pages.end(), engine);
+  PagedKv kv = {.k_pages = bench.RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
+                .v_pages = bench.RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
+                .page_table = bench.Ints(pages, {1, num_pages}),
+                .seq_lens = {}};
+  TensorView q = bench.RandomHalf({row.chunk, kQHeads, kHeadDim});
+  TensorView out = bench.Tensor(kDType, {row.chunk, kQHeads, kHeadDim});
+  std::vector<AttentionPrefillArgs> chunks;
+  for (int64_t begin = row.first; begin < row.end; begin += row.chunk) {
+    int64_t seq_len = std::min(begin + row.chunk, row.end), count = seq_len - begin;
+    kv.seq_lens = bench.Ints({static_cast<int32_t>(seq_len)}, {1});
+    chunks.push_back({.q = q.Rows(0, count),
+                      .q_starts = bench.Ints({0, static_cast<int32_t>(count)}, {2}),
+                      .kv = kv,
+                      .sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+                      .out = out.Rows(0, count),
+                      .max_q_len = count,
+                      .max_seq_len = seq_len});
+  }
+  return chunks;
+}
+
+void Measure(BenchDevice& bench, const PromptRow& row) {
+  bench.Clear();
+  std::vector<AttentionPrefillArgs> chunks = Chunks(bench, row);
+  auto prompt = [&] {
+    for (const AttentionPrefillArgs& chunk : chunks) bench.backend().AttentionPrefill(chunk);
+  };
+  prompt();  // plans are made
+  double us = bench.MedianTime(prompt, 2);
+  double tflops = 4.0 * kQHeads * kHeadDim * row.visible() / us * 1e-6;
+  std::printf(
+      "{\"op\": \"attention_prefill\", \"kernel\": \"%s\", \"num_q_heads\": %lld, "
+      "\"num_kv_heads\": %lld, \"head_dim\": %lld, \"first\": %lld, \"seq_len\": %lld, "
+      "\"chunk\": %lld, \"page_size\": %lld, \"median_of\": %d, \"us\": %.1f, "
+      "\"tflop_per_s\": %.1f, \"of_matmul\": %.3f}\n",
+      bench.backend().info().prefill_attention.c_str(), static_cast<long long>(kQHeads),
+      static_cast<long long>(kKvHeads), static_cast<long long>(kHeadDim),
+      static_cast<long long>(row.first), static_cast<long long>(row.end),
+      static_cast<long long>(row.chunk), static_cast<long long>(row.page_size), bench.samples(), us,
+      tflops, tflops / kMatmulTflops);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void MeasurePromptAttention(BenchDevice& bench, const std::string& filter) {
+  if (std::string("attention_prefill").find(filter) == std::string::npos) return;
+  BenchDevice cudnn(bench.backend().info().device, bench.samples(), PrefillAttention::kCudnn);
+  bool has_cudnn = cudnn.backend().info().prefill_attention.rfind("cuDNN", 0) == 0;
+  for (const PromptRow& row : PromptRows(bench.backend().info().prefill_chunk)) {
+    Measure(bench, row);
+    if (has_cudnn) Measure(cudnn, row);
+  }
+}
+
+}  // namespace tidal

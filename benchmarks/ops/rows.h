@@ -1,0 +1,20 @@
+// The rows of bench_ops: each measures the ops whose names contain `filter` and prints a line of
+// JSON for each.
+#pragma once
+
+#include <string>
+
+#include "bench_device.h"
+
+namespace tidal {
+
+// Attention and selection of decode steps.
+void MeasureDecodeAttention(BenchDevice& bench, const std::string& filter);
+
+// The projections of decode steps of Llama-3.1-8B, with what is fused to them.
+void MeasureProjections(BenchDevice& bench, const std::string& filter);
+
+// Attention over a prompt.
+void MeasurePromptAttention(BenchDevice& bench, const std::string& filter);
+
+}  // namespace tidal
