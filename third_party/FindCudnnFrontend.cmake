@@ -59,16 +59,16 @@ if(_cudnn_frontend_include)
   string(REPLACE ";" "." CudnnFrontend_VERSION "${_cudnn_numbers}")
 endif()
 
-set(_cudnn_remedy "run: tests/ensure_cudnn.py DIR, and give CudnnFrontend_ROOT=DIR")
+set(_cudnn_remedy "Run: tests/ensure_cudnn.py DIR, and give CudnnFrontend_ROOT=DIR")
 set(CudnnFrontend_REASON "")
 if(NOT _cudnn_include)
-  set(CudnnFrontend_REASON "cudnn.h was not found; ${_cudnn_remedy}")
+  set(CudnnFrontend_REASON "cudnn.h was not found. ${_cudnn_remedy}")
 elseif(NOT _cudnn_frontend_include)
-  set(CudnnFrontend_REASON "cudnn_frontend.h was not found; ${_cudnn_remedy}")
+  set(CudnnFrontend_REASON "cudnn_frontend.h was not found. ${_cudnn_remedy}")
 elseif(CudnnFrontend_VERSION VERSION_LESS 1.32)
   set(CudnnFrontend_REASON
       "cuDNN's frontend in ${_cudnn_frontend_include} is ${CudnnFrontend_VERSION}, older than \
-1.32; ${_cudnn_remedy}")
+1.32. ${_cudnn_remedy}")
   set(_cudnn_frontend_include "")
 endif()
 
