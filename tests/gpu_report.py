@@ -13,13 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from provenance import commit  # noqa: E402
 
 
-def gtest_counts(path: Path) -> dict[str, int]:
-    report = json.loads(path.read_text())
-    cases = [case for suite in report["testsuites"] for case in suite["testsuite"]]
+def gtest_counts(paths: list[Path]) -> dict[str, int]:
+    reports = [json.loads(path.read_text()) for path in paths]
+    suites = [suite for report in reports for suite in report["testsuites"]]
+    cases = [case for suite in suites for case in suite["testsuite"]]
     skipped = sum(case.get("result") == "SKIPPED" for case in cases)
+    failed = sum(report["failures"] for report in reports)
     return {
-        "passed": len(cases) - skipped - report["failures"],
-        "failed": report["failures"],
+        "passed": len(cases) - skipped - failed,
+        "failed": failed,
         "skipped": skipped,
         "on_cuda": sum("cuda" in case["name"].lower() for case in cases),
     }
@@ -51,7 +53,7 @@ def main() -> None:
         "commit": commit(),
         "devices": [d for d in _core.list_devices() if d["name"].startswith("cuda")],
         "libraries": _core.list_libraries(),
-        "gtest": gtest_counts(args.build / "gtest.json"),
+        "gtest": gtest_counts(sorted(args.build.glob("gtest-*.json"))),
         "pytest": pytest_counts(args.build / "pytest.xml"),
         "memcheck": sanitizer_summary(args.build / "memcheck.log"),
         "racecheck": sanitizer_summary(args.build / "racecheck.log"),

@@ -36,7 +36,19 @@ export PYTHONPATH="$PWD/$build/site${PYTHONPATH:+:$PYTHONPATH}"
 
 status=0
 echo "== C++ tests"
-"$build/tidal_tests" --gtest_brief=1 --gtest_output="json:$build/gtest.json" || status=1
+# In several processes: a test waits for the host more than for the GPU.
+shards=$((jobs < 6 ? 1 : jobs / 3 > 6 ? 6 : jobs / 3))
+rm -f "$build"/gtest-*.json
+pids=()
+for ((shard = 0; shard < shards; shard++)); do
+  OMP_NUM_THREADS=$((jobs / shards)) GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard "$build/tidal_tests" \
+    --gtest_brief=1 --gtest_output="json:$build/gtest-$shard.json" >"$build/gtest-$shard.log" 2>&1 &
+  pids+=($!)
+done
+for ((shard = 0; shard < shards; shard++)); do
+  wait "${pids[$shard]}" || { status=1; grep -B 20 FAILED "$build/gtest-$shard.log" || tail -n 30 "$build/gtest-$shard.log"; }
+  tail -n 3 "$build/gtest-$shard.log"
+done
 
 echo "== Python tests on the GPU"
 "$python" -m pytest -q -m gpu --junitxml="$build/pytest.xml" || status=1
