@@ -123,46 +123,42 @@ class PyGeneration {
   PrefillProgress prefill_;
 };
 
-// A Session that close() can end before its Decoder.
-class PySession {
+// Something of a Decoder that close() can end before it.
+template <typename T>
+class Closable {
  public:
-  explicit PySession(std::unique_ptr<Session> session) : session_(std::move(session)) {}
-  ~PySession() { Close(); }
+  // `name` is what messages call it.
+  Closable(const char* name, std::unique_ptr<T> object) : name_(name), object_(std::move(object)) {}
+  ~Closable() { Close(); }
 
-  Session& get() const {
-    TIDAL_CHECK(session_ != nullptr, InvalidArgument, "session: it is closed; start a new one");
-    return *session_;
+  T& get() const {
+    TIDAL_CHECK(object_ != nullptr, InvalidArgument, name_, ": it is closed; start a new one");
+    return *object_;
   }
 
   void Close() {
     py::gil_scoped_release release;
-    session_.reset();
+    object_.reset();
   }
+
+ private:
+  const char* name_;
+  std::unique_ptr<T> object_;
+};
+
+class PySession : public Closable<Session> {
+ public:
+  explicit PySession(std::unique_ptr<Session> session) : Closable("session", std::move(session)) {}
 
   std::unique_ptr<PyGeneration> Start(const std::vector<int32_t>& token_ids,
                                       const SamplingParams& params, std::optional<int64_t> keep) {
     return std::make_unique<PyGeneration>(get().Start(token_ids, params, keep));
   }
-
- private:
-  std::unique_ptr<Session> session_;
 };
 
-// A Replay that close() can end before its Decoder.
-class PyReplay {
+class PyReplay : public Closable<Replay> {
  public:
-  explicit PyReplay(std::unique_ptr<Replay> replay) : replay_(std::move(replay)) {}
-  ~PyReplay() { Close(); }
-
-  Replay& get() const {
-    TIDAL_CHECK(replay_ != nullptr, InvalidArgument, "replay: it is closed; start a new one");
-    return *replay_;
-  }
-
-  void Close() {
-    py::gil_scoped_release release;
-    replay_.reset();
-  }
+  explicit PyReplay(std::unique_ptr<Replay> replay) : Closable("replay", std::move(replay)) {}
 
   void Read(const py::object& on_progress) {
     Replay& replay = get();
@@ -199,9 +195,6 @@ class PyReplay {
   }
 
   double MeanSetSize() const { return get().mean_set_size(); }
-
- private:
-  std::unique_ptr<Replay> replay_;
 };
 
 // No weights: random ones.
