@@ -9,19 +9,14 @@ DType ActivationDType(const Backend& backend, const DecodeConfig& config) {
   return backend.activation_dtype(config.dtype);
 }
 
-// Of one sequence.
-int64_t MaxPages(const DecodeConfig& config) {
-  return (config.max_seq_len + config.page_size - 1) / config.page_size;
-}
-
 }  // namespace
 
 EngineBuffers::EngineBuffers(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                              const DecodePlan& plan)
     : prefill(backend, "activations of a prefill chunk", model, ActivationDType(backend, config),
-              config.prefill_chunk, int64_t{1}, MaxPages(config)),
+              config.prefill_chunk, int64_t{1}, PagesOfLongest(config)),
       step(backend, kStepPurpose, model, ActivationDType(backend, config), config.max_batch_size,
-           config.max_batch_size, MaxPages(config)),
+           config.max_batch_size, PagesOfLongest(config)),
       selection(backend, model, config, plan),
       seen(backend, model.vocab_size, config.max_batch_size),
       sampler(backend, "sampling", seen, config.max_batch_size),
@@ -35,7 +30,11 @@ EngineBuffers::EngineBuffers(Backend& backend, const ModelConfig& model, const D
                                   .max_batch_size = config.max_batch_size,
                                   .max_tokens_per_row = TokensPerRow(config, plan),
                                   .max_seq_len = config.max_seq_len,
-                                  .max_pages = MaxPages(config)});
+                                  .max_pages = PagesOfLongest(config)});
+}
+
+int64_t PagesOfLongest(const DecodeConfig& config) {
+  return (config.max_seq_len + config.page_size - 1) / config.page_size;
 }
 
 bool Verifies(const DecodeConfig& config, const DecodePlan& plan) {

@@ -33,6 +33,9 @@ struct EngineBuffers {
   TensorView gathered;     // [max_batch_size, H] float32
 };
 
+// Of a sequence of max_seq_len tokens.
+int64_t PagesOfLongest(const DecodeConfig& config);
+
 // Whether the decoder checks what sparse steps draft. A dense one has nothing to draft with.
 bool Verifies(const DecodeConfig& config, const DecodePlan& plan);
 

@@ -73,10 +73,6 @@ class Planner {
     return std::min(part(info_.total_bytes), info_.free_bytes);
   }
 
-  static int64_t PagesOfSequence(const DecodeConfig& config) {
-    return (config.max_seq_len + config.page_size - 1) / config.page_size;
-  }
-
   // `config` has a max_seq_len. As many pages as fit; if the rest leaves no room, those of one
   // sequence all the same.
   ResolvedSettings PlanFor(DecodeConfig config) const {
@@ -102,8 +98,8 @@ class Planner {
 
     if (config.num_pages == 0) {
       int64_t fitting = (usable_bytes_ - memory.total_bytes()) / page_bytes_;
-      config.num_pages = std::clamp(fitting, PagesOfSequence(config),
-                                    PagesOfSequence(config) * config.max_batch_size);
+      config.num_pages = std::clamp(fitting, PagesOfLongest(config),
+                                    PagesOfLongest(config) * config.max_batch_size);
     }
     memory.num_pages = config.num_pages;
     memory.page_size = config.page_size;
