@@ -75,5 +75,5 @@ echo "== benchmark"
   --output "$out/decode.json" ${MODEL_ARGS:-} || status=1
 "$build/bench_ops" >"$out/ops.jsonl" || status=1
 
-"$python" tests/gpu_report.py --build "$build" --output "$out/tests.json"
+"$python" tests/gpu_report.py --build "$build" --shards "$shards" --output "$out/tests.json"
 exit $status
