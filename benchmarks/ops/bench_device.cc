@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <numeric>
 #include <random>
 
 namespace tidal {
@@ -34,6 +35,14 @@ TensorView BenchDevice::Ints(const std::vector<int32_t>& values,
   TensorView view = Tensor(DType::kInt32, shape);
   backend_->Upload(view, values.data());
   return view;
+}
+
+TensorView BenchDevice::PageTable(int64_t rows, int64_t pages_per_row) {
+  std::vector<int32_t> pages(static_cast<size_t>(rows * pages_per_row));
+  std::iota(pages.begin(), pages.end(), 0);
+  std::mt19937 engine(3);
+  std::shuffle(pages.begin(), pages.end(), engine);
+  return Ints(pages, {rows, pages_per_row});
 }
 
 TensorView BenchDevice::RandomHalf(std::initializer_list<int64_t> shape) {

@@ -34,6 +34,8 @@ class BenchDevice {
   void Clear() { buffers_.clear(); }
   TensorView Tensor(DType dtype, std::initializer_list<int64_t> shape);
   TensorView Ints(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape);
+  // A page_table [rows, pages_per_row] of different pages in random order.
+  TensorView PageTable(int64_t rows, int64_t pages_per_row);
   // Random normal values; a block of them repeated, since generation is slower than the device.
   TensorView RandomHalf(std::initializer_list<int64_t> shape);
 

@@ -100,10 +100,7 @@ Inputs MakeInputs(BenchDevice& bench, const Row& row, int64_t num_pages, int64_t
   std::mt19937 engine(2);
   int64_t b = row.batch_size, hq = row.shape.num_q_heads, hkv = row.shape.num_kv_heads;
   Inputs in;
-  std::vector<int32_t> pages(static_cast<size_t>(num_pages));
-  for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
-  std::shuffle(pages.begin(), pages.end(), engine);
-  TensorView page_table = bench.Ints(pages, {b, pages_per_row});
+  TensorView page_table = bench.PageTable(b, pages_per_row);
   std::vector<int32_t> lens(static_cast<size_t>(b), static_cast<int32_t>(row.seq_len));
   TensorView seq_lens = bench.Ints(lens, {b});
   for (int64_t i = 0; i < num_caches; ++i) {

@@ -1,8 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -40,13 +38,9 @@ std::vector<PromptRow> PromptRows(int64_t default_chunk) {
 // The calls of one layer, on pages in random order.
 std::vector<AttentionPrefillArgs> Chunks(BenchDevice& bench, const PromptRow& row) {
   int64_t num_pages = (row.end + row.page_size - 1) / row.page_size;
-  std::vector<int32_t> pages(static_cast<size_t>(num_pages));
-  std::iota(pages.begin(), pages.end(), 0);
-  std::mt19937 engine(3);
-  std::shuffle(pages.begin(), pages.end(), engine);
   PagedKv kv = {.k_pages = bench.RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
                 .v_pages = bench.RandomHalf({num_pages, kKvHeads, row.page_size, kHeadDim}),
-                .page_table = bench.Ints(pages, {1, num_pages}),
+                .page_table = bench.PageTable(1, num_pages),
                 .seq_lens = {}};
   TensorView q = bench.RandomHalf({row.chunk, kQHeads, kHeadDim});
   TensorView out = bench.Tensor(kDType, {row.chunk, kQHeads, kHeadDim});
