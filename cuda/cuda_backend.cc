@@ -4,7 +4,6 @@
 #include "cuda_backend.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "backend/check_args.h"
 #include "common/check.h"
