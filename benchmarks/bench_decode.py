@@ -34,9 +34,9 @@ from provenance import command_line, commit, hardware_name, has_uncommitted_chan
 from shapes import DEFAULT_SHAPES, NEARLY_EMPTY, SHAPES, Point
 from step_bytes import H200_READ_TB_PER_S, kv_bytes_per_token, loaded_bytes, step_bytes
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
-from tidaldecode.model_folder import read_model_folder
 
 # Dense and tidal steps take turns, so that a device that slows down slows both.
 ROUNDS = 3

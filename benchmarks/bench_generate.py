@@ -19,7 +19,7 @@ from rich.table import Table
 
 import tidaldecode
 from provenance import command_line, commit, hardware_name
-from tidaldecode.model_folder import read_model_folder
+from tidaldecode.checkpoint.model_folder import read_model_folder
 
 
 def parse_arguments() -> argparse.Namespace:

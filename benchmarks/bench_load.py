@@ -36,10 +36,10 @@ import tidaldecode
 from provenance import command_line, commit, hardware_name, has_uncommitted_changes
 from shapes import SHAPES
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.checkpoint.weight_files import expected_tensor_names
 from tidaldecode.engine_config import resolve_device
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import read_model_folder
-from tidaldecode.weight_files import expected_tensor_names
 
 SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
 NOISE_BYTES = 1 << 26  # repeated: no cache or file system makes use of that

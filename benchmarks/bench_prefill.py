@@ -31,9 +31,9 @@ import tidaldecode
 from peers import one_line, version
 from provenance import command_line, commit, hardware_name, has_uncommitted_changes
 from shapes import SHAPES
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.engine_config import resolve_device
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import read_model_folder
 
 H200_TFLOPS = 790.0  # bf16 matrix products, measured (benchmarks/README.md)
 CONTEXTS = (8192, 32768, 131072)

@@ -19,8 +19,8 @@ from typing import Any
 
 import tidaldecode
 from provenance import ROOT, command_line, commit, hardware_name, has_uncommitted_changes
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.evaluation.filling import sentence_filler
-from tidaldecode.model_folder import read_model_folder
 
 
 def parse_arguments() -> argparse.Namespace:

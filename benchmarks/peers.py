@@ -25,7 +25,7 @@ from typing import Any
 from rich.progress import Progress
 
 from shapes import NEARLY_EMPTY, Point
-from tidaldecode.model_folder import read_model_folder
+from tidaldecode.checkpoint.model_folder import read_model_folder
 
 SAMPLES = 20
 COLD_BYTES = 1.5e9  # of all copies together: many times any L2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidaldecode import DecodeConfig
-from tidaldecode.model_config import ModelConfig
+from tidaldecode.checkpoint.model_config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

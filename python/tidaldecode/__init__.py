@@ -12,6 +12,7 @@ import logging as _logging
 import os as _os
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import demo_model_dir
 from tidaldecode.config import DecodeConfig
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import (
@@ -25,7 +26,6 @@ from tidaldecode.errors import (
     WeightsError,
 )
 from tidaldecode.memory_plan import MemoryPlan, plan_memory
-from tidaldecode.model_folder import demo_model_dir
 from tidaldecode.results import GenerationResult, Timings, Verification
 from tidaldecode.session import Session
 from tidaldecode.stream import TextStream

@@ -2,7 +2,7 @@
 
 import sys
 
-from tidaldecode.cli import main
+from tidaldecode.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tidaldecode import _core
-from tidaldecode.detokenizer import TextAssembler
 from tidaldecode.errors import CapacityError, InvalidArgument, show
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.sampling import SamplingSettings
+from tidaldecode.text.detokenizer import TextAssembler
 
 Decode = Callable[[Sequence[int]], str]
 PrefillProgress = Callable[[int, int], None]

@@ -28,20 +28,20 @@ from tidaldecode.batch import (
     plan_waves,
     run_wave,
 )
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
-from tidaldecode.frontend import Frontend, Messages
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import choose_plan
-from tidaldecode.prompts import check_token_ids
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
+from tidaldecode.text.frontend import Frontend, Messages
+from tidaldecode.text.prompts import check_token_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

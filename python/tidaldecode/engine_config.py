@@ -10,11 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES
 from tidaldecode.config import DecodeConfig
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import Plan
-from tidaldecode.weight_files import WEIGHT_DTYPES
 
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
 _ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "num_threads")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import core_config, core_model
-from tidaldecode.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan
 
 

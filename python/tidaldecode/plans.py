@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.fingerprint import model_fingerprint
+from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PLAN_SETTINGS, DecodeConfig, check_select_layers, check_setting
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.fingerprint import model_fingerprint
-from tidaldecode.json_file import read_json_object
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.user_cache import cached_plan_file
 
 PLAN_FILE = "tidal_plan.json"

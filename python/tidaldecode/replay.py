@@ -14,12 +14,12 @@ import numpy as np
 
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import core_config
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import choose_plan
-from tidaldecode.prompts import check_token_ids
 from tidaldecode.sampling import check_integer
+from tidaldecode.text.prompts import check_token_ids
 
 
 class Replay:

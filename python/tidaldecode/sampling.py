@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.errors import InvalidArgument, show
-from tidaldecode.generation_defaults import GenerationDefaults
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024

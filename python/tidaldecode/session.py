@@ -25,10 +25,10 @@ from tidaldecode.batch import (
     run_generation,
 )
 from tidaldecode.errors import InvalidArgument, TidalError
-from tidaldecode.frontend import Frontend, Messages, Prompt
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
+from tidaldecode.text.frontend import Frontend, Messages, Prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

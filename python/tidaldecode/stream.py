@@ -7,8 +7,8 @@ from types import TracebackType
 
 from tidaldecode import _core
 from tidaldecode.batch import Callbacks, Decode, Request
-from tidaldecode.detokenizer import TextAssembler
 from tidaldecode.results import GenerationResult, make_result
+from tidaldecode.text.detokenizer import TextAssembler
 
 
 class TextStream(Iterator[str]):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tidaldecode import DecodeConfig, Decoder
-from tidaldecode.model_folder import read_model_folder
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan, plan_letters
 from tiny_models import FAMILIES, TinyModel, config_json
 

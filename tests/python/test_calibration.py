@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scripted_model import update_json, write_scripted_model
-from tidaldecode import Decoder, cli, demo_model_dir
+from tidaldecode import Decoder, demo_model_dir
 from tidaldecode.calibration import objective as objective_module
 from tidaldecode.calibration import plan_store
 from tidaldecode.calibration.data import WORDS, CalibrationData, builtin_text, make_data
@@ -24,14 +24,15 @@ from tidaldecode.calibration.search import (
     frontier,
     kv_bytes_per_step,
 )
-from tidaldecode.demo_text import KEY_WORDS
+from tidaldecode.checkpoint.fingerprint import model_fingerprint
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.cli import app as cli
+from tidaldecode.cli.demo_text import KEY_WORDS
 from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation.distributions import divergences
 from tidaldecode.evaluation.tasks import make_examples
-from tidaldecode.fingerprint import model_fingerprint
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import read_model_folder
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 
 # Data
 

@@ -13,8 +13,8 @@ import pytest
 
 import tidaldecode
 from scripted_model import SCRIPT, update_json, write_scripted_model
-from tidaldecode import cli
-from tidaldecode.cli_options import parse_layers
+from tidaldecode.cli import app as cli
+from tidaldecode.cli.options import parse_layers
 from tidaldecode.errors import InvalidArgument
 from tiny_models import TinyModel, write_checkpoint
 

@@ -11,9 +11,9 @@ import pytest
 
 from scripted_model import update_json
 from tidaldecode import Decoder
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.errors import ConfigError
-from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.plans import PLAN_FILE, choose_plan, find_plan, plan_letters
 from tiny_models import TinyModel, write_checkpoint
 

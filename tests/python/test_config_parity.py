@@ -10,10 +10,10 @@ import pytest
 
 import tidaldecode
 from tidaldecode import _core
+from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.rope_config import ROPE_TYPES, RopeConfig
 from tidaldecode.config import ATTENTION_KINDS, DTYPES, GRANULARITIES, POOLINGS, DecodeConfig
-from tidaldecode.generation_defaults import GenerationDefaults
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.rope_config import ROPE_TYPES, RopeConfig
 from tiny_models import TinyModel, write_checkpoint
 
 

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from scripted_model import write_scripted_model
-from tidaldecode import Decoder, cli, demo_model_dir
-from tidaldecode.demo import answer_is_correct, rows_read_per_step, run_demo
-from tidaldecode.demo_text import HiddenKey, filler_sentence, hide_key
-from tidaldecode.demo_view import density_line, marker_line, show_comparison
-from tidaldecode.terminal import Bars
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode import Decoder, demo_model_dir
+from tidaldecode.cli import app as cli
+from tidaldecode.cli.demo import answer_is_correct, rows_read_per_step, run_demo
+from tidaldecode.cli.demo_text import HiddenKey, filler_sentence, hide_key
+from tidaldecode.cli.demo_view import density_line, marker_line, show_comparison
+from tidaldecode.cli.terminal import Bars
+from tidaldecode.text.tokenizer import Tokenizer
 from tiny_models import TinyModel, write_checkpoint
 
 ON_CPU = ["--device", "cpu", "--num-threads", "1"]

@@ -11,6 +11,7 @@ import safetensors.numpy
 import tidaldecode
 from scripted_model import update_json
 from tidaldecode import Decoder
+from tidaldecode.cli.terminal import one_line
 from tidaldecode.errors import (
     BackendError,
     ConfigError,
@@ -20,7 +21,6 @@ from tidaldecode.errors import (
     WeightsError,
     show,
 )
-from tidaldecode.terminal import one_line
 from tiny_models import TinyModel, random_weights, write_checkpoint
 
 TINY = TinyModel(num_layers=3)

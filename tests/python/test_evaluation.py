@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from scripted_model import SCRIPT, update_json, write_scripted_model
-from tidaldecode import Decoder, cli, demo_model_dir
-from tidaldecode.demo_text import filler_sentence
+from tidaldecode import Decoder, demo_model_dir
+from tidaldecode.cli import app as cli
+from tidaldecode.cli.demo_text import filler_sentence
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation import runner
 from tidaldecode.evaluation.distributions import token_losses

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tidaldecode import Decoder, cli, demo_model_dir
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation.attention import chosen_positions, measure_attention
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay, chosen_tokens
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.settings import dense_setting, quest_setting, tidal_setting
-from tidaldecode.model_folder import read_model_folder
 from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 CPU = {"device": "cpu", "num_threads": 1, "max_seq_len": 128, "max_batch_size": 1}

@@ -13,7 +13,7 @@ from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.prompt_file import read_prompt_file
 from tidaldecode.evaluation.scoring import RULES, score
 from tidaldecode.evaluation.tasks import TASKS, make_examples
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tidaldecode import Decoder
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import CapacityError, ConfigError, InvalidArgument, WeightsError
-from tidaldecode.model_folder import read_model_folder
 from tiny_models import FAMILIES, TinyModel, config_json, random_prompt, write_checkpoint
 
 TINY = TinyModel(num_layers=6, dtype="bfloat16")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from scripted_model import update_json
+from tidaldecode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
+from tidaldecode.checkpoint.json_file import MAX_JSON_BYTES
+from tidaldecode.checkpoint.model_config import CheckpointConfig, read_checkpoint_config
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import ConfigError
-from tidaldecode.generation_defaults import GenerationDefaults, read_generation_defaults
-from tidaldecode.json_file import MAX_JSON_BYTES
-from tidaldecode.model_config import CheckpointConfig, read_checkpoint_config
-from tidaldecode.model_folder import read_model_folder
 from tiny_models import FAMILIES, ROPE_TYPES, TinyModel, config_json, write_checkpoint
 
 REMOVED = object()

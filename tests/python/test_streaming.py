@@ -8,8 +8,8 @@ import pytest
 
 from scripted_model import EOS, SCRIPT, write_scripted_model
 from tidaldecode import Decoder
-from tidaldecode.detokenizer import IncrementalDetokenizer, StopStringFilter, TextAssembler
 from tidaldecode.errors import CapacityError, InvalidArgument
+from tidaldecode.text.detokenizer import IncrementalDetokenizer, StopStringFilter, TextAssembler
 
 
 def decode_bytes(ids: list[int]) -> str:

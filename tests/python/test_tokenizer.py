@@ -10,7 +10,7 @@ import pytest
 from scripted_model import BOS, EOS, SCRIPT, write_byte_tokenizer, write_scripted_model
 from tidaldecode import Decoder
 from tidaldecode.errors import ConfigError, InvalidArgument
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 TINY = TinyModel(num_layers=4)
@@ -71,7 +71,7 @@ def test_a_template_that_fails_is_a_config_error(tmp_path: Path, template, expec
 
 
 def test_a_template_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tidaldecode.tokenizer.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("tidaldecode.text.tokenizer.TEMPLATE_SECONDS", 0.3)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     folder = write_byte_tokenizer(tmp_path, chat_template=loops)
     before = threading.active_count()

@@ -14,11 +14,16 @@ import pytest
 import safetensors.numpy
 
 from scripted_model import update_json
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
+from tidaldecode.checkpoint.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    expected_tensor_names,
+    find_weights,
+)
 from tidaldecode.errors import WeightsError
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.model_folder import read_model_folder
-from tidaldecode.safetensors_header import MAX_HEADER_BYTES, read_header
-from tidaldecode.weight_files import INDEX_FILE, SINGLE_FILE, expected_tensor_names, find_weights
 from tiny_models import FAMILIES, TinyModel, random_weights, write_checkpoint
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from tidaldecode import _core
-from tidaldecode import cli_options as opt
 from tidaldecode.calibration.data import CalibrationData, builtin_text, make_data
 from tidaldecode.calibration.objective import Objective, decoder_options
 from tidaldecode.calibration.plan_store import plan_content, store_plan
@@ -25,14 +24,15 @@ from tidaldecode.calibration.search import (
     kv_bytes_per_step,
 )
 from tidaldecode.calibration.view import show_frontier
+from tidaldecode.checkpoint.fingerprint import model_fingerprint
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
+from tidaldecode.cli import options as opt
+from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_note
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.perplexity import read_text
-from tidaldecode.fingerprint import model_fingerprint
-from tidaldecode.model_folder import ModelFolder, read_model_folder
 from tidaldecode.sampling import check_integer
-from tidaldecode.terminal import Bars, is_watched, one_line, print_note
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 from tidaldecode.user_cache import user_cache_dir
 
 _DEFAULT_CONTEXT = 4096

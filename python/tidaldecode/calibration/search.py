@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tidaldecode.calibration.objective import Scores
+from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.errors import UnsupportedError
-from tidaldecode.model_config import ModelConfig
 from tidaldecode.plans import plan_letters
 
 # First select layers that are tried: those in front are dense.

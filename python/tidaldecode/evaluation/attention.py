@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PLAN_SETTINGS, DecodeConfig
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import choose_plan, plan_letters
 
 _STEPS = 4  # of the dense answer: where what was asked for is looked up

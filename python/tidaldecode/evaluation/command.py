@@ -15,7 +15,9 @@ import typer
 from rich.console import Console
 
 from tidaldecode import _core
-from tidaldecode import cli_options as opt
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.cli import options as opt
+from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_note
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
 from tidaldecode.evaluation.example import Encode, Example
@@ -42,11 +44,9 @@ from tidaldecode.evaluation.settings import (
 )
 from tidaldecode.evaluation.tasks import TASKS, make_examples
 from tidaldecode.evaluation.view import show_report
-from tidaldecode.model_folder import read_model_folder
 from tidaldecode.plans import HOW_TO_CHOOSE, find_plan
 from tidaldecode.sampling import check_integer
-from tidaldecode.terminal import Bars, is_watched, one_line, print_note
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 
 _DEFAULT_CONTEXT = 4096
 _DEFAULT_PROMPTS = 10  # per task and context: every depth of the single needle once

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tidaldecode.demo_text import filler_sentence, sentence_joint
+from tidaldecode.cli.demo_text import filler_sentence, sentence_joint
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.example import Encode
 

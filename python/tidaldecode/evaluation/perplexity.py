@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.distributions import divergences, same_choices, token_losses
@@ -25,7 +26,6 @@ from tidaldecode.evaluation.results import LossRecord, ResultFile
 from tidaldecode.evaluation.resume import Keys
 from tidaldecode.evaluation.runner import Prompt, Reporter, Run
 from tidaldecode.evaluation.settings import Setting, dense_setting
-from tidaldecode.model_folder import read_model_folder
 
 SCORED_TOKENS = 256  # of every window
 

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.json_file import open_regular_file, parse_json_object
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.evaluation.example import Encode, Example
-from tidaldecode.json_file import open_regular_file, parse_json_object
 
 _KEYS = ("prompt", "answers")
 _FORM = '{"prompt": "...", "answers": ["..."]}'

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
+from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.errors import UnsupportedError, WeightsError
-from tidaldecode.json_file import open_regular_file, read_exactly
-from tidaldecode.model_folder import ModelFolder
-from tidaldecode.safetensors_header import TensorEntry
 
 # (layer, q [num_q_heads, head_dim], k, v [n, num_kv_heads, head_dim]) to [num_q_heads, head_dim];
 # the newest token is the last of n.

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.fingerprint import model_fingerprint
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.fingerprint import model_fingerprint
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import choose_plan, plan_letters
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tidaldecode.batch import PrefillProgress
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import TidalError
 from tidaldecode.evaluation.distributions import common_length, divergences
@@ -27,7 +28,6 @@ from tidaldecode.evaluation.results import Record, ResultFile
 from tidaldecode.evaluation.resume import Keys
 from tidaldecode.evaluation.scoring import score
 from tidaldecode.evaluation.settings import Setting, dense_setting
-from tidaldecode.model_folder import ModelFolder, read_model_folder
 
 
 class Reporter(Protocol):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidaldecode.cli_options import parse_layers
+from tidaldecode.cli.options import parse_layers
 from tidaldecode.config import PLAN_SETTINGS
 from tidaldecode.errors import InvalidArgument, show
 

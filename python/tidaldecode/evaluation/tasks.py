@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tidaldecode.demo_text import KEY_WORDS
+from tidaldecode.cli.demo_text import KEY_WORDS
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.evaluation.example import Encode, Example
 from tidaldecode.evaluation.filling import Needle, fill_prompt, sentence_filler

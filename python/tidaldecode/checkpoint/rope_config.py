@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.fields import read_bool, read_float, read_int
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")

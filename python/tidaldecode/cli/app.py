@@ -18,11 +18,14 @@ import typer
 from rich.console import Console
 
 from tidaldecode import _core
-from tidaldecode import cli_options as opt
 from tidaldecode.calibration.command import calibrate
+from tidaldecode.checkpoint.model_folder import demo_model_dir, read_model_folder
+from tidaldecode.cli import options as opt
+from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
+from tidaldecode.cli.demo_view import show_comparison
+from tidaldecode.cli.info import show_installation, show_memory, show_model
+from tidaldecode.cli.terminal import Bars, NoteHandler, is_watched, one_line, print_error
 from tidaldecode.decoder import Decoder
-from tidaldecode.demo import DEFAULT_CONTEXTS, run_demo
-from tidaldecode.demo_view import show_comparison
 from tidaldecode.errors import (
     BackendError,
     InvalidArgument,
@@ -31,11 +34,8 @@ from tidaldecode.errors import (
     UnsupportedError,
 )
 from tidaldecode.evaluation.command import evaluate
-from tidaldecode.info import show_installation, show_memory, show_model
 from tidaldecode.memory_plan import plan_memory
-from tidaldecode.model_folder import demo_model_dir, read_model_folder
 from tidaldecode.results import GenerationResult
-from tidaldecode.terminal import Bars, NoteHandler, is_watched, one_line, print_error
 
 # What typer raises for wrong usage; older versions take it from click, newer bring their own.
 _USAGE_ERROR = typer.BadParameter.__mro__[2]

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.batch import Decode
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.errors import InvalidArgument
-from tidaldecode.model_folder import ModelFolder
-from tidaldecode.prompts import encode_prompts
 from tidaldecode.sampling import SamplingSettings, check_sampling
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.prompts import encode_prompts
+from tidaldecode.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

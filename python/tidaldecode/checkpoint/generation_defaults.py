@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tidaldecode.fields import read_bool, read_float, read_int
-from tidaldecode.json_file import read_json_object
-from tidaldecode.model_config import read_token_ids
+from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
+from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.model_config import read_token_ids
 
 FALLBACK_MAX_NEW_TOKENS = 256
 

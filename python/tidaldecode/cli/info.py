@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.cli.terminal import one_line
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.model_folder import ModelFolder
 from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, plan_letters
-from tidaldecode.terminal import one_line
-from tidaldecode.tokenizer import Tokenizer
+from tidaldecode.text.tokenizer import Tokenizer
 
 _GIB = 1024**3
 _LABEL_WIDTH = 16

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
+from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.rope_config import RopeConfig, read_rope
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.fields import read_bool, read_float, read_int
-from tidaldecode.json_file import read_json_object
-from tidaldecode.rope_config import RopeConfig, read_rope
 
 # Caps far above any public model: a typing error or an attack stops here, before any allocation.
 _MAX_VOCAB = 2**22

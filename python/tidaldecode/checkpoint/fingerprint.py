@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 
+from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.errors import WeightsError
-from tidaldecode.json_file import open_regular_file, read_exactly
-from tidaldecode.model_folder import ModelFolder
 
 # More than a tokenizer.json has, and enough of the weights to tell two trainings apart.
 _BYTES_READ = 16 * 1024 * 1024

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.json_file import MAX_JSON_BYTES, open_regular_file
 from tidaldecode.errors import ConfigError, InvalidArgument, show
-from tidaldecode.json_file import MAX_JSON_BYTES, open_regular_file
 
 # The largest tokenizer.json of the supported families is about 12 MB.
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024

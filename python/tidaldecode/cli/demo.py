@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tidaldecode.batch import PrefillProgress
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.cli.demo_text import HiddenKey, hide_key
 from tidaldecode.decoder import Decoder
-from tidaldecode.demo_text import HiddenKey, hide_key
 from tidaldecode.errors import InvalidArgument
-from tidaldecode.model_folder import read_model_folder
 from tidaldecode.plans import find_plan
 
 DEFAULT_CONTEXTS = (4096, 16384)

@@ -10,11 +10,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tidaldecode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
+from tidaldecode.checkpoint.model_config import ModelConfig, read_checkpoint_config
+from tidaldecode.checkpoint.safetensors_header import TensorEntry
+from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES, find_weights
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.generation_defaults import GenerationDefaults, read_generation_defaults
-from tidaldecode.model_config import ModelConfig, read_checkpoint_config
-from tidaldecode.safetensors_header import TensorEntry
-from tidaldecode.weight_files import WEIGHT_DTYPES, find_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
 
 def demo_model_dir() -> Path:
     """The folder of the embedded model: 6.8M parameters, with a plan beside it."""
-    return Path(__file__).parent / "models" / "tidal-demo"
+    return Path(__file__).parents[1] / "models" / "tidal-demo"
 
 
 def _resolve_folder(model_dir: str | os.PathLike[str]) -> Path:

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.safetensors_header import TensorEntry, read_header
 from tidaldecode.errors import WeightsError, show
-from tidaldecode.json_file import read_json_object
-from tidaldecode.model_config import ModelConfig
-from tidaldecode.safetensors_header import TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.json_file import open_regular_file, parse_json_object, read_exactly
 from tidaldecode.errors import WeightsError, show
-from tidaldecode.json_file import open_regular_file, parse_json_object, read_exactly
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _LENGTH_BYTES = 8

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidaldecode.demo import Comparison, Run, count_in_needle
-from tidaldecode.demo_text import HiddenKey
+from tidaldecode.cli.demo import Comparison, Run, count_in_needle
+from tidaldecode.cli.demo_text import HiddenKey
 from tidaldecode.plans import HOW_TO_CHOOSE
 
 _COLUMNS = 56
