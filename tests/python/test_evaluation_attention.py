@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tidaldecode import Decoder, cli, demo_model_dir
+from tidaldecode import Decoder, demo_model_dir
 from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.cli import app as cli
 from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation.attention import chosen_positions, measure_attention
 from tidaldecode.evaluation.example import Example

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import tidaldecode
-from tidaldecode import Decoder, MemoryPlan, cli
+from tidaldecode import Decoder, MemoryPlan
+from tidaldecode.cli import app as cli
 from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 MODEL = TinyModel(num_layers=4)
