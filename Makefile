@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-sanitize gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-sanitize fuzz fuzz-short gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -28,6 +28,14 @@ test-sanitize: $(VENV)/.tools
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
 	build/cpu-asan/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+
+# Searches for inputs that the package does not take well: an hour with a seed of its own, which is
+# printed, or two minutes that are the same every time. FUZZ passes arguments: FUZZ="api --jobs 2".
+fuzz: $(VENV)/.test-deps $(VENV)/.installed
+	$(BIN)/python tests/fuzz/fuzz.py --seconds 3600 --json build/fuzz.json $(FUZZ)
+
+fuzz-short: $(VENV)/.test-deps $(VENV)/.installed
+	$(BIN)/python tests/fuzz/fuzz.py --seconds 120 --seed 12 --json build/fuzz-short.json $(FUZZ)
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
 cuda-build: $(VENV)/.tools
