@@ -18,7 +18,6 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,12 +51,13 @@ class Report:
     seed: int
     cases: int = 0
     seconds: float = 0.0
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, int] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """The report for people."""
-        counts = ", ".join(f"{kind} {count}" for kind, count in self.outcomes.most_common())
+        ordered = sorted(self.outcomes.items(), key=lambda item: -item[1])
+        counts = ", ".join(f"{kind} {count}" for kind, count in ordered)
         head = f"{self.target}: {self.cases} cases in {self.seconds:.0f} s, seed {self.seed}"
         yield f"{head}: {counts}"
         for signature, fault in sorted(self.faults.items(), key=lambda item: -item[1].count):
@@ -122,7 +122,8 @@ class Campaign:
         signature = outcome.signature(self._module.group(case)) if outcome.is_fault else ""
         with self._lock:
             self.report.cases += 1
-            self.report.outcomes[outcome.kind] += 1
+            outcomes = self.report.outcomes
+            outcomes[outcome.kind] = outcomes.get(outcome.kind, 0) + 1
             if not signature:
                 return
             if signature in self.report.faults:

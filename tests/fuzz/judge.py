@@ -19,7 +19,7 @@ FAULTS = ("untyped", "pybind", "nonsense", "crash", "hang", "slow", "frozen", "m
 # Python's own words for a call of the wrong shape, which stay a TypeError.
 _CALL_SHAPE = re.compile(
     r"unexpected keyword argument|missing \d+ required|takes .* positional argument"
-    r"|multiple values for|takes no keyword arguments"
+    r"|multiple values for|takes no keyword arguments|takes \d+ or \d+ arguments"
 )
 _PYBIND = re.compile(r"incompatible (function|constructor) arguments|Invoked with:|_core\.")
 
@@ -43,9 +43,8 @@ class Outcome:
         return self.kind in FAULTS
 
     def signature(self, group: str) -> str:
-        """A name for the cause; `group` is the part of the target that the case was about."""
-        place = f" at {self.where}" if self.where else ""
-        return f"{self.kind}: {self.what}{place} [{group}]"
+        """A name for the cause; `group`, what the case was about, is for an unknown place."""
+        return f"{self.kind}: {self.what} at {self.where or group}"
 
 
 def judge(error: BaseException | None) -> Outcome:
@@ -61,7 +60,8 @@ def judge(error: BaseException | None) -> Outcome:
         return Outcome("pybind", name, _place(error), text)
     if isinstance(error, TidalError):
         if not text.isprintable() or not text or len(text) > 4000:
-            return Outcome("nonsense", f"message of a {name}: not one printable line", "", text)
+            what = f"message of a {name}: not one printable line"
+            return Outcome("nonsense", what, _place(error), text)
         return Outcome("refused", name)
     if isinstance(error, TypeError) and _CALL_SHAPE.search(text):
         return Outcome("usage", name)

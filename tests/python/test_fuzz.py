@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,7 @@ def test_a_fault_is_counted_by_cause_and_made_smaller(monkeypatch):
     for fault in report.faults.values():
         assert fault.case["noise"] == 0 and fault.reproducer.endswith(" 0")
     assert "nonsense: a NaN" in "\n".join(report.lines())
+    assert json.loads(json.dumps(asdict(report)))["outcomes"] == report.outcomes
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
