@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tidaldecode import _core
-from tidaldecode.errors import CapacityError, InvalidArgument, show
+from tidaldecode.errors import CapacityError
 from tidaldecode.results import GenerationResult, make_result
-from tidaldecode.sampling import SamplingSettings
+from tidaldecode.sampling import SamplingSettings, check_callback
 from tidaldecode.text.detokenizer import TextAssembler
 
 Decode = Callable[[Sequence[int]], str]
@@ -30,9 +30,7 @@ class Callbacks:
 
     def __post_init__(self) -> None:
         for name in ("on_prefill", "should_stop"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise InvalidArgument(f"{name}: got {show(value)}, expected a function")
+            check_callback(name, getattr(self, name))
 
     def wants_stop(self) -> bool:
         """Whether the caller has had enough."""

@@ -149,7 +149,7 @@ class DecodeConfig:
         for name in ("dtype", "kv_dtype", "load_format", "attention"):
             check_setting(name, getattr(self, name))
         for name in ("sparse_min_context", "draft_tokens"):
-            if getattr(self, name) == "auto":
+            if is_auto(getattr(self, name)):
                 object.__setattr__(self, name, None)
         for name in (*_INT_RANGES, "top_p_mass", "granularity", "pooling"):
             if getattr(self, name) is not None:
@@ -161,7 +161,8 @@ class DecodeConfig:
             )
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise ConfigError(f"cuda_graphs: got {show(self.cuda_graphs)}, expected True or False")
-        if not isinstance(self.verify, (bool, type(None))) and self.verify not in VERIFY_WORDS:
+        is_word = isinstance(self.verify, str) and self.verify in VERIFY_WORDS
+        if not is_word and not isinstance(self.verify, (bool, type(None))):
             raise ConfigError(
                 f"verify: got {show(self.verify)}, expected True, False, 'greedy' or 'sample'"
             )
@@ -172,6 +173,11 @@ class DecodeConfig:
                     "attention: got 'full' together with select_layers, expected one of them: "
                     "dense decoding selects nothing"
                 )
+
+
+def is_auto(value: Any) -> bool:
+    """True for the word "auto"; an array, compared with it, would answer with an array."""
+    return isinstance(value, str) and value == "auto"
 
 
 def _is_share(value: Any) -> bool:
@@ -186,7 +192,7 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
             expected = ", ".join(repr(choice) for choice in _CHOICES[name])
             raise ConfigError(f"{prefix}: got {show(value)}, expected one of {expected}")
         return
-    if name == "token_budget" and value == "auto":
+    if name == "token_budget" and is_auto(value):
         return
     if name == "top_p_mass":
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -37,7 +37,7 @@ from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.plans import choose_plan
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
-from tidaldecode.sampling import check_integer
+from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Messages
@@ -133,7 +133,7 @@ class Decoder:
             core_model(folder.model),
             core_config(settings, plan, folder),
             core_weights(folder),
-            progress,
+            check_callback("progress", progress),
         )
 
     # Generation
@@ -311,11 +311,12 @@ class Decoder:
             of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
             (an adaptive budget) end in -1. Empty if there was no sparse step.
         """
-        return self._open_core().selection(sequence)
+        return self._open_core().selection(check_integer("sequence", sequence, low=0))
 
     def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
         """Logits of the last positions after dense prefill: [last, vocab_size] float32."""
         core = self._open_core()
+        last = check_integer("last", last, low=1)
         return core.prefill_logits(self._checked_ids(token_ids), last)
 
     def step_logits(self, token_ids: Sequence[int], prefill: int) -> np.ndarray:
@@ -328,6 +329,7 @@ class Decoder:
             prefill + i ids.
         """
         core = self._open_core()
+        prefill = check_integer("prefill", prefill, low=1)
         return core.decode_logits(self._checked_ids(token_ids), prefill)
 
     def replay(
@@ -348,6 +350,7 @@ class Decoder:
             CapacityError if the prompts do not fit.
         """
         core = self._open_core()
+        check_callback("on_prefill", on_prefill)
         ids, _ = self._frontend.encode_prompts(prompts)
         room = check_integer("max_new_tokens", max_new_tokens, low=1)
         with self._turn:
@@ -390,6 +393,7 @@ class Decoder:
         lengths *= check_integer("batch_size", batch_size, low=1, high=65535)
         steps = check_integer("steps", steps, low=1)
         warmup = check_integer("warmup", warmup, low=0)
+        check_choice("attention", attention, ("auto", "full"))
         with self._turn:
             return core.measure_steps(lengths, steps, warmup, attention)
 
@@ -477,9 +481,14 @@ def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeC
     if not isinstance(config, DecodeConfig):
         raise ConfigError(f"config: got a {type(config).__name__}, expected a DecodeConfig")
     defaults = {field.name: field.default for field in fields(DecodeConfig)}
-    both = [name for name, value in options.items() if value != defaults[name]]
+    both = [name for name, value in options.items() if not _is_default(value, defaults[name])]
     if both:
         raise ConfigError(
             f"config: given together with {', '.join(both)}; expected one of the two ways"
         )
     return config
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether nothing was given; the defaults are words and None."""
+    return value is default or (isinstance(value, str) and value == default)

@@ -41,10 +41,18 @@ class CapacityError(InvalidArgument):
 
 
 def show(value: object, limit: int = 60) -> str:
-    """`value` for an error message: one line, printable, bounded."""
+    """`value` for an error message: one line, printable, bounded.
+
+    A value that cannot show itself (its repr raises, or is no text) is named by its type: the error
+    that it is shown in matters more.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (str, bytes)):
         value = value[: limit + 1]
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -18,8 +18,8 @@ from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import core_config
 from tidaldecode.plans import choose_plan
-from tidaldecode.sampling import check_integer
-from tidaldecode.text.prompts import check_token_ids
+from tidaldecode.sampling import check_callback, check_integer
+from tidaldecode.text.prompts import check_continuations
 
 
 class Replay:
@@ -38,6 +38,7 @@ class Replay:
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
+        check_callback("on_prefill", on_prefill)
         self._core.read(on_prefill)
 
     def step_logits(self, continuations: Sequence[Sequence[int]], **plan: Any) -> list[np.ndarray]:
@@ -52,8 +53,7 @@ class Replay:
         Raises: InvalidArgument; CapacityError for more tokens than there is room for.
         """
         vocab_size = self._folder.model.vocab_size
-        # Nothing may follow a prompt, unlike a prompt itself.
-        ids = [check_token_ids(more, vocab_size) if len(more) else [] for more in continuations]
+        ids = check_continuations(continuations, vocab_size)
         with self._turn:
             return self._core.step_logits(self._plan(plan), ids)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypedDict
 
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
@@ -127,6 +128,27 @@ def check_integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> 
     return number
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value`, if it is one of the words.
+
+    Raises: InvalidArgument naming the setting.
+    """
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise InvalidArgument(f"{name}: got {show(value)}, expected one of {expected}")
+    return value
+
+
+def check_callback(name: str, value: Any) -> Any:
+    """`value`, if it can be called or is None.
+
+    Raises: InvalidArgument naming the argument.
+    """
+    if value is not None and not callable(value):
+        raise InvalidArgument(f"{name}: got {show(value)}, expected a function")
+    return value
+
+
 def _integer(name: str, value: Any, default: int, *, low: int, high: int = 2**31 - 1) -> int:
     return default if value is None else check_integer(name, value, low=low, high=high)
 
@@ -183,12 +205,17 @@ def _stop_token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
     if ids is None:
         return ()
     expected = f"integers from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
+    problem = InvalidArgument(f"stop_token_ids: got {show(ids)}, expected a list of {expected}")
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise InvalidArgument(f"stop_token_ids: got {show(ids)}, expected a list of {expected}")
-    values = list(ids)
+        raise problem
+    try:
+        values = list(islice(ids, MAX_STOP_TOKEN_IDS + 1))  # one without an end is too long as well
+    except TypeError:  # an array of no dimension says that it can be iterated over
+        raise problem from None
     if len(values) > MAX_STOP_TOKEN_IDS:
+        count = len(ids) if isinstance(ids, Sized) else f"more than {MAX_STOP_TOKEN_IDS}"
         raise InvalidArgument(
-            f"stop_token_ids: got {len(values)} ids, expected at most {MAX_STOP_TOKEN_IDS}"
+            f"stop_token_ids: got {count} ids, expected at most {MAX_STOP_TOKEN_IDS}"
         )
     result = []
     for value in values:

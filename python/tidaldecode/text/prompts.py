@@ -64,6 +64,19 @@ def check_token_ids(ids: Any, vocab_size: int, where: str = "token_ids") -> list
     return result
 
 
+def check_continuations(continuations: Any, vocab_size: int) -> list[list[int]]:
+    """Lists of token ids, one a prompt; nothing may follow a prompt, unlike a prompt itself.
+
+    Raises: InvalidArgument naming what is none.
+    """
+    found = []
+    for index, ids in enumerate(_as_list(continuations, "continuations")):
+        where = f"continuation {index}"
+        items = _as_list(ids, where)
+        found.append(check_token_ids(items, vocab_size, where) if items else [])
+    return found
+
+
 def _is_list_like(value: Any) -> bool:
     if isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset)):
         return False
