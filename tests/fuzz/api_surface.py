@@ -20,6 +20,10 @@ from tidaldecode.sampling import SamplingOptions
 # Returned by public calls, and public in all but the export.
 _ALSO_PUBLIC = (Replay,)
 _DUNDERS = ("__enter__", "__iter__", "__len__", "__next__", "__repr__", "__str__")
+_TEMPLATE_OPTIONS = (
+    "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "enable_thinking",
+)  # fmt: skip
 _PLANNING = set(tidaldecode.config.PLAN_SETTINGS) | {"attention", "select_layers"}
 _PLANNING.add("correction_interval")
 
@@ -42,8 +46,7 @@ def _session(host: Decoder, state: str) -> Any:
         session.append([1, 2, 3])
     if state == "turn running":
         session.kept = session.stream("a", max_new_tokens=4)  # type: ignore[attr-defined]
-    if state == "closed":
-        session.close()
+    _close(host, session, state)
     return session
 
 
@@ -51,16 +54,21 @@ def _stream(host: Decoder, state: str) -> Any:
     stream = host.stream([1, 2, 3], max_new_tokens=4)
     if state == "ended":
         list(stream)
-    if state == "closed":
-        stream.close()
+    _close(host, stream, state)
     return stream
 
 
 def _replay(host: Decoder, state: str) -> Any:
     replay = host.replay([[1, 2, 3], [4, 5]], max_new_tokens=4)
-    if state == "closed":
-        replay.close()
+    _close(host, replay, state)
     return replay
+
+
+def _close(host: Decoder, holder: Any, state: str) -> None:
+    if state == "closed":
+        holder.close()
+    if state == "decoder closed":
+        host.close()
 
 
 def _result(host: Decoder, state: str) -> Any:
@@ -69,13 +77,16 @@ def _result(host: Decoder, state: str) -> Any:
 
 RECEIVERS = {
     "Decoder": Receiver(("tidal", "dense", "verify", "no text", "closed"), _decoder),
-    "Session": Receiver(("empty", "with tokens", "turn running", "closed"), _session),
-    "TextStream": Receiver(("fresh", "ended", "closed"), _stream),
-    "Replay": Receiver(("fresh", "closed"), _replay),
+    "Session": Receiver(
+        ("empty", "with tokens", "turn running", "closed", "decoder closed"), _session
+    ),
+    "TextStream": Receiver(("fresh", "ended", "closed", "decoder closed"), _stream),
+    "Replay": Receiver(("fresh", "closed", "decoder closed"), _replay),
     "GenerationResult": Receiver(("made",), _result),
     "Timings": Receiver(("made",), lambda host, state: _result(host, state).timings),
     "MemoryPlan": Receiver(("made",), lambda host, state: host.memory_plan()),
     "DecodeConfig": Receiver(("made",), lambda host, state: host.config),
+    "PlanConfig": Receiver(("made",), lambda host, state: tidaldecode.PlanConfig()),
     "Verification": Receiver(
         ("made",),
         lambda host, state: tidaldecode.Verification(
@@ -154,7 +165,7 @@ def parameters(call: Call) -> tuple[tuple[str, bool], ...]:
     found: list[tuple[str, bool]] = []
     for name, parameter in [*signature.parameters.items()][bool(call.receiver) :]:
         if parameter.kind == inspect.Parameter.VAR_KEYWORD:
-            found += [(option, False) for option in _options(name)]
+            found += [(option, False) for option in _options(call, name)]
         elif parameter.kind in (
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             inspect.Parameter.KEYWORD_ONLY,
@@ -163,9 +174,12 @@ def parameters(call: Call) -> tuple[tuple[str, bool], ...]:
     return tuple(found)
 
 
-def _options(name: str) -> list[str]:
+def _options(call: Call, name: str) -> list[str]:
     """The keyword options behind **sampling, **plan and **options."""
+    sampling = sorted(SamplingOptions.__annotations__)
     if name == "sampling":
-        return sorted(SamplingOptions.__annotations__)
+        return sampling
+    if "chat" in call.attribute:
+        return [*_TEMPLATE_OPTIONS, *(() if call.attribute == "render_chat" else sampling)]
     settings = [field.name for field in fields(DecodeConfig)]
     return [setting for setting in settings if setting in _PLANNING] if name == "plan" else settings

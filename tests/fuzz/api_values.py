@@ -16,7 +16,11 @@ from judge import Nonsense
 from models import VOCAB_SIZE
 from tidaldecode import GenerationResult
 
-_CALLBACKS = ("None", "lambda *a: None", "fail", "print")
+_CALLBACKS = (
+    "None", "lambda *a: None", "fail", "print", "lambda *a: decoder.close()",
+    "lambda *a: decoder.generate([1], max_new_tokens=1)", "lambda *a: decoder.encode('a')",
+)  # fmt: skip
+_FLAGS = ("True", "False")
 VALID: dict[str, tuple[str, ...]] = {
     "prompt": ("[1, 2, 3]", "'abc'", "[[1], [2, 3]]", "['a', 'b']", "np.array([5, 6])", "(7,)"),
     "prompts": ("[[1, 2]]", "['ab']", "[[1], [2, 3]]"),
@@ -41,8 +45,18 @@ VALID: dict[str, tuple[str, ...]] = {
     "seed": ("0", "7", "2**64 - 1"),
     "stop": ("None", "'b'", "['x', 'yz']"),
     "stop_token_ids": ("None", "[5]", "(1, 2)"),
-    "ignore_eos": ("False", "True"),
-    "on_prefill": (*_CALLBACKS, "lambda *a: decoder.encode('a')"),
+    "ignore_eos": _FLAGS,
+    "skip_special_tokens": _FLAGS,
+    "include_stop_str_in_output": _FLAGS,
+    "add_special_tokens": _FLAGS,
+    "add_generation_prompt": _FLAGS,
+    "continue_final_message": _FLAGS,
+    "enable_thinking": _FLAGS,
+    "chat_template": ("None", "'{{ messages[0].content }}'"),
+    "tools": ("None", "[{'type': 'function', 'function': {'name': 'f'}}]", "[len]"),
+    "documents": ("None", "[{'title': 't', 'text': 'x'}]"),
+    "revision": ("None", "'main'"),
+    "on_prefill": _CALLBACKS,
     "should_stop": (*_CALLBACKS, "lambda: True", "lambda: False"),
     "progress": _CALLBACKS,
     "model_dir": ("model_dir",),

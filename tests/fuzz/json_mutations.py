@@ -174,8 +174,9 @@ def change_text(document: Any, mutation: dict[str, Any]) -> str:
     """The JSON text of a document after a change of its structure."""
     document = copy.deepcopy(document)
     if mutation["do"] == "extra entries":
-        empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        return json.dumps(document | {f"extra.{i}": empty for i in range(mutation["count"])})
+        empty = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
+        extra = ", ".join(f'"extra.{number}": {empty}' for number in range(mutation["count"]))
+        return f"{json.dumps(document)[:-1]}, {extra}}}"
     *parents, key = mutation["path"] or [None]
     holder = _at(document, parents)
     if mutation["do"] == "delete":
