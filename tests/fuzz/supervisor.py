@@ -34,6 +34,10 @@ class Limits:
     memory_bytes: int = 1 << 30  # on top of what the worker had
 
 
+# A stranger's text files may use 10 s of a processor and 2 GiB a call, and not more.
+TEXT_LIMITS = Limits(seconds=40.0, cpu_seconds=15.0, memory_bytes=(2 << 30) + (512 << 20))
+
+
 class Worker:
     """A worker process for one target; a new one takes the place of one that has died."""
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from judge import Nonsense
 from models import SMALL, VOCAB_SIZE, write_model
+from supervisor import TEXT_LIMITS
 from tidaldecode import Decoder
 
+LIMITS = TEXT_LIMITS
 _ATOMS = (
     "messages", "messages[0]", "messages[0]['content']", "message", "bos_token", "eos_token",
     "add_generation_prompt", "loop.index", "1", "0", "-1", "2 ** 40", "10 ** 30", "'a'", "''",

@@ -18,8 +18,10 @@ from typing import Any
 from json_mutations import apply, mutate
 from judge import Nonsense
 from models import SMALL, VOCAB_SIZE, write_model
+from supervisor import TEXT_LIMITS
 from tidaldecode import Decoder
 
+LIMITS = TEXT_LIMITS
 _REGEXES = (
     "a", "", ".*", "(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*a){25}", "(?=a)", "[", "(", "\\p{L}+",
     "\\s", "(?<=a{1,1000})b", "((a{1,100}){1,100}){1,100}", "(?:)", "^", "$", "\\b", "(?i)é",
