@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import random
 import sys
@@ -86,12 +85,12 @@ class Campaign:
         """A process for cases of this target."""
         return Worker(f"target_{self._name}", self._limits)
 
-    def run(self, seconds: float, jobs: int) -> Report:
+    def run(self, seconds: float, jobs: int, cases: int = 2**63) -> Report:
         """The corpus, then cases 0, 1, 2, ... by as many workers as there are jobs."""
         started = time.monotonic()
         self._replay_corpus()
         deadline = started + seconds
-        numbers = itertools.count()
+        numbers = iter(range(cases))
         threads = [
             threading.Thread(target=self._work, args=(numbers, deadline)) for _ in range(jobs)
         ]
@@ -111,8 +110,9 @@ class Campaign:
 
     def _work(self, numbers: Iterator[int], deadline: float) -> None:
         with self.worker() as worker:
-            while time.monotonic() < deadline:
-                number = next(numbers)
+            for number in numbers:
+                if time.monotonic() > deadline:
+                    break
                 case = self.case(number)
                 self._note(number, case, worker.run(case), worker)
 

@@ -41,7 +41,7 @@ def test_a_planted_fault_is_seen_as_what_it_is(kind: str):
 def test_a_fault_is_counted_by_cause_and_made_smaller(monkeypatch):
     monkeypatch.setattr(target_planted, "KINDS", ("ok", "crash", "nonsense"))
     campaign = fuzz.Campaign("planted", seed=3)
-    report = campaign.run(seconds=4.0, jobs=2)
+    report = campaign.run(seconds=300.0, jobs=2, cases=16)
     assert set(report.outcomes) == {"ok", "crash", "nonsense"}
     assert sum(report.outcomes.values()) == report.cases
     assert {name.partition(":")[0] for name in report.faults} == {"crash", "nonsense"}
