@@ -38,7 +38,7 @@ from shapes import SHAPES
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import read_model_folder
-from tidaldecode.checkpoint.weight_files import expected_tensor_names
+from tidaldecode.checkpoint.tensor_names import expected_tensor_names
 from tidaldecode.engine_config import resolve_device
 
 SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them

@@ -104,6 +104,7 @@ def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -
     """A request where prompt and continuation have `room` positions together, if they fit."""
     max_new_tokens = settings.max_new_tokens
     if not settings.max_new_tokens_is_explicit:
+        room = min(room, settings.max_length or room)
         max_new_tokens = max(1, min(max_new_tokens, room - len(prompt_ids)))
     return Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
 

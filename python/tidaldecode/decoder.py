@@ -8,7 +8,6 @@ keeps a conversation. Nothing is computed here.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from tidaldecode.sampling import SamplingOptions
-
-_logger = logging.getLogger("tidaldecode")
 
 LoadProgress = Callable[[int, int], None]
 
@@ -112,15 +109,8 @@ class Decoder:
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
         settings = _one_config(config, options)
         folder = read_model_folder(model_dir, settings.load_format)
+        folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, folder)
-        trained_len = folder.model.max_position_embeddings
-        if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
-            _logger.warning(
-                "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor "
-                "text beyond it",
-                settings.max_seq_len,
-                trained_len,
-            )
         self._settings = settings
         self._folder = folder
         self._plan_source = plan.source if plan else "dense"

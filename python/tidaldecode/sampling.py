@@ -38,6 +38,7 @@ class SamplingSettings:
     seed: int | None  # None: a fresh one for every sequence
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    max_length: int | None = None  # of prompt and output; of a default max_new_tokens only
 
     def draw_seed(self) -> int:
         """The seed of one sequence, from the system's randomness unless one was given."""
@@ -102,6 +103,7 @@ def check_sampling(
         seed=None if seed is None else _integer("seed", seed, 0, low=0, high=2**64 - 1),
         stop=_stop_strings(stop),
         stop_token_ids=tuple(sorted({*ends, *own_stops})),
+        max_length=defaults.max_length,
     )
 
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import tidaldecode
 from scripted_model import update_json
 from tidaldecode import Decoder
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli.terminal import one_line
 from tidaldecode.errors import (
     BackendError,
@@ -66,11 +67,17 @@ def test_a_line_for_the_terminal_holds_no_control_characters():
 
 def test_names_from_a_hostile_folder_are_escaped(tmp_path: Path):
     write_checkpoint(tmp_path, TINY)
-    weights = random_weights(TINY) | {"evil\x1b[2J\n": random_weights(TINY)["model.norm.weight"]}
+    name, value = "evil\x1b[2J\n", random_weights(TINY)["model.norm.weight"]
+    weights = random_weights(TINY) | {f"model.layers.0.{name}": value}
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"evil\\x1b\[2J\\n") as error:
         Decoder(tmp_path, device="cpu")
     assert str(error.value).isprintable()
+    safetensors.numpy.save_file(
+        random_weights(TINY) | {name: value}, tmp_path / "model.safetensors"
+    )
+    (note,) = read_model_folder(tmp_path).notes
+    assert "evil" in note and note.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from scripted_model import update_json
-from tidaldecode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
 from tidaldecode.checkpoint.json_file import MAX_JSON_BYTES
 from tidaldecode.checkpoint.model_config import CheckpointConfig, read_checkpoint_config
 from tidaldecode.checkpoint.model_folder import read_model_folder
@@ -76,6 +75,49 @@ def test_dtype_is_read_under_both_names(tmp_path: Path, key: str, name: str):
 
 
 @pytest.mark.parametrize(
+    ("value", "known", "unknown"),
+    [(320, (), "320"), ([3, -1], (3,), "-1"), (10**40, (), "an integer of"), (-1, (), "-1")],
+)
+def test_an_end_token_that_no_row_has_is_left_out_and_said(tmp_path, value, known, unknown):
+    checkpoint = read(tmp_path, eos_token_id=value)
+    assert checkpoint.eos_token_ids == known
+    assert f"eos_token_id: no token has the id {unknown}" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": None, "torch_dtype": "float16"},
+        {"dtype": "torch.float16"},
+        {"torch_dtype": "bfloat16", "dtype": "float16"},
+    ],
+    ids=str,
+)
+def test_forms_of_dtype_are_understood(tmp_path: Path, changes: dict[str, Any]):
+    assert read(tmp_path, **changes).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": None},
+        {"rope_scaling": None, "rope_theta": None},
+        {"head_dim": None},
+        {"pretraining_tp": 2, "use_cache": "yes", "attention_dropout": -1, "initializer_range": 0},
+        {"architectures": None},
+        {"layer_types": None},
+        {"quantization_config": None, "auto_map": None},
+        {"sliding_window": 7},  # not a setting of llama
+        {"dtype": "auto"},
+        {"unheard_of": {"deep": [1, {"a": None}]}},
+    ],
+    ids=str,
+)
+def test_what_the_model_does_not_need_may_be_anything(tmp_path: Path, changes: dict[str, Any]):
+    assert read(tmp_path, **changes).model.num_layers == 4
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"hidden_size": -64}, "hidden_size: got -64"),
@@ -100,8 +142,7 @@ def test_dtype_is_read_under_both_names(tmp_path: Path, key: str, name: str):
         ({"rms_norm_eps": "small"}, "rms_norm_eps: got 'small'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: got 'yes'"),
         ({"dtype": "float8_e4m3fn"}, "dtype: got 'float8_e4m3fn'"),
-        ({"eos_token_id": 320}, "eos_token_id: got 320, .*vocab_size 320"),
-        ({"eos_token_id": [3, -1]}, "eos_token_id: got -1"),
+        ({"eos_token_id": [3, 2.0]}, "eos_token_id: got 2.0, .*vocab_size 320"),
         ({"eos_token_id": "end"}, "eos_token_id: got 'end'"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
         ({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
@@ -302,53 +343,6 @@ def test_a_file_in_place_of_the_folder_is_explained(tmp_path: Path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="is a file"):
         read_model_folder(tmp_path / "model.gguf")
-
-
-# generation_config.json
-
-
-def test_without_a_generation_config_decoding_is_greedy(tmp_path: Path):
-    assert read_generation_defaults(tmp_path / "absent.json", 320) == GenerationDefaults()
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
-        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
-        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6}),
-        ({"do_sample": True}, {"temperature": 1.0}),
-        ({"do_sample": True, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1},
-         {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}),
-        ({"max_new_tokens": 7}, {"max_new_tokens": 7}),
-        ({"eos_token_id": [5, 6]}, {"eos_token_ids": (5, 6)}),
-        ({"temperature": None, "transformers_version": "5.0"}, {"temperature": 0.0}),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_generation_defaults_are_read(tmp_path, fields, expected):
-    update_json(tmp_path / "g.json", **fields)
-    defaults = read_generation_defaults(tmp_path / "g.json", 320)
-    for name, value in expected.items():
-        assert getattr(defaults, name) == value
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"do_sample": "yes"}, "do_sample: got 'yes'"),
-        ({"temperature": -1}, "temperature: got -1"),
-        ({"top_p": 1.5}, "top_p: got 1.5"),
-        ({"top_k": -1}, "top_k: got -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
-        ({"eos_token_id": 999}, "eos_token_id: got 999"),
-    ],
-    ids=str,
-)
-def test_bad_generation_defaults_are_named(tmp_path, fields, expected):
-    update_json(tmp_path / "g.json", **fields)
-    with pytest.raises(ConfigError, match=expected):
-        read_generation_defaults(tmp_path / "g.json", 320)
 
 
 def test_end_tokens_of_both_files_count(tmp_path: Path):

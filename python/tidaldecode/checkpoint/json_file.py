@@ -2,7 +2,8 @@
 
 First step of the walk from a folder to a model: model_config.py, generation_defaults.py,
 weight_files.py and plans.py read their files through here. A file that is too big, not a regular
-file, not UTF-8, nested too deep, or holds NaN or a repeated key is an error that names it.
+file, not UTF-8, nested too deep, or holds NaN or a repeated key is an error that names it, and
+what stands there instead (foreign_format.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.foreign_format import describe_foreign
 from tidaldecode.errors import ConfigError, TidalError, show
 
-# The largest config.json and index files of public models are below 1 MiB.
+# The largest config.json files of public models are below 1 MiB.
 MAX_JSON_BYTES = 8 * 1024 * 1024
 
 
@@ -56,6 +58,15 @@ def parse_json_object(data: bytes, where: str, error: type[TidalError]) -> dict[
 
     Raises: `error`, its message starting with `where`.
     """
+    try:
+        return _parse(data, where, error)
+    except error as cause:
+        if foreign := describe_foreign(data):
+            raise error(f"{where}: is {foreign}") from cause
+        raise
+
+
+def _parse(data: bytes, where: str, error: type[TidalError]) -> dict[str, Any]:
 
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
@@ -85,23 +96,29 @@ def parse_json_object(data: bytes, where: str, error: type[TidalError]) -> dict[
     return value
 
 
-def read_json_object(path: Path, error: type[TidalError] = ConfigError) -> dict[str, Any]:
-    """Reads a JSON file of at most MAX_JSON_BYTES that holds one object.
+def read_json_object(
+    path: Path, error: type[TidalError] = ConfigError, max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """Reads a JSON file of at most `max_bytes` that holds one object.
 
     Raises: `error` naming the file.
     """
     descriptor, size = open_regular_file(path, error)
     try:
-        if size > MAX_JSON_BYTES:
-            raise error(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
         try:
-            data = read_exactly(descriptor, 0, MAX_JSON_BYTES + 1)
+            # A file that is too big may be another kind of file altogether.
+            data = read_exactly(descriptor, 0, max_bytes + 1 if size <= max_bytes else 4096)
         except OSError as cause:
             raise error(f"{path}: cannot be read: {cause.strerror}") from cause
     finally:
         os.close(descriptor)
+    size = max(size, len(data))
+    if size > max_bytes:
+        foreign = describe_foreign(data)
+        raise error(
+            f"{path}: {f'is {foreign}; ' if foreign else ''}{size} bytes, "
+            f"expected at most {max_bytes}"
+        )
     if not data.strip():
-        raise error(f"{path}: is empty; expected a JSON object")
-    if len(data) > MAX_JSON_BYTES:
-        raise error(f"{path}: more than {MAX_JSON_BYTES} bytes")
+        raise error(f"{path}: is empty; expected a JSON object; is the download complete?")
     return parse_json_object(data, str(path), error)

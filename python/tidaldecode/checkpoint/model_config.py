@@ -81,6 +81,13 @@ class ModelConfig:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def rope_window(self) -> int | None:
+        """Length up to which the rotary frequencies stay as they are; None: at any length."""
+        if self.rope.type == "dynamic":
+            return self.max_position_embeddings
+        return self.rope.original_max_position_embeddings if self.rope.type == "longrope" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -91,6 +98,7 @@ class CheckpointConfig:
     dtype: str | None  # "float32", "bfloat16", "float16"; None if the config does not say
     eos_token_ids: tuple[int, ...]
     model: ModelConfig
+    notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig:
@@ -107,31 +115,44 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     _refuse_unsupported_features(raw, where)
     model = _read_model(raw, family, where)
     name = raw.get("_name_or_path")
+    eos_token_ids, notes = read_token_ids(raw, "eos_token_id", model.vocab_size, where)
     return CheckpointConfig(
         family=family,
         name=name if isinstance(name, str) else "",
         dtype=_read_dtype(raw, where),
-        eos_token_ids=read_token_ids(raw, "eos_token_id", model.vocab_size, where),
+        eos_token_ids=eos_token_ids,
         model=model,
+        notes=notes,
     )
 
 
 def read_token_ids(
     raw: Mapping[str, Any], key: str, vocab_size: int, where: str
-) -> tuple[int, ...]:
-    """A field that is one token id, a list of them, or absent."""
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """A field that is one token id, a list of them, or absent; and notes on it for the user.
+
+    An id that no row of the vocabulary has (-1 for "none", a token of a longer tokenizer) can never
+    be drawn, so it is left out.
+
+    Raises: ConfigError for what is no integer.
+    """
     value = raw.get(key)
     if value is None:
-        return ()
+        return (), ()
     ids = value if isinstance(value, list) else [value]
     for token_id in ids:
-        is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not is_int or not 0 <= token_id < vocab_size:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise ConfigError(
                 f"{where}: {key}: got {show(token_id)}, "
                 f"expected an integer from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
             )
-    return tuple(ids)
+    unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+    note = (
+        f"{where}: {key}: no token has the id {', '.join(show(i) for i in unknown[:5])} "
+        f"(vocab_size {vocab_size}), so it ends no text"
+    )
+    known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    return known, (note,) if unknown else ()
 
 
 def _read_family(raw: Mapping[str, Any], where: str) -> str:
@@ -283,8 +304,8 @@ def _refuse_sliding_layers(
 
 def _read_dtype(raw: Mapping[str, Any], where: str) -> str | None:
     """`dtype` (transformers 5) or `torch_dtype` (before)."""
-    value = raw.get("dtype", raw.get("torch_dtype"))
-    if value is None:
+    value = raw.get("dtype") if raw.get("dtype") is not None else raw.get("torch_dtype")
+    if value is None or value == "auto":
         return None
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name not in ("float32", "bfloat16", "float16"):

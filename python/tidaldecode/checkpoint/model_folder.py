@@ -1,11 +1,12 @@
 """A Hugging Face model folder on disk, read and checked: the first stop from model_dir to text.
 
-decoder.py hands what is found here to the C++ engine. Nothing in a folder is executed, nothing is
-downloaded, and no tensor is read yet.
+decoder.py hands what is found here to the C++ engine. Nothing in a folder is executed, and no
+tensor is read yet, but for an output matrix beside tied embeddings (tensor_names.py).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults, read_generation_defaults
 from tidaldecode.checkpoint.model_config import ModelConfig, read_checkpoint_config
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
+from tidaldecode.checkpoint.tensor_names import ModelTensors
 from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES, find_weights
 from tidaldecode.errors import ConfigError, show
+
+_logger = logging.getLogger("tidaldecode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,25 @@ class ModelFolder:
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json, ascending
     load_format: str  # of DecodeConfig
     weights: tuple[TensorEntry, ...]  # none for load_format "dummy"
+    notes: tuple[str, ...] = ()  # for the user: what was found and not taken as it stands
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors, as stored."""
         return sum(entry.num_bytes for entry in self.weights)
+
+    def log_notes(self, max_seq_len: int | None) -> None:
+        """Logs what the user should know before the model is used with this max_seq_len."""
+        for note in self.notes:
+            _logger.warning("%s", note)
+        trained_len = self.model.max_position_embeddings
+        if max_seq_len is not None and max_seq_len > trained_len:
+            _logger.warning(
+                "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor "
+                "text beyond it",
+                max_seq_len,
+                trained_len,
+            )
 
 
 def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "auto") -> ModelFolder:
@@ -53,19 +71,22 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
     generation = read_generation_defaults(
         path / "generation_config.json", checkpoint.model.vocab_size
     )
-    weights = [] if load_format == "dummy" else find_weights(path, checkpoint.model)
+    tensors = ModelTensors(entries=[], model=checkpoint.model, notes=())
+    if load_format != "dummy":
+        tensors = find_weights(path, checkpoint.model)
     # The config's word counts, as in transformers; files alone decide only where it is silent.
-    stored_dtype = WEIGHT_DTYPES[weights[0].dtype] if weights else "bfloat16"
+    stored_dtype = WEIGHT_DTYPES[tensors.entries[0].dtype] if tensors.entries else "bfloat16"
     return ModelFolder(
         path=path,
         family=checkpoint.family,
         name=checkpoint.name or path.name,
         dtype=checkpoint.dtype or stored_dtype,
-        model=checkpoint.model,
+        model=tensors.model,
         generation=generation,
         eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
         load_format=load_format,
-        weights=tuple(weights),
+        weights=tuple(tensors.entries),
+        notes=(*checkpoint.notes, *generation.notes, *tensors.notes),
     )
 
 

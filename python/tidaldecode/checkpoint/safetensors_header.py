@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.foreign_format import (
+    BYTES_LOOKED_AT,
+    describe_foreign,
+    describe_text,
+)
 from tidaldecode.checkpoint.json_file import open_regular_file, parse_json_object, read_exactly
 from tidaldecode.errors import WeightsError, show
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+# The library allows 100 MB, which take seconds and gigabytes to parse. A tensor takes about 110
+# bytes, so this is room for 150,000 in one file; public models have less than a tenth of that.
+MAX_HEADER_BYTES = 16 * 1024 * 1024
 _LENGTH_BYTES = 8
 _MAX_RANK = 64
 _MAX_TENSOR_BYTES = 2**62
@@ -50,19 +57,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     """
     descriptor, file_bytes = open_regular_file(path, WeightsError)
     try:
-        prefix = read_exactly(descriptor, 0, _LENGTH_BYTES)
-        if len(prefix) < _LENGTH_BYTES:
-            raise WeightsError(f"{path}: header too small: {len(prefix)} bytes, expected 8 or more")
-        header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise WeightsError(
-                f"{path}: header length {header_bytes}, expected at most {MAX_HEADER_BYTES}"
-            )
-        if _LENGTH_BYTES + header_bytes > file_bytes:
-            raise WeightsError(
-                f"{path}: header length {header_bytes}, but the file has only {file_bytes} bytes; "
-                "is the download complete?"
-            )
+        header_bytes = _read_length(descriptor, path, file_bytes)
         data = read_exactly(descriptor, _LENGTH_BYTES, header_bytes)
     except OSError as cause:
         raise WeightsError(f"{path}: cannot be read: {cause.strerror}") from cause
@@ -75,6 +70,36 @@ def read_header(path: Path) -> list[TensorEntry]:
     entries.sort(key=lambda entry: (entry.file_offset, entry.num_bytes))
     _check_layout(entries, path, start, file_bytes)
     return entries
+
+
+def _read_length(descriptor: int, path: Path, file_bytes: int) -> int:
+    """Bytes of the header: what the file begins with.
+
+    Raises: WeightsError for a length that cannot be, saying what the file is instead if that shows.
+    """
+    beginning = read_exactly(descriptor, 0, BYTES_LOOKED_AT)
+    if len(beginning) < _LENGTH_BYTES:
+        raise WeightsError(
+            f"{path}: header too small: {len(beginning)} bytes, expected 8 or more; is the "
+            "download complete?"
+        )
+    header_bytes = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    if 0 < header_bytes <= min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+        return header_bytes
+    foreign = describe_foreign(beginning) or describe_text(beginning)
+    if foreign:
+        raise WeightsError(f"{path}: is {foreign}")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise WeightsError(
+            f"{path}: header length {header_bytes}, expected at most {MAX_HEADER_BYTES}; is it a "
+            "safetensors file?"
+        )
+    if header_bytes == 0:
+        raise WeightsError(f"{path}: header length 0: not valid JSON; is the download complete?")
+    raise WeightsError(
+        f"{path}: header length {header_bytes}, but the file has only {file_bytes} bytes; "
+        "is the download complete?"
+    )
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:

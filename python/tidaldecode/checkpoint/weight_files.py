@@ -7,13 +7,17 @@ read by the C++ engine, which also checks every shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.checkpoint.safetensors_header import TensorEntry, read_header
+from tidaldecode.checkpoint.safetensors_header import (
+    MAX_HEADER_BYTES,
+    TensorEntry,
+    read_header,
+)
+from tidaldecode.checkpoint.tensor_names import ModelTensors, list_names, select_tensors
 from tidaldecode.errors import WeightsError, show
 
 SINGLE_FILE = "model.safetensors"
@@ -26,47 +30,18 @@ WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # (the Hugging Face cache is made of them).
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
 _USUAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# Buffers old versions of transformers stored with the weights; they follow from the config.
-_IGNORED_TENSOR = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.masked_bias|lm_head\.weight")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_MAX_NAMES_SHOWN = 5
 
 
-def expected_tensor_names(model: ModelConfig) -> list[str]:
-    """The names of the tensors a model needs, as Hugging Face spells them."""
-    names = ["model.embed_tokens.weight"]
-    for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}"
-        names.append(f"{prefix}.input_layernorm.weight")
-        for part in ("q_proj", "k_proj", "v_proj"):
-            names.append(f"{prefix}.self_attn.{part}.weight")
-            if model.qkv_bias:
-                names.append(f"{prefix}.self_attn.{part}.bias")
-        names.append(f"{prefix}.self_attn.o_proj.weight")
-        if model.o_bias:
-            names.append(f"{prefix}.self_attn.o_proj.bias")
-        if model.qk_norm:
-            names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
-        names.append(f"{prefix}.post_attention_layernorm.weight")
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            names.append(f"{prefix}.mlp.{part}.weight")
-            if model.mlp_bias:
-                names.append(f"{prefix}.mlp.{part}.bias")
-    names.append("model.norm.weight")
-    if not model.tie_word_embeddings:
-        names.append("lm_head.weight")
-    return names
-
-
-def find_weights(folder: Path, model: ModelConfig) -> list[TensorEntry]:
-    """Where each tensor of the model lies, in file order.
+def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
+    """Where each tensor of the model lies.
 
     Args:
         folder: a Hugging Face model folder.
         model: decides which tensors are needed.
 
     Raises: WeightsError for files that are missing, damaged or only pickled, an index that does
-        not fit them, or tensors that are missing, unknown or of another type.
+        not fit them, or tensors that are missing, of another model or of another type.
     """
     if _exists(folder / SINGLE_FILE):
         entries = read_header(folder / SINGLE_FILE)
@@ -74,15 +49,9 @@ def find_weights(folder: Path, model: ModelConfig) -> list[TensorEntry]:
         entries = _read_shards(folder)
     else:
         raise WeightsError(_explain_no_weights(folder))
-    return _select(entries, model, folder)
-
-
-def list_names(names: Iterable[str]) -> str:
-    """The first few of many names, for a message."""
-    ordered = sorted(names)
-    shown = ", ".join(show(name, 120) for name in ordered[:_MAX_NAMES_SHOWN])
-    rest = len(ordered) - _MAX_NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    tensors = select_tensors(entries, model, folder)
+    _check_dtypes(tensors.entries)
+    return tensors
 
 
 def _exists(path: Path) -> bool:
@@ -105,7 +74,9 @@ def _explain_no_weights(folder: Path) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     """{tensor name: shard name}, every shard name a plain file name."""
-    weight_map: Any = read_json_object(path, WeightsError).get("weight_map")
+    # An index names what the headers of all shards do.
+    index = read_json_object(path, WeightsError, MAX_HEADER_BYTES)
+    weight_map: Any = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(
             f"{path}: weight_map: got {show(weight_map)}, "
@@ -166,30 +137,10 @@ def _check_index(path: Path, weight_map: dict[str, str], found: dict[str, Tensor
             )
 
 
-def _select(entries: list[TensorEntry], model: ModelConfig, folder: Path) -> list[TensorEntry]:
-    """The entries the model needs; everything else must be known to be harmless."""
-    needed = set(expected_tensor_names(model))
-    missing = needed.difference(entry.name for entry in entries)
-    if missing:
-        hint = ""
-        if missing == {"lm_head.weight"}:
-            hint = "; does config.json lack tie_word_embeddings: true?"
-        raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
-    unknown = [
-        entry.name
-        for entry in entries
-        if entry.name not in needed and not _IGNORED_TENSOR.fullmatch(entry.name)
-    ]
-    if unknown:
-        raise WeightsError(
-            f"{folder}: tensors the model has no place for: {list_names(unknown)}; "
-            "config.json and the weights do not belong together"
-        )
-    selected = [entry for entry in entries if entry.name in needed]
-    for entry in selected:
+def _check_dtypes(entries: list[TensorEntry]) -> None:
+    for entry in entries:
         if entry.dtype not in WEIGHT_DTYPES:
             raise WeightsError(
                 f"{entry.path}: tensor {show(entry.name, 120)}: dtype {entry.dtype}, "
                 f"expected {', '.join(WEIGHT_DTYPES)}"
             )
-    return selected

@@ -1,0 +1,237 @@
+"""Which stored tensors are the model's: names, prefixes, a second output matrix, what is left over.
+
+Called by weight_files.py with all tensors of a folder. What the model does not need may be
+anything and is noted; what would change what a layer computes is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.safetensors_header import TensorEntry
+from tidaldecode.errors import WeightsError, show
+
+_PREFIX = "model."
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_ANCHOR = "layers.0.input_layernorm.weight"  # a tensor of every model, by which a prefix is found
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_OWN_MODULE = re.compile(r"(model\.embed_tokens|model\.norm|lm_head)\.")
+# Tables, masks and cache scales that other programs store inside of layers; they follow from the
+# config or belong to another way of computing.
+_BUFFER = re.compile(
+    r"(.*\.)?rotary_emb\..*|.*\.(masked_bias|attn_bias|position_ids)"
+    r"|.*\.self_attn\.(bias|[kqv]_scale)"
+)
+_ADAPTER = re.compile(r"(^|[._])(lora|dora|adapters?)(?=[._])", re.IGNORECASE)
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_(scale|zero_point|packed|shape)\w*|input_scale|SCB"
+    r"|weight\.(absmax|quant_\w+|nested_\w+)\S*)$"
+)
+_MAX_NAMES_SHOWN = 5
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTensors:
+    """The tensors of a model, under the engine's names."""
+
+    entries: list[TensorEntry]  # in file order
+    model: ModelConfig  # untied where the checkpoint holds an output matrix of its own
+    notes: tuple[str, ...]  # for the user: what was not taken as it stands
+
+
+def expected_tensor_names(model: ModelConfig) -> list[str]:
+    """The names of the tensors a model needs, as Hugging Face spells them."""
+    names = [_EMBEDDING]
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        names.append(f"{prefix}.input_layernorm.weight")
+        for part in ("q_proj", "k_proj", "v_proj"):
+            names.append(f"{prefix}.self_attn.{part}.weight")
+            if model.qkv_bias:
+                names.append(f"{prefix}.self_attn.{part}.bias")
+        names.append(f"{prefix}.self_attn.o_proj.weight")
+        if model.o_bias:
+            names.append(f"{prefix}.self_attn.o_proj.bias")
+        if model.qk_norm:
+            names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
+        names.append(f"{prefix}.post_attention_layernorm.weight")
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            names.append(f"{prefix}.mlp.{part}.weight")
+            if model.mlp_bias:
+                names.append(f"{prefix}.mlp.{part}.bias")
+    names.append("model.norm.weight")
+    if not model.tie_word_embeddings:
+        names.append(_HEAD)
+    return names
+
+
+def select_tensors(entries: list[TensorEntry], model: ModelConfig, folder: Path) -> ModelTensors:
+    """Picks the tensors of the model out of all that are stored.
+
+    Args:
+        entries: of all files, in file order.
+        model: as config.json says.
+        folder: for messages.
+
+    Raises: WeightsError for tensors that are missing, or that would change what a layer computes.
+    """
+    found = _canonical_names(entries, folder)
+    notes: list[str] = []
+    if model.tie_word_embeddings:
+        model = _settle_head(found, model, folder, notes)
+    needed = set(expected_tensor_names(model))
+    left_over = {name: entry for name, entry in found.items() if name not in needed}
+    _refuse_meaningful(left_over, model, folder)
+    missing = needed.difference(found)
+    if missing:
+        hint = "; does config.json lack tie_word_embeddings: true?" if missing == {_HEAD} else ""
+        raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
+    notes += _notes_on(left_over, model, folder)
+    selected = [replace(entry, name=name) for name, entry in found.items() if name in needed]
+    return ModelTensors(entries=selected, model=model, notes=tuple(notes))
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first few of many names, for a message."""
+    ordered = sorted(names)
+    shown = ", ".join(show(name, 120) for name in ordered[:_MAX_NAMES_SHOWN])
+    rest = len(ordered) - _MAX_NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _canonical_names(entries: list[TensorEntry], folder: Path) -> dict[str, TensorEntry]:
+    """{name as if the model's prefix were "model.": entry}; names of other parts as they are.
+
+    A base model is saved without a prefix, wrappers (torch.compile, DataParallel, the language
+    part of a larger model) put more in front.
+    """
+    prefix = _find_prefix([entry.name for entry in entries], folder)
+    if prefix == _PREFIX:
+        return {entry.name: entry for entry in entries}
+    # The output matrix stands beside the model or beside one of what is around it.
+    steps = prefix.split(".")[:-1]
+    around = ["".join(f"{step}." for step in steps[:depth]) for depth in range(len(steps), -1, -1)]
+    names = {entry.name for entry in entries}
+    head = next((p + _HEAD for p in around if p + _HEAD in names), None)
+    found: dict[str, TensorEntry] = {}
+    for entry in entries:
+        if entry.name == head:
+            name = _HEAD
+        elif entry.name.startswith(prefix):
+            name = _PREFIX + entry.name[len(prefix) :]
+        else:
+            name = entry.name
+        found[name] = entry
+    return found
+
+
+def _find_prefix(names: list[str], folder: Path) -> str:
+    prefixes = {name.removesuffix(_ANCHOR) for name in names if name.endswith(_ANCHOR)}
+    prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
+    if len(prefixes) == 1:
+        return prefixes.pop()
+    usual = [prefix for prefix in (_PREFIX, "") if prefix in prefixes]
+    if usual or not prefixes:
+        return usual[0] if usual else _PREFIX
+    raise WeightsError(
+        f"{folder}: tensors of several models: names begin with {list_names(prefixes)}; expected "
+        f"one model, with names that begin with {_PREFIX!r}"
+    )
+
+
+def _settle_head(
+    found: dict[str, TensorEntry], model: ModelConfig, folder: Path, notes: list[str]
+) -> ModelConfig:
+    """Decides about an output matrix that is stored although config.json ties it, as transformers.
+
+    One that equals the embedding is not needed; another one is used; alone it is the embedding too.
+    """
+    head = found.get(_HEAD)
+    if head is None:
+        return model
+    if _EMBEDDING not in found:
+        found[_EMBEDDING] = found.pop(_HEAD)
+        return model
+    if _same_content(head, found[_EMBEDDING]):
+        del found[_HEAD]
+        return model
+    notes.append(
+        f"{folder}: config.json says tie_word_embeddings, but the stored {head.name} differs from "
+        "the embedding, so it is used"
+    )
+    return replace(model, tie_word_embeddings=False)
+
+
+def _same_content(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors hold the same bytes; where they differ, that shows in the first chunk."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    descriptors = []
+    try:
+        for entry in (one, other):
+            descriptors.append(open_regular_file(entry.path, WeightsError)[0])
+        for start in range(0, one.num_bytes, _CHUNK_BYTES):
+            size = min(_CHUNK_BYTES, one.num_bytes - start)
+            first = read_exactly(descriptors[0], one.file_offset + start, size)
+            if first != read_exactly(descriptors[1], other.file_offset + start, size):
+                return False
+    except OSError as cause:
+        raise WeightsError(f"{one.path}: cannot be read: {cause.strerror}") from cause
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return True
+
+
+def _refuse_meaningful(
+    left_over: Mapping[str, TensorEntry], model: ModelConfig, folder: Path
+) -> None:
+    """Refuses tensors without a place that say the model is not what config.json describes."""
+    refused = [name for name in left_over if _has_meaning(name, model)]
+    if not refused:
+        return
+    if any(_ADAPTER.search(name) for name in refused):
+        why = "an adapter that is not merged into the weights; merge it first (merge_and_unload)"
+    elif any(_QUANTISED.search(name) for name in refused):
+        why = "quantised weights are not supported; use the float32, bfloat16 or float16 checkpoint"
+    elif all(name.endswith("_proj.bias") for name in refused):
+        why = "config.json says that there are no such biases (attention_bias, mlp_bias)"
+    else:
+        why = "config.json and the weights do not belong together"
+    names = list_names(left_over[name].name for name in refused)
+    raise WeightsError(f"{folder}: tensors the model has no place for: {names}: {why}")
+
+
+def _has_meaning(name: str, model: ModelConfig) -> bool:
+    if _ADAPTER.search(name):
+        return True
+    if _BUFFER.fullmatch(name):
+        return False
+    layer = _LAYER.match(name)
+    if layer is not None:
+        return len(layer[1]) > 9 or int(layer[1]) < model.num_layers
+    return _OWN_MODULE.match(name) is not None
+
+
+def _notes_on(
+    left_over: Mapping[str, TensorEntry], model: ModelConfig, folder: Path
+) -> Iterable[str]:
+    unused = {name: entry.name for name, entry in left_over.items() if not _BUFFER.fullmatch(name)}
+    layers = {name for name in unused if _LAYER.match(name)}
+    if layers:
+        yield (
+            f"{folder}: config.json says {model.num_layers} layers; those behind them are not "
+            f"used: {list_names(unused[name] for name in layers)}"
+        )
+    others = [stored for name, stored in unused.items() if name not in layers]
+    if others:
+        yield f"{folder}: tensors that the model does not use: {list_names(others)}"
