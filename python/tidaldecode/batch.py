@@ -6,12 +6,13 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tidaldecode import _core
 from tidaldecode.errors import CapacityError
 from tidaldecode.results import GenerationResult, make_result
+from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_callback
 from tidaldecode.text.detokenizer import TextAssembler
 
@@ -69,20 +70,19 @@ class Request:
 
 
 def make_requests(
-    prompts: Sequence[list[int]], settings: SamplingSettings, core: _core.Decoder
+    prompts: Sequence[list[int]], settings: SamplingSettings, core: _core.Decoder, room: Room
 ) -> list[Request]:
     """Fits the prompts to the decoder, before any work is done.
 
-    An explicit max_new_tokens must fit; a default one shrinks to the room behind the prompt.
+    An explicit max_new_tokens must fit; a default one shrinks to the room behind the prompt. Pages
+    that other threads will give back count as free.
 
     Raises: CapacityError naming need, have and the setting to change.
     """
     config = core.config
-    room = min(config.max_seq_len, config.num_pages * config.page_size)
-    requests = []
-    for prompt_ids in prompts:
-        requests.append(make_request(prompt_ids, settings, room))
-    num_free_pages = core.num_free_pages
+    most = min(config.max_seq_len, config.num_pages * config.page_size)
+    requests = [make_request(prompt_ids, settings, most) for prompt_ids in prompts]
+    num_free_pages = config.num_pages if room.will_come_back() else core.num_free_pages
     for index, request in enumerate(requests):
         if request.num_tokens > config.max_seq_len:
             raise CapacityError(
@@ -90,7 +90,7 @@ def make_requests(
                 f"{request.max_new_tokens} need {request.num_tokens} positions, have max_seq_len "
                 f"{config.max_seq_len}; raise max_seq_len, or shorten the prompt or max_new_tokens"
             )
-        num_pages = _pages_for(request.num_tokens, config.page_size)
+        num_pages = pages_for(request.num_tokens, config.page_size)
         if num_pages > num_free_pages:
             raise CapacityError(
                 f"prompt {index}: needs {num_pages} pages of {config.page_size} tokens, have "
@@ -109,24 +109,31 @@ def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -
     return Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
 
 
-def plan_waves(requests: Sequence[Request], core: _core.Decoder) -> Iterator[Sequence[Request]]:
-    """Cuts the requests, in order, into runs that fit the rows and the pages free at that time."""
-    config = core.config
-    start = 0
-    while start < len(requests):
-        free = core.num_free_pages
-        num_rows = max(1, core.num_free_rows)  # none free: let the engine say so
-        end = start
-        while end < len(requests) and end - start < num_rows:
-            free -= _pages_for(requests[end].num_tokens, config.page_size)
-            if free < 0 and end > start:
-                break
-            end += 1
-        yield requests[start:end]
-        start = end
+def start_wave(
+    requests: Sequence[Request], core: _core.Decoder
+) -> tuple[Sequence[Request], _core.Generation]:
+    """Starts as many of the requests, in order, as there are rows and pages for: at least one.
+
+    Raises: NoRoomNow if there is none for the first.
+    """
+    free, page_size = core.num_free_pages, core.config.page_size
+    end = 0
+    for request in requests[: core.num_free_rows]:
+        free -= pages_for(request.num_tokens, page_size)
+        if free < 0:
+            break
+        end += 1
+    wave = requests[: max(1, end)]  # none fits: let the engine say so
+    generation = start_now(
+        lambda: core.start(
+            [request.prompt_ids for request in wave], [request.core_params() for request in wave]
+        )
+    )
+    return wave, generation
 
 
-def _pages_for(num_tokens: int, page_size: int) -> int:
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """KV pages of a sequence of this length."""
     return -(-num_tokens // page_size)
 
 
@@ -145,34 +152,20 @@ class _Text:
         return "".join(self.pieces)
 
 
-def run_wave(
-    core: _core.Decoder,
+def run_generation(
+    generation: _core.Generation | UnstartedGeneration,
     requests: Sequence[Request],
     decode: Decode | None,
     callbacks: Callbacks,
 ) -> list[GenerationResult]:
-    """Runs requests together to their ends.
+    """Runs a generation that has been started to its end; whatever happens, its pages come back.
 
     Args:
-        core: the engine.
-        requests: at most what the engine has rows and pages for.
+        generation: of the engine.
+        requests: what it was started with.
         decode: text of token ids; None gives results without text.
         callbacks: of the caller.
     """
-    generation = core.start(
-        [request.prompt_ids for request in requests],
-        [request.core_params() for request in requests],
-    )
-    return run_generation(generation, requests, decode, callbacks)
-
-
-def run_generation(
-    generation: _core.Generation,
-    requests: Sequence[Request],
-    decode: Decode | None,
-    callbacks: Callbacks,
-) -> list[GenerationResult]:
-    """Runs a generation that has been started to its end; whatever happens, its pages come back."""
     settings = requests[0].settings
     texts = [
         _Text(TextAssembler(decode, request.prompt_ids, settings.stop)) if decode else None

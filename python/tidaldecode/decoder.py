@@ -9,10 +9,10 @@ keeps a conversation. Nothing is computed here.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ from tidaldecode.batch import (
     PrefillProgress,
     ShouldStop,
     make_requests,
-    plan_waves,
-    run_wave,
+    run_generation,
+    start_wave,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
@@ -37,6 +37,7 @@ from tidaldecode.plans import choose_plan
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import check_callback, check_choice, check_integer
+from tidaldecode.room import Room, UnstartedGeneration
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Messages
@@ -115,8 +116,7 @@ class Decoder:
         self._folder = folder
         self._plan_source = plan.source if plan else "dense"
         self._frontend = Frontend(folder, settings)
-        # Calls from several threads take turns: together they might not fit.
-        self._turn = threading.RLock()
+        self._room = Room()
         # What holds pages, and ends with the decoder.
         self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
         self._core: _core.Decoder | None = _core.Decoder(
@@ -148,7 +148,8 @@ class Decoder:
         """Continues one prompt or several.
 
         Settings left at None come from the model's generation_config.json; without one decoding is
-        greedy, of at most 256 tokens. More prompts than fit at once run in waves.
+        greedy, of at most 256 tokens. More prompts than fit at once run in waves. Where other
+        threads hold the rows or pages, the call waits for them.
 
         Args:
             prompt: a text, a list of token ids, or a list of either (a batch).
@@ -170,7 +171,8 @@ class Decoder:
         Returns: a GenerationResult, or a list of them for a list of prompts.
         Raises:
             InvalidArgument: a prompt or setting is wrong; the message names it.
-            CapacityError: a prompt with its new tokens does not fit; no work has been done.
+            CapacityError: a prompt with its new tokens does not fit, also beside what streams of
+                this thread and sessions hold.
         """
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
@@ -189,10 +191,12 @@ class Decoder:
         prompts, is_batch = self._frontend.encode_prompts(prompt)
         decode = self._frontend.decode_function(needed=bool(settings.stop))
         results: list[GenerationResult] = []
-        with self._turn:
-            requests = make_requests(prompts, settings, core)
-            for wave in plan_waves(requests, core):
-                results += run_wave(core, wave, decode, callbacks)
+        requests = make_requests(prompts, settings, core, self._room)
+        while rest := requests[len(results) :]:
+            begin = partial(start_wave, rest, core)
+            with self._room.started(begin, callbacks, self._room.turn) as started:
+                wave, generation = started or (rest, UnstartedGeneration(rest))
+                results += run_generation(generation, wave, decode, callbacks)
         return results if is_batch else results[0]
 
     def stream(
@@ -218,9 +222,10 @@ class Decoder:
         settings = self._frontend.check_sampling(**sampling)
         prompt_ids = self._frontend.encode_prompt(prompt)
         decode = self._frontend.tokenizer.decode
-        (request,) = make_requests([prompt_ids], settings, core)
-        generation = core.start([prompt_ids], [request.core_params()])
-        stream = TextStream(generation, request, decode, callbacks)
+        requests = make_requests([prompt_ids], settings, core, self._room)
+        started = self._room.stream(partial(start_wave, requests, core), callbacks)
+        generation = started[1] if started else UnstartedGeneration(requests)
+        stream = TextStream(generation, requests[0], decode, callbacks)
         self._holders.add(stream)
         return stream
 
@@ -272,7 +277,7 @@ class Decoder:
         """
         core = self._open_core()
         most = 0 if max_seq_len is None else check_integer("max_seq_len", max_seq_len, low=1)
-        host = SessionHost(core, self._frontend, self._turn, self._holders)
+        host = SessionHost(core, self._frontend, self._room, self._holders)
         return Session(core.start_session(most), host)
 
     def render_chat(self, messages: Messages) -> list[int]:
@@ -343,8 +348,8 @@ class Decoder:
         check_callback("on_prefill", on_prefill)
         ids, _ = self._frontend.encode_prompts(prompts)
         room = check_integer("max_new_tokens", max_new_tokens, low=1)
-        with self._turn:
-            replay = Replay(core.start_replay(ids, room), self._folder, self._turn)
+        with self._room.turn:
+            replay = Replay(core.start_replay(ids, room), self._folder, self._room.turn)
             replay.read(on_prefill)
         self._holders.add(replay)
         return replay
@@ -384,7 +389,8 @@ class Decoder:
         steps = check_integer("steps", steps, low=1)
         warmup = check_integer("warmup", warmup, low=0)
         check_choice("attention", attention, ("auto", "full"))
-        with self._turn:
+        with self._room.turn:
+        with self._room.turn:
             return core.measure_steps(lengths, steps, warmup, attention)
 
     @property

@@ -7,13 +7,13 @@ cpp/include/tidal/decoder.h.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -26,6 +26,7 @@ from tidaldecode.batch import (
 )
 from tidaldecode.errors import InvalidArgument, TidalError
 from tidaldecode.results import GenerationResult
+from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Messages, Prompt
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from tidaldecode.sampling import SamplingOptions
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class SessionHost:
@@ -42,7 +45,7 @@ class SessionHost:
 
     core: _core.Decoder
     frontend: Frontend
-    turn: threading.RLock  # held by the call that runs
+    room: Room
     holders: weakref.WeakSet  # of pages; they end with the decoder
 
 
@@ -104,17 +107,16 @@ class Session:
         """
         core, host = self._open()
         callbacks = Callbacks(on_prefill, should_stop)
-        with host.turn:
-            length = len(core.token_ids())
-            ids = host.frontend.encode_prompt(prompt, follows=length > 0)
+        with host.room.started(partial(self._append, prompt), callbacks, host.room.turn) as lengths:
+            if lengths is None:
+                return False
             is_read = False
             try:
-                core.append(ids)
-                is_read = _read(core, length + len(ids) - 1, callbacks)
+                is_read = _read(core, lengths[1] - 1, callbacks)
             finally:
                 if not is_read:
                     with contextlib.suppress(TidalError):  # closed meanwhile, or a turn runs
-                        core.truncate(length)
+                        core.truncate(lengths[0])
         return is_read
 
     def truncate(self, length: int) -> None:
@@ -260,8 +262,9 @@ class Session:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
         decode = host.frontend.decode_function(needed=bool(settings.stop))
-        with host.turn:
-            request, generation = self._start(prompt, settings, is_whole)
+        begin = partial(self._start, prompt, settings, is_whole)
+        with host.room.started(begin, callbacks, host.room.turn) as started:
+            request, generation = started or self._unstarted(settings)
             return run_generation(generation, [request], decode, callbacks)[0]
 
     def _run_stream(
@@ -274,11 +277,36 @@ class Session:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
         decode = host.frontend.tokenizer.decode
-        request, generation = self._start(prompt, settings, is_whole)
+        begin = partial(self._start, prompt, settings, is_whole)
+        request, generation = host.room.stream(begin, callbacks) or self._unstarted(settings)
         stream = TextStream(generation, request, decode, callbacks)
         self._stream = weakref.ref(stream)
         host.holders.add(stream)
         return stream
+
+    def _unstarted(self, settings: SamplingSettings) -> tuple[Request, UnstartedGeneration]:
+        """What a turn is whose caller had enough while it waited."""
+        request = make_request(self.token_ids, settings, self.max_seq_len)
+        return request, UnstartedGeneration([request])
+
+    def _append(self, prompt: Prompt) -> tuple[int, int]:
+        """Adds tokens without reading them: how many there were, and how many there are."""
+        core, host = self._open()
+        length = len(core.token_ids())
+        ids = host.frontend.encode_prompt(prompt, follows=length > 0)
+        end = length + len(ids)
+        self._take_room(end, lambda: core.append(ids))
+        return length, end
+
+    def _take_room(self, num_tokens: int, begin: Callable[[], T]) -> T:
+        """begin(), which needs room for so many tokens.
+
+        Raises: NoRoomNow if it fails though the session and the cache could hold as many.
+        """
+        core, host = self._open()
+        config = host.core.config
+        fits = num_tokens <= min(core.max_seq_len, config.num_pages * config.page_size)
+        return start_now(begin) if fits else begin()
 
     def _start(
         self, prompt: Prompt | None, settings: SamplingSettings, is_whole: bool
@@ -298,7 +326,10 @@ class Session:
         num_pages = host.core.num_free_pages + max(0, keep - 1) // page_size
         room = min(core.max_seq_len, num_pages * page_size)
         request = make_request(tokens + ids, settings, room)
-        return request, core.start(ids, request.core_params(), keep)
+        generation = self._take_room(
+            request.num_tokens, lambda: core.start(ids, request.core_params(), keep)
+        )
+        return request, generation
 
 
 def _read(core: _core.Session, end: int, callbacks: Callbacks) -> bool:

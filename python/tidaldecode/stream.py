@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import TracebackType
 
-from tidaldecode import _core
 from tidaldecode.batch import Callbacks, Decode, Request
 from tidaldecode.results import GenerationResult, make_result
+from tidaldecode.room import StreamedGeneration, UnstartedGeneration
 from tidaldecode.text.detokenizer import TextAssembler
 
 
@@ -21,7 +21,7 @@ class TextStream(Iterator[str]):
 
     def __init__(
         self,
-        generation: _core.Generation,
+        generation: StreamedGeneration | UnstartedGeneration,
         request: Request,
         decode: Decode,
         callbacks: Callbacks,
@@ -33,7 +33,7 @@ class TextStream(Iterator[str]):
         self._assembler = TextAssembler(decode, request.prompt_ids, request.settings.stop)
         self._callbacks = callbacks
         self._pieces: list[str] = []
-        self._generation: _core.Generation | None = generation
+        self._generation: StreamedGeneration | UnstartedGeneration | None = generation
 
     def __iter__(self) -> TextStream:
         return self
@@ -51,7 +51,7 @@ class TextStream(Iterator[str]):
             raise
         raise StopIteration
 
-    def _advance(self, generation: _core.Generation) -> str:
+    def _advance(self, generation: StreamedGeneration | UnstartedGeneration) -> str:
         if self._callbacks.wants_stop():
             generation.stop(0, "abort")
         events = generation.advance()  # nothing once it is stopped
