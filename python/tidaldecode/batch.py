@@ -6,15 +6,19 @@ runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.errors import CapacityError
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_callback
 from tidaldecode.text.detokenizer import TextAssembler
+
+_logger = logging.getLogger("tidaldecode")
 
 Decode = Callable[[Sequence[int]], str]
 PrefillProgress = Callable[[int, int], None]
@@ -107,6 +111,24 @@ def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -
         room = min(room, settings.max_length or room)
         max_new_tokens = max(1, min(max_new_tokens, room - len(prompt_ids)))
     return Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
+
+
+def note_other_rotation(requests: Sequence[Request], model: ModelConfig) -> None:
+    """Says where an answer may outgrow the window that its prompt chose the rotation for."""
+    window = model.rope_window
+    for index, request in enumerate(requests):
+        if window is not None and len(request.prompt_ids) <= window < request.num_tokens:
+            _logger.warning(
+                "prompt %d: %d tokens choose the rotary frequencies (%s) for up to %d, and are "
+                "kept if the answer grows beyond (max_new_tokens %d): text there may be poor; a "
+                "session(max_seq_len=%d) is rotated for its whole length",
+                index,
+                len(request.prompt_ids),
+                model.rope.type,
+                window,
+                request.max_new_tokens,
+                request.num_tokens,
+            )
 
 
 def start_wave(

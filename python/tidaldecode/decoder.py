@@ -24,6 +24,7 @@ from tidaldecode.batch import (
     PrefillProgress,
     ShouldStop,
     make_requests,
+    note_other_rotation,
     run_generation,
     start_wave,
 )
@@ -36,8 +37,8 @@ from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.plans import choose_plan
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
-from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.room import Room, UnstartedGeneration
+from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Messages
@@ -192,6 +193,7 @@ class Decoder:
         decode = self._frontend.decode_function(needed=bool(settings.stop))
         results: list[GenerationResult] = []
         requests = make_requests(prompts, settings, core, self._room)
+        note_other_rotation(requests, self.model)
         while rest := requests[len(results) :]:
             begin = partial(start_wave, rest, core)
             with self._room.started(begin, callbacks, self._room.turn) as started:
@@ -223,6 +225,7 @@ class Decoder:
         prompt_ids = self._frontend.encode_prompt(prompt)
         decode = self._frontend.tokenizer.decode
         requests = make_requests([prompt_ids], settings, core, self._room)
+        note_other_rotation(requests, self.model)
         started = self._room.stream(partial(start_wave, requests, core), callbacks)
         generation = started[1] if started else UnstartedGeneration(requests)
         stream = TextStream(generation, requests[0], decode, callbacks)
@@ -389,7 +392,6 @@ class Decoder:
         steps = check_integer("steps", steps, low=1)
         warmup = check_integer("warmup", warmup, low=0)
         check_choice("attention", attention, ("auto", "full"))
-        with self._room.turn:
         with self._room.turn:
             return core.measure_steps(lengths, steps, warmup, attention)
 

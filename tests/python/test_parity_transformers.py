@@ -25,6 +25,7 @@ from tiny_models import (
     random_prompt,
     save_with_transformers,
     write_checkpoint,
+    write_tokenizer,
 )
 
 torch = pytest.importorskip("torch", reason="the reference here is transformers on torch")
@@ -131,7 +132,7 @@ class TestFamilyTimesRope:
     ):
         if rope == "dynamic":
             # transformers changes the rotation at every step without rotating the cached keys
-            # again; the engine fixes it for the whole request (docs/algorithm.md).
+            # again; the engine fixes it for the whole request (docs/architecture.md).
             pytest.skip("dynamic rope beyond the window is defined differently, on purpose")
         folder = make_folder(model := TinyModel(family=family, rope=rope))
         assert_tokens_match(open_decoder(folder), folder, random_prompt(model, LONG_PROMPT))
@@ -291,17 +292,64 @@ def test_these_models_notice_a_wrong_rotation(make_folder: MakeFolder):
     assert np.abs(logits[-1] - seen[0][-1]).max() > 0.01
 
 
-def test_dynamic_rope_is_chosen_by_prompt_and_output_length(make_folder: MakeFolder):
-    """A request that may grow past the window is rotated for its final length from the start."""
-    model = TinyModel(rope="dynamic", seed=17)
-    folder = make_folder(model)
-    prompt, new_tokens = random_prompt(model, ORIGINAL_POSITIONS - 4), 20
-    final = len(prompt) + new_tokens
-    # The same as default rope with the base that the formula gives for the final length.
-    stretch = 4.0 * final / model.positions - 3.0
+@pytest.mark.parametrize("room", [10, 14, 40, None], ids=lambda room: f"room {room}")
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_room_for_a_longer_answer_changes_no_token_inside_the_window(
+    rope: str, room: int | None, make_folder: MakeFolder
+):
+    folder = make_folder(model := TinyModel(rope=rope, seed=17))
+    prompt = random_prompt(model, ORIGINAL_POSITIONS - 14)
+    expected = reference_tokens(folder, tuple(prompt), room or 200)[:14]
+    result = open_decoder(folder).generate(prompt, max_new_tokens=room, ignore_eos=True)
+    assert list(result.token_ids[:14]) == expected
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_an_answer_keeps_the_rotation_of_its_prompt(rope: str, make_folder: MakeFolder):
+    """Cached keys are rotated already, so one set of frequencies holds to the end."""
+    model = TinyModel(rope=rope, seed=17)
+    prompt, new_tokens = random_prompt(model, LONG_PROMPT), 40
+    stretch = 4.0 * len(prompt) / ORIGINAL_POSITIONS - 3.0
     theta = 10000.0 * stretch ** (model.head_dim / (model.head_dim - 2))
-    fixed = dataclasses.replace(
-        model, rope="default", rope_extra={"rope_theta": theta}, max_position_embeddings=512
-    )
-    expected = reference_tokens(make_folder(fixed), tuple(prompt), new_tokens)
-    assert greedy(open_decoder(folder), [prompt], new_tokens)[0] == expected
+    fixed = {
+        "dynamic": {"rope": "default", "rope_extra": {"rope_theta": theta}},
+        # Every length counts as long.
+        "longrope": {"rope_extra": {"original_max_position_embeddings": 2, "attention_factor":
+                                    float(np.sqrt(1 + np.log(8) / np.log(ORIGINAL_POSITIONS)))}},
+    }[rope]  # fmt: skip
+    same = dataclasses.replace(model, max_position_embeddings=512, **fixed)
+    expected = reference_tokens(make_folder(same), tuple(prompt), new_tokens)
+    assert greedy(open_decoder(make_folder(model)), [prompt], new_tokens)[0] == expected
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic", "yarn"])
+def test_an_answer_that_may_outgrow_the_window_is_said(rope: str, make_folder: MakeFolder, caplog):
+    model = TinyModel(rope=rope, seed=17)
+    decoder = open_decoder(make_folder(model))
+    prompts = [random_prompt(model, n) for n in (ORIGINAL_POSITIONS - 4, LONG_PROMPT)]
+    for new_tokens, num_notes in ((4, 0), (5, 0 if rope == "yarn" else 1)):
+        caplog.clear()
+        decoder.generate(prompts, max_new_tokens=new_tokens)
+        assert len(caplog.records) == num_notes
+    for record in caplog.records:
+        assert f"prompt 0: 60 tokens choose the rotary frequencies ({rope}) for up to 64" in (
+            record.getMessage()
+        )
+    caplog.clear()
+    write_tokenizer(decoder.folder.path, model.vocab_size)
+    with decoder.stream(prompts[0], max_new_tokens=5) as stream:
+        list(stream)
+    assert len(caplog.records) == num_notes
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_a_session_is_rotated_for_its_declared_length(rope: str, make_folder: MakeFolder):
+    folder = make_folder(model := TinyModel(rope=rope, seed=17))
+    prompt = random_prompt(model, SHORT_PROMPT)
+    decoder = open_decoder(folder)
+    with decoder.session(max_seq_len=ORIGINAL_POSITIONS) as session:
+        result = session.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        assert list(result.token_ids) == reference_tokens(folder, tuple(prompt), NEW_TOKENS)
+    with decoder.session(max_seq_len=256) as session:
+        longer = session.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        assert longer.token_ids != result.token_ids

@@ -150,7 +150,7 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
           .cached = 0,
           .num_sparse = 0,
           .pages = SequencePages(pool(), max_len),
-          .inv_freq = ComputeRope(model_, max_len).inv_freq,
+          .inv_freq = ComputeRope(model_, prompt_len).inv_freq,
           .sampling = sampling};
 }
 

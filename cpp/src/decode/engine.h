@@ -41,10 +41,12 @@ class Engine {
   // All that was allocated on the device so far, by purpose.
   const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
-  // A sequence with pages for max_len tokens. Throws CapacityError.
+  // Makes a sequence with pages for max_len tokens, rotated as its prompt's length asks. Throws
+  // CapacityError.
   Sequence MakeSequence(std::vector<int32_t> prompt, int64_t max_len, const SamplingRow& sampling);
 
-  // One without tokens and pages that may grow to max_len tokens (OwnPages).
+  // Makes one without tokens and pages that may grow to max_len tokens (OwnPages), rotated as that
+  // length asks.
   Sequence MakeEmptySequence(int64_t max_len);
 
   // Another sequence of the same tokens. The pages of those that are cached belong to both.

@@ -13,9 +13,9 @@ struct RopeFrequencies {
   float attention_scaling = 1.0f;  // multiplies cos and sin
 };
 
-// `seq_len`: the longest the sequence can become, prompt and output. It decides for the types that
-// depend on length (dynamic, longrope): keys are cached rotated, so a sequence keeps one set of
-// frequencies.
+// `seq_len`: the length that decides for the types that depend on length (dynamic, longrope). Keys
+// are cached rotated, so a sequence keeps one set of frequencies: those of its prompt, or of the
+// declared length of a session.
 RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len);
 
 }  // namespace tidal
