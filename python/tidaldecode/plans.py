@@ -8,6 +8,7 @@ plan itself, one letter per layer, is built and validated by the engine (cpp/inc
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PLAN_SETTINGS, DecodeConfig, check_select_layers, check_setting
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.user_cache import cached_plan_file
+from tidaldecode.user_cache import cached_plan_file, is_kept
 
 PLAN_FILE = "tidal_plan.json"
 HOW_TO_CHOOSE = (
@@ -142,7 +143,7 @@ def find_plan(folder: ModelFolder) -> Plan | None:
 
 def _stored_plan(folder: ModelFolder) -> Plan | None:
     path = folder.path / PLAN_FILE
-    if path.is_symlink() or path.exists():
+    if os.path.lexists(path):
         raw = read_json_object(path)
         plan = _parse_plan(raw, path, folder.model.num_layers)
         # Random weights are nobody's: a plan by hand or by calibration gives their step its shape.
@@ -158,12 +159,16 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
             show(raw["fingerprint"]),
             found,
         )
-    if folder.load_format == "dummy" or not cached_plan_file("").parent.is_dir():
+    if folder.load_format == "dummy" or not is_kept(cached_plan_file("").parent):
         return None
     path = cached_plan_file(model_fingerprint(folder))
-    if not path.exists():
+    if not is_kept(path):
         return None
-    plan = read_plan_file(path, folder.model.num_layers)
+    try:
+        plan = read_plan_file(path, folder.model.num_layers)
+    except ConfigError as error:
+        _logger.warning("%s; the plan in the user's cache is not used: calibrate again", error)
+        return None
     return replace(plan, source=f"{plan.source}, in the user's cache")
 
 

@@ -1,7 +1,8 @@
 """Where a user's machine keeps what programs have worked out: calibrated plans live there.
 
 Used by plans.py and the calibration. Follows each platform's convention; XDG_CACHE_HOME is the one
-of Linux.
+of Linux. Nothing here is needed to run: what cannot be read is not there, and who cannot write
+loses nothing but the keeping.
 """
 
 from __future__ import annotations
@@ -10,17 +11,33 @@ import os
 import sys
 from pathlib import Path
 
+# Stands for "nowhere": below a file nothing exists and nothing can be made.
+_NOWHERE = Path(os.devnull)
+
 
 def user_cache_dir() -> Path:
-    """The package's own folder in the user's cache; it need not exist."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tidaldecode"
+    """The package's own folder in the user's cache; it need not exist.
+
+    A user without a home (a container's, by number alone) has none: then it is a path that cannot
+    exist, and writing there fails with an OSError as in a folder that is not writable.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The convention: a relative path is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "tidaldecode"
+    if os.path.isabs(base) and sys.platform != "darwin":
+        return Path(base) / "tidaldecode"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = _NOWHERE
+    cache = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
+    return cache / "tidaldecode"
 
 
 def cached_plan_file(fingerprint: str) -> Path:
     """The plan of the model with this fingerprint."""
     return user_cache_dir() / "plans" / f"{fingerprint}.json"
+
+
+def is_kept(path: Path) -> bool:
+    """Whether there is such a file or folder; not, where this user may not look."""
+    return os.path.exists(path)

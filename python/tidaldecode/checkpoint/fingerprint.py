@@ -6,9 +6,8 @@ Used by plans.py, the evaluation and the calibration.
 from __future__ import annotations
 
 import hashlib
-import os
 
-from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
+from tidaldecode.checkpoint.json_file import list_folder, read_beginning
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.errors import WeightsError
 
@@ -22,13 +21,9 @@ def model_fingerprint(folder: ModelFolder) -> str:
     Raises: WeightsError for a file that cannot be read.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.path.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
-            descriptor, size = open_regular_file(path, WeightsError)
-            try:
-                beginning = read_exactly(descriptor, 0, _BYTES_READ)
-            finally:
-                os.close(descriptor)
-            digest.update(f"{path.name} {size}\n".encode())
+    for name in list_folder(folder.path, WeightsError):
+        if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json"):
+            beginning, size = read_beginning(folder.path / name, _BYTES_READ, WeightsError)
+            digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
             digest.update(hashlib.sha256(beginning).digest())
     return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ far as the engine has the setting; what it has not is noted by name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def read_generation_defaults(path: Path, vocab_size: int) -> GenerationDefaults:
 
     Raises: ConfigError naming the file and the field.
     """
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         return GenerationDefaults()
     raw = read_json_object(path)
     where = str(path)

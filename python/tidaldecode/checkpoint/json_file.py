@@ -53,6 +53,32 @@ def read_exactly(descriptor: int, offset: int, num_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
+def read_beginning(path: Path, num_bytes: int, error: type[TidalError]) -> tuple[bytes, int]:
+    """The first bytes of a regular file, and how many bytes it has.
+
+    Raises: `error` naming the file, also where it changes or goes while it is read.
+    """
+    descriptor, size = open_regular_file(path, error)
+    try:
+        data = read_exactly(descriptor, 0, num_bytes)
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror}") from cause
+    finally:
+        os.close(descriptor)
+    return data, max(size, len(data))
+
+
+def list_folder(folder: Path, error: type[TidalError]) -> list[str]:
+    """Names in a folder, in order.
+
+    Raises: `error` naming it if it cannot be listed.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as cause:
+        raise error(f"{folder}: cannot be listed: {cause.strerror}") from cause
+
+
 def parse_json_object(data: bytes, where: str, error: type[TidalError]) -> dict[str, Any]:
     """Parses one JSON object, refusing what JSON leaves open: NaN, Infinity, repeated keys.
 
@@ -103,16 +129,7 @@ def read_json_object(
 
     Raises: `error` naming the file.
     """
-    descriptor, size = open_regular_file(path, error)
-    try:
-        try:
-            # A file that is too big may be another kind of file altogether.
-            data = read_exactly(descriptor, 0, max_bytes + 1 if size <= max_bytes else 4096)
-        except OSError as cause:
-            raise error(f"{path}: cannot be read: {cause.strerror}") from cause
-    finally:
-        os.close(descriptor)
-    size = max(size, len(data))
+    data, size = read_beginning(path, max_bytes + 1, error)
     if size > max_bytes:
         foreign = describe_foreign(data)
         raise error(

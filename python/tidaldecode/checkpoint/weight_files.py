@@ -6,11 +6,12 @@ read by the C++ engine, which also checks every shape.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.json_file import list_folder, read_json_object
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -30,7 +31,7 @@ WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # (the Hugging Face cache is made of them).
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
 _USUAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_PICKLES = ("*.bin", "*.pt", "*.pth")
+_PICKLES = (".bin", ".pt", ".pth")
 
 
 def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
@@ -43,9 +44,10 @@ def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
     Raises: WeightsError for files that are missing, damaged or only pickled, an index that does
         not fit them, or tensors that are missing, of another model or of another type.
     """
-    if _exists(folder / SINGLE_FILE):
+    # A broken link counts: opening it then says what is wrong.
+    if os.path.lexists(folder / SINGLE_FILE):
         entries = read_header(folder / SINGLE_FILE)
-    elif _exists(folder / INDEX_FILE):
+    elif os.path.lexists(folder / INDEX_FILE):
         entries = _read_shards(folder)
     else:
         raise WeightsError(_explain_no_weights(folder))
@@ -54,20 +56,27 @@ def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
     return tensors
 
 
-def _exists(path: Path) -> bool:
-    """True for anything at `path`, a broken link included: opening it then says what is wrong."""
-    return path.is_symlink() or path.exists()
+def has_weights(folder: Path) -> bool:
+    """Whether the weight files of a folder are all there, as far as their names tell."""
+    if os.path.exists(folder / SINGLE_FILE):
+        return True
+    try:
+        shards = set(_read_index(folder / INDEX_FILE).values())
+    except WeightsError:
+        return False
+    return all(os.path.exists(folder / shard) for shard in shards)
 
 
 def _explain_no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    names = list_folder(folder, WeightsError)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (
             f"{folder}: holds only pickled weights ({list_names(pickles)}), which can run code "
             'and are never read; convert them once: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('OUT')\""
         )
-    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    gguf = [name for name in names if name.endswith(".gguf")]
     found = f"; GGUF files ({list_names(gguf)}) are not read" if gguf else ""
     return f"{folder}: no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards{found}"
 
@@ -95,13 +104,13 @@ def _read_shards(folder: Path) -> list[TensorEntry]:
     index_path = folder / INDEX_FILE
     weight_map = _read_index(index_path)
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not _exists(folder / shard)]
+    missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
     if missing:
         raise WeightsError(
             f"{index_path}: names files that are not there: {list_names(missing)}; "
             "is the download complete?"
         )
-    present = {path.name for path in folder.iterdir() if _USUAL_SHARD.fullmatch(path.name)}
+    present = {name for name in list_folder(folder, WeightsError) if _USUAL_SHARD.fullmatch(name)}
     extra = present.difference(shards)
     if extra:
         raise WeightsError(
