@@ -29,7 +29,7 @@ from tidaldecode.batch import (
     start_wave,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
+from tidaldecode.checkpoint.model_folder import ModelFolder, at_revision, read_model_folder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
@@ -60,7 +60,9 @@ class Decoder:
         >>> decoder.generate("The capital of France is", max_new_tokens=8).text
 
     Args:
-        model_dir: a local Hugging Face model folder (llama, mistral, qwen2, qwen3; safetensors).
+        model_dir: a Hugging Face model folder (llama, mistral, qwen2, qwen3; safetensors), or a hub
+            id as "org/name": from the hub's cache here, or downloaded (extra "hf").
+        revision: branch, tag or commit of a hub id; also as "org/name@revision".
         config: all settings as one value, instead of the keyword options.
         progress: called with (bytes done, bytes in all) while the weights are loaded.
         options: the fields of DecodeConfig, where each is explained; None takes the value of the
@@ -104,13 +106,14 @@ class Decoder:
         prefill_chunk: int | None = None,
         cuda_graphs: bool | None = None,
         num_threads: int | None = None,
+        revision: str | None = None,
         config: DecodeConfig | None = None,
         progress: LoadProgress | None = None,
     ) -> None:
         given = locals()
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
         settings = _one_config(config, options)
-        folder = read_model_folder(model_dir, settings.load_format)
+        folder = read_model_folder(at_revision(model_dir, revision), settings.load_format)
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, folder)
         self._settings = settings

@@ -127,7 +127,7 @@ def find_plan(folder: ModelFolder) -> Plan | None:
     stored = _stored_plan(folder)
     if stored is not None:
         return stored
-    names = f"{folder.name} {folder.path.name}".lower()
+    names = f"{folder.name} {folder.title}".lower()
     for known in _KNOWN_MODELS:
         same_shape = known.family == folder.family and all(
             getattr(known, name) == getattr(folder.model, name) for name in _SHAPE_FIELDS
@@ -191,7 +191,7 @@ def choose_plan(config: DecodeConfig, folder: ModelFolder) -> Plan | None:
             select_layers=config.select_layers, settings=settings, source="select_layers as given"
         )
     if plan is None:
-        message = f"{folder.path.name}: there is no plan of select layers for this model"
+        message = f"{folder.title}: there is no plan of select layers for this model"
         if config.attention == "tidal":
             raise ConfigError(f"attention: got 'tidal', but {message}; {HOW_TO_CHOOSE}")
         _logger.warning(

@@ -45,6 +45,9 @@ ALLOWED_ENVIRONMENT = {
     "OMP_NUM_THREADS": "thread count of the CPU backend",
     "NO_COLOR": "plain output",
     "XDG_CACHE_HOME": "place of the user's cache, by the platform's convention",
+    "HF_HOME": "place of the hub's cache, by its library's convention",
+    "HF_HUB_CACHE": "the same",
+    "HUGGINGFACE_HUB_CACHE": "the same, by its older name",
 }
 
 

@@ -19,7 +19,11 @@ from rich.console import Console
 
 from tidaldecode import _core
 from tidaldecode.calibration.command import calibrate
-from tidaldecode.checkpoint.model_folder import demo_model_dir, read_model_folder
+from tidaldecode.checkpoint.model_folder import (
+    at_revision,
+    demo_model_dir,
+    read_model_folder,
+)
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
 from tidaldecode.cli.demo_view import show_comparison
@@ -83,6 +87,7 @@ def generate(
         bool, typer.Option("--chat", help="Put the text through the model's chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="A system message, with --chat.")] = None,
+    revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
@@ -120,12 +125,11 @@ def generate(
     """Continue a text; the output streams to stdout."""
     values = locals()
     text = _read_prompt(prompt, prompt_file)
+    model = at_revision(model_dir, revision)
     bars = Bars(is_watched())
     with bars.loading(f"Loading {model_dir.name}") as on_load:
         # One sequence: a cache for more would only take memory.
-        decoder = Decoder(
-            model_dir, **opt.engine_options(values), max_batch_size=1, progress=on_load
-        )
+        decoder = Decoder(model, **opt.engine_options(values), max_batch_size=1, progress=on_load)
     with decoder:
         result = _stream_text(decoder, text, chat, system, opt.sampling_options(values), bars)
         if is_watched():
@@ -137,8 +141,9 @@ def generate(
 @app.command()
 def info(
     model_dir: Annotated[
-        Path | None, typer.Argument(help="A model folder to describe as well.")
+        Path | None, typer.Argument(help="A model folder or hub id to describe as well.")
     ] = None,
+    revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
@@ -159,12 +164,13 @@ def info(
     would take with the settings given. Loads nothing."""
     options = opt.engine_options(locals())
     console = Console(highlight=False)
-    folder = None if model_dir is None else read_model_folder(model_dir)
+    folder = None if model_dir is None else read_model_folder(at_revision(model_dir, revision))
     show_installation(console)
-    if model_dir is not None and folder is not None:
+    if folder is not None:
+        folder.log_notes(max_seq_len)
         show_model(console, folder)
         try:
-            show_memory(console, plan_memory(model_dir, **options))
+            show_memory(console, plan_memory(folder.path, **options))
         except (BackendError, UnsupportedError) as error:  # of this device only
             console.print(f"Memory: {one_line(str(error))}", markup=False)
 

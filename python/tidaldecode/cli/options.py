@@ -40,7 +40,12 @@ def _sampling_option(help_text: str, *names: str) -> Any:
     return typer.Option(*names, help=help_text, rich_help_panel=_SAMPLING)
 
 
-ModelDir = Annotated[Path, typer.Argument(help="A local Hugging Face model folder.")]
+ModelDir = Annotated[
+    Path, typer.Argument(help="A Hugging Face model folder, or a hub id: org/name\\[@revision].")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 
 Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
