@@ -136,15 +136,18 @@ class Room:
                 others may need it to come to their end.
 
         Returns: what begin() does; None if the caller has had enough before.
-        Raises: NoRoomNow where waiting would not help, and whatever else begin() does.
+        Raises: CapacityError where waiting would not help, and whatever else begin() does.
         """
         while True:
             with turn:
                 try:
                     value = begin()
-                except NoRoomNow:
+                except NoRoomNow as error:
                     if not self.will_come_back():
-                        raise
+                        raise CapacityError(
+                            f"{error} (held by sessions, by streams of this "
+                            "thread, or by some that nobody reads)"
+                        ) from None
                 else:
                     yield value
                     return

@@ -190,6 +190,34 @@ def test_the_tokens_are_those_of_transformers(tmp_path: Path, fields: dict[str, 
         assert list(decoder.generate(PROMPT).token_ids) == expected
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_length": 12}, {"max_new_tokens": 3}, {"repetition_penalty": 5.0, "max_new_tokens": 9}],
+    ids=str,
+)
+@pytest.mark.parametrize("has_own_file", [False, True])
+def test_settings_in_config_json_count_where_there_is_no_file_of_their_own(
+    tmp_path: Path, fields: dict[str, Any], has_own_file: bool
+):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = write_checkpoint(tmp_path, MODEL)
+    update_json(folder / "config.json", **fields)
+    if has_own_file:
+        update_json(folder / "generation_config.json", max_new_tokens=5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.generate(torch.tensor([PROMPT]), pad_token_id=0)[0, len(PROMPT) :].tolist()
+    with Decoder(folder, device="cpu", attention="full") as decoder:
+        assert list(decoder.generate(PROMPT).token_ids) == expected
+
+
+def test_settings_of_an_older_config_json_are_noted_once(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, MODEL)
+    update_json(folder / "config.json", no_repeat_ngram_size=2, eos_token_id=[3, -1])
+    end_tokens, unapplied = read_model_folder(folder).notes
+    assert "no token has the id -1" in end_tokens and "no_repeat_ngram_size" in unapplied
+
+
 def test_a_prompt_beyond_max_length_gets_one_token(tmp_path: Path):
     folder = write_checkpoint(tmp_path, MODEL)
     update_json(folder / "generation_config.json", max_length=4)

@@ -107,6 +107,7 @@ def test_forms_of_dtype_are_understood(tmp_path: Path, changes: dict[str, Any]):
         {"architectures": None},
         {"layer_types": None},
         {"quantization_config": None, "auto_map": None},
+        {"auto_map": {}},
         {"sliding_window": 7},  # not a setting of llama
         {"dtype": "auto"},
         {"unheard_of": {"deep": [1, {"a": None}]}},

@@ -79,11 +79,14 @@ class GenerationDefaults:
 def read_generation_defaults(path: Path, vocab_size: int) -> GenerationDefaults:
     """Reads generation_config.json; an absent file gives the fallback values.
 
-    As in transformers, temperature counts only where do_sample is true: without it a model is
-    decoded greedily.
+    As in transformers, temperature counts only where do_sample is true, for without it a model is
+    decoded greedily; and where there is no such file, config.json beside it counts, in which older
+    models have these settings.
 
     Raises: ConfigError naming the file and the field.
     """
+    if not os.path.lexists(path):
+        path = path.with_name("config.json")
     if not os.path.lexists(path):
         return GenerationDefaults()
     raw = read_json_object(path)

@@ -172,7 +172,7 @@ def _read_family(raw: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_unsupported_features(raw: Mapping[str, Any], where: str) -> None:
-    if raw.get("auto_map") is not None:
+    if raw.get("auto_map"):
         raise ConfigError(
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
             "never done; if it is a plain model of its type, remove the field"

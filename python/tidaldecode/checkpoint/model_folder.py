@@ -103,7 +103,8 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
         eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
         load_format=load_format,
         weights=tuple(tensors.entries),
-        notes=(*checkpoint.notes, *generation.notes, *tensors.notes),
+        # Once each: an older model's generation settings are in its config.json.
+        notes=tuple(dict.fromkeys((*checkpoint.notes, *generation.notes, *tensors.notes))),
     )
 
 
