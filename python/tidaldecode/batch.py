@@ -114,21 +114,29 @@ def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -
 
 
 def note_other_rotation(requests: Sequence[Request], model: ModelConfig) -> None:
-    """Says where an answer may outgrow the window that its prompt chose the rotation for."""
+    """Says where answers may outgrow the window that their prompts chose the rotation for."""
     window = model.rope_window
-    for index, request in enumerate(requests):
-        if window is not None and len(request.prompt_ids) <= window < request.num_tokens:
-            _logger.warning(
-                "prompt %d: %d tokens choose the rotary frequencies (%s) for up to %d, and are "
-                "kept if the answer grows beyond (max_new_tokens %d): text there may be poor; a "
-                "session(max_seq_len=%d) is rotated for its whole length",
-                index,
-                len(request.prompt_ids),
-                model.rope.type,
-                window,
-                request.max_new_tokens,
-                request.num_tokens,
-            )
+    if window is None:
+        return
+    growing = [
+        index
+        for index, request in enumerate(requests)
+        if len(request.prompt_ids) <= window < request.num_tokens
+    ]
+    if growing:
+        request = requests[growing[0]]
+        _logger.warning(
+            "prompt %d%s: %d tokens choose the rotary frequencies (%s), those of up to %d tokens; "
+            "the answer may grow beyond (max_new_tokens %d) and keeps them, so text there may be "
+            "poor; session(max_seq_len=%d) has those of its whole length",
+            growing[0],
+            f" and {len(growing) - 1} more" if len(growing) > 1 else "",
+            len(request.prompt_ids),
+            model.rope.type,
+            window,
+            request.max_new_tokens,
+            request.num_tokens,
+        )
 
 
 def start_wave(

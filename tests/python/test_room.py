@@ -45,7 +45,7 @@ def options(**changes: Any) -> dict[str, Any]:
 class Reader:
     """Another thread that holds a stream of 20 tokens and reads it slowly."""
 
-    def __init__(self, decoder: Decoder, seconds: float = 0.4, **sampling: Any) -> None:
+    def __init__(self, decoder: Decoder, seconds: float = 0.8, **sampling: Any) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._is_over = threading.Event()
         started: Future[None] = Future()
@@ -113,7 +113,7 @@ def test_what_the_own_thread_holds_is_not_waited_for(decoder: Decoder, call):
         started = time.monotonic()
         with pytest.raises(CapacityError, match="need 1 row.*max_batch_size 1"):
             call(decoder)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
         next(stream)
     call(decoder)
 
@@ -160,16 +160,15 @@ def test_two_threads_that_hold_and_want_do_not_wait_for_ever(folder: Path, monke
 
 @pytest.mark.parametrize("call", ["generate", "session"])
 def test_what_can_never_fit_is_refused_at_once(decoder: Decoder, call: str):
-    with Reader(decoder, seconds=2):
-        started = time.monotonic()
+    with Reader(decoder, seconds=10) as reader:
         host = decoder if call == "generate" else decoder.session()
         with pytest.raises(CapacityError):
             host.generate(PROMPT, max_new_tokens=62)
-        assert time.monotonic() - started < 0.5
+        assert not reader.done.done()
 
 
 def test_should_stop_ends_the_waiting(decoder: Decoder):
-    with Reader(decoder, seconds=1) as reader:
+    with Reader(decoder, seconds=10) as reader:
         for host in (decoder, decoder.session()):
             result = host.generate(PROMPT, max_new_tokens=3, should_stop=lambda: True)
             assert (result.finish_reason, result.token_ids, result.text) == ("abort", (), "")
@@ -183,10 +182,11 @@ def test_should_stop_ends_the_waiting(decoder: Decoder):
 
 
 def test_ctrl_c_ends_the_waiting(decoder: Decoder):
-    with Reader(decoder, seconds=2):
+    with Reader(decoder, seconds=10) as reader:
         threading.Timer(0.2, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
             decoder.generate(PROMPT, max_new_tokens=3)
+        assert not reader.done.done()
     assert decoder.generate(PROMPT, max_new_tokens=3).finish_reason == "length"
 
 

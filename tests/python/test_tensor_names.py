@@ -125,7 +125,10 @@ def test_names_of_wrappers_load(tmp_path: Path, prefix: str, head: str):
         head if name == HEAD else name.replace("model.", prefix, 1): value
         for name, value in random_weights(TINY).items()
     }
-    vision = {"vision_tower.encoder.layers.0.layer_norm1.weight": np.ones(8, "f4")}
+    vision = {
+        "vision_tower.encoder.layers.0.layer_norm1.weight": np.ones(8, "f4"),
+        "visual.layers.0.input_layernorm.weight": np.ones(8, "f4"),
+    }
     folder = write(tmp_path / "renamed", renamed | vision)
     usual = write(tmp_path / "usual", random_weights(TINY))
     assert np.array_equal(logits(folder), logits(usual))
@@ -153,6 +156,7 @@ HARMLESS = [
     "score.weight",
     "model.vision_tower.blocks.0.weight",
     "model.mtp_layers.0.norm.weight",
+    "vision_adapter.proj.weight",
     "model.position_ids",
     "extra.7",
 ]

@@ -7,6 +7,8 @@ or a gated model gives a web page, a tool that stopped leaves zero bytes.
 
 from __future__ import annotations
 
+import re
+
 from tidaldecode.errors import show
 
 BYTES_LOOKED_AT = 512
@@ -24,11 +26,10 @@ _BEGINNINGS = (
     (b"\xfd7zXZ\x00", "an xz archive; unpack it"),
     (b"BZh", "a bzip2 archive; unpack it"),
     (b"PK\x03\x04", "a zip archive, as PyTorch's pickled weights are; expected safetensors"),
-    (b"\x80\x02", "a Python pickle, which can run code and is never read; expected safetensors"),
-    (b"\x80\x04", "a Python pickle, which can run code and is never read; expected safetensors"),
     (b"GGUF", "a GGUF file, which is not read; expected a Hugging Face folder with safetensors"),
     (b"\x89HDF", "an HDF5 file, which is not read; expected safetensors"),
 )
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _PAGE_BEGINNINGS = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")
 _TEXT_SHOWN = 60
 
@@ -45,6 +46,8 @@ def describe_foreign(beginning: bytes) -> str | None:
     for magic, description in _BEGINNINGS:
         if beginning.startswith(magic):
             return description
+    if _PICKLE.match(beginning):
+        return "a Python pickle, which can run code and is never read; expected safetensors"
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(_PAGE_BEGINNINGS):
         return (

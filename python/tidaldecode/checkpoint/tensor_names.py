@@ -30,7 +30,7 @@ _BUFFER = re.compile(
     r"(.*\.)?rotary_emb\..*|.*\.(masked_bias|attn_bias|position_ids)"
     r"|.*\.self_attn\.(bias|[kqv]_scale)"
 )
-_ADAPTER = re.compile(r"(^|[._])(lora|dora|adapters?)(?=[._])", re.IGNORECASE)
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_(scale|zero_point|packed|shape)\w*|input_scale|SCB"
     r"|weight\.(absmax|quant_\w+|nested_\w+)\S*)$"
@@ -84,7 +84,8 @@ def select_tensors(entries: list[TensorEntry], model: ModelConfig, folder: Path)
 
     Raises: WeightsError for tensors that are missing, or that would change what a layer computes.
     """
-    found = _canonical_names(entries, folder)
+    prefix = _find_prefix({entry.name for entry in entries}, model, folder)
+    found = _canonical_names(entries, prefix)
     notes: list[str] = []
     if model.tie_word_embeddings:
         model = _settle_head(found, model, folder, notes)
@@ -108,13 +109,12 @@ def list_names(names: Iterable[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def _canonical_names(entries: list[TensorEntry], folder: Path) -> dict[str, TensorEntry]:
+def _canonical_names(entries: list[TensorEntry], prefix: str) -> dict[str, TensorEntry]:
     """{name as if the model's prefix were "model.": entry}; names of other parts as they are.
 
     A base model is saved without a prefix, wrappers (torch.compile, DataParallel, the language
     part of a larger model) put more in front.
     """
-    prefix = _find_prefix([entry.name for entry in entries], folder)
     if prefix == _PREFIX:
         return {entry.name: entry for entry in entries}
     # The output matrix stands beside the model or beside one of what is around it.
@@ -134,16 +134,24 @@ def _canonical_names(entries: list[TensorEntry], folder: Path) -> dict[str, Tens
     return found
 
 
-def _find_prefix(names: list[str], folder: Path) -> str:
-    prefixes = {name.removesuffix(_ANCHOR) for name in names if name.endswith(_ANCHOR)}
-    prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
-    if len(prefixes) == 1:
-        return prefixes.pop()
-    usual = [prefix for prefix in (_PREFIX, "") if prefix in prefixes]
-    if usual or not prefixes:
-        return usual[0] if usual else _PREFIX
+def _find_prefix(names: set[str], model: ModelConfig, folder: Path) -> str:
+    """What stands in front of the names of the model: of several sets the one that is whole."""
+    ends = [
+        name.removeprefix(_PREFIX)
+        for name in expected_tensor_names(model)
+        if name not in (_EMBEDDING, _HEAD)  # tied ones may be either
+    ]
+    found = {name.removesuffix(_ANCHOR) for name in names if name.endswith(_ANCHOR)}
+    found = {prefix for prefix in found if not prefix or prefix.endswith(".")} or {_PREFIX}
+    whole = {prefix for prefix in found if all(prefix + end in names for end in ends)}
+    for prefixes in (whole, found):
+        for usual in (_PREFIX, ""):
+            if usual in prefixes:
+                return usual
+        if len(prefixes) == 1:
+            return prefixes.pop()
     raise WeightsError(
-        f"{folder}: tensors of several models: names begin with {list_names(prefixes)}; expected "
+        f"{folder}: tensors of several models: names begin with {list_names(found)}; expected "
         f"one model, with names that begin with {_PREFIX!r}"
     )
 
