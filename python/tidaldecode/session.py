@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -28,7 +28,7 @@ from tidaldecode.errors import InvalidArgument, TidalError
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
-from tidaldecode.text.frontend import Frontend, Messages, Prompt
+from tidaldecode.text.frontend import Frontend, Messages, Prompt, split_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +56,8 @@ class Session:
         ...     print(session.generate("Question: and when? Answer:").text)
 
     What a turn generated belongs to the conversation, stop tokens and the tokens of stop strings
-    included. A text that is not the first gets nothing (no BOS) put in front of it. Between turns a
+    included. A text that is not the first gets nothing (no BOS, no space)
+    put in front of it. Between turns a
     session holds KV pages for its tokens, and no batch row. One turn runs at a time; what does not
     fit is a CapacityError and leaves the session as it was.
     """
@@ -87,6 +88,7 @@ class Session:
         self,
         prompt: Prompt,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> bool:
@@ -94,6 +96,7 @@ class Session:
 
         Args:
             prompt: what follows the tokens so far.
+            add_special_tokens: False puts nothing (no BOS) around a text that is the first.
             on_prefill: called with (tokens done, tokens in all) while it is read. The last token is
                 read by the next turn.
             should_stop: asked before every chunk; True ends the reading.
@@ -106,7 +109,9 @@ class Session:
         callbacks = Callbacks(on_prefill, should_stop)
         with host.turn:
             length = len(core.token_ids())
-            ids = host.frontend.encode_prompt(prompt, follows=length > 0)
+            ids = host.frontend.encode_prompt(
+                prompt, follows=length > 0, add_special_tokens=add_special_tokens
+            )
             is_read = False
             try:
                 core.append(ids)
@@ -181,7 +186,7 @@ class Session:
         *,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Any,
     ) -> GenerationResult:
         """The answer to a whole conversation, through the folder's chat template.
 
@@ -193,11 +198,12 @@ class Session:
             messages: {"role": "user", "content": "..."} each, from the first one on.
             on_prefill: as in generate().
             should_stop: as in generate().
-            sampling: the settings of Decoder.generate().
+            options: the settings of Decoder.generate() and the options of Decoder.render_chat().
 
         Raises: ConfigError if the folder has no chat template; else as Decoder.generate().
         """
-        ids = self._open()[1].frontend.render_chat(messages)
+        sampling, chat = split_options(options)
+        ids = self._open()[1].frontend.render_one_chat(messages, **chat)
         return self._run(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
 
     def chat_stream(
@@ -206,10 +212,11 @@ class Session:
         *,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Any,
     ) -> TextStream:
         """chat(), as pieces of text while they come."""
-        ids = self._open()[1].frontend.render_chat(messages)
+        sampling, chat = split_options(options)
+        ids = self._open()[1].frontend.render_one_chat(messages, **chat)
         return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
 
     # Lifetime
@@ -259,10 +266,10 @@ class Session:
     ) -> GenerationResult:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
-        decode = host.frontend.decode_function(needed=bool(settings.stop))
+        make_text = host.frontend.text_maker(settings, needed=False)
         with host.turn:
             request, generation = self._start(prompt, settings, is_whole)
-            return run_generation(generation, [request], decode, callbacks)[0]
+            return run_generation(generation, [request], make_text, callbacks)[0]
 
     def _run_stream(
         self,
@@ -273,9 +280,9 @@ class Session:
     ) -> TextStream:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
-        decode = host.frontend.tokenizer.decode
+        make_text = host.frontend.text_maker(settings, needed=True)
         request, generation = self._start(prompt, settings, is_whole)
-        stream = TextStream(generation, request, decode, callbacks)
+        stream = TextStream(generation, request, make_text([request.prompt_ids]), callbacks)
         self._stream = weakref.ref(stream)
         host.holders.add(stream)
         return stream
