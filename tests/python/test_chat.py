@@ -19,7 +19,8 @@ from tidaldecode.text.tokenizer import Tokenizer
 TEMPLATES = {
     "chatml": (
         "{% for m in messages %}\n{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
-        "'<|im_end|>' + '\n' }}\n{% endfor %}\n{% if add_generation_prompt %}\n{{ '<|im_start|>assistant\n' }}"
+        "'<|im_end|>' + '\n' }}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}\n{{ '<|im_start|>assistant\n' }}"
         "\n{% endif %}"
     ),
     "llama2": (

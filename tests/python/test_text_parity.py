@@ -101,7 +101,7 @@ def test_a_file_keeps_its_own_ids_whatever_class_is_named(tmp_path: Path, kind: 
 
 
 def test_a_sentencepiece_class_gives_the_same_where_it_fits(tmp_path: Path):
-    """transformers' own class of this name forgets a space in front of texts that begin with one."""
+    """transformers' own class of this name differs for texts that begin with a space."""
     write_tokenizer(tmp_path, "llama2", tokenizer_class="LlamaTokenizerFast", legacy=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     ours = Tokenizer(tmp_path, VOCAB_SIZE)

@@ -143,6 +143,10 @@ class Backend:
                 raise TextError(
                     "failed", f"gave {len(text)} characters, expected at most {max_chars}"
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as cause:
+                raise TextError("failed", f"gave a lone surrogate at {cause.start}") from cause
             rendered.append(self._encode(text, False))
         return rendered
 
