@@ -109,9 +109,7 @@ class Session:
         callbacks = Callbacks(on_prefill, should_stop)
         with host.turn:
             length = len(core.token_ids())
-            ids = host.frontend.encode_prompt(
-                prompt, follows=length > 0, add_special_tokens=add_special_tokens
-            )
+            ids = self._encode(prompt, add_special_tokens) or []
             is_read = False
             try:
                 core.append(ids)
@@ -145,6 +143,7 @@ class Session:
         self,
         prompt: Prompt | None = None,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -155,6 +154,7 @@ class Session:
 
         Args:
             prompt: a text or token ids.
+            add_special_tokens: as in append().
             on_prefill: called with (tokens done, tokens in all) while the prompt is read.
             should_stop: as in Decoder.generate().
             sampling: the settings of Decoder.generate().
@@ -164,12 +164,14 @@ class Session:
 
         Raises: as Decoder.generate().
         """
-        return self._run(prompt, Callbacks(on_prefill, should_stop), sampling)
+        ids = self._encode(prompt, add_special_tokens)
+        return self._run(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def stream(
         self,
         prompt: Prompt | None = None,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -178,7 +180,8 @@ class Session:
 
         The turn runs, and any other is refused, until the stream has ended or is closed.
         """
-        return self._run_stream(prompt, Callbacks(on_prefill, should_stop), sampling)
+        ids = self._encode(prompt, add_special_tokens)
+        return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def chat(
         self,
@@ -251,6 +254,16 @@ class Session:
 
     # Inner parts
 
+    def _encode(self, prompt: Prompt | None, add_special_tokens: bool) -> list[int] | None:
+        """Token ids of a turn's prompt; a text that follows tokens gets nothing in front."""
+        core, host = self._open()
+        if prompt is None:
+            return None
+        follows = len(core.token_ids()) > 0
+        return host.frontend.encode_prompt(
+            prompt, follows=follows, add_special_tokens=add_special_tokens
+        )
+
     def _open(self) -> tuple[_core.Session, SessionHost]:
         core, host = self._core, self._host
         if core is None or host is None:
@@ -259,7 +272,7 @@ class Session:
 
     def _run(
         self,
-        prompt: Prompt | None,
+        prompt: list[int] | None,
         callbacks: Callbacks,
         sampling: SamplingOptions,
         is_whole: bool = False,
@@ -273,7 +286,7 @@ class Session:
 
     def _run_stream(
         self,
-        prompt: Prompt | None,
+        prompt: list[int] | None,
         callbacks: Callbacks,
         sampling: SamplingOptions,
         is_whole: bool = False,
@@ -288,14 +301,12 @@ class Session:
         return stream
 
     def _start(
-        self, prompt: Prompt | None, settings: SamplingSettings, is_whole: bool
+        self, prompt: list[int] | None, settings: SamplingSettings, is_whole: bool
     ) -> tuple[Request, _core.Generation]:
         """Starts a turn; is_whole: the prompt takes the place of the session's tokens."""
         core, host = self._open()
         tokens = core.token_ids()
-        ids = []
-        if prompt is not None:
-            ids = host.frontend.encode_prompt(prompt, follows=bool(tokens))
+        ids = prompt or []
         keep = len(tokens)
         if is_whole:
             keep = min(_common_length(tokens, ids), len(ids) - 1)  # the last is always read

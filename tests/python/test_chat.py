@@ -174,6 +174,10 @@ def test_several_conversations_are_one_call(decoder: Decoder):
 def test_text_parts_are_text(decoder: Decoder):
     parts = [{"type": "text", "text": "one"}, {"text": "two"}, "three"]
     assert shown(decoder, [{"role": "user", "content": parts}]) == "<s>[user]one\ntwo\nthree>"
+    template = "{% macro show(c) %}{% for p in c %}{{ p.text }}{% endfor %}{% endmacro %}"
+    template += "{{ show(messages[0].content) }}"
+    messages = [{"role": "user", "content": parts[:2]}]
+    assert shown(decoder, messages, chat_template=template) == "onetwo"
     with pytest.raises(InvalidArgument, match="type 'image_url', expected text parts only"):
         decoder.render_chat([{"role": "user", "content": [{"type": "image_url"}]}])
 

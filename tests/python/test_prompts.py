@@ -151,6 +151,10 @@ def test_special_tokens_are_added_and_shown_as_asked(decoder: Decoder):
     with decoder.session() as session:
         session.append("x", add_special_tokens=False)
         assert session.token_ids == [120]
+        branch = decoder.session()
+        branch.generate(">", add_special_tokens=False, max_new_tokens=1)
+        assert branch.token_ids[0] == 62
+        branch.close()
         assert session.generate(">", **options).text == SCRIPT + "</s>"
     for name in ("add_special_tokens", "skip_special_tokens", "include_stop_str_in_output"):
         with pytest.raises(InvalidArgument, match=f"{name}: got 1, expected True or False"):

@@ -250,9 +250,7 @@ def test_a_folder_is_read_in_the_constructor(tmp_path: Path, monkeypatch: pytest
     assert decoder.generate(">").text == SCRIPT
     os.kill(child_of(decoder._frontend.tokenizer), signal.SIGKILL)
     time.sleep(0.1)
-    with pytest.raises(ConfigError, match="ended by SIGKILL"):
-        decoder.encode("a")
-    assert decoder.encode("a") == [BOS, 97]
+    assert decoder.encode("a") == [BOS, 97]  # another one has been started
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert decoder.generate(">").text == SCRIPT

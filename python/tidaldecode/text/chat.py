@@ -25,8 +25,8 @@ _CONTENT_STANDS_IN = (
     "reasoning",
     "thinking",
 )
-# What a template is given by these names is not for the caller to say.
-_RESERVED = ("messages",)
+# What a template sees is flat: messages, parts, calls, schemas.
+_MAX_DEPTH = 100
 
 
 class ChatOptions(TypedDict, total=False):
@@ -73,9 +73,6 @@ class Chat:
             "add_generation_prompt": not continued if prompted is None else prompted,
             "continue_final_message": continued,
         }
-        for name in _RESERVED:
-            if name in left:
-                raise InvalidArgument(f"{name}: got it twice, expected the conversation once")
         self.arguments["variables"] = {k: plain_data(v, k) for k, v in left.items()}
 
 
@@ -86,13 +83,12 @@ def plain_data(value: Any, where: str) -> Any:
 
     Raises: InvalidArgument for anything else, or for what is nested without end.
     """
-    try:
-        return _plain(value, where)
-    except RecursionError:
-        raise InvalidArgument(f"{where}: is nested too deep") from None
+    return _plain(value, where, 0)
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise InvalidArgument(f"{where}: is nested too deep, expected at most {_MAX_DEPTH} levels")
     if isinstance(value, enum.Enum):
         value = value.value
     if value is None or isinstance(value, bool):
@@ -106,15 +102,15 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {_key(k, where): _plain(v, where) for k, v in value.items()}
+        return {_key(k, where): _plain(v, where, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, where, depth + 1) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = (field.name for field in dataclasses.fields(value))
-        return {name: _plain(getattr(value, name), where) for name in names}
+        return {name: _plain(getattr(value, name), where, depth + 1) for name in names}
     for method in ("model_dump", "tolist"):
         if not isinstance(value, type) and callable(getattr(value, method, None)):
-            return _plain(getattr(value, method)(), where)
+            return _plain(getattr(value, method)(), where, depth + 1)
     raise InvalidArgument(
         f"{where}: got a {type(value).__name__}, expected text, numbers, lists and dicts"
     )

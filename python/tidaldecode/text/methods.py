@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.sampling import check_bool
@@ -16,20 +16,12 @@ if TYPE_CHECKING:
 
 
 class TextMethods:
-    """Part of Decoder, which generates."""
+    """Part of Decoder, which brings what is named first."""
 
     _frontend: Frontend
-
-    def _open_core(self) -> _core.Decoder:
-        raise NotImplementedError
-
-    def generate(self, prompt: Any, **options: Any) -> Any:
-        """Decoder.generate."""
-        raise NotImplementedError
-
-    def stream(self, prompt: Any, **options: Any) -> TextStream:
-        """Decoder.stream."""
-        raise NotImplementedError
+    _open_core: Callable[[], _core.Decoder]
+    generate: Callable[..., Any]
+    stream: Callable[..., TextStream]
 
     def chat(
         self,

@@ -55,6 +55,11 @@ class _Running:
     owner: int  # the process that started it, and may ask it
     load: Limits | None  # limits of the first call while its answer has not been read
 
+    @property
+    def is_lost(self) -> bool:
+        """True if it has ended, or belongs to the process that this one is a fork of."""
+        return self.owner != os.getpid() or self.process.poll() is not None
+
     def end(self) -> None:
         """Ends it and takes its exit status; in a fork of its owner only lets go of it."""
         if self.owner == os.getpid():
@@ -116,13 +121,15 @@ class TextProcess:
         _end_all(self._held)
 
     def _open(self) -> _Running:
-        """The process, started if there is none in this process."""
+        """The process; another if it has ended since the last call, or if this is a fork."""
         if self._is_closed:
             raise InvalidArgument("text: its decoder is closed; create a new one")
-        if self._held and self._held[0].owner != os.getpid():
+        if self._held and self._held[0].is_lost:
             _end_all(self._held)
         if not self._held:
             self._start()
+        if not self._held:
+            raise InvalidArgument("text: its decoder was closed meanwhile; create a new one")
         return self._held[0]
 
     def _start(self) -> None:

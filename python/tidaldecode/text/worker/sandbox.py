@@ -42,10 +42,11 @@ def compile_template(text: str) -> CompiledTemplate:
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     tree = environment.parse(text)
+    names = _content_names(tree)
     return CompiledTemplate(
         render=environment.from_string(text).render,
         variables=frozenset(meta.find_undeclared_variables(tree)),
-        reads_parts=any(_looks_inside(node, _content_names(tree)) for node in _walk(tree)),
+        reads_parts=any(_looks_inside(node, names) for node in _walk(tree)),
     )
 
 
@@ -129,12 +130,18 @@ def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _content_names(tree: nodes.Node) -> set[str]:
-    """Variables that hold a message's content."""
+    """Variables that hold a message's content, arguments of macros that are given it included."""
     names = {"content"}
+    macros = {node.name: node for node in _walk(tree) if isinstance(node, nodes.Macro)}
     for node in _walk(tree):
         if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
             if _is_content(node.node, names):
                 names.add(node.target.name)
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name):
+            macro = macros.get(node.node.name)
+            for name, value in zip(macro.args if macro else (), node.args, strict=False):
+                if _is_content(value, names):
+                    names.add(name.name)
     return names
 
 
