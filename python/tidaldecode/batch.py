@@ -15,7 +15,7 @@ from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.sampling import SamplingSettings
 from tidaldecode.text.detokenizer import TextAssembler
 
-MakeText = Callable[[Sequence[Sequence[int]]], TextAssembler]  # of prompts' token ids
+MakeText = Callable[[Sequence[Sequence[int]]], TextAssembler]  # takes prompts' token ids
 PrefillProgress = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
 
@@ -26,7 +26,7 @@ class Callbacks:
 
     on_prefill: PrefillProgress | None
     should_stop: ShouldStop | None
-    on_result: Callable[[GenerationResult], None] | None = None  # of a stream
+    on_result: Callable[[GenerationResult], None] | None = None  # told when a stream ends
     stopped: bool = False  # should_stop has said so; it is not asked again
 
     def __post_init__(self) -> None:

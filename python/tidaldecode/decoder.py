@@ -67,6 +67,9 @@ class Decoder(TextMethods):
         options: the fields of DecodeConfig, where each is explained; None takes the value of the
             model's plan if one is used, and else the engine's default.
 
+    A folder's tokenizer is read here too. Where it has none, or one that cannot be used (the log
+    says why), token ids work as prompts and what needs text is a ConfigError.
+
     Raises:
         ConfigError: the folder's configuration or an option is impossible or not supported.
         WeightsError: weights are missing, damaged or of the wrong shape.

@@ -37,8 +37,8 @@ class SamplingSettings:
     seed: int | None  # None: a fresh one for every sequence
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
-    skip_special_tokens: bool  # their text is not shown
-    include_stop_str_in_output: bool  # what ended the text belongs to it
+    skip_special_tokens: bool  # whether their text is left out
+    include_stop_str_in_output: bool  # whether what ended the text belongs to it
 
     def draw_seed(self) -> int:
         """The seed of one sequence, from the system's randomness unless one was given."""

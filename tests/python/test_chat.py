@@ -239,7 +239,7 @@ def test_a_template_that_cannot_be_read_spoils_only_chats(folder: Path, tmp_path
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ x }}")
     tokenizer = Tokenizer(tmp_path, 320)
     assert tokenizer.encode("a") == [BOS, 97]
-    with pytest.raises(ConfigError, match="chat template: .*utf-8"):
+    with pytest.raises(ConfigError, match="chat template: .*is not UTF-8"):
         tokenizer.render_chat(USER)
 
 

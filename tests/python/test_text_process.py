@@ -89,7 +89,7 @@ def test_a_hostile_template_ends_its_process_only(
     stop.set()
     thread.join()
     assert str(error.value).isprintable() and len(str(error.value)) < 600
-    assert max(b - a for a, b in zip(beats, beats[1:], strict=False)) < 1.0
+    assert max(b - a for a, b in zip(beats, beats[1:], strict=False)) < 3.0
     assert tokenizer.encode("a") == [BOS, 97]
     assert tokenizer.decode([97]) == "a"
 
@@ -160,13 +160,15 @@ def test_ids_of_a_tokenizer_are_checked_like_a_callers(tmp_path: Path, vocab: di
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid x", "git-lfs pointer"),
         ("tokenizer.json", b"\n<!DOCTYPE html><html>", "an HTML page, expected JSON"),
         ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+        ("tokenizer_config.json", b"<html>", "an HTML page, expected JSON"),
+        ("tokenizer_config.json", b" " * (9 << 20), "9437184 bytes, expected at most"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: expected a JSON object"),
         ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token: expected a token"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 1}}', "added_tokens_decoder"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": 5}', "added_tokens_decoder"),
         ("tokenizer_config.json", b"[" * 100_000, "not valid JSON|nested"),
-        ("special_tokens_map.json", b"\xff\xfe", "special_tokens_map.json: not valid JSON"),
+        ("special_tokens_map.json", b"\xff\xfe", "special_tokens_map.json: is not UTF-8"),
         ("added_tokens.json", b'{"x": "y"}', "added_tokens.json"),
         ("tokenizer.json", b"", "tokenizer"),
         ("tokenizer.json", b"[" * 1_000_000, "tokenizer"),
@@ -187,6 +189,41 @@ def test_files_that_are_none_are_refused_at_once(tmp_path: Path):
     os.mkfifo(folder / "tokenizer.json")
     with pytest.raises(ConfigError, match="not a regular file"):
         Tokenizer(folder, 320)
+
+
+def test_files_that_are_not_used_may_be_anything(tmp_path: Path):
+    folder = write_byte_tokenizer(tmp_path)
+    path = folder / "tokenizer_config.json"
+    listed = {"added_tokens_decoder": {"256": {"content": "<s>", "special": True}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | listed))
+    for name in ("special_tokens_map.json", "added_tokens.json", "chat_template.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1")
+    for name in ("vocab.json", "tokenizer.model"):
+        os.mkfifo(folder / name)
+    tokenizer = Tokenizer(folder, 320)
+    assert tokenizer.encode("a") == [BOS, 97]
+    assert tokenizer.decode(tokenizer.render_chat(USER)) == "[user]x>"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_template_file_that_is_none_spoils_only_chats(tmp_path: Path, name: str):
+    folder = write_byte_tokenizer(tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / name)
+    tokenizer = Tokenizer(folder, 320)
+    assert tokenizer.encode("a") == [BOS, 97]
+    with pytest.raises(ConfigError, match="chat template: .*is not a regular file"):
+        tokenizer.render_chat(USER)
+
+
+def test_a_program_that_has_closed_its_standard_files_keeps_their_numbers(folder: Path):
+    program = (
+        "import os, sys\nos.close(0); os.close(1); os.close(2)\n" + OPEN.replace("print(", "str(")
+        .replace(", flush=True", "")
+        + "ok = running.socket.fileno() > 2 and decoder.encode('a') == [256, 97]\n"
+        "os._exit(0 if ok else 7)"
+    )  # fmt: skip
+    assert run_program(program, str(folder)).returncode == 0
 
 
 def test_a_broken_tokenizer_spoils_text_and_nothing_else(

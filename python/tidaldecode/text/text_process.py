@@ -7,6 +7,7 @@ when the caller is interrupted while it waits, and with its owner; the next call
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ class Limits:
     """What a call may take before the process is ended."""
 
     cpu_s: float
-    memory_bytes: int  # of address space, the whole process
+    memory_bytes: int  # address space of the whole process
 
 
 class TextProcessError(Exception):
@@ -232,6 +233,10 @@ def _start(limits: Limits) -> _Running:
             "process of its own; pass token ids instead"
         )
     ours, theirs = socket.socketpair()
+    if ours.fileno() <= 2:  # the program has closed those, and may want them for itself
+        number = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 3)
+        ours.close()
+        ours = socket.socket(fileno=number)
     paths = [str(Path(__file__).parent), *(os.path.abspath(p) for p in sys.path)]
     try:
         process = subprocess.Popen(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tidaldecode.checkpoint.json_file import MAX_JSON_BYTES, open_regular_file, read_exactly
+from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.errors import ConfigError, InvalidArgument, TidalError, show
 from tidaldecode.sampling import as_index
 from tidaldecode.text.chat import Chat, check_text
@@ -22,13 +22,6 @@ from tidaldecode.text.text_process import Limits, TextProcess, TextProcessError
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 _MAIN_FILE = "tokenizer.json"
 _OTHER_FILES = ("tokenizer.model", "vocab.json", "tekken.json")  # what transformers can convert
-_SIDE_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Templates of public models render in milliseconds and give a little more than their messages.
 TEMPLATE_SECONDS = 5.0
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
@@ -191,8 +184,8 @@ def start_tokenizer(folder: Path) -> TextProcess:
         raise ConfigError(
             f"{folder}: has no tokenizer (tokenizer.json); pass token ids instead of text"
         )
-    size = _check_files(folder)
     converts = not os.path.lexists(folder / _MAIN_FILE)
+    size = _check_files(folder, _OTHER_FILES if converts else [_MAIN_FILE])
     if converts and importlib.util.find_spec("transformers") is None:
         raise ConfigError(
             f"{folder}: has no tokenizer.json; to make one of its other files: "
@@ -213,12 +206,10 @@ def _memory_of(folder: Path) -> int:
     return _MEMORY_BYTES + _MEMORY_PER_FILE_BYTE * path.stat().st_size
 
 
-def _check_files(folder: Path) -> int:
+def _check_files(folder: Path, names: Sequence[str]) -> int:
     """Sizes and kinds of the files, before a library opens them; returns their bytes."""
-    limits = dict.fromkeys((_MAIN_FILE, *_OTHER_FILES), _MAX_TOKENIZER_BYTES)
-    limits.update(dict.fromkeys(_SIDE_FILES, MAX_JSON_BYTES))
     total = 0
-    for name, limit in limits.items():
+    for name in names:
         path = folder / name
         if not os.path.lexists(path):
             continue
@@ -229,8 +220,8 @@ def _check_files(folder: Path) -> int:
             raise ConfigError(f"{path}: cannot be read: {cause.strerror}") from cause
         finally:
             os.close(descriptor)
-        if size > limit:
-            raise ConfigError(f"{path}: {size} bytes, expected at most {limit}")
+        if size > _MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"{path}: {size} bytes, expected at most {_MAX_TOKENIZER_BYTES}")
         _check_beginning(path, beginning)
         total += size
     return total

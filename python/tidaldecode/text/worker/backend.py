@@ -7,7 +7,6 @@ padding and truncation are off.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from .detokenizer import IncrementalDetokenizer
 from .errors import TextError
+from .files import read_json
 from .prefix import without_prefix
 from .templates import ChatTemplates, Conversation
 
@@ -55,7 +55,7 @@ class Backend:
             folder: absolute path.
             converts: without a tokenizer.json, let transformers make a tokenizer of other files.
         """
-        config = _read_json(os.path.join(folder, "tokenizer_config.json"))
+        config = read_json(os.path.join(folder, "tokenizer_config.json"))
         if converts:
             self._tokenizer, self._named = _convert(folder)
         else:
@@ -185,20 +185,6 @@ class Backend:
         return {"pieces": pieces, "state": detokenizer.state}
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as cause:
-        raise TextError("failed", f"{os.path.basename(path)}: not valid JSON: {cause}") from cause
-    if not isinstance(value, dict):
-        raise TextError("failed", f"{os.path.basename(path)}: expected a JSON object")
-    return value
-
-
 def _added_token(value: Any, where: str) -> AddedToken:
     """A token as the files write it: a string, or an object with "content"."""
     if isinstance(value, str):
@@ -223,7 +209,7 @@ def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: str) -> di
             raise TextError("failed", "added_tokens_decoder: expected tokens by their ids")
         listed = {int(key): _added_token(value, key) for key, value in entries.items()}
     else:
-        fields |= _read_json(os.path.join(folder, "special_tokens_map.json"))
+        fields |= read_json(os.path.join(folder, "special_tokens_map.json"))
         listed = _legacy_tokens(tokenizer, fields, folder)
     by_content = {token.content: token for token in listed.values()}
     extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
@@ -256,7 +242,7 @@ def _legacy_tokens(
     special = {_content(fields.get(name)) for name in _NAMED_TOKENS}
     special |= {_content(value) for value in _values(fields.get("additional_special_tokens"))}
     listed = {}
-    for content, token_id in _read_json(os.path.join(folder, "added_tokens.json")).items():
+    for content, token_id in read_json(os.path.join(folder, "added_tokens.json")).items():
         if not isinstance(token_id, int):
             raise TextError("failed", f"added_tokens.json: {content!r}: expected an id")
         is_special = content in special

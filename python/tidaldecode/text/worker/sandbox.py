@@ -26,8 +26,8 @@ class CompiledTemplate:
     """A template ready to render."""
 
     render: Callable[..., str]
-    variables: frozenset[str]  # names it looks up
-    reads_parts: bool  # knows content as a list of parts, not only as a string
+    variables: frozenset[str]  # names that the template looks up
+    reads_parts: bool  # whether it knows content as a list of parts too
 
 
 @lru_cache(maxsize=8)

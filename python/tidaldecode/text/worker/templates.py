@@ -6,12 +6,12 @@ The sandbox, its filters and functions, and the rules about messages are those o
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import TextError
+from .files import read_json, read_text
 
 if TYPE_CHECKING:
     from .sandbox import CompiledTemplate
@@ -39,7 +39,9 @@ class ChatTemplates:
         self._texts: dict[str, str] = {}
         try:
             self._texts = _read_files(folder) or _read_field(config) or _read_legacy(folder)
-        except (OSError, ValueError, RecursionError) as cause:
+        except TextError as cause:
+            self._error = cause
+        except OSError as cause:  # a dangling link, a folder that may not be listed
             self._error = TextError("failed", str(cause))
 
     @property
@@ -102,21 +104,16 @@ class ChatTemplates:
         return self._texts[name]
 
 
-def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
 def _read_files(folder: str) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/NAME.jinja."""
     texts = {}
     main = os.path.join(folder, "chat_template.jinja")
     if os.path.lexists(main):
-        texts["default"] = _read_text(main)
+        texts["default"] = read_text(main)
     more = os.path.join(folder, "additional_chat_templates")
     for name in sorted(os.listdir(more)) if os.path.isdir(more) else ():
         if name.endswith(".jinja"):
-            texts[name.removesuffix(".jinja")] = _read_text(os.path.join(more, name))
+            texts[name.removesuffix(".jinja")] = read_text(os.path.join(more, name))
     return texts
 
 
@@ -131,19 +128,13 @@ def _read_field(config: dict[str, Any]) -> dict[str, str]:
     if not isinstance(texts, dict) or not all(
         isinstance(part, str) for entry in texts.items() for part in entry
     ):
-        raise ValueError("tokenizer_config.json: chat_template: expected a template or named ones")
+        raise TextError("failed", "chat_template: expected a template, or a list of named ones")
     return texts
 
 
 def _read_legacy(folder: str) -> dict[str, str]:
     """chat_template.json, as processors once wrote it."""
-    path = os.path.join(folder, "chat_template.json")
-    if not os.path.lexists(path):
-        return {}
-    content = json.loads(_read_text(path))
-    if not isinstance(content, dict):
-        raise ValueError("chat_template.json: expected an object")
-    return _read_field(content)
+    return _read_field(read_json(os.path.join(folder, "chat_template.json")))
 
 
 def _render(
