@@ -190,6 +190,7 @@ def test_a_stop_string_that_ends_in_a_held_back_character_is_found_at_the_end():
         ("<end>c", [*b"ab", 300, *b"dd", 300, *b"cx"], "abdd", "<end>c"),
         ("<end>c", [*b"ab", 301, 300, *b"d"], "abd", None),
         ("<end>", [*"é世🎉".encode(), 301, 300], "é世🎉", "<end>"),
+        ("<x>c", [195, 301, *b"de", 301, *b"cf"], "\ufffdde", "<x>c"),
         (["<end>", "b"], [*b"ab", 300], "a", "b"),
         ("nd>", [*b"ab", 300, *b"cd"], "abcd", None),
         ("<end>", b"a<end>b", "a", "<end>"),

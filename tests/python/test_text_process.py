@@ -100,6 +100,15 @@ def rewrite(folder: Path, **parts) -> Path:
     return folder
 
 
+def test_a_tokenizer_that_floods_is_refused(tmp_path: Path):
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100_000}
+    folder = rewrite(write_byte_tokenizer(tmp_path), decoder=grow)
+    tokenizer = Tokenizer(folder, 320)
+    with pytest.raises(ConfigError, match="far more than a text may|GiB it may take"):
+        tokenizer.decode([97] * 4000)
+    assert tokenizer.decode([98]) == "b"
+
+
 SLOW_REGEX = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
               "invert": False}  # fmt: skip
 

@@ -79,6 +79,7 @@ class _HidingFilter:
         self._filter = StopStringFilter(stop)
         self._keeps_stop = keeps_stop
         self._pairs: deque[tuple[str, str]] = deque()
+        self._ahead = 0  # characters of the first pair that could be shown if all of it could
 
     @property
     def matched(self) -> str | None:
@@ -97,6 +98,8 @@ class _HidingFilter:
     def _show(self, num_chars: int) -> str:
         """What the next characters of the whole text are without special tokens."""
         text = ""
+        num_chars += self._ahead
+        self._ahead = 0
         while self._pairs and len(self._pairs[0][0]) <= num_chars and self.matched is None:
             whole, shown = self._pairs.popleft()
             num_chars -= len(whole)
@@ -113,6 +116,7 @@ class _HidingFilter:
                 text += shown
             elif self.matched is None:
                 self._pairs.appendleft((whole, shown))
+                self._ahead = len(part)
                 break
             elif part.startswith(shown) or shown.startswith(part):
                 text += shown[: len(part)]

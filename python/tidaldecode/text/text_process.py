@@ -24,7 +24,8 @@ from typing import Any
 from tidaldecode.errors import InvalidArgument, OutOfMemoryError, UnsupportedError
 
 _HEADER_BYTES = 8
-_MAX_ANSWER_BYTES = 1 << 31
+# An answer may be this share of the memory of who gives it: read, it takes a multiple here.
+_ANSWER_SHARE = 16
 # The clock's limit, in processor times: on a busy machine a process gets only a share.
 _CLOCK_FACTOR = 4
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from worker.server import serve; serve()"
@@ -167,8 +168,8 @@ class TextProcess:
         deadline = time.monotonic() + limits.cpu_s * _CLOCK_FACTOR
         try:
             size = int.from_bytes(_read(running.socket, _HEADER_BYTES, deadline), "little")
-            if size > _MAX_ANSWER_BYTES:
-                raise OSError(errno.EMSGSIZE, "answer too long")
+            if size > limits.memory_bytes // _ANSWER_SHARE:
+                raise TextProcessError("failed", f"gave {size} bytes, far more than a text may")
             answer = json.loads(_read(running.socket, size, deadline))
         except OSError as cause:
             raise self._ended(running, limits) from cause
