@@ -73,7 +73,8 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8'
+	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
+	  'transformers>=5.0'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 build=${BUILD:-build/cuda-release}
 out=${OUT:-benchmarks/results/gpu-$(date +%F)}
-needs="import numpy, safetensors, transformers, typer, rich, pytest, torch, pybind11, scipy_openblas32"
+needs="import numpy, safetensors, tokenizers, jinja2, transformers, typer, rich, pytest, torch, pybind11, scipy_openblas32"
 if ! "$python" -c "$needs" 2>/dev/null; then
   make .venv/.test-deps .venv/.installed
   python=.venv/bin/python

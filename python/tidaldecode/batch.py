@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
@@ -20,7 +20,7 @@ from tidaldecode.text.detokenizer import TextAssembler
 
 _logger = logging.getLogger("tidaldecode")
 
-Decode = Callable[[Sequence[int]], str]
+MakeText = Callable[[Sequence[Sequence[int]]], TextAssembler]  # takes prompts' token ids
 PrefillProgress = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
 
@@ -31,6 +31,7 @@ class Callbacks:
 
     on_prefill: PrefillProgress | None
     should_stop: ShouldStop | None
+    on_result: Callable[[GenerationResult], None] | None = None  # told when a stream ends
     stopped: bool = False  # should_stop has said so; it is not asked again
 
     def __post_init__(self) -> None:
@@ -167,25 +168,10 @@ def pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-@dataclass
-class _Text:
-    """The text of one sequence of a wave, assembled while it runs if it has stop strings."""
-
-    assembler: TextAssembler
-    pieces: list[str] = field(default_factory=list)
-
-    def push(self, token_id: int) -> None:
-        self.pieces.append(self.assembler.push(token_id))
-
-    def finish(self) -> str:
-        self.pieces.append(self.assembler.finish())
-        return "".join(self.pieces)
-
-
 def run_generation(
     generation: _core.Generation | UnstartedGeneration,
     requests: Sequence[Request],
-    decode: Decode | None,
+    make_text: MakeText | None,
     callbacks: Callbacks,
 ) -> list[GenerationResult]:
     """Runs a generation that has been started to its end; whatever happens, its pages come back.
@@ -193,14 +179,11 @@ def run_generation(
     Args:
         generation: of the engine.
         requests: what it was started with.
-        decode: text of token ids; None gives results without text.
+        make_text: gives what turns token ids into text; None gives results without text.
         callbacks: of the caller.
     """
     settings = requests[0].settings
-    texts = [
-        _Text(TextAssembler(decode, request.prompt_ids, settings.stop)) if decode else None
-        for request in requests
-    ]
+    texts = make_text([request.prompt_ids for request in requests]) if make_text else None
     is_reading = True
 
     def stop_if_wanted() -> None:
@@ -214,13 +197,10 @@ def run_generation(
             done, total = generation.prefill_progress
             callbacks.report(done, total)
             is_reading = done < total
-        for sequence, token_id in events if settings.stop else ():
-            text = texts[sequence]
-            if text is None or token_id in settings.stop_token_ids:
-                continue
-            text.push(token_id)
-            if text.assembler.matched_stop is not None:
-                generation.stop(sequence, "stop")
+        if texts is not None and settings.stop:
+            for sequence in texts.push(events):
+                if texts.matched_stop(sequence) is not None:
+                    generation.stop(sequence, "stop")
         stop_if_wanted()
 
     is_watched = settings.stop or callbacks.on_prefill or callbacks.should_stop
@@ -230,22 +210,16 @@ def run_generation(
         core_results = generation.results()
     finally:
         generation.close()
+    if texts is not None:
+        # Without stop strings nobody has asked for text before: all of it is made at once.
+        rest = [[] if settings.stop else result.token_ids for result in core_results]
+        texts.finish(dict(enumerate(rest)))
     return [
-        _finish(core_result, text, settings)
-        for core_result, text in zip(core_results, texts, strict=True)
+        make_result(
+            core_result,
+            text=texts.text(sequence) if texts is not None else None,
+            matched_stop=texts.matched_stop(sequence) if texts is not None else None,
+            stop_token_ids=settings.stop_token_ids,
+        )
+        for sequence, core_result in enumerate(core_results)
     ]
-
-
-def _finish(
-    core_result: _core.SequenceResult, text: _Text | None, settings: SamplingSettings
-) -> GenerationResult:
-    if text is not None and not settings.stop:
-        for token_id in core_result.token_ids:
-            if token_id not in settings.stop_token_ids:
-                text.push(token_id)
-    return make_result(
-        core_result,
-        text=text.finish() if text is not None else None,
-        matched_stop=text.assembler.matched_stop if text is not None else None,
-        stop_token_ids=settings.stop_token_ids,
-    )

@@ -2,8 +2,8 @@
 
 The walk from model_dir to text: model_folder.py reads the folder, plans.py chooses the layers that
 select positions, the C++ engine (cpp/include/tidal/decoder.h) loads the weights and runs every
-step; frontend.py, tokenizer.py and detokenizer.py stand between text and token ids; session.py
-keeps a conversation. Nothing is computed here.
+step; text/ stands between text and token ids (text/methods.py has the methods for conversations);
+session.py keeps one. Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from dataclasses import fields
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -41,10 +39,12 @@ from tidaldecode.room import Room, UnstartedGeneration
 from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
-from tidaldecode.text.frontend import Frontend, Messages
+from tidaldecode.text.frontend import Frontend, Prompt
+from tidaldecode.text.methods import TextMethods
 from tidaldecode.text.prompts import check_token_ids
 
 if TYPE_CHECKING:
+    import numpy as np
     from typing_extensions import Unpack
 
     from tidaldecode.sampling import SamplingOptions
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 LoadProgress = Callable[[int, int], None]
 
 
-class Decoder:
+class Decoder(TextMethods):
     """A language model on a device.
 
     Example:
@@ -67,6 +67,9 @@ class Decoder:
         progress: called with (bytes done, bytes in all) while the weights are loaded.
         options: the fields of DecodeConfig, where each is explained; None takes the value of the
             model's plan if one is used, and else the engine's default.
+
+    A folder's tokenizer is read here too. Where it has none, or one that cannot be used (the log
+    says why), token ids work as prompts and what needs text is a ConfigError.
 
     Raises:
         ConfigError: the folder's configuration or an option is impossible or not supported.
@@ -123,18 +126,24 @@ class Decoder:
         self._room = Room()
         # What holds pages, and ends with the decoder.
         self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
-        self._core: _core.Decoder | None = _core.Decoder(
-            core_model(folder.model),
-            core_config(settings, plan, folder),
-            core_weights(folder),
-            check_callback("progress", progress),
-        )
+        self._core: _core.Decoder | None = None
+        try:
+            self._core = _core.Decoder(
+                core_model(folder.model),
+                core_config(settings, plan, folder),
+                core_weights(folder),
+                check_callback("progress", progress),
+            )
+            self._frontend.finish_loading()
+        except BaseException:
+            self._frontend.close()
+            raise
 
     # Generation
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -146,6 +155,9 @@ class Decoder:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
+        include_stop_str_in_output: bool = False,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> GenerationResult | list[GenerationResult]:
@@ -156,7 +168,8 @@ class Decoder:
         threads hold the rows or pages, the call waits for them.
 
         Args:
-            prompt: a text, a list of token ids, or a list of either (a batch).
+            prompt: a text, token ids (a list, range or array of any library; what a transformers
+                tokenizer gives, its padding left out), or a list of those (a batch).
             max_new_tokens: most tokens to generate, >= 1. A given number must fit behind the
                 prompt; the default shrinks to the room there is.
             temperature: 0 is greedy (the highest logit, the lower id on ties), >= 0.
@@ -165,9 +178,12 @@ class Decoder:
             min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
             repetition_penalty: > 0; 1 is off. Counts tokens of prompt and output.
             seed: of the draws, in [0, 2**64); None is a fresh one for every sequence.
-            stop: strings that end the text; they are cut from it.
+            stop: strings that end the text; they are cut from it. Special tokens count as written.
             stop_token_ids: ids that end the text, besides the model's own.
             ignore_eos: go on after the model's end-of-text tokens.
+            skip_special_tokens: False shows special tokens in the text.
+            include_stop_str_in_output: the text keeps the stop string or token that ended it.
+            add_special_tokens: False puts nothing (no BOS) around texts.
             on_prefill: called with (tokens done, tokens in all) while prompts are read.
             should_stop: asked before every chunk of a prompt and every decode step; True ends the
                 call with what there is (finish_reason "abort").
@@ -191,9 +207,11 @@ class Decoder:
             stop=stop,
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
+            include_stop_str_in_output=include_stop_str_in_output,
         )
-        prompts, is_batch = self._frontend.encode_prompts(prompt)
-        decode = self._frontend.decode_function(needed=bool(settings.stop))
+        prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
+        make_text = self._frontend.text_maker(settings, needed=False)
         results: list[GenerationResult] = []
         requests = make_requests(prompts, settings, core, self._room)
         note_other_rotation(requests, self.model)
@@ -201,13 +219,16 @@ class Decoder:
             begin = partial(start_wave, rest, core)
             with self._room.started(begin, callbacks, self._room.turn) as started:
                 wave, generation = started or (rest, UnstartedGeneration(rest))
-                results += run_generation(generation, wave, decode, callbacks)
+                results += run_generation(generation, wave, make_text, callbacks)
+        if isinstance(prompt, str):
+            self._frontend.hint_at_chat(results[0])
         return results if is_batch else results[0]
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -215,7 +236,8 @@ class Decoder:
         """Continues one prompt; iterate over the result for pieces of text as they come.
 
         Args:
-            prompt: a text or a list of token ids.
+            prompt: a text or token ids.
+            add_special_tokens: as in generate().
             on_prefill: called with (tokens done, tokens in all) while the prompt is read.
             should_stop: as in generate().
             sampling: the settings of generate().
@@ -223,54 +245,18 @@ class Decoder:
         Raises: as generate(), at the call.
         """
         core = self._open_core()
-        callbacks = Callbacks(on_prefill, should_stop)
+        hint = self._frontend.hint_at_chat if isinstance(prompt, str) else None
+        callbacks = Callbacks(on_prefill, should_stop, hint)
         settings = self._frontend.check_sampling(**sampling)
-        prompt_ids = self._frontend.encode_prompt(prompt)
-        decode = self._frontend.tokenizer.decode
+        prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
+        make_text = self._frontend.text_maker(settings, needed=True)
         requests = make_requests([prompt_ids], settings, core, self._room)
         note_other_rotation(requests, self.model)
         started = self._room.stream(partial(start_wave, requests, core), callbacks)
         generation = started[1] if started else UnstartedGeneration(requests)
-        stream = TextStream(generation, requests[0], decode, callbacks)
+        stream = TextStream(generation, requests[0], make_text([prompt_ids]), callbacks)
         self._holders.add(stream)
         return stream
-
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        on_prefill: PrefillProgress | None = None,
-        should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> GenerationResult:
-        """The model's answer to a conversation, through the folder's chat template.
-
-        Args:
-            messages: {"role": "user", "content": "..."} each.
-            on_prefill: as in generate().
-            should_stop: as in generate().
-            sampling: the settings of generate().
-
-        Raises: ConfigError if the folder has no chat template; else as generate().
-        """
-        result = self.generate(
-            self.render_chat(messages), on_prefill=on_prefill, should_stop=should_stop, **sampling
-        )
-        assert isinstance(result, GenerationResult)
-        return result
-
-    def chat_stream(
-        self,
-        messages: Messages,
-        *,
-        on_prefill: PrefillProgress | None = None,
-        should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> TextStream:
-        """chat(), as pieces of text while they come."""
-        return self.stream(
-            self.render_chat(messages), on_prefill=on_prefill, should_stop=should_stop, **sampling
-        )
 
     def session(self, *, max_seq_len: int | None = None) -> Session:
         """A conversation whose tokens stay in the cache from one turn to the next.
@@ -285,19 +271,6 @@ class Decoder:
         most = 0 if max_seq_len is None else check_integer("max_seq_len", max_seq_len, low=1)
         host = SessionHost(core, self._frontend, self._room, self._holders)
         return Session(core.start_session(most), host)
-
-    def render_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins."""
-        self._open_core()
-        return self._frontend.render_chat(messages)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with what the model wants in front of it (BOS)."""
-        return self._frontend.encode(text)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._frontend.tokenizer.decode(token_ids)
 
     # Looking inside
 
@@ -443,6 +416,7 @@ class Decoder:
         for holder in [*self._holders]:
             holder.close()
         self._core = None
+        self._frontend.close()
 
     def __enter__(self) -> Decoder:
         return self

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
@@ -20,6 +18,9 @@ from tidaldecode.engine_config import core_config
 from tidaldecode.plans import choose_plan
 from tidaldecode.sampling import check_callback, check_integer
 from tidaldecode.text.prompts import check_continuations
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Replay:

@@ -38,7 +38,9 @@ class SamplingSettings:
     seed: int | None  # None: a fresh one for every sequence
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
-    max_length: int | None = None  # of prompt and output; of a default max_new_tokens only
+    max_length: int | None  # of prompt and output; of a default max_new_tokens only
+    skip_special_tokens: bool  # their text is not shown
+    include_stop_str_in_output: bool  # what ended the text belongs to it
 
     def draw_seed(self) -> int:
         """The seed of one sequence, from the system's randomness unless one was given."""
@@ -58,6 +60,8 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
 
 
 def check_sampling(
@@ -75,13 +79,14 @@ def check_sampling(
     stop: str | Sequence[str] | None = None,
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
+    skip_special_tokens: bool = True,
+    include_stop_str_in_output: bool = False,
 ) -> SamplingSettings:
     """Checks the settings of a call and fills in the model's defaults.
 
     Raises: InvalidArgument naming the field, what was got and what was expected.
     """
-    if not isinstance(ignore_eos, bool):
-        raise InvalidArgument(f"ignore_eos: got {show(ignore_eos)}, expected True or False")
+    check_bool("ignore_eos", ignore_eos)
     heat = _number("temperature", temperature, defaults.temperature, low=0.0)
     limit = _integer("max_new_tokens", max_new_tokens, defaults.max_new_tokens, low=1)
     own_stops = _stop_token_ids(stop_token_ids, vocab_size)
@@ -104,6 +109,10 @@ def check_sampling(
         stop=_stop_strings(stop),
         stop_token_ids=tuple(sorted({*ends, *own_stops})),
         max_length=defaults.max_length,
+        skip_special_tokens=check_bool("skip_special_tokens", skip_special_tokens),
+        include_stop_str_in_output=check_bool(
+            "include_stop_str_in_output", include_stop_str_in_output
+        ),
     )
 
 
@@ -115,6 +124,16 @@ def as_index(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """`value`, if it is True or False.
+
+    Raises: InvalidArgument naming the setting.
+    """
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name}: got {show(value)}, expected True or False")
+    return value
 
 
 def check_integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> int:

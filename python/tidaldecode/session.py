@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -29,7 +29,7 @@ from tidaldecode.results import GenerationResult
 from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
-from tidaldecode.text.frontend import Frontend, Messages, Prompt
+from tidaldecode.text.frontend import Frontend, Messages, Prompt, split_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,7 +59,8 @@ class Session:
         ...     print(session.generate("Question: and when? Answer:").text)
 
     What a turn generated belongs to the conversation, stop tokens and the tokens of stop strings
-    included. A text that is not the first gets nothing (no BOS) put in front of it. Between turns a
+    included. A text that is not the first gets nothing (no BOS, no space)
+    put in front of it. Between turns a
     session holds KV pages for its tokens, and no batch row. One turn runs at a time; what does not
     fit is a CapacityError and leaves the session as it was.
     """
@@ -90,6 +91,7 @@ class Session:
         self,
         prompt: Prompt,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> bool:
@@ -97,6 +99,7 @@ class Session:
 
         Args:
             prompt: what follows the tokens so far.
+            add_special_tokens: False puts nothing (no BOS) around a text that is the first.
             on_prefill: called with (tokens done, tokens in all) while it is read. The last token is
                 read by the next turn.
             should_stop: asked before every chunk; True ends the reading.
@@ -107,7 +110,8 @@ class Session:
         """
         core, host = self._open()
         callbacks = Callbacks(on_prefill, should_stop)
-        with host.room.started(partial(self._append, prompt), callbacks, host.room.turn) as lengths:
+        begin = partial(self._append, prompt, add_special_tokens)
+        with host.room.started(begin, callbacks, host.room.turn) as lengths:
             if lengths is None:
                 return False
             is_read = False
@@ -142,6 +146,7 @@ class Session:
         self,
         prompt: Prompt | None = None,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -152,6 +157,7 @@ class Session:
 
         Args:
             prompt: a text or token ids.
+            add_special_tokens: as in append().
             on_prefill: called with (tokens done, tokens in all) while the prompt is read.
             should_stop: as in Decoder.generate().
             sampling: the settings of Decoder.generate().
@@ -161,12 +167,14 @@ class Session:
 
         Raises: as Decoder.generate().
         """
-        return self._run(prompt, Callbacks(on_prefill, should_stop), sampling)
+        ids = self._encode(prompt, add_special_tokens)
+        return self._run(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def stream(
         self,
         prompt: Prompt | None = None,
         *,
+        add_special_tokens: bool = True,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -175,7 +183,8 @@ class Session:
 
         The turn runs, and any other is refused, until the stream has ended or is closed.
         """
-        return self._run_stream(prompt, Callbacks(on_prefill, should_stop), sampling)
+        ids = self._encode(prompt, add_special_tokens)
+        return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def chat(
         self,
@@ -183,7 +192,7 @@ class Session:
         *,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Any,
     ) -> GenerationResult:
         """The answer to a whole conversation, through the folder's chat template.
 
@@ -195,11 +204,12 @@ class Session:
             messages: {"role": "user", "content": "..."} each, from the first one on.
             on_prefill: as in generate().
             should_stop: as in generate().
-            sampling: the settings of Decoder.generate().
+            options: the settings of Decoder.generate() and the options of Decoder.render_chat().
 
         Raises: ConfigError if the folder has no chat template; else as Decoder.generate().
         """
-        ids = self._open()[1].frontend.render_chat(messages)
+        sampling, chat = split_options(options)
+        ids = self._open()[1].frontend.render_one_chat(messages, **chat)
         return self._run(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
 
     def chat_stream(
@@ -208,10 +218,11 @@ class Session:
         *,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Any,
     ) -> TextStream:
         """chat(), as pieces of text while they come."""
-        ids = self._open()[1].frontend.render_chat(messages)
+        sampling, chat = split_options(options)
+        ids = self._open()[1].frontend.render_one_chat(messages, **chat)
         return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
 
     # Lifetime
@@ -246,6 +257,16 @@ class Session:
 
     # Inner parts
 
+    def _encode(self, prompt: Prompt | None, add_special_tokens: bool) -> list[int] | None:
+        """Token ids of a turn's prompt; a text that follows tokens gets nothing in front."""
+        core, host = self._open()
+        if prompt is None:
+            return None
+        follows = len(core.token_ids()) > 0
+        return host.frontend.encode_prompt(
+            prompt, follows=follows, add_special_tokens=add_special_tokens
+        )
+
     def _open(self) -> tuple[_core.Session, SessionHost]:
         core, host = self._core, self._host
         if core is None or host is None:
@@ -254,32 +275,32 @@ class Session:
 
     def _run(
         self,
-        prompt: Prompt | None,
+        prompt: list[int] | None,
         callbacks: Callbacks,
         sampling: SamplingOptions,
         is_whole: bool = False,
     ) -> GenerationResult:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
-        decode = host.frontend.decode_function(needed=bool(settings.stop))
+        make_text = host.frontend.text_maker(settings, needed=False)
         begin = partial(self._start, prompt, settings, is_whole)
         with host.room.started(begin, callbacks, host.room.turn) as started:
             request, generation = started or self._unstarted(settings)
-            return run_generation(generation, [request], decode, callbacks)[0]
+            return run_generation(generation, [request], make_text, callbacks)[0]
 
     def _run_stream(
         self,
-        prompt: Prompt | None,
+        prompt: list[int] | None,
         callbacks: Callbacks,
         sampling: SamplingOptions,
         is_whole: bool = False,
     ) -> TextStream:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
-        decode = host.frontend.tokenizer.decode
+        make_text = host.frontend.text_maker(settings, needed=True)
         begin = partial(self._start, prompt, settings, is_whole)
         request, generation = host.room.stream(begin, callbacks) or self._unstarted(settings)
-        stream = TextStream(generation, request, decode, callbacks)
+        stream = TextStream(generation, request, make_text([request.prompt_ids]), callbacks)
         self._stream = weakref.ref(stream)
         host.holders.add(stream)
         return stream
@@ -289,11 +310,11 @@ class Session:
         request = make_request(self.token_ids, settings, self.max_seq_len)
         return request, UnstartedGeneration([request])
 
-    def _append(self, prompt: Prompt) -> tuple[int, int]:
+    def _append(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, int]:
         """Adds tokens without reading them: how many there were, and how many there are."""
-        core, host = self._open()
+        core, _ = self._open()
         length = len(core.token_ids())
-        ids = host.frontend.encode_prompt(prompt, follows=length > 0)
+        ids = self._encode(prompt, add_special_tokens) or []
         end = length + len(ids)
         self._take_room(end, lambda: core.append(ids))
         return length, end
@@ -309,14 +330,12 @@ class Session:
         return start_now(begin) if fits else begin()
 
     def _start(
-        self, prompt: Prompt | None, settings: SamplingSettings, is_whole: bool
+        self, prompt: list[int] | None, settings: SamplingSettings, is_whole: bool
     ) -> tuple[Request, _core.Generation]:
         """Starts a turn; is_whole: the prompt takes the place of the session's tokens."""
         core, host = self._open()
         tokens = core.token_ids()
-        ids = []
-        if prompt is not None:
-            ids = host.frontend.encode_prompt(prompt, follows=bool(tokens))
+        ids = prompt or []
         keep = len(tokens)
         if is_whole:
             keep = min(_common_length(tokens, ids), len(ids) - 1)  # the last is always read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import TracebackType
 
-from tidaldecode.batch import Callbacks, Decode, Request
+from tidaldecode.batch import Callbacks, Request
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.room import StreamedGeneration, UnstartedGeneration
 from tidaldecode.text.detokenizer import TextAssembler
@@ -23,14 +23,14 @@ class TextStream(Iterator[str]):
         self,
         generation: StreamedGeneration | UnstartedGeneration,
         request: Request,
-        decode: Decode,
+        assembler: TextAssembler,
         callbacks: Callbacks,
     ) -> None:
         """Takes over a generation of one sequence; Decoder.stream and Session.stream make these."""
         self.result: GenerationResult | None = None
         self.token_ids: list[int] = []  # the tokens so far
         self._stop_token_ids = frozenset(request.settings.stop_token_ids)
-        self._assembler = TextAssembler(decode, request.prompt_ids, request.settings.stop)
+        self._assembler = assembler
         self._callbacks = callbacks
         self._pieces: list[str] = []
         self._generation: StreamedGeneration | UnstartedGeneration | None = generation
@@ -57,15 +57,16 @@ class TextStream(Iterator[str]):
         events = generation.advance()  # nothing once it is stopped
         if not self.token_ids and not self._callbacks.stopped:
             self._callbacks.report(*generation.prefill_progress)
+        tokens = [token_id for _, token_id in events]
+        self.token_ids += tokens
         piece = ""
-        for _, token_id in events:
-            self.token_ids.append(token_id)
-            if token_id not in self._stop_token_ids:
-                piece += self._assembler.push(token_id)
-            if self._assembler.matched_stop is not None:
+        if not generation.done:
+            piece = self._assembler.push(events).get(0, "")
+            tokens = []
+            if self._assembler.matched_stop(0) is not None:
                 generation.stop(0, "stop")
         if generation.done:
-            piece += self._assembler.finish()
+            piece += self._assembler.finish({0: tokens}).get(0, "")
             self._end(piece)
         return piece
 
@@ -78,9 +79,11 @@ class TextStream(Iterator[str]):
         self.result = make_result(
             generation.results()[0],
             text="".join(self._pieces) + last_piece,
-            matched_stop=self._assembler.matched_stop,
+            matched_stop=self._assembler.matched_stop(0),
             stop_token_ids=self._stop_token_ids,
         )
+        if self._callbacks.on_result is not None:
+            self._callbacks.on_result(self.result)
 
     def close(self) -> None:
         """Ends the sequence where it is (finish_reason "abort") and frees its pages."""

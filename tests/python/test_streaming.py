@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
 from scripted_model import EOS, SCRIPT, write_scripted_model
 from tidaldecode import Decoder
+from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.errors import CapacityError, InvalidArgument
+from tidaldecode.sampling import check_sampling
 from tidaldecode.text.detokenizer import IncrementalDetokenizer, StopStringFilter, TextAssembler
 
 
@@ -143,11 +146,72 @@ def test_no_text_is_shown_that_a_stop_string_takes_back():
     assert [filter_.push(c) for c in "a STAR"] == ["a", " ", "", "", "STA", "R"]
 
 
+def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
+    """The text of a sequence that a tokenizer with this decode function gives, token by token."""
+
+    def detokenize(rows):
+        answers = []
+        for row in rows:
+            own = IncrementalDetokenizer(partial(decode, skips=row["skips"]), row["prompt"])
+            if row["state"] is not None:
+                own.state = row["state"]
+            pieces = [own.push(token_id) for token_id in row["ids"]]
+            pieces += [own.finish()] if row["ends"] else []
+            answers.append({"pieces": pieces, "state": own.state})
+        return answers
+
+    checked = check_sampling(
+        defaults=GenerationDefaults(), eos_token_ids=(), vocab_size=1000, stop=stop, **settings
+    )
+    assembler = TextAssembler(detokenize, [[]], checked, special=["<end>", "<x>"])
+    shown = [assembler.push([(0, token_id)]).get(0, "") for token_id in ids]
+    shown.append(assembler.finish({0: []}).get(0, ""))
+    assert "".join(shown) == assembler.text(0)
+    return assembler.text(0), assembler.matched_stop(0)
+
+
+def decode_marked(ids: list[int], skips: bool) -> str:
+    """A byte-level tokenizer where 300 is the special token <end> and 301 is <x>."""
+    parts = [b"<end>" if i == 300 else b"<x>" if i == 301 else bytes([i]) for i in ids]
+    kept = [part for part, i in zip(parts, ids, strict=True) if i < 256 or not skips]
+    return b"".join(kept).decode("utf-8", errors="replace")
+
+
 def test_a_stop_string_that_ends_in_a_held_back_character_is_found_at_the_end():
-    assembler = TextAssembler(decode_bytes, [], ["\ufffd"])
-    assert [assembler.push(b) for b in b"a\xf0"] == ["a", ""]
-    assert assembler.finish() == ""
-    assert assembler.matched_stop == "\ufffd"
+    assert assemble(decode_marked, ["\ufffd"], b"a\xf0") == ("a", "\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("stop", "ids", "text", "matched"),
+    [
+        ("<end>", [*b"ab", 300, *b"cd"], "ab", "<end>"),
+        ("b<end>", [*b"ab", 300, *b"cd"], "a", "b<end>"),
+        ("b<end>c", [*b"ab", 300, *b"cd"], "a", "b<end>c"),
+        ("<end>c", [*b"ab", 300, *b"dd", 300, *b"cx"], "abdd", "<end>c"),
+        ("<end>c", [*b"ab", 301, 300, *b"d"], "abd", None),
+        ("<end>", [*"é世🎉".encode(), 301, 300], "é世🎉", "<end>"),
+        ("<x>c", [195, 301, *b"de", 301, *b"cf"], "\ufffdde", "<x>c"),
+        (["<end>", "b"], [*b"ab", 300], "a", "b"),
+        ("nd>", [*b"ab", 300, *b"cd"], "abcd", None),
+        ("<end>", b"a<end>b", "a", "<end>"),
+    ],
+)
+def test_a_stop_string_with_a_special_token_stops_and_shows_none(stop, ids, text, matched):
+    assert assemble(decode_marked, stop, ids) == (text, matched)
+
+
+def test_what_ended_a_text_is_kept_where_it_is_wanted():
+    keep = {"include_stop_str_in_output": True}
+    assert assemble(decode_marked, "b", b"abc", **keep) == ("ab", "b")
+    assert assemble(decode_marked, "<end>", [97, 301, 300, 98], **keep) == ("a<end>", "<end>")
+    shown = {"skip_special_tokens": False}
+    assert assemble(decode_marked, "<end>", [97, 301, 300], **shown) == ("a<x>", "<end>")
+    both = assemble(decode_marked, "<end>", [97, 301, 300], **shown, **keep)
+    assert both == ("a<x><end>", "<end>")
+    ended = assemble(decode_marked, None, [97, 300], stop_token_ids=[300], **shown)
+    assert ended == ("a", None)
+    kept = assemble(decode_marked, None, [97, 300], stop_token_ids=[300], **shown, **keep)
+    assert kept == ("a<end>", None)
 
 
 # With the engine

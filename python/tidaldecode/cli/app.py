@@ -1,11 +1,13 @@
 """The command line: tidaldecode generate, info, demo, calibrate and eval.
 
+A command imports what it needs when it runs, for importing takes longer than opening a small model.
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
 while running, 2 bad usage or bad input, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -15,19 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
 from tidaldecode import _core
-from tidaldecode.calibration.command import calibrate
 from tidaldecode.checkpoint.model_folder import (
     at_revision,
     demo_model_dir,
     read_model_folder,
 )
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
-from tidaldecode.cli.demo_view import show_comparison
-from tidaldecode.cli.info import show_installation, show_memory, show_model
 from tidaldecode.cli.terminal import Bars, NoteHandler, is_watched, one_line, print_error
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import (
@@ -37,7 +35,6 @@ from tidaldecode.errors import (
     TidalError,
     UnsupportedError,
 )
-from tidaldecode.evaluation.command import evaluate
 from tidaldecode.memory_plan import plan_memory
 from tidaldecode.results import GenerationResult
 
@@ -49,8 +46,31 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+# Commands that live in rooms of their own: name -> module and function.
+_ROOMS = {
+    "calibrate": ("tidaldecode.calibration.command", "calibrate"),
+    "eval": ("tidaldecode.evaluation.command", "evaluate"),
+}
+
+
+class _Commands(TyperGroup):
+    """The commands; those of other rooms are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ROOMS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ROOMS:
+            return super().get_command(ctx, cmd_name)
+        module, function = _ROOMS[cmd_name]
+        room = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        room.command(name=cmd_name)(getattr(importlib.import_module(module), function))
+        return typer.main.get_command(room)
+
+
 app = typer.Typer(
     name="tidaldecode",
+    cls=_Commands,
     help="Long-context decoding with position persistent sparse attention (TidalDecode).",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -163,6 +183,10 @@ def info(
     """Show version, devices and libraries; with a folder, what it holds and the memory that it
     would take with the settings given. Loads nothing."""
     options = opt.engine_options(locals())
+    from rich.console import Console
+
+    from tidaldecode.cli.info import show_installation, show_memory, show_model
+
     console = Console(highlight=False)
     folder = None if model_dir is None else read_model_folder(at_revision(model_dir, revision))
     show_installation(console)
@@ -197,6 +221,11 @@ def demo(
 ) -> None:
     """Hide a key in a long text and ask for it, densely and with a plan, side by side."""
     options = opt.engine_options(locals())
+    from rich.console import Console
+
+    from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
+    from tidaldecode.cli.demo_view import show_comparison
+
     model_dir = model or demo_model_dir()
     contexts = tuple(context or DEFAULT_CONTEXTS)
     console = Console(highlight=False)
@@ -206,10 +235,6 @@ def demo(
         if index == 0:
             console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
         show_comparison(console, comparison)
-
-
-app.command()(calibrate)
-app.command(name="eval")(evaluate)
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -7,9 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from tidaldecode.batch import PrefillProgress
 
 # A bar for less would be gone before it is seen.
@@ -65,6 +62,19 @@ class Bars:
 
     @contextmanager
     def _bar(self, title: str, minimum: int) -> Iterator[PrefillProgress]:
+        if not self._shown:
+            yield lambda done, total: None
+            return
+        # Imported by who shows a bar: it takes as long as opening a small model.
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,7 +88,7 @@ class Bars:
 
         def update(done: int, total: int) -> None:
             nonlocal is_running
-            if not self._shown or total < minimum:
+            if total < minimum:
                 return
             progress.update(task, completed=done, total=total)
             if done < total and not is_running:

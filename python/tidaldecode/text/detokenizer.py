@@ -1,84 +1,35 @@
-"""From a stream of token ids to a stream of text that can be shown as it comes.
+"""From the token ids of running sequences to text that can be shown as it comes.
 
-IncrementalDetokenizer never gives out part of a character; StopStringFilter never gives out text
-that may turn out to be the beginning of a stop string. Used by stream.py and batch.py. The window
-scheme is that of vLLM's and text-generation-inference's detokenizers: the text of a few tokens
-before the new ones is decoded with them, because what a token reads as depends on its neighbours.
+Used by stream.py and batch.py. IncrementalDetokenizer (worker/detokenizer.py, in the text process)
+never gives out part of a character; StopStringFilter never gives out text that may turn out to be
+the beginning of a stop string. TextAssembler asks once for all sequences and all their new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
-_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
-_CONTEXT_TOKENS = 5
-# A UTF-8 character has at most 4 bytes and a token at least 1, so more undecodable tokens than that
-# contain bytes that will never be a character; the last 3 may still be the start of one.
-_MAX_BYTES_PER_CHARACTER = 4
-_MAX_HELD_TOKENS = 64
+from tidaldecode.sampling import SamplingSettings
+from tidaldecode.text.worker.detokenizer import CONTEXT_TOKENS, IncrementalDetokenizer
 
+__all__ = ["IncrementalDetokenizer", "StopStringFilter", "TextAssembler"]
 
-class IncrementalDetokenizer:
-    """Text of a growing sequence, piece by piece; the pieces join to the whole text."""
-
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()
-    ) -> None:
-        """`decode` gives the text of token ids; `prompt_ids` are what the new tokens follow."""
-        self._decode = decode
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._window = 0  # first id that is decoded
-        self._read = len(self._ids)  # ids before it have been given out completely
-        self._known = decode(self._ids) if self._ids else ""  # text of ids[window:read]
-        self._given = 0  # characters behind `known` already given out
-
-    def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that is now certain, often that of this token."""
-        self._ids.append(token_id)
-        text = self._decode(self._ids[self._window :])
-        pending = len(self._ids) - self._read
-        if not text.endswith(_REPLACEMENT):
-            # Tokens without text (special ones) stay in the window: they are no context.
-            is_new = len(text) > len(self._known) + self._given
-            return self._advance(text) if is_new or pending >= _MAX_HELD_TOKENS else ""
-        if pending >= _MAX_HELD_TOKENS:
-            return self._advance(text)
-        if pending <= _MAX_BYTES_PER_CHARACTER:
-            return ""
-        doubtful = min(_MAX_BYTES_PER_CHARACTER - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
-        return self._give(text[: len(text) - doubtful])
-
-    def finish(self) -> str:
-        """The rest, incomplete characters as U+FFFD."""
-        return self._give(self._decode(self._ids[self._window :]))
-
-    def _give(self, text: str) -> str:
-        piece = text[len(self._known) + self._given :]
-        self._given += len(piece)
-        return piece
-
-    def _advance(self, text: str) -> str:
-        """Gives out everything and moves the window: the tokens just read are the new context."""
-        piece = self._give(text)
-        self._window, self._read = self._read, len(self._ids)
-        # Ids before the window are never needed again.
-        del self._ids[: self._window]
-        self._read -= self._window
-        self._window = 0
-        self._known = self._decode(self._ids)
-        self._given = 0
-        return piece
+Detokenize = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
 
 
 class StopStringFilter:
-    """Passes text on until a stop string is complete; its own text never gets through.
+    """Passes text on until a stop string is complete; its own text gets through only if wanted.
 
     What comes out does not depend on how the text was cut into pieces: the stop string that is
     complete first wins, of those that end together the longest.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, keeps_stop: bool = False) -> None:
+        """Takes the stop strings, and whether the one that ends the text belongs to it."""
         self._stop = tuple(stop)
+        self._keeps_stop = keeps_stop
         self._held = ""  # given in, not given out: may be the beginning of a stop string
         self.matched: str | None = None
 
@@ -97,7 +48,7 @@ class StopStringFilter:
         if ends:
             end, _, self.matched = min(ends)
             self._held = ""
-            return text[: end - len(self.matched)]
+            return text[: end if self._keeps_stop else end - len(self.matched)]
         keep = self._longest_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -117,30 +68,163 @@ class StopStringFilter:
         return 0
 
 
+class _HidingFilter:
+    """A filter that looks for stop strings in the text with special tokens, and shows it without.
+
+    Takes pairs of pieces, with and without special tokens. A pair whose halves differ is shown
+    when all of its first half may be.
+    """
+
+    def __init__(self, stop: Sequence[str], *, keeps_stop: bool) -> None:
+        self._filter = StopStringFilter(stop)
+        self._keeps_stop = keeps_stop
+        self._pairs: deque[tuple[str, str]] = deque()
+        self._ahead = 0  # characters of the first pair that could be shown if all of it could
+
+    @property
+    def matched(self) -> str | None:
+        return self._filter.matched
+
+    def push(self, whole: str, shown: str) -> str:
+        if self.matched is not None:
+            return ""
+        self._pairs.append((whole, shown))
+        text = self._show(len(self._filter.push(whole)))
+        return text + self.matched if self.matched and self._keeps_stop else text
+
+    def finish(self) -> str:
+        return self._show(len(self._filter.finish())) + "".join(shown for _, shown in self._pairs)
+
+    def _show(self, num_chars: int) -> str:
+        """What the next characters of the whole text are without special tokens."""
+        text = ""
+        num_chars += self._ahead
+        self._ahead = 0
+        while self._pairs and len(self._pairs[0][0]) <= num_chars and self.matched is None:
+            whole, shown = self._pairs.popleft()
+            num_chars -= len(whole)
+            text += shown
+        while self._pairs and num_chars > 0:
+            whole, shown = self._pairs.popleft()
+            part = whole[:num_chars]
+            num_chars -= len(part)
+            if whole == shown:
+                text += part
+                if part != whole:
+                    self._pairs.appendleft((whole[len(part) :], shown[len(part) :]))
+            elif part == whole:
+                text += shown
+            elif self.matched is None:
+                self._pairs.appendleft((whole, shown))
+                self._ahead = len(part)
+                break
+            elif part.startswith(shown) or shown.startswith(part):
+                text += shown[: len(part)]
+        return text
+
+
+class _Row:
+    """One sequence of a call."""
+
+    def __init__(
+        self, prompt_ids: Sequence[int], settings: SamplingSettings, special: Collection[str]
+    ) -> None:
+        self._prompt = list(prompt_ids[-CONTEXT_TOKENS:])
+        skips = settings.skip_special_tokens
+        keeps = settings.include_stop_str_in_output
+        hides = skips and any(token in stop for stop in settings.stop for token in special)
+        # What is asked for: the text that is shown, and where stop strings hold special tokens that
+        # are not shown, the text with them too.
+        self._skips = (False, True) if hides else (skips,)
+        self._states: list[Any] = [None] * len(self._skips)
+        self._plain = StopStringFilter(settings.stop, keeps_stop=keeps)
+        self._hiding = _HidingFilter(settings.stop, keeps_stop=keeps) if hides else None
+        self._left_out = () if keeps else settings.stop_token_ids
+        self.pieces: list[str] = []
+
+    @property
+    def matched(self) -> str | None:
+        return (self._hiding or self._plain).matched
+
+    def questions(self, ids: Iterable[int], *, ends: bool) -> list[dict[str, Any]]:
+        """What to ask for these new tokens; nothing if they change nothing."""
+        new = [token_id for token_id in ids if token_id not in self._left_out]
+        if self.matched is not None or not (new or ends):
+            return []
+        return [
+            {
+                "state": state,
+                "prompt": self._prompt if state is None else [],
+                "ids": new,
+                "skips": skips,
+                "ends": ends,
+            }
+            for state, skips in zip(self._states, self._skips, strict=True)
+        ]
+
+    def take(self, answers: Sequence[dict[str, Any]], *, ends: bool) -> str:
+        """Takes the answers to its questions; returns the text that may be shown now."""
+        self._states = [answer["state"] for answer in answers]
+        pieces = [answer["pieces"] for answer in answers]
+        if self._hiding is not None:
+            text = "".join(self._hiding.push(*pair) for pair in zip(*pieces, strict=True))
+            rest = self._hiding.finish() if ends and self.matched is None else ""
+        else:
+            text = self._plain.push("".join(pieces[0]))
+            rest = self._plain.finish() if ends and self.matched is None else ""
+        self.pieces.append(text + rest)
+        return text + rest
+
+
 class TextAssembler:
-    """The two filters in a row: token ids of one sequence in, text that may be shown out."""
+    """Token ids of the sequences of a call in, the text of each that may be shown out."""
 
     def __init__(
         self,
-        decode: Callable[[Sequence[int]], str],
-        prompt_ids: Sequence[int],
-        stop: Sequence[str],
+        detokenize: Detokenize,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        special: Collection[str] = (),
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(decode, prompt_ids)
-        self._filter = StopStringFilter(stop)
+        """Begins texts that follow prompts.
 
-    @property
-    def matched_stop(self) -> str | None:
-        """The stop string that ended the text, if one did."""
-        return self._filter.matched
+        Args:
+            detokenize: Tokenizer.detokenize.
+            prompts: token ids before the new ones, of each sequence.
+            settings: of the call: what stops a text, and what of it is shown.
+            special: Tokenizer.special_tokens.
+        """
+        self._detokenize = detokenize
+        self._rows = [_Row(prompt_ids, settings, special) for prompt_ids in prompts]
 
-    def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that may be shown now."""
-        return self._filter.push(self._detokenizer.push(token_id))
+    def matched_stop(self, sequence: int) -> str | None:
+        """The stop string that ended the text of a sequence, if one did."""
+        return self._rows[sequence].matched
 
-    def finish(self) -> str:
-        """The rest of the text once the sequence has ended."""
-        if self.matched_stop is not None:
-            return ""
-        piece = self._filter.push(self._detokenizer.finish())
-        return piece if self.matched_stop is not None else piece + self._filter.finish()
+    def text(self, sequence: int) -> str:
+        """All that may be shown so far."""
+        return "".join(self._rows[sequence].pieces)
+
+    def push(self, events: Iterable[tuple[int, int]]) -> dict[int, str]:
+        """Adds tokens (sequence, id); returns what may be shown now, of each sequence."""
+        tokens: dict[int, list[int]] = {}
+        for sequence, token_id in events:
+            tokens.setdefault(sequence, []).append(token_id)
+        return self._add(tokens, ends=False)
+
+    def finish(self, tokens: dict[int, list[int]]) -> dict[int, str]:
+        """Adds the last tokens of sequences that have ended; returns the rest of their texts."""
+        return self._add(tokens, ends=True)
+
+    def _add(self, tokens: dict[int, list[int]], *, ends: bool) -> dict[int, str]:
+        asked = {s: self._rows[s].questions(ids, ends=ends) for s, ids in tokens.items()}
+        questions = [question for row in asked.values() for question in row]
+        if not questions:
+            return {}
+        answers = iter(self._detokenize(questions))
+        shown = {}
+        for sequence, row in asked.items():
+            if row:
+                own = [next(answers) for _ in row]
+                shown[sequence] = self._rows[sequence].take(own, ends=ends)
+        return shown

@@ -1,43 +1,77 @@
 """Between a caller's words and the engine's: prompts to token ids, settings to parameters.
 
-Made by decoder.py and used by its sessions too. The tokenizer is loaded when text is first met.
+Made by decoder.py and used by its sessions too. The folder's tokenizer is read while the weights
+are; what is wrong with it is an error when text is wanted, and not before: ids need none.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.batch import Decode
+from tidaldecode.batch import MakeText
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
-from tidaldecode.errors import InvalidArgument
-from tidaldecode.sampling import SamplingSettings, check_sampling
+from tidaldecode.errors import InvalidArgument, TidalError
+from tidaldecode.sampling import SamplingOptions, SamplingSettings, check_bool, check_sampling
+from tidaldecode.text.detokenizer import TextAssembler
 from tidaldecode.text.prompts import encode_prompts
-from tidaldecode.text.tokenizer import Tokenizer
+from tidaldecode.text.text_process import TextProcess
+from tidaldecode.text.tokenizer import Tokenizer, start_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from tidaldecode.sampling import SamplingOptions
+    from tidaldecode.results import GenerationResult
 
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int]
+_logger = logging.getLogger("tidaldecode")
+
+Messages = Sequence[Any]  # {"role": ..., "content": ...} each, or a list of such conversations
+Prompt = str | Sequence[int] | Mapping[str, Any]  # a mapping holds input_ids
 
 
 class Frontend:
     """A model folder's text side, with the settings of a decoder."""
 
     def __init__(self, folder: ModelFolder, settings: DecodeConfig) -> None:
+        """Starts reading the folder's tokenizer; finish_loading() waits for it."""
         self._folder = folder
         self._settings = settings
+        self._process: TextProcess | None = None
         self._tokenizer: Tokenizer | None = None
+        self._problem: TidalError | None = None
+        self._has_hinted = False
+        try:
+            self._process = start_tokenizer(folder.path)
+        except TidalError as cause:
+            self._problem = cause
+
+    def finish_loading(self) -> None:
+        """Waits for the tokenizer; one that cannot be used is named in the log."""
+        if self._process is not None:
+            try:
+                self._tokenizer = Tokenizer(
+                    self._folder.path, self._folder.model.vocab_size, self._process
+                )
+            except TidalError as cause:
+                self._problem = cause
+        if self._problem is not None and Tokenizer.exists(self._folder.path):
+            _logger.warning("%s; token ids work, text does not", self._problem)
+
+    def close(self) -> None:
+        """Ends the process that handles text; text is an error afterwards."""
+        if self._process is not None:
+            self._process.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises: ConfigError if the folder has none that can be used."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._folder.path, self._folder.model.vocab_size)
+            # A fresh one, for an error that is raised twice grows its traceback.
+            problem = self._problem
+            raise type(problem)(str(problem)) from problem
         return self._tokenizer
 
     def check_sampling(self, **sampling: Unpack[SamplingOptions]) -> SamplingSettings:
@@ -61,22 +95,30 @@ class Frontend:
             )
         return settings
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with what the model wants in front of it (BOS)."""
-        return self.tokenizer.encode(text)
-
-    def encode_prompts(self, prompt: Any) -> tuple[list[list[int]], bool]:
+    def encode_prompts(
+        self, prompt: Any, add_special_tokens: bool = True
+    ) -> tuple[list[list[int]], bool]:
         """Token ids per prompt, and whether `prompt` is a list of prompts."""
-        return encode_prompts(prompt, self.encode, self._folder.model.vocab_size)
+        add_special_tokens = check_bool("add_special_tokens", add_special_tokens)
 
-    def encode_prompt(self, prompt: Prompt, *, follows: bool = False) -> list[int]:
+        def encode(texts: list[str]) -> list[list[int]]:
+            return self.tokenizer.encode_texts(texts, add_special_tokens=add_special_tokens)
+
+        return encode_prompts(prompt, encode, self._folder.model.vocab_size)
+
+    def encode_prompt(
+        self, prompt: Prompt, *, follows: bool = False, add_special_tokens: bool = True
+    ) -> list[int]:
         """Token ids of one prompt; `follows` others: a text gets nothing put in front of it.
 
         Raises: InvalidArgument.
         """
+        check_bool("add_special_tokens", add_special_tokens)
 
-        def encode(text: str) -> list[int]:
-            return self.tokenizer.encode(text, add_special_tokens=not follows)
+        def encode(texts: list[str]) -> list[list[int]]:
+            if follows:
+                return [self.tokenizer.encode_following(text) for text in texts]
+            return self.tokenizer.encode_texts(texts, add_special_tokens=add_special_tokens)
 
         prompts, is_batch = encode_prompts(prompt, encode, self._folder.model.vocab_size)
         if is_batch:
@@ -86,12 +128,46 @@ class Frontend:
             )
         return prompts[0]
 
-    def render_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins."""
-        return self.tokenizer.render_chat(messages)
+    def render_chat(self, messages: Messages, **options: Any) -> Any:
+        """Token ids of a conversation, up to where the model's answer begins; of several, lists."""
+        return self.tokenizer.render_chat(messages, **options)
 
-    def decode_function(self, *, needed: bool) -> Decode | None:
-        """What turns ids into text; None if the folder has no tokenizer and none is needed."""
-        if needed or Tokenizer.exists(self._folder.path):
-            return self.tokenizer.decode
-        return None
+    def render_one_chat(self, messages: Messages, **options: Any) -> list[int]:
+        """render_chat() where only one conversation will do."""
+        ids = self.render_chat(messages, **options)
+        if isinstance(ids[0], list):
+            raise InvalidArgument(
+                f"messages: got {len(ids)} conversations, expected one; use chat() of a Decoder "
+                "for several"
+            )
+        return ids
+
+    def text_maker(self, settings: SamplingSettings, *, needed: bool) -> MakeText | None:
+        """What turns a call's new tokens into text; None if there is no tokenizer and no need."""
+        if self._tokenizer is None and not (needed or settings.stop):
+            return None
+        tokenizer = self.tokenizer
+        return partial(
+            TextAssembler,
+            tokenizer.detokenize,
+            settings=settings,
+            special=tokenizer.special_tokens,
+        )
+
+    def hint_at_chat(self, result: GenerationResult) -> None:
+        """Says once that a model that answers a plain text with nothing may want a conversation."""
+        ends_at_once = result.text == "" and result.stop_reason in self._folder.eos_token_ids
+        if self._has_hinted or not (ends_at_once and self.tokenizer.has_chat_template):
+            return
+        self._has_hinted = True
+        _logger.warning(
+            "the model ended its text at once; it has a chat template: ask it with chat(), or "
+            "generate --chat on the command line"
+        )
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+    """The options of a chat: sampling settings, and what its template is given."""
+    names = SamplingOptions.__annotations__
+    sampling = {name: value for name, value in options.items() if name in names}
+    return sampling, {k: v for k, v in options.items() if k not in names}  # type: ignore
