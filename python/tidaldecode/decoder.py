@@ -34,7 +34,7 @@ from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plans import choose_plan
+from tidaldecode.plans import Plan, choose_plan, plan_notes
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import check_callback, check_choice, check_integer
@@ -92,7 +92,7 @@ class Decoder:
         granularity: str | None = None,
         pooling: str | None = None,
         sink_tokens: int | None = None,
-        recent_tokens: int | None = None,
+        recent_tokens: int | str | None = None,
         sparse_min_context: int | str | None = None,
         correction_interval: int | None = None,
         verify: bool | str | None = None,
@@ -112,18 +112,11 @@ class Decoder:
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
         settings = _one_config(config, options)
         folder = read_model_folder(model_dir, settings.load_format)
-        plan = choose_plan(settings, folder)
-        trained_len = folder.model.max_position_embeddings
-        if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
-            _logger.warning(
-                "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor "
-                "text beyond it",
-                settings.max_seq_len,
-                trained_len,
-            )
+        plan = choose_plan(settings, settings.attention, folder)
+        _log_notes(settings, plan, folder)
         self._settings = settings
         self._folder = folder
-        self._plan_source = plan.source if plan else "dense"
+        self._plan_source = plan.description if plan else "dense"
         self._frontend = Frontend(folder, settings)
         # Calls from several threads take turns: together they might not fit.
         self._turn = threading.RLock()
@@ -404,8 +397,8 @@ class Decoder:
 
     @property
     def plan_source(self) -> str:
-        """Where the plan comes from: a file, the user's cache, the table of known models, the
-        caller, or "dense"."""
+        """Where the plan comes from: a file, the user's cache, the table of published plans (and
+        whether it has been measured here), the caller, or "dense"."""
         return self._plan_source
 
     @property
@@ -472,6 +465,20 @@ class Decoder:
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)
+
+
+def _log_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> None:
+    """Says what a user should know at every start."""
+    for note in plan_notes(settings, plan, folder):
+        _logger.warning("%s", note)
+    trained_len = folder.model.max_position_embeddings
+    if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
+        _logger.warning(
+            "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor text "
+            "beyond it",
+            settings.max_seq_len,
+            trained_len,
+        )
 
 
 def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:

@@ -13,9 +13,8 @@ from typing import Any
 from tidaldecode import _core
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import DecodeConfig
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.plans import choose_plan, plan_letters
+from tidaldecode.plans import plan_letters, plan_values
 
 
 class Keys:
@@ -34,10 +33,8 @@ class Keys:
         used: Any = setting.options
         if not setting.is_quest:
             # Settings of a stored plan hold wherever an option does not say otherwise.
-            plan = choose_plan(DecodeConfig(**setting.options), self._folder)
-            used = [list(plan.select_layers), dict(plan.settings)] if plan else None
-            if plan and (interval := setting.options.get("correction_interval")):
-                used.append(interval)
+            plan = setting.plan(self._folder)
+            used = plan_values(plan.config) if plan else None
         parts = [self._fingerprint, _core.version(), self._engine, used, content]
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -46,5 +43,6 @@ class Keys:
         """The setting's plan, as Decoder.plan prints it; what is not the engine's has none."""
         if setting.is_quest:
             return "page-wise"
-        plan = choose_plan(DecodeConfig(**setting.options), self._folder)
-        return plan_letters(self._folder.model.num_layers, plan.select_layers if plan else ())
+        plan = setting.plan(self._folder)
+        layers = plan.config.select_layers if plan else None
+        return plan_letters(self._folder.model.num_layers, layers or ())
