@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def _describe_calibration(raw: Mapping[str, Any]) -> str:
         limit = raw.get("max_loss")
         if isinstance(limit, (int, float)) and loss > limit:
             text += f" (more than the {limit:g} asked for)"
-    return "calibrated " + text.removeprefix(", ") if text else "calibrated"
+    return "calibrated: " + text.removeprefix(", ") if text else "calibrated"
 
 
 def find_plan(folder: ModelFolder) -> Plan | None:
@@ -136,7 +137,7 @@ def find_plan(folder: ModelFolder) -> Plan | None:
 
 def _describe_evaluation(folder: ModelFolder, config: PlanConfig) -> str:
     """How the plan did when `tidaldecode eval` last ran it on this model; empty if it has not."""
-    if folder.load_format == "dummy" or not (user_cache_dir() / "evaluated").is_dir():
+    if folder.load_format == "dummy" or not os.path.isdir(user_cache_dir() / "evaluated"):
         return ""
     try:
         raw = read_json_object(cached_evaluation_file(model_fingerprint(folder)))
@@ -164,7 +165,7 @@ def plan_values(config: PlanConfig) -> dict[str, Any]:
 
 def _stored_plan(folder: ModelFolder) -> Plan | None:
     path = folder.path / PLAN_FILE
-    if path.is_symlink() or path.exists():
+    if os.path.lexists(path):
         raw = read_json_object(path)
         plan = _parse_plan(raw, path, folder.model.num_layers)
         # Random weights are nobody's: a plan by hand or by calibration gives their step its shape.
@@ -180,10 +181,10 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
             show(raw["fingerprint"]),
             found,
         )
-    if folder.load_format == "dummy" or not cached_plan_file("").parent.is_dir():
+    if folder.load_format == "dummy" or not os.path.isdir(cached_plan_file("").parent):
         return None
     path = cached_plan_file(model_fingerprint(folder))
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     plan = read_plan_file(path, folder.model.num_layers)
     return replace(plan, source=f"{plan.source}, in the user's cache")

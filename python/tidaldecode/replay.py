@@ -34,6 +34,8 @@ class Replay:
         self._core = core
         self._folder = folder
         self._turn = turn
+        # Reading a plan file for every call would take longer than many a step.
+        self._plans: dict[tuple[PlanConfig, str], _core.PlanConfig] = {}
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
@@ -91,4 +93,7 @@ class Replay:
         asked = PlanConfig(**{k: v for k, v in options.items() if k != "attention"})
         attention = options.get("attention", "auto")
         check_setting("attention", attention)
-        return core_plan(choose_plan(asked, attention, self._folder))
+        if (asked, attention) not in self._plans:
+            plan = choose_plan(asked, attention, self._folder)
+            self._plans[asked, attention] = core_plan(plan)
+        return self._plans[asked, attention]

@@ -12,13 +12,23 @@ from pathlib import Path
 
 
 def user_cache_dir() -> Path:
-    """The package's own folder in the user's cache; it need not exist."""
+    """The package's own folder in the user's cache; it need not exist, nor be one that can.
+
+    Ask os.path whether a file is in it: Path's methods raise where a folder cannot be searched.
+    """
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tidaldecode"
+        return _home() / "Library" / "Caches" / "tidaldecode"
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The convention: a relative path is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    root = Path(base) if os.path.isabs(base) else _home() / ".cache"
     return root / "tidaldecode"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user without one
+        return Path(os.devnull) / "home"  # nothing is there, and nothing can be written there
 
 
 def cached_evaluation_file(fingerprint: str) -> Path:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -356,13 +361,13 @@ def test_verify_without_a_plan_says_that_it_is_dense(folder: Path, caplog, optio
         (
             {"context": [512, 4096], "scores": {"loss": 0.0284}, "max_loss": 0.03,
              "held_out": {"same": 22, "counted": 24}},
-            "plan FFSssSss calibrated 22 of 24 held-out answers as dense at 512 and 4,096 tokens, "
+            "plan FFSssSss calibrated: 22 of 24 held-out answers as dense at 512 and 4,096 tokens, "
             "loss 0.0284 nats",
         ),
         (
             {"context": 4096, "scores": {"loss": 2.5}, "max_loss": 0.03,
              "held_out": {"same": 0, "counted": 0}},
-            "plan FFSssSss calibrated judged on text alone (the model answers too few questions) "
+            "plan FFSssSss calibrated: judged on text alone (the model answers too few questions) "
             "at 4,096 tokens, loss 2.5 nats (more than the 0.03 asked for)",
         ),
         ({"scores": []}, "plan FFSssSss calibrated"),
@@ -378,3 +383,41 @@ def test_a_calibrated_plan_says_at_every_start_how_it_did(tmp_path, caplog, extr
     caplog.clear()
     Decoder(tmp_path, device="cpu", max_seq_len=64, token_budget=16).close()
     assert caplog.records == []  # another plan than the one that was measured
+
+
+CACHE_PROBE = """
+import os, sys
+sys.path[:0] = os.environ["PROBE_PATH"].split(":")
+import tidaldecode
+folder = sys.argv[1]
+if os.getuid() == 0:
+    os.setuid(65534)
+os.environ.pop("HOME", None)
+print(tidaldecode.Decoder(folder, device="cpu", max_seq_len=64).plan_source)
+"""
+
+
+@pytest.mark.parametrize("cache", ["locked/x", ""])
+def test_a_cache_that_cannot_be_searched_is_an_empty_one(cache: str):
+    """Also that of a user without a home."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        place.chmod(0o755)
+        (place / "locked").mkdir(mode=0o700)
+        model = write_checkpoint(place / "model", TinyModel(num_layers=3))
+        for file in [model, *model.iterdir()]:
+            file.chmod(0o755)
+        if os.getuid() != 0:
+            (place / "locked").chmod(0)
+        environment = {
+            **os.environ,
+            "XDG_CACHE_HOME": str(place / cache) if cache else "",
+            "PROBE_PATH": ":".join(sys.path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CACHE_PROBE, str(model)],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert done.stdout == "dense\n", done.stderr
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

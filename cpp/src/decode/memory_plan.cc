@@ -130,7 +130,6 @@ class Planner {
   std::string Explain(const ResolvedSettings& resolved) const {
     const MemoryPlan& memory = resolved.memory;
     const DecodeConfig& config = resolved.config;
-    const char* share_of = info_.device.type == DeviceType::kCpu ? " of the " : " of ";
     std::ostringstream out;
     out << "memory: need " << Bytes(memory.total_bytes()) << " on " << info_.name << " (weights "
         << Bytes(memory.weight_bytes) << ", KV cache " << Bytes(memory.kv_bytes) << " for "
@@ -139,12 +138,13 @@ class Planner {
         << ", scratch " << Bytes(memory.scratch_bytes()) << " for max_batch_size "
         << config.max_batch_size;
     if (memory.reserve_bytes > 0) out << ", the device itself " << Bytes(memory.reserve_bytes);
-    out << "), have " << Bytes(usable_bytes_) << " (gpu_memory_utilization "
-        << config.gpu_memory_utilization << share_of;
+    out << "), have " << Bytes(usable_bytes_);
     if (info_.device.type == DeviceType::kCpu) {
-      out << Bytes(info_.free_bytes) << " that are free)";
+      out << " (a share of " << config.gpu_memory_utilization << " of the "
+          << Bytes(info_.free_bytes) << " that are free)";
     } else {
-      out << Bytes(info_.total_bytes) << ", " << Bytes(info_.free_bytes) << " free)";
+      out << " (gpu_memory_utilization " << config.gpu_memory_utilization << " of "
+          << Bytes(info_.total_bytes) << ", " << Bytes(info_.free_bytes) << " free)";
     }
     out << "; " << Remedy(resolved);
     return out.str();

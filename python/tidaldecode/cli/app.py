@@ -1,7 +1,7 @@
 """The command line: tidaldecode generate, info, demo, calibrate and eval.
 
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
-while running, 2 bad usage or bad input, 130 interrupted.
+while running, 2 bad usage or bad input, 3 no plan good enough (calibrate), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -160,13 +160,13 @@ def info(
     options = opt.engine_options(locals())
     console = Console(highlight=False)
     folder = None if model_dir is None else read_model_folder(model_dir)
-    show_installation(console)
     if model_dir is not None and folder is not None:
         show_model(console, folder)
         try:
             show_memory(console, plan_memory(model_dir, **options))
         except (BackendError, UnsupportedError) as error:  # of this device only
             console.print(f"Memory: {one_line(str(error))}", markup=False)
+    show_installation(console)
 
 
 @app.command()
