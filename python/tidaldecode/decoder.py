@@ -469,16 +469,15 @@ class Decoder:
 
 def _log_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> None:
     """Says what a user should know at every start."""
-    for note in plan_notes(settings, plan, folder):
-        _logger.warning("%s", note)
+    notes = plan_notes(settings, plan, folder)
     trained_len = folder.model.max_position_embeddings
     if settings.max_seq_len is not None and settings.max_seq_len > trained_len:
-        _logger.warning(
-            "max_seq_len %d is more than the model's max_position_embeddings %d: expect poor text "
-            "beyond it",
-            settings.max_seq_len,
-            trained_len,
+        notes.append(
+            f"max_seq_len {settings.max_seq_len} is more than the model's max_position_embeddings "
+            f"{trained_len}: expect poor text beyond it"
         )
+    for note in notes:
+        _logger.warning("%s", note)
 
 
 def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:

@@ -168,6 +168,7 @@ def test_the_demo_answers_held_out_questions(demo_model: Path, tmp_path: Path, c
         (["--text", "/no/such"], "text: /no/such: No such file"),
         ([*SMALL, "--token-budget", "600"], "token_budget: got 600, expected an integer"),
         (["--max-select-layers", "0"], "max_select_layers: got 0"),
+        (["--max-loss", "nan"], "max-loss: got nan, expected a number of nats"),
         ([*SMALL, "--output", "/dev/null/x"], "output: /dev/null/x: "),
         (["--context", "4096"], "context: got 4096, expected an integer from 1 to 2048"),
         (["--context", "60"], "context: got "),

@@ -34,9 +34,10 @@ from tidaldecode.calibration.search import (
     kv_bytes_per_step,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.errors import UnsupportedError
+from tidaldecode.errors import TidalError, UnsupportedError
 from tidaldecode.evaluation.distributions import divergences
 from tidaldecode.evaluation.perplexity import make_windows
+from tidaldecode.replay import Replay
 from tidaldecode.text.tokenizer import Tokenizer
 
 
@@ -248,3 +249,21 @@ def test_a_model_that_cannot_judge_is_ranked_on_its_longest_texts(tokenizer: Tok
     texts = demo_groups(tokenizer)[4:]
     objective = Objective(None, texts, ScoreFile(None), Silent())
     assert [group.name for group in objective.quick_groups()] == ["text 512 0"]
+
+
+def test_logits_that_are_no_numbers_are_an_error(tokenizer: Tokenizer, monkeypatch):
+    """They are no score, and nothing is kept of them."""
+    (group, *_) = demo_groups(tokenizer)
+    scores = ScoreFile(None)
+    with open_demo() as decoder:
+        objective = Objective(decoder, [group], scores, Silent())
+        objective.measure([{"attention": "full"}], lambda done: None)
+        step_logits = Replay.step_logits
+        monkeypatch.setattr(
+            Replay,
+            "step_logits",
+            lambda *args, **plan: [rows * np.nan for rows in step_logits(*args, **plan)],
+        )
+        with pytest.raises(TidalError, match="calibrate: the logits after a prompt hold a NaN"):
+            objective.measure([{"select_layers": (2,)}], lambda done: None)
+    assert len(scores._values) == 1

@@ -6,6 +6,7 @@ Registered by cli/app.py. Exit code 3: no plan is good enough, and none was kept
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -102,6 +103,8 @@ def calibrate(
     """Find the plan that loses least for the bytes it reads, and keep it for the model."""
     if text is not None and builtin:
         raise InvalidArgument("text: got both, expected --text FILE or --builtin")
+    if not math.isfinite(max_loss):
+        raise InvalidArgument(f"max-loss: got {max_loss}, expected a number of nats")
     folder = read_model_folder(model_dir)
     contexts = _contexts(context, folder, device)
     check_integer("max_select_layers", max_select_layers, low=1)

@@ -20,7 +20,7 @@ import numpy as np
 from tidaldecode.calibration.questions import BATCH_SIZE, DENSE, Answered, Reporter
 from tidaldecode.calibration.score_file import ScoreFile
 from tidaldecode.decoder import Decoder
-from tidaldecode.evaluation.distributions import log_probabilities
+from tidaldecode.evaluation.distributions import log_probabilities, unusable_logits
 from tidaldecode.evaluation.perplexity import Window
 from tidaldecode.replay import Replay
 
@@ -224,7 +224,10 @@ class OpenGroup:
 
     def _logits(self, plan: dict[str, Any]) -> list[np.ndarray]:
         continuations = [row.token_ids[:-1] for row in self._group.rows]
-        return self._replay.step_logits(continuations, **plan)
+        logits = self._replay.step_logits(continuations, **plan)
+        if not all(np.isfinite(rows).all() for rows in logits):
+            raise unusable_logits("calibrate")
+        return logits
 
     def compare(self, plan: dict[str, Any]) -> GroupScore:
         """A plan, its steps sparse at every length, against dense."""

@@ -19,8 +19,8 @@ import numpy as np
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.decoder import Decoder
-from tidaldecode.errors import OutOfMemoryError, TidalError
-from tidaldecode.evaluation.distributions import common_length, divergences
+from tidaldecode.errors import OutOfMemoryError
+from tidaldecode.evaluation.distributions import common_length, divergences, unusable_logits
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay
 from tidaldecode.evaluation.reference import ReferenceModel
@@ -101,7 +101,7 @@ class Prompt:
         replay = self._paged if setting.is_quest else self._replay
         logits = replay.step_logits([token_ids[:-1]], **setting.options)[0]
         if not np.isfinite(logits).all():
-            raise _unusable(setting)
+            raise unusable_logits(setting.name)
         return logits
 
     def set_size(self, setting: Setting) -> float:
@@ -122,13 +122,6 @@ class Prompt:
 
     def __exit__(self, *error: object) -> None:
         self._replay.close()
-
-
-def _unusable(setting: Setting) -> TidalError:
-    return TidalError(
-        f"{setting.name}: the logits after a prompt hold a NaN or infinity; check the weights, or "
-        "try --dtype float32"
-    )
 
 
 @lru_cache(maxsize=1)
@@ -204,7 +197,7 @@ def _decoded(prompt: Prompt, example: Example, setting: Setting) -> _Output:
     started = time.perf_counter()
     token_ids = prompt.greedy(setting, example.max_new_tokens)
     if not token_ids:
-        raise _unusable(setting)
+        raise unusable_logits(setting.name)
     return _Output(setting=setting, token_ids=token_ids, seconds=time.perf_counter() - started)
 
 
