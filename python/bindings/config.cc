@@ -1,5 +1,5 @@
-// ModelConfig, DecodeConfig, SamplingParams as Python objects with the same field names and
-// defaults.
+// ModelConfig, PlanConfig, DecodeConfig, SamplingParams as Python objects with the same field names
+// and defaults.
 #include "tidal/config.h"
 
 #include <pybind11/stl.h>
@@ -51,9 +51,8 @@ std::string Name(const Names<Enum, N>& names, Enum value) {
 }
 
 // A property that is an enum in C++ and a string in Python.
-template <typename Struct, typename Enum, size_t N>
-void DefEnum(py::class_<Struct>& cls, const char* field, Enum Struct::*member,
-             const Names<Enum, N>& names) {
+template <typename Class, typename Struct, typename Enum, size_t N>
+void DefEnum(Class& cls, const char* field, Enum Struct::*member, const Names<Enum, N>& names) {
   cls.def_property(
       field, [=, &names](const Struct& self) { return Name(names, self.*member); },
       [=, &names](Struct& self, const std::string& text) {
@@ -104,17 +103,22 @@ void RegisterDecodeConfig(py::module_& module) {
   module.attr("AUTOMATIC_BUDGET") = kAutomaticBudget;
   module.attr("AUTOMATIC_MASS") = kAutomaticMass;
   module.attr("AUTOMATIC_MIN_BUDGET") = kAutomaticMinBudget;
-  py::class_<DecodeConfig> config(module, "DecodeConfig");
+  py::class_<PlanConfig> plan(module, "PlanConfig");
+  plan.def(py::init<>())
+      .def_readwrite("select_layers", &PlanConfig::select_layers)
+      .def_readwrite("full_layers", &PlanConfig::full_layers)
+      .def_readwrite("token_budget", &PlanConfig::token_budget)
+      .def_readwrite("top_p_mass", &PlanConfig::top_p_mass)
+      .def_readwrite("min_token_budget", &PlanConfig::min_token_budget)
+      .def_readwrite("sink_tokens", &PlanConfig::sink_tokens)
+      .def_readwrite("recent_tokens", &PlanConfig::recent_tokens)
+      .def_readwrite("sparse_min_context", &PlanConfig::sparse_min_context)
+      .def_readwrite("correction_interval", &PlanConfig::correction_interval);
+  DefEnum(plan, "granularity", &PlanConfig::granularity, kGranularities);
+  DefEnum(plan, "pooling", &PlanConfig::pooling, kPoolings);
+
+  py::class_<DecodeConfig, PlanConfig> config(module, "DecodeConfig");
   config.def(py::init<>())
-      .def_readwrite("select_layers", &DecodeConfig::select_layers)
-      .def_readwrite("full_layers", &DecodeConfig::full_layers)
-      .def_readwrite("token_budget", &DecodeConfig::token_budget)
-      .def_readwrite("top_p_mass", &DecodeConfig::top_p_mass)
-      .def_readwrite("min_token_budget", &DecodeConfig::min_token_budget)
-      .def_readwrite("sink_tokens", &DecodeConfig::sink_tokens)
-      .def_readwrite("recent_tokens", &DecodeConfig::recent_tokens)
-      .def_readwrite("sparse_min_context", &DecodeConfig::sparse_min_context)
-      .def_readwrite("correction_interval", &DecodeConfig::correction_interval)
       .def_readwrite("verify", &DecodeConfig::verify)
       .def_readwrite("draft_tokens", &DecodeConfig::draft_tokens)
       .def_readwrite("max_seq_len", &DecodeConfig::max_seq_len)
@@ -130,8 +134,6 @@ void RegisterDecodeConfig(py::module_& module) {
           [](DecodeConfig& self, const std::string& text) { self.device = ParseDevice(text); });
   DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
   DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kDTypes);
-  DefEnum(config, "granularity", &DecodeConfig::granularity, kGranularities);
-  DefEnum(config, "pooling", &DecodeConfig::pooling, kPoolings);
 
   py::class_<SamplingParams>(module, "SamplingParams")
       .def(py::init<>())

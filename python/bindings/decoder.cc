@@ -171,7 +171,7 @@ class PyReplay : public Closable<Replay> {
     }
   }
 
-  py::list StepLogits(const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& tokens) {
+  py::list StepLogits(const PlanConfig& plan, const std::vector<std::vector<int32_t>>& tokens) {
     Replay& replay = get();
     std::vector<std::vector<float>> logits;
     {
@@ -187,7 +187,7 @@ class PyReplay : public Closable<Replay> {
     return arrays;
   }
 
-  std::vector<std::vector<int32_t>> Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+  std::vector<std::vector<int32_t>> Greedy(const PlanConfig& plan, int64_t max_new_tokens,
                                            const std::vector<int32_t>& stop_token_ids) {
     Replay& replay = get();
     py::gil_scoped_release release;

@@ -13,7 +13,7 @@ import os as _os
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import demo_model_dir
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import DecodeConfig, PlanConfig
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import (
     BackendError,
@@ -42,6 +42,7 @@ __all__ = [
     "InvalidArgument",
     "MemoryPlan",
     "OutOfMemoryError",
+    "PlanConfig",
     "Session",
     "TextStream",
     "TidalError",

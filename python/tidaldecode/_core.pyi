@@ -47,10 +47,7 @@ AUTOMATIC_BUDGET: int
 AUTOMATIC_MASS: float
 AUTOMATIC_MIN_BUDGET: int
 
-class DecodeConfig:
-    device: str
-    dtype: str
-    kv_dtype: str
+class PlanConfig:
     select_layers: list[int]
     full_layers: int
     token_budget: int
@@ -62,6 +59,11 @@ class DecodeConfig:
     recent_tokens: int
     sparse_min_context: int
     correction_interval: int
+
+class DecodeConfig(PlanConfig):
+    device: str
+    dtype: str
+    kv_dtype: str
     verify: bool
     draft_tokens: int
     max_seq_len: int
@@ -143,10 +145,10 @@ class Session:
 class Replay:
     def read(self, on_progress: Callable[[int, int], None] | None = None) -> None: ...
     def step_logits(
-        self, plan: DecodeConfig, continuations: list[list[int]]
+        self, plan: PlanConfig, continuations: list[list[int]]
     ) -> list[npt.NDArray[np.float32]]: ...
     def greedy(
-        self, plan: DecodeConfig, max_new_tokens: int, stop_token_ids: list[int]
+        self, plan: PlanConfig, max_new_tokens: int, stop_token_ids: list[int]
     ) -> list[list[int]]: ...
     def mean_set_size(self) -> float: ...
     def close(self) -> None: ...

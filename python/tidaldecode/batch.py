@@ -93,7 +93,8 @@ def make_requests(
             raise CapacityError(
                 f"prompt {index}: {len(request.prompt_ids)} prompt tokens + max_new_tokens "
                 f"{request.max_new_tokens} need {request.num_tokens} positions, have max_seq_len "
-                f"{config.max_seq_len}; raise max_seq_len, or shorten the prompt or max_new_tokens"
+                f"{config.max_seq_len}; raise max_seq_len as far as the model has positions, or "
+                "shorten the prompt or max_new_tokens"
             )
         num_pages = pages_for(request.num_tokens, config.page_size)
         if num_pages > num_free_pages:

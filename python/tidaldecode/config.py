@@ -1,4 +1,4 @@
-"""DecodeConfig: what the user wants of the engine, as one value.
+"""DecodeConfig: what the user wants of the engine, as one value; PlanConfig: the plan's part of it.
 
 `Decoder(model_dir, token_budget=512)` is the same as
 `Decoder(model_dir, config=DecodeConfig(token_budget=512))`. A setting left at None takes the value
@@ -9,7 +9,7 @@ in one place, cpp/include/tidal/config.h.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tidaldecode.errors import ConfigError, show
@@ -17,22 +17,9 @@ from tidaldecode.errors import ConfigError, show
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
-GRANULARITIES = ("kv_head", "head", "layer")
+GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 VERIFY_WORDS = ("greedy", "sample")  # beside True and False
-
-# Settings that shape the choice of positions; a plan file may give them too.
-PLAN_SETTINGS = (
-    "full_layers",
-    "token_budget",
-    "top_p_mass",
-    "min_token_budget",
-    "granularity",
-    "pooling",
-    "sink_tokens",
-    "recent_tokens",
-    "sparse_min_context",
-)
 
 _CHOICES = {
     "dtype": ("auto", *DTYPES),
@@ -59,12 +46,75 @@ _INT_RANGES = {
     "prefill_chunk": (1, _INT32_MAX),
     "num_threads": (1, 4096),
 }
+# Integers that may be "auto" instead, as a value of their own.
+_AUTOMATIC = ("token_budget", "recent_tokens")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Settings of a Decoder. Immutable; checked on construction.
+class PlanConfig:
+    """Which layers choose positions, and how. Holds nothing of a device. Immutable; checked.
+
+    None takes the value of the model's plan where there is one, and else the engine's default.
+
+    Args:
+        select_layers: layers that choose positions, strictly ascending.
+        full_layers: dense layers in front of them, >= 1.
+        token_budget: positions a sparse layer attends to, per set, >= 1. "auto" is an adaptive
+            budget: as many as top_p_mass asks for, 0.98 if it is not given, up to 4096.
+        top_p_mass: below 1, an adaptive budget: of its token_budget best positions a set keeps as
+            few as hold this share of the softmax of its heads, in (0, 1]. Needs pooling "sum".
+        min_token_budget: positions a set keeps whatever its mass; None is 64, or token_budget if
+            that is less.
+        granularity: which heads share a set: "layer" (all), "kv_head" or "head" (the paper).
+        pooling: "sum" or "max" over the scores of the heads that share a set.
+        sink_tokens: first positions, always chosen, >= 0.
+        recent_tokens: last positions, always chosen, >= 1; "auto" is a quarter of the token_budget,
+            of an adaptive one a quarter of min_token_budget.
+        sparse_min_context: sequences of at most this many tokens are decoded densely; "auto" (the
+            same as None): as long as that is the faster way on the device.
+        correction_interval: every so many tokens that a sequence decoded sparsely, a dense pass
+            rewrites their keys and values, which sparse steps leave slightly wrong; 0 is never.
+
+    Raises:
+        ConfigError: a value of the wrong kind or out of range; the message names the field.
+    """
+
+    select_layers: tuple[int, ...] | None = None
+    full_layers: int | None = None
+    token_budget: int | str | None = None
+    top_p_mass: float | None = None
+    min_token_budget: int | None = None
+    granularity: str | None = None
+    pooling: str | None = None
+    sink_tokens: int | None = None
+    recent_tokens: int | str | None = None
+    sparse_min_context: int | str | None = None
+    correction_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if is_auto(self.sparse_min_context):
+            object.__setattr__(self, "sparse_min_context", None)
+        for name in PLAN_SETTINGS:
+            if getattr(self, name) is not None:
+                check_setting(name, getattr(self, name))
+        if self.select_layers is not None:
+            object.__setattr__(self, "select_layers", check_select_layers(self.select_layers))
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that are given, by name, without select_layers."""
+        values = {name: getattr(self, name) for name in PLAN_SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+PLAN_FIELDS = tuple(field.name for field in fields(PlanConfig))
+# What shapes the choice of positions beside the layers; a plan file may give each.
+PLAN_SETTINGS = PLAN_FIELDS[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(PlanConfig):
+    """Settings of a Decoder: those of a PlanConfig and these. Immutable; checked on construction.
 
     Args:
         device: "auto" (the first CUDA device that works, else the CPU), "cpu", "cuda", "cuda:1".
@@ -76,22 +126,6 @@ class DecodeConfig:
             means nothing. Prompts of token ids then need no tokenizer either.
         attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers are
             given or there is a plan for this model, else dense.
-        token_budget: positions a sparse layer attends to, per set, >= 1. "auto" is an adaptive
-            budget: as many as top_p_mass asks for, 0.98 if it is not given, up to 4096.
-        top_p_mass: below 1, an adaptive budget: of its token_budget best positions a set keeps as
-            few as hold this share of the softmax of its heads, in (0, 1]. Needs pooling "sum".
-        min_token_budget: positions a set keeps whatever its mass; None is 64, or token_budget if
-            that is less.
-        select_layers: layers that choose positions, strictly ascending.
-        full_layers: dense layers in front of them, >= 1.
-        granularity: which heads share a set: "kv_head", "head" (the paper) or "layer".
-        pooling: "sum" or "max" over the scores of the heads that share a set.
-        sink_tokens: first positions, always chosen, >= 0.
-        recent_tokens: last positions, always chosen, >= 1.
-        sparse_min_context: sequences of at most this many tokens are decoded densely; "auto" (the
-            same as None): as long as that is the faster way on the device.
-        correction_interval: every so many tokens that a sequence decoded sparsely, a dense pass
-            rewrites their keys and values, which sparse steps leave slightly wrong; 0 is never.
         verify: True lets sparse steps only draft and a dense pass decide, so that the tokens are
             those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is the same
             for calls with temperature 0 and refuses others. Needs no correction_interval and allows
@@ -119,17 +153,6 @@ class DecodeConfig:
     kv_dtype: str = "auto"
     load_format: str = "auto"
     attention: str = "auto"
-    token_budget: int | str | None = None
-    top_p_mass: float | None = None
-    min_token_budget: int | None = None
-    select_layers: tuple[int, ...] | None = None
-    full_layers: int | None = None
-    granularity: str | None = None
-    pooling: str | None = None
-    sink_tokens: int | None = None
-    recent_tokens: int | None = None
-    sparse_min_context: int | str | None = None
-    correction_interval: int | None = None
     verify: bool | str | None = None
     draft_tokens: int | str | None = None
     max_seq_len: int | None = None
@@ -142,17 +165,17 @@ class DecodeConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ConfigError(
                 f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
             )
         for name in ("dtype", "kv_dtype", "load_format", "attention"):
             check_setting(name, getattr(self, name))
-        for name in ("sparse_min_context", "draft_tokens"):
-            if is_auto(getattr(self, name)):
-                object.__setattr__(self, name, None)
-        for name in (*_INT_RANGES, "top_p_mass", "granularity", "pooling"):
-            if getattr(self, name) is not None:
+        if is_auto(self.draft_tokens):
+            object.__setattr__(self, "draft_tokens", None)
+        for name in _INT_RANGES:
+            if name not in PLAN_SETTINGS and getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
         share = self.gpu_memory_utilization
         if share is not None and not _is_share(share):
@@ -166,13 +189,11 @@ class DecodeConfig:
             raise ConfigError(
                 f"verify: got {show(self.verify)}, expected True, False, 'greedy' or 'sample'"
             )
-        if self.select_layers is not None:
-            object.__setattr__(self, "select_layers", check_select_layers(self.select_layers))
-            if self.attention == "full":
-                raise ConfigError(
-                    "attention: got 'full' together with select_layers, expected one of them: "
-                    "dense decoding selects nothing"
-                )
+        if self.select_layers is not None and self.attention == "full":
+            raise ConfigError(
+                "attention: got 'full' together with select_layers, expected one of them: "
+                "dense decoding selects nothing"
+            )
 
 
 def is_auto(value: Any) -> bool:
@@ -192,7 +213,8 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
             expected = ", ".join(repr(choice) for choice in _CHOICES[name])
             raise ConfigError(f"{prefix}: got {show(value)}, expected one of {expected}")
         return
-    if name == "token_budget" and is_auto(value):
+    has_auto = name in _AUTOMATIC
+    if has_auto and is_auto(value):
         return
     if name == "top_p_mass":
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -203,7 +225,7 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or not low <= value <= high:
         expected = f"an integer from {low} to {high}"
-        if name == "token_budget":
+        if has_auto:
             expected += " or 'auto'"
         raise ConfigError(f"{prefix}: got {show(value)}, expected {expected}")
 

@@ -32,7 +32,7 @@ from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import ConfigError, InvalidArgument
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plans import choose_plan
+from tidaldecode.plans import choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.room import Room, UnstartedGeneration
@@ -96,7 +96,7 @@ class Decoder(TextMethods):
         granularity: str | None = None,
         pooling: str | None = None,
         sink_tokens: int | None = None,
-        recent_tokens: int | None = None,
+        recent_tokens: int | str | None = None,
         sparse_min_context: int | str | None = None,
         correction_interval: int | None = None,
         verify: bool | str | None = None,
@@ -118,10 +118,11 @@ class Decoder(TextMethods):
         settings = _one_config(config, options)
         folder = read_model_folder(at_revision(model_dir, revision), settings.load_format)
         folder.log_notes(settings.max_seq_len)
-        plan = choose_plan(settings, folder)
+        plan = choose_plan(settings, settings.attention, folder)
+        log_plan_notes(settings, plan, folder)
         self._settings = settings
         self._folder = folder
-        self._plan_source = plan.source if plan else "dense"
+        self._plan_source = plan.description if plan else "dense"
         self._frontend = Frontend(folder, settings)
         self._room = Room()
         # What holds pages, and ends with the decoder.
@@ -378,8 +379,8 @@ class Decoder(TextMethods):
 
     @property
     def plan_source(self) -> str:
-        """Where the plan comes from: a file, the user's cache, the table of known models, the
-        caller, or "dense"."""
+        """Where the plan comes from: a file, the user's cache, the table of published plans (and
+        whether it has been measured here), the caller, or "dense"."""
         return self._plan_source
 
     @property

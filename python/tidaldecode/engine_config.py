@@ -1,25 +1,24 @@
-"""From the package's values to the engine's: device, model, settings and weights.
+"""From the package's values to the engine's: device, model, settings, plan and weights.
 
-Called by decoder.py once per Decoder. Here "auto" gets its meaning.
+Called by decoder.py once per Decoder and by replay.py for every plan. Here "auto" gets its meaning.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import fields
-from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.plans import Plan
 
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
 _ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "num_threads")
 # Fields whose value here is not simply the engine's.
-_TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "select_layers", "verify")
+_TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "verify")
 
 
 def resolve_device(device: str) -> str:
@@ -52,15 +51,11 @@ def core_config(
 ) -> _core.DecodeConfig:
     """Explicit settings over the plan's over the engine's defaults, and what "auto" means."""
     config = _core.DecodeConfig()
-    if plan is not None:
-        config.select_layers = list(plan.select_layers)
-        config.full_layers = min(config.full_layers, plan.select_layers[0])
-        for name, value in plan.settings.items():
-            _set(config, name, value)
+    _set_plan(config, settings if plan is None else plan.config)
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if field.name not in _TRANSLATED and value is not None:
-            _set(config, field.name, value)
+        if field.name not in (*PLAN_FIELDS, *_TRANSLATED) and value is not None:
+            setattr(config, field.name, value)
     config.device = resolve_device(settings.device)
     on_cpu = config.device == "cpu"
     dtype, kv_dtype = settings.dtype, settings.kv_dtype
@@ -73,8 +68,20 @@ def core_config(
     return config
 
 
-def _set(config: _core.DecodeConfig, name: str, value: Any) -> None:
-    setattr(config, name, _core.AUTOMATIC if value == "auto" else value)
+def core_plan(plan: Plan | None) -> _core.PlanConfig:
+    """A plan in the engine's type; None is dense decoding."""
+    result = _core.PlanConfig()
+    _set_plan(result, PlanConfig() if plan is None else plan.config)
+    return result
+
+
+def _set_plan(target: _core.PlanConfig, config: PlanConfig) -> None:
+    """Sets what is given; the engine's defaults stay where nothing is."""
+    if config.select_layers is not None:
+        target.select_layers = list(config.select_layers)
+        target.full_layers = min(target.full_layers, config.select_layers[0])
+    for name, value in config.settings().items():
+        setattr(target, name, _core.AUTOMATIC if value == "auto" else value)
 
 
 def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:

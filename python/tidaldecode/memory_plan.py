@@ -110,7 +110,7 @@ def plan_memory(model_dir: str | os.PathLike[str], **options: Any) -> MemoryPlan
     """
     settings = DecodeConfig(**options)
     folder = read_model_folder(model_dir, settings.load_format)
-    plan = choose_plan(settings, folder)
+    plan = choose_plan(settings, settings.attention, folder)
     config = core_config(settings, plan, folder)
     return MemoryPlan(**_core.plan_memory(core_model(folder.model), config))
 

@@ -1,4 +1,4 @@
-"""Which layers select positions: a plan stored for the model, known for it, or given.
+"""Which layers select positions: a plan stored for the model, published for it, or given.
 
 Called by decoder.py. TidalDecode (arXiv 2410.05076, section 3) stands and falls with this choice,
 so nothing is guessed: a model without a plan is decoded densely and one line says what to do. The
@@ -7,94 +7,67 @@ plan itself, one letter per layer, is built and validated by the engine (cpp/inc
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import PLAN_SETTINGS, DecodeConfig, check_select_layers, check_setting
-from tidaldecode.errors import ConfigError, show
-from tidaldecode.user_cache import cached_plan_file, is_kept
+from tidaldecode.config import (
+    PLAN_FIELDS,
+    DecodeConfig,
+    PlanConfig,
+    check_select_layers,
+    check_setting,
+)
+from tidaldecode.errors import ConfigError, TidalError, show
+from tidaldecode.published_plans import find_published
+from tidaldecode.user_cache import (
+    cached_evaluation_file,
+    cached_plan_file,
+    is_kept,
+    user_cache_dir,
+    write_whole,
+)
 
 PLAN_FILE = "tidal_plan.json"
 HOW_TO_CHOOSE = (
-    f"run `tidaldecode calibrate`, which measures plans and keeps the best as {PLAN_FILE}, or give "
-    "select_layers=(2, N)"
+    f"run `tidaldecode calibrate MODEL_DIR`, which measures plans and keeps the best as {PLAN_FILE}"
 )
 # What a calibration adds to a plan: which model it was measured on, on which data, and how it did.
-CALIBRATION_KEYS = ("version", "fingerprint", "data", "context", "scores")
+CALIBRATION_KEYS = (
+    "version", "fingerprint", "data", "context", "chat", "max_loss", "scores", "held_out",
+)  # fmt: skip
 
 _logger = logging.getLogger("tidaldecode")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Layers that select, and settings that were chosen together with them."""
+    """Layers that select with the settings chosen together with them, and what is known of them."""
 
-    select_layers: tuple[int, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # by field name, see PLAN_SETTINGS
+    config: PlanConfig  # select_layers are given; of the others None is the engine's default
     source: str  # where it comes from, for people
+    measured: str = ""  # how it did on this model, for people; empty: not known
+    is_published: bool = False
 
-
-@dataclass(frozen=True, kw_only=True)
-class _KnownModel:
-    family: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_q_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    select_layers: tuple[int, ...]
-    title: str
-    name_parts: tuple[str, ...] = ()  # one of them must be in the name, if there are any
-
-
-# Selection layers by model, from the paper's evaluation (Llama) and the LessIsMore release
-# (others); all with layers 0 and 1 dense. Where shapes are shared, the more specific name comes
-# first.
-_KNOWN_MODELS = (
-    _KnownModel(
-        family="llama", num_layers=32, hidden_size=4096, intermediate_size=14336, num_q_heads=32,
-        num_kv_heads=8, vocab_size=128256, select_layers=(2, 12),
-        title="R1-Distill-Llama-8B", name_parts=("r1-distill", "deepseek"),
-    ),
-    _KnownModel(
-        family="llama", num_layers=32, hidden_size=4096, intermediate_size=14336, num_q_heads=32,
-        num_kv_heads=8, vocab_size=128256, select_layers=(2, 13), title="Llama-3-8B / 3.1-8B",
-    ),
-    _KnownModel(
-        family="llama", num_layers=32, hidden_size=4096, intermediate_size=11008, num_q_heads=32,
-        num_kv_heads=32, vocab_size=32000, select_layers=(2, 7),
-        title="Llama-2-7B", name_parts=("llama-2", "llama2", "longchat", "vicuna"),
-    ),
-    _KnownModel(
-        family="qwen3", num_layers=36, hidden_size=4096, intermediate_size=12288, num_q_heads=32,
-        num_kv_heads=8, vocab_size=151936, select_layers=(2, 12), title="Qwen3-8B",
-    ),
-    _KnownModel(
-        family="qwen3", num_layers=40, hidden_size=5120, intermediate_size=17408, num_q_heads=40,
-        num_kv_heads=8, vocab_size=151936, select_layers=(2, 12), title="Qwen3-14B",
-    ),
-    _KnownModel(
-        family="qwen3", num_layers=36, hidden_size=2560, intermediate_size=9728, num_q_heads=32,
-        num_kv_heads=8, vocab_size=151936, select_layers=(2, 20), title="Qwen3-4B",
-    ),
-)  # fmt: skip
-_SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "intermediate_size", "num_q_heads", "num_kv_heads", "vocab_size",
-)  # fmt: skip
+    @property
+    def description(self) -> str:
+        """Where it comes from; of a published plan also whether it has been measured here."""
+        if not self.is_published:
+            return self.source
+        return f"{self.source}, {self.measured or 'not measured here'}"
 
 
 def read_plan_file(path: Path, num_layers: int) -> Plan:
-    """Reads a tidal_plan.json: select_layers and, each optional, the fields of PLAN_SETTINGS.
+    """Reads a tidal_plan.json: select_layers and, each optional, the other fields of PlanConfig.
 
-    What a calibration has noted besides (CALIBRATION_KEYS) is not looked at.
+    A field that is missing has the engine's default, as if select_layers were given by hand.
 
     Raises: ConfigError naming the file and the field.
     """
@@ -103,42 +76,92 @@ def read_plan_file(path: Path, num_layers: int) -> Plan:
 
 def _parse_plan(raw: Mapping[str, Any], path: Path, num_layers: int) -> Plan:
     where = str(path)
-    allowed = ("description", "select_layers", *PLAN_SETTINGS, *CALIBRATION_KEYS)
+    allowed = ("description", *PLAN_FIELDS, *CALIBRATION_KEYS)
     unknown = [key for key in raw if key not in allowed]
     if unknown:
         raise ConfigError(
             f"{where}: got the key {show(unknown[0])}, expected only {', '.join(allowed)}"
         )
     select_layers = check_select_layers(raw.get("select_layers"), where)
-    settings = {name: raw[name] for name in PLAN_SETTINGS if name in raw}
-    for name, value in settings.items():
+    given = {name: raw[name] for name in PLAN_FIELDS[1:] if name in raw}
+    for name, value in given.items():
         check_setting(name, value, where)
-    source = f"{PLAN_FILE}, calibrated" if "fingerprint" in raw else PLAN_FILE
-    plan = Plan(select_layers=select_layers, settings=settings, source=source)
-    check_layers(plan.select_layers, settings.get("full_layers"), num_layers, where)
-    return plan
+    config = PlanConfig(select_layers=select_layers, **given)
+    check_layers(config, num_layers, where)
+    source, measured = PLAN_FILE, ""
+    if "fingerprint" in raw:
+        source, measured = f"{PLAN_FILE}, calibrated", _describe_calibration(raw)
+    return Plan(config=config, source=source, measured=measured)
+
+
+def _describe_calibration(raw: Mapping[str, Any]) -> str:
+    """How a calibrated plan did, as its file has it; what a file does not say is left out."""
+    parts = []
+    held_out, contexts = raw.get("held_out"), raw.get("context")
+    if isinstance(held_out, dict) and isinstance(counted := held_out.get("counted"), int):
+        parts.append(f"{held_out.get('same')} of {counted} held-out answers as dense")
+        if counted == 0:
+            parts = ["judged on text alone (the model answers too few questions)"]
+    lengths = [contexts] if isinstance(contexts, int) else contexts
+    if isinstance(lengths, list) and lengths and all(isinstance(n, int) for n in lengths):
+        parts.append("at " + " and ".join(f"{length:,}" for length in lengths) + " tokens")
+    scores = raw.get("scores")
+    loss = scores.get("loss") if isinstance(scores, dict) else None
+    text = " ".join(parts)
+    if isinstance(loss, (int, float)):
+        text += f", loss {loss:.3g} nats"
+        limit = raw.get("max_loss")
+        if isinstance(limit, (int, float)) and loss > limit:
+            text += f" (more than the {limit:g} asked for)"
+    return "calibrated: " + text.removeprefix(", ") if text else "calibrated"
 
 
 def find_plan(folder: ModelFolder) -> Plan | None:
-    """The plan stored beside the model or in the user's cache, else the one known for it, or None.
+    """The plan stored beside the model or in the user's cache, else the one published for it.
 
     A plan that was calibrated on other weights is passed over, with a warning.
     """
     stored = _stored_plan(folder)
     if stored is not None:
         return stored
-    names = f"{folder.name} {folder.title}".lower()
-    for known in _KNOWN_MODELS:
-        same_shape = known.family == folder.family and all(
-            getattr(known, name) == getattr(folder.model, name) for name in _SHAPE_FIELDS
-        )
-        if same_shape and (not known.name_parts or any(part in names for part in known.name_parts)):
-            return Plan(
-                select_layers=known.select_layers,
-                settings={"full_layers": 2},
-                source=f"known for {known.title}",
-            )
-    return None
+    published = find_published(folder)
+    if published is None:
+        return None
+    config, title = published
+    return Plan(
+        config=config,
+        source=f"published for {title}",
+        measured=_describe_evaluation(folder, config),
+        is_published=True,
+    )
+
+
+def _describe_evaluation(folder: ModelFolder, config: PlanConfig) -> str:
+    """How the plan did when `tidaldecode eval` last ran it on this model; empty if it has not."""
+    if folder.load_format == "dummy" or not is_kept(user_cache_dir() / "evaluated"):
+        return ""
+    try:
+        raw = read_json_object(cached_evaluation_file(model_fingerprint(folder)))
+    except TidalError:  # none, or none that can be read
+        return ""
+    is_same = raw.get("plan") == plan_values(config)
+    text = raw.get("measured")
+    return f"evaluated here: {text}" if is_same and isinstance(text, str) else ""
+
+
+def remember_evaluation(folder: ModelFolder, config: PlanConfig, measured: str) -> None:
+    """Notes in the user's cache how a plan did on this model, if the cache can be written."""
+    path = cached_evaluation_file(model_fingerprint(folder))
+    content = json.dumps({"plan": plan_values(config), "measured": measured})
+    try:
+        write_whole(path, content + "\n")
+    except OSError:
+        _logger.debug("%s cannot be written", path)
+
+
+def plan_values(config: PlanConfig) -> dict[str, Any]:
+    """The settings that are given, as JSON has them."""
+    return {"select_layers": list(config.select_layers or ()), **config.settings()}
 
 
 def _stored_plan(folder: ModelFolder) -> Plan | None:
@@ -172,43 +195,75 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
     return replace(plan, source=f"{plan.source}, in the user's cache")
 
 
-def choose_plan(config: DecodeConfig, folder: ModelFolder) -> Plan | None:
-    """The plan a decoder runs with; None is dense decoding.
+def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan | None:
+    """The plan that a decoder or a replay runs with; None is dense decoding.
 
     Explicit settings win over the plan's, the plan's over the engine's defaults (which are filled
-    in by decoder.py).
+    in by engine_config.py).
+
+    Args:
+        asked: explicit settings; a DecodeConfig is one.
+        attention: as in DecodeConfig.
+        folder: the model.
 
     Raises: ConfigError if attention="tidal" and there is no plan, or the layers do not fit.
     """
-    if config.attention == "full":
+    if attention == "full":
         return None
     plan = find_plan(folder)
-    if config.select_layers is not None:
-        settings = dict(plan.settings) if plan else {}
+    if asked.select_layers is not None:
+        own = plan.config if plan else PlanConfig()
         # A plan's own full_layers belongs to its own layers; what is given decides.
-        settings.pop("full_layers", None)
-        plan = Plan(
-            select_layers=config.select_layers, settings=settings, source="select_layers as given"
-        )
+        config = replace(own, select_layers=asked.select_layers, full_layers=None)
+        plan = Plan(config=config, source="select_layers as given")
     if plan is None:
-        message = f"{folder.title}: there is no plan of select layers for this model"
-        if config.attention == "tidal":
-            raise ConfigError(f"attention: got 'tidal', but {message}; {HOW_TO_CHOOSE}")
-        _logger.warning(
-            "%s, so it is decoded densely; to decode sparsely, %s", message, HOW_TO_CHOOSE
-        )
+        if attention == "tidal":
+            raise ConfigError(f"attention: got 'tidal', but {_no_plan(folder)}; {HOW_TO_CHOOSE}")
         return None
-    explicit = {name: getattr(config, name) for name in PLAN_SETTINGS}
-    settings = {**plan.settings, **{k: v for k, v in explicit.items() if v is not None}}
-    check_layers(plan.select_layers, settings.get("full_layers"), folder.model.num_layers)
-    return Plan(select_layers=plan.select_layers, settings=settings, source=plan.source)
+    config = replace(plan.config, **asked.settings())
+    check_layers(config, folder.model.num_layers)
+    if config != plan.config:
+        plan = replace(plan, config=config, measured="")  # which was of other settings
+    return plan
 
 
-def check_layers(
-    select_layers: tuple[int, ...], full_layers: int | None, num_layers: int, where: str = ""
-) -> None:
-    """Checks the layers of a plan against the model's number of layers."""
+def _no_plan(folder: ModelFolder) -> str:
+    return f"{folder.title}: there is no plan of select layers for this model"
+
+
+def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> list[str]:
+    """What a user should know at every start: how good the plan is, or why there is none."""
+    notes = []
+    if plan is None and settings.attention != "full":
+        notes.append(
+            f"{_no_plan(folder)}, so it is decoded densely; to decode sparsely, {HOW_TO_CHOOSE}"
+        )
+    if plan is None and settings.verify:
+        reason = "attention='full'" if settings.attention == "full" else "there is no plan"
+        notes.append(
+            f"verify: every step is dense ({reason}), so nothing is drafted and nothing is checked"
+        )
+    if plan is None or folder.load_format == "dummy":
+        return notes
+    letters = plan_letters(folder.model.num_layers, plan.config.select_layers or ())
+    if plan.is_published:
+        advice = "" if plan.measured else f"; to measure plans, {HOW_TO_CHOOSE}"
+        notes.append(f"plan {letters} {plan.description}{advice}")
+    elif plan.measured:
+        notes.append(f"plan {letters} {plan.measured}")
+    return notes
+
+
+def log_plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> None:
+    """Says plan_notes() through the package's log."""
+    for note in plan_notes(settings, plan, folder):
+        _logger.warning("%s", note)
+
+
+def check_layers(config: PlanConfig, num_layers: int, where: str = "") -> None:
+    """Checks the layers of a plan, which selects, against the model's number of layers."""
     prefix = f"{where}: " if where else ""
+    select_layers, full_layers = config.select_layers or (), config.full_layers
     if select_layers[-1] >= num_layers:
         raise ConfigError(
             f"{prefix}select_layers: got {list(select_layers)}, expected layers up to "

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import DecodeConfig
-from tidaldecode.engine_config import core_config
+from tidaldecode.config import PlanConfig, check_setting
+from tidaldecode.engine_config import core_plan
 from tidaldecode.plans import choose_plan
 from tidaldecode.sampling import check_callback, check_integer
 from tidaldecode.text.prompts import check_continuations
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 class Replay:
     """Prompts that have been read, for steps of any plan. Close it to free its pages.
 
-    Every method takes the options of Decoder that make a plan: attention, select_layers,
-    full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling, sink_tokens,
-    recent_tokens, sparse_min_context and correction_interval. A prompt's keys and values are dense:
-    a correction rewrites those of what follows it.
+    Every method takes the options of Decoder that make a plan: attention and the fields of
+    PlanConfig. A prompt's keys and values are dense: a correction rewrites those of what follows
+    it.
     """
 
     def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:
         self._core = core
         self._folder = folder
         self._turn = turn
+        # Reading a plan file for every call would take longer than many a step.
+        self._plans: dict[tuple[PlanConfig, str], _core.PlanConfig] = {}
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
@@ -89,6 +90,11 @@ class Replay:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _plan(self, options: dict[str, Any]) -> _core.DecodeConfig:
-        settings = DecodeConfig(device="cpu", **options)  # of the device nothing is used
-        return core_config(settings, choose_plan(settings, self._folder), self._folder)
+    def _plan(self, options: dict[str, Any]) -> _core.PlanConfig:
+        asked = PlanConfig(**{k: v for k, v in options.items() if k != "attention"})
+        attention = options.get("attention", "auto")
+        check_setting("attention", attention)
+        if (asked, attention) not in self._plans:
+            plan = choose_plan(asked, attention, self._folder)
+            self._plans[asked, attention] = core_plan(plan)
+        return self._plans[asked, attention]

@@ -1,4 +1,4 @@
-"""Where a user's machine keeps what programs have worked out: calibrated plans live there.
+"""Where a user's machine keeps what programs have worked out: plans and how they did.
 
 Used by plans.py and the calibration. Follows each platform's convention; XDG_CACHE_HOME is the one
 of Linux. Nothing here is needed to run: what cannot be read is not there, and who cannot write
@@ -33,6 +33,11 @@ def user_cache_dir() -> Path:
     return cache / "tidaldecode"
 
 
+def cached_evaluation_file(fingerprint: str) -> Path:
+    """What an evaluation has found of the plan of the model with this fingerprint."""
+    return user_cache_dir() / "evaluated" / f"{fingerprint}.json"
+
+
 def cached_plan_file(fingerprint: str) -> Path:
     """The plan of the model with this fingerprint."""
     return user_cache_dir() / "plans" / f"{fingerprint}.json"
@@ -41,3 +46,18 @@ def cached_plan_file(fingerprint: str) -> Path:
 def is_kept(path: Path) -> bool:
     """Whether there is such a file or folder; not, where this user may not look."""
     return os.path.exists(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, its folders included, whole or not at all.
+
+    Raises: OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -377,7 +377,7 @@ TEST(SessionsAgainstReference, SecondTurnsMatch) {
     const auto session = decoder.StartSession();
     SamplingParams params;
     params.max_new_tokens = 15;
-    ReferenceModel reference(model, weights, config);
+    ReferenceModel reference(model, weights, decoder.config());
     for (int32_t count : {50, 9, 20}) {
       const Ints prompt = Random(3).Below(count, static_cast<int32_t>(model.vocab_size));
       const auto turn = session->Start(prompt, params);

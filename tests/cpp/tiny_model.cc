@@ -148,6 +148,8 @@ DecodeConfig DecoderTest::Tidal() const {
   DecodeConfig config = Dense();
   config.select_layers = {2, 4};
   config.sparse_min_context = 0;  // sequences here are short
+  config.granularity = Granularity::kKvHead;
+  config.recent_tokens = 1;
   return config;
 }
 

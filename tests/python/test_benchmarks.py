@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tidaldecode import DecodeConfig, Decoder
+from tidaldecode import DecodeConfig, Decoder, PlanConfig
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan, plan_letters
 from tiny_models import FAMILIES, TinyModel, config_json
@@ -46,8 +46,8 @@ def test_a_shape_is_the_model_it_is_called_after(tmp_path: Path, name: str):
         assert loaded_bytes(folder.model, "bfloat16") == 2 * PARAMETERS[name]
     longest = max(context for context, _ in shape.points)
     assert folder.model.max_position_embeddings >= longest
-    plan = choose_plan(DecodeConfig(select_layers=shape.select_layers), folder)
-    assert plan is not None and plan.select_layers[0] == 2
+    plan = choose_plan(PlanConfig(select_layers=shape.select_layers), "auto", folder)
+    assert plan is not None and plan.config.select_layers[0] == 2
 
 
 def test_only_raised_positions_are_noted():

@@ -189,7 +189,7 @@ def test_a_model_without_usable_logits_is_exit_code_1(run, tmp_path: Path):
 def test_a_dense_fallback_is_noted_in_one_line(run, model: str):
     code, out, err = run("generate", model, ">", *SMALL)
     assert (code, out) == (0, SCRIPT + "\n")
-    assert err.startswith("note: ") and err.count("\n") == 1 and "select_layers" in err
+    assert err.startswith("note: ") and err.count("\n") == 1 and "tidaldecode calibrate" in err
 
 
 def test_ctrl_c_is_exit_code_130(tmp_path: Path):
@@ -242,7 +242,9 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
                  "tokenizer: none", "no token", "float32, 1 file"):  # fmt: skip
         assert text in out
     (folder / "tidal_plan.json").unlink()
-    assert "none; run `tidaldecode calibrate`" in " ".join(run("info", str(folder))[1].split())
+    assert "none; run `tidaldecode calibrate MODEL_DIR`" in " ".join(
+        run("info", str(folder))[1].split()
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"], ["calibrate"]])
@@ -255,7 +257,7 @@ def test_help_explains_every_command(run, command: list[str]):
 def test_help_names_the_engines_defaults(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run("generate", "--help")
-    assert "[default: 1024]" in out and "[default: kv_head]" in out
+    assert "[default: 1024]" in out and "[default: layer]" in out
 
 
 def test_version(run):

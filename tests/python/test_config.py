@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,18 @@ import pytest
 
 from scripted_model import update_json
 from tidaldecode import Decoder
+from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.errors import ConfigError
-from tidaldecode.plans import PLAN_FILE, choose_plan, find_plan, plan_letters
+from tidaldecode.plans import (
+    PLAN_FILE,
+    choose_plan,
+    find_plan,
+    plan_letters,
+    plan_notes,
+    remember_evaluation,
+)
 from tiny_models import TinyModel, write_checkpoint
 
 
@@ -108,8 +121,9 @@ def test_a_config_is_immutable_and_takes_lists_of_layers():
 
 
 def choose(path: Path, **options: Any) -> tuple[tuple[int, ...], dict[str, Any]] | None:
-    plan = choose_plan(DecodeConfig(**options), read_model_folder(path))
-    return None if plan is None else (plan.select_layers, dict(plan.settings))
+    asked = DecodeConfig(**options)
+    plan = choose_plan(asked, asked.attention, read_model_folder(path))
+    return None if plan is None else (plan.config.select_layers, plan.config.settings())
 
 
 def test_auto_takes_the_plan_beside_the_model(planned: Path):
@@ -132,14 +146,15 @@ def test_full_ignores_the_plan(planned: Path):
 
 def test_auto_without_a_plan_is_dense_and_says_so_once(folder: Path, caplog):
     with caplog.at_level(logging.WARNING, logger="tidaldecode"):
-        assert choose(folder) is None
+        assert Decoder(folder, device="cpu").plan_source == "dense"
     (record,) = caplog.records
     assert "decoded densely" in record.getMessage()
-    assert "select_layers" in record.getMessage()
+    assert "tidaldecode calibrate MODEL_DIR" in record.getMessage()
+    assert "select_layers=" not in record.getMessage()  # a guess is worse than useless
 
 
 def test_tidal_without_a_plan_is_an_error_that_says_how_to_get_one(folder: Path):
-    expected = rf"no plan.*tidaldecode calibrate.*{PLAN_FILE}.*select_layers="
+    expected = rf"no plan.*tidaldecode calibrate MODEL_DIR.*{PLAN_FILE}"
     with pytest.raises(ConfigError, match=expected):
         choose(folder, attention="tidal")
 
@@ -184,7 +199,7 @@ def known(folder: Path, name: str, family: str = "llama", **shape: int) -> Any:
     fields = {f.name: getattr(tiny, f.name) for f in dataclasses.fields(tiny)}
     fields |= {"name": name, "family": family, "model": model}
     plan = find_plan(ModelFolder(**fields))
-    return plan.select_layers if plan else None
+    return plan.config.select_layers if plan else None
 
 
 LLAMA_3 = {"num_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_q_heads": 32,
@@ -249,3 +264,160 @@ def test_a_config_value_together_with_options_is_refused(planned: Path):
         Decoder(planned, config=DecodeConfig(), token_budget=16)
     with pytest.raises(ConfigError, match="config: got a dict"):
         Decoder(planned, config={"device": "cpu"})
+
+
+def test_recent_tokens_are_a_quarter_of_what_every_set_has(folder: Path):
+    plan = {"select_layers": (2,), "max_seq_len": 8192, "max_batch_size": 1}
+    cases = [
+        ({}, 256),
+        ({"token_budget": 64}, 16),
+        ({"token_budget": 64, "recent_tokens": "auto"}, 16),
+        ({"token_budget": 2}, 1),
+        ({"token_budget": 8, "sink_tokens": 7}, 1),
+        ({"token_budget": 64, "recent_tokens": 3}, 3),
+        ({"token_budget": "auto"}, 16),  # of min_token_budget, which is 64
+        ({"token_budget": 1024, "top_p_mass": 0.9, "min_token_budget": 100}, 25),
+        ({"max_seq_len": 64}, 16),  # a budget beyond the longest sequence is the longest sequence
+    ]
+    for options, expected in cases:
+        assert Decoder(folder, device="cpu", **plan | options).config.recent_tokens == expected
+    with pytest.raises(ConfigError, match="recent_tokens: got 'all', expected .* or 'auto'"):
+        DecodeConfig(recent_tokens="all")
+
+
+def test_a_plan_config_holds_nothing_of_a_device():
+    names = {field.name for field in dataclasses.fields(PlanConfig)}
+    assert names == set(PLAN_FIELDS) and {"select_layers", "correction_interval"} < names
+    assert names.isdisjoint({"device", "dtype", "kv_dtype", "verify", "page_size"})
+    with pytest.raises(TypeError):
+        PlanConfig(dtype="float32")
+    plan = PlanConfig(select_layers=[2, 5], sparse_min_context="auto", sink_tokens=4)
+    assert plan.select_layers == (2, 5)
+    assert plan.settings() == {"sink_tokens": 4}
+    with pytest.raises(ConfigError, match="granularity: got 'page'"):
+        PlanConfig(granularity="page")
+
+
+def test_a_published_plan_has_whole_settings_and_says_it_was_not_measured(folder: Path):
+    tiny = read_model_folder(folder)
+    model = dataclasses.replace(tiny.model, **LLAMA_3)
+    llama = dataclasses.replace(tiny, name="Llama-3.1-8B-Instruct", family="llama", model=model)
+    plan = choose_plan(DecodeConfig(), "auto", llama)
+    assert plan.description == "published for Llama-3.1-8B, not measured here"
+    assert plan.config == PlanConfig(
+        select_layers=(2, 13), full_layers=2, token_budget=1024, granularity="layer",
+        pooling="sum", sink_tokens=1, recent_tokens="auto",
+    )  # fmt: skip
+    (note,) = plan_notes(DecodeConfig(), plan, llama)
+    assert note.startswith("plan FFSss") and "published for Llama-3.1-8B, not measured" in note
+    assert "tidaldecode calibrate MODEL_DIR" in note
+
+
+def test_what_eval_found_of_a_published_plan_is_remembered(folder: Path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiny = read_model_folder(folder)
+    model = dataclasses.replace(tiny.model, **LLAMA_3)
+    llama = dataclasses.replace(tiny, name="Llama-3.1-8B", family="llama", model=model)
+    config = find_plan(llama).config
+    remember_evaluation(llama, config, "9 of 10 answers, dense 10")
+    plan = find_plan(llama)
+    assert (
+        plan.description == "published for Llama-3.1-8B, evaluated here: 9 of 10 answers, dense 10"
+    )
+    assert plan_notes(DecodeConfig(), plan, llama) == [
+        f"plan {plan_letters(32, (2, 13))} {plan.description}"
+    ]
+    other = choose_plan(DecodeConfig(token_budget=64), "auto", llama)
+    assert other.description == "published for Llama-3.1-8B, not measured here"
+    remember_evaluation(llama, dataclasses.replace(config, token_budget=64), "all")
+    assert find_plan(llama).description.endswith("not measured here")
+    (record,) = (tmp_path / "tidaldecode" / "evaluated").iterdir()
+    record.write_text("{damaged")
+    assert find_plan(llama).description.endswith("not measured here")
+    record.unlink()
+    record.parent.rmdir()
+    record.parent.write_text("no folder")
+    remember_evaluation(llama, config, "all")  # nowhere to write: nothing is lost
+    assert find_plan(llama).description.endswith("not measured here")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"verify": True}, "verify: every step is dense (there is no plan)"),
+        ({"verify": True, "attention": "full"}, "verify: every step is dense (attention='full')"),
+    ],
+    ids=str,
+)
+def test_verify_without_a_plan_says_that_it_is_dense(folder: Path, caplog, options, expected):
+    with Decoder(folder, device="cpu", **options) as decoder:
+        assert decoder.plan_source == "dense"
+    assert sum(expected in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (
+            {"context": [512, 4096], "scores": {"loss": 0.0284}, "max_loss": 0.03,
+             "held_out": {"same": 22, "counted": 24}},
+            "plan FFSssSss calibrated: 22 of 24 held-out answers as dense at 512 and 4,096 tokens, "
+            "loss 0.0284 nats",
+        ),
+        (
+            {"context": 4096, "scores": {"loss": 2.5}, "max_loss": 0.03,
+             "held_out": {"same": 0, "counted": 0}},
+            "plan FFSssSss calibrated: judged on text alone (the model answers too few questions) "
+            "at 4,096 tokens, loss 2.5 nats (more than the 0.03 asked for)",
+        ),
+        ({"scores": []}, "plan FFSssSss calibrated"),
+    ],
+)  # fmt: skip
+def test_a_calibrated_plan_says_at_every_start_how_it_did(tmp_path, caplog, extra, expected):
+    write_checkpoint(tmp_path, TinyModel(num_layers=8))
+    own = model_fingerprint(read_model_folder(tmp_path))
+    update_json(tmp_path / PLAN_FILE, select_layers=[2, 5], fingerprint=own, **extra)
+    for _ in range(2):
+        Decoder(tmp_path, device="cpu", max_seq_len=64).close()
+    assert [record.getMessage() for record in caplog.records] == [expected] * 2
+    caplog.clear()
+    Decoder(tmp_path, device="cpu", max_seq_len=64, token_budget=16).close()
+    assert caplog.records == []  # another plan than the one that was measured
+
+
+CACHE_PROBE = """
+import os, sys
+sys.path[:0] = os.environ["PROBE_PATH"].split(":")
+import tidaldecode
+folder = sys.argv[1]
+if os.getuid() == 0:
+    os.setuid(65534)
+os.environ.pop("HOME", None)
+print(tidaldecode.Decoder(folder, device="cpu", max_seq_len=64).plan_source)
+"""
+
+
+@pytest.mark.parametrize("cache", ["locked/x", ""])
+def test_a_cache_that_cannot_be_searched_is_an_empty_one(cache: str):
+    """Also that of a user without a home."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        place.chmod(0o755)
+        (place / "locked").mkdir(mode=0o700)
+        model = write_checkpoint(place / "model", TinyModel(num_layers=3))
+        for file in [model, *model.iterdir()]:
+            file.chmod(0o755)
+        if os.getuid() != 0:
+            (place / "locked").chmod(0)
+        environment = {
+            **os.environ,
+            "XDG_CACHE_HOME": str(place / cache) if cache else "",
+            "PROBE_PATH": ":".join(sys.path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CACHE_PROBE, str(model)],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert done.stdout == "dense\n", done.stderr
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,14 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.rope_config import ROPE_TYPES, RopeConfig
-from tidaldecode.config import ATTENTION_KINDS, DTYPES, GRANULARITIES, POOLINGS, DecodeConfig
+from tidaldecode.config import (
+    ATTENTION_KINDS,
+    DTYPES,
+    GRANULARITIES,
+    POOLINGS,
+    DecodeConfig,
+    PlanConfig,
+)
 from tiny_models import TinyModel, write_checkpoint
 
 
@@ -36,6 +43,8 @@ def test_decode_config_has_the_engines_fields():
     # Python's own: whether select_layers and weight files reach the engine at all.
     own = {"attention", "load_format"}
     assert python_fields(DecodeConfig) - own == set(core_fields(_core.DecodeConfig()))
+    assert python_fields(PlanConfig) == set(core_fields(_core.PlanConfig()))
+    assert issubclass(DecodeConfig, PlanConfig) and issubclass(_core.DecodeConfig, _core.PlanConfig)
 
 
 def test_decode_config_writes_no_default_of_its_own():
@@ -58,10 +67,11 @@ def test_settings_left_out_have_the_engines_defaults(tiny_folder):
     )
     actual = decoder.config
     for name in (
-        "full_layers", "granularity", "pooling", "sink_tokens", "recent_tokens",
+        "full_layers", "granularity", "pooling", "sink_tokens",
         "max_batch_size", "page_size", "cuda_graphs",
     ):  # fmt: skip
         assert getattr(actual, name) == expected[name], name
+    assert (actual.granularity, actual.sink_tokens, actual.recent_tokens) == ("layer", 1, 16)
 
 
 def test_automatic_settings_are_filled_in(tiny_folder):

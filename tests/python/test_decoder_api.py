@@ -323,7 +323,13 @@ def test_logits_have_one_row_per_position(wordless: Decoder):
 def test_selection_shows_what_was_chosen(tmp_path: Path):
     folder = write_checkpoint(tmp_path, TINY)
     decoder = Decoder(
-        folder, device="cpu", max_seq_len=64, max_batch_size=2, select_layers=(1, 3), token_budget=8
+        folder,
+        device="cpu",
+        max_seq_len=64,
+        max_batch_size=2,
+        select_layers=(1, 3),
+        token_budget=8,
+        granularity="kv_head",
     )
     assert decoder.plan == "FSsS"
     decoder.generate([random_prompt(TINY, 30), random_prompt(TINY, 20)], max_new_tokens=5)

@@ -149,7 +149,7 @@ def test_a_model_without_a_plan_gets_an_explanation(tmp_path: Path, capsys):
     out = capsys.readouterr().out
     assert code == 0
     assert "dense" in out and "no" in out
-    assert "there is no plan for this model" in out and "select_layers=(2, N)" in out
+    assert "there is no plan for this model" in out and "tidaldecode calibrate" in out
 
 
 def test_layers_given_by_hand_stand_in_for_a_plan(tmp_path: Path, capsys):

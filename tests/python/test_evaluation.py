@@ -157,12 +157,17 @@ def test_without_a_plan_dense_runs_alone(run, own: Path):
     assert code == 0
     assert "tidal" not in out.partition("\n")[2].partition("Report")[0]
     assert err.startswith("note: no tidal run") and err.count("\n") == 1
+    assert err.count("tidaldecode calibrate MODEL_DIR") == 1 and "select_layers=" not in err
 
 
 def test_a_chat_template_goes_around_the_prompts(run, own: Path, tmp_path: Path):
-    assert run("--prompts", str(own), "--chat", "--limit", "1", *PLAN)[0] == 0
-    record = records_in(tmp_path / "out")[0]
-    assert record["prompt_tokens"] == 1 + len("[user]one two three four five six >>")
+    """By default, where the folder has one."""
+    prompt = "one two three four five six >"
+    for chosen, expected in (([], f"[user]{prompt}>"), (["--no-chat"], prompt)):
+        assert run("--prompts", str(own), "--limit", "1", *chosen, *PLAN)[0] == 0
+        assert records_in(tmp_path / "out")[-1]["prompt_tokens"] == 1 + len(expected)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["chat"] is (not chosen)
 
 
 @pytest.mark.parametrize(

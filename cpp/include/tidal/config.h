@@ -1,5 +1,6 @@
-// What the checkpoint is (ModelConfig), what the user wants of the engine (DecodeConfig) and of one
-// request (SamplingParams). Plain values; each setting has its one default here.
+// What the checkpoint is (ModelConfig), which layers choose positions (PlanConfig), what the user
+// wants of the engine (DecodeConfig) and of one request (SamplingParams). Plain values; each
+// setting has its one default here.
 #pragma once
 
 #include <cstdint>
@@ -83,14 +84,10 @@ inline constexpr int64_t kMaxDraftTokens = 64;
 // Longer drafts gain little: of 17 tokens one dense pass is a small part.
 inline constexpr int64_t kMaxAutomaticDrafts = 16;
 
-struct DecodeConfig {
-  Device device;
-  DType dtype = DType::kBFloat16;     // of the weights
-  DType kv_dtype = DType::kBFloat16;  // of the cache; on CUDA it must equal dtype
-
-  // The plan. Empty select_layers = dense decoding.
-  std::vector<int64_t> select_layers;
-  int64_t full_layers = 2;  // dense layers before the first select layer
+// Which layers choose positions, and how. Holds nothing of a device.
+struct PlanConfig {
+  std::vector<int64_t> select_layers;  // strictly ascending; empty: dense decoding
+  int64_t full_layers = 2;             // dense layers before the first select layer
   // Positions a sparse layer attends to, per set, >= 1. kAutomatic: as many as top_p_mass asks for,
   // kAutomaticMass if that is 1, up to kAutomaticBudget.
   int64_t token_budget = 1024;
@@ -98,16 +95,25 @@ struct DecodeConfig {
   // share of the softmax of its heads together, but at least min_token_budget.
   double top_p_mass = 1.0;       // in (0, 1]
   int64_t min_token_budget = 0;  // with top_p_mass; 0: kAutomaticMinBudget, if the budget allows
-  Granularity granularity = Granularity::kKvHead;
+  Granularity granularity = Granularity::kLayer;
   Pooling pooling = Pooling::kSum;
-  int64_t sink_tokens = 1;    // first positions, always chosen
-  int64_t recent_tokens = 1;  // last positions, always chosen, >= 1
+  int64_t sink_tokens = 1;  // first positions, always chosen
+  // Last positions, always chosen, >= 1. kAutomatic: a quarter of those that every set has, which
+  // are token_budget, or min_token_budget of an adaptive budget.
+  int64_t recent_tokens = kAutomatic;
   // Sequences of at most this length are decoded densely.
   int64_t sparse_min_context = kAutomatic;  // as long as that is the faster way on the device
 
   // Errors of sparse steps: they leave slightly wrong K and V in the layers after the first sparse
   // one. Every so many tokens that a sequence decoded sparsely, a dense pass rewrites theirs.
   int64_t correction_interval = 0;  // 0: never; with verify it must be
+};
+
+struct DecodeConfig : PlanConfig {
+  Device device;
+  DType dtype = DType::kBFloat16;     // of the weights
+  DType kv_dtype = DType::kBFloat16;  // of the cache; on CUDA it must equal dtype
+
   // Sparse steps only draft. One dense pass over the drafts of a sequence draws the tokens that
   // dense decoding would have, and keeps the drafts up to the first that differs.
   bool verify = false;

@@ -95,10 +95,8 @@ class Generation {
 
 // Prompts that are read once and continued again and again from there, each time with a plan of its
 // own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
-// must be destroyed before its Decoder. Of a DecodeConfig passed here the fields of the plan count:
-// select_layers, full_layers, token_budget, top_p_mass, min_token_budget, granularity, pooling,
-// sink_tokens, recent_tokens, sparse_min_context and correction_interval (the K and V of a prompt
-// are dense, never rewritten).
+// must be destroyed before its Decoder. The K and V of a prompt are dense, never rewritten,
+// whatever the plan's correction_interval.
 class Replay {
  public:
   ~Replay();
@@ -114,12 +112,12 @@ class Replay {
   // vocab_size] float32. Reads what is left of the prompts first. Throws InvalidArgument,
   // CapacityError.
   std::vector<std::vector<float>> StepLogits(
-      const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& continuations);
+      const PlanConfig& plan, const std::vector<std::vector<int32_t>>& continuations);
 
   // The most likely tokens through the plan, as a Generation with these settings decodes them: up
   // to max_new_tokens a prompt, a stop token being the last. An empty list is a prompt whose logits
   // were unusable.
-  std::vector<std::vector<int32_t>> Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+  std::vector<std::vector<int32_t>> Greedy(const PlanConfig& plan, int64_t max_new_tokens,
                                            const std::vector<int32_t>& stop_token_ids);
 
   // Positions of a set, on average over the sparse steps of the last StepLogits or Greedy; 0 if

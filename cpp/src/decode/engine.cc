@@ -26,15 +26,29 @@ void CheckAtMost(const char* field, int64_t value, int64_t most) {
   TIDAL_CHECK(value <= most, InvalidArgument, field, ": got ", value, ", expected <= ", most);
 }
 
-void ValidateDecodeConfig(const DecodeConfig& c) {
+void ValidatePlanConfig(const PlanConfig& c) {
   if (c.token_budget != kAutomatic) CheckAtLeast("token_budget", c.token_budget, 1);
   CheckAtLeast("min_token_budget", c.min_token_budget, 0);
   TIDAL_CHECK(c.top_p_mass > 0.0 && c.top_p_mass <= 1.0, InvalidArgument, "top_p_mass: got ",
               c.top_p_mass, ", expected in (0, 1]");
   CheckAtLeast("sink_tokens", c.sink_tokens, 0);
-  CheckAtLeast("recent_tokens", c.recent_tokens, 1);
+  if (c.recent_tokens != kAutomatic) CheckAtLeast("recent_tokens", c.recent_tokens, 1);
   CheckAtLeast("sparse_min_context", c.sparse_min_context, kAutomatic);
   CheckAtLeast("correction_interval", c.correction_interval, 0);
+  int64_t budget = c.token_budget == kAutomatic ? kAutomaticBudget : c.token_budget;
+  int64_t least_recent = c.recent_tokens == kAutomatic ? 1 : c.recent_tokens;
+  TIDAL_CHECK(c.sink_tokens + least_recent <= budget, InvalidArgument, "token_budget: got ", budget,
+              ", expected at least sink_tokens ", c.sink_tokens, " + recent_tokens ", least_recent);
+  TIDAL_CHECK(c.min_token_budget <= budget, InvalidArgument, "min_token_budget: got ",
+              c.min_token_budget, ", expected at most token_budget ", budget);
+  bool is_adaptive = c.top_p_mass < 1.0 || c.token_budget == kAutomatic;
+  TIDAL_CHECK(!is_adaptive || c.pooling == Pooling::kSum, InvalidArgument,
+              "pooling: got \"max\" with an adaptive budget (top_p_mass or token_budget \"auto\"), "
+              "expected \"sum\": the mass of a set is a sum over its heads");
+}
+
+void ValidateDecodeConfig(const DecodeConfig& c) {
+  ValidatePlanConfig(c);
   CheckAtLeast("draft_tokens", c.draft_tokens, 0);
   CheckAtLeast("max_seq_len", c.max_seq_len, 0);
   CheckAtLeast("max_batch_size", c.max_batch_size, 1);
@@ -47,16 +61,6 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtMost("num_pages", c.num_pages, kMaxInt32);
   TIDAL_CHECK(c.gpu_memory_utilization > 0.0 && c.gpu_memory_utilization <= 1.0, InvalidArgument,
               "gpu_memory_utilization: got ", c.gpu_memory_utilization, ", expected in (0, 1]");
-  int64_t budget = c.token_budget == kAutomatic ? kAutomaticBudget : c.token_budget;
-  TIDAL_CHECK(c.sink_tokens + c.recent_tokens <= budget, InvalidArgument, "token_budget: got ",
-              budget, ", expected at least sink_tokens ", c.sink_tokens, " + recent_tokens ",
-              c.recent_tokens);
-  TIDAL_CHECK(c.min_token_budget <= budget, InvalidArgument, "min_token_budget: got ",
-              c.min_token_budget, ", expected at most token_budget ", budget);
-  bool is_adaptive = c.top_p_mass < 1.0 || c.token_budget == kAutomatic;
-  TIDAL_CHECK(!is_adaptive || c.pooling == Pooling::kSum, InvalidArgument,
-              "pooling: got \"max\" with an adaptive budget (top_p_mass or token_budget \"auto\"), "
-              "expected \"sum\": the mass of a set is a sum over its heads");
   TIDAL_CHECK(c.draft_tokens <= kMaxDraftTokens, InvalidArgument, "draft_tokens: got ",
               c.draft_tokens, ", expected at most ", kMaxDraftTokens);
   TIDAL_CHECK(!c.verify || c.correction_interval == 0, InvalidArgument, "correction_interval: got ",
@@ -70,7 +74,7 @@ BackendOptions OptionsOf(const DecodeConfig& config) {
           .cuda_graphs = config.cuda_graphs};
 }
 
-DecodePlan MakeDecodePlan(const ModelConfig& model, const DecodeConfig& config) {
+DecodePlan MakeDecodePlan(const ModelConfig& model, const PlanConfig& config) {
   if (config.select_layers.empty()) return DecodePlan::Dense(model.num_layers);
   return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers);
 }
@@ -339,10 +343,10 @@ void Engine::CountSparse(std::span<Sequence* const> rows, const Selection& selec
   }
 }
 
-std::unique_ptr<OtherPlan> Engine::MakePlan(DecodeConfig settings) {
-  settings.max_seq_len = config_.max_seq_len;
-  settings.max_batch_size = config_.max_batch_size;
-  ValidateDecodeConfig(settings);
+std::unique_ptr<OtherPlan> Engine::MakePlan(const PlanConfig& asked) {
+  ValidatePlanConfig(asked);
+  DecodeConfig settings = config_;
+  static_cast<PlanConfig&>(settings) = asked;
   ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
   DecodePlan plan = MakeDecodePlan(model_, settings);
   settings.verify = false;

@@ -104,7 +104,7 @@ class Engine {
   std::vector<int32_t> StepThrough(OtherPlan& other, std::span<Sequence* const> rows);
 
   // The plan of these settings, with memory of its own.
-  std::unique_ptr<OtherPlan> MakePlan(DecodeConfig settings);
+  std::unique_ptr<OtherPlan> MakePlan(const PlanConfig& asked);
 
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);

@@ -130,7 +130,6 @@ class Planner {
   std::string Explain(const ResolvedSettings& resolved) const {
     const MemoryPlan& memory = resolved.memory;
     const DecodeConfig& config = resolved.config;
-    const char* share_of = info_.device.type == DeviceType::kCpu ? " of the " : " of ";
     std::ostringstream out;
     out << "memory: need " << Bytes(memory.total_bytes()) << " on " << info_.name << " (weights "
         << Bytes(memory.weight_bytes) << ", KV cache " << Bytes(memory.kv_bytes) << " for "
@@ -139,12 +138,13 @@ class Planner {
         << ", scratch " << Bytes(memory.scratch_bytes()) << " for max_batch_size "
         << config.max_batch_size;
     if (memory.reserve_bytes > 0) out << ", the device itself " << Bytes(memory.reserve_bytes);
-    out << "), have " << Bytes(usable_bytes_) << " (gpu_memory_utilization "
-        << config.gpu_memory_utilization << share_of;
+    out << "), have " << Bytes(usable_bytes_);
     if (info_.device.type == DeviceType::kCpu) {
-      out << Bytes(info_.free_bytes) << " that are free)";
+      out << " (a share of " << config.gpu_memory_utilization << " of the "
+          << Bytes(info_.free_bytes) << " that are free)";
     } else {
-      out << Bytes(info_.total_bytes) << ", " << Bytes(info_.free_bytes) << " free)";
+      out << " (gpu_memory_utilization " << config.gpu_memory_utilization << " of "
+          << Bytes(info_.total_bytes) << ", " << Bytes(info_.free_bytes) << " free)";
     }
     out << "; " << Remedy(resolved);
     return out.str();
@@ -210,19 +210,23 @@ ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& mode
   return Planner(backend, model, config, plan).Resolve();
 }
 
-void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, DecodeConfig& config) {
-  if (config.token_budget == kAutomatic) {
-    config.token_budget = kAutomaticBudget;
-    if (config.top_p_mass == 1.0) config.top_p_mass = kAutomaticMass;
+void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig& plan) {
+  if (plan.token_budget == kAutomatic) {
+    plan.token_budget = kAutomaticBudget;
+    if (plan.top_p_mass == 1.0) plan.top_p_mass = kAutomaticMass;
   }
-  int64_t num_forced = config.sink_tokens + config.recent_tokens;
+  if (plan.min_token_budget == 0) plan.min_token_budget = kAutomaticMinBudget;
+  if (plan.recent_tokens == kAutomatic) {
+    int64_t least = std::min(plan.token_budget, max_seq_len);
+    if (plan.top_p_mass < 1.0) least = std::min(plan.min_token_budget, least);
+    plan.recent_tokens = std::max(std::min(least / 4, least - plan.sink_tokens), int64_t{1});
+  }
+  int64_t num_forced = plan.sink_tokens + plan.recent_tokens;
   // A budget beyond the longest sequence means everything; no need for memory to say so.
-  config.token_budget = std::max(std::min(config.token_budget, max_seq_len), num_forced);
-  if (config.min_token_budget == 0) config.min_token_budget = kAutomaticMinBudget;
-  config.min_token_budget =
-      std::max(std::min(config.min_token_budget, config.token_budget), num_forced);
-  if (config.sparse_min_context == kAutomatic) {
-    config.sparse_min_context = backend.SparseMinContext(config.token_budget);
+  plan.token_budget = std::max(std::min(plan.token_budget, max_seq_len), num_forced);
+  plan.min_token_budget = std::max(std::min(plan.min_token_budget, plan.token_budget), num_forced);
+  if (plan.sparse_min_context == kAutomatic) {
+    plan.sparse_min_context = backend.SparseMinContext(plan.token_budget);
   }
 }
 

@@ -22,8 +22,8 @@ struct ResolvedSettings {
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
                                  const DecodeConfig& config, const DecodePlan& plan);
 
-// Of a plan, for steps of sequences up to max_seq_len: token_budget, sparse_min_context.
-void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, DecodeConfig& config);
+// Fills in the automatic values of a plan, for steps of sequences up to max_seq_len.
+void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig& plan);
 
 // The largest step of these (resolved) settings.
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,

@@ -82,7 +82,7 @@ PrefillProgress Replay::prefill_progress() const {
 }
 
 std::vector<std::vector<float>> Replay::StepLogits(
-    const DecodeConfig& plan, const std::vector<std::vector<int32_t>>& continuations) {
+    const PlanConfig& plan, const std::vector<std::vector<int32_t>>& continuations) {
   size_t count = impl_->prompts.size();
   TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
               continuations.size(), ", expected one per prompt (", count, ")");
@@ -123,7 +123,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
   return logits;
 }
 
-std::vector<std::vector<int32_t>> Replay::Greedy(const DecodeConfig& plan, int64_t max_new_tokens,
+std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& plan, int64_t max_new_tokens,
                                                  const std::vector<int32_t>& stop_token_ids) {
   TIDAL_CHECK(max_new_tokens >= 1, InvalidArgument, "max_new_tokens: got ", max_new_tokens,
               ", expected >= 1");

@@ -2,54 +2,37 @@
 
 Called by search.py. Similarity of sets or attention would be cheaper, and misleads: the plan whose
 sets are most alike is not the one that answers. So the yardstick is what comes out: the loss on
-windows of text, and whether questions are answered as the dense model answers them. The prompts are
-read once; every plan then decodes behind them.
+windows of text, and whether questions are answered as the dense model answers them. Prompts are
+read once, in groups, and stay in the cache as long as there is room; every plan then decodes behind
+them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tidaldecode.calibration.data import CalibrationData
+from tidaldecode.calibration.questions import BATCH_SIZE, DENSE, Answered, Reporter
+from tidaldecode.calibration.score_file import ScoreFile
 from tidaldecode.decoder import Decoder
-from tidaldecode.evaluation.distributions import divergences, token_losses
+from tidaldecode.evaluation.distributions import log_probabilities, unusable_logits
+from tidaldecode.evaluation.perplexity import Window
 from tidaldecode.replay import Replay
-
-BATCH_SIZE = 4  # prompts that step together
-ANSWER_TOKENS = 4  # of the dense answer to a question; six digits are two or three tokens
-# The dense model is sure of an answer whose every token is at least this likely; another plan's
-# other answer to a question that it is not sure of says nothing.
-_SURE = 0.5
-_DENSE = {"attention": "full"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerScores:
-    """One plan on the questions alone, a fifth of the work."""
-
-    answer_kl: float
-    agreement: float
-
-    @property
-    def loss(self) -> float:
-        """What Scores.loss is at least."""
-        return self.answer_kl + (1.0 - self.agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One plan on the calibration data; losses in nats a token, over the dense ones."""
+    """One plan on the calibration data, the mean of its contexts; losses in nats a token."""
 
-    text_loss: float  # of the tokens that came
+    text_loss: float  # of the tokens that came, over the dense one
     text_kl: float  # KL from the dense distributions: the same in expectation, less noisy
-    answer_kl: float  # along the dense answers
-    agreement: float  # share of the dense model's sure answers that are the same, token for token
+    answer_kl: float  # along the dense answers; 0 where the model cannot judge by questions
+    agreement: float  # share of the questions answered as the dense model, token for token
 
     @property
     def loss(self) -> float:
@@ -57,153 +40,250 @@ class Scores:
         return self.text_kl + self.answer_kl + (1.0 - self.agreement)
 
 
-class Objective:
-    """Scores plans, each once: what has been scored is kept in a file and not decoded again."""
+@dataclass(frozen=True)
+class _Row:
+    """A prompt and the tokens that follow it."""
 
-    def __init__(self, decoder: Decoder, data: CalibrationData, cache: Path | None) -> None:
-        """Prompts are read when the first plan comes that is not in the cache.
-
-        Args:
-            decoder: room for decoder_options(data).
-            data: what plans are judged on.
-            cache: a file of earlier scores of this model and data; None keeps nothing.
-        """
-        self._decoder, self._data, self._cache = decoder, data, cache
-        self._answers: dict[str, AnswerScores] = {}
-        self._scores: dict[str, Scores] = {}
-        if cache is not None:
-            self._load(cache)
-        self._texts: list[_Batch] = []
-        self._questions: list[_Batch] = []
-
-    def scores(self, **plan: Any) -> Scores:
-        """What a plan loses.
-
-        Args:
-            plan: options of Decoder; steps are sparse at every length.
-        """
-        key = _key(plan)
-        if key not in self._scores:
-            answers = self.answers(**plan)
-            rows = self._compare(self._texts, plan)
-            self._scores[key] = Scores(
-                text_loss=_mean([row.loss for row in rows]),
-                text_kl=_mean([row.kl for row in rows]),
-                answer_kl=answers.answer_kl,
-                agreement=answers.agreement,
-            )
-            self._keep(key, self._scores[key])
-        return self._scores[key]
-
-    def answers(self, **plan: Any) -> AnswerScores:
-        """The part of scores() that the questions give."""
-        key = _key(plan)
-        if key not in self._answers:
-            rows = self._compare(self._questions, plan)
-            self._answers[key] = AnswerScores(
-                answer_kl=_mean([row.kl for row in rows]),
-                agreement=round(_share([row.is_same for row in rows if row.is_sure]), 6),
-            )
-            self._keep(key, self._answers[key])
-        return self._answers[key]
-
-    def _compare(self, batches: Sequence[_Batch], plan: dict[str, Any]) -> list[_Row]:
-        if not self._texts:
-            self._read()
-        sparse = {**plan, "sparse_min_context": 0}
-        return [row for batch in batches for row in batch.compare(sparse)]
-
-    def _keep(self, key: str, scores: AnswerScores | Scores) -> None:
-        if self._cache is not None:
-            with open(self._cache, "a", encoding="utf-8") as file:
-                file.write(json.dumps([key, asdict(scores)]) + "\n")
-
-    def _load(self, cache: Path) -> None:
-        """Earlier scores, but for lines that are none (the last one, if a run was cut off)."""
-        for line in cache.read_bytes().splitlines() if cache.exists() else []:
-            try:
-                key, values = json.loads(line)
-                if "text_kl" in values:
-                    self._scores[key] = Scores(**values)
-                own = {field.name: values[field.name] for field in fields(AnswerScores)}
-                self._answers[key] = AnswerScores(**own)
-            except (ValueError, TypeError, KeyError):
-                continue
-
-    def _read(self) -> None:
-        """Reads all prompts, and what the dense model makes of them."""
-        windows = self._data.windows
-        for i in range(0, len(windows), BATCH_SIZE):
-            part = windows[i : i + BATCH_SIZE]
-            prompts = [window.prompt_ids for window in part]
-            replay = self._decoder.replay(prompts, max_new_tokens=len(part[0].scored_ids))
-            self._texts.append(_Batch(replay, [window.scored_ids for window in part]))
-        questions = self._data.questions
-        for i in range(0, len(questions), BATCH_SIZE):
-            part = questions[i : i + BATCH_SIZE]
-            replay = self._decoder.replay(part, max_new_tokens=ANSWER_TOKENS)
-            answers = replay.greedy(ANSWER_TOKENS, **_DENSE)
-            self._questions.append(_Batch(replay, answers))
-
-
-def _key(plan: dict[str, Any]) -> str:
-    return json.dumps(plan, sort_keys=True)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(float(np.mean(values)), 6)
-
-
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags) if flags else 1.0
+    context: int
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    num_judged: int  # of token_ids, at the end, must be chosen as the dense model chooses
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    loss: float
-    kl: float
-    is_sure: bool  # of the dense model
-    is_same: bool
+class Group:
+    """Prompts of one context that are read and step together."""
+
+    name: str
+    context: int
+    rows: tuple[_Row, ...]
+    is_text: bool
+
+    @property
+    def room(self) -> int:
+        """Tokens behind the prompts."""
+        return max(len(row.token_ids) for row in self.rows)
+
+    def num_pages(self, page_size: int) -> int:
+        """Pages that its rows take."""
+        return sum(-(-(len(row.prompt_ids) + self.room) // page_size) for row in self.rows)
 
 
-class _Batch:
-    """Prompts in the cache, the tokens that follow each, and what the dense model says of them."""
+def text_groups(windows: Sequence[Window]) -> list[Group]:
+    """Windows of each context, BATCH_SIZE together."""
+    rows = [
+        _Row(w.context, w.prompt_ids, w.scored_ids, num_judged=len(w.scored_ids)) for w in windows
+    ]
+    return _groups("text", rows, is_text=True)
 
-    def __init__(self, replay: Replay, tokens: Sequence[Sequence[int]]) -> None:
-        self._replay, self._tokens = replay, [list(ids) for ids in tokens]
-        self._dense = self._logits(_DENSE)
 
-    def _logits(self, plan: dict[str, Any]) -> list[np.ndarray]:
-        return self._replay.step_logits([ids[:-1] for ids in self._tokens], **plan)
+def question_groups(answered: Sequence[Answered], name: str) -> list[Group]:
+    """Questions of each context, BATCH_SIZE together, under the name of their source."""
+    rows = [_Row(a.context, a.prompt_ids, a.token_ids, num_judged=a.num_answer) for a in answered]
+    return _groups(name, sorted(rows, key=lambda row: row.context), is_text=False)
 
-    def compare(self, plan: dict[str, Any]) -> list[_Row]:
-        """Each prompt through a plan, against dense."""
-        rows = []
-        triples = zip(self._tokens, self._dense, self._logits(plan), strict=True)
-        for ids, dense, logits in triples:
-            dense_loss = token_losses(dense, ids)
-            is_same = logits.argmax(axis=-1) == dense.argmax(axis=-1)
-            rows.append(
-                _Row(
-                    loss=float((token_losses(logits, ids) - dense_loss).mean()),
-                    kl=float(divergences(dense, logits).mean()),
-                    is_sure=bool(dense_loss.max() <= -np.log(_SURE)),
-                    is_same=bool(is_same.all()),
+
+def _groups(name: str, rows: Sequence[_Row], *, is_text: bool) -> list[Group]:
+    groups = []
+    for context, same in groupby(rows, key=lambda row: row.context):
+        own = list(same)
+        for i in range(0, len(own), BATCH_SIZE):
+            groups.append(
+                Group(
+                    name=f"{name} {context} {i // BATCH_SIZE}",
+                    context=context,
+                    rows=tuple(own[i : i + BATCH_SIZE]),
+                    is_text=is_text,
                 )
             )
-        return rows
+    return groups
 
 
-def decoder_options(data: CalibrationData, page_size: int) -> dict[str, Any]:
-    """Options of Decoder for a cache that holds all prompts at once."""
-    prompts = [(len(window.prompt_ids), len(window.scored_ids)) for window in data.windows]
-    prompts += [(len(ids), ANSWER_TOKENS) for ids in data.questions]
-    lengths = [read + decoded for read, decoded in prompts]
-    return {
-        "attention": "full",
-        "max_seq_len": max(lengths),
-        "max_batch_size": BATCH_SIZE,
-        "num_pages": sum(-(-length // page_size) for length in lengths),
-        "page_size": page_size,
-        "cuda_graphs": False,
-    }
+@dataclass(frozen=True, kw_only=True)
+class GroupScore:
+    """One plan on one group; means over its rows."""
+
+    loss: float
+    kl: float
+    num_same: int  # rows whose every judged token is chosen as the dense model chooses
+    num_rows: int
+
+
+class Objective:
+    """Scores plans on groups, each once: what has been scored is in the score file."""
+
+    def __init__(
+        self, decoder: Decoder, groups: Sequence[Group], scores: ScoreFile, reporter: Reporter
+    ) -> None:
+        """
+        Args:
+            decoder: room for the largest group; the more, the fewer prompts are read again.
+            groups: what plans are judged on: texts and, if the model can judge by them, questions.
+            scores: of this model, engine and data.
+            reporter: where reading is shown.
+        """
+        self._decoder, self._groups, self._scores = decoder, list(groups), scores
+        self._open = OpenGroups(decoder, reporter)
+
+    def measure(
+        self,
+        plans: Sequence[dict[str, Any]],
+        on_done: Callable[[int], None],
+        *,
+        is_quick: bool = False,
+    ) -> list[Scores]:
+        """What plans lose, on all groups or on the few that are quick.
+
+        Args:
+            plans: options of Decoder each; steps are sparse at every length.
+            on_done: called with how many (plan, group) pairs are done.
+            is_quick: the first questions of each context alone; of a model that cannot judge by
+                questions the texts of the longest context.
+        """
+        groups = self.quick_groups() if is_quick else self._groups
+        found: dict[tuple[int, str], GroupScore] = {}
+        for group in groups:
+            for index, plan in enumerate(plans):
+                found[index, group.name] = self._score(group, plan)
+                on_done(len(found))
+        return [
+            _summed(groups, [found[index, group.name] for group in groups])
+            for index in range(len(plans))
+        ]
+
+    def num_same(self, plan: dict[str, Any]) -> int:
+        """How many questions a plan answers as the dense model does, token for token."""
+        return sum(self._score(group, plan).num_same for group in self._groups)
+
+    def close(self) -> None:
+        """Frees the pages of all groups."""
+        self._open.close()
+
+    def num_groups(self, *, is_quick: bool) -> int:
+        """How many groups a measurement of one plan takes."""
+        return len(self.quick_groups() if is_quick else self._groups)
+
+    def quick_groups(self) -> list[Group]:
+        """The groups that tell good plans from bad ones at a fraction of the work."""
+        first = {group.context: group for group in reversed(self._groups) if not group.is_text}
+        longest = max(group.context for group in self._groups)
+        texts = [group for group in self._groups if group.context == longest and group.is_text]
+        return list(first.values()) or texts
+
+    def _score(self, group: Group, plan: dict[str, Any]) -> GroupScore:
+        key = json.dumps([group.name, plan], sort_keys=True)
+        kept = _read_score(self._scores.get(key))
+        if kept is None:
+            kept = self._open.get(group).compare(plan)
+            self._scores.put(key, [kept.loss, kept.kl, kept.num_same, kept.num_rows])
+        return kept
+
+
+class OpenGroups:
+    """The groups whose prompts are in the cache.
+
+    Groups are gone through again and again in the same order, so the one used last makes room: it
+    is the one not needed for longest.
+    """
+
+    def __init__(self, decoder: Decoder, reporter: Reporter) -> None:
+        self._decoder, self._reporter = decoder, reporter
+        self._open: dict[str, OpenGroup] = {}
+
+    def get(self, group: Group) -> OpenGroup:
+        """The group, read if it is not in the cache."""
+        found = self._open.pop(group.name, None)
+        if found is None:
+            needed = group.num_pages(self._decoder.config.page_size)
+            while self._open and self._decoder.num_free_pages < needed:
+                self._open.popitem()[1].close()
+            with self._reporter.reading(f"Reading {group.name}") as on_prefill:
+                found = OpenGroup(self._decoder, group, on_prefill)
+        self._open[group.name] = found
+        return found
+
+    def close(self) -> None:
+        """Frees the pages of all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class OpenGroup:
+    """A group in the cache, and what the dense model says of the tokens that follow."""
+
+    def __init__(
+        self, decoder: Decoder, group: Group, on_prefill: Callable[[int, int], None]
+    ) -> None:
+        self._group = group
+        prompts = [list(row.prompt_ids) for row in group.rows]
+        self._replay: Replay = decoder.replay(
+            prompts, max_new_tokens=group.room, on_prefill=on_prefill
+        )
+        # [tokens, vocab_size] float32 a row.
+        self._dense = [log_probabilities(x).astype(np.float32) for x in self._logits(DENSE)]
+
+    def _logits(self, plan: dict[str, Any]) -> list[np.ndarray]:
+        continuations = [row.token_ids[:-1] for row in self._group.rows]
+        logits = self._replay.step_logits(continuations, **plan)
+        if not all(np.isfinite(rows).all() for rows in logits):
+            raise unusable_logits("calibrate")
+        return logits
+
+    def compare(self, plan: dict[str, Any]) -> GroupScore:
+        """A plan, its steps sparse at every length, against dense."""
+        losses, divergences, same = [], [], []
+        logits = self._logits({**plan, "sparse_min_context": 0})
+        for row, dense, own in zip(self._group.rows, self._dense, logits, strict=True):
+            got = log_probabilities(own)
+            places = np.arange(len(row.token_ids)), list(row.token_ids)
+            losses.append(float((dense[places] - got[places]).mean()))
+            divergences.append(float((np.exp(dense) * (dense - got)).sum(axis=-1).mean()))
+            is_same = got.argmax(axis=-1) == dense.argmax(axis=-1)
+            same.append(bool(is_same[-row.num_judged :].all()))
+        return GroupScore(
+            loss=round(float(np.mean(losses)), 6),
+            # Of a plan that is dense, rounding to float32 would leave a trace.
+            kl=max(0.0, round(float(np.mean(divergences)), 6)),
+            num_same=sum(same),
+            num_rows=len(same),
+        )
+
+    def close(self) -> None:
+        """Frees its pages."""
+        self._replay.close()
+
+
+def _summed(groups: Sequence[Group], scores: Sequence[GroupScore]) -> Scores:
+    """The mean of the contexts, each the mean of its rows."""
+    pairs = list(zip(groups, scores, strict=True))
+    texts = [(group, score) for group, score in pairs if group.is_text]
+    questions = [(group, score) for group, score in pairs if not group.is_text]
+
+    def mean(
+        own: Sequence[tuple[Group, GroupScore]], value: Callable[[GroupScore], float]
+    ) -> float:
+        rows: dict[int, list[tuple[float, int]]] = {}
+        for group, score in own:
+            rows.setdefault(group.context, []).append((value(score), score.num_rows))
+        means = [sum(v * n for v, n in part) / sum(n for _, n in part) for part in rows.values()]
+        return round(float(np.mean(means)), 6)
+
+    return Scores(
+        text_loss=mean(texts, lambda score: score.loss) if texts else 0.0,
+        text_kl=mean(texts, lambda score: score.kl) if texts else 0.0,
+        answer_kl=mean(questions, lambda score: score.kl) if questions else 0.0,
+        agreement=(
+            mean(questions, lambda score: score.num_same / score.num_rows) if questions else 1.0
+        ),
+    )
+
+
+def _read_score(value: Any) -> GroupScore | None:
+    """A score out of the file, if it is one."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    loss, kl, num_same, num_rows = value
+    is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    if not is_number or type(num_same) is not int or type(num_rows) is not int or num_rows < 1:
+        return None
+    return GroupScore(loss=float(loss), kl=float(kl), num_same=num_same, num_rows=num_rows)

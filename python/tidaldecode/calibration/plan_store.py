@@ -5,6 +5,7 @@ Called by command.py; plans.py reads it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -12,25 +13,46 @@ from pathlib import Path
 from typing import Any
 
 from tidaldecode import _core
-from tidaldecode.calibration.data import CalibrationData
-from tidaldecode.calibration.search import Point
+from tidaldecode.calibration.run import Job, Outcome
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.plans import PLAN_FILE
-from tidaldecode.user_cache import cached_plan_file
+from tidaldecode.user_cache import cached_plan_file, write_whole
 
 
-def plan_content(point: Point, data: CalibrationData, fingerprint: str) -> dict[str, Any]:
+def plan_content(job: Job, outcome: Outcome, description: str, fingerprint: str) -> dict[str, Any]:
     """What the plan file holds: the plan, then what it was measured on and how it did."""
-    scores = {**asdict(point.scores), "kv_bytes_per_step": point.bytes_per_step}
+    chosen = outcome.chosen
+    scores = {"loss": round(chosen.scores.loss, 6), **asdict(chosen.scores)}
     return {
-        "description": f"Calibrated on {data.description}.",
-        **point.candidate.options(),
+        "description": f"Calibrated on {description}.",
+        **chosen.candidate.options(),
         "version": _core.version(),
         "fingerprint": fingerprint,
-        "data": data.digest,
-        "context": data.context,
-        "scores": scores,
+        "context": list(job.contexts),
+        "chat": job.is_chat,
+        "max_loss": job.max_loss,
+        "scores": {**scores, "kv_bytes_per_step": chosen.bytes_per_step},
+        "held_out": {"same": outcome.num_same, "counted": len(outcome.held_out.answered)},
     }
+
+
+def check_output(output: Path) -> None:
+    """Refuses a file that cannot be written before hours of work.
+
+    Raises: InvalidArgument.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as cause:
+        raise _not_writable(output, cause) from cause
+
+
+def _not_writable(output: Path, cause: OSError) -> InvalidArgument:
+    return InvalidArgument(f"output: {output}: {cause.strerror}; expected a file to write")
 
 
 def store_plan(content: dict[str, Any], model_dir: Path, output: Path | None) -> Path:
@@ -48,15 +70,10 @@ def store_plan(content: dict[str, Any], model_dir: Path, output: Path | None) ->
     if output is None:
         beside = model_dir / PLAN_FILE
         output = beside if _is_writable(model_dir) else cached_plan_file(content["fingerprint"])
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, output)
+        write_whole(output, json.dumps(content, indent=2) + "\n")
     except OSError as cause:
-        raise InvalidArgument(
-            f"output: {output}: {cause.strerror}; expected a file that can be written"
-        ) from cause
+        raise _not_writable(output, cause) from cause
     return output
 
 

@@ -1,14 +1,15 @@
-"""From plan to plan: greedy over the layers that select, then over everything else.
+"""From plan to plan: greedy over the layers that select, then over everything else, in stages.
 
 Called by command.py. The pattern of IndexCache (arXiv 2603.12201): layers are added one at a time,
-each the one that lowers the loss most, and exchanged while that helps. Where the first select layer
-stands decides how many layers in front of it are dense, so each place is a search of its own; what
-they find is compared at equal bytes.
+each the one that lowers the loss most, and moved while that helps. Where the first select layer
+stands decides how many layers in front of it are dense, so each place is a chain of its own; what
+they find is compared at equal bytes. Of many candidates each stage ranks all on a few questions and
+measures the best of them on everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,21 @@ _LEAST_LAYERS = 3
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)  # of the budget
 SINKS = (1, 4)
 GRANULARITIES = ("kv_head", "layer")
+# Of the candidates of a chain in a stage, how many are measured on everything.
+_KEPT = 6
+_MOVES = (-2, -1, 1, 2)  # of a select layer
+
+
+def canonical(select_layers: Sequence[int]) -> tuple[int, ...]:
+    """The fewest select layers with the same steps.
+
+    A first set that the next layer replaces is read by nobody: its layer is as good as dense, so
+    (1, 2, 17) is (2, 17).
+    """
+    layers = sorted(set(select_layers))
+    while len(layers) > 1 and layers[0] + 1 == layers[1]:
+        del layers[0]
+    return tuple(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +50,9 @@ class Candidate:
     recent_share: float = 0.25
     sink_tokens: int = 1
     granularity: str = "layer"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "select_layers", canonical(self.select_layers))
 
     def options(self) -> dict[str, Any]:
         """Options of Decoder, and what a plan file holds."""
@@ -76,36 +95,43 @@ def kv_bytes_per_step(
     return rows * 2 * model.num_kv_heads * model.head_dim * value_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the search, for people."""
+
+    number: int  # from 1
+    count: int
+    title: str
+
+    def __str__(self) -> str:
+        return f"Stage {self.number} of {self.count}, {self.title}"
+
+
+# Losses of candidates: on everything, or quickly; (candidates, is_quick, stage) -> scores.
+Measure = Callable[[Sequence[Candidate], bool, Stage], Sequence[Scores]]
+
+
 class Search:
     """Finds the plans worth having for one model."""
 
     def __init__(
-        self,
-        model: ModelConfig,
-        score: Callable[[Candidate], Scores],
-        *,
-        seq_len: int,
-        value_bytes: int,
-        bound: Callable[[Candidate], float] = lambda candidate: 0.0,
-        on_scored: Callable[[int], None] = lambda count: None,
+        self, model: ModelConfig, measure: Measure, *, seq_len: int, value_bytes: int
     ) -> None:
         """
         Args:
             model: its shape.
-            score: what a plan loses.
+            measure: what plans lose; never asked twice for the same.
             seq_len: the length at which bytes count.
             value_bytes: of one number in the cache.
-            bound: what a plan loses at least; cheaper than `score`, which is not asked for plans
-                that this rules out.
-            on_scored: called with the number of plans scored.
         """
-        self._model, self._score, self._on_scored = model, score, on_scored
-        self._bound = bound
+        self._model, self._measure = model, measure
         self._seq_len, self._value_bytes = seq_len, value_bytes
         self._points: dict[Candidate, Point] = {}
+        self._quick: dict[Candidate, float] = {}
+        self._stage = Stage(number=0, count=0, title="")
 
     def run(self, budgets: Sequence[int], max_select_layers: int) -> list[Point]:
-        """All plans that were scored: the best ones, and those that might have been.
+        """All plans that were measured on everything.
 
         Args:
             budgets: token budgets, ascending; layers are searched at the smallest, which is the
@@ -119,92 +145,119 @@ class Search:
                 f"calibrate: got a model of {self._model.num_layers} layers, expected at least "
                 f"{_LEAST_LAYERS}: one dense, one that selects, one sparse"
             )
-        chains = [
-            chain
-            for first in FIRST_LAYERS
-            if first < self._model.num_layers - 1
-            for chain in self._grow(first, budgets[0], max_select_layers)
-        ]
-        best: dict[int, Candidate] = {}  # by bytes
-        for candidate in chains:
-            best[self._cost(candidate)] = min(
-                best.get(self._cost(candidate), candidate), candidate, key=self._loss
-            )
-        for candidate in best.values():
-            settled = self._settle(candidate)
-            # The settings have changed: are the layers still the best?
-            settled = self._exchange(settled)
-            for budget in budgets[1:]:
-                self._settle(replace(settled, token_budget=budget))
+        count = max_select_layers + (max_select_layers > 1) + len(budgets)
+        self._stage = Stage(number=0, count=count, title="")
+        chains = self._chains(budgets[0], max_select_layers)
+        ends = self._cheapest([candidate for chain in chains for candidate in chain])
+        for budget in budgets:
+            self._next_stage(f"budget {budget}")
+            ends = self._settled([replace(end, token_budget=budget) for end in ends])
         return list(self._points.values())
 
-    def _cost(self, candidate: Candidate) -> int:
-        return kv_bytes_per_step(self._model, candidate, self._seq_len, self._value_bytes)
+    def dense_bytes(self) -> int:
+        """Bytes of keys and values that a dense step reads."""
+        return self._cost(Candidate(select_layers=(), token_budget=1))
 
-    def _loss(self, candidate: Candidate) -> float:
-        if candidate not in self._points:
-            self._points[candidate] = Point(
-                candidate=candidate,
-                bytes_per_step=self._cost(candidate),
-                scores=self._score(candidate),
-            )
-            self._on_scored(len(self._points))
-        return self._points[candidate].scores.loss
+    def _next_stage(self, title: str) -> None:
+        stage = self._stage
+        self._stage = Stage(number=stage.number + 1, count=stage.count, title=title)
 
-    def _best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The one that loses least, of equals the first."""
-        order = sorted(range(len(candidates)), key=lambda index: self._bound(candidates[index]))
-        best = order[0]
-        for index in order[1:]:
-            least = self._loss(candidates[best])
-            if self._bound(candidates[index]) > least:
-                break
-            best = min(best, index, key=lambda i: (self._loss(candidates[i]), i))
-        return candidates[best]
+    def _chains(self, budget: int, max_select_layers: int) -> list[list[Candidate]]:
+        """A chain for each first layer: one select layer, two, and so on."""
+        firsts = [first for first in FIRST_LAYERS if first < self._model.num_layers - 1]
+        chains = [[Candidate(select_layers=(first,), token_budget=budget)] for first in firsts]
+        self._next_stage("1 select layer")
+        self._score([chain[0] for chain in chains])
+        for count in range(2, max_select_layers + 1):
+            self._next_stage(f"{count} select layers")
+            longer = [self._with_one_more(chain[-1]) for chain in chains]
+            for chain, best in zip(chains, self._best_of(longer), strict=True):
+                chain += best
+        if max_select_layers > 1:
+            self._next_stage("layers moved")
+            moved = [self._moved(chain[-1]) for chain in chains]
+            for chain, best in zip(chains, self._best_of(moved), strict=True):
+                chain += best
+        return chains
 
-    def _grow(self, first: int, budget: int, max_select_layers: int) -> Iterator[Candidate]:
-        """One layer, two layers and so on, each the best that the last can be made by adding."""
-        candidate = Candidate(select_layers=(first,), token_budget=budget)
-        self._loss(candidate)
-        yield candidate
-        while len(candidate.select_layers) < max_select_layers:
-            added = [
-                replace(candidate, select_layers=tuple(sorted({*candidate.select_layers, layer})))
-                for layer in range(first + 1, self._model.num_layers)
-                if layer not in candidate.select_layers
-            ]
-            if not added:
-                return
-            candidate = self._exchange(self._best(added))
-            yield candidate
+    def _with_one_more(self, candidate: Candidate) -> list[Candidate]:
+        layers = candidate.select_layers
+        return [
+            replace(candidate, select_layers=(*layers, layer))
+            # What the next layer replaces belongs to the chain that begins there.
+            for layer in range(layers[0] + 2, self._model.num_layers)
+            if layer not in layers
+        ]
 
-    def _exchange(self, candidate: Candidate) -> Candidate:
-        """Moves select layers, but the first, to their neighbours while that helps."""
-        while True:
-            moved = [
-                replace(candidate, select_layers=tuple(sorted({*others, layer + step})))
-                for layer in candidate.select_layers[1:]
-                for others in [set(candidate.select_layers) - {layer}]
-                for step in (-1, 1)
-                if candidate.select_layers[0] < layer + step < self._model.num_layers
-                and layer + step not in others
-            ]
-            best = self._best([candidate, *moved])
-            if best == candidate:
-                return candidate
-            candidate = best
+    def _moved(self, candidate: Candidate) -> list[Candidate]:
+        """One select layer, but the first, elsewhere."""
+        first, *others = candidate.select_layers
+        moved = []
+        for index, layer in enumerate(others):
+            for step in _MOVES:
+                if first + 1 < layer + step < self._model.num_layers:
+                    layers = (first, *others[:index], layer + step, *others[index + 1 :])
+                    moved.append(replace(candidate, select_layers=layers))
+        return [c for c in dict.fromkeys(moved) if len(c.select_layers) == 1 + len(others)]
 
-    def _settle(self, candidate: Candidate) -> Candidate:
-        """The best settings besides layers and budget, one after the other."""
+    def _best_of(self, lists: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
+        """The best candidate of each list, in a list; an empty one for an empty one."""
+        self._rank([candidate for candidates in lists for candidate in candidates])
+        kept = [sorted(own, key=lambda c: self._quick[c])[:_KEPT] for own in lists]
+        self._score([candidate for candidates in kept for candidate in candidates])
+        return [[min(own, key=self._loss)] if own else [] for own in kept]
+
+    def _settled(self, ends: Sequence[Candidate]) -> list[Candidate]:
+        """The best settings besides layers and budget, found at the end that loses least."""
+        ends = list(ends)
+        self._score(ends)
+        best = min(ends, key=self._loss)
         for name, values in (
             ("recent_share", RECENT_SHARES),
             ("granularity", GRANULARITIES),
             ("sink_tokens", SINKS),
         ):
-            candidate = self._best(
-                [candidate, *(replace(candidate, **{name: value}) for value in values)]
-            )
-        return candidate
+            tried = [best, *(replace(best, **{name: value}) for value in values)]
+            self._score(tried)
+            best = min(tried, key=self._loss)
+        settings = {
+            "recent_share": best.recent_share,
+            "granularity": best.granularity,
+            "sink_tokens": best.sink_tokens,
+        }
+        settled = [replace(end, **settings) for end in ends]
+        self._score(settled)
+        return settled
+
+    def _cheapest(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The best at each number of bytes that loses less than all that read less."""
+        ordered = sorted(candidates, key=lambda c: (self._cost(c), self._loss(c)))
+        kept: list[Candidate] = []
+        for candidate in ordered:
+            if not kept or self._loss(candidate) < self._loss(kept[-1]):
+                kept.append(candidate)
+        return kept
+
+    def _cost(self, candidate: Candidate) -> int:
+        return kv_bytes_per_step(self._model, candidate, self._seq_len, self._value_bytes)
+
+    def _loss(self, candidate: Candidate) -> float:
+        return self._points[candidate].scores.loss
+
+    def _rank(self, candidates: Sequence[Candidate]) -> None:
+        new = [c for c in dict.fromkeys(candidates) if c not in self._quick]
+        if new:
+            found = self._measure(new, True, self._stage)
+            self._quick |= {c: scores.loss for c, scores in zip(new, found, strict=True)}
+
+    def _score(self, candidates: Sequence[Candidate]) -> None:
+        new = [c for c in dict.fromkeys(candidates) if c not in self._points]
+        if new:
+            found = self._measure(new, False, self._stage)
+            for candidate, scores in zip(new, found, strict=True):
+                self._points[candidate] = Point(
+                    candidate=candidate, bytes_per_step=self._cost(candidate), scores=scores
+                )
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

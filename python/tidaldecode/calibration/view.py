@@ -1,48 +1,68 @@
-"""Prints a calibration: the plans that no other beats, and the one that was chosen.
+"""Prints a calibration: the plans that no other beats, the one that was chosen and how it did.
 
 Called by command.py. Without colours when piped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tidaldecode.calibration.search import Point
+from tidaldecode.calibration.run import Job, Outcome
+from tidaldecode.calibration.search import frontier
+from tidaldecode.cli.terminal import print_whole
 from tidaldecode.plans import plan_letters
 
 
-def show_frontier(
-    console: Console, points: Sequence[Point], chosen: Point, num_layers: int, dense_bytes: int
-) -> None:
+def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     """A row per plan, by ascending bytes; the chosen one is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     table.add_column("select", no_wrap=True)
     for title in ("budget", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
         table.add_column(title, justify="right", no_wrap=True)
-    for point in points:
+    for point in frontier(outcome.points):
         candidate, scores = point.candidate, point.scores
         options = candidate.options()
         layers = ",".join(map(str, candidate.select_layers))
+        same = f"{100 * scores.agreement:.0f}" if outcome.is_judged_by_questions else "-"
         table.add_row(
-            f"{layers} *" if point == chosen else layers,
+            f"{layers} *" if point == outcome.chosen else layers,
             str(candidate.token_budget),
             str(options["recent_tokens"]),
             str(candidate.sink_tokens),
             candidate.granularity,
             f"{point.bytes_per_step / 1e6:,.1f}",
-            f"{point.bytes_per_step / dense_bytes:.2f}",
+            f"{point.bytes_per_step / outcome.dense_bytes:.2f}",
             f"{scores.loss:.4f}",
-            f"{100 * scores.agreement:.0f}",
+            same,
         )
-    console.print(table)
-    letters = plan_letters(num_layers, chosen.candidate.select_layers)
+    print_whole(console, table)
+    letters = plan_letters(num_layers, outcome.chosen.candidate.select_layers)
     console.print(f"*: chosen, plan {letters}", markup=False, highlight=False)
     console.print(
         "KV MB: of keys and values a step reads; share: of dense; loss: nats a token over dense, "
         "of text and of answers, and one for all answers lost; same: answers as dense, %",
         highlight=False,
     )
+
+
+def show_judgement(console: Console, job: Job, outcome: Outcome) -> None:
+    """On what plans were judged, and how the chosen one does on questions held out."""
+    contexts = " and ".join(f"{context:,}" for context in job.contexts)
+    way = "through the chat template" if job.is_chat else "as plain text"
+    judged = f"{outcome.num_windows} windows of text"
+    if outcome.is_judged_by_questions:
+        exam = outcome.exam
+        judged = (
+            f"{len(exam.answered)} questions that the dense model answers rightly and surely "
+            f"(of {exam.num_asked} asked, {way}) and {judged}"
+        )
+    console.print(f"Judged at {contexts} tokens: {judged}", markup=False, highlight=False)
+    if outcome.is_judged_by_questions:
+        counted = len(outcome.held_out.answered)
+        console.print(
+            f"Held-out questions: {outcome.num_same} of {counted} answered as dense",
+            markup=False,
+            highlight=False,
+        )

@@ -2,7 +2,7 @@
 
 A command imports what it needs when it runs, for importing takes longer than opening a small model.
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
-while running, 2 bad usage or bad input, 130 interrupted.
+while running, 2 bad usage or bad input, 3 no plan good enough (calibrate), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -189,7 +189,6 @@ def info(
 
     console = Console(highlight=False)
     folder = None if model_dir is None else read_model_folder(at_revision(model_dir, revision))
-    show_installation(console)
     if folder is not None:
         folder.log_notes(max_seq_len)
         show_model(console, folder)
@@ -197,6 +196,7 @@ def info(
             show_memory(console, plan_memory(folder.path, **options))
         except (BackendError, UnsupportedError) as error:  # of this device only
             console.print(f"Memory: {one_line(str(error))}", markup=False)
+    show_installation(console)
 
 
 @app.command()

@@ -75,9 +75,11 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     plan = find_plan(folder)
     plan_text = f"none; {HOW_TO_CHOOSE}"
     if plan is not None:
-        letters = plan_letters(model.num_layers, plan.select_layers)
-        budget = plan.settings.get("token_budget") or _core.DecodeConfig().token_budget
-        plan_text = f"{letters}, token budget {budget} ({plan.source})"
+        letters = plan_letters(model.num_layers, plan.config.select_layers or ())
+        budget = plan.config.token_budget or _core.DecodeConfig().token_budget
+        plan_text = f"{letters}, token budget {budget} ({plan.description})"
+        if plan.measured and not plan.is_published:
+            plan_text += f"; {plan.measured}"
     return [
         ("name", f"{folder.name} ({folder.family})"),
         ("parameters", f"{num_weights / 1e6:,.1f} million"),
@@ -93,7 +95,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
         ("vocabulary", f"{model.vocab_size:,}, tokenizer: "
                        f"{'yes' if Tokenizer.exists(folder.path) else 'none'}"),
         ("end of text", ", ".join(map(str, folder.eos_token_ids)) or "no token"),
-        ("KV cache", f"{2 * kv_values:,} bytes per token in 16 bits"),
+        ("KV cache", f"{2 * kv_values:,} bytes per token in 16 bits, {4 * kv_values:,} in 32"),
         ("sampling", _describe_sampling(folder)),
         ("plan", plan_text),
     ]  # fmt: skip

@@ -72,7 +72,9 @@ MinTokenBudget = Annotated[
     int | None,
     _engine_option("Positions a set keeps whatever its mass.", "min_token_budget"),
 ]
-SelectLayers = Annotated[str | None, _engine_option("Layers that choose positions, as 2,13.")]
+SelectLayers = Annotated[
+    str | None, _engine_option("Layers that choose positions, separated by commas.")
+]
 FullLayers = Annotated[int | None, _engine_option("Dense layers in front.", "full_layers")]
 Granularity = Annotated[
     str | None, _engine_option("Heads that share a set: kv_head, head or layer.", "granularity")
@@ -80,7 +82,7 @@ Granularity = Annotated[
 Pooling = Annotated[str | None, _engine_option("Over their scores: sum or max.", "pooling")]
 SinkTokens = Annotated[int | None, _engine_option("First positions, always chosen.", "sink_tokens")]
 RecentTokens = Annotated[
-    int | None, _engine_option("Last positions, always chosen.", "recent_tokens")
+    int | None, _engine_option("Last positions, always chosen; default: a quarter of the budget.")
 ]
 SparseMinContext = Annotated[
     int | None,
@@ -137,6 +139,15 @@ StopTokenId = Annotated[
     list[int] | None, _sampling_option("Token id that ends the output; may be repeated.")
 ]
 IgnoreEos = Annotated[bool, _sampling_option("Go on after end-of-text tokens.", "--ignore-eos")]
+
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put prompts through the model's chat template. "
+        "[dim]\\[default: if the folder has one][/dim]",
+    ),
+]
 
 _ENGINE_FIELDS = tuple(field.name for field in fields(DecodeConfig))
 _SAMPLING_FIELDS = (

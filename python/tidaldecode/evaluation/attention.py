@@ -16,11 +16,12 @@ import numpy as np
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import PLAN_SETTINGS, DecodeConfig
+from tidaldecode.config import PLAN_SETTINGS
+from tidaldecode.engine_config import core_plan
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.plans import choose_plan, plan_letters
+from tidaldecode.plans import plan_letters
 
 _STEPS = 4  # of the dense answer: where what was asked for is looked up
 
@@ -86,19 +87,23 @@ def measure_attention(
 
 def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
     """All settings of a plan and its letters; None for dense."""
-    plan = choose_plan(DecodeConfig(**setting.options), folder)
+    plan = setting.plan(folder)
     if plan is None:
         return None
-    defaults = _core.DecodeConfig()
-    values = {name: plan.settings.get(name, getattr(defaults, name)) for name in PLAN_SETTINGS}
-    if values["token_budget"] == "auto":
+    core = core_plan(plan)
+    values = {name: getattr(core, name) for name in PLAN_SETTINGS}
+    if values["token_budget"] == _core.AUTOMATIC:
         values["token_budget"] = _core.AUTOMATIC_BUDGET
         if values["top_p_mass"] == 1:
             values["top_p_mass"] = _core.AUTOMATIC_MASS
     values["min_token_budget"] = min(
         values["min_token_budget"] or _core.AUTOMATIC_MIN_BUDGET, values["token_budget"]
     )
-    return values | {"letters": plan_letters(folder.model.num_layers, plan.select_layers)}
+    if values["recent_tokens"] == _core.AUTOMATIC:
+        is_adaptive = values["top_p_mass"] < 1
+        least = values["min_token_budget"] if is_adaptive else values["token_budget"]
+        values["recent_tokens"] = max(1, min(least // 4, least - values["sink_tokens"]))
+    return values | {"letters": plan_letters(folder.model.num_layers, tuple(core.select_layers))}
 
 
 def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.ndarray]:

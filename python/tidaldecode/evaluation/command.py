@@ -6,10 +6,10 @@ Registered by cli.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_note
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
-from tidaldecode.evaluation.example import Encode, Example
+from tidaldecode.evaluation.example import Encode, Example, make_encoder
 from tidaldecode.evaluation.perplexity import (
     SCORED_TOKENS,
     Perplexity,
@@ -32,7 +32,7 @@ from tidaldecode.evaluation.perplexity import (
 )
 from tidaldecode.evaluation.plots import draw_report, load_matplotlib
 from tidaldecode.evaluation.prompt_file import read_prompt_file
-from tidaldecode.evaluation.report import as_json, summarise
+from tidaldecode.evaluation.report import Summary, as_json, summarise
 from tidaldecode.evaluation.results import LossRecord, Record, ResultFile
 from tidaldecode.evaluation.runner import Run, run
 from tidaldecode.evaluation.settings import (
@@ -44,9 +44,9 @@ from tidaldecode.evaluation.settings import (
 )
 from tidaldecode.evaluation.tasks import TASKS, make_examples
 from tidaldecode.evaluation.view import show_report
-from tidaldecode.plans import HOW_TO_CHOOSE, find_plan
+from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, remember_evaluation
 from tidaldecode.sampling import check_integer
-from tidaldecode.text.tokenizer import Tokenizer
+from tidaldecode.user_cache import write_whole
 
 _DEFAULT_CONTEXT = 4096
 _DEFAULT_PROMPTS = 10  # per task and context: every depth of the single needle once
@@ -56,6 +56,7 @@ _LOOKED_AT = 4  # prompts whose attention is measured
 _RESULTS_FILE = "results.jsonl"
 _LOSSES_FILE = "losses.jsonl"
 _REPORT_FILE = "report.json"
+EXIT_NOT_WRITTEN = 1
 
 
 _Tasks = Annotated[
@@ -135,9 +136,6 @@ _Out = Annotated[
         "[dim]\\[default: eval-MODEL][/dim]"
     ),
 ]
-_Chat = Annotated[
-    bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
-]
 
 
 def evaluate(
@@ -153,7 +151,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
     max_new_tokens: _NewTokens = None,
     out: _Out = None,
-    chat: _Chat = False,
+    chat: opt.Chat = None,
     attention: _Attention = False,
     plots: _Plots = False,
     device: opt.Device = "auto",
@@ -170,12 +168,12 @@ def evaluate(
     )
     settings = _settings(model_dir, tidal, quest)
     work = Run(model_dir=model_dir, settings=settings, engine=engine)
-    encode = _encoder(model_dir, chat)
+    encode, is_chat = make_encoder(read_model_folder(model_dir), chat)
     bars = Bars(is_watched())
     if plots:
         load_matplotlib()  # better now than after hours of work
     examples = asked.examples(encode, bars)
-    windows = asked.windows(_encoder(model_dir, chat=False))
+    windows = asked.windows(make_encoder(read_model_folder(model_dir), False)[0])
     title = model_dir.resolve().name
     folder = out or Path(f"eval-{title}")
     try:
@@ -185,17 +183,49 @@ def evaluate(
         print_note("the same command goes on from here")
         raise
     looked_at = _look(work, examples, bars) if attention else None
-    head = {"model": title, "engine": _core.version(), **engine, "seed": seed, "limit": limit}
-    summaries = summarise(records)
-    report = folder / _REPORT_FILE
-    content = as_json(head, summaries, perplexities, looked_at)
-    report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    head = {
+        "model": title, "engine": _core.version(), **engine, "seed": seed, "limit": limit,
+        "chat": is_chat,
+    }  # fmt: skip
+    found = _Found(records=records, perplexities=perplexities, attention=looked_at)
     console = Console(highlight=False)
     console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
-    show_report(console, summaries, perplexities)
-    console.print(f"Report: {one_line(str(report))}", soft_wrap=True, markup=False)
-    for path in draw_report(folder, summaries, records, looked_at) if plots else []:
-        console.print(f"Plot: {one_line(str(path))}", soft_wrap=True, markup=False)
+    show_report(console, found.summaries, perplexities)
+    _remember(model_dir, settings, found.summaries)
+    try:
+        for line in _write(folder, head, found, plots):
+            console.print(line, soft_wrap=True, markup=False)
+    except OSError as cause:
+        print_note(f"{folder}: {cause.strerror}; what is printed here was not written")
+        raise typer.Exit(EXIT_NOT_WRITTEN) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What an evaluation measured."""
+
+    records: list[Record]
+    perplexities: list[Perplexity]
+    attention: AttentionReport | None
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """The records summed up, setting by setting."""
+        return summarise(self.records)
+
+
+def _write(folder: Path, head: dict[str, Any], found: _Found, plots: bool) -> Iterator[str]:
+    """Writes the report and its plots; a line for each file.
+
+    Raises: OSError.
+    """
+    content = as_json(head, found.summaries, found.perplexities, found.attention)
+    report = folder / _REPORT_FILE
+    write_whole(report, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    yield f"Report: {one_line(str(report))}"
+    if plots:
+        for path in draw_report(folder, found.summaries, found.records, found.attention):
+            yield f"Plot: {one_line(str(path))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +333,8 @@ def _settings(
     paged = [quest_setting(text) for text in quest or []]
     if tidal is None and find_plan(read_model_folder(model_dir)) is None:
         print_note(
-            "no tidal run: there is no plan for this model; give --tidal 'select_layers=2,N', or "
-            + HOW_TO_CHOOSE
+            f"no tidal run: there is no plan for this model; {HOW_TO_CHOOSE}, or say with --tidal "
+            "what is to be compared"
         )
         return [dense_setting(), *paged]
     settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""]), *paged]
@@ -312,9 +342,21 @@ def _settings(
     return settings
 
 
-def _encoder(model_dir: Path, chat: bool) -> Encode:
+def _remember(model_dir: Path, settings: Sequence[Setting], summaries: Sequence[Summary]) -> None:
+    """Notes how the model's own plan did, if it is one that others published."""
     folder = read_model_folder(model_dir)
-    tokenizer = Tokenizer(folder.path, folder.model.vocab_size)
-    if not chat:
-        return tokenizer.encode
-    return lambda text: tokenizer.render_chat([{"role": "user", "content": text}])
+    own = find_plan(folder)
+    if own is None or not own.is_published or not summaries:
+        return
+    dense = summaries[0]
+    for setting in settings:
+        plan = None if setting.is_quest else setting.plan(folder)
+        found = [summary for summary in summaries if summary.setting == setting.name]
+        # An evaluation is sparse at every length, whatever the plan says.
+        if plan is None or not found or replace(plan.config, sparse_min_context=None) != own.config:
+            continue
+        measured = (
+            f"{100 * found[0].mean_score:.0f} % of answers where dense has "
+            f"{100 * dense.mean_score:.0f} %, KL {found[0].mean_kl:.3f} nats"
+        )
+        remember_evaluation(folder, own.config, measured)

@@ -9,6 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tidaldecode.errors import TidalError
+
+
+def unusable_logits(where: str) -> TidalError:
+    """What to raise for logits that hold a NaN or infinity; `where` is what ran."""
+    return TidalError(
+        f"{where}: the logits after a prompt hold a NaN or infinity; check the weights, or try "
+        "--dtype float32"
+    )
+
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """log softmax of each row: [rows, vocab_size] float64 of any real [rows, vocab_size]."""

@@ -9,8 +9,33 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.text.tokenizer import Tokenizer
+
 # Token ids of a whole prompt, with all that the model wants around it (BOS, chat template).
 Encode = Callable[[str], list[int]]
+
+
+def make_encoder(folder: ModelFolder, is_chat: bool | None) -> tuple[Encode, bool]:
+    """How prompts of a model become token ids, and whether through its chat template.
+
+    Args:
+        folder: the model.
+        is_chat: True is the template, False plain text, None the template if there is one.
+
+    Raises: ConfigError for a folder without a tokenizer, or without the template asked for.
+    """
+    tokenizer = Tokenizer(folder.path, folder.model.vocab_size)
+    if is_chat is None:
+        is_chat = tokenizer.has_chat_template
+    if not is_chat:
+        return tokenizer.encode, False
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.render_chat([{"role": "user", "content": text}])
+
+    encode("")  # a template that fails does so before any work
+    return encode, True
 
 
 @dataclass(frozen=True, kw_only=True)

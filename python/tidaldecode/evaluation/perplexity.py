@@ -28,6 +28,7 @@ from tidaldecode.evaluation.runner import Prompt, Reporter, Run
 from tidaldecode.evaluation.settings import Setting, dense_setting
 
 SCORED_TOKENS = 256  # of every window
+_MOST_NATS = 500.0  # beyond it a perplexity is no number any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def run_windows(
         with work.decoder(room, reporter) as decoder, reporter.counting("Windows") as on_done:
             on_done(0, len(open_windows))
             for count, (window, settings, index) in enumerate(open_windows, start=1):
-                for setting, values in _losses(decoder, window, settings):
+                for setting, values in _losses(decoder, window, settings, reporter):
                     key = wanted[setting.name, index]
                     results.append(LossRecord(key=key, plan=keys.plan(setting), **values))
                 on_done(count, len(open_windows))
@@ -136,10 +137,10 @@ def run_windows(
 
 
 def _losses(
-    decoder: Decoder, window: Window, settings: Sequence[Setting]
+    decoder: Decoder, window: Window, settings: Sequence[Setting], reporter: Reporter
 ) -> Iterator[tuple[Setting, dict[str, Any]]]:
     """One window in these settings: the fields of their records but key and plan."""
-    with Prompt(decoder, window.prompt_ids, len(window.scored_ids)) as prompt:
+    with Prompt(decoder, window.prompt_ids, len(window.scored_ids), reporter) as prompt:
         dense, dense_seconds = _predicted(prompt, window, dense_setting())
         for setting in settings:
             logits, seconds, set_size = dense, dense_seconds, 0.0
@@ -200,8 +201,8 @@ def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
                 plan=own[0].plan,
                 context=context,
                 num_tokens=sum(record.num_tokens for record in own),
-                perplexity=math.exp(loss),
-                over_dense=math.expm1(loss - dense_loss),
+                perplexity=math.exp(min(loss, _MOST_NATS)),
+                over_dense=math.expm1(min(loss - dense_loss, _MOST_NATS)),
                 kl=fmean(record.kl for record in own),
                 agreement=fmean(record.agreement for record in own),
                 set_size=fmean(record.set_size for record in own),

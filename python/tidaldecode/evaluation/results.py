@@ -7,12 +7,18 @@ only where it would come out the same.
 from __future__ import annotations
 
 import json
+import logging
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tidaldecode.errors import InvalidArgument
+
+_LARGEST = 1e15  # of any number in a record
+
+_logger = logging.getLogger("tidaldecode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +75,13 @@ class ResultFile(Generic[AnyRecord]):
     def __init__(self, path: Path, kind: type[AnyRecord]) -> None:
         """Reads what an earlier run has left.
 
-        A line that is no record (the last one, if a run was cut off) is passed over.
+        A line that is no record is passed over, with a note unless it is a last one cut off.
 
         Raises: InvalidArgument if the file cannot be read or written.
         """
         self.path = path
         self.records: dict[str, AnyRecord] = {}
+        self._is_lost = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
@@ -83,25 +90,46 @@ class ResultFile(Generic[AnyRecord]):
             raise InvalidArgument(
                 f"out: {path}: {cause.strerror}; expected a folder to write to"
             ) from cause
-        for line in content.splitlines():
-            record = _read_record(line, kind)
+        lines = content.split(b"\n")
+        bad = []
+        for number, line in enumerate(lines, start=1):
+            record = _read_record(line, kind) if line.strip() else None
             if record is not None:
                 self.records[record.key] = record
-        if content and not content.endswith(b"\n"):
-            self._file.write(b"\n")
+            elif line.strip() and number < len(lines):
+                bad.append(number)
+        if bad:
+            some = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines from line {bad[0]} on"
+            _logger.warning(
+                "%s: %s: no record of this version, passed over and decoded again", path, some
+            )
+        self._is_torn = bool(lines[-1])
 
     def append(self, record: AnyRecord) -> None:
-        """Keeps a record, on disk before this returns."""
+        """Keeps a record, on disk before this returns; where that is full, in memory alone."""
         self.records[record.key] = record
         line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
         # Text cut inside a character can hold what UTF-8 does not.
-        self._file.write(line.encode("utf-8", "replace") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        encoded = b"\n" * self._is_torn + line.encode("utf-8", "replace") + b"\n"
+        if self._is_lost:
+            return
+        try:
+            self._file.write(encoded)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._is_torn = False
+        except OSError as cause:
+            self._is_lost = True
+            _logger.warning(
+                "%s: %s; the run goes on, but what it finds from here on is not kept",
+                self.path,
+                cause.strerror,
+            )
 
     def close(self) -> None:
         """Ends writing; the records stay readable."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was said before
+            self._file.close()
 
     def __enter__(self) -> ResultFile[AnyRecord]:
         return self
@@ -111,12 +139,29 @@ class ResultFile(Generic[AnyRecord]):
 
 
 def _read_record(line: bytes, kind: type[AnyRecord]) -> AnyRecord | None:
+    """A line as a record; None if it is none, or holds a value that no run writes."""
     try:
         raw: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    names = {field.name for field in fields(kind)}
-    if not isinstance(raw, dict) or set(raw) != names or not isinstance(raw["key"], str):
+    own = fields(kind)
+    if not isinstance(raw, dict) or set(raw) != {field.name for field in own}:
+        return None
+    if not all(_fits(raw[field.name], str(field.type)) for field in own):
         return None
     # Lists were tuples.
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value of JSON is of a field's type and, as a number, finite."""
+    if value is None:
+        return kind.endswith("| None")
+    if kind == "tuple[str, ...]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "str":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    # NaN and infinity too, which JSON does not have but Python reads.
+    return abs(value) <= _LARGEST and (isinstance(value, int) or kind.startswith("float"))

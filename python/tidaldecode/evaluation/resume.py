@@ -13,9 +13,8 @@ from typing import Any
 from tidaldecode import _core
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import DecodeConfig
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.plans import choose_plan, plan_letters
+from tidaldecode.plans import Plan, plan_letters, plan_values
 
 
 class Keys:
@@ -25,6 +24,7 @@ class Keys:
         self._folder = folder
         self._engine = engine
         self._fingerprint = model_fingerprint(folder)
+        self._plans: dict[str, Plan | None] = {}
 
     def of(self, setting: Setting, content: Sequence[Any]) -> str:
         """Of model, version, options and `content`, which is what is decoded.
@@ -34,17 +34,21 @@ class Keys:
         used: Any = setting.options
         if not setting.is_quest:
             # Settings of a stored plan hold wherever an option does not say otherwise.
-            plan = choose_plan(DecodeConfig(**setting.options), self._folder)
-            used = [list(plan.select_layers), dict(plan.settings)] if plan else None
-            if plan and (interval := setting.options.get("correction_interval")):
-                used.append(interval)
+            plan = self._plan(setting)
+            used = plan_values(plan.config) if plan else None
         parts = [self._fingerprint, _core.version(), self._engine, used, content]
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _plan(self, setting: Setting) -> Plan | None:
+        if setting.name not in self._plans:
+            self._plans[setting.name] = setting.plan(self._folder)
+        return self._plans[setting.name]
 
     def plan(self, setting: Setting) -> str:
         """The setting's plan, as Decoder.plan prints it; what is not the engine's has none."""
         if setting.is_quest:
             return "page-wise"
-        plan = choose_plan(DecodeConfig(**setting.options), self._folder)
-        return plan_letters(self._folder.model.num_layers, plan.select_layers if plan else ())
+        plan = self._plan(setting)
+        layers = plan.config.select_layers if plan else None
+        return plan_letters(self._folder.model.num_layers, layers or ())

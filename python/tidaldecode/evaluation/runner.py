@@ -19,8 +19,8 @@ import numpy as np
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.decoder import Decoder
-from tidaldecode.errors import TidalError
-from tidaldecode.evaluation.distributions import common_length, divergences
+from tidaldecode.errors import OutOfMemoryError
+from tidaldecode.evaluation.distributions import common_length, divergences, unusable_logits
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay
 from tidaldecode.evaluation.reference import ReferenceModel
@@ -35,6 +35,9 @@ class Reporter(Protocol):
 
     def loading(self, title: str) -> AbstractContextManager[PrefillProgress]:
         """A bar for bytes of weights."""
+
+    def reading(self, title: str) -> AbstractContextManager[PrefillProgress]:
+        """A bar for tokens of a prompt, inside another."""
 
     def counting(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A bar for prompts."""
@@ -51,23 +54,36 @@ class Run:
     def decoder(self, max_seq_len: int, reporter: Reporter) -> Decoder:
         """The engine for all settings: one sequence at a time, unrecorded steps of any plan."""
         with reporter.loading(f"Loading {self.model_dir.name}") as on_load:
-            return Decoder(
-                self.model_dir,
-                attention="full",
-                max_seq_len=max_seq_len,
-                max_batch_size=1,
-                cuda_graphs=False,
-                progress=on_load,
-                **self.engine,
-            )
+            try:
+                return Decoder(
+                    self.model_dir,
+                    attention="full",
+                    max_seq_len=max_seq_len,
+                    max_batch_size=1,
+                    cuda_graphs=False,
+                    progress=on_load,
+                    **self.engine,
+                )
+            except OutOfMemoryError as cause:
+                raise OutOfMemoryError(advise_shorter(str(cause))) from None
+
+
+def advise_shorter(message: str) -> str:
+    """The engine's message, with advice that a command with --context can follow."""
+    return message.rsplit("; ", 1)[0] + "; give a shorter --context, or free memory"
 
 
 class Prompt:
     """A prompt that has been read: in the engine, and where a setting asks for it in numpy."""
 
-    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], room: int) -> None:
+    def __init__(
+        self, decoder: Decoder, prompt_ids: Sequence[int], room: int, reporter: Reporter
+    ) -> None:
         self._decoder, self._prompt_ids, self._room = decoder, list(prompt_ids), room
-        self._replay = decoder.replay([self._prompt_ids], max_new_tokens=room)
+        with reporter.reading("Reading") as on_prefill:
+            self._replay = decoder.replay(
+                [self._prompt_ids], max_new_tokens=room, on_prefill=on_prefill
+            )
         self._quest: QuestReplay | None = None
 
     def greedy(self, setting: Setting, max_new_tokens: int) -> list[int]:
@@ -78,9 +94,15 @@ class Prompt:
         return self._replay.greedy(max_new_tokens, **setting.options)[0]
 
     def logits(self, setting: Setting, token_ids: Sequence[int]) -> np.ndarray:
-        """[len(token_ids), vocab_size] float32, each row predicting the token of its index."""
+        """[len(token_ids), vocab_size] float32, each row predicting the token of its index.
+
+        Raises: TidalError for logits that are not finite.
+        """
         replay = self._paged if setting.is_quest else self._replay
-        return replay.step_logits([token_ids[:-1]], **setting.options)[0]
+        logits = replay.step_logits([token_ids[:-1]], **setting.options)[0]
+        if not np.isfinite(logits).all():
+            raise unusable_logits(setting.name)
+        return logits
 
     def set_size(self, setting: Setting) -> float:
         """Positions of a set in the last call of this setting, on average; 0 if it was dense."""
@@ -133,7 +155,7 @@ def run(
         with work.decoder(room, reporter) as decoder, reporter.counting("Prompts") as on_done:
             on_done(0, len(open_examples))
             for count, (example, settings, index) in enumerate(open_examples, start=1):
-                for setting, values in _decode(decoder, example, settings):
+                for setting, values in _decode(decoder, example, settings, reporter):
                     results.append(
                         Record(key=wanted[setting.name, index], plan=keys.plan(setting), **values)
                     )
@@ -146,10 +168,10 @@ def _content(example: Example) -> list[Any]:
 
 
 def _decode(
-    decoder: Decoder, example: Example, settings: Sequence[Setting]
+    decoder: Decoder, example: Example, settings: Sequence[Setting], reporter: Reporter
 ) -> list[tuple[Setting, dict[str, Any]]]:
     """One prompt in these settings: the fields of their records but key and plan."""
-    with Prompt(decoder, example.prompt_ids, example.max_new_tokens) as prompt:
+    with Prompt(decoder, example.prompt_ids, example.max_new_tokens, reporter) as prompt:
         dense = _decoded(prompt, example, dense_setting())
         expected = prompt.logits(dense_setting(), dense.token_ids)
         results = []
@@ -175,10 +197,7 @@ def _decoded(prompt: Prompt, example: Example, setting: Setting) -> _Output:
     started = time.perf_counter()
     token_ids = prompt.greedy(setting, example.max_new_tokens)
     if not token_ids:
-        raise TidalError(
-            f"{example.task} {example.index}, {setting.name}: the logits after the prompt hold "
-            "a NaN or infinity; check the weights, or try dtype float32"
-        )
+        raise unusable_logits(setting.name)
     return _Output(setting=setting, token_ids=token_ids, seconds=time.perf_counter() - started)
 
 

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.options import parse_layers
-from tidaldecode.config import PLAN_SETTINGS
+from tidaldecode.config import PLAN_FIELDS, PlanConfig
 from tidaldecode.errors import InvalidArgument, show
+from tidaldecode.plans import Plan, choose_plan
 
 DENSE = "dense"
 _TEXT_FIELDS = ("granularity", "pooling")
 _FLOAT_FIELDS = ("top_p_mass",)
-_FIELDS = ("select_layers", *PLAN_SETTINGS, "correction_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,14 @@ class Setting:
     name: str
     options: dict[str, Any] = field(default_factory=dict)  # of Decoder; for quest see quest.py
     is_quest: bool = False  # not the engine's
+
+    def plan(self, folder: ModelFolder) -> Plan | None:
+        """The plan that the engine runs; None is dense.
+
+        Raises: ConfigError if the setting does not fit the model.
+        """
+        options = {name: value for name, value in self.options.items() if name != "attention"}
+        return choose_plan(PlanConfig(**options), self.options["attention"], folder)
 
 
 def dense_setting() -> Setting:
@@ -44,10 +53,10 @@ def tidal_setting(text: str) -> Setting:
     options: dict[str, Any] = {}
     for part in text.split():
         name, has_value, value = part.partition("=")
-        if not has_value or name not in _FIELDS:
+        if not has_value or name not in PLAN_FIELDS:
             raise InvalidArgument(
                 f"tidal: got {show(part)}, expected settings such as 'select_layers=2,9 "
-                f"token_budget=64', of {', '.join(_FIELDS)}"
+                f"token_budget=64', of {', '.join(PLAN_FIELDS)}"
             )
         if name in options:
             raise InvalidArgument(f"tidal: {name} is given twice in {show(text)}, expected once")

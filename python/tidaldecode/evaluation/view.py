@@ -1,6 +1,7 @@
 """Prints a report: a row per task, a column per setting, the mean and the worst task below.
 
-Then how near outputs are to the dense ones, and perplexities.
+Then how near outputs are to the dense ones, and perplexities. Where the columns do not fit, each
+setting has a row instead.
 
 Called by command.py. Without colours when piped.
 """
@@ -8,12 +9,14 @@ Called by command.py. Without colours when piped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tidaldecode.cli.terminal import print_whole, whole_width
 from tidaldecode.evaluation.perplexity import Perplexity
 from tidaldecode.evaluation.report import Cell, Summary
 
@@ -28,9 +31,9 @@ def show_report(
     plans = {entry.setting: entry.plan for entry in [*summaries, *perplexities]}
     names = _column_names(list(plans))
     if summaries:
-        console.print(_task_table(names, summaries))
+        _print_table(console, ("score in %", "prompts"), names, _task_lines(summaries))
     if perplexities:
-        console.print(_perplexity_table(names, perplexities))
+        _print_table(console, ("perplexity", "tokens"), names, _perplexity_lines(perplexities))
     for name, (setting, plan) in zip(names, plans.items(), strict=True):
         options = setting.partition(" ")[2]
         text = f"{name}: plan {plan}" + (f", {options}" if options else "")
@@ -47,27 +50,65 @@ def _column_names(settings: Sequence[str]) -> list[str]:
     return names
 
 
-def _new_table(title: str, count_title: str, names: Sequence[str]) -> Table:
+@dataclass(frozen=True)
+class _Line:
+    """A line of a table: one value for each setting."""
+
+    title: str
+    count: str  # prompts or tokens
+    values: list[Text]
+    ends_section: bool = False
+
+
+def _print_table(
+    console: Console, titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line]
+) -> None:
+    """A column for each setting where they fit, else a row; values are whole at any width."""
+    table = _wide(titles, names, lines)
+    if whole_width(console, table) > console.width:
+        table = _narrow(titles, names, lines)
+    print_whole(console, table)
+
+
+def _wide(titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line]) -> Table:
+    table = _new_table(*titles, *names)
+    for line in lines:
+        table.add_row(line.title, line.count, *line.values, end_section=line.ends_section)
+    return table
+
+
+def _narrow(titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line]) -> Table:
+    table = _new_table(*titles, "")
+    for line in lines:
+        table.add_row(line.title, line.count, "")
+        for name, value in zip(names, line.values, strict=True):
+            if value.plain:
+                table.add_row(f"  {name}", "", value)
+        if line.ends_section:
+            table.add_section()
+    return table
+
+
+def _new_table(title: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(title, no_wrap=True)
-    table.add_column(count_title, justify="right")
-    for name in names:
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def _task_table(names: Sequence[str], summaries: Sequence[Summary]) -> Table:
-    table = _new_table("score in %", "prompts", names)
+def _task_lines(summaries: Sequence[Summary]) -> list[_Line]:
+    lines = []
     dense = summaries[0]
     for index, cell in enumerate(dense.cells):
         scores = [summary.cells[index].score for summary in summaries]
         is_last = index + 1 == len(dense.cells)
-        table.add_row(_title(cell), str(cell.num_prompts), *_compared(scores), end_section=is_last)
-    table.add_row("mean", "", *_compared([summary.mean_score for summary in summaries]))
-    table.add_row("worst task", "", *_compared([summary.worst.score for summary in summaries]))
-    table.add_row(
-        "", "", *(Text(summary.worst.task, style="dim") for summary in summaries), end_section=True
-    )
+        lines.append(_Line(_title(cell), str(cell.num_prompts), _compared(scores), is_last))
+    lines.append(_Line("mean", "", _compared([summary.mean_score for summary in summaries])))
+    worst = _compared([summary.worst.score for summary in summaries])
+    lines.append(_Line("worst task", "", worst))
+    tasks = [Text(summary.worst.task, style="dim") for summary in summaries]
+    lines.append(_Line("", "", tasks, ends_section=True))
     rows = {
         "mean output, tokens": [f"{summary.mean_output_tokens:.1f}" for summary in summaries],
         "outputs as dense": [f"{100 * summary.same_outputs:.1f}" for summary in summaries],
@@ -75,25 +116,29 @@ def _task_table(names: Sequence[str], summaries: Sequence[Summary]) -> Table:
         "KL to dense, nats": [f"{summary.mean_kl:.4f}" for summary in summaries],
         "positions of a set": [_set_size(summary.mean_set_size) for summary in summaries],
     }
-    for title, values in rows.items():
-        table.add_row(title, "", *values)
-    return table
+    return lines + [_Line(title, "", list(map(Text, values))) for title, values in rows.items()]
 
 
-def _perplexity_table(names: Sequence[str], perplexities: Sequence[Perplexity]) -> Table:
-    table = _new_table("perplexity", "tokens", names)
-    contexts = list(dict.fromkeys(entry.context for entry in perplexities))
-    for context in contexts:
+def _perplexity_lines(perplexities: Sequence[Perplexity]) -> list[_Line]:
+    lines = []
+    for context in dict.fromkeys(entry.context for entry in perplexities):
         own = [entry for entry in perplexities if entry.context == context]
-        values = [f"{entry.perplexity:.3f}" for entry in own]
-        table.add_row(f"{context:,} tokens", str(own[0].num_tokens), *values)
-        over = ["", *(f"{100 * entry.over_dense:+.2f}" for entry in own[1:])]
-        table.add_row("  over dense, %", "", *over)
-        table.add_row("  KL to dense, nats", "", "", *(f"{entry.kl:.4f}" for entry in own[1:]))
-        same = ["", *(f"{100 * entry.agreement:.2f}" for entry in own[1:])]
-        table.add_row("  most likely token as dense, %", "", *same)
-        table.add_row("  positions of a set", "", *(_set_size(entry.set_size) for entry in own))
-    return table
+        others = own[1:]
+        rows = {
+            f"{context:,} tokens": [f"{entry.perplexity:.3f}" for entry in own],
+            "  over dense, %": ["", *(f"{100 * entry.over_dense:+.2f}" for entry in others)],
+            "  KL to dense, nats": ["", *(f"{entry.kl:.4f}" for entry in others)],
+            "  most likely token as dense, %": [
+                "",
+                *(f"{100 * entry.agreement:.2f}" for entry in others),
+            ],
+            "  positions of a set": [_set_size(entry.set_size) for entry in own],
+        }
+        count = str(own[0].num_tokens)
+        for title, values in rows.items():
+            lines.append(_Line(title, count, list(map(Text, values))))
+            count = ""
+    return lines
 
 
 def _set_size(mean: float) -> str:
