@@ -17,7 +17,7 @@ import public_models
 import tidaldecode
 from gguf_file import GgufError, GgufFile
 from gguf_quants import QUANTS
-from test_real_model import transformers_tokens
+from test_real_model import transformers_model, transformers_tokens
 from tiny_gguf import F16, F32, Q4_1, Q8_0, llama_metadata, llama_tensors, quantize, write_gguf
 from tiny_models import TinyModel, random_weights
 
@@ -383,11 +383,15 @@ def test_smollm2_knows_a_capital():
 
 
 @pytest.mark.public
-def test_gemma3_answers_in_transformers_and_is_refused_here():
+def test_gemma3_goes_on_in_transformers_and_is_refused_here():
     folder = real_folder("gemma3")
+    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("The capital of France is").input_ids
-    assert tokenizer.decode(transformers_tokens(folder, prompt, 8)).startswith(" Paris")
+    inputs = tokenizer("Once upon a time, there was a", return_tensors="pt")
+    with torch.no_grad():
+        out = transformers_model(folder).generate(**inputs, max_new_tokens=5, do_sample=False)
+    text = tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+    assert text == " little girl named Lily."
     with pytest.raises(tidaldecode.ConfigError, match="gemma3_text"):
         tidaldecode.Decoder(folder)

@@ -1,4 +1,4 @@
-"""The command line: tidaldecode generate, info, demo, calibrate and eval.
+"""The command line: tidaldecode generate, chat, info, demo, calibrate and eval.
 
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
 while running, 2 bad usage or bad input, 130 interrupted.
@@ -21,6 +21,7 @@ from tidaldecode import _core
 from tidaldecode.calibration.command import calibrate
 from tidaldecode.checkpoint.model_folder import demo_model_dir, read_model_folder
 from tidaldecode.cli import options as opt
+from tidaldecode.cli.chat import chat
 from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
 from tidaldecode.cli.demo_view import show_comparison
 from tidaldecode.cli.info import show_installation, show_memory, show_model
@@ -202,6 +203,7 @@ def demo(
         show_comparison(console, comparison)
 
 
+app.command()(chat)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 
