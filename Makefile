@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-public test-sanitize gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-public test-sanitize soak gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -40,6 +40,10 @@ test-sanitize: $(VENV)/.tools
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
 	build/cpu-asan/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+
+# Very many calls from several threads on one decoder; SOAK="--calls N --shared-streams" changes it.
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak/soak.py $(SOAK)
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
 cuda-build: $(VENV)/.tools
