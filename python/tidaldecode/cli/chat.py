@@ -207,6 +207,8 @@ def _typed_lines() -> Iterator[str | None]:
     """Lines as they are typed; None: what was typed before is dropped."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history and editing
+    # What is no text is an error of its message, not the end of the conversation.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     line = ""
     while True:
         is_continued = line.endswith(_CONTINUED)
