@@ -21,6 +21,7 @@ import tidaldecode
 from gguf_file import GgufError, GgufFile
 from gguf_quants import QUANTS
 from gguf_tokenizer import GgufTokenizer
+from test_gpu import cuda_is_missing
 from test_real_model import transformers_model, transformers_tokens
 from tiny_gguf import F16, F32, Q4_1, Q8_0, llama_metadata, llama_tensors, quantize, write_gguf
 from tiny_models import TinyModel, random_weights
@@ -335,17 +336,10 @@ def test_pip_checks_the_hashes(tmp_path: Path, monkeypatch):
 # The real models
 
 
-def real_folder(name: str) -> Path:
-    folder = public_models.DEFAULT_PARENT / public_models.MODELS[name].folder_name
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"no {folder}: run `make test-public`")
-    return folder
-
-
 @pytest.mark.public
 @pytest.mark.parametrize("name", public_models.MODELS)
-def test_weights_are_those_of_transformers_own_reader(name: str, tmp_path: Path):
-    folder = real_folder(name)
+def test_weights_are_those_of_transformers_own_reader(name: str, request, tmp_path: Path):
+    folder = request.getfixturevalue(name)
     torch = pytest.importorskip("torch")
     for package in ("gguf", "accelerate"):
         pytest.importorskip(package, reason="`make test-public` installs it")
@@ -366,8 +360,8 @@ def test_weights_are_those_of_transformers_own_reader(name: str, tmp_path: Path)
 
 @pytest.mark.public
 @pytest.mark.parametrize("name", public_models.MODELS)
-def test_token_ids_are_those_of_transformers(name: str):
-    folder = real_folder(name)
+def test_token_ids_are_those_of_transformers(name: str, request):
+    folder = request.getfixturevalue(name)
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer
 
@@ -382,8 +376,8 @@ def test_token_ids_are_those_of_transformers(name: str):
 
 
 @pytest.mark.public
-def test_smollm2_splits_digits_as_its_makers_did():
-    tokenizer_file = real_folder("smollm2") / "tokenizer.json"
+def test_smollm2_splits_digits_as_its_makers_did(smollm2: Path):
+    tokenizer_file = smollm2 / "tokenizer.json"
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(tokenizer_file)).encode("in 1234.\n\n1. a").tokens
@@ -391,36 +385,37 @@ def test_smollm2_splits_digits_as_its_makers_did():
 
 
 @pytest.mark.public
-def test_smollm2_decodes_as_in_transformers():
-    folder = real_folder("smollm2")
+def test_smollm2_decodes_as_in_transformers(smollm2: Path):
     decoder = tidaldecode.Decoder(
-        folder, device="cpu", dtype="float32", attention="full", max_seq_len=512
+        smollm2, device="cpu", dtype="float32", attention="full", max_seq_len=512
     )
     for text in TEXTS:
         prompt = decoder.encode(text)
         result = decoder.generate(prompt, max_new_tokens=32, temperature=0, ignore_eos=True)
-        assert list(result.token_ids) == transformers_tokens(folder, prompt, 32)
+        assert list(result.token_ids) == transformers_tokens(smollm2, prompt, 32)
 
 
 @pytest.mark.public
-def test_smollm2_knows_a_capital():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_smollm2_knows_a_capital(smollm2: Path, device: str):
+    if device == "cuda" and cuda_is_missing():
+        pytest.skip(cuda_is_missing())
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    with tidaldecode.Decoder(real_folder("smollm2"), device="cpu", max_seq_len=512) as decoder:
+    with tidaldecode.Decoder(smollm2, device=device, max_seq_len=512) as decoder:
         result = decoder.chat(messages, max_new_tokens=32, temperature=0)
     assert result.text == "The capital of France is Paris."
     assert result.finish_reason == "stop"
 
 
 @pytest.mark.public
-def test_gemma3_goes_on_in_transformers_and_is_refused_here():
-    folder = real_folder("gemma3")
+def test_gemma3_goes_on_in_transformers_and_is_refused_here(gemma3: Path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gemma3)
     inputs = tokenizer("Once upon a time, there was a", return_tensors="pt")
     with torch.no_grad():
-        out = transformers_model(folder).generate(**inputs, max_new_tokens=5, do_sample=False)
+        out = transformers_model(gemma3).generate(**inputs, max_new_tokens=5, do_sample=False)
     text = tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
     assert text == " little girl named Lily."
     with pytest.raises(tidaldecode.ConfigError, match="gemma3_text"):
-        tidaldecode.Decoder(folder)
+        tidaldecode.Decoder(gemma3)
