@@ -30,8 +30,13 @@ from tidaldecode import CapacityError, Decoder, TidalError, demo_model_dir
 # What an allocator keeps, of several threads and with no leak, varies by this much.
 MAX_GROWTH_BYTES = 48 * 1024 * 1024
 MAX_SHOWN_FAILURES = 10
-PROGRESS_CALLS = 5_000
+PROGRESS_CALLS = 2_000
 _TASKS = Path("/proc/self/task")
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,9 @@ class Resources:
         """As they are after the garbage is gone."""
         gc.collect()
         core = decoder._open_core()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
         children = [(task / "children").read_text().split() for task in _TASKS.iterdir()]
         return cls(
-            memory_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            memory_bytes=_resident_bytes(),
             files=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir(_TASKS)),
             children=sum(map(len, children)),
@@ -103,7 +107,9 @@ class Soak:
                 if number is None:
                     return
                 if number and number % PROGRESS_CALLS == 0:
-                    print(f"{number:,} of {num_calls:,} calls", file=sys.stderr, flush=True)
+                    memory = _resident_bytes() / 2**20
+                    line = f"{number:,} of {num_calls:,} calls, {memory:.0f} MiB resident"
+                    print(line, file=sys.stderr, flush=True)
                 draw = random.Random(self.seed * 1_000_003 + number)
                 self._call(draw.choice(self.calls), draw.randrange(VARIANTS))
 

@@ -100,13 +100,17 @@ class _Conversation:
     """The messages so far, and the session that has them in its cache."""
 
     def __init__(self, decoder: Decoder, system: str | None, sampling: dict[str, Any]) -> None:
-        """Raises: ConfigError if the model cannot chat; InvalidArgument for a wrong setting."""
+        """Tries the template and the settings before the first message is written.
+
+        Raises: ConfigError if the model cannot chat; InvalidArgument for a wrong setting;
+            CapacityError if not even a short message fits.
+        """
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
         self._session: Session = decoder.session()
         self.messages: list[dict[str, str]] = [*self._system]
-        # What is wrong with the template is known before the first message is written.
-        decoder.render_chat([*self._system, {"role": "user", "content": "?"}])
+        shortest = [*self._system, {"role": "user", "content": "?"}]
+        self._session.chat_stream(shortest, **sampling).close()  # nothing is read
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
@@ -161,12 +165,13 @@ class _Conversation:
         """
         if not name:
             raise InvalidArgument("/save: got no file name, expected /save FILE")
-        path = Path(name).expanduser()
         text = json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
         try:
+            path = Path(name).expanduser()
             _write_whole(path, text)
-        except OSError as cause:
-            raise InvalidArgument(f"/save: {path}: {cause.strerror}") from cause
+        except (OSError, ValueError, RuntimeError) as cause:  # the last two: what is no file name
+            reason = getattr(cause, "strerror", None) or cause
+            raise InvalidArgument(f"/save: {show(name)}: {reason}") from cause
         return path
 
 
