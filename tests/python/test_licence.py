@@ -1,0 +1,47 @@
+"""The licence: the whole text, the same name everywhere it is said, and in what is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+import tidaldecode
+
+ROOT = Path(__file__).resolve().parents[2]
+SPDX = "Apache-2.0"
+
+
+def test_the_licence_is_the_unchanged_apache_text():
+    text = (ROOT / "LICENSE").read_text()
+    terms = text[: text.index("END OF TERMS AND CONDITIONS")]
+    words = " ".join(terms.split()).encode()
+    assert hashlib.sha256(words).hexdigest() == (
+        "09ae9bf1886f530f7338889ef805f37b288ec6adedd1e1e32058921acf05a782"
+    )
+    assert "Copyright 2026 tidaldecode developers" in text
+
+
+@pytest.mark.parametrize(
+    "file", ["pyproject.toml", "README.md", "python/tidaldecode/models/tidal-demo/README.md"]
+)
+def test_every_place_names_the_same_licence(file: str):
+    assert SPDX in re.findall(r"Apache[-\d. ]*\d", (ROOT / file).read_text())
+
+
+def test_the_installed_package_carries_its_licence():
+    distributions = importlib.metadata.distributions(name="tidaldecode")
+    here = Path(tidaldecode.__file__).resolve()
+    for distribution in distributions:
+        if any(
+            Path(distribution.locate_file(f)).resolve() == here for f in distribution.files or ()
+        ):
+            break
+    else:
+        pytest.skip("this tree is not installed: run `make test`")
+    assert distribution.metadata["License-Expression"] == SPDX
+    (licence,) = [f for f in distribution.files if f.name == "LICENSE"]
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()
