@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-sanitize gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-sanitize test-tsan gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -28,6 +28,14 @@ test-sanitize: $(VENV)/.tools
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
 	build/cpu-asan/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+
+# The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
+# newer kernels do more than older compilers' ThreadSanitizer knows.
+test-tsan: $(VENV)/.tools
+	tests/install_googletest.sh
+	$(BIN)/cmake --preset cpu-tsan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset cpu-tsan --target tidal_threads_tests
+	setarch -R build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
 cuda-build: $(VENV)/.tools

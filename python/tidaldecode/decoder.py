@@ -8,9 +8,9 @@ keeps a conversation. Nothing is computed here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -28,6 +28,7 @@ from tidaldecode.batch import (
     plan_waves,
     run_wave,
 )
+from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.config import DecodeConfig
@@ -126,7 +127,7 @@ class Decoder:
         self._plan_source = plan.source if plan else "dense"
         self._frontend = Frontend(folder, settings)
         # Calls from several threads take turns: together they might not fit.
-        self._turn = threading.RLock()
+        self._turn = CallLock()
         # What holds pages, and ends with the decoder.
         self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
         self._core: _core.Decoder | None = _core.Decoder(
@@ -432,12 +433,17 @@ class Decoder:
     # Lifetime
 
     def close(self) -> None:
-        """Frees the model and ends its streams and sessions. Any later use is an error."""
-        if self._core is None:
+        """Frees the model and ends its streams and sessions. Any later use is an error.
+
+        A call that another thread runs ends with InvalidArgument at its next step.
+        """
+        core, self._core = self._core, None
+        if core is None:
             return
-        for holder in [*self._holders]:
-            holder.close()
-        self._core = None
+        core.close()
+        with contextlib.suppress(KeyError):  # none left
+            while True:
+                self._holders.pop().close()
 
     def __enter__(self) -> Decoder:
         return self
@@ -451,20 +457,22 @@ class Decoder:
         self.close()
 
     def __repr__(self) -> str:
-        if self._core is None:
+        core = self._core
+        if core is None:
             return f"Decoder({str(self._folder.path)!r}, closed)"
-        config = self._core.config
+        config = core.config
         return (
             f"Decoder({str(self._folder.path)!r}, device={config.device!r}, "
-            f"dtype={config.dtype!r}, plan={self._core.plan!r})"
+            f"dtype={config.dtype!r}, plan={core.plan!r})"
         )
 
     # Inner parts
 
     def _open_core(self) -> _core.Decoder:
-        if self._core is None:
+        core = self._core
+        if core is None:
             raise InvalidArgument("decoder: it is closed; create a new Decoder")
-        return self._core
+        return core
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)

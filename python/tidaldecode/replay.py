@@ -6,7 +6,6 @@ hundred times what answering it does, and the keys and values of a prompt do not
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
+from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import core_config
@@ -31,14 +31,16 @@ class Replay:
     a correction rewrites those of what follows it.
     """
 
-    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:
+    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: CallLock) -> None:
         self._core = core
         self._folder = folder
         self._turn = turn
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
-        self._core.read(on_prefill)
+        while self._core.read_next():
+            if on_prefill is not None:
+                on_prefill(*self._core.prefill_progress)
 
     def step_logits(self, continuations: Sequence[Sequence[int]], **plan: Any) -> list[np.ndarray]:
         """Logits of decode steps over given tokens (teacher forcing), all prompts together.

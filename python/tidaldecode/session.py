@@ -7,7 +7,6 @@ cpp/include/tidal/decoder.h.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tidaldecode.batch import (
     make_request,
     run_generation,
 )
+from tidaldecode.call_lock import CallLock
 from tidaldecode.errors import InvalidArgument, TidalError
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer
@@ -42,7 +42,7 @@ class SessionHost:
 
     core: _core.Decoder
     frontend: Frontend
-    turn: threading.RLock  # held by the call that runs
+    turn: CallLock  # held by the call that runs
     holders: weakref.WeakSet  # of pages; they end with the decoder
 
 
@@ -132,7 +132,7 @@ class Session:
         them, which needs a page for each.
         """
         core, host = self._open()
-        return Session(host.core.fork_session(core), host)
+        return Session(core.fork(), host)
 
     # Turns
 
