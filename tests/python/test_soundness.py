@@ -1,5 +1,5 @@
-"""The process neither dies nor hangs, and no wrong token comes out, whatever threads, forks, the end
-of the interpreter and missing memory do."""
+"""The process neither dies nor hangs and no token is wrong, whatever happens beside it: threads,
+forks, the end of the interpreter, missing memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from child_process import check_python, run_python
 
+from child_process import check_python, run_python
 from tidaldecode import Decoder, InvalidArgument, TidalError, demo_model_dir
 
 IDS = list(range(5, 60))
