@@ -38,8 +38,9 @@ class WaitingPlace {
   }
 
  private:
-  // About the time that waking a sleeper takes, several times over: steps leave gaps of this size.
-  static constexpr int64_t kLookNs = 200'000;
+  // Longer than the pauses of a decoding loop, and than the system takes a processor away for: on a
+  // machine that is busy, a thread that sleeps gets one much later than one that looks.
+  static constexpr int64_t kLookNs = 5'000'000;
 
   static int64_t NowNs();
   static void Pause();
