@@ -47,7 +47,7 @@ def refused(kind, action):
 """
 
 
-def run_python(code: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """Runs code after the prelude in a new interpreter.
 
     Raises: subprocess.TimeoutExpired if it hangs.
@@ -61,7 +61,7 @@ def run_python(code: str, timeout: float = 60) -> subprocess.CompletedProcess[st
     )
 
 
-def check_python(code: str, timeout: float = 60) -> str:
+def check_python(code: str, timeout: float = 180) -> str:
     """Runs code that must end well. Returns: what it printed."""
     done = run_python(code, timeout)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

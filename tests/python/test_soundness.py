@@ -279,7 +279,7 @@ class TestFork:
             for thread in threads:
                 thread.join()
             assert codes == [0] * 8, codes
-        """, timeout=120)  # fmt: skip
+        """)
 
     def test_a_child_that_exits_as_python_does_waits_for_nobody(self):
         check_python("""
@@ -323,20 +323,16 @@ class TestFork:
 class TestMemory:
     def test_that_ends_after_the_loading(self):
         """OpenBLAS would end the process where it finds no memory for a buffer."""
-        out = check_python("""
-            decoder = make(max_seq_len=4096, max_batch_size=1)
-            decoder.generate(IDS, max_new_tokens=1)  # everything has been imported
+        check_python("""
+            prompt = [5] * 1200
+            decoder = make(max_batch_size=1)
+            decoder.logits([5, 6, 7])
             pages = int(open("/proc/self/statm").read().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 2_000_000,) * 2)
-            print(decoder.logits([5] * 3000, 1).shape)
-            for _ in range(3):
-                try:
-                    decoder.logits([5] * 3000, 3000)  # 98 MB
-                except OutOfMemoryError:
-                    print("typed")
-            print(len(decoder.generate([5] * 3000, max_new_tokens=4, ignore_eos=True).token_ids))
+            first = decoder.logits(prompt)
+            refused(OutOfMemoryError, lambda: decoder.logits(prompt, 1200))  # 39 MB
+            assert (decoder.logits(prompt) == first).all()
         """)
-        assert out.split("\n")[:5] == ["(1, 8192)", "typed", "typed", "typed", "4"]
 
     @pytest.mark.parametrize("room", [0, 1, 4, 10, 20, 40, 70, 120, 200])
     def test_that_ends_while_loading(self, room: int):
@@ -345,7 +341,7 @@ class TestMemory:
             pages = int(open("/proc/self/statm").read().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + {room} * 10**6,) * 2)
             try:
-                make(num_threads=8).generate(IDS * 20, max_new_tokens=2)
+                make(num_threads=8).logits(IDS * 20)
                 print("loaded")
             except (OutOfMemoryError, MemoryError):
                 print("typed")
@@ -358,3 +354,32 @@ class TestMemory:
     def test_more_threads_than_the_engine_takes(self):
         with pytest.raises(TidalError, match="num_threads: got 100000"):
             Decoder(demo_model_dir(), device="cpu", num_threads=100_000)
+
+
+class TestNumberOfThreads:
+    """By default; quotas are tested in tests/cpp/container_test.cc."""
+
+    @pytest.mark.parametrize(
+        ("before", "threads"),
+        [
+            ("os.environ['OMP_NUM_THREADS'] = '3'", 3),
+            ("os.environ['OMP_NUM_THREADS'] = '3,2'", 3),
+            ("os.environ['OMP_NUM_THREADS'] = '0'; os.sched_setaffinity(0, {least})", 1),
+            ("os.environ.pop('OMP_NUM_THREADS', 0); os.sched_setaffinity(0, {least})", 1),
+        ],
+    )
+    def test_follows_the_environment_and_the_affinity(self, before: str, threads: int):
+        out = check_python(f"""
+            from tidaldecode import _core
+
+            least = min(os.sched_getaffinity(0))
+            others = len(os.listdir("/proc/self/task"))
+            {before}
+            print(_core.list_devices()[0]["hardware"])
+            with make(num_threads=None) as decoder:
+                decoder.logits(IDS * 10)
+                print(len(os.listdir("/proc/self/task")) - others)
+        """)
+        hardware, started = out.splitlines()
+        assert f", {threads} thread" in hardware
+        assert int(started) == threads - 1

@@ -151,7 +151,7 @@ enum class PrefillAttention : int32_t {
 
 struct BackendOptions {
   Device device;
-  int32_t num_threads = 0;  // CPU; 0: one per core
+  int32_t num_threads = 0;  // CPU; 0: one per processor it may use
   bool cuda_graphs = true;
   PrefillAttention prefill_attention = PrefillAttention::kOwn;
 };

@@ -129,7 +129,7 @@ std::optional<int> ReadProcessorQuota(const std::string& root) {
 
 int DefaultNumThreads() {
   if (const char* asked = std::getenv("OMP_NUM_THREADS")) {
-    constexpr long kMost = 1024;
+    constexpr long kMost = 4096;
     long count = std::strtol(asked, nullptr, 10);  // of "4,2" the outer level
     if (count >= 1) return static_cast<int>(std::min(count, kMost));
   }

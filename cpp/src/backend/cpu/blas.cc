@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <string>
@@ -33,6 +34,9 @@ constexpr int64_t kBufferBytes = int64_t{34} << 20;
 constexpr int64_t kBufferBytes = int64_t{130} << 20;
 #endif
 
+// OpenBLAS ends the process when its table of buffers is full; the smallest one has 640 places.
+constexpr int kMostBuffers = 512;
+
 // The state of OpenBLAS in this process. A fork waits until no product runs: a child could never
 // take the locks that one holds.
 class BlasState {
@@ -42,19 +46,19 @@ class BlasState {
     return *state;
   }
 
+  // Waits while as many products run as there are buffers, and while the process forks.
   void BeginProduct() {
-    while (true) {
-      ++num_products_;
-      if (!is_forking_) return;
+    while (++num_products_ > most_products_ || is_forking_) {
       --num_products_;
-      while (is_forking_) std::this_thread::yield();
+      std::this_thread::yield();
     }
   }
   void EndProduct() { --num_products_; }
 
   void Add(int count) {
     std::lock_guard lock(mutex_);
-    if (num_threads_ + count > num_buffers_) TakeBuffers(num_threads_ + count);
+    int wanted = std::min(num_threads_ + count, kMostBuffers);
+    if (wanted > num_buffers_) TakeBuffers(wanted);
     num_threads_ += count;
   }
   void Remove(int count) {
@@ -84,8 +88,9 @@ class BlasState {
   std::mutex mutex_;
   int num_threads_ = 0;  // of all BlasThreads
   int num_buffers_ = 0;
+  std::atomic<int> most_products_{1};  // at a time; at least one, for who has no BlasThreads
+  std::atomic<int> num_products_{0};   // that run, or are about to
   std::atomic<bool> is_forking_{false};
-  std::atomic<int> num_products_{0};  // that run, or are about to
 };
 
 // Runs `count` products at the same time.
@@ -101,7 +106,9 @@ void BlasState::TakeBuffers(int count) {
   std::vector<float> factor(kSize * kSize, 0.0f);
   std::vector<std::vector<float>> products(static_cast<size_t>(count), factor);
   std::atomic<int> num_there{0};
-  ThreadPool(count).Run(count, [&](int thread) {
+  ThreadPool pool(count);
+  most_products_ = count;
+  pool.Run(count, [&](int thread) {
     ++num_there;
     while (num_there < count) std::this_thread::yield();
     SgemmArgs args;

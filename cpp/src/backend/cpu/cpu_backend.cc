@@ -24,7 +24,7 @@ namespace {
 // Prompt tokens of a pass: many enough for the matrix products to run at full speed, few enough
 // that the activations of a layer stay in the last cache level.
 constexpr int64_t kPrefillChunk = 1024;
-constexpr int32_t kMaxThreads = 1024;
+constexpr int32_t kMaxThreads = 4096;
 constexpr const char* kBlasPurpose = "buffers of OpenBLAS";
 
 class CpuBackend final : public Backend {
