@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-public test-sanitize fuzz fuzz-short soak gpu-test cuda-build \
-        bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan fuzz fuzz-short soak \
+        gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -41,6 +41,14 @@ test-sanitize: $(VENV)/.tools
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
 	build/cpu-asan/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+
+# The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
+# newer kernels do more than older compilers' ThreadSanitizer knows.
+test-tsan: $(VENV)/.tools
+	tests/install_googletest.sh
+	$(BIN)/cmake --preset cpu-tsan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset cpu-tsan --target tidal_threads_tests
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*
 
 # Searches for inputs that the package does not take well: an hour with a seed of its own, which is
 # printed, or two minutes that are the same every time. FUZZ passes arguments: FUZZ="api --jobs 2".

@@ -20,6 +20,7 @@
 #include "common/dispatch.h"
 #include "common/radix_select.cuh"
 #include "common/vec.cuh"
+#include "core/checked.h"
 #include "kernels/pooled_scores.cuh"
 #include "kernels/trim_to_mass.h"
 
@@ -444,7 +445,7 @@ int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max
   if (launch.shared_bytes > 0) return 0;
   // Room for any cluster size.
   int64_t keys_per_set = max_len + kRunLength * kMaxClusterSize;
-  return batch_size * num_sets * keys_per_set * static_cast<int64_t>(sizeof(uint32_t));
+  return Product({batch_size, num_sets, keys_per_set, static_cast<int64_t>(sizeof(uint32_t))});
 }
 
 void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream) {

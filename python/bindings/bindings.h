@@ -1,16 +1,27 @@
-// One function per file of the module; conversion only.
+// What the files of the module share: one Register function per file, the classes that several
+// know, and how arguments are taken.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "closable.h"
 #include "tidal/config.h"
+#include "tidal/decoder.h"
+#include "tidal/weights.h"
 
 namespace tidal {
 
 void RegisterErrors();
 void RegisterConfig(pybind11::module_& module);
+void RegisterGeneration(pybind11::module_& module);
+void RegisterSession(pybind11::module_& module);
+void RegisterReplay(pybind11::module_& module);
 void RegisterDecoder(pybind11::module_& module);
 
 // Enums travel as strings; an unknown one is a ValueError that lists the known ones.
@@ -18,4 +29,94 @@ DType ParseDType(const std::string& name);
 Device ParseDevice(const std::string& name);
 std::string DeviceString(const Device& device);
 
+// Lets Ctrl-C and other signals end the call, as Python exceptions.
+void CheckSignals();
+
+// A generation; its results stay when it is closed.
+class PyGeneration : public Closable<Generation> {
+ public:
+  explicit PyGeneration(std::unique_ptr<Generation> generation)
+      : Closable("generation", std::move(generation)) {}
+
+  void Close();
+  bool done() const { return is_closed() || get()->done(); }
+  PrefillProgress prefill_progress() const {
+    return is_closed() ? prefill_ : get()->prefill_progress();
+  }
+  std::vector<SequenceResult> results() const;
+
+ private:
+  std::vector<SequenceResult> results_;  // once closed
+  PrefillProgress prefill_;
+};
+
+class PySession : public Closable<Session> {
+ public:
+  explicit PySession(std::unique_ptr<Session> session) : Closable("session", std::move(session)) {}
+};
+
+class PyReplay : public Closable<Replay> {
+ public:
+  explicit PyReplay(std::unique_ptr<Replay> replay) : Closable("replay", std::move(replay)) {}
+};
+
+class PyDecoder : public Closable<Decoder> {
+ public:
+  explicit PyDecoder(std::unique_ptr<Decoder> decoder) : Closable("decoder", std::move(decoder)) {}
+};
+
+// A numpy array [rows, columns] that takes over the vector's memory.
+template <typename T>
+pybind11::array_t<T> ToArray(std::vector<T> values, int64_t rows, int64_t columns) {
+  auto owner = std::make_unique<std::vector<T>>(std::move(values));
+  T* data = owner->data();
+  pybind11::capsule free(owner.get(),
+                         [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+  owner.release();
+  return pybind11::array_t<T>({rows, columns}, data, free);
+}
+
+// Takes no object that its class's __new__ made and no __init__ has filled, which pybind11 would
+// give memory of anything.
+template <typename T>
+class FilledCaster : public pybind11::detail::type_caster_base<T> {
+ public:
+  bool load(pybind11::handle source, bool convert) {
+    if (pybind11::isinstance<T>(source)) {
+      auto* instance = reinterpret_cast<pybind11::detail::instance*>(source.ptr());
+      if (!instance->get_value_and_holder().instance_registered()) return false;
+    }
+    return pybind11::detail::type_caster_base<T>::load(source, convert);
+  }
+};
+
 }  // namespace tidal
+
+namespace pybind11::detail {
+
+template <>
+class type_caster<tidal::RopeConfig> : public tidal::FilledCaster<tidal::RopeConfig> {};
+template <>
+class type_caster<tidal::ModelConfig> : public tidal::FilledCaster<tidal::ModelConfig> {};
+template <>
+class type_caster<tidal::PlanConfig> : public tidal::FilledCaster<tidal::PlanConfig> {};
+template <>
+class type_caster<tidal::DecodeConfig> : public tidal::FilledCaster<tidal::DecodeConfig> {};
+template <>
+class type_caster<tidal::SamplingParams> : public tidal::FilledCaster<tidal::SamplingParams> {};
+template <>
+class type_caster<tidal::WeightFileEntry> : public tidal::FilledCaster<tidal::WeightFileEntry> {};
+template <>
+class type_caster<tidal::Verification> : public tidal::FilledCaster<tidal::Verification> {};
+template <>
+class type_caster<tidal::SequenceResult> : public tidal::FilledCaster<tidal::SequenceResult> {};
+template <>
+class type_caster<tidal::PyGeneration> : public tidal::FilledCaster<tidal::PyGeneration> {};
+template <>
+class type_caster<tidal::PySession> : public tidal::FilledCaster<tidal::PySession> {};
+template <>
+class type_caster<tidal::PyReplay> : public tidal::FilledCaster<tidal::PyReplay> {};
+template <>
+class type_caster<tidal::PyDecoder> : public tidal::FilledCaster<tidal::PyDecoder> {};
+
+}  // namespace pybind11::detail

@@ -174,14 +174,17 @@ void RegisterConfig(py::module_& module) {
   RegisterDecodeConfig(module);
   py::class_<WeightFileEntry>(module, "WeightFileEntry")
       .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
-                       std::string path, int64_t file_offset) {
+                       std::string path, int64_t file_offset,
+                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity) {
+             const auto& [device, inode, size, mtime_ns] = identity;
              return WeightFileEntry{.name = std::move(name),
                                     .info = {ParseDType(dtype), std::move(shape)},
                                     .path = std::move(path),
-                                    .file_offset = file_offset};
+                                    .file_offset = file_offset,
+                                    .identity = {device, inode, size, mtime_ns}};
            }),
            py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
-           py::arg("file_offset"));
+           py::arg("file_offset"), py::arg("identity"));
 }
 
 }  // namespace tidal

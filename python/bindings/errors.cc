@@ -1,4 +1,7 @@
 // C++ errors become the Python classes of tidaldecode/errors.py of the same name.
+#include <new>
+#include <stdexcept>
+
 #include "bindings.h"
 #include "tidal/error.h"
 
@@ -6,6 +9,10 @@ namespace py = pybind11;
 
 namespace tidal {
 namespace {
+
+const OutOfMemoryError kNoHostMemory(
+    "host memory: there is none left; end other programs, raise the limit, or ask for less at "
+    "once");
 
 void Raise(const char* class_name, const std::exception& error) {
   py::object cls = py::module_::import("tidaldecode.errors").attr(class_name);
@@ -34,6 +41,10 @@ void RegisterErrors() {
       Raise("BackendError", error);
     } catch (const TidalError& error) {
       Raise("TidalError", error);
+    } catch (const std::bad_alloc&) {
+      Raise("OutOfMemoryError", kNoHostMemory);
+    } catch (const std::length_error&) {  // a container of more elements than there can be
+      Raise("OutOfMemoryError", kNoHostMemory);
     }
   });
 }

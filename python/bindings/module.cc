@@ -5,5 +5,9 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ engine behind tidaldecode; use the tidaldecode package, not this module.";
   tidal::RegisterErrors();
   tidal::RegisterConfig(module);
+  tidal::RegisterGeneration(module);
+  tidal::RegisterSession(module);
+  tidal::RegisterReplay(module);
   tidal::RegisterDecoder(module);
+  tidal::RegisterExit();
 }

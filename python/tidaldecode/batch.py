@@ -207,7 +207,10 @@ def run_generation(
     is_watched = settings.stop or callbacks.on_prefill or callbacks.should_stop
     try:
         stop_if_wanted()
-        generation.run(on_tokens if is_watched else None)
+        while not generation.done:
+            events = generation.advance()
+            if is_watched:
+                on_tokens(events)
         core_results = generation.results()
     finally:
         generation.close()

@@ -142,7 +142,8 @@ class DecodeConfig(PlanConfig):
             the CPU of the memory that is free.
         prefill_chunk: prompt tokens per pass; None is the backend's choice.
         cuda_graphs: False launches every kernel of a step by itself (for debugging).
-        num_threads: of the CPU backend; None is one per core.
+        num_threads: of the CPU backend; None is one per processor that the process, or its
+            container, may use.
 
     Raises:
         ConfigError: a value of the wrong kind or out of range; the message names the field.

@@ -8,6 +8,7 @@ session.py keeps one. Nothing is computed here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -411,12 +412,17 @@ class Decoder(TextMethods):
     # Lifetime
 
     def close(self) -> None:
-        """Frees the model and ends its streams and sessions. Any later use is an error."""
-        if self._core is None:
+        """Frees the model and ends its streams and sessions. Any later use is an error.
+
+        A call that another thread runs ends with InvalidArgument at its next step.
+        """
+        core, self._core = self._core, None
+        if core is None:
             return
-        for holder in [*self._holders]:
-            holder.close()
-        self._core = None
+        core.close()
+        with contextlib.suppress(KeyError):  # none left
+            while True:
+                self._holders.pop().close()
         self._frontend.close()
 
     def __enter__(self) -> Decoder:
@@ -431,20 +437,22 @@ class Decoder(TextMethods):
         self.close()
 
     def __repr__(self) -> str:
-        if self._core is None:
+        core = self._core
+        if core is None:
             return f"Decoder({str(self._folder.path)!r}, closed)"
-        config = self._core.config
+        config = core.config
         return (
             f"Decoder({str(self._folder.path)!r}, device={config.device!r}, "
-            f"dtype={config.dtype!r}, plan={self._core.plan!r})"
+            f"dtype={config.dtype!r}, plan={core.plan!r})"
         )
 
     # Inner parts
 
     def _open_core(self) -> _core.Decoder:
-        if self._core is None:
+        core = self._core
+        if core is None:
             raise InvalidArgument("decoder: it is closed; create a new Decoder")
-        return self._core
+        return core
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)

@@ -95,6 +95,7 @@ def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:
             list(entry.shape),
             os.fsencode(entry.path),
             entry.file_offset,
+            entry.identity,
         )
         for entry in folder.weights
     ]

@@ -6,12 +6,12 @@ hundred times what answering it does, and the keys and values of a prompt do not
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
+from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
@@ -31,7 +31,7 @@ class Replay:
     it.
     """
 
-    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: threading.RLock) -> None:
+    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: CallLock) -> None:
         self._core = core
         self._folder = folder
         self._turn = turn
@@ -41,7 +41,9 @@ class Replay:
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
         check_callback("on_prefill", on_prefill)
-        self._core.read(on_prefill)
+        while self._core.read_next():
+            if on_prefill is not None:
+                on_prefill(*self._core.prefill_progress)
 
     def step_logits(self, continuations: Sequence[Sequence[int]], **plan: Any) -> list[np.ndarray]:
         """Logits of decode steps over given tokens (teacher forcing), all prompts together.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from tidaldecode import _core
+from tidaldecode.call_lock import CallLock
 from tidaldecode.errors import CapacityError
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class Room:
 
     def __init__(self) -> None:
         # Calls that run to their end take turns: together they might not fit.
-        self.turn = threading.RLock()
+        self.turn = CallLock()
         self._lock = threading.Lock()
         self._streams: set[StreamedGeneration] = set()
 
@@ -116,9 +117,8 @@ class Room:
 
     def will_come_back(self) -> bool:
         """Whether other threads are at work whose rows and pages come back."""
-        if not self.turn.acquire(blocking=False):
+        if self.turn.is_held_elsewhere():
             return True
-        self.turn.release()
         with self._lock:
             streams = [*self._streams]
         return any(stream.is_read_elsewhere() for stream in streams)

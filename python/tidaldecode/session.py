@@ -138,7 +138,7 @@ class Session:
         them, which needs a page for each.
         """
         core, host = self._open()
-        return Session(host.core.fork_session(core), host)
+        return Session(core.fork(), host)
 
     # Turns
 

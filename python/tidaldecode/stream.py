@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from tidaldecode.batch import Callbacks, Request
+from tidaldecode.call_lock import CallLock
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.room import StreamedGeneration, UnstartedGeneration
 from tidaldecode.text.detokenizer import TextAssembler
@@ -16,7 +17,8 @@ class TextStream(Iterator[str]):
 
     Pieces never split a character and never hold part of a stop string; joined they are
     `result.text`. Closing the stream (or leaving its `with` block, or the interpreter dropping it)
-    ends the sequence and frees its pages at once.
+    ends the sequence and frees its pages at once. Several threads may read one stream: each piece
+    goes to one of them.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class TextStream(Iterator[str]):
         self._assembler = assembler
         self._callbacks = callbacks
         self._pieces: list[str] = []
+        self._lock = CallLock()  # held while a thread advances the generation or ends it
+        self._is_closing = False
         self._generation: StreamedGeneration | UnstartedGeneration | None = generation
 
     def __iter__(self) -> TextStream:
@@ -41,10 +45,13 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         """The next piece of text; runs as many steps as it takes to have one."""
         try:
-            while self._generation is not None:
-                piece = self._advance(self._generation)
-                if piece:
+            while not self._is_closing:
+                with self._lock:
+                    if self._generation is None:
+                        break
+                    piece = self._advance(self._generation)
                     self._pieces.append(piece)
+                if piece:
                     return piece
         except BaseException:
             self.close()
@@ -86,8 +93,16 @@ class TextStream(Iterator[str]):
             self._callbacks.on_result(self.result)
 
     def close(self) -> None:
-        """Ends the sequence where it is (finish_reason "abort") and frees its pages."""
-        self._end("")
+        """Ends the sequence where it is (finish_reason "abort") and frees its pages.
+
+        Waits for the step that another thread runs; in a forked child, it does nothing.
+        """
+        if self._lock.is_foreign:
+            self._generation = None
+            return
+        self._is_closing = True  # a thread that reads leaves the lock
+        with self._lock:
+            self._end("")
 
     def __enter__(self) -> TextStream:
         return self

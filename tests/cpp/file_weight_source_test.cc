@@ -1,7 +1,9 @@
 // FileWeightSource: tensors at offsets of files, and files that are not what they should be.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <string>
 
@@ -22,7 +24,27 @@ class FileWeights : public ::testing::Test {
   void TearDown() override { std::remove(path_.c_str()); }
 
   WeightFileEntry Entry(const std::string& name, int64_t offset) const {
-    return {.name = name, .info = {DType::kFloat32, {2}}, .path = path_, .file_offset = offset};
+    return {.name = name,
+            .info = {DType::kFloat32, {2}},
+            .path = path_,
+            .file_offset = offset,
+            .identity = Identity()};
+  }
+
+  FileIdentity Identity() const {
+    struct stat status = {};
+    stat(path_.c_str(), &status);
+    return {.device = status.st_dev,
+            .inode = status.st_ino,
+            .size = status.st_size,
+            .mtime_ns = status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+  }
+
+  // Puts another file of the same size in its place, as an update of a folder does.
+  void Replace() const {
+    const std::string other = path_ + ".new";
+    std::ofstream(other, std::ios::binary) << "headerabcdefgh";
+    std::filesystem::rename(other, path_);
   }
 
   std::string path_;
@@ -87,6 +109,34 @@ TEST_F(FileWeights, ADirectoryIsNoFile) {
   const FileWeightSource source({entry});
   char byte;
   EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, 1, &byte); }, {entry.path}));
+}
+
+TEST_F(FileWeights, AFileReplacedBeforeItsTensorsAreReadIsAnError) {
+  const FileWeightSource source({Entry("a", 6)});
+  Replace();
+  char byte;
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, 1, &byte); }, {path_, "replaced"}));
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, 1, &byte); }, {path_, "replaced"}));
+}
+
+TEST_F(FileWeights, AFileReplacedWhileItIsReadStaysTheOneThatWasDescribed) {
+  const FileWeightSource source({Entry("a", 6)});
+  std::string bytes(3, '\0');
+  source.Read("a", 0, 3, bytes.data());
+  Replace();
+  source.Read("a", 0, 3, bytes.data());
+  EXPECT_EQ(bytes, "ABC");
+  source.CheckUnchanged();
+}
+
+TEST_F(FileWeights, AFileRewrittenInPlaceWhileItIsReadIsAnError) {
+  const FileWeightSource source({Entry("a", 6)});
+  char byte;
+  source.Read("a", 0, 1, &byte);
+  source.CheckUnchanged();
+  std::filesystem::last_write_time(
+      path_, std::filesystem::last_write_time(path_) + std::chrono::milliseconds(1));
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.CheckUnchanged(); }, {path_, "changed"}));
 }
 
 TEST_F(FileWeights, ATensorListedTwiceIsAnError) {

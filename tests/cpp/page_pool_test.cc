@@ -30,7 +30,7 @@ TEST(PagePool, TakesTheLowestFreePages) {
   PagePool pool(6, 16);
   EXPECT_EQ(pool.Take(3), (Pages{0, 1, 2}));
   EXPECT_EQ(pool.Take(2), (Pages{3, 4}));
-  pool.Release({1, 3});
+  pool.Release(std::vector<int32_t>{1, 3});
   EXPECT_EQ(pool.Take(3), (Pages{1, 3, 5}));
   EXPECT_EQ(pool.num_free(), 0);
 }
@@ -52,11 +52,11 @@ TEST(PagePool, TooFewPagesIsACapacityErrorThatTakesNone) {
 TEST(PagePool, ReleasingAPageTwiceIsRefused) {
   PagePool pool(4, 16);
   pool.Take(2);
-  pool.Release({0});
-  EXPECT_TRUE(Throws<InvalidArgument>([&] { pool.Release({0}); }, {"page 0"}));
-  EXPECT_THROW(pool.Release({3}), InvalidArgument);
-  EXPECT_THROW(pool.Release({4}), InvalidArgument);
-  EXPECT_THROW(pool.Release({-1}), InvalidArgument);
+  pool.Release(std::vector<int32_t>{0});
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { pool.Release(std::vector<int32_t>{0}); }, {"page 0"}));
+  EXPECT_THROW(pool.Release(std::vector<int32_t>{3}), InvalidArgument);
+  EXPECT_THROW(pool.Release(std::vector<int32_t>{4}), InvalidArgument);
+  EXPECT_THROW(pool.Release(std::vector<int32_t>{-1}), InvalidArgument);
 }
 
 TEST(PagePool, ASharedPageIsFreeWhenItsLastOwnerLeaves) {
@@ -65,15 +65,15 @@ TEST(PagePool, ASharedPageIsFreeWhenItsLastOwnerLeaves) {
   pool.Share({0});
   pool.Share({0, 1});
   EXPECT_TRUE(pool.IsShared(0));
-  pool.Release({0, 1});
+  pool.Release(std::vector<int32_t>{0, 1});
   EXPECT_EQ(pool.num_free(), 2);
   EXPECT_TRUE(pool.IsShared(0));
   EXPECT_FALSE(pool.IsShared(1));
-  pool.Release({0, 1});
+  pool.Release(std::vector<int32_t>{0, 1});
   EXPECT_EQ(pool.num_free(), 3);
   EXPECT_EQ(pool.Take(3), (Pages{1, 2, 3}));
-  pool.Release({0});
-  EXPECT_THROW(pool.Release({0}), InvalidArgument);
+  pool.Release(std::vector<int32_t>{0});
+  EXPECT_THROW(pool.Release(std::vector<int32_t>{0}), InvalidArgument);
   EXPECT_TRUE(Throws<InvalidArgument>([&] { pool.Share({0}); }, {"page 0", "shared"}));
   EXPECT_THROW(pool.Share({4}), InvalidArgument);
 }

@@ -32,7 +32,7 @@ ALLOWED_INCLUDES = {
     "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_", "cudnn_attention"),
     "cuda/common": ("tidal/", "core/", "backend/*", "common/"),
     "cuda/kernels": ("tidal/", "core/", "backend/*", "common/", "kernels/"),
-    "python/bindings": ("tidal/", "core/", "backend/*", "bindings"),
+    "python/bindings": ("tidal/", "bindings", "closable", "native_call"),
 }
 INCLUDE_ROOTS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
 

@@ -131,7 +131,7 @@ struct DecodeConfig : PlanConfig {
   // Execution.
   int64_t prefill_chunk = 0;  // prompt tokens per pass; 0: the backend's choice
   bool cuda_graphs = true;    // false: launch every kernel of a step by itself
-  int32_t num_threads = 0;    // CPU backend; 0: one per core
+  int32_t num_threads = 0;    // CPU backend; 0: one per processor it may use
 };
 
 // How one sequence chooses its next tokens and when it ends.

@@ -63,8 +63,13 @@ struct LayerSelection {
 
 class Decoder;
 
-// One running call: its sequences own pages and batch rows from construction to destruction.
-// Several may be alive at once; each must be destroyed before its Decoder.
+// One running call: its sequences own pages and batch rows until they end. Several may be alive at
+// once.
+//
+// This class, Replay and Session may be used from several threads and hold what they need of their
+// Decoder: calls wait for each other, and throw InvalidArgument once the object or its Decoder is
+// closed. In a child made by fork() they throw UnsupportedError; closing or destroying
+// them there does nothing.
 class Generation {
  public:
   ~Generation();
@@ -77,13 +82,17 @@ class Generation {
   // nothing once done().
   std::vector<TokenEvent> Advance();
 
+  // Neither waits for a call under way.
   bool done() const;
   PrefillProgress prefill_progress() const;
 
   // Ends a sequence (a stop string was found, the user cancelled). No effect if it has ended.
   void Stop(int64_t sequence, FinishReason reason);
 
-  const std::vector<SequenceResult>& results() const;
+  // Ends all sequences that still run (kAbort), as destruction does. Their results stay.
+  void Close();
+
+  std::vector<SequenceResult> results() const;
 
  private:
   friend class Decoder;
@@ -94,9 +103,8 @@ class Generation {
 };
 
 // Prompts that are read once and continued again and again from there, each time with a plan of its
-// own: what comparing plans needs. Owns pages, but no batch rows, from construction to destruction;
-// must be destroyed before its Decoder. The K and V of a prompt are dense, never rewritten,
-// whatever the plan's correction_interval.
+// own: what comparing plans needs. Owns pages, but no batch rows, until it is closed or destroyed.
+// The K and V of a prompt are dense, never rewritten, whatever the plan's correction_interval.
 class Replay {
  public:
   ~Replay();
@@ -120,6 +128,9 @@ class Replay {
   std::vector<std::vector<int32_t>> Greedy(const PlanConfig& plan, int64_t max_new_tokens,
                                            const std::vector<int32_t>& stop_token_ids);
 
+  // Gives the pages back.
+  void Close();
+
   // Positions of a set, on average over the sparse steps of the last StepLogits or Greedy; 0 if
   // there were none.
   double mean_set_size() const;
@@ -134,7 +145,7 @@ class Replay {
 // A conversation: its tokens stay in the cache from one turn to the next. Owns pages for them, and
 // while a turn runs for max_new_tokens more; a batch row only while a turn runs. One turn at a
 // time: until its Generation is done or destroyed, what reads or changes the tokens throws
-// InvalidArgument. Must be destroyed before its Decoder.
+// InvalidArgument.
 //
 // What Append and Start are given is read densely, however often the session has decoded before.
 // What was generated stays as it was decoded, a stop token at the end included; the last token,
@@ -168,6 +179,9 @@ class Session {
   // A session of its own with the same tokens. Takes no pages: those in the cache are shared until
   // one of the owners writes to them, which copies the page.
   std::unique_ptr<Session> Fork() const;
+
+  // Gives the pages back, those of a running turn when that ends.
+  void Close();
 
   std::vector<int32_t> token_ids() const;
   int64_t num_cached() const;  // of its tokens
@@ -207,6 +221,10 @@ class Decoder {
   ~Decoder();
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
+
+  // Ends the decoder: what it has started throws InvalidArgument at the next step. Waits for the
+  // step under way. The memory comes back when the Decoder and all that it started are destroyed.
+  void Close();
 
   // Reserves pages and rows for all sequences of the call, each up to prompt + max_new_tokens.
   // params has one entry per prompt. Throws InvalidArgument for a bad prompt or parameter and
@@ -258,8 +276,12 @@ class Decoder {
   friend class Replay;
   friend class Session;
   struct Impl;
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;  // what was started holds it too
 };
+
+// Before the process exits, so that no thread is in the engine when its libraries go: every call
+// throws BackendError before its next step, and every later one at once. There is no way back.
+void EndAllCalls();
 
 // The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
 // GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,

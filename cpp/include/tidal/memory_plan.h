@@ -35,13 +35,9 @@ struct MemoryPlan {
   // fits.
   std::string problem;
 
-  int64_t scratch_bytes() const {
-    int64_t total = 0;
-    for (const MemoryItem& item : scratch) total += item.bytes;
-    return total;
-  }
-  // On the device.
-  int64_t total_bytes() const { return weight_bytes + kv_bytes + scratch_bytes() + reserve_bytes; }
+  // On the device. Here as in every field the largest int64 stands for all that is beyond it.
+  int64_t scratch_bytes() const;
+  int64_t total_bytes() const;
 };
 
 }  // namespace tidal

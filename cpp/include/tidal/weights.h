@@ -12,6 +12,7 @@
 
 namespace tidal {
 
+class CopyThreads;
 class Noise;
 
 struct WeightInfo {
@@ -29,6 +30,18 @@ class WeightSource {
   // Reads `bytes` bytes of the tensor's row-major data, from byte `offset` on, into `dst`.
   // Throws WeightsError if they cannot be read. Callable from one thread at a time.
   virtual void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const = 0;
+
+  // Called after the last Read. Throws WeightsError if what was read is not what was described.
+  virtual void CheckUnchanged() const {}
+};
+
+// What tells one state of a file from another, as fstat() gives it.
+struct FileIdentity {
+  uint64_t device = 0;
+  uint64_t inode = 0;
+  int64_t size = 0;      // bytes
+  int64_t mtime_ns = 0;  // of the last change, since 1970
+  bool operator==(const FileIdentity&) const = default;
 };
 
 // One tensor inside a file: the part of a safetensors header that the engine needs.
@@ -37,9 +50,11 @@ struct WeightFileEntry {
   WeightInfo info;
   std::string path;
   int64_t file_offset = 0;  // of the tensor's first byte, from the start of the file
+  FileIdentity identity;    // of the file when its header was read
 };
 
-// Tensors in files, read with pread (a file cut short while loading is an error, not a crash).
+// Tensors in files, read with pread. A file that was cut short, replaced or changed since its
+// header was read is a WeightsError.
 class FileWeightSource final : public WeightSource {
  public:
   explicit FileWeightSource(std::vector<WeightFileEntry> entries);
@@ -49,12 +64,19 @@ class FileWeightSource final : public WeightSource {
 
   const WeightInfo* Find(const std::string& name) const override;
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+  void CheckUnchanged() const override;
 
  private:
-  int FileDescriptor(const std::string& path) const;
+  struct OpenFile {
+    int descriptor;
+    FileIdentity identity;
+  };
+
+  int FileDescriptor(const WeightFileEntry& entry) const;
 
   std::unordered_map<std::string, WeightFileEntry> entries_;
-  mutable std::unordered_map<std::string, int> open_files_;
+  mutable std::unordered_map<std::string, OpenFile> open_files_;
+  std::unique_ptr<CopyThreads> threads_;
 };
 
 // Random weights of every shape a config asks for: a model that runs like the real one and says
@@ -82,6 +104,7 @@ class RandomWeightSource final : public WeightSource {
   std::unique_ptr<Noise> noise_;  // of matrices and biases
   std::unique_ptr<Noise> norms_;
   std::unordered_map<std::string, Tensor> tensors_;
+  std::unique_ptr<CopyThreads> threads_;
 };
 
 }  // namespace tidal

@@ -14,6 +14,7 @@
 
 #include "backend/op_args.h"
 #include "core/buffer.h"
+#include "core/checked.h"
 #include "tidal/decoder.h"
 
 namespace tidal {
@@ -63,7 +64,7 @@ struct StepKey {
 inline void AddItem(std::vector<MemoryItem>& items, const MemoryItem& added) {
   for (MemoryItem& item : items) {
     if (item.purpose != added.purpose) continue;
-    item.bytes += added.bytes;
+    item.bytes = Sum({item.bytes, added.bytes});
     return;
   }
   items.push_back(added);
@@ -150,7 +151,7 @@ enum class PrefillAttention : int32_t {
 
 struct BackendOptions {
   Device device;
-  int32_t num_threads = 0;  // CPU; 0: one per core
+  int32_t num_threads = 0;  // CPU; 0: one per processor it may use
   bool cuda_graphs = true;
   PrefillAttention prefill_attention = PrefillAttention::kOwn;
 };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/checked.h"
 
 namespace tidal {
 
@@ -19,7 +20,7 @@ class DeviceTensors {
   // Zero-filled; its address never changes.
   TensorView Make(DType dtype, std::initializer_list<int64_t> shape) {
     TensorView view(nullptr, dtype, shape);
-    buffers_.push_back(backend_.Allocate(view.bytes(), what_));
+    buffers_.push_back(backend_.Allocate(Product({Product(shape), DTypeBytes(dtype)}), what_));
     view.ptr = buffers_.back().data();
     return view;
   }

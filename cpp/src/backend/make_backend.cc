@@ -7,6 +7,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_info.h"
+#include "core/process.h"
 #include "tidal/decoder.h"
 #include "tidal/error.h"
 
@@ -62,6 +63,12 @@ Function FindSymbol(const char* name) {
   return reinterpret_cast<Function>(symbol);
 }
 
+// The process that first called the CUDA library: the driver does not work in a child forked since.
+const ProcessMark& CudaProcess() {
+  static const ProcessMark process;
+  return process;
+}
+
 std::string DeviceName(const Device& device) {
   return device.type == DeviceType::kCpu ? "cpu" : Concat("cuda:", device.index);
 }
@@ -92,6 +99,14 @@ std::vector<DeviceStatus> ListDevices() {
         {.name = "cuda", .hardware = "", .available = false, .reason = OpenCudaLibrary().problem});
     return devices;
   }
+  if (CudaProcess().IsForeign()) {
+    devices.push_back({.name = "cuda",
+                       .hardware = "",
+                       .available = false,
+                       .reason = "this process was forked from one that had used the GPU; start "
+                                 "processes with the method \"spawn\""});
+    return devices;
+  }
   std::vector<std::pair<std::string, std::string>> libraries;
   FindSymbol<ListCudaDevicesFn>(kListCudaDevicesSymbol)(devices, libraries);
   return devices;
@@ -99,7 +114,7 @@ std::vector<DeviceStatus> ListDevices() {
 
 std::vector<std::pair<std::string, std::string>> ListLibraries() {
   std::vector<std::pair<std::string, std::string>> libraries = {{"OpenBLAS", BlasDescription()}};
-  if (OpenCudaLibrary().handle != nullptr) {
+  if (OpenCudaLibrary().handle != nullptr && !CudaProcess().IsForeign()) {
     std::vector<DeviceStatus> devices;
     FindSymbol<ListCudaDevicesFn>(kListCudaDevicesSymbol)(devices, libraries);
   }

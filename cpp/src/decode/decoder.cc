@@ -79,11 +79,31 @@ int32_t SlotPool::Take() {
   return slot;
 }
 
+Decoder::Impl::Lock Decoder::Impl::Enter() const {
+  auto lock = EnterToEnd();
+  TIDAL_CHECK(!is_closed, InvalidArgument, "decoder: it is closed; create a new Decoder");
+  CheckProcessRuns();
+  return lock;
+}
+
+Decoder::Impl::Lock Decoder::Impl::EnterToEnd() const {
+  process.Check("decoder");
+  return Lock(mutex);
+}
+
 Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
                  const LoadProgress& progress)
-    : impl_(std::make_unique<Impl>(model, config, weights, progress)) {}
+    : impl_(std::make_shared<Impl>(model, config, weights, progress)) {}
 
-Decoder::~Decoder() = default;
+Decoder::~Decoder() {
+  if (impl_->process.IsForeign()) Leak(impl_);
+}
+
+void Decoder::Close() {
+  if (impl_->process.IsForeign()) return;
+  auto lock = impl_->EnterToEnd();
+  impl_->is_closed = true;
+}
 
 std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t>>& prompts,
                                            const std::vector<SamplingParams>& params) {
@@ -94,9 +114,9 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
     CheckPrompt(prompts[i], model().vocab_size, i);
     ValidateSamplingParams(params[i]);
   }
-  std::lock_guard lock(impl_->mutex);
+  auto generation = std::make_unique<Generation::Impl>(impl_);
+  auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
   CheckCapacity(impl_->engine, impl_->slots, prompts, params);
-  auto generation = std::make_unique<Generation::Impl>(*impl_);
   for (size_t i = 0; i < prompts.size(); ++i) {
     int64_t max_len = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
     generation->Add(
@@ -110,7 +130,7 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
 std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
                                           int64_t num_positions) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   Engine& engine = impl_->engine;
   auto length = static_cast<int64_t>(token_ids.size());
   Sequence sequence = engine.MakeSequence(token_ids, length, engine.ScratchSampling());
@@ -120,7 +140,7 @@ std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
 std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
                                          int64_t num_prefill) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   Engine& engine = impl_->engine;
   auto length = static_cast<int64_t>(token_ids.size());
   std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
@@ -145,9 +165,9 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   params.max_new_tokens = max_new_tokens;
   ValidateSamplingParams(params);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   CheckCapacity(impl_->engine, impl_->slots, prompts, std::vector(prompts.size(), params));
-  auto replay = std::make_unique<Replay::Impl>(*impl_, prompts, max_new_tokens);
+  auto replay = std::make_unique<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
 }
 
@@ -157,14 +177,14 @@ std::unique_ptr<Session> Decoder::StartSession(int64_t max_seq_len) {
   TIDAL_CHECK(max_seq_len <= config().max_seq_len, CapacityError, "max_seq_len: got ", max_seq_len,
               ", expected at most the decoder's ", config().max_seq_len, "; raise that");
   if (max_seq_len == 0) max_seq_len = config().max_seq_len;
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   Sequence sequence = impl_->engine.MakeEmptySequence(max_seq_len);
-  auto session = std::make_shared<Session::Impl>(*impl_, std::move(sequence), max_seq_len);
+  auto session = std::make_shared<Session::Impl>(impl_, std::move(sequence), max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(session)));
 }
 
 std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   const std::shared_ptr<SelectionRecord>& record = impl_->last_call;
   auto count = record ? static_cast<int64_t>(record->running.size()) : 0;
   TIDAL_CHECK(sequence >= 0 && sequence < count, InvalidArgument, "sequence: got ", sequence,
@@ -187,13 +207,17 @@ const MemoryPlan& Decoder::memory_plan() const {
   return impl_->engine.memory_plan();
 }
 
+void EndAllCalls() {
+  EndProcess();
+}
+
 int64_t Decoder::num_free_pages() const {
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   return impl_->engine.pool().num_free();
 }
 
 int64_t Decoder::num_free_rows() const {
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   return impl_->slots.num_free();
 }
 

@@ -2,6 +2,7 @@
 // ended sequences.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -10,6 +11,8 @@
 #include <span>
 #include <vector>
 
+#include "core/fair_mutex.h"
+#include "core/process.h"
 #include "decode/engine.h"
 #include "decode/sequence.h"
 #include "tidal/decoder.h"
@@ -35,19 +38,32 @@ struct SelectionRecord {
   std::vector<std::vector<LayerSelection>> selections;  // of those that ended
 };
 
+// Lives as long as the Decoder or anything it has started.
 struct Decoder::Impl {
   Impl(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
        const LoadProgress& progress)
       : engine(model, config, weights, progress), slots(engine.config().max_batch_size) {}
 
+  using Lock = std::unique_lock<FairMutex>;
+
+  // Waits until no other thread is in the engine. Throws InvalidArgument once the decoder is
+  // closed, BackendError once the process ends, UnsupportedError in a forked child.
+  Lock Enter() const;
+
+  // Waits as Enter does, to look at what has ended or to give it back. Throws UnsupportedError in a
+  // forked child.
+  Lock EnterToEnd() const;
+
+  ProcessMark process;
   Engine engine;
   SlotPool slots;
   std::shared_ptr<SelectionRecord> last_call;  // of the newest Generation
-  mutable std::mutex mutex;                    // one thread at a time in the engine
+  bool is_closed = false;
+  mutable FairMutex mutex;  // of all of the above; one thread at a time in the engine
 };
 
 struct Replay::Impl {
-  Impl(Decoder::Impl& decoder, const std::vector<std::vector<int32_t>>& prompts,
+  Impl(std::shared_ptr<Decoder::Impl> decoder, const std::vector<std::vector<int32_t>>& prompts,
        int64_t max_new_tokens);
   ~Impl();
 
@@ -57,22 +73,30 @@ struct Replay::Impl {
     int32_t first_token = -1;   // the most likely one
   };
 
+  // Enters the engine. Throws InvalidArgument once the replay is closed.
+  Decoder::Impl::Lock Enter() const;
+  // Gives the pages back.
+  void Close();
+
   bool ReadNext();
   void ReadAll();
   // Back to where the prompts end, and which sequences those are.
   std::vector<Sequence*> Rewind();
 
-  Decoder::Impl& decoder;
+  std::shared_ptr<Decoder::Impl> decoder;
   int64_t max_new_tokens;
   std::vector<Prompt> prompts;
+  bool is_closed = false;
   double mean_set_size = 0.0;
 };
 
 struct Session::Impl {
-  Impl(Decoder::Impl& decoder, Sequence sequence, int64_t max_seq_len);
+  Impl(std::shared_ptr<Decoder::Impl> decoder, Sequence sequence, int64_t max_seq_len);
   ~Impl();
 
-  // Throws InvalidArgument while a turn runs.
+  // Gives the pages back; those of a running turn when it ends.
+  void Close();
+  // Throws InvalidArgument while a turn runs, and once the session is closed.
   Sequence& Idle();
   // The sequence's first `keep` tokens, then token_ids, with pages for max_new_tokens more. Throws
   // CapacityError, changing nothing.
@@ -82,8 +106,9 @@ struct Session::Impl {
   // A turn has ended that generated num_new tokens. The caller holds the lock.
   void TakeBack(Sequence used, int64_t num_new);
 
-  Decoder::Impl& decoder;
+  std::shared_ptr<Decoder::Impl> decoder;
   int64_t max_seq_len;
+  bool is_closed = false;
   std::optional<Sequence> sequence;  // empty while a turn runs
   int64_t turn_len = 0;              // tokens the running turn generates after
   // What it goes back to if it does not get to read them.
@@ -92,14 +117,16 @@ struct Session::Impl {
 };
 
 struct Generation::Impl {
-  explicit Impl(Decoder::Impl& decoder);
+  explicit Impl(std::shared_ptr<Decoder::Impl> decoder);
   ~Impl();
 
-  // Takes a batch row for one more sequence, which goes on from where its cache ends.
-  void Add(Sequence sequence, const SamplingParams& params);
+  // Takes a batch row for one more sequence, which goes on from where its cache ends. Throws before
+  // it takes the sequence, or as what then ends as all others do.
+  void Add(Sequence&& sequence, const SamplingParams& params);
 
   std::vector<TokenEvent> Advance();
   void Stop(int64_t sequence, FinishReason reason);
+  void Close();
 
   struct Running {
     std::optional<Sequence> sequence;  // empty once ended
@@ -116,13 +143,15 @@ struct Generation::Impl {
   void VerifyAll(const std::vector<size_t>& indices);
   double Elapsed() const;
 
-  Decoder::Impl& decoder;
+  std::shared_ptr<Decoder::Impl> decoder;
   std::shared_ptr<Session::Impl> session;  // whose turn this is; null: prompts of a call
   std::vector<Running> running;
   std::vector<SequenceResult> results;
   std::shared_ptr<SelectionRecord> record;
-  PrefillProgress prefill;
-  int64_t num_alive = 0;
+  // What is read without waiting for the engine.
+  std::atomic<int64_t> num_alive{0};
+  std::atomic<int64_t> prefill_done{0};
+  int64_t prefill_total = 0;  // does not change once the generation has started
   int64_t start_ns = 0;
 };
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/noise.h"
+#include "core/process.h"
 #include "decode/decode_step.h"
 #include "decode/memory_plan.h"
 #include "decode/prefill.h"
@@ -56,9 +57,14 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("num_pages", c.num_pages, 0);
   CheckAtLeast("prefill_chunk", c.prefill_chunk, 0);
   CheckAtLeast("num_threads", c.num_threads, 0);
-  // Positions and page ids are 32-bit on the device.
+  // Positions, rows and page ids are 32-bit on the device.
+  CheckAtMost("sink_tokens", c.sink_tokens, kMaxInt32);
+  CheckAtMost("recent_tokens", c.recent_tokens, kMaxInt32);
   CheckAtMost("max_seq_len", c.max_seq_len, kMaxInt32);
+  CheckAtMost("max_batch_size", c.max_batch_size, kMaxInt32);
+  CheckAtMost("page_size", c.page_size, kMaxInt32);
   CheckAtMost("num_pages", c.num_pages, kMaxInt32);
+  CheckAtMost("prefill_chunk", c.prefill_chunk, kMaxInt32);
   TIDAL_CHECK(c.gpu_memory_utilization > 0.0 && c.gpu_memory_utilization <= 1.0, InvalidArgument,
               "gpu_memory_utilization: got ", c.gpu_memory_utilization, ", expected in (0, 1]");
   TIDAL_CHECK(c.draft_tokens <= kMaxDraftTokens, InvalidArgument, "draft_tokens: got ",
@@ -218,6 +224,7 @@ void Engine::CorrectCache(Sequence& sequence, int64_t interval) {
 }
 
 int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
+  CheckProcessRuns();
   int64_t begin = sequence.cached;
   int64_t count = std::min(config_.prefill_chunk, end - begin);
   int64_t seq_len = begin + count;
@@ -362,6 +369,7 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(const PlanConfig& asked) {
 // Without sparse the dense plan, whatever `plan` says.
 std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
                                      const Selection& selection, bool sparse) {
+  CheckProcessRuns();
   int64_t b =
       StepSize(config_.device.type, static_cast<int64_t>(rows.size()), config_.max_batch_size);
   Pass pass = buffers_->step.Take(b, b);
@@ -385,6 +393,7 @@ void Engine::RunPass(const StepKey& key, const DecodePlan& plan, const Selection
 }
 
 std::vector<std::vector<int32_t>> Engine::Verify(std::span<Sequence* const> rows) {
+  CheckProcessRuns();
   return buffers_->verifier->Run(*transformer_, rows);
 }
 

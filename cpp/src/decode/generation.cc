@@ -20,15 +20,13 @@ int64_t NowNs() {
 
 }  // namespace
 
-Generation::Impl::Impl(Decoder::Impl& owner)
-    : decoder(owner), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {}
+Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
+    : decoder(std::move(owner)), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {}
 
-void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
-  Engine& engine = decoder.engine;
+void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
+  Engine& engine = decoder->engine;
   auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
   int64_t draft_tokens = engine.config().draft_tokens;
-  sequence.sampling = MakeSamplingRow(params, decoder.slots.Take());
-  engine.MarkSeen(sequence, num_tokens);
   results.push_back({.token_ids = {},
                      .finish_reason = FinishReason::kNone,
                      .error = {},
@@ -36,14 +34,21 @@ void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
                      .cached_tokens = sequence.cached});
   record->running.push_back(sequence.id);
   record->selections.emplace_back();
-  prefill.tokens_total += std::max<int64_t>(sequence.prompt_len - sequence.cached, 0);
-  running.push_back(
-      {std::move(sequence), params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
+  running.push_back({std::nullopt, params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
+  prefill_total += std::max<int64_t>(sequence.prompt_len - sequence.cached, 0);
+  Sequence& added = running.back().sequence.emplace(std::move(sequence));
+  added.sampling = MakeSamplingRow(params, decoder->slots.Take());
   ++num_alive;
+  engine.MarkSeen(added, num_tokens);
 }
 
 Generation::Impl::~Impl() {
-  std::lock_guard lock(decoder.mutex);
+  Close();
+}
+
+void Generation::Impl::Close() {
+  if (num_alive == 0) return;
+  auto lock = decoder->EnterToEnd();
   for (size_t i = 0; i < running.size(); ++i) {
     if (running[i].sequence) End(static_cast<int64_t>(i), FinishReason::kAbort);
   }
@@ -54,7 +59,7 @@ double Generation::Impl::Elapsed() const {
 }
 
 std::vector<TokenEvent> Generation::Impl::Advance() {
-  std::lock_guard lock(decoder.mutex);
+  auto lock = decoder->Enter();
   std::vector<TokenEvent> events;
   for (size_t i = 0; i < running.size(); ++i) {
     if (!running[i].sequence || running[i].sequence->prefilled()) continue;
@@ -76,16 +81,16 @@ std::vector<TokenEvent> Generation::Impl::Advance() {
 
 void Generation::Impl::PrefillOne(int64_t index, std::vector<TokenEvent>& events) {
   Running& run = running[static_cast<size_t>(index)];
-  int64_t chunk_len = decoder.engine.PrefillNext(*run.sequence);
-  prefill.tokens_done += chunk_len;
+  int64_t chunk_len = decoder->engine.PrefillNext(*run.sequence);
+  prefill_done += chunk_len;
   if (!run.sequence->prefilled()) return;
-  int32_t token = decoder.engine.SampleAfterPrefill(*run.sequence, chunk_len);
+  int32_t token = decoder->engine.SampleAfterPrefill(*run.sequence, chunk_len);
   if (token >= 0) run.sequence->tokens.push_back(token);
   Accept(index, token, events);
 }
 
 void Generation::Impl::StepAll() {
-  Engine& engine = decoder.engine;
+  Engine& engine = decoder->engine;
   std::vector<size_t> indices;
   std::vector<Sequence*> rows;
   for (size_t i = 0; i < running.size(); ++i) {
@@ -103,7 +108,7 @@ void Generation::Impl::StepAll() {
 }
 
 void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
-  Engine& engine = decoder.engine;
+  Engine& engine = decoder->engine;
   std::vector<DraftRow> rows;
   for (size_t index : indices) {
     Running& run = running[index];
@@ -162,11 +167,12 @@ void Generation::Impl::End(int64_t index, FinishReason reason) {
   results[i].decode_s = results[i].token_ids.empty() ? 0.0 : Elapsed() - run.first_token_s;
   record->running[i].reset();
   try {
-    record->selections[i] = decoder.engine.ReadSelection(run.sequence->id);
-  } catch (const TidalError&) {
-    // A device that has failed has already said so; the pages below must come back all the same.
+    record->selections[i] = decoder->engine.ReadSelection(run.sequence->id);
+  } catch (const std::exception&) {
+    // A device that has failed has already said so, memory may be short; the pages below must come
+    // back all the same.
   }
-  decoder.slots.Release(run.sequence->sampling.slot);
+  decoder->slots.Release(run.sequence->sampling.slot);
   if (session) {
     session->TakeBack(std::move(*run.sequence), static_cast<int64_t>(results[i].token_ids.size()));
   }
@@ -178,12 +184,14 @@ void Generation::Impl::End(int64_t index, FinishReason reason) {
 void Generation::Impl::Stop(int64_t sequence, FinishReason reason) {
   TIDAL_CHECK(sequence >= 0 && sequence < static_cast<int64_t>(running.size()), InvalidArgument,
               "sequence: got ", sequence, ", expected 0 to ", running.size() - 1);
-  std::lock_guard lock(decoder.mutex);
+  auto lock = decoder->EnterToEnd();
   if (running[static_cast<size_t>(sequence)].sequence) End(sequence, reason);
 }
 
 Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Generation::~Generation() = default;
+Generation::~Generation() {
+  if (impl_->decoder->process.IsForeign()) Leak(impl_);
+}
 
 std::vector<TokenEvent> Generation::Advance() {
   return impl_->Advance();
@@ -192,12 +200,16 @@ bool Generation::done() const {
   return impl_->num_alive == 0;
 }
 PrefillProgress Generation::prefill_progress() const {
-  return impl_->prefill;
+  return {impl_->prefill_done, impl_->prefill_total};
 }
 void Generation::Stop(int64_t sequence, FinishReason reason) {
   impl_->Stop(sequence, reason);
 }
-const std::vector<SequenceResult>& Generation::results() const {
+void Generation::Close() {
+  if (!impl_->decoder->process.IsForeign()) impl_->Close();
+}
+std::vector<SequenceResult> Generation::results() const {
+  auto lock = impl_->decoder->EnterToEnd();
   return impl_->results;
 }
 

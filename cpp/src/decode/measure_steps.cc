@@ -48,7 +48,7 @@ std::vector<Sequence> FilledSequences(Engine& engine, const std::vector<int64_t>
 
 std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   CheckBenchmark(benchmark, config());
-  std::lock_guard lock(impl_->mutex);
+  auto lock = impl_->Enter();
   Engine& engine = impl_->engine;
   std::vector<Sequence> sequences = FilledSequences(engine, benchmark.seq_lens);
   std::vector<Sequence*> rows;

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "backend/memory_meter.h"
+#include "core/checked.h"
 #include "decode/engine_buffers.h"
 #include "kv/paged_kv_cache.h"
 #include "model/weights.h"
@@ -40,6 +41,8 @@ int64_t LargestFitting(int64_t limit, const Fits& fits) {
   }
   return low;
 }
+
+constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();  // ids are 32-bit on the device
 
 class Planner {
  public:
@@ -99,11 +102,12 @@ class Planner {
     if (config.num_pages == 0) {
       int64_t fitting = (usable_bytes_ - memory.total_bytes()) / page_bytes_;
       config.num_pages = std::clamp(fitting, PagesOfLongest(config),
-                                    PagesOfLongest(config) * config.max_batch_size);
+                                    Product({PagesOfLongest(config), config.max_batch_size}));
+      config.num_pages = std::min(config.num_pages, kMaxPages);
     }
     memory.num_pages = config.num_pages;
     memory.page_size = config.page_size;
-    memory.kv_bytes = config.num_pages * page_bytes_;
+    memory.kv_bytes = Product({config.num_pages, page_bytes_});
     return {config, memory};
   }
 
@@ -156,7 +160,9 @@ class Planner {
     DecodeConfig config = asked_;
     config.max_seq_len = resolved.config.max_seq_len;
     if (config.num_pages != 0) {
-      int64_t room = usable_bytes_ - (need - resolved.memory.kv_bytes);
+      MemoryPlan without_cache = resolved.memory;
+      without_cache.kv_bytes = 0;
+      int64_t room = usable_bytes_ - without_cache.total_bytes();
       if (room >= page_bytes_) ways.push_back(Concat("lower num_pages to ", room / page_bytes_));
     }
     int64_t longest = LongestFitting(config, config.max_seq_len);
@@ -204,6 +210,16 @@ std::vector<int64_t> StepSizes(DeviceType device, int64_t first, int64_t max_cou
 }
 
 }  // namespace
+
+int64_t MemoryPlan::scratch_bytes() const {
+  int64_t total = 0;
+  for (const MemoryItem& item : scratch) total = Sum({total, item.bytes});
+  return total;
+}
+
+int64_t MemoryPlan::total_bytes() const {
+  return Sum({weight_bytes, kv_bytes, scratch_bytes(), reserve_bytes});
+}
 
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
                                  const DecodeConfig& config, const DecodePlan& plan) {

@@ -15,10 +15,10 @@ double MeanSetSize(const OtherPlan& other) {
 
 }  // namespace
 
-Replay::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32_t>>& token_ids,
-                   int64_t room)
-    : decoder(owner), max_new_tokens(room) {
-  Engine& engine = decoder.engine;
+Replay::Impl::Impl(std::shared_ptr<Decoder::Impl> owner,
+                   const std::vector<std::vector<int32_t>>& token_ids, int64_t room)
+    : decoder(std::move(owner)), max_new_tokens(room) {
+  Engine& engine = decoder->engine;
   prompts.reserve(token_ids.size());
   for (const std::vector<int32_t>& ids : token_ids) {
     int64_t max_len = static_cast<int64_t>(ids.size()) + room;
@@ -28,12 +28,23 @@ Replay::Impl::Impl(Decoder::Impl& owner, const std::vector<std::vector<int32_t>>
 }
 
 Replay::Impl::~Impl() {
-  std::lock_guard lock(decoder.mutex);
-  prompts.clear();  // gives the pages back
+  Close();
+}
+
+void Replay::Impl::Close() {
+  auto lock = decoder->EnterToEnd();
+  is_closed = true;
+  prompts.clear();
+}
+
+Decoder::Impl::Lock Replay::Impl::Enter() const {
+  auto lock = decoder->Enter();
+  TIDAL_CHECK(!is_closed, InvalidArgument, "replay: it is closed; start a new one");
+  return lock;
 }
 
 bool Replay::Impl::ReadNext() {
-  Engine& engine = decoder.engine;
+  Engine& engine = decoder->engine;
   for (Prompt& prompt : prompts) {
     Sequence& sequence = prompt.sequence;
     if (sequence.prefilled()) continue;
@@ -64,15 +75,21 @@ std::vector<Sequence*> Replay::Impl::Rewind() {
 }
 
 Replay::Replay(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Replay::~Replay() = default;
+Replay::~Replay() {
+  if (impl_->decoder->process.IsForeign()) Leak(impl_);
+}
+
+void Replay::Close() {
+  if (!impl_->decoder->process.IsForeign()) impl_->Close();
+}
 
 bool Replay::ReadNext() {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->Enter();
   return impl_->ReadNext();
 }
 
 PrefillProgress Replay::prefill_progress() const {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
     progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.prompt_len);
@@ -83,13 +100,14 @@ PrefillProgress Replay::prefill_progress() const {
 
 std::vector<std::vector<float>> Replay::StepLogits(
     const PlanConfig& plan, const std::vector<std::vector<int32_t>>& continuations) {
+  auto lock = impl_->Enter();
   size_t count = impl_->prompts.size();
   TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
               continuations.size(), ", expected one per prompt (", count, ")");
   size_t longest = 0;
   for (const std::vector<int32_t>& tokens : continuations) {
     longest = std::max(longest, tokens.size());
-    int64_t vocab_size = impl_->decoder.engine.model().vocab_size;
+    int64_t vocab_size = impl_->decoder->engine.model().vocab_size;
     for (int32_t token : tokens) {
       TIDAL_CHECK(token >= 0 && token < vocab_size, InvalidArgument, "continuations: got token id ",
                   token, ", expected 0 to ", vocab_size - 1);
@@ -98,8 +116,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
   TIDAL_CHECK(static_cast<int64_t>(longest) <= impl_->max_new_tokens, CapacityError,
               "continuations: ", longest, " tokens, have room for max_new_tokens ",
               impl_->max_new_tokens);
-  std::lock_guard lock(impl_->decoder.mutex);
-  Engine& engine = impl_->decoder.engine;
+  Engine& engine = impl_->decoder->engine;
   std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
   impl_->ReadAll();
   std::vector<Sequence*> sequences = impl_->Rewind();
@@ -129,8 +146,8 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& plan, int64_t
               ", expected >= 1");
   TIDAL_CHECK(max_new_tokens <= impl_->max_new_tokens, CapacityError, "max_new_tokens: got ",
               max_new_tokens, ", have room for ", impl_->max_new_tokens);
-  std::lock_guard lock(impl_->decoder.mutex);
-  Engine& engine = impl_->decoder.engine;
+  auto lock = impl_->Enter();
+  Engine& engine = impl_->decoder->engine;
   std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
   impl_->ReadAll();
   std::vector<Sequence*> rows = impl_->Rewind();
@@ -169,7 +186,7 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& plan, int64_t
 }
 
 double Replay::mean_set_size() const {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->Enter();
   return impl_->mean_set_size;
 }
 

@@ -46,15 +46,21 @@ void Keep(Sequence& sequence, int64_t length) {
 
 }  // namespace
 
-Session::Impl::Impl(Decoder::Impl& owner, Sequence empty, int64_t max_len)
-    : decoder(owner), max_seq_len(max_len), sequence(std::move(empty)) {}
+Session::Impl::Impl(std::shared_ptr<Decoder::Impl> owner, Sequence empty, int64_t max_len)
+    : decoder(std::move(owner)), max_seq_len(max_len), sequence(std::move(empty)) {}
 
 Session::Impl::~Impl() {
-  std::lock_guard lock(decoder.mutex);
-  sequence.reset();  // gives the pages back
+  Close();
+}
+
+void Session::Impl::Close() {
+  auto lock = decoder->EnterToEnd();
+  is_closed = true;
+  sequence.reset();
 }
 
 Sequence& Session::Impl::Idle() {
+  TIDAL_CHECK(!is_closed, InvalidArgument, "session: it is closed; start a new one");
   TIDAL_CHECK(sequence.has_value(), InvalidArgument,
               "session: a turn is running; finish it or close it first");
   return *sequence;
@@ -62,7 +68,7 @@ Sequence& Session::Impl::Idle() {
 
 void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
                            int64_t max_new_tokens) {
-  Engine& engine = decoder.engine;
+  Engine& engine = decoder->engine;
   bool corrects = engine.config().correction_interval > 0;
   auto num_added = static_cast<int64_t>(token_ids.size());
   int64_t length = keep + num_added;
@@ -90,6 +96,7 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
               engine.pool().num_free(), " free of ", engine.pool().num_pages(),
               "; close other sessions, raise num_pages, or lower max_new_tokens");
 
+  sequence->tokens.reserve(static_cast<size_t>(length));  // what may throw comes before any change
   Keep(*sequence, keep);
   kept = keep;
   kept_prompt_len = sequence->prompt_len;
@@ -108,26 +115,33 @@ void Session::Impl::GoBack(Sequence& used, int64_t length) const {
 }
 
 void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
+  if (is_closed) return;
   // A verified round may have drawn tokens that were not handed out.
   GoBack(used, used.prefilled() ? turn_len + num_new : kept);
-  used.sampling = decoder.engine.ScratchSampling();
+  used.sampling = decoder->engine.ScratchSampling();
   sequence.emplace(std::move(used));
 }
 
 Session::Session(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Session::~Session() = default;
+Session::~Session() {
+  if (impl_->decoder->process.IsForeign()) Leak(impl_);
+}
+
+void Session::Close() {
+  if (!impl_->decoder->process.IsForeign()) impl_->Close();
+}
 
 void Session::Append(const std::vector<int32_t>& token_ids) {
   TIDAL_CHECK(!token_ids.empty(), InvalidArgument,
               "token_ids: got no tokens, expected at least one");
-  CheckTokenIds(token_ids, impl_->decoder.engine.model().vocab_size);
-  std::lock_guard lock(impl_->decoder.mutex);
+  CheckTokenIds(token_ids, impl_->decoder->engine.model().vocab_size);
+  auto lock = impl_->decoder->Enter();
   impl_->Extend(Length(impl_->Idle()), token_ids, 0);
 }
 
 bool Session::ReadNext() {
-  std::lock_guard lock(impl_->decoder.mutex);
-  Engine& engine = impl_->decoder.engine;
+  auto lock = impl_->decoder->Enter();
+  Engine& engine = impl_->decoder->engine;
   Sequence& sequence = impl_->Idle();
   int64_t length = Length(sequence), end = std::min(sequence.prompt_len, length - 1);
   if (sequence.cached >= end) return false;
@@ -142,32 +156,32 @@ bool Session::ReadNext() {
 std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids,
                                            const SamplingParams& params,
                                            std::optional<int64_t> keep) {
-  CheckTokenIds(token_ids, impl_->decoder.engine.model().vocab_size);
+  CheckTokenIds(token_ids, impl_->decoder->engine.model().vocab_size);
   ValidateSamplingParams(params);
-  Decoder::Impl& decoder = impl_->decoder;
-  std::lock_guard lock(decoder.mutex);
+  const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
+  auto generation = std::make_unique<Generation::Impl>(decoder);
+  auto lock = decoder->Enter();  // after it: what throws lets go of the engine first
   Sequence& sequence = impl_->Idle();
   int64_t kept = keep.value_or(Length(sequence));
   TIDAL_CHECK(kept >= 0 && kept <= Length(sequence), InvalidArgument, "keep: got ", kept,
               ", expected 0 to ", Length(sequence));
   TIDAL_CHECK(kept > 0 || !token_ids.empty(), InvalidArgument,
               "session: it has no tokens to generate after; append a prompt");
-  TIDAL_CHECK(decoder.slots.num_free() > 0, CapacityError,
+  TIDAL_CHECK(decoder->slots.num_free() > 0, CapacityError,
               "batch: need 1 row, have 0 free of max_batch_size ",
-              decoder.engine.config().max_batch_size,
+              decoder->engine.config().max_batch_size,
               "; raise max_batch_size or let running sequences end");
   impl_->Extend(kept, token_ids, params.max_new_tokens);
   impl_->turn_len = Length(sequence);
-  auto generation = std::make_unique<Generation::Impl>(decoder);
+  generation->session = impl_;
   generation->Add(std::move(sequence), params);
   impl_->sequence.reset();
-  generation->session = impl_;
-  decoder.last_call = generation->record;
+  decoder->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
 
 void Session::Truncate(int64_t length) {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->decoder->Enter();
   Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
               ", expected 0 to ", Length(sequence));
@@ -175,20 +189,20 @@ void Session::Truncate(int64_t length) {
 }
 
 std::unique_ptr<Session> Session::Fork() const {
-  Decoder::Impl& decoder = impl_->decoder;
-  std::lock_guard lock(decoder.mutex);
+  const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
+  auto lock = decoder->Enter();
   auto fork =
-      std::make_shared<Impl>(decoder, decoder.engine.Fork(impl_->Idle()), impl_->max_seq_len);
+      std::make_shared<Impl>(decoder, decoder->engine.Fork(impl_->Idle()), impl_->max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(fork)));
 }
 
 std::vector<int32_t> Session::token_ids() const {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->decoder->Enter();
   return impl_->Idle().tokens;
 }
 
 int64_t Session::num_cached() const {
-  std::lock_guard lock(impl_->decoder.mutex);
+  auto lock = impl_->decoder->Enter();
   return impl_->Idle().cached;
 }
 

@@ -38,7 +38,7 @@ void PagePool::Share(const std::vector<int32_t>& pages) {
   }
 }
 
-void PagePool::Release(const std::vector<int32_t>& pages) {
+void PagePool::Release(std::span<const int32_t> pages) {
   for (int32_t page : pages) {
     CheckTaken(page, "released");
     if (--num_owners_[static_cast<size_t>(page)] == 0) free_.push_back(page);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace tidal {
@@ -26,7 +27,7 @@ class PagePool {
   bool IsShared(int32_t page) const { return num_owners_[static_cast<size_t>(page)] > 1; }
 
   // One owner less for each page, which must have one; without any it is free.
-  void Release(const std::vector<int32_t>& pages);
+  void Release(std::span<const int32_t> pages);
 
  private:
   void CheckTaken(int32_t page, const char* what) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/checked.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -24,8 +25,8 @@ PagedKvCache::PagedKvCache(Backend& backend, const ModelConfig& model, DType dty
                            int64_t num_pages, int64_t page_size)
     : pool_(num_pages, page_size), is_filled_(static_cast<size_t>(num_pages), false) {
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
-    int64_t half = num_pages * page_size * model.kv_size() * DTypeBytes(dtype);
-    buffers_.push_back(backend.Allocate(2 * half, "the KV cache"));
+    int64_t half = Product({num_pages, page_size, model.kv_size(), DTypeBytes(dtype)});
+    buffers_.push_back(backend.Allocate(Product({2, half}), "the KV cache"));
     char* data = static_cast<char*>(buffers_.back().data());
     auto view = [&](char* at) {
       return TensorView(at, dtype, {num_pages, model.num_kv_heads, page_size, model.head_dim});
@@ -87,7 +88,7 @@ void PagedKvCache::Fill(Backend& backend, const std::vector<int32_t>& pages, con
 }
 
 int64_t PagedKvCache::BytesPerPage(const ModelConfig& model, DType dtype, int64_t page_size) {
-  return 2 * model.num_layers * page_size * model.kv_size() * DTypeBytes(dtype);
+  return Product({2, model.num_layers, page_size, model.kv_size(), DTypeBytes(dtype)});
 }
 
 }  // namespace tidal

@@ -1,6 +1,7 @@
 #include "kv/sequence_pages.h"
 
 #include <algorithm>
+#include <span>
 
 namespace tidal {
 
@@ -41,7 +42,7 @@ std::vector<PageCopy> SequencePages::Own(int64_t num_tokens, int64_t first, int6
 void SequencePages::Shrink(int64_t num_tokens) {
   auto keep = static_cast<size_t>(pool_->PagesFor(num_tokens));
   if (keep >= pages_.size()) return;
-  pool_->Release({pages_.begin() + static_cast<std::ptrdiff_t>(keep), pages_.end()});
+  pool_->Release(std::span(pages_).subspan(keep));
   pages_.resize(keep);
 }
 

@@ -18,9 +18,27 @@ namespace {
 // call.
 constexpr int64_t kReadBytes = 1 << 20;
 
+// Throws WeightsError if the open file is not a regular one in the state of `expected`.
+void CheckFile(int descriptor, const std::string& path, const FileIdentity& expected) {
+  struct stat status;
+  TIDAL_CHECK(fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode), WeightsError, path,
+              ": not a regular file");
+  constexpr int64_t kNsPerSecond = 1'000'000'000;
+  FileIdentity found = {
+      .device = status.st_dev,
+      .inode = status.st_ino,
+      .size = status.st_size,
+      .mtime_ns = status.st_mtim.tv_sec * kNsPerSecond + status.st_mtim.tv_nsec,
+  };
+  TIDAL_CHECK(found == expected, WeightsError, path,
+              ": was replaced or changed while it was being loaded; load it again once nothing "
+              "writes to the folder");
+}
+
 }  // namespace
 
-FileWeightSource::FileWeightSource(std::vector<WeightFileEntry> entries) {
+FileWeightSource::FileWeightSource(std::vector<WeightFileEntry> entries)
+    : threads_(std::make_unique<CopyThreads>()) {
   for (WeightFileEntry& entry : entries) {
     std::string name = entry.name;
     bool added = entries_.emplace(name, std::move(entry)).second;
@@ -29,7 +47,7 @@ FileWeightSource::FileWeightSource(std::vector<WeightFileEntry> entries) {
 }
 
 FileWeightSource::~FileWeightSource() {
-  for (const auto& [path, descriptor] : open_files_) close(descriptor);
+  for (const auto& [path, file] : open_files_) close(file.descriptor);
 }
 
 const WeightInfo* FileWeightSource::Find(const std::string& name) const {
@@ -42,8 +60,8 @@ void FileWeightSource::Read(const std::string& name, int64_t offset, int64_t byt
   auto found = entries_.find(name);
   TIDAL_CHECK(found != entries_.end(), WeightsError, name, ": no such tensor");
   const WeightFileEntry& entry = found->second;
-  int descriptor = FileDescriptor(entry.path);
-  ForPieces(bytes, kReadBytes, [&](int64_t begin, int64_t end) {
+  int descriptor = FileDescriptor(entry);
+  threads_->ForPieces(bytes, kReadBytes, [&](int64_t begin, int64_t end) {
     for (int64_t done = begin; done < end;) {
       ssize_t got = pread(descriptor, static_cast<char*>(dst) + done,
                           static_cast<size_t>(end - done), entry.file_offset + offset + done);
@@ -57,19 +75,20 @@ void FileWeightSource::Read(const std::string& name, int64_t offset, int64_t byt
   });
 }
 
-int FileWeightSource::FileDescriptor(const std::string& path) const {
-  auto found = open_files_.find(path);
-  if (found != open_files_.end()) return found->second;
-  // O_NONBLOCK: a FIFO put in the file's place must not hang the load.
-  int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  TIDAL_CHECK(descriptor >= 0, WeightsError, path, ": cannot open: ", std::strerror(errno));
-  struct stat status;
-  if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
-    close(descriptor);
-    throw WeightsError(Concat(path, ": not a regular file"));
+void FileWeightSource::CheckUnchanged() const {
+  for (const auto& [path, file] : open_files_) CheckFile(file.descriptor, path, file.identity);
+}
+
+int FileWeightSource::FileDescriptor(const WeightFileEntry& entry) const {
+  auto found = open_files_.find(entry.path);
+  if (found == open_files_.end()) {
+    // O_NONBLOCK: a FIFO put in the file's place must not hang the load.
+    int descriptor = open(entry.path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    TIDAL_CHECK(descriptor >= 0, WeightsError, entry.path, ": cannot open: ", std::strerror(errno));
+    found = open_files_.emplace(entry.path, OpenFile{descriptor, entry.identity}).first;
   }
-  open_files_.emplace(path, descriptor);
-  return descriptor;
+  CheckFile(found->second.descriptor, entry.path, entry.identity);
+  return found->second.descriptor;
 }
 
 }  // namespace tidal

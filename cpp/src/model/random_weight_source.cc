@@ -22,7 +22,8 @@ bool IsNorm(const std::string& name) {
 
 }  // namespace
 
-RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed) {
+RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed)
+    : threads_(std::make_unique<CopyThreads>()) {
   ValidateModelConfig(model);
   noise_ = std::make_unique<Noise>(dtype, Normal{0.0, kStddev}, seed);
   norms_ = std::make_unique<Noise>(dtype, Normal{1.0, kStddev}, seed,
@@ -49,7 +50,7 @@ void RandomWeightSource::Read(const std::string& name, int64_t offset, int64_t b
   auto found = tensors_.find(name);
   TIDAL_CHECK(found != tensors_.end(), WeightsError, name, ": no such tensor");
   const Tensor& tensor = found->second;
-  ForPieces(bytes, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+  threads_->ForPieces(bytes, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
     tensor.values->Read(tensor.offset + offset + begin, end - begin,
                         static_cast<char*>(dst) + begin);
   });

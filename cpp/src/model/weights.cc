@@ -125,6 +125,7 @@ class Loader {
     // All of the memory first: an allocation would hold up the copies under way.
     for (const Placement& placement : placements) Allocate(placement, weights);
     for (const Placement& placement : placements) LoadOne(placement, progress);
+    source_.CheckUnchanged();
     if (model_.tie_word_embeddings) weights.lm_head = weights.embedding;
     weights.bytes = total_;
     return weights;
@@ -198,7 +199,7 @@ class Loader {
     }
   }
 
-  void Convert(const void* from, DType from_dtype, void* to, int64_t count) const {
+  void Convert(const void* from, DType from_dtype, void* to, int64_t count) {
     switch (from_dtype) {
       case DType::kFloat32:
         return ConvertFrom(static_cast<const float*>(from), to, count);
@@ -210,7 +211,7 @@ class Loader {
   }
 
   template <typename From>
-  void ConvertFrom(const From* from, void* to, int64_t count) const {
+  void ConvertFrom(const From* from, void* to, int64_t count) {
     switch (dtype_) {
       case DType::kFloat32:
         return ConvertElements(from, static_cast<float*>(to), count);
@@ -222,9 +223,9 @@ class Loader {
   }
 
   template <typename From, typename To>
-  static void ConvertElements(const From* from, To* to, int64_t count) {
+  void ConvertElements(const From* from, To* to, int64_t count) {
     constexpr int64_t kGrain = 1 << 18;
-    ForPieces(count, kGrain, [&](int64_t begin, int64_t end) {
+    threads_.ForPieces(count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
     });
   }
@@ -234,6 +235,7 @@ class Loader {
   DType dtype_;
   const WeightSource& source_;
   std::vector<char> scratch_;
+  CopyThreads threads_;
   int64_t total_ = 0;
   int64_t done_ = 0;
 };

@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidaldecode.checkpoint.foreign_format import (
     BYTES_LOOKED_AT,
@@ -38,6 +38,15 @@ _DTYPE_BITS = {
 }  # fmt: skip
 
 
+class FileIdentity(NamedTuple):
+    """What tells one state of a file from another: compared when the tensors have been read."""
+
+    device: int
+    inode: int
+    size: int  # bytes
+    mtime_ns: int  # of the last change, since 1970
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a file."""
@@ -48,6 +57,7 @@ class TensorEntry:
     path: Path
     file_offset: int  # of its first byte, from the start of the file
     num_bytes: int
+    identity: FileIdentity  # of the file when its header was read
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -57,6 +67,8 @@ def read_header(path: Path) -> list[TensorEntry]:
     """
     descriptor, file_bytes = open_regular_file(path, WeightsError)
     try:
+        status = os.fstat(descriptor)
+        identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         header_bytes = _read_length(descriptor, path, file_bytes)
         data = read_exactly(descriptor, _LENGTH_BYTES, header_bytes)
     except OSError as cause:
@@ -66,7 +78,8 @@ def read_header(path: Path) -> list[TensorEntry]:
     header = parse_json_object(data, f"{path}: header", WeightsError)
     _check_metadata(header.pop("__metadata__", {}), path)
     start = _LENGTH_BYTES + header_bytes
-    entries = [_read_entry(name, value, path, start) for name, value in header.items()]
+    place = _Place(path, start, identity)
+    entries = [_read_entry(name, value, place) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.file_offset, entry.num_bytes))
     _check_layout(entries, path, start, file_bytes)
     return entries
@@ -117,8 +130,17 @@ def _is_count(value: Any) -> bool:
     return is_int and 0 <= value < _MAX_TENSOR_BYTES
 
 
-def _read_entry(name: str, value: Any, path: Path, start: int) -> TensorEntry:
-    where = f"{path}: tensor {show(name, 120)}"
+@dataclass(frozen=True)
+class _Place:
+    """Where the tensors of a file lie."""
+
+    path: Path
+    start: int  # of the first tensor's bytes
+    identity: FileIdentity
+
+
+def _read_entry(name: str, value: Any, place: _Place) -> TensorEntry:
+    where = f"{place.path}: tensor {show(name, 120)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise WeightsError(f"{where}: got {show(value)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -137,7 +159,9 @@ def _read_entry(name: str, value: Any, path: Path, start: int) -> TensorEntry:
             f"{where}: {dtype} {show(shape)} needs {show(num_bits // 8)} bytes, "
             f"but data_offsets hold {end - begin}"
         )
-    return TensorEntry(name, dtype, tuple(shape), path, start + begin, end - begin)
+    return TensorEntry(
+        name, dtype, tuple(shape), place.path, place.start + begin, end - begin, place.identity
+    )
 
 
 def _check_layout(entries: list[TensorEntry], path: Path, start: int, file_bytes: int) -> None:

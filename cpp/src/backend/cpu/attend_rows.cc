@@ -1,6 +1,7 @@
 // Spans in parallel, each with its own softmax record; then the records of each query, merged in
 // order.
 #include "backend/cpu/attend_rows.h"
+#include "core/checked.h"
 
 #include <algorithm>
 
@@ -149,7 +150,7 @@ void AttendRows(CpuContext& context, const AttendBatch& batch) {
 
 int64_t AttendRecordFloats(int64_t num_rows, int64_t num_tokens, int64_t num_q_heads,
                            int64_t head_dim, int64_t length) {
-  return num_rows * num_tokens * num_q_heads * NumSpans(length) * PartialStride(head_dim);
+  return Product({num_rows, num_tokens, num_q_heads, NumSpans(length), PartialStride(head_dim)});
 }
 
 }  // namespace tidal

@@ -20,7 +20,23 @@ struct SgemmArgs {
 
 void Sgemm(const SgemmArgs& args);
 
-// The threads of a product are ours, not OpenBLAS's. Call once before the first Sgemm.
-void UseOneBlasThread();
+// Memory that a thread's products fill of a buffer of OpenBLAS; the rest of it stays untouched.
+inline constexpr int64_t kBlasThreadBytes = int64_t{4} << 20;
+
+// Buffers of OpenBLAS for threads that call Sgemm at the same time as all other BlasThreads.
+//
+// OpenBLAS takes a buffer when more products run at once than ever before, keeps it until the
+// process ends, and ends the process where there is no memory for it. So all are taken here.
+class BlasThreads {
+ public:
+  // Throws OutOfMemoryError.
+  explicit BlasThreads(int count);
+  ~BlasThreads();
+  BlasThreads(const BlasThreads&) = delete;
+  BlasThreads& operator=(const BlasThreads&) = delete;
+
+ private:
+  int count_;
+};
 
 }  // namespace tidal

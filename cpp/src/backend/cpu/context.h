@@ -1,12 +1,15 @@
 // What every op of the CPU backend is given: kernels, threads and scratch.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "backend/cpu/kernels/kernels.h"
 #include "core/buffer.h"
+#include "core/thread_pool.h"
 
 namespace tidal {
 
@@ -44,6 +47,7 @@ class Scratch {
 struct CpuContext {
   const CpuKernels* kernels = nullptr;
   int num_threads = 1;
+  std::unique_ptr<ThreadPool> pool;  // of num_threads; null until something runs on several
   Scratch scratch;
 
   // Threads for an op that touches `elements` floats: waking the others costs some microseconds, in
@@ -54,37 +58,49 @@ struct CpuContext {
   // it streams one float.
   int ThreadsForProduct(int64_t multiply_adds) const { return ThreadsFor(multiply_adds / 32); }
 
-  // Calls body(task) for tasks [0, num_tasks), each on some thread. body must not throw.
+  // Starts the threads, where they are not yet there. Throws OutOfMemoryError.
+  ThreadPool& Pool() {
+    if (!pool) pool = std::make_unique<ThreadPool>(num_threads);
+    return *pool;
+  }
+
+  // Calls body(task) for tasks [0, num_tasks), each on some thread.
   template <typename Body>
-  void ParallelFor(int threads, int64_t num_tasks, const Body& body) const {
-    if (threads <= 1 || num_tasks <= 1) {
+  void ParallelFor(int threads, int64_t num_tasks, const Body& body) {
+    if (threads > num_tasks) threads = static_cast<int>(num_tasks);
+    if (threads <= 1) {
       for (int64_t task = 0; task < num_tasks; ++task) body(task);
       return;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < num_tasks; ++task) body(task);
+    std::atomic<int64_t> next{0};
+    Pool().Run(threads, [&](int) {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+        body(task);
+      }
+    });
   }
 
   // Calls body(begin, end) for pieces of [0, count), at most `threads` of equal size (to a multiple
   // of `grain`).
   template <typename Body>
-  void ParallelRange(int threads, int64_t count, int64_t grain, const Body& body) const {
+  void ParallelRange(int threads, int64_t count, int64_t grain, const Body& body) {
     const int64_t pieces = (count + grain - 1) / grain;
     if (threads > pieces) threads = static_cast<int>(pieces);
     if (threads <= 1) {
       if (count > 0) body(int64_t{0}, count);
       return;
     }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
+    Pool().Run(threads, [&](int thread) {
       const int64_t begin = pieces * thread / threads * grain;
       const int64_t end = pieces * (thread + 1) / threads * grain;
       if (begin < end) body(begin, end < count ? end : count);
-    }
+    });
   }
 };
 
 // The number of the calling thread inside ParallelFor.
-int ThreadIndex();
+inline int ThreadIndex() {
+  return ThreadPool::ThreadIndex();
+}
 
 }  // namespace tidal

@@ -2,10 +2,9 @@
 // memory and a step is simply run.
 #include "backend/cpu/cpu_backend.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "backend/check_args.h"
 #include "backend/cpu/attend_rows.h"
@@ -15,6 +14,8 @@
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/select_top_k.h"
+#include "core/checked.h"
+#include "core/container.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -23,6 +24,8 @@ namespace {
 // Prompt tokens of a pass: many enough for the matrix products to run at full speed, few enough
 // that the activations of a layer stay in the last cache level.
 constexpr int64_t kPrefillChunk = 1024;
+constexpr int32_t kMaxThreads = 4096;
+constexpr const char* kBlasPurpose = "buffers of OpenBLAS";
 
 class CpuBackend final : public Backend {
  public:
@@ -49,10 +52,17 @@ class CpuBackend final : public Backend {
 
   BackendMemory PlanReserve(const StepLimits& limits) const override {
     BackendMemory memory;
-    memory.scratch = {{kScratchPurpose, ScratchBytes(context_.num_threads, limits)}};
+    memory.scratch = {{kScratchPurpose, ScratchBytes(context_.num_threads, limits)},
+                      {kBlasPurpose, context_.num_threads * kBlasThreadBytes}};
     return memory;
   }
-  void Reserve(const StepLimits& limits) override { ReserveScratch(context_, limits); }
+  void Reserve(const StepLimits& limits) override {
+    ReserveScratch(context_, limits);
+    if (blas_) return;
+    context_.Pool();
+    blas_.emplace(context_.num_threads);
+    CountAllocation(context_.num_threads * kBlasThreadBytes, kBlasPurpose);
+  }
   void* BeginUpload(void* dst, int64_t) override { return dst; }
   void CommitUpload(void*, int64_t) override {}
   void Upload(const TensorView& dst, const void* host) override {
@@ -95,6 +105,7 @@ class CpuBackend final : public Backend {
   }
 
   CpuContext context_;
+  std::optional<BlasThreads> blas_;
 };
 
 bool ProcessorHas([[maybe_unused]] CpuIsa isa) {
@@ -134,23 +145,19 @@ const CpuKernels& SelectKernels(CpuIsa isa) {
 }
 
 std::unique_ptr<Backend> MakeCpuBackend(const BackendOptions& options, CpuIsa isa) {
-  TIDAL_CHECK(options.num_threads >= 0, InvalidArgument, "num_threads: got ", options.num_threads,
-              ", expected a count >= 0 (0: one per core)");
+  TIDAL_CHECK(options.num_threads >= 0 && options.num_threads <= kMaxThreads, InvalidArgument,
+              "num_threads: got ", options.num_threads, ", expected 0 to ", kMaxThreads,
+              " (0: one per core)");
   TIDAL_CHECK(options.device.type == DeviceType::kCpu && options.device.index == 0, BackendError,
               "CPU backend: got ",
               options.device.type == DeviceType::kCpu ? "cpu:" : "cuda:", options.device.index,
               ", expected the one CPU; pass device=\"cpu\"");
-  UseOneBlasThread();
-  const int threads = options.num_threads > 0 ? options.num_threads : omp_get_max_threads();
+  const int threads = options.num_threads > 0 ? options.num_threads : DefaultNumThreads();
   return std::make_unique<CpuBackend>(SelectKernels(isa), threads);
 }
 
 std::unique_ptr<Backend> MakeCpuBackend(const BackendOptions& options) {
   return MakeCpuBackend(options, CpuIsa::kAuto);
-}
-
-int ThreadIndex() {
-  return omp_get_thread_num();
 }
 
 namespace {
@@ -187,7 +194,7 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
 int64_t ScratchBytes(int num_threads, const StepLimits& limits) {
   int64_t bytes = 0;
   ForScratch(num_threads, limits, [&](Scratch::Slot, int64_t count, auto element) {
-    bytes += count * static_cast<int64_t>(sizeof(element));
+    bytes = Sum({bytes, Product({count, static_cast<int64_t>(sizeof(element))})});
   });
   return bytes;
 }

@@ -1,13 +1,13 @@
 // Reads /proc and the container's limits; where they are missing, says less.
 #include "backend/cpu/cpu_info.h"
 
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
 
 #include "backend/cpu/cpu_backend.h"
+#include "core/container.h"
 
 namespace tidal {
 namespace {
@@ -21,12 +21,6 @@ std::string FindLine(const char* path, const std::string& key) {
     return begin == std::string::npos ? std::string() : line.substr(begin);
   }
   return std::string();
-}
-
-int64_t ReadNumber(const char* path, int64_t otherwise) {
-  std::ifstream file(path);
-  int64_t value = 0;
-  return file >> value ? value : otherwise;
 }
 
 int64_t MemInfoBytes(const std::string& key) {
@@ -44,12 +38,9 @@ HostMemory ReadHostMemory() {
     memory.total_bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
     memory.free_bytes = memory.total_bytes;
   }
-  // A container's own limit (cgroup v2); "max" does not parse as a number.
-  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max", memory.total_bytes);
-  if (limit < memory.total_bytes) {
-    const int64_t used = ReadNumber("/sys/fs/cgroup/memory.current", 0);
-    memory.total_bytes = limit;
-    memory.free_bytes = std::clamp<int64_t>(limit - used, 0, memory.free_bytes);
+  if (const std::optional<ContainerMemory> container = ReadContainerMemory()) {
+    memory.total_bytes = std::min(memory.total_bytes, container->total_bytes);
+    memory.free_bytes = std::min(memory.free_bytes, container->free_bytes);
   }
   return memory;
 }
@@ -57,7 +48,7 @@ HostMemory ReadHostMemory() {
 DeviceStatus CpuStatus() {
   std::string processor = FindLine("/proc/cpuinfo", "model name");
   if (processor.empty()) processor = "CPU";
-  const int threads = omp_get_max_threads();
+  const int threads = DefaultNumThreads();
   const HostMemory memory = ReadHostMemory();
   DeviceStatus status;
   status.name = "cpu";

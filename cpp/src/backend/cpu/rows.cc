@@ -10,7 +10,7 @@ namespace {
 
 // Calls body(t) for the tokens of a pass; `elements` are those of one token.
 template <typename Body>
-void ForTokens(const CpuContext& context, int64_t num_tokens, int64_t elements, const Body& body) {
+void ForTokens(CpuContext& context, int64_t num_tokens, int64_t elements, const Body& body) {
   const int threads = context.ThreadsFor(num_tokens * elements);
   context.ParallelRange(threads, num_tokens, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);

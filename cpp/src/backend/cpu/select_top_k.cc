@@ -11,6 +11,7 @@
 
 #include "backend/cpu/ops.h"
 #include "backend/cpu/select_top_k.h"
+#include "core/checked.h"
 #include "core/mass.h"
 
 namespace tidal {
@@ -245,7 +246,7 @@ int64_t ChoosePositions(const SelectTopKArgs& args, int64_t row, int64_t set, co
 }  // namespace
 
 int64_t SelectScratchWords(int64_t num_sets, int64_t max_len) {
-  return num_sets * SetWorkWords(max_len);
+  return Product({num_sets, SetWorkWords(max_len)});
 }
 
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args) {

@@ -1,0 +1,95 @@
+// Generation and what it gives: results, tokens.
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "tidal/error.h"
+
+namespace py = pybind11;
+
+namespace tidal {
+namespace {
+
+py::object FinishReasonString(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return py::none();
+    case FinishReason::kStop:
+      return py::str("stop");
+    case FinishReason::kLength:
+      return py::str("length");
+    case FinishReason::kAbort:
+      return py::str("abort");
+    case FinishReason::kError:
+      return py::str("error");
+  }
+  return py::none();
+}
+
+FinishReason ParseFinishReason(const std::string& text) {
+  if (text == "stop") return FinishReason::kStop;
+  if (text == "abort") return FinishReason::kAbort;
+  throw InvalidArgument(Concat("reason: got \"", text, "\", expected \"stop\" or \"abort\""));
+}
+
+std::vector<std::pair<int64_t, int32_t>> Advance(const PyGeneration& self) {
+  auto events = WithoutGil(self.get(), [](Generation& generation) { return generation.Advance(); });
+  std::vector<std::pair<int64_t, int32_t>> pairs;
+  for (const TokenEvent& event : events) pairs.emplace_back(event.sequence, event.token_id);
+  return pairs;
+}
+
+void Stop(const PyGeneration& self, int64_t sequence, const std::string& reason) {
+  FinishReason parsed = ParseFinishReason(reason);
+  WithoutGil(self.get(), [&](Generation& generation) { generation.Stop(sequence, parsed); });
+}
+
+}  // namespace
+
+void PyGeneration::Close() {
+  if (is_closed()) return;
+  auto [results, prefill] = WithoutGil(get(), [](Generation& generation) {
+    generation.Close();
+    return std::pair(generation.results(), generation.prefill_progress());
+  });
+  results_ = std::move(results);
+  prefill_ = prefill;
+  Drop();
+}
+
+std::vector<SequenceResult> PyGeneration::results() const {
+  if (is_closed()) return results_;
+  return WithoutGil(get(), [](Generation& generation) { return generation.results(); });
+}
+
+void RegisterGeneration(py::module_& module) {
+  py::class_<Verification>(module, "Verification")
+      .def_readonly("drafted_tokens", &Verification::drafted_tokens)
+      .def_readonly("accepted_tokens", &Verification::accepted_tokens)
+      .def_readonly("dense_passes", &Verification::dense_passes);
+
+  py::class_<SequenceResult>(module, "SequenceResult")
+      .def_readonly("token_ids", &SequenceResult::token_ids)
+      .def_property_readonly(
+          "finish_reason",
+          [](const SequenceResult& self) { return FinishReasonString(self.finish_reason); })
+      .def_readonly("error", &SequenceResult::error)
+      .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
+      .def_readonly("cached_tokens", &SequenceResult::cached_tokens)
+      .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
+      .def_readonly("decode_s", &SequenceResult::decode_s)
+      .def_property_readonly("verification",
+                             [](const SequenceResult& self) { return self.verification; });
+
+  py::class_<PyGeneration>(module, "Generation")
+      .def("advance", &Advance)
+      .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
+      .def("results", &PyGeneration::results)
+      .def("close", &PyGeneration::Close)
+      .def_property_readonly("done", &PyGeneration::done)
+      .def_property_readonly("prefill_progress", [](const PyGeneration& self) {
+        PrefillProgress progress = self.prefill_progress();
+        return std::pair(progress.tokens_done, progress.tokens_total);
+      });
+}
+
+}  // namespace tidal

@@ -1,0 +1,103 @@
+// Session and Replay: what stays in the cache between calls.
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace tidal {
+namespace {
+
+using TokenLists = std::vector<std::vector<int32_t>>;
+
+std::unique_ptr<PyGeneration> StartTurn(const PySession& self,
+                                        const std::vector<int32_t>& token_ids,
+                                        const SamplingParams& params, std::optional<int64_t> keep) {
+  return std::make_unique<PyGeneration>(WithoutGil(
+      self.get(), [&](Session& session) { return session.Start(token_ids, params, keep); }));
+}
+
+py::list StepLogits(const PyReplay& self, const PlanConfig& plan, const TokenLists& tokens) {
+  auto logits =
+      WithoutGil(self.get(), [&](Replay& replay) { return replay.StepLogits(plan, tokens); });
+  py::list arrays;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    auto rows = static_cast<int64_t>(tokens[i].size()) + 1;
+    auto vocab_size = static_cast<int64_t>(logits[i].size()) / rows;
+    arrays.append(ToArray(std::move(logits[i]), rows, vocab_size));
+  }
+  return arrays;
+}
+
+TokenLists Greedy(const PyReplay& self, const PlanConfig& plan, int64_t max_new_tokens,
+                  const std::vector<int32_t>& stop_token_ids) {
+  return WithoutGil(self.get(), [&](Replay& replay) {
+    return replay.Greedy(plan, max_new_tokens, stop_token_ids);
+  });
+}
+
+}  // namespace
+
+void RegisterSession(py::module_& module) {
+  py::class_<PySession>(module, "Session")
+      .def(
+          "append",
+          [](const PySession& self, const std::vector<int32_t>& ids) {
+            WithoutGil(self.get(), [&](Session& session) { session.Append(ids); });
+          },
+          py::arg("token_ids"))
+      .def("read_next",
+           [](const PySession& self) {
+             return WithoutGil(self.get(), [](Session& session) { return session.ReadNext(); });
+           })
+      .def("start", &StartTurn, py::arg("token_ids"), py::arg("params"),
+           py::arg("keep") = py::none())
+      .def(
+          "truncate",
+          [](const PySession& self, int64_t length) {
+            WithoutGil(self.get(), [&](Session& session) { session.Truncate(length); });
+          },
+          py::arg("length"))
+      .def("fork",
+           [](const PySession& self) {
+             return std::make_unique<PySession>(
+                 WithoutGil(self.get(), [](Session& session) { return session.Fork(); }));
+           })
+      .def("token_ids",
+           [](const PySession& self) {
+             return WithoutGil(self.get(), [](Session& session) { return session.token_ids(); });
+           })
+      .def("num_cached",
+           [](const PySession& self) {
+             return WithoutGil(self.get(), [](Session& session) { return session.num_cached(); });
+           })
+      .def_property_readonly("max_seq_len",
+                             [](const PySession& self) { return self.get()->max_seq_len(); })
+      .def("close", &PySession::Close);
+}
+
+void RegisterReplay(py::module_& module) {
+  py::class_<PyReplay>(module, "Replay")
+      .def("read_next",
+           [](const PyReplay& self) {
+             return WithoutGil(self.get(), [](Replay& replay) { return replay.ReadNext(); });
+           })
+      .def_property_readonly("prefill_progress",
+                             [](const PyReplay& self) {
+                               PrefillProgress progress = WithoutGil(
+                                   self.get(),
+                                   [](const Replay& replay) { return replay.prefill_progress(); });
+                               return std::pair(progress.tokens_done, progress.tokens_total);
+                             })
+      .def("step_logits", &StepLogits, py::arg("plan"), py::arg("continuations"))
+      .def("greedy", &Greedy, py::arg("plan"), py::arg("max_new_tokens"), py::arg("stop_token_ids"))
+      .def("mean_set_size",
+           [](const PyReplay& self) {
+             return WithoutGil(self.get(), [](Replay& replay) { return replay.mean_set_size(); });
+           })
+      .def("close", &PyReplay::Close);
+}
+
+}  // namespace tidal

@@ -1,0 +1,204 @@
+// One decoder, many threads: every call ends with the result it has alone, or with a typed error.
+// `make test-tsan` runs these tests under ThreadSanitizer.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <thread>
+
+#include "session_test.h"
+#include "throws.h"
+#include "tidal/error.h"
+
+namespace tidal::test {
+namespace {
+
+class Threads : public SessionTest {
+ protected:
+  // Runs all actions at once, each on a thread of its own.
+  static void RunAll(const std::vector<std::function<void()>>& actions) {
+    std::atomic<size_t> num_there{0};
+    std::vector<std::thread> threads;
+    for (const auto& action : actions) {
+      threads.emplace_back([&] {
+        ++num_there;
+        while (num_there < actions.size()) std::this_thread::yield();
+        action();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  // Runs `action` until it throws InvalidArgument (or CapacityError, which is one).
+  static void UntilRefused(const std::function<void()>& action) {
+    try {
+      while (true) action();
+    } catch (const InvalidArgument&) {
+    }
+  }
+};
+
+TEST_P(Threads, AnswersAreThoseOfEachCallAlone) {
+  const Prompts prompts = MakePrompts({90, 40, 17, 3});
+  DecodeConfig config = Tidal();
+  config.num_threads = 2;
+  const auto decoder = Make(config);
+  std::vector<Ints> want;
+  for (const Ints& prompt : prompts) want.push_back(One(*decoder, prompt, Greedy(12)));
+  std::vector<std::function<void()>> calls;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    calls.push_back([&, i] {
+      for (int round = 0; round < 3; ++round) {
+        EXPECT_EQ(One(*decoder, prompts[i], Greedy(12)), want[i]);
+      }
+    });
+  }
+  calls.push_back([&] {
+    for (int round = 0; round < 50; ++round) {
+      EXPECT_LE(decoder->num_free_rows(), 4);
+      EXPECT_GE(decoder->num_free_pages(), 0);
+      try {
+        decoder->Selection(0);
+      } catch (const InvalidArgument&) {  // no call has begun
+      }
+    }
+  });
+  RunAll(calls);
+  EXPECT_EQ(decoder->num_free_rows(), 4);
+}
+
+TEST_P(Threads, ShareOneGeneration) {
+  const Ints prompt = MakePrompts({90})[0];
+  const auto decoder = Make(Tidal());
+  const Ints want = One(*decoder, prompt, Greedy(30));
+  const auto generation = decoder->Start({prompt}, {Greedy(30)});
+  std::atomic<size_t> num_events{0};
+  auto read = [&] {
+    while (!generation->done()) num_events += generation->Advance().size();
+  };
+  auto look = [&] {
+    while (!generation->done()) {
+      const PrefillProgress progress = generation->prefill_progress();
+      EXPECT_LE(progress.tokens_done, progress.tokens_total);
+      const Ints so_far = generation->results()[0].token_ids;
+      EXPECT_TRUE(std::equal(so_far.begin(), so_far.end(), want.begin()));
+    }
+  };
+  RunAll({read, read, look, look});
+  EXPECT_EQ(generation->results()[0].token_ids, want);
+  EXPECT_EQ(num_events, want.size());
+}
+
+TEST_P(Threads, EndAGenerationUnderOthersThatReadIt) {
+  const Prompts prompts = MakePrompts({90, 20});
+  const auto decoder = Make(Tidal());
+  const int64_t free = decoder->num_free_pages();
+  for (int round = 0; round < 8; ++round) {
+    std::shared_ptr<Generation> generation = decoder->Start(prompts, {Greedy(60), Greedy(60)});
+    auto read = [generation] {
+      while (!generation->done()) generation->Advance();
+    };
+    auto end = [generation, round] {
+      generation->Stop(0, FinishReason::kStop);
+      if (round % 2 == 0) generation->Close();
+      generation->Stop(1, FinishReason::kAbort);
+    };
+    RunAll({read, read, end});
+    EXPECT_EQ(decoder->num_free_pages(), free);
+    EXPECT_EQ(generation->results()[0].finish_reason, FinishReason::kStop);
+    EXPECT_NE(generation->results()[1].finish_reason, FinishReason::kNone);
+  }
+}
+
+TEST_P(Threads, CloseASessionUnderOthersThatUseIt) {
+  const Prompts prompts = MakePrompts({40, 9});
+  const auto decoder = Make(Tidal());
+  const int64_t free = decoder->num_free_pages();
+  for (int round = 0; round < 6; ++round) {
+    const auto session = decoder->StartSession();
+    auto append = [&] {
+      UntilRefused([&] {
+        session->Append(prompts[1]);
+        session->ReadNext();
+        session->Truncate(0);
+      });
+    };
+    auto generate = [&] { UntilRefused([&] { Turn(*session, prompts[0], Greedy(5)); }); };
+    auto fork = [&] { UntilRefused([&] { session->Fork()->token_ids(); }); };
+    auto close = [&] {
+      One(*decoder, prompts[0], Greedy(3));
+      session->Close();
+    };
+    RunAll({append, generate, fork, close});
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { session->Append({1}); }, {"session", "closed"}));
+    EXPECT_EQ(decoder->num_free_pages(), free);
+  }
+}
+
+TEST_P(Threads, CloseASessionWhileItsTurnRuns) {
+  const Ints prompt = MakePrompts({40})[0];
+  const auto decoder = Make(Tidal());
+  const int64_t free = decoder->num_free_pages();
+  const Ints want = One(*decoder, prompt, Greedy(9));
+  auto session = decoder->StartSession();
+  const auto turn = session->Start(prompt, Greedy(9));
+  turn->Advance();
+  session->Close();
+  session.reset();
+  EXPECT_EQ(Finish(*turn)[0].token_ids, want);
+  EXPECT_EQ(decoder->num_free_pages(), free);
+}
+
+TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
+  const Prompts prompts = MakePrompts({40, 9});
+  for (int round = 0; round < 3; ++round) {
+    std::shared_ptr<Decoder> decoder = Make(Tidal());
+    auto session = decoder->StartSession();
+    auto replay = is_cpu() ? decoder->StartReplay(prompts, 6) : nullptr;
+    auto generate = [&] { UntilRefused([&] { One(*decoder, prompts[0], Greedy(20)); }); };
+    auto converse = [&] {
+      UntilRefused([&] {
+        Turn(*session, prompts[1], Greedy(4));
+        session->Truncate(0);
+      });
+    };
+    auto measure = [&] {
+      UntilRefused([&] {
+        decoder->MeasureSteps({{30, 20}, 2, 1, StepPlan::kDecoder});
+        decoder->PrefillLogits(prompts[0], 2);
+        decoder->DecodeLogits(prompts[0], 30);
+      });
+    };
+    auto play = [&] {
+      if (replay) UntilRefused([&] { replay->Greedy(Tidal(), 5, {}); });
+    };
+    auto close = [&] {
+      One(*decoder, prompts[1], Greedy(10));
+      decoder->Close();
+    };
+    RunAll({generate, generate, converse, measure, play, close});
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { decoder->StartSession(); }, {"decoder", "closed"}));
+    // What it started outlives it.
+    decoder.reset();
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { session->token_ids(); }, {"decoder", "closed"}));
+  }
+}
+
+TEST_P(Threads, WhatADecoderStartedOutlivesIt) {
+  const Ints prompt = MakePrompts({40})[0];
+  auto decoder = Make(Tidal());
+  const Ints want = One(*decoder, prompt, Greedy(9));
+  auto session = decoder->StartSession();
+  const auto turn = session->Start(prompt, Greedy(9));
+  const auto generation = decoder->Start({prompt}, {Greedy(9)});
+  decoder.reset();
+  session.reset();
+  EXPECT_EQ(Finish(*turn)[0].token_ids, want);
+  EXPECT_EQ(Finish(*generation)[0].token_ids, want);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, Threads, ::testing::ValuesIn(DecoderBackends()),
+                         CaseNameOf<BackendCase>);
+
+}  // namespace
+}  // namespace tidal::test
