@@ -35,7 +35,7 @@ test-tsan: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/cmake --preset cpu-tsan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-tsan --target tidal_threads_tests
-	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*:*bfloat16*
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
 cuda-build: $(VENV)/.tools
