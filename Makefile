@@ -48,7 +48,7 @@ test-tsan: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/cmake --preset cpu-tsan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-tsan --target tidal_threads_tests
-	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*:*bfloat16*
 
 # Searches for inputs that the package does not take well: an hour with a seed of its own, which is
 # printed, or two minutes that are the same every time. FUZZ passes arguments: FUZZ="api --jobs 2".

@@ -64,6 +64,8 @@ class TextStream(Iterator[str]):
         events = generation.advance()  # nothing once it is stopped
         if not self.token_ids and not self._callbacks.stopped:
             self._callbacks.report(*generation.prefill_progress)
+        if self._generation is None:  # a callback has closed the stream
+            return ""
         tokens = [token_id for _, token_id in events]
         self.token_ids += tokens
         piece = ""
