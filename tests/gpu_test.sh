@@ -51,7 +51,11 @@ for ((shard = 0; shard < shards; shard++)); do
 done
 
 echo "== Python tests on the GPU"
-"$python" -m pytest -q -m gpu --junitxml="$build/pytest.xml" || status=1
+"$python" -m pytest -q -m gpu --ignore tests/python/test_features.py --junitxml="$build/pytest.xml" || status=1
+# The features on the CPU too: one run makes the whole table.
+"$python" -m pytest -q tests/python/test_features.py --feature-results "$build/features.json" \
+  --deselect tests/python/test_features.py::test_the_table_names_every_feature || status=1
+"$python" tests/feature_table.py --results "$build/features.json"
 
 # The op tests in one dtype; racecheck, some twenty times slower, on one shape of each kernel and
 # without the matrix library's own kernels.

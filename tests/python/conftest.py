@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help=f"where make test-public makes its folders (default: {DEFAULT_PUBLIC_MODELS})",
     )
+    parser.addoption(
+        "--feature-results",
+        type=Path,
+        metavar="FILE",
+        help="write the outcome of every case of test_features.py here, as JSON",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Leaves what tests/feature_table.py reads."""
+    path = config.getoption("--feature-results")
+    if path is None:
+        return
+    outcomes = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            case = re.search(r"test_feature\[(.+)\]$", report.nodeid)
+            if case is not None and outcomes.get(case[1]) != "failed":
+                outcomes[case[1]] = outcome
+    path.write_text(json.dumps(outcomes, indent=1) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -159,3 +159,10 @@ def test_layers_given_by_hand_stand_in_for_a_plan(tmp_path: Path, capsys):
     out = capsys.readouterr().out
     assert code == 0
     assert "FSs" in out and "Where the 16 positions lie" in out
+
+
+def test_sets_of_an_adaptive_budget_are_shown(capsys):
+    model = str(demo_model_dir())
+    budget = ["--token-budget", "auto", "--top-p-mass", "0.9", "--min-token-budget", "16"]
+    assert cli.main(["demo", "--model", model, "--context", "700", *ON_CPU, *budget]) == 0
+    assert "Where the" in capsys.readouterr().out

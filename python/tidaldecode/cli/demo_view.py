@@ -127,7 +127,8 @@ def _show_picture(console: Console, run: Run, prompt: HiddenKey) -> None:
     )
     console.print(Text(label) + Text(mark, style="bold yellow"))
     for layer, sets in run.selection.items():
-        for index, positions in enumerate(sets):
+        for index, padded in enumerate(sets):
+            positions = padded[padded >= 0]  # a smaller set of an adaptive budget ends in -1
             name = f"layer {layer} set {index}" if len(sets) > 1 else f"layer {layer}"
             line = density_line(positions, seq_len, levels)
             hits = count_in_needle(positions, prompt)
