@@ -71,7 +71,7 @@ def run_case(case: dict[str, Any], workspace: Path) -> None:
         while time.process_time() < end:
             pass
     elif kind == "frozen":
-        _hold_interpreter(1.5 * FROZEN_SECONDS)
+        _hold_interpreter(2.5 * FROZEN_SECONDS)
     elif kind == "memory":
         kept = bytearray(1 << 30)
         kept[:: 1 << 12] = b"x" * len(range(0, 1 << 30, 1 << 12))

@@ -49,6 +49,7 @@ def closed(make):
 MAKERS = {
     "RopeConfig": [_core.RopeConfig],
     "ModelConfig": [_core.ModelConfig],
+    "PlanConfig": [_core.PlanConfig],
     "DecodeConfig": [_core.DecodeConfig],
     "SamplingParams": [params],
     "WeightFileEntry": [lambda: core_weights(folder)[0]],

@@ -149,7 +149,8 @@ def test_a_model_without_a_plan_gets_an_explanation(tmp_path: Path, capsys):
     out = capsys.readouterr().out
     assert code == 0
     assert "dense" in out and "no" in out
-    assert "there is no plan for this model" in out and "tidaldecode calibrate" in out
+    words = " ".join(out.split())
+    assert "there is no plan for this model" in words and "tidaldecode calibrate" in words
 
 
 def test_layers_given_by_hand_stand_in_for_a_plan(tmp_path: Path, capsys):
@@ -163,6 +164,6 @@ def test_layers_given_by_hand_stand_in_for_a_plan(tmp_path: Path, capsys):
 
 def test_sets_of_an_adaptive_budget_are_shown(capsys):
     model = str(demo_model_dir())
-    budget = ["--token-budget", "auto", "--top-p-mass", "0.9", "--min-token-budget", "16"]
+    budget = ["--token-budget", "64", "--top-p-mass", "0.9", "--min-token-budget", "16"]
     assert cli.main(["demo", "--model", model, "--context", "700", *ON_CPU, *budget]) == 0
     assert "Where the" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_decoding_goes_on_as_before(tmp_path: Path):
         ({"batch_size": 2**40}, InvalidArgument, "batch_size: got 1099511627776"),
         ({"steps": 0}, InvalidArgument, "steps: got 0"),
         ({"warmup": -1}, InvalidArgument, "warmup: got -1"),
-        ({"attention": "tidal"}, InvalidArgument, 'attention: got "tidal", expected "auto"'),
+        ({"attention": "tidal"}, InvalidArgument, "attention: got 'tidal', expected one of 'auto'"),
         ({"context": 257}, CapacityError, "257 tokens, have max_seq_len 256"),
         ({"batch_size": 3}, CapacityError, "need 3 rows, have max_batch_size 2"),
     ],

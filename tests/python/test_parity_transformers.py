@@ -325,7 +325,9 @@ def test_an_answer_keeps_the_rotation_of_its_prompt(rope: str, make_folder: Make
 @pytest.mark.parametrize("rope", ["longrope", "dynamic", "yarn"])
 def test_an_answer_that_may_outgrow_the_window_is_said(rope: str, make_folder: MakeFolder, caplog):
     model = TinyModel(rope=rope, seed=17)
-    decoder = open_decoder(make_folder(model))
+    folder = make_folder(model)
+    write_tokenizer(folder, model.vocab_size)
+    decoder = open_decoder(folder)
     prompts = [random_prompt(model, n) for n in (ORIGINAL_POSITIONS - 4, LONG_PROMPT)]
     for new_tokens, num_notes in ((4, 0), (5, 0 if rope == "yarn" else 1)):
         caplog.clear()
@@ -335,7 +337,6 @@ def test_an_answer_that_may_outgrow_the_window_is_said(rope: str, make_folder: M
         expected = f"prompt 0: 60 tokens choose the rotary frequencies ({rope}), those of up to 64"
         assert expected in record.getMessage()
     caplog.clear()
-    write_tokenizer(decoder.folder.path, model.vocab_size)
     with decoder.stream(prompts[0], max_new_tokens=5) as stream:
         list(stream)
     assert len(caplog.records) == num_notes

@@ -372,13 +372,15 @@ class TestNumberOfThreads:
         out = check_python(f"""
             from tidaldecode import _core
 
+            def num_tasks(num_threads):
+                with make(num_threads=num_threads) as decoder:
+                    decoder.logits(IDS * 10)
+                    return len(os.listdir("/proc/self/task"))
+
             least = min(os.sched_getaffinity(0))
-            others = len(os.listdir("/proc/self/task"))
             {before}
             print(_core.list_devices()[0]["hardware"])
-            with make(num_threads=None) as decoder:
-                decoder.logits(IDS * 10)
-                print(len(os.listdir("/proc/self/task")) - others)
+            print(num_tasks(None) - num_tasks(1))
         """)
         hardware, started = out.splitlines()
         assert f", {threads} thread" in hardware
