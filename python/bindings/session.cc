@@ -73,6 +73,13 @@ void RegisterSession(py::module_& module) {
            [](const PySession& self) {
              return WithoutGil(self.get(), [](Session& session) { return session.num_cached(); });
            })
+      .def(
+          "most_tokens",
+          [](const PySession& self, int64_t keep, bool adds) {
+            return WithoutGil(self.get(),
+                              [&](Session& session) { return session.MostTokens(keep, adds); });
+          },
+          py::arg("keep"), py::arg("adds"))
       .def_property_readonly("max_seq_len",
                              [](const PySession& self) { return self.get()->max_seq_len(); })
       .def("close", &PySession::Close);

@@ -340,10 +340,7 @@ class Session:
         if is_whole:
             keep = min(_common_length(tokens, ids), len(ids) - 1)  # the last is always read
             tokens, ids = tokens[:keep], ids[keep:]
-        # Pages that could be had: the session's own, the last of which may have to be copied.
-        page_size = host.core.config.page_size
-        num_pages = host.core.num_free_pages + max(0, keep - 1) // page_size
-        room = min(core.max_seq_len, num_pages * page_size)
+        room = core.most_tokens(keep, bool(ids))
         request = make_request(tokens + ids, settings, room)
         generation = self._take_room(
             request.num_tokens, lambda: core.start(ids, request.core_params(), keep)

@@ -44,6 +44,7 @@ ALLOWED_ENVIRONMENT = {
     "TIDAL_LOG": "log level",
     "OMP_NUM_THREADS": "thread count of the CPU backend",
     "NO_COLOR": "plain output",
+    "OPENBLAS_NUM_THREADS": "set while OpenBLAS is loaded, and put back",
     "XDG_CACHE_HOME": "place of the user's cache, by the platform's convention",
     "HF_HOME": "place of the hub's cache, by its library's convention",
     "HF_HUB_CACHE": "the same",

@@ -267,8 +267,8 @@ def test_what_does_not_fit_leaves_the_session_as_it_was(folder: Path):
         with pytest.raises((CapacityError, ConfigError), match="have|at most|no tokenizer"):
             use()
         assert (session.token_ids, decoder.num_free_pages) == state
-    # A default length shrinks to the room there is: ten pages of 16, less one in case of a copy.
-    assert len(session.generate(**GREEDY).token_ids) == 9 * 16 - 80
+    # A default length shrinks to the room there is: ten pages of 16.
+    assert len(session.generate(**GREEDY).token_ids) == 10 * 16 - 80
     small = decoder.session(max_seq_len=30)
     assert small.max_seq_len == 30
     with pytest.raises(CapacityError, match="31 positions, have max_seq_len 30"):
@@ -465,3 +465,16 @@ def test_ctrl_c_while_a_session_reads_leaves_it_as_it_was(decoder: Decoder, chun
         assert (session.token_ids, decoder.num_free_pages) == (text, free)
     want = decoder.generate(text + [1, 2], max_new_tokens=9, **GREEDY).token_ids
     assert session.generate([1, 2], max_new_tokens=9, **GREEDY).token_ids == want
+
+
+def test_another_conversation_has_the_room_of_the_one_before(demo_model: Path):
+    """A default max_new_tokens shrinks to the room there is: the session's own pages are room."""
+    decoder = Decoder(demo_model, **OPTIONS, attention="full", max_batch_size=1, num_pages=16)
+    short = [{"role": "user", "content": "hello"}]
+    with decoder.session() as session:
+        expected = session.chat(short, ignore_eos=True).token_ids
+    with decoder.session() as session:
+        session.chat([{"role": "user", "content": "hello " * 60}], ignore_eos=True)
+        assert len(session) == 256
+        assert session.chat(short, ignore_eos=True).token_ids == expected
+        assert len(session) == 256

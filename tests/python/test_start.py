@@ -32,6 +32,19 @@ with tidaldecode.Decoder({str(demo_model)!r}, device="cpu", max_seq_len=512) as 
     assert not modules_after(program) & {*HEAVY}
 
 
+def test_loading_starts_no_threads_and_leaves_the_environment():
+    program = """
+import os, sys
+before = dict(os.environ)
+import tidaldecode
+print(len(os.listdir("/proc/self/task")), dict(os.environ) == before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["1", "True"]
+
+
 def test_the_command_line_imports_nothing_heavy(demo_model: Path):
     program = f"""
 from tidaldecode.cli.app import main

@@ -185,6 +185,10 @@ class Session {
 
   std::vector<int32_t> token_ids() const;
   int64_t num_cached() const;  // of its tokens
+
+  // Returns how many tokens it can have at this time if the first `keep` stay and others are added
+  // (or not, and decoding goes on): what its own pages, the free ones and max_seq_len allow.
+  int64_t MostTokens(int64_t keep, bool adds) const;
   int64_t max_seq_len() const;
 
  private:

@@ -36,6 +36,21 @@ CacheUse UseOf(const Sequence& sequence) {
   return {sequence.cached, sequence.num_sparse};
 }
 
+// What of the cache is of use to a sequence that keeps its first `keep` tokens, and then may add
+// some.
+CacheUse UseAfter(const Sequence& sequence, int64_t keep, bool adds, bool corrects) {
+  CacheUse use = UseOf(sequence).UpTo(keep);
+  // Without new tokens somebody has to compute what follows the last one.
+  if (!adds) return use.UpTo(keep - 1);
+  // A correction would be due in the midst of the new tokens; reading them makes it.
+  return {corrects ? use.cached - use.num_sparse : use.cached, 0};
+}
+
+// The first token whose keys and values will be written.
+int64_t FirstWritten(const CacheUse& use, bool corrects) {
+  return corrects ? use.cached - use.num_sparse : use.cached;
+}
+
 void Keep(Sequence& sequence, int64_t length) {
   CacheUse use = UseOf(sequence).UpTo(length);
   sequence.tokens.resize(static_cast<size_t>(length));
@@ -73,14 +88,8 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
   auto num_added = static_cast<int64_t>(token_ids.size());
   int64_t length = keep + num_added;
 
-  CacheUse use = UseOf(*sequence).UpTo(keep);
-  if (num_added > 0) {
-    // A correction would be due in the midst of the new tokens; reading them makes it.
-    use = {corrects ? use.cached - use.num_sparse : use.cached, 0};
-  } else {
-    use = use.UpTo(length - 1);  // somebody has to compute what follows the last token
-  }
-  int64_t first = corrects ? use.cached - use.num_sparse : use.cached;
+  CacheUse use = UseAfter(*sequence, keep, num_added > 0, corrects);
+  int64_t first = FirstWritten(use, corrects);
 
   // Unsigned: max_new_tokens may be as large as int64 holds.
   uint64_t need = static_cast<uint64_t>(length) + static_cast<uint64_t>(max_new_tokens);
@@ -204,6 +213,25 @@ std::vector<int32_t> Session::token_ids() const {
 int64_t Session::num_cached() const {
   auto lock = impl_->decoder->Enter();
   return impl_->Idle().cached;
+}
+
+int64_t Session::MostTokens(int64_t keep, bool adds) const {
+  auto lock = impl_->decoder->Enter();
+  const Sequence& sequence = impl_->Idle();
+  TIDAL_CHECK(keep >= 0 && keep <= Length(sequence), InvalidArgument, "keep: got ", keep,
+              ", expected 0 to ", Length(sequence));
+  Engine& engine = impl_->decoder->engine;
+  bool corrects = engine.config().correction_interval > 0;
+  int64_t kept = adds ? keep : std::max<int64_t>(keep, 1);
+  int64_t first = FirstWritten(UseAfter(sequence, kept, adds, corrects), corrects);
+  int64_t num_pages = engine.pool().PagesFor(impl_->max_seq_len);
+  while (true) {
+    // A page less is at most one less that is missing.
+    int64_t missing = sequence.pages.NumMissing(num_pages * engine.config().page_size, first);
+    if (missing <= engine.pool().num_free()) break;
+    num_pages -= missing - engine.pool().num_free();
+  }
+  return std::min(impl_->max_seq_len, num_pages * engine.config().page_size);
 }
 
 int64_t Session::max_seq_len() const {
