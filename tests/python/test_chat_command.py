@@ -188,6 +188,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode(errors="surrogateescape"))
 
+    def interrupt(self) -> None:
+        """Types Ctrl-C, a moment later: readline misses one between its prompt and its wait."""
+        time.sleep(0.3)
+        self.type("\x03")
+
     def exit_code(self) -> int:
         """Waits for the end."""
         return self.process.wait(DEADLINE_S)
@@ -247,12 +252,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal, endless: str, tmp_
     chat.wait_for("> ")
     chat.type("hi\n")
     chat.wait_for(re.escape(SCRIPT[:5]))
-    chat.type("\x03")
+    chat.interrupt()
     chat.wait_for(r"tokens/s; stopped\]")
     chat.wait_for("> ")
     chat.type("and?\n")
     chat.wait_for(re.escape(SCRIPT[:5]))
-    chat.type("\x03")
+    chat.interrupt()
     chat.wait_for(r"tokens/s; stopped\]")
     chat.wait_for("> ")
     chat.type(f"/save {tmp_path / 'talk.json'}\n")
@@ -261,7 +266,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal, endless: str, tmp_
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
     assert all(m["content"].startswith(SCRIPT[:5]) for m in messages[1::2]), "what was said stays"
     chat.wait_for("> ")
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.exit_code() == 0
     assert "Traceback" not in chat.shown
 
@@ -271,11 +276,11 @@ def test_ctrl_c_drops_what_is_half_typed(terminal, model: str):
     chat.wait_for("> ")
     chat.type("half a line")
     chat.wait_for("half a line")
-    chat.type("\x03")
+    chat.interrupt()
     chat.wait_for("> ")
     chat.type("two\\\n")
     chat.wait_for(r"\. ")
-    chat.type("\x03")
+    chat.interrupt()
     chat.wait_for("> ")
     chat.type("x\n")
     shown = chat.wait_for(r"tokens/s[^\n]*\n")
