@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.json_file import check_no_device
+
 _logger = logging.getLogger("tidaldecode")
 
 
@@ -26,6 +28,8 @@ class ScoreFile:
         self._path = path
         self._values: dict[str, Any] = {}
         try:
+            if path is not None:
+                check_no_device(path)
             content = path.read_bytes() if path is not None else b""
         except FileNotFoundError:
             content = b""

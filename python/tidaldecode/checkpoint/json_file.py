@@ -8,6 +8,7 @@ what stands there instead (foreign_format.py).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -38,6 +39,21 @@ def open_regular_file(path: Path, error: type[TidalError]) -> tuple[int, int]:
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise error(f"{path}: is {kind}; expected a regular file")
     return descriptor, status.st_size
+
+
+def check_no_device(path: Path) -> None:
+    """Makes sure that opening `path` cannot wait: it is a regular file, or nothing.
+
+    Raises: OSError for a FIFO, a device or a directory, and where one may not look.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_exactly(descriptor: int, offset: int, num_bytes: int) -> bytes:

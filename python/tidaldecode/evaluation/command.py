@@ -17,7 +17,7 @@ from rich.console import Console
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_note
+from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_error, print_note
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
 from tidaldecode.evaluation.example import Encode, Example, make_encoder
@@ -196,7 +196,7 @@ def evaluate(
         for line in _write(folder, head, found, plots):
             console.print(line, soft_wrap=True, markup=False)
     except OSError as cause:
-        print_note(f"{folder}: {cause.strerror}; what is printed here was not written")
+        print_error(f"{folder}: {cause.strerror}; what is printed here was not written")
         raise typer.Exit(EXIT_NOT_WRITTEN) from None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -133,7 +133,11 @@ def run_windows(
                     key = wanted[setting.name, index]
                     results.append(LossRecord(key=key, plan=keys.plan(setting), **values))
                 on_done(count, len(open_windows))
-    return [results.records[key] for key in wanted.values()]
+    # The key says whose a record is, whatever else has been written into the file.
+    return [
+        replace(results.records[key], setting=name, context=windows[index].context, window=index)
+        for (name, index), key in wanted.items()
+    ]
 
 
 def _losses(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from tidaldecode.checkpoint.json_file import check_no_device
 from tidaldecode.errors import InvalidArgument
 
 _LARGEST = 1e15  # of any number in a record
@@ -84,6 +85,7 @@ class ResultFile(Generic[AnyRecord]):
         self._is_lost = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            check_no_device(path)
             content = path.read_bytes() if path.exists() else b""
             self._file = open(path, "ab")  # noqa: SIM115, closed by close()
         except OSError as cause:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,7 +160,17 @@ def run(
                         Record(key=wanted[setting.name, index], plan=keys.plan(setting), **values)
                     )
                 on_done(count, len(open_examples))
-    return [results.records[key] for key in wanted.values()]
+    # The key says whose a record is, whatever else has been written into the file.
+    return [
+        replace(
+            results.records[key],
+            setting=name,
+            task=examples[index].task,
+            context=examples[index].context,
+            index=examples[index].index,
+        )
+        for (name, index), key in wanted.items()
+    ]
 
 
 def _content(example: Example) -> list[Any]:
