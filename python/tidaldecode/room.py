@@ -206,9 +206,6 @@ class UnstartedGeneration:
         """Nothing comes."""
         return []
 
-    def run(self, on_tokens: Any = None) -> None:
-        """Nothing is to be done."""
-
     def stop(self, sequence: int, reason: str = "stop") -> None:
         """Does nothing: it is over."""
 

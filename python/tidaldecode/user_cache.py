@@ -53,11 +53,18 @@ def write_whole(path: Path, text: str) -> None:
 
     Raises: OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes beside the file first, so that what was there stays until all is written.
+
+    Raises: OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -27,6 +26,7 @@ from tidaldecode.decoder import Decoder
 from tidaldecode.errors import CapacityError, InvalidArgument, TidalError, show
 from tidaldecode.results import GenerationResult
 from tidaldecode.session import Session
+from tidaldecode.user_cache import replace_file
 
 _SIGN, _MORE_SIGN = "> ", ". "
 _CONTINUED = "\\"  # at the end of a line: the message goes on in the next one
@@ -168,21 +168,11 @@ class _Conversation:
         text = json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
         try:
             path = Path(name).expanduser()
-            _write_whole(path, text)
+            replace_file(path, text)
         except (OSError, ValueError, RuntimeError) as cause:  # the last two: what is no file name
             reason = getattr(cause, "strerror", None) or cause
             raise InvalidArgument(f"/save: {show(name)}: {reason}") from cause
         return path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes beside the file first, so that what was there stays until all is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # At a terminal
