@@ -51,12 +51,13 @@ test-tsan: $(VENV)/.tools
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*:*bfloat16*
 
 # Searches for inputs that the package does not take well: an hour with a seed of its own, which is
-# printed, or two minutes that are the same every time. FUZZ passes arguments: FUZZ="api --jobs 2".
+# printed, or some two minutes with cases that are the same every time. FUZZ passes arguments:
+# FUZZ="api --jobs 2".
 fuzz: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz.py --seconds 3600 --json build/fuzz.json $(FUZZ)
 
 fuzz-short: $(VENV)/.test-deps $(VENV)/.installed
-	$(BIN)/python tests/fuzz/fuzz.py --seconds 120 --seed 12 --json build/fuzz-short.json $(FUZZ)
+	$(BIN)/python tests/fuzz/fuzz.py --short --seed 12 --json build/fuzz-short.json $(FUZZ)
 
 # Very many calls from several threads on one decoder; SOAK="--calls N --shared-streams" changes it.
 soak: $(VENV)/.installed

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.errors import InvalidArgument, show
+from tidaldecode.text.chat import check_text
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -219,6 +220,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
                 f"stop: got {show(text)}{size}, "
                 f"expected strings of 1 to {MAX_STOP_CHARS} characters"
             )
+        check_text(text, "stop")
     return tuple(strings)
 
 

@@ -118,6 +118,22 @@ def test_a_template_and_its_variables_may_be_given(decoder: Decoder):
     assert shown(decoder, USER, chat_template=template, bos_token="B", word=np.int64(3)) == "3B"
 
 
+def surrogate_tool(word: str) -> None:
+    """Says \ud800.
+
+    Args:
+        word: what.
+    """
+
+
+def unreadable_tool(word: "1 +") -> None:  # noqa: F722
+    """Says it.
+
+    Args:
+        word: what.
+    """
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -136,6 +152,12 @@ def test_a_template_and_its_variables_may_be_given(decoder: Decoder):
         ({"chat_template": "{{ x }}", "x": object()}, "x: got a object"),
         ({"chat_template": "{{ x }}", "x": {(1,): 2}}, "x: got the key"),
         ({"chat_template": "{{ x }}", "x": "\ud800"}, "x: got the lone surrogate"),
+        ({"chat_template": "a\udfffb"}, "chat_template: got the lone surrogate"),
+        ({"continue_final_message": "\ud800"}, "continue_final_message: got the lone surrogate"),
+        ({"tools": [surrogate_tool]}, r"tools\[0\]: got the lone surrogate"),
+        ({"tools": [unreadable_tool]}, "type hints cannot be read"),
+        ({"documents": [{"text": "\ud800"}]}, "documents: got the lone surrogate"),
+        ({"stop": ["\ud800"]}, "stop: got the lone surrogate"),
         ({"chat_template": "{{ x }}", "x": 10**5000}, "x: got an integer of"),
     ],
 )

@@ -146,7 +146,7 @@ def check_text(text: Any, where: str = "prompt") -> str:
 def _check(name: str, value: Any, kind: type, other: type | None) -> Any:
     """`value` if it is of the kind, or of the other one (None: may be None)."""
     if isinstance(value, kind) or (other is not None and isinstance(value, other)):
-        return value
+        return check_text(value, name) if isinstance(value, str) else value
     if value is None and other is None:
         return value
     words = {bool: "True or False", str: "a string"}
@@ -220,7 +220,7 @@ def _read_tools(tools: Any) -> list[Any] | None:
     schemas = []
     for index, tool in enumerate(tools):
         if inspect.isfunction(tool) or inspect.ismethod(tool):
-            schemas.append(function_schema(tool))
+            schemas.append(plain_data(function_schema(tool), f"tools[{index}]"))
         elif isinstance(tool, Mapping) or callable(getattr(tool, "model_dump", None)):
             schemas.append(plain_data(tool, f"tools[{index}]"))
         else:

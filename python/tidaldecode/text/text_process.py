@@ -109,7 +109,7 @@ class TextProcess:
     def call(self, name: str, arguments: dict[str, Any], limits: Limits) -> Any:
         """What a call gives.
 
-        Raises: TextProcessError; InvalidArgument for arguments that JSON cannot hold.
+        Raises: TextProcessError.
         """
         data = _frame(name, arguments, limits)
         with self._lock:
@@ -223,7 +223,9 @@ def _frame(name: str, arguments: dict[str, Any], limits: Limits) -> bytes:
         "cpu_s": limits.cpu_s,
         "memory_bytes": limits.memory_bytes,
     }
-    data = json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(request, ensure_ascii=False, separators=(",", ":"))
+    # A folder's path may have bytes that are no UTF-8, which Python keeps as lone surrogates.
+    data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(_HEADER_BYTES, "little") + data
 
 

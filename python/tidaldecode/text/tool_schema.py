@@ -102,7 +102,7 @@ def _parameters(function: Callable[..., Any], where: str) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters
-    except (NameError, TypeError, ValueError) as cause:
+    except Exception as cause:  # a hint that is a string is evaluated
         raise InvalidArgument(f"{where}: its type hints cannot be read: {cause}") from cause
     empty = inspect.Parameter.empty
     first = next(iter(parameters), None)

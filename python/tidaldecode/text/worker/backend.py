@@ -59,7 +59,9 @@ class Backend:
         if converts:
             self._tokenizer, self._named = _convert(folder)
         else:
-            self._tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+            # from_file() wants a path in UTF-8. The parent has checked what kind of file it is.
+            with open(os.path.join(folder, "tokenizer.json"), "rb") as file:
+                self._tokenizer = Tokenizer.from_buffer(file.read())
             self._named = _add_tokens(self._tokenizer, config, folder)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
