@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +275,12 @@ def test_a_folder_with_named_templates_and_no_default_says_so(tmp_path: Path):
     assert tokenizer.render_chat(USER, chat_template="rag") == [49]
     with pytest.raises(InvalidArgument, match="expected the name of one.*rag"):
         tokenizer.render_chat(USER)
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"\xff\xfe model")
+    folder.mkdir()
+    with Decoder(
+        write_scripted_model(folder), device="cpu", attention="full", max_seq_len=64, num_threads=1
+    ) as decoder:
+        assert decoder.chat(USER, max_new_tokens=1).text == SCRIPT[0]

@@ -50,13 +50,6 @@ def is_gone(pid: int, seconds: float = 10.0) -> bool:
     return True
 
 
-def test_a_folder_may_have_any_name(tmp_path: Path):
-    folder = tmp_path / os.fsdecode(b"\xff\xfe model")
-    folder.mkdir()
-    with Decoder(write_scripted_model(folder), **OPTIONS) as decoder:
-        assert decoder.chat(USER, max_new_tokens=1).text == SCRIPT[0]
-
-
 # What a folder does
 
 
