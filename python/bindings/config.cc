@@ -106,6 +106,7 @@ void RegisterDecodeConfig(py::module_& module) {
   py::class_<PlanConfig> plan(module, "PlanConfig");
   plan.def(py::init<>())
       .def_readwrite("select_layers", &PlanConfig::select_layers)
+      .def_readwrite("scored_layers", &PlanConfig::scored_layers)
       .def_readwrite("full_layers", &PlanConfig::full_layers)
       .def_readwrite("token_budget", &PlanConfig::token_budget)
       .def_readwrite("top_p_mass", &PlanConfig::top_p_mass)

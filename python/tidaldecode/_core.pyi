@@ -49,6 +49,7 @@ AUTOMATIC_MIN_BUDGET: int
 
 class PlanConfig:
     select_layers: list[int]
+    scored_layers: list[int]
     full_layers: int
     token_budget: int
     top_p_mass: float

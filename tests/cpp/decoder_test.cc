@@ -204,6 +204,7 @@ INSTANTIATE_TEST_SUITE_P(Backends, DecoderResults, ::testing::ValuesIn(DecoderBa
 struct PlanShape {
   std::string name;
   std::vector<int64_t> select_layers;
+  std::vector<int64_t> scored_layers = {};
   Granularity granularity = Granularity::kKvHead;
   Pooling pooling = Pooling::kSum;
   int64_t token_budget = 24;
@@ -222,6 +223,7 @@ TEST_P(DecoderAgainstReference, LogitsMatch) {
   config.prefill_chunk = 40;
   config.num_threads = 1;
   config.select_layers = plan.select_layers;
+  config.scored_layers = plan.scored_layers;
   config.granularity = plan.granularity;
   config.pooling = plan.pooling;
   config.token_budget = plan.token_budget;
@@ -242,12 +244,18 @@ INSTANTIATE_TEST_SUITE_P(
     Plans, DecoderAgainstReference,
     ::testing::Values(
         PlanShape{"dense", {}}, PlanShape{"kv_head_sum", {2, 4}},
-        PlanShape{"kv_head_max", {2}, Granularity::kKvHead, Pooling::kMax},
-        PlanShape{"head", {2, 4}, Granularity::kHead},
-        PlanShape{"layer_sum", {3}, Granularity::kLayer},
-        PlanShape{"layer_max", {2, 3}, Granularity::kLayer, Pooling::kMax},
-        PlanShape{"sinks_and_recents", {2, 4}, Granularity::kKvHead, Pooling::kSum, 24, 4, 16},
-        PlanShape{"newest_only", {2, 4}, Granularity::kKvHead, Pooling::kSum, 1, 0, 1}),
+        PlanShape{"kv_head_max", {2}, {}, Granularity::kKvHead, Pooling::kMax},
+        PlanShape{"head", {2, 4}, {}, Granularity::kHead},
+        PlanShape{"layer_sum", {3}, {}, Granularity::kLayer},
+        PlanShape{"layer_max", {2, 3}, {}, Granularity::kLayer, Pooling::kMax},
+        PlanShape{"sinks_and_recents", {2, 4}, {}, Granularity::kKvHead, Pooling::kSum, 24, 4, 16},
+        PlanShape{"newest_only", {2, 4}, {}, Granularity::kKvHead, Pooling::kSum, 1, 0, 1},
+        PlanShape{"scored", {}, {2, 4}},
+        PlanShape{"all_scored", {}, {2, 3, 4, 5}, Granularity::kLayer},
+        PlanShape{"scored_head", {}, {2, 3}, Granularity::kHead},
+        PlanShape{"scored_layer_max", {}, {3}, Granularity::kLayer, Pooling::kMax},
+        PlanShape{"select_and_scored", {2}, {4}, Granularity::kLayer},
+        PlanShape{"scored_and_select", {3}, {2, 5}, Granularity::kKvHead, Pooling::kSum, 24, 4, 8}),
     [](const auto& plan) { return plan.param.name; });
 
 }  // namespace

@@ -1,5 +1,5 @@
 // AttentionFull and AttentionSelect: dense attention of one query a row, with and without its
-// scores.
+// scores; ScoreKeys: the scores alone.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -63,6 +63,15 @@ class OpAttentionDecode : public AttentionTest {
             .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
   }
 
+  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention) {
+    const int64_t rows = attention.q.dim(0);
+    return {.q = attention.q,
+            .kv = attention.kv,
+            .sm_scale = attention.sm_scale,
+            .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, kMaxLen}),
+            .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
+  }
+
   Random random_{1};
   Ints seq_lens_;
   std::vector<reference::Sequence> sequences_;
@@ -113,6 +122,69 @@ TEST_P(OpAttentionDecode, SelectWritesScoresAndLseAndLeavesTheRest) {
   const Tolerance tolerance = ToleranceFor(Op::kScores, DType::kFloat32);
   EXPECT_TRUE(Close(got_scores, want_scores, tolerance));
   EXPECT_TRUE(Close(lse, want_lse, tolerance));
+}
+
+// A scored layer chooses what a select layer would: its scores are the same bits, and its lse is
+// the same to rounding. The values are not looked at.
+TEST_P(OpAttentionDecode, ScoreKeysEqualsSelect) {
+  for (const Ints& seq_lens : {seq_lens_, Ints{1500}, Ints{15, 0, 16, 0, 0, 17}}) {
+    SCOPED_TRACE(seq_lens.back());
+    Prepare(seq_lens);
+    const PagedKv kv = PutCache(sequences_, shape().page_size);
+    const AttentionArgs attention = Args(kv, q_);
+    const AttentionSelectArgs select = SelectArgs(attention);
+    backend().AttentionSelect(select);
+    for (reference::Sequence& sequence : sequences_) {
+      std::fill(sequence.v.begin(), sequence.v.end(), std::nan(""));
+    }
+    AttentionArgs without_values = attention;
+    without_values.kv = PutCache(sequences_, shape().page_size);
+    const ScoreKeysArgs scored = ScoreArgs(without_values);
+    backend().ScoreKeys(scored);
+    EXPECT_TRUE(SameBits(GetBytes(scored.scores), GetBytes(select.scores), 4));
+    EXPECT_TRUE(
+        Close(Get(scored.lse), Get(select.lse), ToleranceFor(Op::kScores, DType::kFloat32)));
+  }
+}
+
+TEST_P(OpAttentionDecode, ScoreKeysPageSizeAndRepeatsDoNotChangeBits) {
+  Ints page_sizes = {8, 16, 64, 256, 64};
+  if (on().is_cpu()) page_sizes.insert(page_sizes.end(), {1, 7});
+  Bytes scores, lse;
+  for (int32_t page_size : page_sizes) {
+    SCOPED_TRACE(page_size);
+    StepLimits limits = Limits();
+    limits.page_size = page_size;
+    Open(GetParam().on, limits);
+    const ScoreKeysArgs args = ScoreArgs(Args(PutCache(sequences_, page_size), q_));
+    for (int round = 0; round < 2; ++round) {
+      backend().ScoreKeys(args);
+      if (scores.empty()) {
+        scores = GetBytes(args.scores);
+        lse = GetBytes(args.lse);
+      }
+      EXPECT_TRUE(SameBits(GetBytes(args.scores), scores, 4));
+      EXPECT_TRUE(SameBits(GetBytes(args.lse), lse, 4));
+    }
+  }
+}
+
+// A NaN key reaches the scores of its token and the lse of the heads that read it, and no others.
+TEST_P(OpAttentionDecode, ScoreKeysKeepsNanInItsRow) {
+  sequences_[5].k[0] = std::nan("");  // KV head 0, token 0
+  const ScoreKeysArgs args = ScoreArgs(Args(PutCache(sequences_, shape().page_size), q_));
+  backend().ScoreKeys(args);
+  const Values scores = Get(args.scores), lse = Get(args.lse);
+  const int64_t group = shape().num_q_heads / shape().num_kv_heads;
+  for (int64_t i = 0; i < static_cast<int64_t>(lse.size()); ++i) {
+    const int64_t row = i / shape().num_q_heads, head = i % shape().num_q_heads;
+    const bool wants_nan = row == 5 && head < group;
+    ASSERT_EQ(std::isnan(lse[i]), wants_nan) << "row " << row << ", head " << head;
+    for (int64_t t = 0; t < seq_lens_[row]; ++t) {
+      ASSERT_EQ(std::isnan(scores[i * kMaxLen + t]), wants_nan && t == 0)
+          << "row " << row << ", head " << head << ", at " << t;
+    }
+  }
 }
 
 TEST_P(OpAttentionDecode, PageSizeDoesNotChangeBits) {
@@ -233,6 +305,13 @@ TEST_P(OpAttentionDecode, StepSeesWhatTheOpInFrontAppends) {
           backend().AttentionSelect(select);
         },
         {kv.k_pages, kv.v_pages, full.q, full.out, select.scores, select.lse});
+    const ScoreKeysArgs scored = ScoreArgs(full);
+    ExpectStepEqualsOps(
+        [&] {
+          backend().RopeAppendKv(append);
+          backend().ScoreKeys(scored);
+        },
+        {kv.k_pages, kv.v_pages, full.q, scored.scores, scored.lse});
   }
 }
 

@@ -12,9 +12,10 @@ ReferenceModel::ReferenceModel(const ModelConfig& model, const TinyModel& weight
     : model_(model),
       weights_(weights),
       config_(config),
-      plan_(config.select_layers.empty()
+      plan_(config.select_layers.empty() && config.scored_layers.empty()
                 ? DecodePlan::Dense(model.num_layers)
-                : DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers)) {}
+                : DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers,
+                                    config.scored_layers)) {}
 
 const Values& ReferenceModel::Weight(const std::string& name) {
   const auto [entry, added] = rounded_.try_emplace(name);
@@ -42,22 +43,28 @@ Values ReferenceModel::Attention(int64_t layer, const Values& q, Mode mode) {
   const reference::Sequence& cache = cache_[static_cast<size_t>(layer)];
   const int64_t n = cache.seq_len(), heads = model_.num_q_heads;
   const double sm_scale = 1.0 / std::sqrt(static_cast<double>(model_.head_dim));
-  const bool dense = mode == Mode::kDense || n <= config_.token_budget ||
-                     n <= config_.sparse_min_context || plan_.kind(layer) != LayerKind::kSparse;
+  const LayerKind kind = mode == Mode::kPlan ? plan_.kind(layer) : LayerKind::kFull;
+  const bool reads_sets = (kind == LayerKind::kSparse || kind == LayerKind::kScored) &&
+                          n > config_.token_budget && n > config_.sparse_min_context;
   Ints everything(static_cast<size_t>(n));
   std::iota(everything.begin(), everything.end(), 0);
   Values out;
   std::vector<float> scores, lse;
-  for (int64_t head = 0; head < heads; ++head) {
-    const Ints& positions =
-        dense ? everything : sets_[static_cast<size_t>(head) * sets_.size() / heads];
-    const auto one = reference::AttendHead(&q[head * model_.head_dim], cache,
-                                           head / model_.group_size(), positions, sm_scale);
-    out.insert(out.end(), one.out.begin(), one.out.end());
-    scores.insert(scores.end(), one.scores.begin(), one.scores.end());
-    lse.push_back(static_cast<float>(one.lse));
-  }
-  if (mode == Mode::kPlan && plan_.kind(layer) == LayerKind::kSelect) {
+  const auto attend = [&](bool to_sets) {
+    out.clear();
+    for (int64_t head = 0; head < heads; ++head) {
+      const Ints& positions =
+          to_sets ? sets_[static_cast<size_t>(head) * sets_.size() / heads] : everything;
+      const auto one = reference::AttendHead(&q[head * model_.head_dim], cache,
+                                             head / model_.group_size(), positions, sm_scale);
+      out.insert(out.end(), one.out.begin(), one.out.end());
+      if (to_sets) continue;
+      scores.insert(scores.end(), one.scores.begin(), one.scores.end());
+      lse.push_back(static_cast<float>(one.lse));
+    }
+  };
+  if (kind != LayerKind::kSparse || !reads_sets) attend(false);
+  if (kind == LayerKind::kSelect || kind == LayerKind::kScored) {
     sets_ = reference::SelectTopK({.scores = scores.data(),
                                    .lse = lse.data(),
                                    .max_len = n,
@@ -70,6 +77,7 @@ Values ReferenceModel::Attention(int64_t layer, const Values& q, Mode mode) {
                                    .granularity = config_.granularity,
                                    .pooling = config_.pooling});
   }
+  if (reads_sets) attend(true);
   return out;
 }
 

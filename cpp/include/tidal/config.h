@@ -86,8 +86,10 @@ inline constexpr int64_t kMaxAutomaticDrafts = 16;
 
 // Which layers choose positions, and how. Holds nothing of a device.
 struct PlanConfig {
-  std::vector<int64_t> select_layers;  // strictly ascending; empty: dense decoding
-  int64_t full_layers = 2;             // dense layers before the first select layer
+  // Layers that choose positions, each list strictly ascending; both empty: dense decoding.
+  std::vector<int64_t> select_layers;  // S: read everything densely on the way
+  std::vector<int64_t> scored_layers;  // P: score all keys, attend to what they chose
+  int64_t full_layers = 2;             // dense layers before the first that chooses
   // Positions a sparse layer attends to, per set, >= 1. kAutomatic: as many as top_p_mass asks for,
   // kAutomaticMass if that is 1, up to kAutomaticBudget.
   int64_t token_budget = 1024;

@@ -52,7 +52,7 @@ struct PrefillProgress {
   int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
 };
 
-// The positions one select layer chose for one sequence in its last sparse step.
+// The positions one choosing layer (S or P) chose for one sequence in its last sparse step.
 struct LayerSelection {
   int64_t layer = 0;
   int64_t num_sets = 0;      // KV heads, query heads or 1, by granularity
@@ -263,7 +263,7 @@ class Decoder {
   // WeightsError if the logits are not finite.
   std::vector<double> MeasureSteps(const StepBenchmark& benchmark);
 
-  // What each select layer chose for `sequence` (index into the prompts of the last call; 0 for a
+  // What each choosing layer chose for `sequence` (index into the prompts of the last call; 0 for a
   // session's turn) in the last sparse step of that call; empty if it has had none, or if it still
   // runs and others have stepped since.
   std::vector<LayerSelection> Selection(int64_t sequence) const;

@@ -13,6 +13,7 @@ namespace tidal {
 enum class LayerKind : int32_t {
   kFull,    // F: dense attention over all positions
   kSelect,  // S: dense attention, whose scores also choose a set of positions
+  kScored,  // P: scores all keys to choose a set, then attends to that set only
   kSparse,  // s: attention over the last chosen set only
 };
 
@@ -22,27 +23,29 @@ class DecodePlan {
   // Every layer full: dense decoding, through the same code.
   static DecodePlan Dense(int64_t num_layers);
 
-  // Layers before `full_layers` are full, those in `select_layers` select, all others are sparse;
-  // layers between `full_layers` and the first select layer are full too (nothing is chosen yet).
-  // Throws InvalidArgument if select_layers is empty, not strictly ascending, or not within
-  // [full_layers, num_layers), or if full_layers < 1.
+  // Layers before `full_layers` are full, those in `select_layers` select, those in
+  // `scored_layers` are scored, all others are sparse; layers between `full_layers` and the first
+  // that chooses are full too (nothing is chosen yet). Throws InvalidArgument if both lists are
+  // empty, one is not strictly ascending or not within [full_layers, num_layers), or a layer is in
+  // both, or if full_layers < 1.
   static DecodePlan Tidal(int64_t num_layers, int64_t full_layers,
-                          const std::vector<int64_t>& select_layers);
+                          const std::vector<int64_t>& select_layers,
+                          const std::vector<int64_t>& scored_layers = {});
 
   int64_t num_layers() const { return static_cast<int64_t>(kinds_.size()); }
   LayerKind kind(int64_t layer) const { return kinds_[static_cast<size_t>(layer)]; }
-  bool is_dense() const { return select_layers_.empty(); }
-  const std::vector<int64_t>& select_layers() const { return select_layers_; }
+  bool is_dense() const { return choosing_layers_.empty(); }
+  // The layers that choose a set, S and P, ascending.
+  const std::vector<int64_t>& choosing_layers() const { return choosing_layers_; }
 
-  // "FFSsssSsss": one letter per layer.
+  // "FFSsssPsss": one letter per layer.
   std::string ToString() const;
 
  private:
-  DecodePlan(std::vector<LayerKind> kinds, std::vector<int64_t> select_layers)
-      : kinds_(std::move(kinds)), select_layers_(std::move(select_layers)) {}
+  explicit DecodePlan(std::vector<LayerKind> kinds);
 
   std::vector<LayerKind> kinds_;
-  std::vector<int64_t> select_layers_;
+  std::vector<int64_t> choosing_layers_;
 };
 
 }  // namespace tidal

@@ -118,6 +118,7 @@ class Backend {
   virtual void AttentionPrefill(const AttentionPrefillArgs& args) = 0;
   virtual void AttentionFull(const AttentionArgs& args) = 0;
   virtual void AttentionSelect(const AttentionSelectArgs& args) = 0;
+  virtual void ScoreKeys(const ScoreKeysArgs& args) = 0;
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
   virtual void SiluMul(const SiluMulArgs& args) = 0;

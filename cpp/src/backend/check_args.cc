@@ -125,13 +125,24 @@ struct DecodeDims {
   Dim batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv"}, head_dim{"D"};
 };
 
-DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
+DecodeDims CheckQuery(OpCheck& op, const TensorView& q, const PagedKv& kv) {
   DecodeDims dims;
-  op.Tensor("q", args.q, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
-  op.Tensor("out", args.out, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
-  op.Cache(args.kv, dims.batch, dims.num_kv_heads, dims.head_dim);
+  op.Tensor("q", q, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
+  op.Cache(kv, dims.batch, dims.num_kv_heads, dims.head_dim);
   op.Groups(dims.num_q_heads, dims.num_kv_heads);
   return dims;
+}
+
+DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
+  DecodeDims dims = CheckQuery(op, args.q, args.kv);
+  op.Tensor("out", args.out, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
+  return dims;
+}
+
+void CheckScores(OpCheck& op, DecodeDims& dims, const TensorView& scores, const TensorView& lse) {
+  Dim max_len{"max_len"};
+  op.Tensor("scores", scores, {&dims.batch, &dims.num_q_heads, &max_len}, op.float32());
+  op.Tensor("lse", lse, {&dims.batch, &dims.num_q_heads}, op.float32());
 }
 
 // In an op of several parts the one's output is the next one's input.
@@ -219,9 +230,13 @@ void Check(const AttentionArgs& args, std::optional<DType> act) {
 void Check(const AttentionSelectArgs& args, std::optional<DType> act) {
   OpCheck op("AttentionSelect", act);
   DecodeDims dims = CheckDecode(op, args.attention);
-  Dim max_len{"max_len"};
-  op.Tensor("scores", args.scores, {&dims.batch, &dims.num_q_heads, &max_len}, op.float32());
-  op.Tensor("lse", args.lse, {&dims.batch, &dims.num_q_heads}, op.float32());
+  CheckScores(op, dims, args.scores, args.lse);
+}
+
+void Check(const ScoreKeysArgs& args, std::optional<DType> act) {
+  OpCheck op("ScoreKeys", act);
+  DecodeDims dims = CheckQuery(op, args.q, args.kv);
+  CheckScores(op, dims, args.scores, args.lse);
 }
 
 void Check(const SelectTopKArgs& args, std::optional<DType> act) {

@@ -21,6 +21,7 @@ void Check(const RopeAppendKvArgs& args, std::optional<DType> act = std::nullopt
 void Check(const AttentionPrefillArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSelectArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const ScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectTopKArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SiluMulArgs& args, std::optional<DType> act = std::nullopt);

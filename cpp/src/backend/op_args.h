@@ -105,6 +105,16 @@ struct AttentionSelectArgs {
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
 };
 
+// The scores of AttentionSelect without its attention: all keys are read, and no value.
+struct ScoreKeysArgs {
+  TensorView q;  // [B, Hq, D] act
+  PagedKv kv;
+  float sm_scale = 0.0f;
+  TensorView
+      scores;      // out [B, Hq, max_len] float32: sm_scale * q.k in [0, seq_len); the rest is left
+  TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
+};
+
 // From scores to sets. The set of a row with n = seq_lens[b] tokens has min(token_budget, n)
 // positions: the first sink_tokens, the last recent_tokens, and the best-scoring others; equal
 // scores: the lower position. A position's score: kKvHead: exp(score - lse) pooled over the group's

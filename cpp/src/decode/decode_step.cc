@@ -6,7 +6,7 @@ namespace tidal {
 void DecodeStep(Backend& backend, const Transformer& transformer, const DecodePlan& plan,
                 const Selection& selection, const Sampler& sampler, const Pass& pass) {
   transformer.Begin(pass);
-  int64_t ordinal = -1;  // of the last select layer passed
+  int64_t ordinal = -1;  // of the last layer passed that chose
   for (int64_t layer = 0; layer < plan.num_layers(); ++layer) {
     transformer.BeginAttention(layer, pass);
     AttentionArgs attention = {.q = pass.q,
@@ -21,6 +21,12 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const DecodePl
         ++ordinal;
         backend.AttentionSelect(selection.SelectArgs(attention));
         backend.SelectTopK(selection.TopKArgs(ordinal, attention));
+        break;
+      case LayerKind::kScored:
+        ++ordinal;
+        backend.ScoreKeys(selection.ScoreArgs(attention));
+        backend.SelectTopK(selection.TopKArgs(ordinal, attention));
+        backend.AttentionSparse(selection.SparseArgs(ordinal, attention));
         break;
       case LayerKind::kSparse:
         backend.AttentionSparse(selection.SparseArgs(ordinal, attention));

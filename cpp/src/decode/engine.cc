@@ -81,8 +81,11 @@ BackendOptions OptionsOf(const DecodeConfig& config) {
 }
 
 DecodePlan MakeDecodePlan(const ModelConfig& model, const PlanConfig& config) {
-  if (config.select_layers.empty()) return DecodePlan::Dense(model.num_layers);
-  return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers);
+  if (config.select_layers.empty() && config.scored_layers.empty()) {
+    return DecodePlan::Dense(model.num_layers);
+  }
+  return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers,
+                           config.scored_layers);
 }
 
 // True if a row's next step attends to more than `length` tokens.

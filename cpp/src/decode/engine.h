@@ -109,7 +109,7 @@ class Engine {
   // Logits of a row of the last Step, before sampling (greedy rows without penalty only).
   void AppendStepLogits(int64_t row, std::vector<float>& out);
 
-  // What the select layers chose for the sequence in the last sparse step, if it took part.
+  // What the choosing layers chose for the sequence in the last sparse step, if it took part.
   std::vector<LayerSelection> ReadSelection(uint64_t sequence_id) const;
 
  private:

@@ -8,7 +8,7 @@ namespace tidal {
 Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan)
     : config_(config),
-      select_layers_(plan.select_layers()),
+      choosing_layers_(plan.choosing_layers()),
       num_kv_heads_(model.num_kv_heads),
       num_sets_(NumSets(config.granularity, model.num_q_heads, model.num_kv_heads)),
       dense_len_(std::max(config.top_p_mass < 1.0 ? config.min_token_budget : config.token_budget,
@@ -18,7 +18,7 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
   int64_t b = config.max_batch_size;
   scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
   lse_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads});
-  for (size_t i = 0; i < select_layers_.size(); ++i) {
+  for (size_t i = 0; i < choosing_layers_.size(); ++i) {
     token_idx_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_, config.token_budget}));
     num_selected_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_}));
   }
@@ -27,6 +27,15 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
 AttentionSelectArgs Selection::SelectArgs(const AttentionArgs& attention) const {
   int64_t b = attention.q.dim(0);
   return {.attention = attention, .scores = scores_.Rows(0, b), .lse = lse_.Rows(0, b)};
+}
+
+ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention) const {
+  int64_t b = attention.q.dim(0);
+  return {.q = attention.q,
+          .kv = attention.kv,
+          .sm_scale = attention.sm_scale,
+          .scores = scores_.Rows(0, b),
+          .lse = lse_.Rows(0, b)};
 }
 
 SelectTopKArgs Selection::TopKArgs(int64_t ordinal, const AttentionArgs& attention) const {
@@ -70,11 +79,11 @@ std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row) const
   int64_t budget = config_.token_budget;
   std::vector<int32_t> sets(static_cast<size_t>(num_sets_ * budget));
   std::vector<int32_t> sizes(static_cast<size_t>(num_sets_));
-  for (size_t i = 0; i < select_layers_.size(); ++i) {
+  for (size_t i = 0; i < choosing_layers_.size(); ++i) {
     backend.Download(sets.data(), token_idx_[i].Rows(row, 1));
     backend.Download(sizes.data(), num_selected_[i].Rows(row, 1));
     int64_t num_selected = *std::max_element(sizes.begin(), sizes.end());
-    LayerSelection layer{.layer = select_layers_[i],
+    LayerSelection layer{.layer = choosing_layers_[i],
                          .num_sets = num_sets_,
                          .num_selected = num_selected,
                          .token_idx = {}};

@@ -1,5 +1,5 @@
-// Selection: the positions chosen in a step. Written by a select layer, read by the sparse layers
-// after it until the next select layer.
+// Selection: the positions chosen in a step. Written by a layer that chooses (S or P), read by a
+// scored layer itself and by the sparse layers after it until the next that chooses.
 #pragma once
 
 #include <cstdint>
@@ -20,30 +20,31 @@ class Selection {
   // Rows of at most this length attend to everything, whatever the plan.
   int64_t dense_len() const { return dense_len_; }
 
-  // `ordinal`: the how-manieth select layer of the plan this is, from 0.
+  // `ordinal`: the how-manieth choosing layer of the plan this is, from 0.
   AttentionSelectArgs SelectArgs(const AttentionArgs& attention) const;
+  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention) const;
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
 
   // Positions in the sets of the last sparse step, of the first num_rows rows and all layers.
   int64_t CountPositions(Backend& backend, int64_t num_rows) const;
   int64_t CountSets(int64_t num_rows) const {
-    return num_rows * num_sets_ * static_cast<int64_t>(select_layers_.size());
+    return num_rows * num_sets_ * static_cast<int64_t>(choosing_layers_.size());
   }
 
-  // What every select layer chose for a row of the last sparse step.
+  // What every choosing layer chose for a row of the last sparse step.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;
 
  private:
   DecodeConfig config_;
-  std::vector<int64_t> select_layers_;
+  std::vector<int64_t> choosing_layers_;
   int64_t num_kv_heads_;
   int64_t num_sets_;
   int64_t dense_len_;
   DeviceTensors tensors_;
   TensorView scores_;  // [max_batch_size, Hq, max_seq_len] float32
   TensorView lse_;     // [max_batch_size, Hq] float32
-  // One a select layer.
+  // One a choosing layer.
   std::vector<TensorView> token_idx_;     // [max_batch_size, num_sets, token_budget] int32
   std::vector<TensorView> num_selected_;  // [max_batch_size, num_sets] int32
 };

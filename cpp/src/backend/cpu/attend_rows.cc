@@ -65,7 +65,7 @@ Totals PlanAttendRows(const AttendBatch& batch) {
     totals.tasks += NumSpans(row.length) * units;
     totals.records += NumSpans(row.length) * queries;
     totals.queries += queries;
-    totals.elements += 2 * row.length * units * head_dim;
+    totals.elements += (batch.reads_values ? 2 : 1) * row.length * units * head_dim;
   }
   return totals;
 }
@@ -95,7 +95,7 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.head_dim = head_dim;
   args.sm_scale = batch.sm_scale;
   args.k_pages = static_cast<const char*>(kv.k_pages.ptr) + head_bytes;
-  args.v_pages = static_cast<const char*>(kv.v_pages.ptr) + head_bytes;
+  if (batch.reads_values) args.v_pages = static_cast<const char*>(kv.v_pages.ptr) + head_bytes;
   args.page_stride = num_kv_heads * page_size * head_dim;
   args.page_size = page_size;
   args.page_table = kv.page_table.data<int32_t>() + row.row * kv.page_table.dim(1);
@@ -128,7 +128,7 @@ void MergeQuery(const CpuContext& context, const AttendBatch& batch, const float
   args.stride = row.num_tokens * batch.num_q_heads * PartialStride(head_dim);
   args.num_spans = NumSpans(LengthOf(row, unit));
   args.head_dim = head_dim;
-  args.out = row.out + local * head_dim;
+  args.out = batch.reads_values ? row.out + local * head_dim : nullptr;
   args.lse = row.lse == nullptr ? nullptr : row.lse + head;
   context.kernels->merge_spans(args);
 }

@@ -18,7 +18,7 @@ inline constexpr int64_t kSpanTokens = 512;
 struct AttendRow {
   int64_t row = 0;           // of page_table
   const float* q = nullptr;  // [num_tokens, Hq, D]
-  float* out = nullptr;      // [num_tokens, Hq, D]
+  float* out = nullptr;      // [num_tokens, Hq, D]; absent where values are not read
   int64_t num_tokens = 0;    // the last query sees `length` tokens, the one before it one less, ...
   int64_t length = 0;        // tokens attended to; with lists, of the longest
   // Positions attended to, one list of set_lengths[set] per set at token_idx + set * set_stride;
@@ -41,6 +41,7 @@ struct AttendBatch {
   const PagedKv* kv = nullptr;
   int64_t num_q_heads = 0;
   float sm_scale = 0.0f;
+  bool reads_values = true;   // false: only scores and lse are wanted
   AttendRow* rows = nullptr;  // [num_rows]; num_tokens 0 = skipped
   int64_t num_rows = 0;
 };

@@ -1,6 +1,6 @@
-// Decode attention: one query per row over all of its tokens (AttentionFull, AttentionSelect) or
-// over the chosen ones (AttentionSparse). All three are AttendRows; they differ in what a row is
-// told to attend to and to hand out.
+// Decode attention: one query per row over all of its tokens (AttentionFull, AttentionSelect), over
+// the chosen ones (AttentionSparse), or over the keys alone (ScoreKeys). All are AttendRows; they
+// differ in what a row is told to attend to and to hand out.
 #include <algorithm>
 
 #include "backend/cpu/attend_rows.h"
@@ -9,26 +9,42 @@
 namespace tidal {
 namespace {
 
-// Dense rows; the callers add to them.
-AttendBatch DenseBatch(CpuContext& context, const AttentionArgs& args) {
-  const int64_t num_rows = args.q.dim(0);
-  const int64_t row_size = args.q.dim(1) * args.q.dim(2);
+// Rows that read all tokens; the callers add to them. `out` may be absent.
+AttendBatch DenseBatch(CpuContext& context, const TensorView& q, const PagedKv& kv, float sm_scale,
+                       float* out) {
+  const int64_t num_rows = q.dim(0);
+  const int64_t row_size = q.dim(1) * q.dim(2);
   AttendBatch batch;
-  batch.kv = &args.kv;
-  batch.num_q_heads = args.q.dim(1);
-  batch.sm_scale = args.sm_scale;
+  batch.kv = &kv;
+  batch.num_q_heads = q.dim(1);
+  batch.sm_scale = sm_scale;
+  batch.reads_values = out != nullptr;
   batch.num_rows = num_rows;
   batch.rows = context.scratch.Take<AttendRow>(Scratch::kPlan, num_rows);
   for (int64_t b = 0; b < num_rows; ++b) {
     AttendRow row;
     row.row = b;
-    row.q = args.q.data<float>() + b * row_size;
-    row.out = args.out.data<float>() + b * row_size;
+    row.q = q.data<float>() + b * row_size;
+    if (out != nullptr) row.out = out + b * row_size;
     row.num_tokens = 1;
-    row.length = args.kv.seq_lens.data<int32_t>()[b];
+    row.length = kv.seq_lens.data<int32_t>()[b];
     batch.rows[b] = row;
   }
   return batch;
+}
+
+AttendBatch DenseBatch(CpuContext& context, const AttentionArgs& args) {
+  return DenseBatch(context, args.q, args.kv, args.sm_scale, args.out.data<float>());
+}
+
+void HandOutScores(AttendBatch& batch, const TensorView& scores, const TensorView& lse) {
+  const int64_t max_len = scores.dim(2);
+  for (int64_t b = 0; b < batch.num_rows; ++b) {
+    AttendRow& row = batch.rows[b];
+    row.scores = scores.data<float>() + b * batch.num_q_heads * max_len;
+    row.scores_stride = max_len;
+    row.lse = lse.data<float>() + b * batch.num_q_heads;
+  }
 }
 
 }  // namespace
@@ -39,13 +55,13 @@ void CpuAttentionFull(CpuContext& context, const AttentionArgs& args) {
 
 void CpuAttentionSelect(CpuContext& context, const AttentionSelectArgs& args) {
   AttendBatch batch = DenseBatch(context, args.attention);
-  const int64_t max_len = args.scores.dim(2);
-  for (int64_t b = 0; b < batch.num_rows; ++b) {
-    AttendRow& row = batch.rows[b];
-    row.scores = args.scores.data<float>() + b * batch.num_q_heads * max_len;
-    row.scores_stride = max_len;
-    row.lse = args.lse.data<float>() + b * batch.num_q_heads;
-  }
+  HandOutScores(batch, args.scores, args.lse);
+  AttendRows(context, batch);
+}
+
+void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args) {
+  AttendBatch batch = DenseBatch(context, args.q, args.kv, args.sm_scale, nullptr);
+  HandOutScores(batch, args.scores, args.lse);
   AttendRows(context, batch);
 }
 

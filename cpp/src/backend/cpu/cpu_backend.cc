@@ -86,6 +86,7 @@ class CpuBackend final : public Backend {
   }
   void AttentionFull(const AttentionArgs& args) override { Run(CpuAttentionFull, args); }
   void AttentionSelect(const AttentionSelectArgs& args) override { Run(CpuAttentionSelect, args); }
+  void ScoreKeys(const ScoreKeysArgs& args) override { Run(CpuScoreKeys, args); }
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }

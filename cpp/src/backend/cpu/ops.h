@@ -16,6 +16,7 @@ void CpuRopeAppendKv(CpuContext& context, const RopeAppendKvArgs& args);
 void CpuAttentionPrefill(CpuContext& context, const AttentionPrefillArgs& args);
 void CpuAttentionFull(CpuContext& context, const AttentionArgs& args);
 void CpuAttentionSelect(CpuContext& context, const AttentionSelectArgs& args);
+void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args);
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args);
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
 void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);

@@ -23,7 +23,7 @@ inline constexpr float kMinusInf = -__builtin_inff();
 template <typename T>
 struct TokenRows {
   const T* k[kTokenBlock];
-  const T* v[kTokenBlock];
+  const T* v[kTokenBlock];  // without values: k
 };
 
 // Rows of span elements [first, first + count); up to a full block the last row again, so that
@@ -31,7 +31,7 @@ struct TokenRows {
 template <typename T>
 void FindRows(const AttendSpan& span, int64_t first, int count, TokenRows<T>& rows) {
   const T* k_pages = static_cast<const T*>(span.k_pages);
-  const T* v_pages = static_cast<const T*>(span.v_pages);
+  const T* v_pages = static_cast<const T*>(span.v_pages != nullptr ? span.v_pages : span.k_pages);
   const int64_t dim = span.head_dim;
   if (span.token_idx != nullptr) {
     const uint32_t page_size = static_cast<uint32_t>(span.page_size);
@@ -219,9 +219,9 @@ void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
     acc[m] = span.partial + query * stride;
   }
   const int width = (count + kWidth - 1) / kWidth * kWidth;
+  const T* const* ahead = span.v_pages != nullptr ? state.now->v : state.next->k;
   for (int i = 0; i < width; i += kWidth) {
-    ScoreTokens<T, kQueries>(q, state.now->k + i, state.now->v + i, dim, span.sm_scale,
-                             state.scores + i);
+    ScoreTokens<T, kQueries>(q, state.now->k + i, ahead + i, dim, span.sm_scale, state.scores + i);
   }
   for (int m = 0; m < kQueries; ++m) {
     float* scores = state.scores + m * kTokenBlock;
@@ -236,6 +236,7 @@ void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
     }
     SoftmaxStep(scores, visible, width, acc[m] + dim, acc[m] + dim + 1, acc[m], dim);
   }
+  if (span.v_pages == nullptr) return;
   AddValues<T, kQueries>(state.scores, state.now->v, state.next->k, count, dim, acc);
 }
 

@@ -38,7 +38,7 @@ struct AttendSpan {
 
   const void* k_pages =
       nullptr;  // page 0 of this KV head; page p is page_stride elements x p further
-  const void* v_pages = nullptr;
+  const void* v_pages = nullptr;  // or absent: only scores, maximum and sum are made
   int64_t page_stride = 0;
   int64_t page_size = 0;
   const int32_t* page_table = nullptr;
@@ -69,7 +69,7 @@ struct MergeSpans {
   int64_t stride = 0;
   int64_t num_spans = 0;
   int64_t head_dim = 0;
-  float* out = nullptr;  // [head_dim]
+  float* out = nullptr;  // [head_dim], or absent
   float* lse = nullptr;  // or absent
 };
 

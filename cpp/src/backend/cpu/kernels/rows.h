@@ -25,11 +25,14 @@ inline void Merge(const MergeSpans& merge) {
   }
   const float shift = maximum == kMinusInf ? 0.0f : maximum;
   float sum = 0.0f;
-  for (int64_t d = 0; d < dim; ++d) merge.out[d] = 0.0f;
+  if (merge.out != nullptr) {
+    for (int64_t d = 0; d < dim; ++d) merge.out[d] = 0.0f;
+  }
   for (int64_t s = 0; s < merge.num_spans; ++s) {
     const float* record = merge.partial + s * merge.stride;
     const float weight = ExpScalar(record[dim] - shift);
     sum += weight * record[dim + 1];
+    if (merge.out == nullptr) continue;
     Vec w = Set1(weight);
     ForVectors(
         dim,
@@ -40,7 +43,7 @@ inline void Merge(const MergeSpans& merge) {
         });
   }
   // No weight at all: no tokens, or all scores -inf.
-  if (sum != 0.0f) ScaleInPlace(merge.out, 1.0f / sum, dim);
+  if (sum != 0.0f && merge.out != nullptr) ScaleInPlace(merge.out, 1.0f / sum, dim);
   if (merge.lse != nullptr) {
     *merge.lse = sum == 0.0f ? kMinusInf : shift + __builtin_logf(sum);
   }
