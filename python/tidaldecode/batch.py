@@ -35,8 +35,8 @@ class Callbacks:
     stopped: bool = False  # should_stop has said so; it is not asked again
 
     def __post_init__(self) -> None:
-        for name in ("on_prefill", "should_stop"):
-            check_callback(name, getattr(self, name))
+        check_callback("on_prefill", self.on_prefill, 2)
+        check_callback("should_stop", self.should_stop, 0)
 
     def wants_stop(self) -> bool:
         """Whether the caller has had enough."""

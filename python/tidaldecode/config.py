@@ -58,8 +58,12 @@ class PlanConfig:
     None takes the value of the model's plan where there is one, and else the engine's default.
 
     Args:
-        select_layers: layers that choose positions, strictly ascending.
-        full_layers: dense layers in front of them, >= 1.
+        select_layers: layers that read everything densely and choose positions on the way,
+            strictly ascending.
+        scored_layers: layers that score all keys to choose positions and attend to those only,
+            strictly ascending, none of them in select_layers. Each reads half of what a select
+            layer does.
+        full_layers: dense layers in front of the first that chooses, >= 1.
         token_budget: positions a sparse layer attends to, per set, >= 1. "auto" is an adaptive
             budget: as many as top_p_mass asks for, 0.98 if it is not given, up to 4096.
         top_p_mass: below 1, an adaptive budget: of its token_budget best positions a set keeps as
@@ -81,6 +85,7 @@ class PlanConfig:
     """
 
     select_layers: tuple[int, ...] | None = None
+    scored_layers: tuple[int, ...] | None = None
     full_layers: int | None = None
     token_budget: int | str | None = None
     top_p_mass: float | None = None
@@ -98,18 +103,31 @@ class PlanConfig:
         for name in PLAN_SETTINGS:
             if getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
-        if self.select_layers is not None:
-            object.__setattr__(self, "select_layers", check_select_layers(self.select_layers))
+        for name in LAYER_FIELDS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_layer_list(name, getattr(self, name)))
+        both = sorted(set(self.select_layers or ()) & set(self.scored_layers or ()))
+        if both:
+            raise ConfigError(
+                f"scored_layers: got layer {both[0]}, which select_layers has too, expected it in "
+                "one of the two"
+            )
+
+    @property
+    def choosing_layers(self) -> tuple[int, ...]:
+        """The layers that choose positions, of both kinds, ascending; none: dense decoding."""
+        return tuple(sorted((*(self.select_layers or ()), *(self.scored_layers or ()))))
 
     def settings(self) -> dict[str, Any]:
-        """The settings that are given, by name, without select_layers."""
+        """The settings that are given, by name, without the layers."""
         values = {name: getattr(self, name) for name in PLAN_SETTINGS}
         return {name: value for name, value in values.items() if value is not None}
 
 
 PLAN_FIELDS = tuple(field.name for field in fields(PlanConfig))
+LAYER_FIELDS = ("select_layers", "scored_layers")
 # What shapes the choice of positions beside the layers; a plan file may give each.
-PLAN_SETTINGS = PLAN_FIELDS[1:]
+PLAN_SETTINGS = tuple(name for name in PLAN_FIELDS if name not in LAYER_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +142,8 @@ class DecodeConfig(PlanConfig):
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.
-        attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers are
-            given or there is a plan for this model, else dense.
+        attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers or
+            scored_layers are given or there is a plan for this model, else dense.
         verify: True lets sparse steps only draft and a dense pass decide, so that the tokens are
             those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is the same
             for calls with temperature 0 and refuses others. Needs no correction_interval and allows
@@ -190,9 +208,10 @@ class DecodeConfig(PlanConfig):
             raise ConfigError(
                 f"verify: got {show(self.verify)}, expected True, False, 'greedy' or 'sample'"
             )
-        if self.select_layers is not None and self.attention == "full":
+        given = [name for name in LAYER_FIELDS if getattr(self, name) is not None]
+        if given and self.attention == "full":
             raise ConfigError(
-                "attention: got 'full' together with select_layers, expected one of them: "
+                f"attention: got 'full' together with {given[0]}, expected one of them: "
                 "dense decoding selects nothing"
             )
 
@@ -231,9 +250,9 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
         raise ConfigError(f"{prefix}: got {show(value)}, expected {expected}")
 
 
-def check_select_layers(value: Any, where: str = "") -> tuple[int, ...]:
+def check_layer_list(name: str, value: Any, where: str = "") -> tuple[int, ...]:
     """Strictly ascending layer numbers, at least one; their upper end is checked with the model."""
-    prefix = f"{where}: select_layers" if where else "select_layers"
+    prefix = f"{where}: {name}" if where else name
     expected = "strictly ascending layer numbers >= 1, for example (2, 13)"
     if isinstance(value, (str, bytes)) or not isinstance(value, (tuple, list)) or not value:
         raise ConfigError(f"{prefix}: got {show(value)}, expected {expected}")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from tidaldecode.sampling import SamplingOptions
 
 LoadProgress = Callable[[int, int], None]
+_MAX_MEASURED_STEPS = 10_000
 
 
 class Decoder(TextMethods):
@@ -93,6 +94,7 @@ class Decoder(TextMethods):
         top_p_mass: float | None = None,
         min_token_budget: int | None = None,
         select_layers: Sequence[int] | None = None,
+        scored_layers: Sequence[int] | None = None,
         full_layers: int | None = None,
         granularity: str | None = None,
         pooling: str | None = None,
@@ -121,8 +123,7 @@ class Decoder(TextMethods):
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, settings.attention, folder)
         log_plan_notes(settings, plan, folder)
-        self._settings = settings
-        self._folder = folder
+        self._settings, self._folder = settings, folder
         self._plan_source = plan.description if plan else "dense"
         self._frontend = Frontend(folder, settings)
         self._room = Room()
@@ -134,7 +135,7 @@ class Decoder(TextMethods):
                 core_model(folder.model),
                 core_config(settings, plan, folder),
                 core_weights(folder),
-                check_callback("progress", progress),
+                check_callback("progress", progress, 2),
             )
             self._frontend.finish_loading()
         except BaseException:
@@ -326,7 +327,7 @@ class Decoder(TextMethods):
             CapacityError if the prompts do not fit.
         """
         core = self._open_core()
-        check_callback("on_prefill", on_prefill)
+        check_callback("on_prefill", on_prefill, 2)
         ids, _ = self._frontend.encode_prompts(prompts)
         room = check_integer("max_new_tokens", max_new_tokens, low=1)
         with self._room.turn:
@@ -354,8 +355,8 @@ class Decoder(TextMethods):
             context: tokens of each sequence in the cache, the newest included, from 1 to
                 max_seq_len.
             batch_size: sequences that step together.
-            steps: how many are timed.
-            warmup: how many run before, untimed.
+            steps: how many are timed, at most 10,000.
+            warmup: how many run before, untimed, at most 10,000.
             attention: "auto" runs the plan that generate() would at this length, "full" the dense
                 plan, as a decoder with attention="full" does.
 
@@ -367,8 +368,8 @@ class Decoder(TextMethods):
         core = self._open_core()
         lengths = [check_integer("context", context, low=1)]
         lengths *= check_integer("batch_size", batch_size, low=1, high=65535)
-        steps = check_integer("steps", steps, low=1)
-        warmup = check_integer("warmup", warmup, low=0)
+        steps = check_integer("steps", steps, low=1, high=_MAX_MEASURED_STEPS)
+        warmup = check_integer("warmup", warmup, low=0, high=_MAX_MEASURED_STEPS)
         check_choice("attention", attention, ("auto", "full"))
         with self._room.turn:
             return core.measure_steps(lengths, steps, warmup, attention)

@@ -12,7 +12,7 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES
-from tidaldecode.config import PLAN_FIELDS, DecodeConfig, PlanConfig
+from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.plans import Plan
 
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
@@ -77,9 +77,10 @@ def core_plan(plan: Plan | None) -> _core.PlanConfig:
 
 def _set_plan(target: _core.PlanConfig, config: PlanConfig) -> None:
     """Sets what is given; the engine's defaults stay where nothing is."""
-    if config.select_layers is not None:
-        target.select_layers = list(config.select_layers)
-        target.full_layers = min(target.full_layers, config.select_layers[0])
+    if config.choosing_layers:
+        target.select_layers = list(config.select_layers or ())
+        target.scored_layers = list(config.scored_layers or ())
+        target.full_layers = min(target.full_layers, config.choosing_layers[0])
     for name, value in config.settings().items():
         setattr(target, name, _core.AUTOMATIC if value == "auto" else value)
 
@@ -103,18 +104,18 @@ def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:
 
 def config_in_use(core: _core.DecodeConfig, settings: DecodeConfig) -> DecodeConfig:
     """The engine's values of the settings, every automatic one filled in."""
-    select_layers = tuple(core.select_layers) or None
+    layers = {name: tuple(getattr(core, name)) or None for name in LAYER_FIELDS}
     values = {
         field.name: getattr(core, field.name)
         for field in fields(DecodeConfig)
-        if field.name not in ("load_format", "attention", "select_layers", "verify")
+        if field.name not in ("load_format", "attention", "verify", *LAYER_FIELDS)
     }
     for name in _ZERO_IS_AUTO:
         values[name] = values[name] or None
     return DecodeConfig(
         load_format=settings.load_format,
-        attention="tidal" if select_layers else "full",
-        select_layers=select_layers,
+        attention="tidal" if any(layers.values()) else "full",
         verify=settings.verify or False,
+        **layers,
         **values,
     )

@@ -13,16 +13,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import (
+    LAYER_FIELDS,
     PLAN_FIELDS,
+    PLAN_SETTINGS,
     DecodeConfig,
     PlanConfig,
-    check_select_layers,
+    check_layer_list,
     check_setting,
 )
 from tidaldecode.errors import ConfigError, TidalError, show
@@ -34,6 +36,9 @@ from tidaldecode.user_cache import (
     user_cache_dir,
     write_whole,
 )
+
+if TYPE_CHECKING:
+    from tidaldecode import _core
 
 PLAN_FILE = "tidal_plan.json"
 HOW_TO_CHOOSE = (
@@ -51,7 +56,7 @@ _logger = logging.getLogger("tidaldecode")
 class Plan:
     """Layers that select with the settings chosen together with them, and what is known of them."""
 
-    config: PlanConfig  # select_layers are given; of the others None is the engine's default
+    config: PlanConfig  # has choosing_layers; of the others None is the engine's default
     source: str  # where it comes from, for people
     measured: str = ""  # how it did on this model, for people; empty: not known
     is_published: bool = False
@@ -65,9 +70,9 @@ class Plan:
 
 
 def read_plan_file(path: Path, num_layers: int) -> Plan:
-    """Reads a tidal_plan.json: select_layers and, each optional, the other fields of PlanConfig.
+    """Reads a tidal_plan.json: the layers and, each optional, the other fields of PlanConfig.
 
-    A field that is missing has the engine's default, as if select_layers were given by hand.
+    A field that is missing has the engine's default, as if the layers were given by hand.
 
     Raises: ConfigError naming the file and the field.
     """
@@ -82,11 +87,16 @@ def _parse_plan(raw: Mapping[str, Any], path: Path, num_layers: int) -> Plan:
         raise ConfigError(
             f"{where}: got the key {show(unknown[0])}, expected only {', '.join(allowed)}"
         )
-    select_layers = check_select_layers(raw.get("select_layers"), where)
-    given = {name: raw[name] for name in PLAN_FIELDS[1:] if name in raw}
+    given = {name: raw[name] for name in PLAN_SETTINGS if name in raw}
     for name, value in given.items():
         check_setting(name, value, where)
-    config = PlanConfig(select_layers=select_layers, **given)
+    # A file without layers is refused for its select_layers, which most have.
+    names = [name for name in LAYER_FIELDS if name in raw] or LAYER_FIELDS[:1]
+    layers = {name: check_layer_list(name, raw.get(name), where) for name in names}
+    try:
+        config = PlanConfig(**layers, **given)
+    except ConfigError as cause:  # a layer in both lists
+        raise ConfigError(f"{where}: {cause}") from None
     check_layers(config, num_layers, where)
     source, measured = PLAN_FILE, ""
     if "fingerprint" in raw:
@@ -161,7 +171,9 @@ def remember_evaluation(folder: ModelFolder, config: PlanConfig, measured: str) 
 
 def plan_values(config: PlanConfig) -> dict[str, Any]:
     """The settings that are given, as JSON has them."""
-    return {"select_layers": list(config.select_layers or ()), **config.settings()}
+    layers = {name: getattr(config, name) for name in LAYER_FIELDS}
+    given = {name: list(value) for name, value in layers.items() if value is not None}
+    return {**given, **config.settings()}
 
 
 def _stored_plan(folder: ModelFolder) -> Plan | None:
@@ -211,11 +223,12 @@ def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan 
     if attention == "full":
         return None
     plan = find_plan(folder)
-    if asked.select_layers is not None:
+    if asked.choosing_layers:
         own = plan.config if plan else PlanConfig()
         # A plan's own full_layers belongs to its own layers; what is given decides.
-        config = replace(own, select_layers=asked.select_layers, full_layers=None)
-        plan = Plan(config=config, source="select_layers as given")
+        layers = {name: getattr(asked, name) for name in LAYER_FIELDS}
+        names = " and ".join(name for name, value in layers.items() if value is not None)
+        plan = Plan(config=replace(own, **layers, full_layers=None), source=f"{names} as given")
     if plan is None:
         if attention == "tidal":
             raise ConfigError(f"attention: got 'tidal', but {_no_plan(folder)}; {HOW_TO_CHOOSE}")
@@ -245,7 +258,7 @@ def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -
         )
     if plan is None or folder.load_format == "dummy":
         return notes
-    letters = plan_letters(folder.model.num_layers, plan.config.select_layers or ())
+    letters = plan_letters(folder.model.num_layers, plan.config)
     if plan.is_published:
         advice = "" if plan.measured else f"; to measure plans, {HOW_TO_CHOOSE}"
         notes.append(f"plan {letters} {plan.description}{advice}")
@@ -263,23 +276,23 @@ def log_plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolde
 def check_layers(config: PlanConfig, num_layers: int, where: str = "") -> None:
     """Checks the layers of a plan, which selects, against the model's number of layers."""
     prefix = f"{where}: " if where else ""
-    select_layers, full_layers = config.select_layers or (), config.full_layers
-    if select_layers[-1] >= num_layers:
-        raise ConfigError(
-            f"{prefix}select_layers: got {list(select_layers)}, expected layers up to "
-            f"{num_layers - 1} (the model has {num_layers})"
-        )
-    if full_layers is not None and full_layers > select_layers[0]:
-        raise ConfigError(
-            f"{prefix}full_layers: got {full_layers}, expected at most the first of select_layers "
-            f"{list(select_layers)}"
-        )
+    for name in LAYER_FIELDS:
+        layers = getattr(config, name)
+        if layers and layers[-1] >= num_layers:
+            raise ConfigError(
+                f"{prefix}{name}: got {list(layers)}, expected layers up to {num_layers - 1} (the "
+                f"model has {num_layers})"
+            )
+        if layers and config.full_layers is not None and config.full_layers > layers[0]:
+            raise ConfigError(
+                f"{prefix}full_layers: got {config.full_layers}, expected at most the first of "
+                f"{name} {list(layers)}"
+            )
 
 
-def plan_letters(num_layers: int, select_layers: tuple[int, ...]) -> str:
+def plan_letters(num_layers: int, config: PlanConfig | _core.PlanConfig) -> str:
     """The plan as the engine prints it (DecodePlan::ToString), without needing an engine."""
-    first = select_layers[0] if select_layers else num_layers
-    letters = ("F" if layer < first else "s" for layer in range(num_layers))
-    return "".join(
-        "S" if layer in select_layers else letter for layer, letter in enumerate(letters)
-    )
+    kinds = dict.fromkeys(config.select_layers or (), "S")
+    kinds |= dict.fromkeys(config.scored_layers or (), "P")
+    first = min(kinds, default=num_layers)
+    return "".join(kinds.get(layer, "F" if layer < first else "s") for layer in range(num_layers))

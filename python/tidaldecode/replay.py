@@ -40,7 +40,7 @@ class Replay:
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
-        check_callback("on_prefill", on_prefill)
+        check_callback("on_prefill", on_prefill, 2)
         while self._core.read_next():
             if on_prefill is not None:
                 on_prefill(*self._core.prefill_progress)

@@ -6,6 +6,7 @@ Called by decoder.py. Settings a call leaves out come from generation_config.jso
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -119,7 +120,7 @@ def check_sampling(
 
 def as_index(value: Any) -> int | None:
     """`value` as an int if it is one in kind (numpy's included, bool and float not), else None."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+    if _is_bool(value):
         return None
     try:
         return operator.index(value)
@@ -161,14 +162,32 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def check_callback(name: str, value: Any) -> Any:
-    """`value`, if it can be called or is None.
+def check_callback(name: str, value: Any, num_arguments: int) -> Any:
+    """`value`, if it can be called with so many arguments or is None.
 
     Raises: InvalidArgument naming the argument.
     """
-    if value is not None and not callable(value):
-        raise InvalidArgument(f"{name}: got {show(value)}, expected a function")
+    if value is None:
+        return value
+    problem = InvalidArgument(
+        f"{name}: got {show(value)}, expected a function of {num_arguments} arguments"
+    )
+    if not callable(value):
+        raise problem
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # one that does not tell
+        return value
+    try:
+        signature.bind(*range(num_arguments))
+    except TypeError:
+        raise problem from None
     return value
+
+
+def _is_bool(value: Any) -> bool:
+    """True for True and False, those of array libraries included."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def _integer(name: str, value: Any, default: int, *, low: int, high: int = 2**31 - 1) -> int:
@@ -191,7 +210,7 @@ def _number(
     problem = InvalidArgument(
         f"{name}: got {show(value)}, expected a finite number {relation} {low:g}{limit}"
     )
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, (str, bytes)) or _is_bool(value):
         raise problem
     try:
         number = float(value)

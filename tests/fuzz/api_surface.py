@@ -24,7 +24,7 @@ _TEMPLATE_OPTIONS = (
     "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
     "enable_thinking",
 )  # fmt: skip
-_PLANNING = set(tidaldecode.config.PLAN_SETTINGS) | {"attention", "select_layers"}
+_PLANNING = set(tidaldecode.config.PLAN_SETTINGS) | {"attention", *tidaldecode.config.LAYER_FIELDS}
 _PLANNING.add("correction_interval")
 
 

@@ -39,8 +39,9 @@ KEYS = (
     "max_length", "min_length", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids",
     "num_beams", "eos_token_id", "pad_token_id", "partial_rotary_factor", "attention_bias",
     "mlp_bias", "tie_word_embeddings", "num_key_value_heads", "architectures", "text_config",
-    "fingerprint", "scores", "select_layers", "full_layers", "__metadata__", "weight_map", "",
-    "__class__", "transformers_version", "attn_logit_softcapping", "pretraining_tp",
+    "fingerprint", "scores", "select_layers", "scored_layers", "full_layers", "__metadata__",
+    "weight_map", "", "__class__", "transformers_version", "attn_logit_softcapping",
+    "pretraining_tp",
 )  # fmt: skip
 BYTES = (
     "", " ", "\x00" * 64, "null", "[]", "{}", "{", '"', "\ufeff{}", "<!DOCTYPE html><html>",

@@ -146,7 +146,7 @@ def _run_calibration(case: dict[str, Any], workspace: Path) -> None:
     code, said = _calibrate(workspace, workspace)
     if code == 0:
         plan = json.loads((workspace / "plan.json").read_text(), parse_constant=_refuse)
-        if not plan["select_layers"]:
+        if not plan.get("select_layers") and not plan.get("scored_layers"):
             raise Nonsense("a plan of no layers was kept")
     elif not said:
         raise Nonsense(f"exit code {code} without a word")

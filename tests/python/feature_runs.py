@@ -232,6 +232,18 @@ def plan_config(bench: Bench) -> None:
     assert decoder.config.token_budget == 32 and decoder.plan == "FFSssssS"
 
 
+@uses("PlanConfig.choosing_layers", "scored layers")
+def scored_layers(bench: Bench) -> None:
+    plan = tidaldecode.PlanConfig(scored_layers=(2, 4, 7), token_budget=32, sparse_min_context=0)
+    assert plan.choosing_layers == (2, 4, 7)
+    for extra in ({}, {"verify": True}, {"token_budget": "auto", "granularity": "head"}):
+        options = {**plan.settings(), **extra}
+        decoder = bench.open(scored_layers=plan.scored_layers, **options)
+        assert decoder.plan == "FFPsPssP"
+        result = decoder.generate(IDS * 4, max_new_tokens=12, ignore_eos=True)
+        assert len(result.token_ids) == 12 and sorted(decoder.selection()) == [2, 4, 7]
+
+
 @uses("hub ids", "revision")
 def hub_ids(bench: Bench) -> None:
     bench.cache_model("org/name")
@@ -354,8 +366,9 @@ def session_chat(bench: Bench) -> None:
 
 
 ENGINE = [
-    "--attention", "tidal", "--select-layers", "2,7", "--token-budget", "32", "--max-seq-len",
-    "512", "--page-size", "16", "--gpu-memory-utilization", "0.5", "--prefill-chunk", "64",
+    "--attention", "tidal", "--select-layers", "2", "--scored-layers", "7", "--token-budget", "32",
+    "--max-seq-len", "512", "--page-size", "16", "--gpu-memory-utilization", "0.5",
+    "--prefill-chunk", "64",
 ]  # fmt: skip
 PLAN_OPTIONS = [
     "--full-layers", "2", "--top-p-mass", "0.98", "--min-token-budget", "16", "--granularity",
@@ -419,7 +432,8 @@ def info_command(bench: Bench) -> None:
 @uses("tidaldecode demo")
 def demo_command(bench: Bench) -> None:
     text = bench.command(
-        "demo", "--model", str(bench.model), "--context", "600", "--select-layers", "2,7",
+        "demo", "--model", str(bench.model), "--context", "600", "--select-layers", "2",
+        "--scored-layers", "4,7",
         "--token-budget", "64", "--top-p-mass", "0.98", "--min-token-budget", "16", "--seed", "5",
         "--num-threads", "1",
     )  # fmt: skip
@@ -447,7 +461,8 @@ def eval_command(bench: Bench) -> None:
     out = bench.folder / "eval"
     shown = bench.command(
         "eval", str(bench.model), "--context", "600", "--task", "single", "--limit", "2", "--tidal",
-        "select_layers=2,7 token_budget=64", "--quest", "token_budget=64 page_size=16",
+        "select_layers=2,7 token_budget=64", "--tidal", "scored_layers=2,5 token_budget=64",
+        "--quest", "token_budget=64 page_size=16",
         "--attention", "--out", str(out), "--seed", "2", "--kv-dtype", bench.dtype,
         "--num-threads", "1",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from tiny_models import round_to
 
 @dataclass(frozen=True)
 class TidalSettings:
-    """How decode steps attend. Empty select_layers: every step is dense."""
+    """How decode steps attend. Without layers that choose every step is dense."""
 
     select_layers: tuple[int, ...] = ()
     full_layers: int = 2
@@ -28,6 +28,7 @@ class TidalSettings:
     sparse_min_context: int = 0
     top_p_mass: float = 1.0
     min_token_budget: int | None = None  # with top_p_mass
+    scored_layers: tuple[int, ...] = ()
 
 
 @dataclass
@@ -51,14 +52,14 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def plan_letters(num_layers: int, settings: TidalSettings) -> str:
-    """One letter a layer: F full, S select, s sparse."""
-    if not settings.select_layers:
-        return "F" * num_layers
-    first = min(settings.select_layers)
-    return "".join(
-        "S" if layer in settings.select_layers else "F" if layer < first else "s"
-        for layer in range(num_layers)
-    )
+    """One letter a layer: F full, S select, P scored, s sparse."""
+    letters = ["s"] * num_layers
+    for layer in settings.select_layers:
+        letters[layer] = "S"
+    for layer in settings.scored_layers:
+        letters[layer] = "P"
+    plan = "".join(letters)
+    return "F" * (num_layers - len(plan.lstrip("s"))) + plan.lstrip("s")
 
 
 def choose_positions(scores: np.ndarray, num_kv_heads: int, settings: TidalSettings) -> np.ndarray:
@@ -200,7 +201,7 @@ class ReferenceLlama:
     def step(
         self, token_id: int, caches: list[Cache], settings: TidalSettings
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Appends one token. Returns its logits [vocab_size] and what each select layer chose."""
+        """Appends one token. Returns its logits [vocab_size] and what each choosing layer chose."""
         n = len(caches[0].k) + 1
         is_adaptive = settings.top_p_mass < 1.0
         always_taken = settings.min_token_budget if is_adaptive else settings.token_budget
@@ -218,17 +219,17 @@ class ReferenceLlama:
                 cache.k[:, self._kv_head(head)] @ q[0, head] / np.sqrt(self.head_dim)
                 for head in range(self.num_q_heads)
             ])  # fmt: skip
+            if kind in "SP":
+                chosen = choose_positions(scores, self.num_kv_heads, settings)
+                selection[layer] = chosen
             out = np.empty_like(q[0])
             for head in range(self.num_q_heads):
                 kv_head = self._kv_head(head)
                 positions = np.arange(n)
-                if kind == "s":
+                if kind in "sP":
                     owner = {"kv_head": kv_head, "head": head, "layer": 0}[settings.granularity]
                     positions = chosen[owner][chosen[owner] >= 0]
                 out[head] = softmax(scores[head, positions]) @ cache.v[positions, kv_head]
-            if kind == "S":
-                chosen = choose_positions(scores, self.num_kv_heads, settings)
-                selection[layer] = chosen
             x = x + self._linear(out.reshape(1, -1), prefix + "self_attn.o_proj")
             x = x + self._mlp(self._norm(x, prefix + "post_attention_layernorm.weight"), layer)
         return self._logits(x)[0], selection

@@ -169,6 +169,44 @@ def test_what_is_no_function_is_refused_before_any_work(folder: Path, decoder: D
         is_quiet(lambda: replay.read(value), "on_prefill")
 
 
+@pytest.mark.parametrize("value", [object, len, lambda: None, lambda a, b, c: None], ids=show)
+def test_what_takes_other_arguments_is_refused_before_any_work(folder: Path, decoder, value):
+    is_quiet(lambda: Decoder(folder, **OPTIONS, progress=value), "progress")
+    is_quiet(lambda: decoder.generate([1, 2], on_prefill=value), "on_prefill")
+    is_quiet(lambda: decoder.replay([[1, 2]], max_new_tokens=1, on_prefill=value), "on_prefill")
+    if not (value is object or (hasattr(value, "__code__") and not value.__code__.co_argcount)):
+        is_quiet(lambda: decoder.generate([1, 2], should_stop=value), "should_stop")
+
+
+class Endless:
+    """Says that it has two items, and gives more and more."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self):
+        return itertools.count(1)
+
+
+def test_lists_without_end_end(decoder: Decoder):
+    assert decoder.generate(Endless(), max_new_tokens=1).prompt_tokens == 2
+    assert decoder.logits(Endless(), last=2).shape[0] == 2
+    for ids in (range(10**12), [range(10**12)]):
+        is_quiet(lambda ids=ids: decoder.generate(ids, max_new_tokens=1), "items|prompt")
+        is_quiet(lambda ids=ids: decoder.decode(ids), "token_ids")
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.array(True)], ids=show)
+def test_a_truth_value_of_numpy_is_no_number(decoder: Decoder, value):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed"):
+        is_quiet(lambda name=name: decoder.generate([1, 2], **{name: value}), name)
+
+
+@pytest.mark.parametrize("name", ["steps", "warmup"])
+def test_measurements_end(decoder: Decoder, name: str):
+    is_quiet(lambda: decoder.measure_steps(8, **{name: 2**31 - 1}), name)
+
+
 def test_a_callbacks_own_error_comes_out(folder: Path, decoder: Decoder):
     class Own(Exception):
         pass

@@ -60,7 +60,7 @@ def test_only_raised_positions_are_noted():
 
 def test_floors_are_those_worked_out_by_hand(tmp_path: Path):
     model = read_model_folder(SHAPES["llama-3.1-8b"].write(tmp_path), "dummy").model
-    tidal = plan_letters(32, (2, 13))
+    tidal = plan_letters(32, PlanConfig(select_layers=(2, 13)))
     assert kv_bytes_per_token(model, "bfloat16") == 131072
 
     def floor(plan: str, context: int, batch_size: int = 1) -> float:

@@ -265,8 +265,8 @@ def test_version(run):
 
 
 def test_layers_are_parsed():
-    assert parse_layers("2,13") == (2, 13)
-    assert parse_layers(" 2 , 13 ") == (2, 13)
+    assert parse_layers("2,13", "select-layers") == (2, 13)
+    assert parse_layers(" 2 , 13 ", "select-layers") == (2, 13)
     for bad in ("", "2,", "a", "2;13"):
         with pytest.raises(InvalidArgument, match="select-layers"):
-            parse_layers(bad)
+            parse_layers(bad, "select-layers")

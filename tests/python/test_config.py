@@ -77,6 +77,10 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"select_layers": "2,13"}, "select_layers: got '2,13'"),
         ({"select_layers": 2}, "select_layers: got 2"),
         ({"select_layers": (2,), "attention": "full"}, "attention: got 'full' together with"),
+        ({"scored_layers": (2,), "attention": "full"}, "together with scored_layers"),
+        ({"scored_layers": ()}, r"scored_layers: got \(\)"),
+        ({"scored_layers": (3, 3)}, "scored_layers: got .*strictly ascending"),
+        ({"select_layers": (2, 4), "scored_layers": (4,)}, "scored_layers: got layer 4"),
         ({"full_layers": 0}, "full_layers: got 0"),
         ({"granularity": "page"}, "granularity: got 'page'"),
         ({"pooling": "mean"}, "pooling: got 'mean'"),
@@ -164,6 +168,8 @@ def test_tidal_without_a_plan_is_an_error_that_says_how_to_get_one(folder: Path)
     [
         ({"select_layers": (2, 8)}, "layers up to 7"),
         ({"select_layers": (2,), "full_layers": 3}, "full_layers: got 3"),
+        ({"scored_layers": (2, 8)}, "scored_layers: got .*layers up to 7"),
+        ({"select_layers": (3,), "scored_layers": (2,), "full_layers": 3}, "full_layers: got 3"),
     ],
 )
 def test_layers_must_fit_the_model(folder: Path, options: dict[str, Any], expected: str):
@@ -178,6 +184,9 @@ def test_layers_must_fit_the_model(folder: Path, options: dict[str, Any], expect
         ({"select_layers": [5, 2]}, "strictly ascending"),
         ({"select_layers": [2, 99]}, "layers up to 7"),
         ({"select_layers": [2], "full_layers": 4}, "full_layers: got 4"),
+        ({"select_layers": [2], "scored_layers": [2]}, "scored_layers: got layer 2"),
+        ({"scored_layers": [5, 2]}, "scored_layers: got .*strictly ascending"),
+        ({"scored_layers": []}, "scored_layers: got"),
         ({"select_layers": [2], "token_budget": 0}, "token_budget: got 0"),
         ({"select_layers": [2], "pooling": None}, "pooling: got None"),
         ({"select_layers": [2], "budget": 5}, "got the key 'budget'"),
@@ -241,15 +250,18 @@ def open_decoder(path: Path, **options: Any) -> Decoder:
         ({"select_layers": (3,)}, "FFFSssss"),
         ({"select_layers": (1, 7)}, "FSsssssS"),
         ({"select_layers": (2, 3, 4)}, "FFSSSsss"),
+        ({"scored_layers": (2, 5)}, "FFPssPss"),
+        ({"scored_layers": (1, 2, 3, 4, 5, 6, 7)}, "FPPPPPPP"),
+        ({"select_layers": (4,), "scored_layers": (3, 6)}, "FFFPSsPs"),
+        ({"select_layers": (1,), "scored_layers": (7,), "full_layers": 1}, "FSsssssP"),
     ],
     ids=str,
 )
 def test_the_engine_builds_the_plan_that_was_chosen(planned, options, plan):
     decoder = open_decoder(planned, **options)
     assert decoder.plan == plan
-    layers = decoder.config.select_layers or ()
-    assert plan_letters(8, layers) == plan
-    assert decoder.config.attention == ("tidal" if layers else "full")
+    assert plan_letters(8, decoder.config) == plan
+    assert decoder.config.attention == ("tidal" if decoder.config.choosing_layers else "full")
 
 
 def test_a_config_value_and_options_are_the_same(planned: Path):
@@ -325,7 +337,7 @@ def test_what_eval_found_of_a_published_plan_is_remembered(folder: Path, tmp_pat
         plan.description == "published for Llama-3.1-8B, evaluated here: 9 of 10 answers, dense 10"
     )
     assert plan_notes(DecodeConfig(), plan, llama) == [
-        f"plan {plan_letters(32, (2, 13))} {plan.description}"
+        f"plan {plan_letters(32, PlanConfig(select_layers=(2, 13)))} {plan.description}"
     ]
     other = choose_plan(DecodeConfig(token_budget=64), "auto", llama)
     assert other.description == "published for Llama-3.1-8B, not measured here"

@@ -178,7 +178,7 @@ def test_a_chat_template_goes_around_the_prompts(run, own: Path, tmp_path: Path)
         (["--limit", "0", "--tidal", "select_layers=1"], "limit: got 0"),
         (["--tidal", "layers=1"], "tidal: got 'layers=1', expected settings such as"),
         (["--tidal", "token_budget=x"], "tidal: token_budget: got 'x', expected an integer"),
-        (["--tidal", "select_layers=b"], "select-layers: got 'b'"),
+        (["--tidal", "select_layers=b"], "select_layers: got 'b'"),
         (["--tidal", "token_budget=1 token_budget=2"], "token_budget is given twice"),
         ([*PLAN, *PLAN], "given twice, expected different settings"),
         (["--prompts", "/no/such", *PLAN], "/no/such: cannot be opened"),

@@ -36,10 +36,13 @@ def reference(folder: Path) -> ReferenceLlama:
 
 def open_decoder(folder: Path, settings: TidalSettings, **options) -> tidaldecode.Decoder:
     defaults = {"device": "cpu", "dtype": "float32", "attention": "tidal", "max_seq_len": 256}
-    if not settings.select_layers:
+    plan = dataclasses.asdict(settings)
+    layers = {name: plan.pop(name) for name in ("select_layers", "scored_layers")}
+    given = {name: value for name, value in layers.items() if value}
+    if not given:
         defaults["attention"] = "full"
         return tidaldecode.Decoder(folder, **(defaults | options))
-    return tidaldecode.Decoder(folder, **(defaults | dataclasses.asdict(settings) | options))
+    return tidaldecode.Decoder(folder, **(defaults | plan | given | options))
 
 
 def greedy(decoder: tidaldecode.Decoder, prompts: list[list[int]], new_tokens: int = NEW_TOKENS):
@@ -87,6 +90,31 @@ def test_tokens_logits_and_sets(
     settings = TidalSettings(
         select_layers, full_layers, 16, granularity, pooling, sink_tokens, recent_tokens
     )
+    assert_same_decoding(folder, reference, settings)
+
+
+SCORED_PLANS = [
+    ((), (2,), 2), ((), (1, 3), 1), ((), (2, 3, 4, 5), 2), ((2,), (4,), 2), ((3,), (1, 2, 5), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("select_layers", "scored_layers", "full_layers"), SCORED_PLANS)
+@pytest.mark.parametrize(("granularity", "pooling"), HEADS)
+def test_scored_layers(
+    folder, reference, granularity, pooling, select_layers, scored_layers, full_layers
+):
+    settings = TidalSettings(
+        select_layers, full_layers, 16, granularity, pooling, 1, 4, scored_layers=scored_layers
+    )
+    assert_same_decoding(folder, reference, settings)
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
+def test_scored_layers_with_adaptive_budgets(folder, reference, granularity):
+    settings = TidalSettings(
+        (), 1, 40, granularity, sink_tokens=1, recent_tokens=2, top_p_mass=0.7,
+        min_token_budget=6, scored_layers=(1, 3, 4),
+    )  # fmt: skip
     assert_same_decoding(folder, reference, settings)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tidaldecode.calibration.objective import Scores
 from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.config import PlanConfig
 from tidaldecode.errors import UnsupportedError
 from tidaldecode.plans import plan_letters
 
@@ -89,7 +90,9 @@ def kv_bytes_per_step(
         seq_len: tokens in the cache.
         value_bytes: of one number in the cache.
     """
-    letters = plan_letters(model.num_layers, candidate.select_layers)
+    letters = plan_letters(
+        model.num_layers, PlanConfig(select_layers=candidate.select_layers or None)
+    )
     sparse_rows = min(candidate.token_budget, seq_len)
     rows = sum(sparse_rows if letter == "s" else seq_len for letter in letters)
     return rows * 2 * model.num_kv_heads * model.head_dim * value_bytes

@@ -12,6 +12,7 @@ from rich.table import Table
 from tidaldecode.calibration.run import Job, Outcome
 from tidaldecode.calibration.search import frontier
 from tidaldecode.cli.terminal import print_whole
+from tidaldecode.config import PlanConfig
 from tidaldecode.plans import plan_letters
 
 
@@ -38,7 +39,9 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
             same,
         )
     print_whole(console, table)
-    letters = plan_letters(num_layers, outcome.chosen.candidate.select_layers)
+    letters = plan_letters(
+        num_layers, PlanConfig(select_layers=outcome.chosen.candidate.select_layers)
+    )
     console.print(f"*: chosen, plan {letters}", markup=False, highlight=False)
     console.print(
         "KV MB: of keys and values a step reads; share: of dense; loss: nats a token over dense, "

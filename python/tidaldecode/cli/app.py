@@ -101,9 +101,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - reads it from stdin.")
     ] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(help="A file with the text to continue; - is stdin.")
-    ] = None,
+    prompt_file: opt.PromptFile = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text through the model's chat template.")
     ] = False,
@@ -117,6 +115,7 @@ def generate(
     top_p_mass: opt.TopPMass = None,
     min_token_budget: opt.MinTokenBudget = None,
     select_layers: opt.SelectLayers = None,
+    scored_layers: opt.ScoredLayers = None,
     full_layers: opt.FullLayers = None,
     granularity: opt.Granularity = None,
     pooling: opt.Pooling = None,
@@ -171,6 +170,7 @@ def info(
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     select_layers: opt.SelectLayers = None,
+    scored_layers: opt.ScoredLayers = None,
     verify: opt.Verify = False,
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
@@ -211,6 +211,7 @@ def demo(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     select_layers: opt.SelectLayers = None,
+    scored_layers: opt.ScoredLayers = None,
     token_budget: opt.TokenBudget = None,
     top_p_mass: opt.TopPMass = None,
     min_token_budget: opt.MinTokenBudget = None,

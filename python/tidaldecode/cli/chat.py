@@ -51,6 +51,7 @@ def chat(
     top_p_mass: opt.TopPMass = None,
     min_token_budget: opt.MinTokenBudget = None,
     select_layers: opt.SelectLayers = None,
+    scored_layers: opt.ScoredLayers = None,
     full_layers: opt.FullLayers = None,
     granularity: opt.Granularity = None,
     pooling: opt.Pooling = None,

@@ -20,6 +20,7 @@ import numpy as np
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli.demo_text import HiddenKey, hide_key
+from tidaldecode.config import LAYER_FIELDS
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.plans import find_plan
@@ -166,7 +167,8 @@ def run_demo(
         ]
         dense_runs = [_reported_ask(dense, prompt, "dense", reporter) for prompt in prompts]
 
-    if options.get("select_layers") is None and find_plan(read_model_folder(model_dir)) is None:
+    has_layers = any(options.get(name) is not None for name in LAYER_FIELDS)
+    if not has_layers and find_plan(read_model_folder(model_dir)) is None:
         for prompt, run in zip(prompts, dense_runs, strict=True):
             yield Comparison(prompt=prompt, dense=run, tidal=None)
         return

@@ -75,7 +75,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     plan = find_plan(folder)
     plan_text = f"none; {HOW_TO_CHOOSE}"
     if plan is not None:
-        letters = plan_letters(model.num_layers, plan.config.select_layers or ())
+        letters = plan_letters(model.num_layers, plan.config)
         budget = plan.config.token_budget or _core.DecodeConfig().token_budget
         plan_text = f"{letters}, token budget {budget} ({plan.description})"
         if plan.measured and not plan.is_published:

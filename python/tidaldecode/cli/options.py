@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tidaldecode import _core
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import LAYER_FIELDS, DecodeConfig
 from tidaldecode.errors import InvalidArgument, show
 
 _ENGINE = "Engine"
@@ -72,8 +72,14 @@ MinTokenBudget = Annotated[
     int | None,
     _engine_option("Positions a set keeps whatever its mass.", "min_token_budget"),
 ]
+PromptFile = Annotated[
+    str | None, typer.Option(help="A file with the text to continue; - is stdin.")
+]
 SelectLayers = Annotated[
-    str | None, _engine_option("Layers that choose positions, separated by commas.")
+    str | None, _engine_option("Dense layers that choose positions, separated by commas.")
+]
+ScoredLayers = Annotated[
+    str | None, _engine_option("Layers that choose from the keys, and attend to those only.")
 ]
 FullLayers = Annotated[int | None, _engine_option("Dense layers in front.", "full_layers")]
 Granularity = Annotated[
@@ -166,8 +172,9 @@ _SAMPLING_FIELDS = (
 def engine_options(values: dict[str, Any]) -> dict[str, Any]:
     """The Decoder's options out of a command's arguments; those not given are left out."""
     options = {k: v for k, v in values.items() if k in _ENGINE_FIELDS and v is not None}
-    if "select_layers" in options:
-        options["select_layers"] = parse_layers(options["select_layers"])
+    for name in LAYER_FIELDS:
+        if name in options:
+            options[name] = parse_layers(options[name], name.replace("_", "-"))
     if options.get("token_budget", "auto") != "auto":
         options["token_budget"] = _parse_budget(options["token_budget"])
     return options
@@ -190,7 +197,7 @@ def sampling_options(values: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str, name: str) -> tuple[int, ...]:
     """ "2,13" as (2, 13).
 
     Raises: InvalidArgument for anything else.
@@ -199,5 +206,5 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InvalidArgument(
-            f"select-layers: got {show(text)}, expected layer numbers such as 2,13"
+            f"{name}: got {show(text)}, expected layer numbers such as 2,13"
         ) from None

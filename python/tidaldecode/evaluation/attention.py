@@ -103,7 +103,7 @@ def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
         is_adaptive = values["top_p_mass"] < 1
         least = values["min_token_budget"] if is_adaptive else values["token_budget"]
         values["recent_tokens"] = max(1, min(least // 4, least - values["sink_tokens"]))
-    return values | {"letters": plan_letters(folder.model.num_layers, tuple(core.select_layers))}
+    return values | {"letters": plan_letters(folder.model.num_layers, core)}
 
 
 def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.ndarray]:
@@ -124,13 +124,13 @@ def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.nd
 
 
 def _masses(weights: np.ndarray, plan: dict[str, Any], num_kv_heads: int) -> np.ndarray:
-    """Share of each layer's attention on the set of the last select layer; NaN where dense."""
+    """Share of each layer's attention on the set that it attends to; NaN where dense."""
     result = np.full(len(weights), np.nan)
     chosen = None
     for layer, letter in enumerate(plan["letters"]):
-        if letter == "S":
+        if letter in "SP":
             chosen = chosen_positions(weights[layer], num_kv_heads, plan)
-        elif letter == "s":
+        if letter in "Ps":
             result[layer] = (weights[layer] * chosen).sum(axis=-1).mean()
     return result
 
@@ -139,7 +139,7 @@ def chosen_positions(weights: np.ndarray, num_kv_heads: int, plan: dict[str, Any
     """The set of each query head, as docs/algorithm.md has it: [num_q_heads, n] bool.
 
     Args:
-        weights: [num_q_heads, n], dense attention of a select layer.
+        weights: [num_q_heads, n], dense attention of a layer that chooses.
         num_kv_heads: of the model.
         plan: its settings; those that do not make a set are not looked at.
     """

@@ -13,6 +13,7 @@ from typing import Any
 from tidaldecode import _core
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.config import PlanConfig
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plans import Plan, plan_letters, plan_values
 
@@ -50,5 +51,4 @@ class Keys:
         if setting.is_quest:
             return "page-wise"
         plan = self._plan(setting)
-        layers = plan.config.select_layers if plan else None
-        return plan_letters(self._folder.model.num_layers, layers or ())
+        return plan_letters(self._folder.model.num_layers, plan.config if plan else PlanConfig())

@@ -11,7 +11,7 @@ from typing import Any
 
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.options import parse_layers
-from tidaldecode.config import PLAN_FIELDS, PlanConfig
+from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, PlanConfig
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.plans import Plan, choose_plan
 
@@ -102,8 +102,8 @@ def check_names(settings: Sequence[Setting]) -> None:
 
 
 def _read_value(name: str, value: str) -> Any:
-    if name == "select_layers":
-        return parse_layers(value)
+    if name in LAYER_FIELDS:
+        return parse_layers(value, f"tidal: {name}")
     if name in _TEXT_FIELDS or value == "auto":
         return value
     kind, expected = (float, "a number") if name in _FLOAT_FIELDS else (int, "an integer")

@@ -11,6 +11,7 @@ import enum
 import inspect
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, TypedDict
 
 from tidaldecode.errors import InvalidArgument, show
@@ -102,7 +103,9 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {_key(k, where): _plain(v, where, depth + 1) for k, v in value.items()}
+        # Some have no end, whatever their length says.
+        entries = islice(value.items(), len(value))
+        return {_key(k, where): _plain(v, where, depth + 1) for k, v in entries}
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, depth + 1) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

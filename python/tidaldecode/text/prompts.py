@@ -7,12 +7,14 @@ whatever library, or what a transformers tokenizer gives. Several of those are a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.sampling import as_index
 from tidaldecode.text.chat import check_text
 
+MAX_PROMPT_ITEMS = 1 << 24  # the longest contexts have some 10 million tokens
 _EXPECTED = "a string, a list of token ids, or a list of those"
 
 
@@ -149,7 +151,17 @@ def _as_list(value: Any, where: str) -> list[Any]:
 
         value = numpy.asarray(value)
     try:
-        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        if hasattr(value, "tolist"):
+            items = value.tolist()
+        else:
+            count = len(value)
+            if count > MAX_PROMPT_ITEMS:
+                raise InvalidArgument(
+                    f"{where}: got {count:,} items, expected at most {MAX_PROMPT_ITEMS:,}"
+                )
+            items = list(islice(value, count))  # some have no end, whatever their length says
+    except InvalidArgument:
+        raise
     except Exception:
         raise problem from None
     if not isinstance(items, list):  # an array of no dimension

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.errors import ConfigError, InvalidArgument, TidalError, show
 from tidaldecode.sampling import as_index
 from tidaldecode.text.chat import Chat, check_text
+from tidaldecode.text.prompts import MAX_PROMPT_ITEMS
 from tidaldecode.text.text_process import Limits, TextProcess, TextProcessError
 
 # The largest tokenizer.json of the supported families is about 12 MB.
@@ -242,8 +244,12 @@ def _check_ids(token_ids: Any) -> list[int]:
     values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
         raise InvalidArgument(f"token_ids: got {show(token_ids)}, expected a list of token ids")
+    if len(values) > MAX_PROMPT_ITEMS:
+        raise InvalidArgument(
+            f"token_ids: got {len(values):,} ids, expected at most {MAX_PROMPT_ITEMS:,}"
+        )
     ids = []
-    for position, value in enumerate(values):
+    for position, value in enumerate(islice(values, len(values))):
         token_id = as_index(value)
         if token_id is None or not 0 <= token_id <= _LARGEST_ID:
             raise InvalidArgument(
