@@ -68,7 +68,7 @@ def _calibrate(workspace: Path, work: Path) -> tuple[int, str]:
     return run_command(
         "calibrate", str(workspace / "model"), "--device", "cpu", "--num-threads", "1",
         "--text", str(workspace / "text.txt"), "--context", "512", "--token-budget", "16",
-        "--max-select-layers", "1", "--output", str(work / "plan.json"),
+        "--max-choosing-layers", "1", "--output", str(work / "plan.json"),
     )  # fmt: skip
 
 

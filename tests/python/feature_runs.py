@@ -445,13 +445,13 @@ def calibrate_command(bench: Bench) -> None:
     plan = bench.folder / "plan.json"
     bench.command(
         "calibrate", str(bench.model), "--builtin", "--context", "512", "--token-budget", "64",
-        "--max-select-layers", "2", "--max-loss", "9", "--seed", "1", "--output", str(plan),
+        "--max-choosing-layers", "2", "--max-loss", "9", "--seed", "1", "--output", str(plan),
         "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat",
     )  # fmt: skip
     assert json.loads(plan.read_text())["select_layers"]
     bench.command(
         "calibrate", str(bench.model), "--text", str(text_file(bench)), "--context", "256",
-        "--token-budget", "32", "--max-select-layers", "1", "--max-loss", "0", "--keep-anyway",
+        "--token-budget", "32", "--max-choosing-layers", "1", "--max-loss", "0", "--keep-anyway",
         "--no-chat", "--output", str(bench.folder / "other.json"), "--num-threads", "1",
     )  # fmt: skip
 

@@ -36,7 +36,6 @@ _LONG_CONTEXTS = {"cpu": 4096, "cuda": 16384}
 _SHORT_SHARE = 4
 _DEFAULT_BUDGETS = (64, 256, 1024)
 _LEAST_BUDGET = 8
-_DEFAULT_SELECT_LAYERS = 3
 _DEFAULT_LOSS = 0.03  # nats a token: about 3 % of perplexity
 
 _Text = Annotated[
@@ -86,9 +85,10 @@ def calibrate(
     builtin: _Builtin = False,
     context: _Contexts = None,
     chat: opt.Chat = None,
-    max_select_layers: Annotated[
-        int, typer.Option(help="Most layers that choose positions.")
-    ] = _DEFAULT_SELECT_LAYERS,
+    max_choosing_layers: Annotated[
+        int | None,
+        typer.Option(help="Most layers that choose positions. [dim]\\[default: any number][/dim]"),
+    ] = None,
     token_budget: _Budgets = None,
     max_loss: _MaxLoss = _DEFAULT_LOSS,
     output: _Output = None,
@@ -107,7 +107,8 @@ def calibrate(
         raise InvalidArgument(f"max-loss: got {max_loss}, expected a number of nats")
     folder = read_model_folder(model_dir)
     contexts = _contexts(context, folder, device)
-    check_integer("max_select_layers", max_select_layers, low=1)
+    if max_choosing_layers is not None:
+        check_integer("max_choosing_layers", max_choosing_layers, low=1)
     if output is not None:
         check_output(output)
     ask, is_chat = make_encoder(folder, chat)
@@ -119,7 +120,7 @@ def calibrate(
         is_chat=is_chat,
         contexts=contexts,
         budgets=_budgets(token_budget, max(contexts)),
-        max_select_layers=max_select_layers,
+        max_choosing_layers=max_choosing_layers,
         max_loss=max_loss,
         seed=seed,
         engine=opt.engine_options(
@@ -145,8 +146,8 @@ def _not_good_enough(job: Job, outcome: Outcome) -> str:
     least = min(point.scores.loss for point in frontier(outcome.points))
     return (
         f"no plan loses as little as {job.max_loss:g} (the best {least:.3g}), so none was kept: "
-        "the model is decoded densely; allow a larger --token-budget, more --max-select-layers or "
-        "a larger --max-loss, or keep the best one with --keep-anyway"
+        "the model is decoded densely; allow a larger --token-budget or a larger --max-loss, or "
+        "keep the best one with --keep-anyway"
     )
 
 

@@ -57,7 +57,7 @@ class Job:
     is_chat: bool
     contexts: tuple[int, ...]  # ascending
     budgets: tuple[int, ...]
-    max_select_layers: int
+    max_choosing_layers: int | None
     max_loss: float
     seed: int
     engine: dict[str, Any]  # options of Decoder: device, dtype, kv_dtype, num_threads
@@ -173,7 +173,7 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
             seq_len=max(job.contexts),
             value_bytes=value_bytes,
         )
-        points = search.run(job.budgets, job.max_select_layers)
+        points = search.run(job.budgets, job.max_choosing_layers)
         objective.close()
         chosen = choose(points, job.max_loss)
         held_out = Exam(answered=(), num_asked=0)

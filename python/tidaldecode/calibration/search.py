@@ -1,10 +1,11 @@
-"""From plan to plan: greedy over the layers that select, then over everything else, in stages.
+"""From plan to plan: layers that choose are taken away, then everything else is settled, in stages.
 
-Called by command.py. The pattern of IndexCache (arXiv 2603.12201): layers are added one at a time,
-each the one that lowers the loss most, and moved while that helps. Where the first select layer
-stands decides how many layers in front of it are dense, so each place is a chain of its own; what
-they find is compared at equal bytes. Of many candidates each stage ranks all on a few questions and
-measures the best of them on everything.
+Called by command.py. It begins with a plan in which every layer scores all keys and chooses for
+itself, which loses next to nothing, and takes away what costs least: a layer that does not choose
+reads the set in front of it. (The pattern of IndexCache, arXiv 2603.12201, the other way round:
+adding layers to a plan of few finds what is less bad, not what is good.) In each round all layers
+are ranked on a few questions, and as many as are nearly free go together; what is left is measured
+on everything. So there is a plan for every number of bytes.
 """
 
 from __future__ import annotations
@@ -19,55 +20,56 @@ from tidaldecode.config import PlanConfig
 from tidaldecode.errors import UnsupportedError
 from tidaldecode.plans import plan_letters
 
-# First select layers that are tried: those in front are dense.
-FIRST_LAYERS = (1, 2, 3)
+# Layers in front that are dense; as many as a small model has room for.
+_FULL_LAYERS = 2
 _LEAST_LAYERS = 3
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)  # of the budget
 SINKS = (1, 4)
 GRANULARITIES = ("kv_head", "layer")
-# Of the candidates of a chain in a stage, how many are measured on everything.
-_KEPT = 6
-_MOVES = (-2, -1, 1, 2)  # of a select layer
-
-
-def canonical(select_layers: Sequence[int]) -> tuple[int, ...]:
-    """The fewest select layers with the same steps.
-
-    A first set that the next layer replaces is read by nobody: its layer is as good as dense, so
-    (1, 2, 17) is (2, 17).
-    """
-    layers = sorted(set(select_layers))
-    while len(layers) > 1 and layers[0] + 1 == layers[1]:
-        del layers[0]
-    return tuple(layers)
+# Of the layers that choose, the share that a round takes away.
+_TAKEN_SHARE = 0.25
+# With so few layers that choose, they may as well be dense, which repairs errors.
+_MOST_SELECT_LAYERS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A plan in the terms of the search."""
 
-    select_layers: tuple[int, ...]
     token_budget: int
+    select_layers: tuple[int, ...] = ()
+    scored_layers: tuple[int, ...] = ()
     recent_share: float = 0.25
     sink_tokens: int = 1
     granularity: str = "layer"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "select_layers", canonical(self.select_layers))
+    @property
+    def choosing_layers(self) -> tuple[int, ...]:
+        """The layers that choose, of both kinds, ascending."""
+        return tuple(sorted((*self.select_layers, *self.scored_layers)))
 
     def options(self) -> dict[str, Any]:
         """Options of Decoder, and what a plan file holds."""
         room = self.token_budget - self.sink_tokens
         recent = max(1, min(room, round(self.recent_share * self.token_budget)))
+        kinds = {"select_layers": self.select_layers, "scored_layers": self.scored_layers}
         return {
-            "select_layers": list(self.select_layers),
-            "full_layers": self.select_layers[0],
+            **{name: list(layers) for name, layers in kinds.items() if layers},
+            "full_layers": self.choosing_layers[0],
             "token_budget": self.token_budget,
             "sink_tokens": self.sink_tokens,
             "recent_tokens": recent,
             "granularity": self.granularity,
             "pooling": "sum",
         }
+
+    def letters(self, num_layers: int) -> str:
+        """The plan as the engine prints it."""
+        kinds = {
+            "select_layers": self.select_layers or None,
+            "scored_layers": self.scored_layers or None,
+        }
+        return plan_letters(num_layers, PlanConfig(**kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +88,17 @@ def kv_bytes_per_step(
 
     Args:
         model: its shape.
-        candidate: a plan; one without select layers is dense.
+        candidate: a plan; one without layers that choose is dense.
         seq_len: tokens in the cache.
         value_bytes: of one number in the cache.
     """
-    letters = plan_letters(
-        model.num_layers, PlanConfig(select_layers=candidate.select_layers or None)
-    )
     sparse_rows = min(candidate.token_budget, seq_len)
-    rows = sum(sparse_rows if letter == "s" else seq_len for letter in letters)
-    return rows * 2 * model.num_kv_heads * model.head_dim * value_bytes
+    # A scored layer reads all keys, and then keys and values of its set.
+    halves = {"F": 2 * seq_len, "S": 2 * seq_len, "P": seq_len + 2 * sparse_rows}
+    rows = sum(
+        halves.get(letter, 2 * sparse_rows) for letter in candidate.letters(model.num_layers)
+    )
+    return rows * model.num_kv_heads * model.head_dim * value_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,82 +136,77 @@ class Search:
         self._quick: dict[Candidate, float] = {}
         self._stage = Stage(number=0, count=0, title="")
 
-    def run(self, budgets: Sequence[int], max_select_layers: int) -> list[Point]:
+    def run(self, budgets: Sequence[int], max_choosing_layers: int | None = None) -> list[Point]:
         """All plans that were measured on everything.
 
         Args:
-            budgets: token budgets, ascending; layers are searched at the smallest, which is the
-                hardest, and all else at each.
-            max_select_layers: most layers that select.
+            budgets: token budgets, ascending; layers are searched at the middle one, and all else
+                at each.
+            max_choosing_layers: most layers that choose in a plan of the result; None: any number.
 
-        Raises: UnsupportedError for a model without room for a dense, a select and a sparse layer.
+        Raises: UnsupportedError for a model without room for a dense, a scored and a sparse layer.
         """
         if self._model.num_layers < _LEAST_LAYERS:
             raise UnsupportedError(
                 f"calibrate: got a model of {self._model.num_layers} layers, expected at least "
-                f"{_LEAST_LAYERS}: one dense, one that selects, one sparse"
+                f"{_LEAST_LAYERS}: one dense, one that chooses, one sparse"
             )
-        count = max_select_layers + (max_select_layers > 1) + len(budgets)
-        self._stage = Stage(number=0, count=count, title="")
-        chains = self._chains(budgets[0], max_select_layers)
-        ends = self._cheapest([candidate for chain in chains for candidate in chain])
+        first = min(_FULL_LAYERS, self._model.num_layers - 2)
+        layers = tuple(range(first, self._model.num_layers))
+        sizes = _chain_sizes(len(layers))
+        self._stage = Stage(number=0, count=len(sizes) + len(budgets), title="")
+        middle = budgets[(len(budgets) - 1) // 2]
+        chain = self._chain(Candidate(scored_layers=layers, token_budget=middle), sizes)
+        most = len(layers) if max_choosing_layers is None else max_choosing_layers
+        ends = self._cheapest([c for c in chain if len(c.choosing_layers) <= most])
         for budget in budgets:
             self._next_stage(f"budget {budget}")
             ends = self._settled([replace(end, token_budget=budget) for end in ends])
-        return list(self._points.values())
+        return [p for p in self._points.values() if len(p.candidate.choosing_layers) <= most]
 
     def dense_bytes(self) -> int:
         """Bytes of keys and values that a dense step reads."""
-        return self._cost(Candidate(select_layers=(), token_budget=1))
+        return self._cost(Candidate(token_budget=1))
 
     def _next_stage(self, title: str) -> None:
         stage = self._stage
         self._stage = Stage(number=stage.number + 1, count=stage.count, title=title)
 
-    def _chains(self, budget: int, max_select_layers: int) -> list[list[Candidate]]:
-        """A chain for each first layer: one select layer, two, and so on."""
-        firsts = [first for first in FIRST_LAYERS if first < self._model.num_layers - 1]
-        chains = [[Candidate(select_layers=(first,), token_budget=budget)] for first in firsts]
-        self._next_stage("1 select layer")
-        self._score([chain[0] for chain in chains])
-        for count in range(2, max_select_layers + 1):
-            self._next_stage(f"{count} select layers")
-            longer = [self._with_one_more(chain[-1]) for chain in chains]
-            for chain, best in zip(chains, self._best_of(longer), strict=True):
-                chain += best
-        if max_select_layers > 1:
-            self._next_stage("layers moved")
-            moved = [self._moved(chain[-1]) for chain in chains]
-            for chain, best in zip(chains, self._best_of(moved), strict=True):
-                chain += best
-        return chains
+    def _chain(self, start: Candidate, sizes: Sequence[int]) -> list[Candidate]:
+        """Plans of ever fewer layers that choose, from `start` on, and their dense variants."""
+        chain = []
+        candidate = start
+        for size in sizes:
+            self._next_stage(f"{size} layers choose" if size > 1 else "1 layer chooses")
+            while len(candidate.scored_layers) > size:
+                candidate = self._without_cheapest(candidate, size)
+            variants = [candidate]
+            if size <= _MOST_SELECT_LAYERS:
+                layers = canonical(candidate.scored_layers)
+                dense = replace(candidate, select_layers=layers, scored_layers=())
+                if "s" in dense.letters(self._model.num_layers):
+                    variants.append(dense)
+            self._score(variants)
+            chain += variants
+        return chain
 
-    def _with_one_more(self, candidate: Candidate) -> list[Candidate]:
-        layers = candidate.select_layers
-        return [
-            replace(candidate, select_layers=(*layers, layer))
-            # What the next layer replaces belongs to the chain that begins there.
-            for layer in range(layers[0] + 2, self._model.num_layers)
-            if layer not in layers
-        ]
+    def _without_cheapest(self, candidate: Candidate, size: int) -> Candidate:
+        """Without the layers whose choice is missed least, down to `size` layers if possible.
 
-    def _moved(self, candidate: Candidate) -> list[Candidate]:
-        """One select layer, but the first, elsewhere."""
-        first, *others = candidate.select_layers
-        moved = []
-        for index, layer in enumerate(others):
-            for step in _MOVES:
-                if first + 1 < layer + step < self._model.num_layers:
-                    layers = (first, *others[:index], layer + step, *others[index + 1 :])
-                    moved.append(replace(candidate, select_layers=layers))
-        return [c for c in dict.fromkeys(moved) if len(c.select_layers) == 1 + len(others)]
-
-    def _best_of(self, lists: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
-        """The best candidate of each list, in a list; an empty one for an empty one."""
-        self._rank([candidate for candidates in lists for candidate in candidates])
-        kept = [sorted(own, key=lambda c: self._quick[c])[:_KEPT] for own in lists]
-        self._score([candidate for candidates in kept for candidate in candidates])
-        return [[min(own, key=self._loss)] if own else [] for own in kept]
+        The first layer stays, for those in front of it are dense; so does one whose set would have
+        been taken over by another that goes, until the next ranking has seen it.
+        """
+        layers = candidate.scored_layers
+        shorter = {layer: _without(candidate, layer) for layer in layers[1:]}
+        self._rank(list(shorter.values()))
+        taken: set[int] = set()
+        for layer in sorted(shorter, key=lambda layer: self._quick[shorter[layer]]):
+            place = layers.index(layer)
+            neighbours = {*layers[place - 1 : place], *layers[place + 1 : place + 2]}
+            if len(layers) - len(taken) > size and not neighbours & taken:
+                taken.add(layer)
+        kept = tuple(layer for layer in layers if layer not in taken)
+        return replace(candidate, scored_layers=kept)
 
     def _settled(self, ends: Sequence[Candidate]) -> list[Candidate]:
         """The best settings besides layers and budget, found at the end that loses least."""
@@ -261,6 +259,32 @@ class Search:
                 self._points[candidate] = Point(
                     candidate=candidate, bytes_per_step=self._cost(candidate), scores=scores
                 )
+
+
+def canonical(select_layers: Sequence[int]) -> tuple[int, ...]:
+    """The fewest select layers with the same steps.
+
+    A first set that the next layer replaces is read by nobody: its layer is as good as dense, so
+    (1, 2, 17) is (2, 17).
+    """
+    layers = sorted(set(select_layers))
+    while len(layers) > 1 and layers[0] + 1 == layers[1]:
+        del layers[0]
+    return tuple(layers)
+
+
+def _without(candidate: Candidate, layer: int) -> Candidate:
+    return replace(
+        candidate, scored_layers=tuple(own for own in candidate.scored_layers if own != layer)
+    )
+
+
+def _chain_sizes(num_layers: int) -> list[int]:
+    """How many layers choose after each round: all at first, in the end one."""
+    sizes = [num_layers]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] - max(1, round(_TAKEN_SHARE * sizes[-1])))
+    return sizes
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

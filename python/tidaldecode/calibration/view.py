@@ -12,23 +12,21 @@ from rich.table import Table
 from tidaldecode.calibration.run import Job, Outcome
 from tidaldecode.calibration.search import frontier
 from tidaldecode.cli.terminal import print_whole
-from tidaldecode.config import PlanConfig
-from tidaldecode.plans import plan_letters
 
 
 def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     """A row per plan, by ascending bytes; the chosen one is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
-    table.add_column("select", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
     for title in ("budget", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
         table.add_column(title, justify="right", no_wrap=True)
     for point in frontier(outcome.points):
         candidate, scores = point.candidate, point.scores
         options = candidate.options()
-        layers = ",".join(map(str, candidate.select_layers))
+        letters = candidate.letters(num_layers)
         same = f"{100 * scores.agreement:.0f}" if outcome.is_judged_by_questions else "-"
         table.add_row(
-            f"{layers} *" if point == outcome.chosen else layers,
+            f"{letters} *" if point == outcome.chosen else letters,
             str(candidate.token_budget),
             str(options["recent_tokens"]),
             str(candidate.sink_tokens),
@@ -39,13 +37,10 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
             same,
         )
     print_whole(console, table)
-    letters = plan_letters(
-        num_layers, PlanConfig(select_layers=outcome.chosen.candidate.select_layers)
-    )
-    console.print(f"*: chosen, plan {letters}", markup=False, highlight=False)
     console.print(
-        "KV MB: of keys and values a step reads; share: of dense; loss: nats a token over dense, "
-        "of text and of answers, and one for all answers lost; same: answers as dense, %",
+        "*: chosen. Layers: F dense, S dense and choosing, P choosing from its keys, s sparse. KV "
+        "MB: of keys and values a step reads; share: of dense; loss: nats a token over dense, of "
+        "text and of answers, and one for all answers lost; same: answers as dense, %",
         highlight=False,
     )
 
