@@ -79,7 +79,7 @@ def test_a_plan_that_is_not_good_enough_is_not_kept(run, model: Path, monkeypatc
     assert run(*SMALL, "--max-loss", "-1", "--output", str(output))[0] == 3 and not output.exists()
     code, out, _ = run(*SMALL, "--max-loss", "-1", "--keep-anyway")
     assert code == 0 and f"Plan: {model / 'tidal_plan.json'}" in out
-    assert Decoder(model, device="cpu", max_seq_len=256).plan == "FSs"
+    assert Decoder(model, device="cpu", max_seq_len=256).plan == "FPs"
 
 
 def test_the_same_seed_gives_the_same_plan(run, model: Path, tmp_path: Path, monkeypatch):
