@@ -21,6 +21,7 @@
 #include "kernels/rope_append_kv.h"
 #include "kernels/rope_table.h"
 #include "kernels/sample.h"
+#include "kernels/score_keys.h"
 #include "kernels/select_top_k.h"
 #include "kernels/silu_mul.h"
 #include "kernels/skinny_linear.h"
@@ -39,7 +40,7 @@ constexpr const char* kProductsPurpose = "matrix products";
 // step, each with the driver's memory for a launch in a graph; and the code of kernels, ours and
 // the libraries', as they are first used. The test of the plan in tests/python/test_gpu.py compares
 // it with what the device then really has less.
-constexpr int64_t kLaunchesPerLayer = 12;
+constexpr int64_t kLaunchesPerLayer = 14;  // a scored layer, and biases of o and down
 constexpr int64_t kLaunchesPerStep = 8;
 constexpr int64_t kBytesPerLaunch = 64 << 10;
 constexpr int64_t kCodeBytes = 256 << 20;
@@ -358,6 +359,16 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   CheckSameDType("attention_select", args.attention);
   LaunchAttentionSelect(args, ScratchFor(args.attention.q), attention_reads_, stream());
   AllowEarlyReads(args.attention.q.dim(0) > 0);
+}
+
+void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
+  LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
+  // As after attention: this writes nothing that attention reads, and all its blocks wait for what
+  // is in front. SelectTopK, which comes next in a scored layer, writes sets, and says so itself.
+  AllowEarlyReads(args.q.dim(0) > 0);
 }
 
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {

@@ -46,6 +46,8 @@ std::vector<Row> Rows() {
   for (int64_t n : {10240, 102400}) rows.push_back({"attention_full", mha, 1, n});
   rows.push_back({"attention_full", gqa, 8, 32768});
   rows.push_back({"attention_select", gqa, 1, 131072});
+  for (int64_t n : {10240, 32768, 131072}) rows.push_back({"score_keys", gqa, 1, n});
+  rows.push_back({"score_keys", gqa, 8, 32768});
   rows.push_back({"select_top_k", gqa, 1, 131072, 1024});
   rows.push_back({"select_top_k", mha, 1, 102400, 1024, Granularity::kHead});
   rows.push_back({"select_top_k", gqa, 1, 131072, 4096});
@@ -141,6 +143,16 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
           {.attention = Attention(in, i), .scores = in.scores, .lse = in.lse});
     };
   }
+  if (row.op == "score_keys") {
+    return [&](int64_t i) {
+      AttentionArgs attention = Attention(in, i);
+      bench.backend().ScoreKeys({.q = attention.q,
+                                 .kv = attention.kv,
+                                 .sm_scale = attention.sm_scale,
+                                 .scores = in.scores,
+                                 .lse = in.lse});
+    };
+  }
   if (row.op == "attention_sparse") {
     return [&](int64_t i) {
       bench.backend().AttentionSparse({.attention = Attention(in, i),
@@ -186,7 +198,9 @@ void Measure(BenchDevice& bench, const Row& row) {
   int64_t pages_per_row = (row.seq_len + kPageSize - 1) / kPageSize;
   int64_t num_pages = pages_per_row * row.batch_size;
   int64_t cache_bytes = 2 * num_pages * kPageSize * row.shape.num_kv_heads * kHeadDim * 2;
-  int64_t read_bytes = row.op == "attention_sparse" ? 4 * kHeadDim * NumSelected(row) : cache_bytes;
+  int64_t read_bytes = cache_bytes;
+  if (row.op == "score_keys") read_bytes /= 2;  // no values
+  if (row.op == "attention_sparse") read_bytes = 4 * kHeadDim * NumSelected(row);
   // Caches of sparse rows need not be whole: few of them already leave the L2 cold.
   auto wanted = static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(read_bytes)));
   int64_t num_caches = std::clamp<int64_t>(wanted, 4, kMaxCaches);

@@ -1,6 +1,7 @@
 // One warp's share of decode attention: flash-decoding (online softmax over a stream of K and V) of
 // the query heads of one KV head, in tiles of 16 tokens. Used by attention_full.cuh,
-// attention_sparse.cuh and, for the heads of several queries, attention_few_queries.cuh.
+// attention_sparse.cuh and, for the heads of several queries, attention_few_queries.cuh; by
+// score_keys.cuh for scores and their softmax state alone, without V.
 //
 // The tensor cores see everything transposed: scores^T [16 tokens x 8 heads] = K [16 x D] . Q^T,
 // and out^T [D x 8 heads] += V^T [D x 16 tokens] . P^T. Tokens, of which there are many, fill the
@@ -71,20 +72,31 @@ struct AttendedTokens {
   }
 };
 
+// What a warp reads of its tokens. With keys only there is no output, just the scores' maximum and
+// sum.
+enum class DecodeReads { kKeysAndValues, kKeys };
+
+// Tiles of 16 x D elements in a stage.
+template <DecodeReads kReads>
+inline constexpr int kStageTiles = kReads == DecodeReads::kKeysAndValues ? 2 : 1;
+
 // 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
 // several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
-template <int kHeadDim>
-inline constexpr int kDecodeStages = 3 * 128 / kHeadDim;
+template <int kHeadDim, DecodeReads kReads = DecodeReads::kKeysAndValues>
+inline constexpr int kDecodeStages = 6 * 128 / kHeadDim / kStageTiles<kReads>;
 
 // kColumnTiles x 8 heads; with more than one, of several queries.
-template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>, int kColumnTiles = 1>
+template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>, int kColumnTiles = 1,
+          DecodeReads kReads = DecodeReads::kKeysAndValues>
 class DecodeWarp {
  public:
+  static constexpr bool kReadsValues = kReads == DecodeReads::kKeysAndValues;
   static constexpr int kColumns = 8 * kColumnTiles;
   // Tiles whose copies are under way at a time: in all stages but that of the tile that is worked
   // on. With fewer stages than usual, which should hold all of a warp's tiles, in all of them.
-  static constexpr int kAhead = kStages < kDecodeStages<kHeadDim> ? kStages : kStages - 1;
-  static constexpr int kStageBytes = 2 * kDecodeWarpTile * kHeadDim * sizeof(T);
+  static constexpr int kAhead = kStages < kDecodeStages<kHeadDim, kReads> ? kStages : kStages - 1;
+  static constexpr int kStageBytes =
+      kStageTiles<kReads> * kDecodeWarpTile * kHeadDim * static_cast<int>(sizeof(T));
   static constexpr int kSharedBytes = kDecodeWarps * kStages * kStageBytes;  // of a block
   static constexpr int kNoRow = -2;  // what no token's row is
 
@@ -167,16 +179,19 @@ class DecodeWarp {
 
   // After FinishBlock, by a whole warp: the block's result for a head.
   __device__ __forceinline__ HeadResult<kHeadDim> BlockResult(int head) const {
-    auto area = [&](int warp) {
-      return reinterpret_cast<const float*>(block_shared_ + warp * kWarpBytes);
-    };
-    auto state_of = [&](int warp) {
-      return make_float2(area(warp)[kMergeMax + head], area(warp)[kMergeSum + head]);
-    };
+    static_assert(kReadsValues);
+    auto state_of = [&](int warp) { return MergeState(warp, head); };
     auto out_of = [&](int warp) {
-      return reinterpret_cast<const LaneDims<kHeadDim>*>(area(warp) + head * kMergeStride)[lane_];
+      const float* out = MergeArea(warp) + head * kMergeStride;
+      return reinterpret_cast<const LaneDims<kHeadDim>*>(out)[lane_];
     };
     return MergeParts<kHeadDim, kDecodeWarps>(kDecodeWarps, state_of, out_of);
+  }
+
+  // The same of its softmax alone.
+  __device__ __forceinline__ HeadState BlockState(int head) const {
+    return MergeStates<kDecodeWarps>(kDecodeWarps,
+                                     [&](int warp) { return MergeState(warp, head); });
   }
 
  private:
@@ -184,15 +199,22 @@ class DecodeWarp {
   static constexpr int kTileElements = kDecodeWarpTile * kHeadDim;
   static constexpr int kWarpBytes = kStages * kStageBytes;
 
-  // A warp's results in shared memory, in floats: out [kColumns, D], in rows that are padded so
-  // that StoreForMerge spreads over all banks; max [kColumns], sum [kColumns].
+  // A warp's results in shared memory, in floats: out [kColumns, D] if there is one, in rows that
+  // are padded so that StoreForMerge spreads over all banks; max [kColumns], sum [kColumns].
   static constexpr int kMergeStride = kHeadDim + 4;
-  static constexpr int kMergeMax = kColumns * kMergeStride;
+  static constexpr int kMergeMax = kReadsValues ? kColumns * kMergeStride : 0;
   static constexpr int kMergeSum = kMergeMax + kColumns;
   static_assert((kMergeSum + kColumns) * sizeof(float) <= kWarpBytes);
 
+  __device__ __forceinline__ const float* MergeArea(int warp) const {
+    return reinterpret_cast<const float*>(block_shared_ + warp * kWarpBytes);
+  }
+  __device__ __forceinline__ float2 MergeState(int warp, int head) const {
+    return make_float2(MergeArea(warp)[kMergeMax + head], MergeArea(warp)[kMergeSum + head]);
+  }
+
   __device__ __forceinline__ T* KeyTile(int stage) const {
-    return shared_ + stage * 2 * kTileElements;
+    return shared_ + stage * kStageTiles<kReads> * kTileElements;
   }
   __device__ __forceinline__ T* ValueTile(int stage) const {
     return KeyTile(stage) + kTileElements;
@@ -202,7 +224,11 @@ class DecodeWarp {
   // lane % 16; -1 gives zeros.
   __device__ __forceinline__ void Copy(int stage, bool present, int row) {
     if (present) {
-      CopyTokens<T, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
+      if constexpr (kReadsValues) {
+        CopyTokens<T, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
+      } else {
+        CopyKeys<T, kHeadDim>(KeyTile(stage), k_, row, policy_);
+      }
     }
     CommitCopies();
   }
@@ -232,7 +258,7 @@ class DecodeWarp {
         waited = true;
       }
       for (; late != 0; late &= late - 1) {
-        if (lane_ < 2 * kChunks) {
+        if (lane_ < kStageTiles<kReads> * kChunks) {
           int chunk = lane_ % kChunks;
           int64_t source = int64_t{late_row} * kHeadDim + chunk * kChunkElements;
           int target = TileOffset<kHeadDim>(__ffs(late) - 1, chunk);
@@ -301,33 +327,48 @@ class DecodeWarp {
     }
   }
 
-  // One step of the online softmax. Lanes that share lane % 4 hold the same heads.
+  // One step of the online softmax of a tile's scores.
   __device__ __forceinline__ void Accumulate(int stage, const float (&scores)[kColumnTiles][4]) {
     float rescale[kColumnTiles][2];
     uint32_t b[kColumnTiles][2];
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
       float weights[4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float max = fmaxf(scores[t][i], scores[t][i + 2]);
-#pragma unroll
-        for (int mask = 4; mask < kWarpSize; mask *= 2) {
-          max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
-        }
-        max = fmaxf(max, max_[t][i]);
-        float finite_max = FiniteMax(max);
-        rescale[t][i] = SoftmaxWeight(max_[t][i], finite_max);
-        weights[i] = SoftmaxWeight(scores[t][i], finite_max);
-        weights[i + 2] = SoftmaxWeight(scores[t][i + 2], finite_max);
-        max_[t][i] = max;
-        sum_[t][i] = __fmaf_rn(sum_[t][i], rescale[t][i], __fadd_rn(weights[i], weights[i + 2]));
+      UpdateState(t, scores[t], weights, rescale[t]);
+      if constexpr (kReadsValues) {
+        // Weights arrive as C [token, head] and leave as B [token (k), head (n)]: two 8 x 8
+        // transposes.
+        b[t][0] = TransposeMatrix(PackPair<T>(weights[0], weights[1]));
+        b[t][1] = TransposeMatrix(PackPair<T>(weights[2], weights[3]));
       }
-      // Weights arrive as C [token, head] and leave as B [token (k), head (n)]: two 8 x 8
-      // transposes.
-      b[t][0] = TransposeMatrix(PackPair<T>(weights[0], weights[1]));
-      b[t][1] = TransposeMatrix(PackPair<T>(weights[2], weights[3]));
     }
+    if constexpr (kReadsValues) AddValues(stage, rescale, b);
+  }
+
+  // Takes scores into the maximum and the sum of their heads; `weights` of the scores, and what
+  // those before are now to be multiplied by. Lanes that share lane % 4 hold the same heads.
+  __device__ __forceinline__ void UpdateState(int t, const float (&scores)[4], float (&weights)[4],
+                                              float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float max = fmaxf(scores[i], scores[i + 2]);
+#pragma unroll
+      for (int mask = 4; mask < kWarpSize; mask *= 2) {
+        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
+      }
+      max = fmaxf(max, max_[t][i]);
+      float finite_max = FiniteMax(max);
+      rescale[i] = SoftmaxWeight(max_[t][i], finite_max);
+      weights[i] = SoftmaxWeight(scores[i], finite_max);
+      weights[i + 2] = SoftmaxWeight(scores[i + 2], finite_max);
+      max_[t][i] = max;
+      sum_[t][i] = __fmaf_rn(sum_[t][i], rescale[i], __fadd_rn(weights[i], weights[i + 2]));
+    }
+  }
+
+  // out_ = out_ x rescale + the tile's values, weighted.
+  __device__ __forceinline__ void AddValues(int stage, const float (&rescale)[kColumnTiles][2],
+                                            const uint32_t (&b)[kColumnTiles][2]) {
     const T* value = ValueTile(stage);
     int offset = TileOffset<kHeadDim>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
 #pragma unroll
@@ -351,12 +392,14 @@ class DecodeWarp {
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
       int first_head = t * 8 + lane_ % 4 * 2;
+      if constexpr (kReadsValues) {
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+        for (int step = 0; step < kHeadDim / 16; ++step) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          int dim = step * 16 + lane_ / 4 + c / 2 * 8;
-          area[(first_head + c % 2) * kMergeStride + dim] = out_[t][step][c];
+          for (int c = 0; c < 4; ++c) {
+            int dim = step * 16 + lane_ / 4 + c / 2 * 8;
+            area[(first_head + c % 2) * kMergeStride + dim] = out_[t][step][c];
+          }
         }
       }
 #pragma unroll

@@ -20,30 +20,82 @@ inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 template <int kHeadDim>
 using LaneDims = Vec<float, kHeadDim / kWarpSize>;
 
-// Attention of one head to some tokens, held by a warp; as it stands, to none.
-template <int kHeadDim>
-struct HeadResult {
-  LaneDims<kHeadDim> out = {};     // sum of exp(score - max) * v
-  float max = NegativeInfinity();  // the same in all lanes
-  float sum = 0.0f;                // of exp(score - max), likewise
+// The softmax of one head's scores of some tokens, the same in all lanes of a warp; as it stands,
+// of none.
+struct HeadState {
+  float max = NegativeInfinity();
+  float sum = 0.0f;  // of exp(score - max)
+
+  // A sum of 0 means that there was no token, or that every score was masked. NaN is not 0 and
+  // passes on.
+  __device__ __forceinline__ float LogSumExp() const {
+    return sum == 0.0f ? NegativeInfinity() : max + logf(sum);
+  }
 };
 
-// A warp merges the results of one head from `count` <= kMaxParts parts. state_of(part): maximum
-// and sum; out_of(part): this lane's dims.
-template <int kHeadDim, int kMaxParts, typename StateOf, typename OutOf>
-__device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const StateOf& state_of,
-                                                           const OutOf& out_of) {
-  // Loads under way: 8 KB a warp at head_dim 128, which is what the L2's latency asks for.
-  constexpr int kBatch = kMaxParts < 16 ? kMaxParts : 16;
-  constexpr int kLaneParts = (kMaxParts + kWarpSize - 1) / kWarpSize;
-  static_assert(kLaneParts <= 2 && (kMaxParts == kBatch || kWarpSize % kBatch == 0));
+// Attention of one head to some tokens, held by a warp; as it stands, to none.
+template <int kHeadDim>
+struct HeadResult : HeadState {
+  LaneDims<kHeadDim> out = {};  // sum of exp(score - max) * v
+};
+
+// Parts that a lane has of up to kMaxParts that a warp merges: lane l has l, l + 32 and so on.
+template <int kMaxParts>
+inline constexpr int kPartsOfLane = (kMaxParts + kWarpSize - 1) / kWarpSize;
+
+// state_of(part), maximum and sum, of this lane's parts < count.
+template <int kLaneParts, typename StateOf>
+__device__ __forceinline__ void LoadStates(int count, const StateOf& state_of,
+                                           float2 (&states)[kLaneParts]) {
   int lane = threadIdx.x % kWarpSize;
-  float2 states[kLaneParts];
 #pragma unroll
   for (int i = 0; i < kLaneParts; ++i) {
     int part = i * kWarpSize + lane;
     states[i] = part < count ? state_of(part) : make_float2(NegativeInfinity(), 0.0f);
   }
+}
+
+// A warp merges what LoadStates loaded. weights: what the outputs of this lane's parts are to be
+// multiplied by.
+template <int kLaneParts>
+__device__ __forceinline__ HeadState MergeLoaded(const float2 (&states)[kLaneParts],
+                                                 float (&weights)[kLaneParts]) {
+  HeadState merged;
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) merged.max = fmaxf(merged.max, states[i].x);
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    merged.max = fmaxf(merged.max, __shfl_xor_sync(kFullWarp, merged.max, mask));
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) {
+    weights[i] = SoftmaxWeight(states[i].x, FiniteMax(merged.max));
+    merged.sum = __fmaf_rn(weights[i], states[i].y, merged.sum);
+  }
+  merged.sum = WarpSum(merged.sum);
+  return merged;
+}
+
+// A warp merges the softmax of one head from `count` <= kMaxParts parts. state_of(part): maximum
+// and sum.
+template <int kMaxParts, typename StateOf>
+__device__ __forceinline__ HeadState MergeStates(int count, const StateOf& state_of) {
+  float2 states[kPartsOfLane<kMaxParts>];
+  float weights[kPartsOfLane<kMaxParts>];
+  LoadStates(count, state_of, states);
+  return MergeLoaded(states, weights);
+}
+
+// The same of attention. out_of(part): this lane's dims.
+template <int kHeadDim, int kMaxParts, typename StateOf, typename OutOf>
+__device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const StateOf& state_of,
+                                                           const OutOf& out_of) {
+  // Loads under way: 8 KB a warp at head_dim 128, which is what the L2's latency asks for.
+  constexpr int kBatch = kMaxParts < 16 ? kMaxParts : 16;
+  constexpr int kLaneParts = kPartsOfLane<kMaxParts>;
+  static_assert(kLaneParts <= 2 && (kMaxParts == kBatch || kWarpSize % kBatch == 0));
+  float2 states[kLaneParts];
+  LoadStates(count, state_of, states);
   LaneDims<kHeadDim> outs[kBatch];
   auto load = [&](int first) {
 #pragma unroll
@@ -53,21 +105,8 @@ __device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const Stat
   };
   load(0);  // beside the states
 
-  HeadResult<kHeadDim> merged;
-#pragma unroll
-  for (int i = 0; i < kLaneParts; ++i) merged.max = fmaxf(merged.max, states[i].x);
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    merged.max = fmaxf(merged.max, __shfl_xor_sync(kFullWarp, merged.max, mask));
-  }
   float weights[kLaneParts];
-#pragma unroll
-  for (int i = 0; i < kLaneParts; ++i) {
-    weights[i] = SoftmaxWeight(states[i].x, FiniteMax(merged.max));
-    merged.sum = __fmaf_rn(weights[i], states[i].y, merged.sum);
-  }
-  merged.sum = WarpSum(merged.sum);
-
+  HeadResult<kHeadDim> merged = {MergeLoaded(states, weights)};
 #pragma unroll 1
   for (int first = 0; first < count; first += kBatch) {
     if (first > 0) load(first);
@@ -91,8 +130,7 @@ struct AttentionOutput {
   T* out;      // [B, Hq, D]
   float* lse;  // [B, Hq], or nullptr: log of the sum of exp(score)
 
-  // A warp writes row batch * Hq + q_head. A sum of 0 means that there was no token, or that every
-  // score was masked. NaN is not 0 and passes on.
+  // A warp writes row batch * Hq + q_head.
   template <int kHeadDim>
   __device__ __forceinline__ void Store(int64_t row, const HeadResult<kHeadDim>& result) const {
     constexpr int kDims = kHeadDim / kWarpSize;
@@ -103,9 +141,17 @@ struct AttentionOutput {
       values[dim] = result.sum == 0.0f ? 0.0f : result.out.elements[dim] / result.sum;
     }
     StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
-    if (lse != nullptr && lane == 0) {
-      lse[row] = result.sum == 0.0f ? NegativeInfinity() : result.max + logf(result.sum);
-    }
+    if (lse != nullptr && lane == 0) lse[row] = result.LogSumExp();
+  }
+};
+
+// The output where only the softmax is asked for.
+struct LseOutput {
+  float* lse;  // [B, Hq]
+
+  // A warp writes row batch * Hq + q_head.
+  __device__ __forceinline__ void Store(int64_t row, const HeadState& state) const {
+    if (threadIdx.x % kWarpSize == 0) lse[row] = state.LogSumExp();
   }
 };
 
@@ -125,6 +171,10 @@ struct BlockWork {
   __device__ __forceinline__ int64_t OutputRow(int head) const {
     return first_row + head / heads_per_query * query_stride + head % heads_per_query;
   }
+  // The row of a split's partial result.
+  __device__ __forceinline__ int64_t Part(int head, int of_split) const {
+    return (first_partial + head) * num_splits + of_split;
+  }
 };
 
 // Calls fn(head), each by one warp, for those of the heads that fall to this block: the `rank`-th
@@ -137,14 +187,14 @@ __device__ __forceinline__ void ForEachHead(int num_heads, int rank, int num_blo
 }
 
 // The end of a block whose split has no tokens; the first one writes the row if no other does.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void EndUnusedSplit(const BlockWork& work,
-                                               const AttentionOutput<T>& output) {
+// Result: what `output` stores of a head.
+template <typename Result, typename Output>
+__device__ __forceinline__ void EndUnusedSplit(const BlockWork& work, const Output& output) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   if (work.split > 0) return;
   ForEachHead(work.num_heads, 0, 1,
-              [&](int head) { output.Store(work.OutputRow(head), HeadResult<kHeadDim>()); });
+              [&](int head) { output.Store(work.OutputRow(head), Result()); });
 }
 
 // Loads from L2: the L1 may hold what was there before other SMs wrote.
@@ -177,8 +227,8 @@ __device__ __forceinline__ bool IsLastSplit(uint32_t* counter, int num_used) {
 }
 
 // The end of the only used split of a row. block_result(head): called by whole warps.
-template <typename T, int kHeadDim, typename BlockResult>
-__device__ __forceinline__ void StoreAlone(const BlockWork& work, const AttentionOutput<T>& output,
+template <typename Output, typename BlockResult>
+__device__ __forceinline__ void StoreAlone(const BlockWork& work, const Output& output,
                                            const BlockResult& block_result) {
   ForEachHead(work.num_heads, 0, 1,
               [&](int head) { output.Store(work.OutputRow(head), block_result(head)); });
@@ -192,27 +242,48 @@ __device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
                                                  const AttentionOutput<T>& output,
                                                  const BlockResult& block_result) {
   if (work.num_used == 1) {
-    StoreAlone<T, kHeadDim>(work, output, block_result);
+    StoreAlone(work, output, block_result);
     return;
   }
   int lane = threadIdx.x % kWarpSize;
   auto outs = reinterpret_cast<LaneDims<kHeadDim>*>(partials.out) + lane;
-  auto part_of = [&](int head, int split) {
-    return (work.first_partial + head) * work.num_splits + split;
-  };
   ForEachHead(work.num_heads, 0, 1, [&](int head) {
     HeadResult<kHeadDim> result = block_result(head);
-    int64_t part = part_of(head, work.split);
+    int64_t part = work.Part(head, work.split);
     outs[part * kWarpSize] = result.out;
     if (lane == 0) partials.state[part] = make_float2(result.max, result.sum);
   });
   if (!IsLastSplit(partials.counter + work.counter_index, work.num_used)) return;
   ForEachHead(work.num_heads, 0, 1, [&](int head) {
-    int64_t first_part = part_of(head, 0);
+    int64_t first_part = work.Part(head, 0);
     auto state_of = [&](int split) { return __ldcg(partials.state + first_part + split); };
     auto out_of = [&](int split) { return LoadFromL2(outs + (first_part + split) * kWarpSize); };
     output.Store(work.OutputRow(head),
                  MergeParts<kHeadDim, kMaxSplits>(work.num_used, state_of, out_of));
+  });
+}
+
+// The same where only the softmax is asked for. block_state(head): of this split.
+template <typename BlockState>
+__device__ __forceinline__ void MergeStatesInLastBlock(const BlockWork& work,
+                                                       const PartialResults& partials,
+                                                       const LseOutput& output,
+                                                       const BlockState& block_state) {
+  if (work.num_used == 1) {
+    StoreAlone(work, output, block_state);
+    return;
+  }
+  ForEachHead(work.num_heads, 0, 1, [&](int head) {
+    HeadState state = block_state(head);
+    if (threadIdx.x % kWarpSize == 0) {
+      partials.state[work.Part(head, work.split)] = make_float2(state.max, state.sum);
+    }
+  });
+  if (!IsLastSplit(partials.counter + work.counter_index, work.num_used)) return;
+  ForEachHead(work.num_heads, 0, 1, [&](int head) {
+    const float2* first = partials.state + work.Part(head, 0);
+    auto state_of = [&](int split) { return __ldcg(first + split); };
+    output.Store(work.OutputRow(head), MergeStates<kMaxSplits>(work.num_used, state_of));
   });
 }
 
@@ -235,7 +306,7 @@ __device__ __forceinline__ void MergeInCluster(const BlockWork& work,
                                                const BlockResult& block_result) {
 #if __CUDA_ARCH__ >= 900
   if (work.num_used == 1) {
-    StoreAlone<T, kHeadDim>(work, output, block_result);
+    StoreAlone(work, output, block_result);
     return;
   }
   __shared__ LaneDims<kHeadDim> outs[kMaxGroupSize][kWarpSize];

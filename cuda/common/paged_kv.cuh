@@ -43,13 +43,12 @@ __device__ __forceinline__ int64_t PagedRow(const int32_t* pages, int position, 
 
 inline constexpr int kCopyTokens = 16;  // one CopyTokens call
 
-// One warp starts the copies of 16 tokens' K and V into swizzled tiles in shared memory
-// (TileOffset). `row`: of token lane % 16, from PagedKvView::Row, or -1: nothing is read and the
-// token's K and V are zeros. One lane looks up each token; the row reaches the lanes that copy it
-// by shuffle. `policy`: none, or an L2 policy.
-template <typename T, int kHeadDim, typename... Policy>
-__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row,
-                                           Policy... policy) {
+// Calls copy(target, source, present) for each 16-byte chunk that this lane is to copy of 16
+// tokens' rows of K or V: element `source` of the cache to element `target` of a swizzled tile
+// (TileOffset). `row`: of token lane % 16, from PagedKvView::Row, or -1: not present. One lane
+// looks up each token; the row reaches the lanes that copy it by shuffle, so whole warps call this.
+template <int kHeadDim, typename Copy>
+__device__ __forceinline__ void ForEachChunk(int row, const Copy& copy) {
   constexpr int kChunks = kHeadDim / kChunkElements, kTokensPerPass = kWarpSize / kChunks;
   int lane = threadIdx.x % kWarpSize;
   int chunk = lane % kChunks;
@@ -60,9 +59,28 @@ __device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T
     int token_row = __shfl_sync(kFullWarp, row, token);
     int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunkElements;
     int target = NextRows<kHeadDim>(first_target, pass * kTokensPerPass);
-    CopyAsync16(key + target, k + source, token_row >= 0, policy...);
-    CopyAsync16(value + target, v + source, token_row >= 0, policy...);
+    copy(target, source, token_row >= 0);
   }
+}
+
+// One warp starts the copies of 16 tokens' K and V into tiles in shared memory, as ForEachChunk
+// lays them out; of a row -1 nothing is read, and the token's K and V are zeros. `policy`: none, or
+// an L2 policy.
+template <typename T, int kHeadDim, typename... Policy>
+__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row,
+                                           Policy... policy) {
+  ForEachChunk<kHeadDim>(row, [&](int target, int64_t source, bool present) {
+    CopyAsync16(key + target, k + source, present, policy...);
+    CopyAsync16(value + target, v + source, present, policy...);
+  });
+}
+
+// The same of K alone.
+template <typename T, int kHeadDim, typename... Policy>
+__device__ __forceinline__ void CopyKeys(T* key, const T* k, int row, Policy... policy) {
+  ForEachChunk<kHeadDim>(row, [&](int target, int64_t source, bool present) {
+    CopyAsync16(key + target, k + source, present, policy...);
+  });
 }
 
 template <typename T>

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
                  .heads_per_query = params.group_size,
                  .query_stride = params.num_q_heads};
   if (work.split >= work.num_used) {
-    EndUnusedSplit<T, kHeadDim>(work, params.output);
+    EndUnusedSplit<HeadResult<kHeadDim>>(work, params.output);
     return;
   }
 

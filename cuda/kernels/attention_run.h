@@ -1,6 +1,6 @@
-// What the dispatch files (attention_*.cu) call and the instantiation files (cuda/inst) define: one
-// function for each kernel, dtype and head_dim, so that each kernel is compiled in a file of its
-// own.
+// What the dispatch files (attention_*.cu, score_keys.cu) call and the instantiation files
+// (cuda/inst) define: one function for each kernel, dtype and head_dim, so that each kernel is
+// compiled in a file of its own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +18,11 @@ enum class ScoreOutput { kNone, kStore };
 template <typename T, int kHeadDim, ScoreOutput kScores>
 void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
                       CacheReads reads, cudaStream_t stream);
+
+// Defined in score_keys.cuh.
+template <typename T, int kHeadDim>
+void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, CacheReads reads,
+                  cudaStream_t stream);
 
 // Defined in attention_sparse.cuh.
 template <typename T, int kHeadDim>

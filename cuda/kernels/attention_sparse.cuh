@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
                  .num_used = splits.num_used,
                  .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
   if (work.split >= work.num_used) {
-    EndUnusedSplit<T, kHeadDim>(work, params.output);
+    EndUnusedSplit<HeadResult<kHeadDim>>(work, params.output);
     return;
   }
 

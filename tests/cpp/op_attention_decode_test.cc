@@ -12,6 +12,13 @@ namespace {
 
 constexpr int64_t kMaxLen = 1501;  // of the scores; longer than any row, and odd
 
+// So many rows that a device has no reason to split them: one block takes a row, however long.
+Ints ManyRows(const Ints& seq_lens) {
+  Ints rows(200, 0);
+  for (size_t i = 0; i < seq_lens.size(); ++i) rows[7 * i + 3] = seq_lens[i];
+  return rows;
+}
+
 class OpAttentionDecode : public AttentionTest {
  protected:
   void SetUp() override {
@@ -63,12 +70,12 @@ class OpAttentionDecode : public AttentionTest {
             .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
   }
 
-  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention) {
+  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention, int64_t max_len = kMaxLen) {
     const int64_t rows = attention.q.dim(0);
     return {.q = attention.q,
             .kv = attention.kv,
             .sm_scale = attention.sm_scale,
-            .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, kMaxLen}),
+            .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, max_len}),
             .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
   }
 
@@ -126,8 +133,9 @@ TEST_P(OpAttentionDecode, SelectWritesScoresAndLseAndLeavesTheRest) {
 
 // A scored layer chooses what a select layer would: its scores are the same bits, and its lse is
 // the same to rounding. The values are not looked at.
-TEST_P(OpAttentionDecode, ScoreKeysEqualsSelect) {
-  for (const Ints& seq_lens : {seq_lens_, Ints{1500}, Ints{15, 0, 16, 0, 0, 17}}) {
+TEST_P(OpAttentionDecode, ScoreKeysMatchesSelect) {
+  for (const Ints& seq_lens :
+       {seq_lens_, Ints{1500}, Ints{15, 0, 16, 0, 0, 17}, ManyRows({1500, 1037})}) {
     SCOPED_TRACE(seq_lens.back());
     Prepare(seq_lens);
     const PagedKv kv = PutCache(sequences_, shape().page_size);
@@ -145,6 +153,24 @@ TEST_P(OpAttentionDecode, ScoreKeysEqualsSelect) {
     EXPECT_TRUE(
         Close(Get(scored.lse), Get(select.lse), ToleranceFor(Op::kScores, DType::kFloat32)));
   }
+}
+
+// A row has more splits than a warp has lanes; and rows of scores begin at multiples of 16 bytes.
+TEST_P(OpAttentionDecode, ScoreKeysOfALongRowMatchesReference) {
+  Prepare({4500});
+  const ScoreKeysArgs args = ScoreArgs(Args(PutCache(sequences_, shape().page_size), q_), 4500);
+  backend().ScoreKeys(args);
+  Values want_scores, want_lse;
+  for (int64_t head = 0; head < shape().num_q_heads; ++head) {
+    const auto want = reference::AttendHead(&q_[head * shape().head_dim], sequences_[0],
+                                            head * shape().num_kv_heads / shape().num_q_heads,
+                                            Random(0).Subset(4500, 4500), sm_scale());
+    want_lse.push_back(want.lse);
+    want_scores.insert(want_scores.end(), want.scores.begin(), want.scores.end());
+  }
+  const Tolerance tolerance = ToleranceFor(Op::kScores, DType::kFloat32);
+  EXPECT_TRUE(Close(Get(args.scores), want_scores, tolerance));
+  EXPECT_TRUE(Close(Get(args.lse), want_lse, tolerance));
 }
 
 TEST_P(OpAttentionDecode, ScoreKeysPageSizeAndRepeatsDoNotChangeBits) {
@@ -285,8 +311,9 @@ TEST_P(OpAttentionDecode, RepeatsBitwise) {
 
 // In a step the kernel in front has just written the queries and each row's newest token.
 TEST_P(OpAttentionDecode, StepSeesWhatTheOpInFrontAppends) {
-  for (const Ints& seq_lens : {seq_lens_, Ints{1, 17, 64}, Ints{4097}}) {
-    SCOPED_TRACE(seq_lens.back());
+  for (const Ints& seq_lens :
+       {seq_lens_, Ints{1, 17, 64}, Ints{4097}, ManyRows({65, 129, 300, 1025})}) {
+    SCOPED_TRACE(*std::max_element(seq_lens.begin(), seq_lens.end()));
     Prepare(seq_lens);
     const PagedKv kv = PutCache(sequences_, shape().page_size);
     const AttentionArgs full = Args(kv, q_);

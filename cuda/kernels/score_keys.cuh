@@ -1,0 +1,104 @@
+// The scores of one query a row over the paged cache, and their log-sum-exp, from the keys alone:
+// what a layer of kind P chooses from. As AttentionSelect (attention_full.cuh) without its
+// attention: the scores are the same bits, and the merge of splits has a maximum and a sum a head.
+// The inner loop is common/decode_warp.cuh.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "common/decode_warp.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/merge_splits.cuh"
+#include "common/paged_kv.cuh"
+#include "common/score_writer.cuh"
+#include "kernels/attention_run.h"
+
+namespace tidal {
+
+template <typename T>
+struct ScoreKeysParams {
+  const T* q;  // [B, Hq, D]
+  PagedKvView<T> kv;
+  float sm_scale;
+  int group_size;
+  CacheReads reads;
+  PartialResults partials;
+  ScoreRows scores;
+  LseOutput output;
+};
+
+template <typename T, int kHeadDim>
+using ScoreWarp =
+    DecodeWarp<T, kHeadDim, kDecodeStages<kHeadDim, DecodeReads::kKeys>, 1, DecodeReads::kKeys>;
+
+// grid (num_splits, num_kv_heads, batch_size), 4 warps: a block takes one split of one row's tokens
+// for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared: 24 KB a
+// warp.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
+    ScoreKeysKernel(const ScoreKeysParams<T> params) {
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  using Warp = ScoreWarp<T, kHeadDim>;
+  if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
+  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int seq_len = __ldcg(params.kv.seq_lens + batch);
+  RowSplits splits(seq_len, gridDim.x);
+  int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
+  BlockWork work{.first_row = first_row,
+                 .first_partial = first_row,
+                 .num_heads = params.group_size,
+                 .split = static_cast<int>(blockIdx.x),
+                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_used = splits.num_used,
+                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+  if (work.split >= work.num_used) {
+    EndUnusedSplit<HeadState>(work, params.output);
+    return;
+  }
+
+  Warp warp(shared_bytes, params.kv);
+  AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  DecodeQuery<T> query{params.q + first_row * kHeadDim, work.num_heads, params.sm_scale};
+  int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
+  ScoreWriter scores(params.scores, first_row, work.num_heads);
+  warp.Attend(tokens, splits.Span(work.split), query, late_row,
+              [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
+                scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+              });
+  warp.FinishBlock();
+  MergeStatesInLastBlock(work, params.partials, params.output,
+                         [&](int head) { return warp.BlockState(head); });
+}
+
+template <typename T, int kHeadDim>
+void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, CacheReads reads,
+                  cudaStream_t stream) {
+  constexpr const char* kOp = "score_keys";
+  int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
+  if (batch_size == 0) return;
+  PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
+  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
+  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
+                                   std::numeric_limits<int32_t>::max());
+  ScoreKeysParams<T> params{
+      .q = static_cast<const T*>(args.q.ptr),
+      .kv = kv,
+      .sm_scale = args.sm_scale,
+      .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .reads = reads,
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .scores = MakeScoreRows(args.scores),
+      .output = {.lse = args.lse.data<float>()}};
+
+  auto kernel = ScoreKeysKernel<T, kHeadDim>;
+  constexpr int kSharedBytes = ScoreWarp<T, kHeadDim>::kSharedBytes;
+  TIDAL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  LaunchOverlapped(kOp, kernel,
+                   {.grid = grid, .block = kDecodeThreads, .shared_bytes = kSharedBytes}, stream,
+                   params);
+}
+
+}  // namespace tidal
