@@ -87,6 +87,11 @@ void CheckSameDType(const char* op, std::initializer_list<const TensorView*> ten
   }
 }
 
+// Reserve has refused it before.
+[[noreturn]] void RefuseShadow(const char* op) {
+  throw UnsupportedError(Concat(op, ": keys in 4 bits on CUDA; expected none"));
+}
+
 void CheckSameDType(const char* op, const AttentionArgs& args) {
   CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
 }
@@ -109,6 +114,8 @@ void CheckLimits(const StepLimits& limits) {
               "page_size: ", page, " on CUDA; expected 8, 16, 32, 64, 128 or 256");
   TIDAL_CHECK(limits.max_seq_len <= kMaxSeqLen, UnsupportedError,
               "max_seq_len: ", limits.max_seq_len, "; expected at most ", kMaxSeqLen);
+  TIDAL_CHECK(limits.shadow == Shadow::kNone, UnsupportedError,
+              "shadow: \"int4\" on CUDA; expected \"none\" (or use device=\"cpu\")");
 }
 
 }  // namespace
@@ -361,9 +368,18 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
+void CudaBackend::AppendShadow(const AppendShadowArgs&) {
+  RefuseShadow("append_shadow");
+}
+
+void CudaBackend::ScoreChosen(const ScoreChosenArgs&) {
+  RefuseShadow("score_chosen");
+}
+
 void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   Enter();
   Check(args);
+  if (args.shadow.codes) RefuseShadow("score_keys");
   CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
   LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
   // As after attention: this writes nothing that attention reads, and all its blocks wait for what
@@ -374,6 +390,7 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Enter();
   Check(args);
+  if (args.candidates) RefuseShadow("select_top_k");
   int64_t bytes =
       SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1), args.scores.dim(2));
   LaunchSelectTopK(args, Grow(select_scratch_, bytes, kSelectionPurpose), stream());

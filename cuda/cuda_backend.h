@@ -52,7 +52,9 @@ class CudaBackend final : public Backend {
   void AttentionPrefill(const AttentionPrefillArgs& args) override;
   void AttentionFull(const AttentionArgs& args) override;
   void AttentionSelect(const AttentionSelectArgs& args) override;
+  void AppendShadow(const AppendShadowArgs& args) override;
   void ScoreKeys(const ScoreKeysArgs& args) override;
+  void ScoreChosen(const ScoreChosenArgs& args) override;
   void SelectTopK(const SelectTopKArgs& args) override;
   void AttentionSparse(const AttentionSparseArgs& args) override;
   void SiluMul(const SiluMulArgs& args) override;

@@ -31,6 +31,7 @@ constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_he
                                                    {Granularity::kHead, "head"},
                                                    {Granularity::kLayer, "layer"}}};
 constexpr Names<Pooling, 2> kPoolings = {{{Pooling::kSum, "sum"}, {Pooling::kMax, "max"}}};
+constexpr Names<Shadow, 2> kShadows = {{{Shadow::kNone, "none"}, {Shadow::kInt4, "int4"}}};
 
 template <typename Enum, size_t N>
 Enum Parse(const Names<Enum, N>& names, const char* field, const std::string& text) {
@@ -117,6 +118,7 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("correction_interval", &PlanConfig::correction_interval);
   DefEnum(plan, "granularity", &PlanConfig::granularity, kGranularities);
   DefEnum(plan, "pooling", &PlanConfig::pooling, kPoolings);
+  DefEnum(plan, "shadow", &PlanConfig::shadow, kShadows);
 
   py::class_<DecodeConfig, PlanConfig> config(module, "DecodeConfig");
   config.def(py::init<>())

@@ -56,6 +56,7 @@ class PlanConfig:
     min_token_budget: int
     granularity: str
     pooling: str
+    shadow: str
     sink_tokens: int
     recent_tokens: int
     sparse_min_context: int

@@ -19,6 +19,7 @@ ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
 GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
+SHADOWS = ("none", "int4")
 VERIFY_WORDS = ("greedy", "sample")  # beside True and False
 
 _CHOICES = {
@@ -28,6 +29,7 @@ _CHOICES = {
     "load_format": LOAD_FORMATS,
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
+    "shadow": SHADOWS,
 }
 _INT32_MAX = 2**31 - 1
 _INT_RANGES = {
@@ -72,6 +74,9 @@ class PlanConfig:
             that is less.
         granularity: which heads share a set: "layer" (all), "kv_head" or "head" (the paper).
         pooling: "sum" or "max" over the scores of the heads that share a set.
+        shadow: what scored layers choose from: "none" is the keys; "int4" keeps their keys in 4
+            bits beside the cache, reads those, and then the keys of the best twice token_budget.
+            On the CPU only.
         sink_tokens: first positions, always chosen, >= 0.
         recent_tokens: last positions, always chosen, >= 1; "auto" is a quarter of the token_budget,
             of an adaptive one a quarter of min_token_budget.
@@ -92,6 +97,7 @@ class PlanConfig:
     min_token_budget: int | None = None
     granularity: str | None = None
     pooling: str | None = None
+    shadow: str | None = None
     sink_tokens: int | None = None
     recent_tokens: int | str | None = None
     sparse_min_context: int | str | None = None

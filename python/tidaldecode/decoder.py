@@ -98,6 +98,7 @@ class Decoder(TextMethods):
         full_layers: int | None = None,
         granularity: str | None = None,
         pooling: str | None = None,
+        shadow: str | None = None,
         sink_tokens: int | None = None,
         recent_tokens: int | str | None = None,
         sparse_min_context: int | str | None = None,

@@ -134,6 +134,7 @@ TEST_P(DecoderErrors, SettingsOutOfRange) {
   refuse("full_layers", &DecodeConfig::full_layers, int64_t{0});
   refuse("select_layers", &DecodeConfig::select_layers, std::vector<int64_t>{6});
   refuse("select_layers", &DecodeConfig::select_layers, std::vector<int64_t>{1});
+  refuse("shadow", &DecodeConfig::shadow, Shadow::kInt4);
   refuse("scored_layers", &DecodeConfig::scored_layers, std::vector<int64_t>{6});
   refuse("scored_layers", &DecodeConfig::scored_layers, std::vector<int64_t>{2});
 }

@@ -74,6 +74,7 @@ class OpAttentionDecode : public AttentionTest {
     const int64_t rows = attention.q.dim(0);
     return {.q = attention.q,
             .kv = attention.kv,
+            .shadow = {},
             .sm_scale = attention.sm_scale,
             .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, max_len}),
             .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};

@@ -72,6 +72,12 @@ enum class Granularity : int32_t {
 
 enum class Pooling : int32_t { kSum, kMax };
 
+// What scored layers read to choose.
+enum class Shadow : int32_t {
+  kNone,  // the keys themselves
+  kInt4,  // keys in 4 bits; the best twice token_budget of them are then scored exactly
+};
+
 inline constexpr int64_t kAutomatic = -1;  // where 0 has a meaning of its own
 
 inline constexpr double kAutomaticMass = 0.98;
@@ -99,7 +105,8 @@ struct PlanConfig {
   int64_t min_token_budget = 0;  // with top_p_mass; 0: kAutomaticMinBudget, if the budget allows
   Granularity granularity = Granularity::kLayer;
   Pooling pooling = Pooling::kSum;
-  int64_t sink_tokens = 1;  // first positions, always chosen
+  Shadow shadow = Shadow::kNone;  // needs scored_layers
+  int64_t sink_tokens = 1;        // first positions, always chosen
   // Last positions, always chosen, >= 1. kAutomatic: a quarter of those that every set has, which
   // are token_budget, or min_token_budget of an adaptive budget.
   int64_t recent_tokens = kAutomatic;

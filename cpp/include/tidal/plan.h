@@ -38,6 +38,9 @@ class DecodePlan {
   // The layers that choose a set, S and P, ascending.
   const std::vector<int64_t>& choosing_layers() const { return choosing_layers_; }
 
+  // The layers of one kind, ascending.
+  std::vector<int64_t> LayersOf(LayerKind kind) const;
+
   // "FFSsssPsss": one letter per layer.
   std::string ToString() const;
 

@@ -42,6 +42,7 @@ struct StepLimits {
   int64_t num_pages = 0;     // of the cache; 0: not known yet
   int64_t token_budget = 0;  // 0: dense only
   Granularity granularity = Granularity::kKvHead;
+  Shadow shadow = Shadow::kNone;
   int64_t num_recorded_steps = 0;  // different StepKeys, at most max_recorded_steps
 };
 
@@ -118,7 +119,9 @@ class Backend {
   virtual void AttentionPrefill(const AttentionPrefillArgs& args) = 0;
   virtual void AttentionFull(const AttentionArgs& args) = 0;
   virtual void AttentionSelect(const AttentionSelectArgs& args) = 0;
+  virtual void AppendShadow(const AppendShadowArgs& args) = 0;
   virtual void ScoreKeys(const ScoreKeysArgs& args) = 0;
+  virtual void ScoreChosen(const ScoreChosenArgs& args) = 0;
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
   virtual void SiluMul(const SiluMulArgs& args) = 0;

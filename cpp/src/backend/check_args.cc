@@ -98,12 +98,24 @@ class OpCheck {
                 ": k_pages: got page_size 0, expected at least 1");
   }
 
+  void Shadow(const ShadowKeys& shadow, const PagedKv& kv) {
+    Dim num_pages{"num_pages", kv.k_pages.dim(0)}, num_kv_heads{"Hkv", kv.k_pages.dim(1)};
+    Dim page_size{"page_size", kv.k_pages.dim(2)}, head_dim{"D", kv.k_pages.dim(3)};
+    Dim half{"D / 2", head_dim.size / 2};
+    Tensor("codes", shadow.codes, {&num_pages, &num_kv_heads, &page_size, &half}, uint8_);
+    Tensor("scales", shadow.scales, {&num_pages, &num_kv_heads, &page_size}, float16_);
+    Tensor("balance", shadow.balance, {&num_kv_heads, &head_dim}, float32_);
+    TIDAL_CHECK(head_dim.size % 2 == 0, InvalidArgument, op_, ": k_pages: got D = ", head_dim.size,
+                ", expected an even head_dim for codes of 4 bits");
+  }
+
   void Groups(const Dim& num_q_heads, const Dim& num_kv_heads) {
     TIDAL_CHECK(num_kv_heads.size >= 1 && num_q_heads.size % num_kv_heads.size == 0,
                 InvalidArgument, op_, ": got Hq = ", num_q_heads.size,
                 ", Hkv = ", num_kv_heads.size, ", expected a multiple of Hkv query heads");
   }
 
+  const char* name() const { return op_; }
   Kind& act() { return act_; }
   Kind& weight() { return weight_; }
   Kind& float32() { return float32_; }
@@ -118,6 +130,7 @@ class OpCheck {
   Kind float32_{"float32", Bit(DType::kFloat32)};
   Kind int32_{"int32", Bit(DType::kInt32)};
   Kind uint8_{"uint8", Bit(DType::kUInt8)};
+  Kind float16_{"float16", Bit(DType::kFloat16)};
 };
 
 // What the decode ops share; returns their letters to tie further tensors to.
@@ -137,6 +150,19 @@ DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
   DecodeDims dims = CheckQuery(op, args.q, args.kv);
   op.Tensor("out", args.out, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
   return dims;
+}
+
+// The sets that an op reads.
+void CheckSets(OpCheck& op, DecodeDims& dims, const TensorView& token_idx,
+               const TensorView& num_selected) {
+  Dim num_sets{"num_sets"}, token_budget{"token_budget"};
+  op.Tensor("token_idx", token_idx, {&dims.batch, &num_sets, &token_budget}, op.int32());
+  op.Tensor("num_selected", num_selected, {&dims.batch, &num_sets}, op.int32());
+  const int64_t sets = num_sets.size;
+  TIDAL_CHECK(sets == dims.num_kv_heads.size || sets == dims.num_q_heads.size || sets == 1,
+              InvalidArgument, op.name(), ": token_idx: got num_sets = ", sets,
+              ", expected Hkv = ", dims.num_kv_heads.size, ", Hq = ", dims.num_q_heads.size,
+              " or 1");
 }
 
 void CheckScores(OpCheck& op, DecodeDims& dims, const TensorView& scores, const TensorView& lse) {
@@ -233,10 +259,28 @@ void Check(const AttentionSelectArgs& args, std::optional<DType> act) {
   CheckScores(op, dims, args.scores, args.lse);
 }
 
+void Check(const AppendShadowArgs& args, std::optional<DType> act) {
+  OpCheck op("AppendShadow", act);
+  Dim tokens{"T"}, batch{"B"}, num_kv_heads{"Hkv"}, head_dim{"D"};
+  op.Cache(args.kv, batch, num_kv_heads, head_dim);
+  op.Shadow(args.shadow, args.kv);
+  op.Tensor("positions", args.positions, {&tokens}, op.int32());
+  op.Tensor("seq_idx", args.seq_idx, {&tokens}, op.int32());
+}
+
 void Check(const ScoreKeysArgs& args, std::optional<DType> act) {
   OpCheck op("ScoreKeys", act);
   DecodeDims dims = CheckQuery(op, args.q, args.kv);
   CheckScores(op, dims, args.scores, args.lse);
+  if (args.shadow.codes) op.Shadow(args.shadow, args.kv);
+}
+
+void Check(const ScoreChosenArgs& args, std::optional<DType> act) {
+  OpCheck op("ScoreChosen", act);
+  DecodeDims dims = CheckQuery(op, args.q, args.kv);
+  CheckSets(op, dims, args.token_idx, args.num_selected);
+  Dim budget{"C", args.token_idx.dim(2)};
+  op.Tensor("scores", args.scores, {&dims.batch, &dims.num_q_heads, &budget}, op.float32());
 }
 
 void Check(const SelectTopKArgs& args, std::optional<DType> act) {
@@ -250,6 +294,7 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
   Dim num_sets{"num_sets", NumSets(args.granularity, num_q_heads.size, num_kv_heads.size)};
   op.Tensor("token_idx", args.token_idx, {&batch, &num_sets, &token_budget}, op.int32());
   op.Tensor("num_selected", args.num_selected, {&batch, &num_sets}, op.int32());
+  op.Optional("candidates", args.candidates, {&batch, &num_sets, &max_len}, op.int32());
   TIDAL_CHECK(
       args.sink_tokens >= 0 && args.recent_tokens >= 1 &&
           args.sink_tokens + args.recent_tokens <= token_budget.size,
@@ -273,14 +318,7 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
 void Check(const AttentionSparseArgs& args, std::optional<DType> act) {
   OpCheck op("AttentionSparse", act);
   DecodeDims dims = CheckDecode(op, args.attention);
-  Dim num_sets{"num_sets"}, token_budget{"token_budget"};
-  op.Tensor("token_idx", args.token_idx, {&dims.batch, &num_sets, &token_budget}, op.int32());
-  op.Tensor("num_selected", args.num_selected, {&dims.batch, &num_sets}, op.int32());
-  const int64_t sets = num_sets.size;
-  TIDAL_CHECK(sets == dims.num_kv_heads.size || sets == dims.num_q_heads.size || sets == 1,
-              InvalidArgument, "AttentionSparse: token_idx: got num_sets = ", sets,
-              ", expected Hkv = ", dims.num_kv_heads.size, ", Hq = ", dims.num_q_heads.size,
-              " or 1");
+  CheckSets(op, dims, args.token_idx, args.num_selected);
 }
 
 void Check(const SiluMulArgs& args, std::optional<DType> act) {

@@ -42,7 +42,9 @@ class MemoryMeter : public Backend {
   void AttentionPrefill(const AttentionPrefillArgs&) override { Refuse(); }
   void AttentionFull(const AttentionArgs&) override { Refuse(); }
   void AttentionSelect(const AttentionSelectArgs&) override { Refuse(); }
+  void AppendShadow(const AppendShadowArgs&) override { Refuse(); }
   void ScoreKeys(const ScoreKeysArgs&) override { Refuse(); }
+  void ScoreChosen(const ScoreChosenArgs&) override { Refuse(); }
   void SelectTopK(const SelectTopKArgs&) override { Refuse(); }
   void AttentionSparse(const AttentionSparseArgs&) override { Refuse(); }
   void SiluMul(const SiluMulArgs&) override { Refuse(); }

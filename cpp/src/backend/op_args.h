@@ -105,14 +105,43 @@ struct AttentionSelectArgs {
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
 };
 
-// The scores of AttentionSelect without its attention: all keys are read, and no value.
+// One layer's keys in 4 bits (core/shadow_code.h), in pages beside the cache's: what is read to
+// choose among many keys in place of the keys themselves.
+struct ShadowKeys {
+  TensorView codes;    // [num_pages, Hkv, page_size, D / 2] uint8
+  TensorView scales;   // [num_pages, Hkv, page_size] float16
+  TensorView balance;  // [Hkv, D] float32, > 0
+};
+
+// Writes the shadows of the keys at `positions`, which are in the cache.
+struct AppendShadowArgs {
+  PagedKv kv;
+  TensorView positions;  // [T] int32; -1 = idle row: nothing is written
+  TensorView seq_idx;    // [T] int32: row of kv.page_table
+  ShadowKeys shadow;     // written
+};
+
+// The scores of AttentionSelect without its attention: all keys are read, and no value. With a
+// shadow its keys are read instead, and the scores are about those.
 struct ScoreKeysArgs {
   TensorView q;  // [B, Hq, D] act
   PagedKv kv;
+  ShadowKeys shadow;  // or absent
   float sm_scale = 0.0f;
   TensorView
       scores;      // out [B, Hq, max_len] float32: sm_scale * q.k in [0, seq_len); the rest is left
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
+};
+
+// The exact scores of chosen positions: those of the heads that share a set, of the set's
+// positions.
+struct ScoreChosenArgs {
+  TensorView q;  // [B, Hq, D] act
+  PagedKv kv;
+  float sm_scale = 0.0f;
+  TensorView token_idx;     // [B, num_sets, C] int32; num_sets is Hkv, Hq or 1
+  TensorView num_selected;  // [B, num_sets] int32
+  TensorView scores;        // out [B, Hq, C] float32: of the set's i-th position; the rest is left
 };
 
 // From scores to sets. The set of a row with n = seq_lens[b] tokens has min(token_budget, n)
@@ -133,8 +162,11 @@ struct SelectTopKArgs {
   Pooling pooling = Pooling::kSum;
   int64_t sink_tokens = 0;
   int64_t recent_tokens = 1;  // >= 1; sink_tokens + recent_tokens <= token_budget
-  float top_p_mass = 1.0f;    // in (0, 1]; below 1 pooling is kSum
-  int64_t min_tokens = 0;     // with top_p_mass < 1; from sinks and recents up to token_budget
+  // What the scores are of, ascending; or absent: of all positions. With candidates max_len is
+  // their number, and a row has min(seq_lens[b], max_len) of them, sinks and recents among them.
+  TensorView candidates;    // [B, num_sets, max_len] int32
+  float top_p_mass = 1.0f;  // in (0, 1]; below 1 pooling is kSum
+  int64_t min_tokens = 0;   // with top_p_mass < 1; from sinks and recents up to token_budget
   TensorView token_idx;  // out [B, num_sets, token_budget] int32, ascending; -1 past num_selected
   TensorView num_selected;  // out [B, num_sets] int32
 };

@@ -2,11 +2,34 @@
 #include "decode/decode_step.h"
 
 namespace tidal {
+namespace {
 
-void DecodeStep(Backend& backend, const Transformer& transformer, const DecodePlan& plan,
-                const Selection& selection, const Sampler& sampler, const Pass& pass) {
+// A scored layer's choice: from its keys, or from their shadows and then from the keys of the best.
+void Choose(Backend& backend, const Selection& selection, int64_t ordinal, const ShadowKeys* shadow,
+            const AttentionArgs& attention, const Pass& pass) {
+  if (shadow == nullptr) {
+    backend.ScoreKeys(selection.ScoreArgs(attention));
+    backend.SelectTopK(selection.TopKArgs(ordinal, attention));
+    return;
+  }
+  backend.AppendShadow({.kv = attention.kv,
+                        .positions = pass.positions,
+                        .seq_idx = pass.seq_idx,
+                        .shadow = *shadow});
+  backend.ScoreKeys(selection.ScoreArgs(attention, *shadow));
+  backend.SelectTopK(selection.CandidateArgs(attention));
+  backend.ScoreChosen(selection.ScoreCandidatesArgs(attention));
+  backend.SelectTopK(selection.TopKOfCandidatesArgs(ordinal, attention));
+}
+
+}  // namespace
+
+void DecodeStep(Backend& backend, const Transformer& transformer, const StepAttention& how,
+                const Sampler& sampler, const Pass& pass) {
+  const auto& [plan, selection, shadow] = how;
   transformer.Begin(pass);
-  int64_t ordinal = -1;  // of the last layer passed that chose
+  int64_t ordinal = -1;   // of the last layer passed that chose
+  size_t num_scored = 0;  // layers passed
   for (int64_t layer = 0; layer < plan.num_layers(); ++layer) {
     transformer.BeginAttention(layer, pass);
     AttentionArgs attention = {.q = pass.q,
@@ -24,8 +47,9 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const DecodePl
         break;
       case LayerKind::kScored:
         ++ordinal;
-        backend.ScoreKeys(selection.ScoreArgs(attention));
-        backend.SelectTopK(selection.TopKArgs(ordinal, attention));
+        Choose(backend, selection, ordinal,
+               shadow == nullptr ? nullptr : &shadow->Layer(num_scored), attention, pass);
+        ++num_scored;
         backend.AttentionSparse(selection.SparseArgs(ordinal, attention));
         break;
       case LayerKind::kSparse:

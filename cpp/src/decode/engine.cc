@@ -7,7 +7,6 @@
 
 #include "core/noise.h"
 #include "core/process.h"
-#include "decode/decode_step.h"
 #include "decode/memory_plan.h"
 #include "decode/prefill.h"
 #include "model/model_config.h"
@@ -46,6 +45,8 @@ void ValidatePlanConfig(const PlanConfig& c) {
   TIDAL_CHECK(!is_adaptive || c.pooling == Pooling::kSum, InvalidArgument,
               "pooling: got \"max\" with an adaptive budget (top_p_mass or token_budget \"auto\"), "
               "expected \"sum\": the mass of a set is a sum over its heads");
+  TIDAL_CHECK(c.shadow == Shadow::kNone || !c.scored_layers.empty(), InvalidArgument,
+              "shadow: got \"int4\" without scored_layers, expected some: no other layer reads it");
 }
 
 void ValidateDecodeConfig(const DecodeConfig& c) {
@@ -124,6 +125,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
+  shadow_ = MakeShadow(plan_, config_);
   Warm();
 }
 
@@ -149,7 +151,7 @@ void Engine::Warm() {
     Pass pass = buffers_->step.Take(key.batch_size, key.batch_size);
     UploadIdle(*backend_, pass);
     buffers_->sampler.SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
-    for (int run = 0; run < 2; ++run) RunPass(key, plan_, buffers_->selection, pass);
+    for (int run = 0; run < 2; ++run) RunPass(key, OwnAttention(), pass);
   }
   buffers_->sampler.Read(1);  // a device that fails says so now
 }
@@ -184,13 +186,17 @@ Sequence Engine::Fork(const Sequence& sequence) {
           .prompt_len = sequence.prompt_len,
           .cached = sequence.cached,
           .num_sparse = sequence.num_sparse,
+          .shadow_id = sequence.shadow_id,
+          .shadowed = sequence.shadowed,
           .pages = sequence.pages.Share(sequence.cached),
           .inv_freq = sequence.inv_freq,
           .sampling = sequence.sampling};
 }
 
 void Engine::OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first) {
-  cache_->Copy(*backend_, sequence.pages.Own(num_tokens, first, sequence.cached));
+  std::vector<PageCopy> copies = sequence.pages.Own(num_tokens, first, sequence.cached);
+  cache_->Copy(*backend_, copies);
+  if (shadow_) shadow_->Copy(*backend_, copies);
   sequence.id = next_sequence_id_++;
 }
 
@@ -229,6 +235,7 @@ void Engine::CorrectCache(Sequence& sequence, int64_t interval) {
 int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   CheckProcessRuns();
   int64_t begin = sequence.cached;
+  sequence.shadowed = std::min(sequence.shadowed, begin);
   int64_t count = std::min(config_.prefill_chunk, end - begin);
   int64_t seq_len = begin + count;
   Pass pass = buffers_->prefill.Take(count, 1);
@@ -326,7 +333,7 @@ bool Engine::IsSparse(const Sequence& sequence) const {
 std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan) {
   bool may_be_sparse = plan == StepPlan::kDecoder && !plan_.is_dense();
   bool sparse = may_be_sparse && AnyLonger(rows, buffers_->selection.dense_len());
-  std::vector<int32_t> next = RunStep(rows, plan_, buffers_->selection, sparse);
+  std::vector<int32_t> next = RunStep(rows, OwnAttention(), sparse);
   if (!sparse) return next;
   CountSparse(rows, buffers_->selection);
   last_sparse_rows_.clear();
@@ -337,7 +344,8 @@ std::vector<int32_t> Engine::Step(std::span<Sequence* const> rows, StepPlan plan
 std::vector<int32_t> Engine::StepThrough(OtherPlan& other, std::span<Sequence* const> rows) {
   for (Sequence* row : rows) CorrectCache(*row, other.correction_interval);
   bool sparse = !other.plan.is_dense() && AnyLonger(rows, other.selection.dense_len());
-  std::vector<int32_t> next = RunStep(rows, other.plan, other.selection, sparse);
+  std::vector<int32_t> next =
+      RunStep(rows, {other.plan, other.selection, other.shadow.get()}, sparse);
   if (!sparse) return next;
   CountSparse(rows, other.selection);
   auto num_rows = static_cast<int64_t>(rows.size());
@@ -366,37 +374,44 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(const PlanConfig& asked) {
   return std::unique_ptr<OtherPlan>(
       new OtherPlan{.plan = plan,
                     .selection = Selection(*backend_, model_, settings, plan),
+                    .shadow = MakeShadow(plan, settings),
                     .correction_interval = settings.correction_interval});
 }
 
 // Without sparse the dense plan, whatever `plan` says.
-std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
-                                     const Selection& selection, bool sparse) {
+std::vector<int32_t> Engine::RunStep(std::span<Sequence* const> rows, const StepAttention& how,
+                                     bool sparse) {
   CheckProcessRuns();
+  bool writes_shadow = sparse && how.shadow != nullptr;
+  if (writes_shadow) FillShadow(*how.shadow, rows);
   int64_t b =
       StepSize(config_.device.type, static_cast<int64_t>(rows.size()), config_.max_batch_size);
   Pass pass = buffers_->step.Take(b, b);
   UploadRows(rows, pass);
   UploadTokens(rows, pass);
 
-  RunPass({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, plan, selection, pass);
+  RunPass({.batch_size = b, .sparse = sparse, .tokens_per_row = 1}, how, pass);
 
-  for (Sequence* row : rows) ++row->cached;
+  for (Sequence* row : rows) {
+    row->shadowed = writes_shadow ? row->cached + 1 : std::min(row->shadowed, row->cached);
+    ++row->cached;
+  }
   std::vector<int32_t> next = buffers_->sampler.Read(b);
   next.resize(rows.size());
   return next;
 }
 
-void Engine::RunPass(const StepKey& key, const DecodePlan& plan, const Selection& selection,
-                     const Pass& pass) {
+void Engine::RunPass(const StepKey& key, const StepAttention& how, const Pass& pass) {
+  const DecodePlan& plan = key.sparse ? how.plan : dense_plan_;
   backend_->RunStep(key, [&] {
-    DecodeStep(*backend_, *transformer_, key.sparse ? plan : dense_plan_, selection,
-               buffers_->sampler, pass);
+    DecodeStep(*backend_, *transformer_, {plan, how.selection, how.shadow}, buffers_->sampler,
+               pass);
   });
 }
 
 std::vector<std::vector<int32_t>> Engine::Verify(std::span<Sequence* const> rows) {
   CheckProcessRuns();
+  for (Sequence* row : rows) row->shadowed = std::min(row->shadowed, row->cached);
   return buffers_->verifier->Run(*transformer_, rows);
 }
 

@@ -8,10 +8,12 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "decode/decode_step.h"
 #include "decode/engine_buffers.h"
 #include "decode/sequence.h"
 #include "decode/transformer.h"
 #include "kv/paged_kv_cache.h"
+#include "kv/shadow_cache.h"
 #include "model/weights.h"
 #include "tidal/decoder.h"
 #include "tidal/plan.h"
@@ -22,6 +24,7 @@ namespace tidal {
 struct OtherPlan {
   DecodePlan plan;
   Selection selection;
+  std::unique_ptr<ShadowCache> shadow;
   int64_t correction_interval = 0;
   // Of all sparse steps so far.
   int64_t num_sets = 0;
@@ -114,13 +117,19 @@ class Engine {
 
  private:
   void Warm();
-  std::vector<int32_t> RunStep(std::span<Sequence* const> rows, const DecodePlan& plan,
-                               const Selection& selection, bool sparse);
+  std::vector<int32_t> RunStep(std::span<Sequence* const> rows, const StepAttention& how,
+                               bool sparse);
+  // The attention of the decoder's own plan.
+  StepAttention OwnAttention() const { return {plan_, buffers_->selection, shadow_.get()}; }
+  // The shadow that a plan asks for; null for one without.
+  std::unique_ptr<ShadowCache> MakeShadow(const DecodePlan& plan, const PlanConfig& config);
+  ShadowBalance MeasureBalance();
+  // Brings the shadows of the rows' cached tokens up to date.
+  void FillShadow(const ShadowCache& shadow, std::span<Sequence* const> rows);
   void CorrectCache(Sequence& sequence, int64_t interval);
   // Counts a sparse step of these rows.
   static void CountSparse(std::span<Sequence* const> rows, const Selection& selection);
-  void RunPass(const StepKey& key, const DecodePlan& plan, const Selection& selection,
-               const Pass& pass);
+  void RunPass(const StepKey& key, const StepAttention& how, const Pass& pass);
   void UploadRows(std::span<Sequence* const> rows, const Pass& pass);
   void UploadTokens(std::span<Sequence* const> rows, const Pass& pass);
 
@@ -133,9 +142,12 @@ class Engine {
   ModelWeights weights_;
   std::unique_ptr<EngineBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
+  std::unique_ptr<ShadowCache> shadow_;  // null: the plan has none
   std::unique_ptr<Transformer> transformer_;
 
+  ShadowBalance shadow_balance_;  // empty until a plan has a shadow
   uint64_t next_sequence_id_ = 1;
+  uint64_t next_shadow_id_ = 1;
   std::vector<uint64_t> step_rows_;  // ids whose page tables and parameters are in buffers_->step
   struct SparseRow {
     uint64_t id;

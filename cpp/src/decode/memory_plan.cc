@@ -9,7 +9,9 @@
 #include "backend/memory_meter.h"
 #include "core/checked.h"
 #include "decode/engine_buffers.h"
+#include "decode/shadow_balance.h"
 #include "kv/paged_kv_cache.h"
+#include "kv/shadow_cache.h"
 #include "model/weights.h"
 
 namespace tidal {
@@ -42,6 +44,13 @@ int64_t LargestFitting(int64_t limit, const Fits& fits) {
   return low;
 }
 
+int64_t ShadowBytesPerPage(const ModelConfig& model, const DecodeConfig& config,
+                           const DecodePlan& plan) {
+  if (config.shadow == Shadow::kNone) return 0;
+  auto num_layers = static_cast<int64_t>(plan.LayersOf(LayerKind::kScored).size());
+  return ShadowCache::BytesPerPage(model, num_layers, config.page_size);
+}
+
 constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();  // ids are 32-bit on the device
 
 class Planner {
@@ -54,7 +63,8 @@ class Planner {
         plan_(plan),
         info_(backend.info()),
         weight_bytes_(WeightBytes(model, asked.dtype)),
-        page_bytes_(PagedKvCache::BytesPerPage(model, asked.kv_dtype, asked.page_size)),
+        page_bytes_(Sum({PagedKvCache::BytesPerPage(model, asked.kv_dtype, asked.page_size),
+                         ShadowBytesPerPage(model, asked, plan)})),
         usable_bytes_(Usable(asked.gpu_memory_utilization)) {}
 
   ResolvedSettings Resolve() const {
@@ -85,6 +95,11 @@ class Planner {
 
     MemoryMeter meter(backend_);
     EngineBuffers buffers(meter, model_, config, plan_);
+    if (config.shadow != Shadow::kNone) {  // measured once, in pages of its own
+      int64_t tokens = std::min({kBalanceTokens, config.prefill_chunk, config.max_seq_len});
+      int64_t pages = (tokens + config.page_size - 1) / config.page_size;
+      PagedKvCache measured(meter, model_, config.kv_dtype, pages, config.page_size);
+    }
     BackendMemory own = backend_.PlanReserve(LimitsFor(backend_, model_, config, plan_));
     MemoryPlan memory;
     memory.device = info_.name;
@@ -260,6 +275,7 @@ StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const Dec
           .num_pages = config.num_pages,
           .token_budget = plan.is_dense() ? 0 : config.token_budget,
           .granularity = config.granularity,
+          .shadow = config.shadow,
           .num_recorded_steps = num_recorded};
 }
 

@@ -57,6 +57,14 @@ DecodePlan DecodePlan::Tidal(int64_t num_layers, int64_t full_layers,
   return DecodePlan(std::move(kinds));
 }
 
+std::vector<int64_t> DecodePlan::LayersOf(LayerKind wanted) const {
+  std::vector<int64_t> layers;
+  for (int64_t layer = 0; layer < num_layers(); ++layer) {
+    if (kind(layer) == wanted) layers.push_back(layer);
+  }
+  return layers;
+}
+
 std::string DecodePlan::ToString() const {
   std::string text;
   for (LayerKind kind : kinds_) text += "FSPs"[static_cast<size_t>(kind)];

@@ -55,6 +55,7 @@ def chat(
     full_layers: opt.FullLayers = None,
     granularity: opt.Granularity = None,
     pooling: opt.Pooling = None,
+    shadow: opt.Shadow = None,
     sink_tokens: opt.SinkTokens = None,
     recent_tokens: opt.RecentTokens = None,
     sparse_min_context: opt.SparseMinContext = None,

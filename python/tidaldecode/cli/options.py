@@ -86,6 +86,9 @@ Granularity = Annotated[
     str | None, _engine_option("Heads that share a set: kv_head, head or layer.", "granularity")
 ]
 Pooling = Annotated[str | None, _engine_option("Over their scores: sum or max.", "pooling")]
+Shadow = Annotated[
+    str | None, _engine_option("What scored layers choose from: none or int4.", "shadow")
+]
 SinkTokens = Annotated[int | None, _engine_option("First positions, always chosen.", "sink_tokens")]
 RecentTokens = Annotated[
     int | None, _engine_option("Last positions, always chosen; default: a quarter of the budget.")

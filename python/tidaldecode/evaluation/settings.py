@@ -16,7 +16,7 @@ from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.plans import Plan, choose_plan
 
 DENSE = "dense"
-_TEXT_FIELDS = ("granularity", "pooling")
+_TEXT_FIELDS = ("granularity", "pooling", "shadow")
 _FLOAT_FIELDS = ("top_p_mass",)
 
 

@@ -5,6 +5,7 @@
 
 #include "backend/cpu/attend_rows.h"
 #include "backend/cpu/ops.h"
+#include "backend/cpu/shadow.h"
 
 namespace tidal {
 namespace {
@@ -37,13 +38,25 @@ AttendBatch DenseBatch(CpuContext& context, const AttentionArgs& args) {
   return DenseBatch(context, args.q, args.kv, args.sm_scale, args.out.data<float>());
 }
 
+// Makes a row read the positions of its sets only.
+void HandInSets(AttendRow& row, const TensorView& token_idx, const TensorView& num_selected,
+                int64_t b) {
+  const int64_t num_sets = token_idx.dim(1), token_budget = token_idx.dim(2);
+  row.set_lengths = num_selected.data<int32_t>() + b * num_sets;
+  row.length = *std::max_element(row.set_lengths, row.set_lengths + num_sets);
+  row.token_idx = token_idx.data<int32_t>() + b * num_sets * token_budget;
+  row.num_sets = num_sets;
+  row.set_stride = token_budget;
+}
+
+// `lse` may be absent.
 void HandOutScores(AttendBatch& batch, const TensorView& scores, const TensorView& lse) {
   const int64_t max_len = scores.dim(2);
   for (int64_t b = 0; b < batch.num_rows; ++b) {
     AttendRow& row = batch.rows[b];
     row.scores = scores.data<float>() + b * batch.num_q_heads * max_len;
     row.scores_stride = max_len;
-    row.lse = lse.data<float>() + b * batch.num_q_heads;
+    if (lse) row.lse = lse.data<float>() + b * batch.num_q_heads;
   }
 }
 
@@ -60,23 +73,29 @@ void CpuAttentionSelect(CpuContext& context, const AttentionSelectArgs& args) {
 }
 
 void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args) {
+  if (args.shadow.codes) {
+    CpuScoreShadow(context, args);
+    return;
+  }
   AttendBatch batch = DenseBatch(context, args.q, args.kv, args.sm_scale, nullptr);
   HandOutScores(batch, args.scores, args.lse);
   AttendRows(context, batch);
 }
 
+void CpuScoreChosen(CpuContext& context, const ScoreChosenArgs& args) {
+  AttendBatch batch = DenseBatch(context, args.q, args.kv, args.sm_scale, nullptr);
+  for (int64_t b = 0; b < batch.num_rows; ++b) {
+    HandInSets(batch.rows[b], args.token_idx, args.num_selected, b);
+  }
+  HandOutScores(batch, args.scores, {});
+  AttendRows(context, batch);
+}
+
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args) {
   AttendBatch batch = DenseBatch(context, args.attention);
-  const int64_t num_sets = args.token_idx.dim(1);
-  const int64_t token_budget = args.token_idx.dim(2);
   for (int64_t b = 0; b < batch.num_rows; ++b) {
-    AttendRow& row = batch.rows[b];
-    if (row.length <= args.dense_len) continue;
-    row.set_lengths = args.num_selected.data<int32_t>() + b * num_sets;
-    row.length = *std::max_element(row.set_lengths, row.set_lengths + num_sets);
-    row.token_idx = args.token_idx.data<int32_t>() + b * num_sets * token_budget;
-    row.num_sets = num_sets;
-    row.set_stride = token_budget;
+    if (batch.rows[b].length <= args.dense_len) continue;
+    HandInSets(batch.rows[b], args.token_idx, args.num_selected, b);
   }
   AttendRows(context, batch);
 }

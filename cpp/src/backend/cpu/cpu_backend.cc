@@ -14,6 +14,7 @@
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
 #include "backend/cpu/select_top_k.h"
+#include "backend/cpu/shadow.h"
 #include "core/checked.h"
 #include "core/container.h"
 #include "tidal/error.h"
@@ -86,7 +87,9 @@ class CpuBackend final : public Backend {
   }
   void AttentionFull(const AttentionArgs& args) override { Run(CpuAttentionFull, args); }
   void AttentionSelect(const AttentionSelectArgs& args) override { Run(CpuAttentionSelect, args); }
+  void AppendShadow(const AppendShadowArgs& args) override { Run(CpuAppendShadow, args); }
   void ScoreKeys(const ScoreKeysArgs& args) override { Run(CpuScoreKeys, args); }
+  void ScoreChosen(const ScoreChosenArgs& args) override { Run(CpuScoreChosen, args); }
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
@@ -171,7 +174,9 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
   const int64_t rows = limits.max_batch_size;
   const int64_t head_dim = model.head_dim;
   const int64_t few = std::min(limits.tokens_per_row, kFewQueries);
-  visit(Scratch::kPlan, rows, AttendRow());
+  const int64_t plan_bytes = std::max(Product({rows, static_cast<int64_t>(sizeof(AttendRow))}),
+                                      ShadowQueryBytes(rows, model.num_q_heads, head_dim));
+  visit(Scratch::kPlan, plan_bytes, char());
   visit(
       Scratch::kRecords,
       std::max(AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),

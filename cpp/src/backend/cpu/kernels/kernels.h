@@ -99,6 +99,31 @@ struct RankKeys {
 
 inline constexpr int64_t kRankBlock = 64;
 
+// Scores of one span of tokens from their shadows (core/shadow_code.h), for queries that share a KV
+// head; and their running softmax without values.
+struct ShadowSpan {
+  const uint8_t* codes = nullptr;    // page 0 of this KV head: [page_size, head_dim / 2]
+  const uint16_t* scales = nullptr;  // page 0 of this KV head: [page_size], bits of float16
+  int64_t page_stride = 0;           // tokens: page p is page_stride x p of them further
+  int64_t page_size = 0;
+  const int32_t* page_table = nullptr;
+  int64_t begin = 0;  // tokens [begin, end)
+  int64_t end = 0;
+
+  // Codes of query m at queries + m * head_dim, those of even dims in front.
+  const int8_t* queries = nullptr;
+  const int32_t* sums = nullptr;   // [num_queries], of the codes
+  const float* factors = nullptr;  // [num_queries]: the query's factor x sm_scale
+  int64_t num_queries = 0;
+  int64_t head_dim = 0;  // at most kShadowMaxDim
+
+  float* scores = nullptr;  // out: query m's of token i at m * scores_stride + i
+  int64_t scores_stride = 0;
+  float* partial = nullptr;  // out: maximum and sum of query m at m * PartialStride(0)
+};
+
+inline constexpr int64_t kShadowMaxDim = 512;
+
 struct CpuKernels {
   const char* name;  // "AVX-512", "AVX2", "generic"
 
@@ -107,6 +132,7 @@ struct CpuKernels {
   void (*merge_spans)(const MergeSpans& merge);
   void (*softmax_row)(const SoftmaxRow& row);
   void (*rank_keys)(const RankKeys& rank);
+  void (*score_shadow)(const ShadowSpan& span);
 
   // dst[i] = float32(src[i])
   void (*widen[3])(const void* src, int64_t count, float* dst);

@@ -6,6 +6,7 @@
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/kernels/linear.h"
 #include "backend/cpu/kernels/rows.h"
+#include "backend/cpu/kernels/shadow.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
@@ -16,6 +17,7 @@ inline constexpr CpuKernels kTable = {
     .merge_spans = Merge,
     .softmax_row = Softmax,
     .rank_keys = Rank,
+    .score_shadow = ScoreShadow,
     .widen = {Widen<float>, Widen<BFloat16>, Widen<Float16>},
     .rms_norm = {RmsNorm<float>, RmsNorm<BFloat16>, RmsNorm<Float16>},
     .rotate_half = RotateHalf,

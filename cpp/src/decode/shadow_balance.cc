@@ -1,0 +1,166 @@
+#include "decode/shadow_balance.h"
+
+#include <cmath>
+#include <vector>
+
+#include "core/float16.h"
+#include "core/philox.h"
+#include "decode/transformer.h"
+#include "model/rope.h"
+
+namespace tidal {
+namespace {
+
+constexpr uint64_t kSeed = 1;
+
+// A tensor of any float type, on the host.
+std::vector<float> Fetch(Backend& backend, const TensorView& view) {
+  std::vector<char> bytes(static_cast<size_t>(view.bytes()));
+  backend.Download(bytes.data(), view);
+  std::vector<float> values(static_cast<size_t>(view.numel()));
+  auto widen = [&](const auto* source) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = ToFloat(source[i]);
+  };
+  switch (view.dtype) {
+    case DType::kBFloat16:
+      widen(reinterpret_cast<const BFloat16*>(bytes.data()));
+      break;
+    case DType::kFloat16:
+      widen(reinterpret_cast<const Float16*>(bytes.data()));
+      break;
+    default:
+      widen(reinterpret_cast<const float*>(bytes.data()));
+      break;
+  }
+  return values;
+}
+
+// Sums of squares by KV head and channel.
+class ChannelSquares {
+ public:
+  ChannelSquares(int64_t num_kv_heads, int64_t head_dim)
+      : head_dim_(head_dim), sums_(static_cast<size_t>(num_kv_heads * head_dim), 0.0) {}
+
+  void Add(int64_t kv_head, const float* row) {
+    for (int64_t d = 0; d < head_dim_; ++d) {
+      sums_[static_cast<size_t>(kv_head * head_dim_ + d)] += static_cast<double>(row[d]) * row[d];
+    }
+    ++num_rows_;
+  }
+
+  double Mean(size_t channel) const {
+    return sums_[channel] * static_cast<double>(sums_.size()) /
+           (static_cast<double>(num_rows_) * static_cast<double>(head_dim_));
+  }
+
+ private:
+  int64_t head_dim_;
+  int64_t num_rows_ = 0;  // of all heads
+  std::vector<double> sums_;
+};
+
+// 1 for a channel that tells nothing: one that is 0 throughout, or not finite.
+std::vector<float> Factors(const ChannelSquares& keys, const ChannelSquares& queries,
+                           int64_t count) {
+  std::vector<float> factors(static_cast<size_t>(count), 1.0f);
+  for (size_t channel = 0; channel < factors.size(); ++channel) {
+    // The means are squares, so the fourth root of their ratio.
+    double factor = std::sqrt(std::sqrt(keys.Mean(channel) / queries.Mean(channel)));
+    if (std::isfinite(factor) && factor > 0.0) factors[channel] = static_cast<float>(factor);
+  }
+  return factors;
+}
+
+class Measurement {
+ public:
+  Measurement(Backend& backend, PagedKvCache& cache, const BalanceInputs& inputs)
+      : backend_(backend),
+        model_(inputs.model),
+        transformer_(backend, inputs.model, inputs.weights, cache, inputs.rope_scaling),
+        num_tokens_(inputs.num_tokens),
+        sequence_({.id = 0,
+                   .tokens = {},
+                   .pages = SequencePages(cache.pool(), inputs.num_tokens),
+                   .inv_freq = ComputeRope(inputs.model, inputs.num_tokens).inv_freq,
+                   .sampling = {}}),
+        pass_(inputs.buffers.prefill.Take(inputs.num_tokens, 1)),
+        q_starts_(inputs.buffers.q_starts) {
+    std::vector<int32_t> words;  // token_ids, positions, seq_lens
+    for (int64_t i = 0; i < num_tokens_; ++i) {
+      uint32_t random = Philox(kSeed, static_cast<uint32_t>(i), 0);
+      words.push_back(static_cast<int32_t>(random % static_cast<uint64_t>(model_.vocab_size)));
+    }
+    for (int64_t i = 0; i < num_tokens_; ++i) words.push_back(static_cast<int32_t>(i));
+    words.push_back(static_cast<int32_t>(num_tokens_));
+    std::vector<int32_t> zeros(static_cast<size_t>(num_tokens_), 0);
+    std::vector<int32_t> starts = {0, static_cast<int32_t>(num_tokens_)};
+    Sequence* row = &sequence_;
+    backend_.Upload(pass_.inputs, words.data());
+    backend_.Upload(pass_.seq_idx, zeros.data());
+    backend_.Upload(q_starts_, starts.data());
+    UploadSequences(backend_, {&row, 1}, pass_);
+  }
+
+  ShadowBalance Run() {
+    ShadowBalance balance;
+    transformer_.Begin(pass_);
+    for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
+      transformer_.BeginAttention(layer, pass_);
+      balance.push_back(
+          Factors(Keys(transformer_.Cache(layer, pass_)), Queries(), model_.kv_size()));
+      backend_.AttentionPrefill({.q = pass_.q,
+                                 .q_starts = q_starts_,
+                                 .kv = transformer_.Cache(layer, pass_),
+                                 .sm_scale = transformer_.sm_scale(),
+                                 .out = pass_.attention_out,
+                                 .max_q_len = num_tokens_,
+                                 .max_seq_len = num_tokens_});
+      transformer_.FinishLayer(layer, pass_);
+    }
+    return balance;
+  }
+
+ private:
+  ChannelSquares Queries() {
+    ChannelSquares squares(model_.num_kv_heads, model_.head_dim);
+    std::vector<float> q = Fetch(backend_, pass_.q);
+    for (int64_t i = 0; i < num_tokens_ * model_.num_q_heads; ++i) {
+      squares.Add(i % model_.num_q_heads / model_.group_size(),
+                  &q[static_cast<size_t>(i * model_.head_dim)]);
+    }
+    return squares;
+  }
+
+  ChannelSquares Keys(const PagedKv& kv) {
+    ChannelSquares squares(model_.num_kv_heads, model_.head_dim);
+    const int64_t page_size = kv.k_pages.dim(2);
+    int64_t first = 0;
+    for (int32_t page : sequence_.pages.pages()) {
+      std::vector<float> k = Fetch(backend_, kv.k_pages.Rows(page, 1));
+      for (int64_t head = 0; head < model_.num_kv_heads; ++head) {
+        for (int64_t slot = 0; slot < page_size && first + slot < num_tokens_; ++slot) {
+          squares.Add(head, &k[static_cast<size_t>((head * page_size + slot) * model_.head_dim)]);
+        }
+      }
+      first += page_size;
+    }
+    return squares;
+  }
+
+  Backend& backend_;
+  const ModelConfig& model_;
+  Transformer transformer_;
+  int64_t num_tokens_;
+  Sequence sequence_;
+  Pass pass_;
+  TensorView q_starts_;
+};
+
+}  // namespace
+
+ShadowBalance MeasureShadowBalance(Backend& backend, PagedKvCache& cache,
+                                   const BalanceInputs& inputs) {
+  return Measurement(backend, cache, inputs).Run();
+}
+
+}  // namespace tidal

@@ -1,0 +1,29 @@
+// The factors of a model's shadow keys (core/shadow_code.h), measured on tokens drawn at random:
+// which channels are large is a matter of the weights, hardly of the text (docs/quality.md).
+#pragma once
+
+#include "backend/backend.h"
+#include "decode/engine_buffers.h"
+#include "kv/paged_kv_cache.h"
+#include "kv/shadow_cache.h"
+#include "model/weights.h"
+
+namespace tidal {
+
+// Tokens that are read for it, where a pass has room for as many.
+inline constexpr int64_t kBalanceTokens = 256;
+
+struct BalanceInputs {
+  const ModelConfig& model;
+  const ModelWeights& weights;
+  float rope_scaling;      // RopeFrequencies::attention_scaling
+  int64_t num_tokens;      // at most a chunk of a prefill
+  EngineBuffers& buffers;  // its prefill pass is used
+};
+
+// Of every layer and channel sqrt(rms k / rms q), k and q rotated. Reads the tokens into pages of
+// `cache`, which are free again afterwards.
+ShadowBalance MeasureShadowBalance(Backend& backend, PagedKvCache& cache,
+                                   const BalanceInputs& inputs);
+
+}  // namespace tidal

@@ -1,0 +1,59 @@
+#include "kv/shadow_cache.h"
+
+#include <utility>
+
+#include "core/checked.h"
+
+namespace tidal {
+namespace {
+
+constexpr const char* kPurpose = "the KV cache";
+
+// Bytes of one key's codes and scale.
+int64_t KeyBytes(const ModelConfig& model) {
+  return model.head_dim / 2 + DTypeBytes(DType::kFloat16);
+}
+
+}  // namespace
+
+ShadowCache::ShadowCache(uint64_t id, Backend& backend, const ModelConfig& model,
+                         std::vector<int64_t> layers, int64_t num_pages, int64_t page_size)
+    : id_(id), layers_(std::move(layers)) {
+  const int64_t num_keys = Product({num_pages, model.num_kv_heads, page_size});
+  const int64_t code_bytes = Product({num_keys, model.head_dim / 2});
+  const int64_t scale_bytes = Product({num_keys, DTypeBytes(DType::kFloat16)});
+  const int64_t balance_bytes = Product({model.kv_size(), DTypeBytes(DType::kFloat32)});
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    // Factors first: their alignment is the largest.
+    buffers_.push_back(backend.Allocate(Sum({balance_bytes, code_bytes, scale_bytes}), kPurpose));
+    char* data = static_cast<char*>(buffers_.back().data());
+    shadows_.push_back(
+        {.codes = TensorView(data + balance_bytes + scale_bytes, DType::kUInt8,
+                             {num_pages, model.num_kv_heads, page_size, model.head_dim / 2}),
+         .scales = TensorView(data + balance_bytes, DType::kFloat16,
+                              {num_pages, model.num_kv_heads, page_size}),
+         .balance = TensorView(data, DType::kFloat32, {model.num_kv_heads, model.head_dim})});
+  }
+}
+
+void ShadowCache::SetBalance(Backend& backend, const ShadowBalance& balance) {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    backend.Upload(shadows_[i].balance, balance[static_cast<size_t>(layers_[i])].data());
+  }
+}
+
+void ShadowCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
+  for (const PageCopy& copy : copies) {
+    for (const ShadowKeys& shadow : shadows_) {
+      for (const TensorView* pages : {&shadow.codes, &shadow.scales}) {
+        backend.Copy(pages->Rows(copy.to, 1), pages->Rows(copy.from, 1));
+      }
+    }
+  }
+}
+
+int64_t ShadowCache::BytesPerPage(const ModelConfig& model, int64_t num_layers, int64_t page_size) {
+  return Product({num_layers, page_size, model.num_kv_heads, KeyBytes(model)});
+}
+
+}  // namespace tidal
