@@ -7,10 +7,11 @@ float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from reference_shadow import NUM_TOKENS, balance_of, random_tokens, shadow_scores
 from tiny_models import round_to
 
 
@@ -29,6 +30,7 @@ class TidalSettings:
     top_p_mass: float = 1.0
     min_token_budget: int | None = None  # with top_p_mass
     scored_layers: tuple[int, ...] = ()
+    shadow: str = "none"
 
 
 @dataclass
@@ -62,27 +64,57 @@ def plan_letters(num_layers: int, settings: TidalSettings) -> str:
     return "F" * (num_layers - len(plan.lstrip("s"))) + plan.lstrip("s")
 
 
-def choose_positions(scores: np.ndarray, num_kv_heads: int, settings: TidalSettings) -> np.ndarray:
+def log_sum_exp(scores: np.ndarray) -> np.ndarray:
+    """Of each row: [rows, 1]."""
+    largest = scores.max(-1, keepdims=True)
+    return largest + np.log(np.exp(scores - largest).sum(-1, keepdims=True))
+
+
+def choose_by_shadow(
+    scores: np.ndarray, coarse: np.ndarray, num_kv_heads: int, settings: TidalSettings
+) -> np.ndarray:
+    """choose_positions() among the best twice token_budget by `coarse`, exactly."""
+    wide = replace(settings, token_budget=2 * settings.token_budget, top_p_mass=1.0)
+    candidates = choose_positions(coarse, num_kv_heads, wide)
+    num_q_heads, n = scores.shape
+    among = np.full((len(candidates), n), False)
+    for row, positions in zip(among, candidates, strict=True):
+        row[positions[positions >= 0]] = True
+    among = np.repeat(among, num_q_heads // len(candidates), axis=0)
+    return choose_positions(
+        np.where(among, scores, -np.inf), num_kv_heads, settings, log_sum_exp(coarse)
+    )
+
+
+def choose_positions(
+    scores: np.ndarray,
+    num_kv_heads: int,
+    settings: TidalSettings,
+    lse: np.ndarray | None = None,
+) -> np.ndarray:
     """The set(s) of one step.
 
     Args:
-        scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions.
+        scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions; -inf for
+            one that is no candidate.
+        lse: [num_q_heads, 1] that weights are relative to; None is that of the scores.
 
     Returns:
         [num_sets, size of the largest] positions, ascending; -1 past the end of a smaller set.
     """
     num_q_heads, n = scores.shape
     pool = {"sum": np.sum, "max": np.max}[settings.pooling]
+    weights_of = np.exp(scores - (log_sum_exp(scores) if lse is None else lse))
     if settings.granularity == "head":
         ranked = scores
     elif settings.granularity == "kv_head":
-        groups = softmax(scores).reshape(num_kv_heads, num_q_heads // num_kv_heads, n)
+        groups = weights_of.reshape(num_kv_heads, num_q_heads // num_kv_heads, n)
         ranked = pool(groups, axis=1)
     else:
-        ranked = pool(softmax(scores), axis=0, keepdims=True)
+        ranked = pool(weights_of, axis=0, keepdims=True)
     budget = min(settings.token_budget, n)
     num_sets = len(ranked)
-    mass = softmax(scores).reshape(num_sets, -1, n).sum(axis=1)
+    mass = weights_of.reshape(num_sets, -1, n).sum(axis=1)
     target = settings.top_p_mass * num_q_heads / num_sets
     chosen = np.zeros(ranked.shape, bool)
     chosen[:, : settings.sink_tokens] = True
@@ -116,6 +148,7 @@ class ReferenceLlama:
         self.weights = {name: value.astype(np.float64) for name, value in weights.items()}
         self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
         self.inv_freq = self._inv_freq(config.get("rope_parameters", config))
+        self.balance = self.shadow_balance()
 
     def _inv_freq(self, rope: dict) -> np.ndarray:
         half = np.arange(self.head_dim // 2)
@@ -177,14 +210,28 @@ class ReferenceLlama:
     def _kv_head(self, q_head: int) -> int:
         return q_head // (self.num_q_heads // self.num_kv_heads)
 
-    def prefill(self, token_ids: list[int]) -> tuple[np.ndarray, list[Cache]]:
-        """Dense causal pass. Returns logits [num_tokens, vocab_size] and the caches."""
+    def shadow_balance(self) -> list[np.ndarray]:
+        """The factors of shadow keys, by layer."""
+        vocab_size = len(self.weights["model.embed_tokens.weight"])
+        queries: list[np.ndarray] = []
+        _, caches = self.prefill(random_tokens(NUM_TOKENS, vocab_size), queries)
+        return [balance_of(cache.k, q) for cache, q in zip(caches, queries, strict=True)]
+
+    def prefill(
+        self, token_ids: list[int], queries: list[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, list[Cache]]:
+        """Dense causal pass. Returns logits [num_tokens, vocab_size] and the caches.
+
+        `queries` gets those of every layer: [num_tokens, num_q_heads, head_dim].
+        """
         x = self.weights["model.embed_tokens.weight"][token_ids]
         n, caches = len(token_ids), []
         hidden_future = np.triu(np.full((n, n), -np.inf), k=1)
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
             q, k, v = self._qkv(self._norm(x, prefix + "input_layernorm.weight"), layer, 0)
+            if queries is not None:
+                queries.append(q)
             out = np.empty_like(q)
             for head in range(self.num_q_heads):
                 kv_head = self._kv_head(head)
@@ -220,7 +267,12 @@ class ReferenceLlama:
                 for head in range(self.num_q_heads)
             ])  # fmt: skip
             if kind in "SP":
-                chosen = choose_positions(scores, self.num_kv_heads, settings)
+                if kind == "P" and settings.shadow == "int4":
+                    coarse = shadow_scores(q[0], cache.k, self.balance[layer])
+                    coarse = coarse / np.sqrt(self.head_dim)
+                    chosen = choose_by_shadow(scores, coarse, self.num_kv_heads, settings)
+                else:
+                    chosen = choose_positions(scores, self.num_kv_heads, settings)
                 selection[layer] = chosen
             out = np.empty_like(q[0])
             for head in range(self.num_q_heads):

@@ -109,6 +109,27 @@ def test_scored_layers(
     assert_same_decoding(folder, reference, settings)
 
 
+@pytest.mark.parametrize(("select_layers", "scored_layers", "full_layers"), SCORED_PLANS)
+@pytest.mark.parametrize(("granularity", "pooling"), HEADS)
+def test_shadow_keys(
+    folder, reference, granularity, pooling, select_layers, scored_layers, full_layers
+):
+    settings = TidalSettings(
+        select_layers, full_layers, 16, granularity, pooling, 1, 4, scored_layers=scored_layers,
+        shadow="int4",
+    )  # fmt: skip
+    assert_same_decoding(folder, reference, settings)
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
+def test_shadow_keys_with_adaptive_budgets(folder, reference, granularity):
+    settings = TidalSettings(
+        (), 1, 30, granularity, sink_tokens=1, recent_tokens=2, top_p_mass=0.7,
+        min_token_budget=6, scored_layers=(1, 3, 4), shadow="int4",
+    )  # fmt: skip
+    assert_same_decoding(folder, reference, settings)
+
+
 @pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
 def test_scored_layers_with_adaptive_budgets(folder, reference, granularity):
     settings = TidalSettings(
