@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tidaldecode import plan_bytes
 from tidaldecode.calibration.objective import Scores
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.config import PlanConfig
 from tidaldecode.errors import UnsupportedError
-from tidaldecode.plans import plan_letters
 
 # First select layers that are tried: those in front are dense.
 FIRST_LAYERS = (1, 2, 3)
@@ -82,20 +82,13 @@ class Point:
 def kv_bytes_per_step(
     model: ModelConfig, candidate: Candidate, seq_len: int, value_bytes: int
 ) -> int:
-    """Bytes of keys and values that a step reads for one sequence.
-
-    Args:
-        model: its shape.
-        candidate: a plan; one without select layers is dense.
-        seq_len: tokens in the cache.
-        value_bytes: of one number in the cache.
-    """
-    letters = plan_letters(
-        model.num_layers, PlanConfig(select_layers=candidate.select_layers or None)
+    """Bytes of keys and values that a step of a candidate reads, as plan_bytes.py counts them."""
+    config = PlanConfig(
+        select_layers=candidate.select_layers or None,
+        token_budget=candidate.token_budget,
+        granularity=candidate.granularity,
     )
-    sparse_rows = min(candidate.token_budget, seq_len)
-    rows = sum(sparse_rows if letter == "s" else seq_len for letter in letters)
-    return rows * 2 * model.num_kv_heads * model.head_dim * value_bytes
+    return plan_bytes.kv_bytes_per_step(model, config, seq_len, value_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
