@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from tidaldecode.sampling import SamplingOptions
 
 LoadProgress = Callable[[int, int], None]
-_MAX_MEASURED_STEPS = 10_000
+_MAX_MEASURED_STEPS = 1_000_000
 
 
 class Decoder(TextMethods):
@@ -126,8 +126,7 @@ class Decoder(TextMethods):
         log_plan_notes(settings, plan, folder)
         self._settings, self._folder = settings, folder
         self._plan_source = plan.description if plan else "dense"
-        self._frontend = Frontend(folder, settings)
-        self._room = Room()
+        self._frontend, self._room = Frontend(folder, settings), Room()
         # What holds pages, and ends with the decoder.
         self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
         self._core: _core.Decoder | None = None
@@ -356,8 +355,8 @@ class Decoder(TextMethods):
             context: tokens of each sequence in the cache, the newest included, from 1 to
                 max_seq_len.
             batch_size: sequences that step together.
-            steps: how many are timed, at most 10,000.
-            warmup: how many run before, untimed, at most 10,000.
+            steps: how many are timed, at most a million.
+            warmup: how many run before, untimed, at most a million.
             attention: "auto" runs the plan that generate() would at this length, "full" the dense
                 plan, as a decoder with attention="full" does.
 

@@ -462,11 +462,11 @@ def eval_command(bench: Bench) -> None:
     shown = bench.command(
         "eval", str(bench.model), "--context", "600", "--task", "single", "--limit", "2", "--tidal",
         "select_layers=2,7 token_budget=64", "--tidal", "scored_layers=2,5 token_budget=64",
-        "--quest", "token_budget=64 page_size=16",
-        "--attention", "--out", str(out), "--seed", "2", "--kv-dtype", bench.dtype,
-        "--num-threads", "1",
+        "--quest", "token_budget=64 page_size=16", "--compare", "presets", "--token-budget", "32",
+        "--interval", "0.7", "--attention", "--out", str(out), "--seed", "2", "--kv-dtype",
+        bench.dtype, "--num-threads", "1",
     )  # fmt: skip
-    assert "single" in shown
+    assert "single" in shown and "all-P K=32" in shown and "Asked 2 prompts" in shown
     check_report(out)
     # The same command finds its results again, and draws them.
     plots = ["--plots"] if importlib.util.find_spec("matplotlib") else []

@@ -7,7 +7,8 @@ float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class TidalSettings:
     min_token_budget: int | None = None  # with top_p_mass
     scored_layers: tuple[int, ...] = ()
     shadow: str = "none"
+
+    def options(self) -> dict[str, Any]:
+        """What a Decoder is given: no list of layers that is empty."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
 
 
 @dataclass

@@ -39,7 +39,7 @@ def rotation(head_dim: int) -> np.ndarray:
 
 
 def balance_of(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """sqrt(rms k / rms q): [num_kv_heads, head_dim].
+    """sqrt(rms k / rms q), rounded: [num_kv_heads, head_dim].
 
     Args:
         keys: [num_tokens, num_kv_heads, head_dim].
@@ -48,7 +48,8 @@ def balance_of(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
     num_kv_heads, head_dim = keys.shape[1:]
     grouped = queries.reshape(len(queries), num_kv_heads, -1, head_dim)
     ratio = (keys**2).mean(axis=0) / (grouped**2).mean(axis=(0, 2))
-    return (ratio**0.25).astype(np.float32).astype(np.float64)
+    octaves = np.round(8 * np.log2(ratio) / 4) / 8  # rounded to an eighth of one
+    return np.exp2(octaves).astype(np.float32).astype(np.float64)
 
 
 def shadow_scores(q: np.ndarray, keys: np.ndarray, balance: np.ndarray) -> np.ndarray:

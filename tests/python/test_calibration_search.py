@@ -32,12 +32,12 @@ from tidaldecode.calibration.search import (
     canonical,
     choose,
     frontier,
-    kv_bytes_per_step,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.errors import TidalError, UnsupportedError
 from tidaldecode.evaluation.distributions import divergences
 from tidaldecode.evaluation.perplexity import make_windows
+from tidaldecode.plan_bytes import kv_bytes_per_step
 from tidaldecode.replay import Replay
 from tidaldecode.text.tokenizer import Tokenizer
 
@@ -173,9 +173,11 @@ def test_a_step_reads_whole_caches_and_sets():
         ({}, 12, 0),
     ):
         candidate = Candidate(token_budget=64, **options)
-        assert kv_bytes_per_step(MODEL, candidate, 1000, 4) == row * (whole * 1000 + sets * 64)
+        assert kv_bytes_per_step(MODEL, candidate.config(), 1000, 4) == row * (
+            whole * 1000 + sets * 64
+        )
     short = Candidate(select_layers=(2, 5), token_budget=64)
-    assert kv_bytes_per_step(MODEL, short, 30, 4) == row * 12 * 30
+    assert kv_bytes_per_step(MODEL, short.config(), 30, 4) == row * 12 * 30
 
 
 def test_the_cheapest_plan_that_is_good_enough_is_chosen():

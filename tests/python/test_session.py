@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import signal
 import threading
@@ -63,7 +62,7 @@ def test_turns_equal_one_long_prompt(decoder: Decoder):
 def test_tidal_turns_equal_the_reference(folder: Path):
     reference = ReferenceLlama(*read_checkpoint(folder))
     settings = TidalSettings((1, 3), 1, 16)
-    decoder = Decoder(folder, **OPTIONS, dtype="float32", **dataclasses.asdict(settings))
+    decoder = Decoder(folder, **OPTIONS, dtype="float32", **settings.options())
     session, caches, unread = decoder.session(), None, []
     for prompt in prompts(60, 9, 40):
         result = session.generate(prompt, max_new_tokens=14, **GREEDY)

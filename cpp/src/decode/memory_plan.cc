@@ -96,7 +96,7 @@ class Planner {
     MemoryMeter meter(backend_);
     EngineBuffers buffers(meter, model_, config, plan_);
     if (config.shadow != Shadow::kNone) {  // measured once, in pages of its own
-      int64_t tokens = std::min({kBalanceTokens, config.prefill_chunk, config.max_seq_len});
+      int64_t tokens = std::min(kBalanceTokens, config.max_seq_len);
       int64_t pages = (tokens + config.page_size - 1) / config.page_size;
       PagedKvCache measured(meter, model_, config.kv_dtype, pages, config.page_size);
     }

@@ -1,5 +1,6 @@
 #include "decode/shadow_balance.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -59,14 +60,17 @@ class ChannelSquares {
   std::vector<double> sums_;
 };
 
-// 1 for a channel that tells nothing: one that is 0 throughout, or not finite.
+// Factors are rounded to an eighth of an octave, so that what a pass rounds, which depends on its
+// chunks and on the device, as a rule changes none. 1 for a channel that tells nothing: one that is
+// 0 throughout, or not finite.
 std::vector<float> Factors(const ChannelSquares& keys, const ChannelSquares& queries,
                            int64_t count) {
   std::vector<float> factors(static_cast<size_t>(count), 1.0f);
   for (size_t channel = 0; channel < factors.size(); ++channel) {
     // The means are squares, so the fourth root of their ratio.
-    double factor = std::sqrt(std::sqrt(keys.Mean(channel) / queries.Mean(channel)));
-    if (std::isfinite(factor) && factor > 0.0) factors[channel] = static_cast<float>(factor);
+    double octaves = 0.25 * std::log2(keys.Mean(channel) / queries.Mean(channel));
+    if (!std::isfinite(octaves)) continue;
+    factors[channel] = static_cast<float>(std::exp2(std::round(8.0 * octaves) / 8.0));
   }
   return factors;
 }
@@ -77,58 +81,77 @@ class Measurement {
       : backend_(backend),
         model_(inputs.model),
         transformer_(backend, inputs.model, inputs.weights, cache, inputs.rope_scaling),
+        buffers_(inputs.buffers),
         num_tokens_(inputs.num_tokens),
+        chunk_(inputs.chunk),
         sequence_({.id = 0,
                    .tokens = {},
                    .pages = SequencePages(cache.pool(), inputs.num_tokens),
                    .inv_freq = ComputeRope(inputs.model, inputs.num_tokens).inv_freq,
-                   .sampling = {}}),
-        pass_(inputs.buffers.prefill.Take(inputs.num_tokens, 1)),
-        q_starts_(inputs.buffers.q_starts) {
-    std::vector<int32_t> words;  // token_ids, positions, seq_lens
+                   .sampling = {}}) {
+    auto count = static_cast<size_t>(model_.num_layers);
+    queries_.resize(count, ChannelSquares(model_.num_kv_heads, model_.head_dim));
     for (int64_t i = 0; i < num_tokens_; ++i) {
       uint32_t random = Philox(kSeed, static_cast<uint32_t>(i), 0);
-      words.push_back(static_cast<int32_t>(random % static_cast<uint64_t>(model_.vocab_size)));
+      sequence_.tokens.push_back(
+          static_cast<int32_t>(random % static_cast<uint64_t>(model_.vocab_size)));
     }
-    for (int64_t i = 0; i < num_tokens_; ++i) words.push_back(static_cast<int32_t>(i));
-    words.push_back(static_cast<int32_t>(num_tokens_));
-    std::vector<int32_t> zeros(static_cast<size_t>(num_tokens_), 0);
-    std::vector<int32_t> starts = {0, static_cast<int32_t>(num_tokens_)};
-    Sequence* row = &sequence_;
-    backend_.Upload(pass_.inputs, words.data());
-    backend_.Upload(pass_.seq_idx, zeros.data());
-    backend_.Upload(q_starts_, starts.data());
-    UploadSequences(backend_, {&row, 1}, pass_);
   }
 
   ShadowBalance Run() {
+    Pass pass;
+    for (int64_t begin = 0; begin < num_tokens_; begin += chunk_) {
+      pass = Upload(begin, std::min(num_tokens_, begin + chunk_));
+      ReadChunk(pass, begin);
+    }
     ShadowBalance balance;
-    transformer_.Begin(pass_);
     for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
-      transformer_.BeginAttention(layer, pass_);
-      balance.push_back(
-          Factors(Keys(transformer_.Cache(layer, pass_)), Queries(), model_.kv_size()));
-      backend_.AttentionPrefill({.q = pass_.q,
-                                 .q_starts = q_starts_,
-                                 .kv = transformer_.Cache(layer, pass_),
-                                 .sm_scale = transformer_.sm_scale(),
-                                 .out = pass_.attention_out,
-                                 .max_q_len = num_tokens_,
-                                 .max_seq_len = num_tokens_});
-      transformer_.FinishLayer(layer, pass_);
+      balance.push_back(Factors(Keys(transformer_.Cache(layer, pass)),
+                                queries_[static_cast<size_t>(layer)], model_.kv_size()));
     }
     return balance;
   }
 
  private:
-  ChannelSquares Queries() {
-    ChannelSquares squares(model_.num_kv_heads, model_.head_dim);
-    std::vector<float> q = Fetch(backend_, pass_.q);
-    for (int64_t i = 0; i < num_tokens_ * model_.num_q_heads; ++i) {
+  Pass Upload(int64_t begin, int64_t end) {
+    Pass pass = buffers_.prefill.Take(end - begin, 1);
+    // token_ids, positions, seq_lens
+    std::vector<int32_t> words(sequence_.tokens.begin() + begin, sequence_.tokens.begin() + end);
+    for (int64_t i = begin; i < end; ++i) words.push_back(static_cast<int32_t>(i));
+    words.push_back(static_cast<int32_t>(end));
+    std::vector<int32_t> zeros(static_cast<size_t>(end - begin), 0);
+    std::vector<int32_t> starts = {0, static_cast<int32_t>(end - begin)};
+    Sequence* row = &sequence_;
+    backend_.Upload(pass.inputs, words.data());
+    backend_.Upload(pass.seq_idx, zeros.data());
+    backend_.Upload(buffers_.q_starts, starts.data());
+    UploadSequences(backend_, {&row, 1}, pass);
+    return pass;
+  }
+
+  void ReadChunk(const Pass& pass, int64_t begin) {
+    const int64_t count = pass.token_ids.dim(0);
+    transformer_.Begin(pass);
+    for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
+      transformer_.BeginAttention(layer, pass);
+      AddQueries(pass, queries_[static_cast<size_t>(layer)]);
+      backend_.AttentionPrefill({.q = pass.q,
+                                 .q_starts = buffers_.q_starts,
+                                 .kv = transformer_.Cache(layer, pass),
+                                 .sm_scale = transformer_.sm_scale(),
+                                 .out = pass.attention_out,
+                                 .max_q_len = count,
+                                 .max_seq_len = begin + count});
+      transformer_.FinishLayer(layer, pass);
+    }
+  }
+
+  void AddQueries(const Pass& pass, ChannelSquares& squares) {
+    std::vector<float> q = Fetch(backend_, pass.q);
+    for (int64_t i = 0; i < pass.q.dim(0) * model_.num_q_heads; ++i) {
       squares.Add(i % model_.num_q_heads / model_.group_size(),
                   &q[static_cast<size_t>(i * model_.head_dim)]);
     }
-    return squares;
   }
 
   ChannelSquares Keys(const PagedKv& kv) {
@@ -150,10 +173,11 @@ class Measurement {
   Backend& backend_;
   const ModelConfig& model_;
   Transformer transformer_;
+  EngineBuffers& buffers_;
   int64_t num_tokens_;
+  int64_t chunk_;
   Sequence sequence_;
-  Pass pass_;
-  TensorView q_starts_;
+  std::vector<ChannelSquares> queries_;  // of every layer, so far
 };
 
 }  // namespace

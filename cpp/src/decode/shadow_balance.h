@@ -10,14 +10,15 @@
 
 namespace tidal {
 
-// Tokens that are read for it, where a pass has room for as many.
+// Tokens that are read for it, where a sequence has room for as many.
 inline constexpr int64_t kBalanceTokens = 256;
 
 struct BalanceInputs {
   const ModelConfig& model;
   const ModelWeights& weights;
-  float rope_scaling;      // RopeFrequencies::attention_scaling
-  int64_t num_tokens;      // at most a chunk of a prefill
+  float rope_scaling;  // RopeFrequencies::attention_scaling
+  int64_t num_tokens;
+  int64_t chunk;  // of them that are read together, at most what a prefill pass has room for
   EngineBuffers& buffers;  // its prefill pass is used
 };
 

@@ -18,6 +18,7 @@ from tidaldecode.calibration.objective import Scores
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.config import PlanConfig
 from tidaldecode.errors import UnsupportedError
+from tidaldecode.plan_bytes import kv_bytes_per_step
 from tidaldecode.plans import plan_letters
 
 # Layers in front that are dense; as many as a small model has room for.
@@ -63,13 +64,18 @@ class Candidate:
             "pooling": "sum",
         }
 
+    def config(self) -> PlanConfig:
+        """The plan; without layers that choose it is dense."""
+        return PlanConfig(
+            select_layers=self.select_layers or None,
+            scored_layers=self.scored_layers or None,
+            token_budget=self.token_budget,
+            granularity=self.granularity,
+        )
+
     def letters(self, num_layers: int) -> str:
         """The plan as the engine prints it."""
-        kinds = {
-            "select_layers": self.select_layers or None,
-            "scored_layers": self.scored_layers or None,
-        }
-        return plan_letters(num_layers, PlanConfig(**kinds))
+        return plan_letters(num_layers, self.config())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +85,6 @@ class Point:
     candidate: Candidate
     bytes_per_step: int  # of keys and values
     scores: Scores
-
-
-def kv_bytes_per_step(
-    model: ModelConfig, candidate: Candidate, seq_len: int, value_bytes: int
-) -> int:
-    """Bytes of keys and values that a step reads for one sequence.
-
-    Args:
-        model: its shape.
-        candidate: a plan; one without layers that choose is dense.
-        seq_len: tokens in the cache.
-        value_bytes: of one number in the cache.
-    """
-    sparse_rows = min(candidate.token_budget, seq_len)
-    # A scored layer reads all keys, and then keys and values of its set.
-    halves = {"F": 2 * seq_len, "S": 2 * seq_len, "P": seq_len + 2 * sparse_rows}
-    rows = sum(
-        halves.get(letter, 2 * sparse_rows) for letter in candidate.letters(model.num_layers)
-    )
-    return rows * model.num_kv_heads * model.head_dim * value_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +226,7 @@ class Search:
         return kept
 
     def _cost(self, candidate: Candidate) -> int:
-        return kv_bytes_per_step(self._model, candidate, self._seq_len, self._value_bytes)
+        return kv_bytes_per_step(self._model, candidate.config(), self._seq_len, self._value_bytes)
 
     def _loss(self, candidate: Candidate) -> float:
         return self._points[candidate].scores.loss

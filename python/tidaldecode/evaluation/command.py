@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,26 +16,42 @@ import typer
 from rich.console import Console
 
 from tidaldecode import _core
-from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_error, print_note
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.evaluation.asked import (
+    DEFAULT_CONTEXT,
+    DEFAULT_PROMPTS,
+    DEFAULT_WINDOWS,
+    OWN_NEW_TOKENS,
+    Asked,
+    lengths_of,
+)
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
-from tidaldecode.evaluation.example import Encode, Example, make_encoder
+from tidaldecode.evaluation.costs import StepCosts, cache_value_bytes
+from tidaldecode.evaluation.example import Example, Series, make_encoder
+from tidaldecode.evaluation.interval import LEAST_ASKED, MOST_ASKED, run_until_known
+from tidaldecode.evaluation.markdown import as_markdown
 from tidaldecode.evaluation.perplexity import (
     SCORED_TOKENS,
     Perplexity,
     Window,
-    make_windows,
-    read_text,
     run_windows,
     summarise_losses,
 )
 from tidaldecode.evaluation.plots import draw_report, load_matplotlib
-from tidaldecode.evaluation.prompt_file import read_prompt_file
+from tidaldecode.evaluation.presets import (
+    DEFAULT_BUDGET,
+    PRESETS,
+    Comparison,
+    Lengths,
+    make_presets,
+)
 from tidaldecode.evaluation.report import Summary, as_json, summarise
 from tidaldecode.evaluation.results import LossRecord, Record, ResultFile
 from tidaldecode.evaluation.runner import Run, run
+from tidaldecode.evaluation.sections import cell_title, find_cell
 from tidaldecode.evaluation.settings import (
     Setting,
     check_names,
@@ -42,20 +59,16 @@ from tidaldecode.evaluation.settings import (
     quest_setting,
     tidal_setting,
 )
-from tidaldecode.evaluation.tasks import TASKS, make_examples
+from tidaldecode.evaluation.tasks import TASKS
 from tidaldecode.evaluation.view import show_report
 from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, remember_evaluation
-from tidaldecode.sampling import check_integer
 from tidaldecode.user_cache import write_whole
 
-_DEFAULT_CONTEXT = 4096
-_DEFAULT_PROMPTS = 10  # per task and context: every depth of the single needle once
-_OWN_NEW_TOKENS = 64
-_DEFAULT_WINDOWS = 8  # of a text, at each context
 _LOOKED_AT = 4  # prompts whose attention is measured
 _RESULTS_FILE = "results.jsonl"
 _LOSSES_FILE = "losses.jsonl"
 _REPORT_FILE = "report.json"
+_TABLES_FILE = "report.md"
 EXIT_NOT_WRITTEN = 1
 
 
@@ -78,15 +91,36 @@ _Contexts = Annotated[
     list[int] | None,
     typer.Option(
         help="Tokens of prompt and output together; may be repeated. "
-        f"[dim]\\[default: {_DEFAULT_CONTEXT}][/dim]"
+        f"[dim]\\[default: {DEFAULT_CONTEXT}][/dim]"
     ),
 ]
 _Limit = Annotated[
     int | None,
     typer.Option(
         help="Prompts per task and context, windows of a text per context. "
-        f"[dim]\\[default: {_DEFAULT_PROMPTS}, of own prompts all, {_DEFAULT_WINDOWS} windows]"
+        f"[dim]\\[default: {DEFAULT_PROMPTS}, of own prompts all, {DEFAULT_WINDOWS} windows]"
         "[/dim]"
+    ),
+]
+_Interval = Annotated[
+    float | None,
+    typer.Option(
+        help="Ask until the 95 % interval of the answers kept is at most this wide in every "
+        f"setting, such as 0.1: {LEAST_ASKED} prompts per task and context or more, at most "
+        f"--limit. [dim]\\[default: off; --limit is then {MOST_ASKED}][/dim]"
+    ),
+]
+_Compare = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{PRESETS}: known policies beside the model's plan, all at one token budget and all "
+        "at its KV bytes a step."
+    ),
+]
+_TokenBudget = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Of --compare {PRESETS}. [dim]\\[default: the plan's, or {DEFAULT_BUDGET}][/dim]"
     ),
 ]
 _ScoredTokens = Annotated[
@@ -126,7 +160,7 @@ _NewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         "-n",
-        help=f"Of own prompts. [dim]\\[default: {_OWN_NEW_TOKENS}][/dim]",
+        help=f"Of own prompts. [dim]\\[default: {OWN_NEW_TOKENS}][/dim]",
     ),
 ]
 _Out = Annotated[
@@ -145,7 +179,10 @@ def evaluate(
     text: _Text = None,
     context: _Contexts = None,
     limit: _Limit = None,
+    interval: _Interval = None,
     scored_tokens: _ScoredTokens = None,
+    compare: _Compare = None,
+    token_budget: _TokenBudget = None,
     tidal: _Tidal = None,
     quest: _Quest = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 0,
@@ -161,183 +198,192 @@ def evaluate(
     debug: opt.Debug = False,
 ) -> None:
     """Compare dense and tidal decoding on long prompts whose answers are known."""
-    asked = _Asked(**{name: value for name, value in locals().items() if name in _ASKED})
+    asked = Asked(**{name: value for name, value in locals().items() if name in _ASKED})
     asked.check()
     engine = opt.engine_options(
         {"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "num_threads": num_threads}
     )
-    settings = _settings(model_dir, tidal, quest)
-    work = Run(model_dir=model_dir, settings=settings, engine=engine)
-    encode, is_chat = make_encoder(read_model_folder(model_dir), chat)
-    bars = Bars(is_watched())
+    model = read_model_folder(model_dir)
+    settings = _settings(model, tidal, quest, asked)
+    encode, is_chat = make_encoder(model, chat)
     if plots:
         load_matplotlib()  # better now than after hours of work
-    examples = asked.examples(encode, bars)
-    windows = asked.windows(make_encoder(read_model_folder(model_dir), False)[0])
-    title = model_dir.resolve().name
-    folder = out or Path(f"eval-{title}")
+    bars, series = Bars(is_watched()), asked.series(encode)
+    windows = asked.windows(make_encoder(model, False)[0])
+    comparison = _comparison(model, asked, lengths_of(series, windows), engine)
+    settings += comparison.settings if comparison else []
+    work = Run(model_dir=model_dir, settings=settings, engine=engine)
+    folder = out or Path(f"eval-{model_dir.resolve().name}")
+    with _resumable():
+        examples, records = _run_tasks(work, series, asked, folder, bars)
+        losses = _run_text(work, windows, folder, bars)
+    costs = StepCosts(model, settings, cache_value_bytes(model, engine))
+    head = {
+        "model": model_dir.resolve().name, "engine": _core.version(), **engine, "seed": seed,
+        "limit": limit, "interval": interval, "asked": len(examples), "chat": is_chat,
+        "compare": comparison and comparison.as_json(),
+    }  # fmt: skip
+    found = _Found(
+        head=head,
+        summaries=summarise(records, costs),
+        records=records,
+        perplexities=summarise_losses(losses, costs),
+        attention=_look(work, examples, bars) if attention else None,
+    )
+    _show(model_dir, found)
+    _remember(model_dir, settings, found.summaries)
+    _keep(folder, found, plots)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Work whose results are in files as soon as they are there."""
     try:
-        records = _run_tasks(work, examples, folder, bars)
-        perplexities = _run_text(work, windows, folder, bars)
+        yield
     except KeyboardInterrupt:
         print_note("the same command goes on from here")
         raise
-    looked_at = _look(work, examples, bars) if attention else None
-    head = {
-        "model": title, "engine": _core.version(), **engine, "seed": seed, "limit": limit,
-        "chat": is_chat,
-    }  # fmt: skip
-    found = _Found(records=records, perplexities=perplexities, attention=looked_at)
-    console = Console(highlight=False)
-    console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
-    show_report(console, found.summaries, perplexities)
-    _remember(model_dir, settings, found.summaries)
-    try:
-        for line in _write(folder, head, found, plots):
-            console.print(line, soft_wrap=True, markup=False)
-    except OSError as cause:
-        print_error(f"{folder}: {cause.strerror}; what is printed here was not written")
-        raise typer.Exit(EXIT_NOT_WRITTEN) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
     """What an evaluation measured."""
 
+    head: dict[str, Any]  # what it belongs to, as report.json has it
+    summaries: list[Summary]
     records: list[Record]
     perplexities: list[Perplexity]
     attention: AttentionReport | None
 
-    @property
-    def summaries(self) -> list[Summary]:
-        """The records summed up, setting by setting."""
-        return summarise(self.records)
+
+def _keep(folder: Path, found: _Found, plots: bool) -> None:
+    """Writes the report, or says that it is lost."""
+    console = Console(highlight=False)
+    try:
+        for line in _write(folder, found, plots):
+            console.print(line, soft_wrap=True, markup=False)
+    except OSError as cause:
+        print_error(f"{folder}: {cause.strerror}; what is printed here was not written")
+        raise typer.Exit(EXIT_NOT_WRITTEN) from None
 
 
-def _write(folder: Path, head: dict[str, Any], found: _Found, plots: bool) -> Iterator[str]:
-    """Writes the report and its plots; a line for each file.
+def _comparison(
+    model: ModelFolder, asked: Asked, lengths: Lengths, engine: dict[str, Any]
+) -> Comparison | None:
+    """The presets, if they are asked for, and notes on them before hours of work."""
+    if asked.compare is None:
+        return None
+    value_bytes = cache_value_bytes(model, engine)
+    comparison = make_presets(model, lengths, asked.token_budget, value_bytes)
+    for note in comparison.notes:
+        print_note(note)
+    return comparison
+
+
+def _show(model_dir: Path, found: _Found) -> None:
+    """Prints the report."""
+    console = Console(highlight=False)
+    console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
+    show_report(console, found.summaries, found.perplexities)
+    width = found.head["interval"]
+    if width is not None and found.summaries:
+        console.print(_asked_line(width, found.summaries), soft_wrap=True, markup=False)
+
+
+def _asked_line(width: float, summaries: Sequence[Summary]) -> str:
+    """How many prompts were asked, and where that was not enough."""
+    dense, *others = summaries
+    wide = [
+        f"{cell_title(cell)} ({cell.num_prompts})"
+        for cell in dense.cells
+        if any(own.kept.width > width for s in others if (own := find_cell(s, cell)) is not None)
+    ]
+    num_asked = sum(cell.num_prompts for cell in dense.cells)
+    line = f"Asked {num_asked:,} prompts for intervals of at most {100 * width:g} points"
+    return line + (f"; still wider: {', '.join(wide)}" if wide else "")
+
+
+def _write(folder: Path, found: _Found, plots: bool) -> Iterator[str]:
+    """Writes the report and its plots; a line for each.
 
     Raises: OSError.
     """
-    content = as_json(head, found.summaries, found.perplexities, found.attention)
+    content = as_json(found.head, found.summaries, found.perplexities, found.attention)
     report = folder / _REPORT_FILE
     write_whole(report, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    yield f"Report: {one_line(str(report))}"
+    tables = as_markdown(found.head["model"], found.summaries, found.perplexities)
+    write_whole(folder / _TABLES_FILE, tables)
+    yield f"Report: {one_line(str(report))}, {_TABLES_FILE}"
     if plots:
         for path in draw_report(folder, found.summaries, found.records, found.attention):
             yield f"Plot: {one_line(str(path))}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """The options that say what is decoded."""
-
-    task: list[str] | None
-    prompts: Path | None
-    text: Path | None
-    context: list[int] | None
-    limit: int | None
-    scored_tokens: int | None
-    seed: int
-    max_new_tokens: int | None
-
-    def check(self) -> None:
-        """Refuses what does not go together."""
-        if self.prompts is not None and self.task:
-            raise InvalidArgument("prompts: got a file together with --task, expected one")
-        if self.prompts is not None and self.context and self.text is None:
-            raise InvalidArgument("prompts: got a file together with --context, expected one")
-        if self.prompts is None and self.max_new_tokens is not None:
-            raise InvalidArgument("max-new-tokens: got it without --prompts; tasks have their own")
-        if self.text is None and self.scored_tokens is not None:
-            raise InvalidArgument("scored-tokens: got it without --text, which it belongs to")
-        for name in ("limit", "scored_tokens"):
-            if (value := getattr(self, name)) is not None:
-                check_integer(name, value, low=1)
-
-    def examples(self, encode: Encode, bars: Bars) -> list[Example]:
-        """The prompts: own ones, or those of the generated tasks; none for a text alone."""
-        if self.prompts is not None:
-            new_tokens = _OWN_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-            check_integer("max_new_tokens", new_tokens, low=1)
-            return read_prompt_file(
-                self.prompts, encode, max_new_tokens=new_tokens, limit=self.limit
-            )
-        if self.text is not None and not self.task:
-            return []
-        names, contexts = self.task or list(TASKS), self.context or [_DEFAULT_CONTEXT]
-        return _generated(names, encode, contexts, self.limit or _DEFAULT_PROMPTS, self.seed, bars)
-
-    def windows(self, encode: Encode) -> list[Window]:
-        """The windows of the text, if there is one."""
-        if self.text is None:
-            return []
-        contexts, count = self.context or [_DEFAULT_CONTEXT], self.limit or _DEFAULT_WINDOWS
-        return make_windows(
-            read_text(self.text),
-            encode,
-            contexts,
-            count=count,
-            scored_tokens=self.scored_tokens or SCORED_TOKENS,
-        )
+_ASKED = tuple(field.name for field in fields(Asked))
 
 
-_ASKED = tuple(field.name for field in fields(_Asked))
-
-
-def _generated(
-    names: Sequence[str],
-    encode: Encode,
-    contexts: Sequence[int],
-    per_task: int,
-    seed: int,
-    bars: Bars,
-) -> list[Example]:
-    """The examples of generated tasks."""
+def _write_prompts(series: Sequence[Series], bars: Bars) -> list[Example]:
+    """All examples of the series."""
     examples: list[Example] = []
+    total = sum(entry.most for entry in series)
     with bars.counting("Writing prompts") as on_written:
-        for example in make_examples(names, encode, contexts, per_task=per_task, seed=seed):
-            examples.append(example)
-            on_written(len(examples), len(names) * len(contexts) * per_task)
+        for entry in series:
+            for index in range(entry.most):
+                examples.append(entry.make(index))
+                on_written(len(examples), total)
     return examples
 
 
-def _run_tasks(work: Run, examples: Sequence[Example], folder: Path, bars: Bars) -> list[Record]:
-    """Decodes what an earlier run in the same folder has not."""
+def _run_tasks(
+    work: Run, series: Sequence[Series], asked: Asked, folder: Path, bars: Bars
+) -> tuple[list[Example], list[Record]]:
+    """Decodes what an earlier run in the same folder has not: (examples, their records)."""
+    if asked.interval is None or not series:
+        examples = _write_prompts(series, bars)
+        with ResultFile(folder / _RESULTS_FILE, Record) as results:
+            return examples, run(work, examples, results, bars)
+    for entry in series:
+        entry.make(0)  # a context that is too short is refused before any work
     with ResultFile(folder / _RESULTS_FILE, Record) as results:
-        return run(work, examples, results, bars)
+        return run_until_known(work, series, asked.interval, results, bars)
 
 
-def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) -> list[Perplexity]:
+def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) -> list[LossRecord]:
     """Predicts what an earlier run in the same folder has not."""
     if not windows:
         return []
     with ResultFile(folder / _LOSSES_FILE, LossRecord) as results:
-        return summarise_losses(run_windows(work, windows, results, bars))
+        return run_windows(work, windows, results, bars)
 
 
 def _look(work: Run, examples: Sequence[Example], bars: Bars) -> AttentionReport:
-    """The attention behind a few of the shortest prompts."""
+    """The attention behind a few of the shortest prompts, all of one context."""
     if not examples:
         raise InvalidArgument("attention: got no prompts to look at; name a --task")
     shortest = sorted(examples, key=lambda example: len(example.prompt_ids))[:_LOOKED_AT]
-    settings = [setting for setting in work.settings if not setting.is_quest]
+    context = shortest[0].context
+    shortest = [example for example in shortest if example.context == context]
+    settings = [
+        setting for setting in work.settings if not setting.is_quest and setting.runs_at(context)
+    ]
     with bars.counting("Attention") as on_done:
         return measure_attention(read_model_folder(work.model_dir), shortest, settings, on_done)
 
 
 def _settings(
-    model_dir: Path, tidal: Sequence[str] | None, quest: Sequence[str] | None
+    folder: ModelFolder, tidal: Sequence[str] | None, quest: Sequence[str] | None, asked: Asked
 ) -> list[Setting]:
-    """Dense first, then what was asked for or the model's plan."""
+    """Dense first, then what was asked for, else the model's plan; presets come behind."""
     paged = [quest_setting(text) for text in quest or []]
-    if tidal is None and find_plan(read_model_folder(model_dir)) is None:
-        print_note(
-            f"no tidal run: there is no plan for this model; {HOW_TO_CHOOSE}, or say with --tidal "
-            "what is to be compared"
-        )
-        return [dense_setting(), *paged]
-    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or [""]), *paged]
+    if tidal is None and asked.compare is None:
+        tidal = [""]
+        if find_plan(folder) is None:
+            print_note(
+                f"no tidal run: there is no plan for this model; {HOW_TO_CHOOSE}, or say with "
+                "--tidal what is to be compared"
+            )
+            tidal = []
+    settings = [dense_setting(), *(tidal_setting(text) for text in tidal or []), *paged]
     check_names(settings)
     return settings
 

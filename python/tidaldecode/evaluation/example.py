@@ -1,6 +1,6 @@
 """One question to a model: what goes in, what counts as right, and where it belongs.
 
-Made by tasks.py and prompt_file.py, decoded by runner.py.
+Made by tasks.py and prompt_file.py, decoded by runner.py. Questions of a kind are a series.
 """
 
 from __future__ import annotations
@@ -56,3 +56,14 @@ class Example:
         """Changes with anything that could change the score."""
         content = (self.prompt_ids, self.answers, self.rule, self.max_new_tokens)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The examples of one task at one context, in order, made when they are asked for."""
+
+    context: int | None  # of every example
+    most: int  # how many there are, or may be asked
+    room: int  # tokens of the longest prompt and output together
+    length: int  # at which the bytes of a step count: the context, or the mean of own prompts
+    make: Callable[[int], Example]  # of an index below most

@@ -20,10 +20,11 @@ import numpy as np
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.evaluation.costs import StepCosts
 from tidaldecode.evaluation.distributions import divergences, same_choices, token_losses
 from tidaldecode.evaluation.example import Encode
 from tidaldecode.evaluation.results import LossRecord, ResultFile
-from tidaldecode.evaluation.resume import Keys
+from tidaldecode.evaluation.resume import Keys, missing
 from tidaldecode.evaluation.runner import Prompt, Reporter, Run
 from tidaldecode.evaluation.settings import Setting, dense_setting
 
@@ -113,31 +114,32 @@ def run_windows(
     Raises: as Decoder.
     """
     keys = Keys(read_model_folder(work.model_dir), work.engine)
-    wanted = {
-        (setting.name, index): keys.of(setting, [window.prompt_ids, window.scored_ids])
-        for setting in work.settings
-        for index, window in enumerate(windows)
-    }
-    missing = {place for place, key in wanted.items() if key not in results.records}
-    open_windows = [
-        (window, [setting for setting in work.settings if (setting.name, index) in missing], index)
-        for index, window in enumerate(windows)
+    wanted = [
+        keys.wanted(work.settings, window.context, [window.prompt_ids, window.scored_ids])
+        for window in windows
     ]
-    open_windows = [entry for entry in open_windows if entry[1]]
+    open_windows = [
+        (window, new)
+        for window, own in zip(windows, wanted, strict=True)
+        if (new := missing(own, results.records))
+    ]
     if open_windows:
         room = max(window.context for window in windows)
         with work.decoder(room, reporter) as decoder, reporter.counting("Windows") as on_done:
             on_done(0, len(open_windows))
-            for count, (window, settings, index) in enumerate(open_windows, start=1):
-                for setting, values in _losses(decoder, window, settings, reporter):
-                    key = wanted[setting.name, index]
+            for count, (window, new) in enumerate(open_windows, start=1):
+                found = _losses(decoder, window, list(new.values()), reporter)
+                for key, (setting, values) in zip(new, found, strict=True):
                     results.append(LossRecord(key=key, plan=keys.plan(setting), **values))
                 on_done(count, len(open_windows))
     # The key says whose a record is, whatever else has been written into the file.
-    return [
-        replace(results.records[key], setting=name, context=windows[index].context, window=index)
-        for (name, index), key in wanted.items()
+    records = [
+        replace(results.records[key], setting=setting.name, context=window.context, window=index)
+        for index, (window, own) in enumerate(zip(windows, wanted, strict=True))
+        for setting, key in own
     ]
+    names = [setting.name for setting in work.settings]
+    return sorted(records, key=lambda record: names.index(record.setting))
 
 
 def _losses(
@@ -187,9 +189,12 @@ class Perplexity:
     kl: float  # nats
     agreement: float  # share of steps whose most likely token is the dense one
     set_size: float  # positions of a set, mean; 0 where all steps are dense
+    kv_bytes: int | None = None  # of keys and values that a step reads; None: not counted
 
 
-def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
+def summarise_losses(
+    records: Sequence[LossRecord], costs: StepCosts | None = None
+) -> list[Perplexity]:
     """One entry per setting and context, in the order of the records, the first being dense."""
     groups: dict[tuple[str, int], list[LossRecord]] = {}
     for record in records:
@@ -210,6 +215,7 @@ def summarise_losses(records: Sequence[LossRecord]) -> list[Perplexity]:
                 kl=fmean(record.kl for record in own),
                 agreement=fmean(record.agreement for record in own),
                 set_size=fmean(record.set_size for record in own),
+                kv_bytes=round(fmean(map(costs.of, own))) if costs else None,
             )
         )
     return summaries

@@ -1,6 +1,6 @@
 """Page-wise selection in every layer, in the manner of Quest (arXiv 2406.10774): a yardstick.
 
-Used by runner.py and perplexity.py. Not in the engine: here is the numpy reference model with
+Used by runner.py and costs.py. Not in the engine: here is the numpy reference model with
 Quest's rule. A page's score for a query head is the most that any key within the bounds of the
 page's keys could give; each head attends to the best pages. As published: the first two layers are
 dense, and pages are of 16 tokens. The newest page is always in, so that the newest token is.
@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.evaluation.reference import ReferenceModel, softmax
+from tidaldecode.plan_bytes import row_bytes
 
 _DENSE_LAYERS = 2
 
@@ -54,6 +56,30 @@ class QuestReplay:
             return _attend(q, k, v, chosen)
 
         return self._model.step(token, self._cache, attend)
+
+
+def page_bytes_per_step(
+    model: ModelConfig, options: dict[str, int], seq_len: int, value_bytes: int
+) -> int:
+    """Bytes of keys and values that a step reads for one sequence, and of the bounds of its pages.
+
+    Bounds are two vectors a page and KV head, as much as K and V of one position. Every query head
+    reads pages of its own, as plan_bytes.py counts them.
+
+    Args:
+        model: its shape.
+        options: token_budget, page_size.
+        seq_len: tokens in the cache.
+        value_bytes: of one number in the cache.
+    """
+    token_budget, page_size = options["token_budget"], options["page_size"]
+    sparse_layers = max(0, model.num_layers - _DENSE_LAYERS)
+    if seq_len <= token_budget:
+        sparse_layers = 0
+    pages = max(1, token_budget // page_size) * (model.num_q_heads // model.num_kv_heads)
+    sparse_rows = -(-seq_len // page_size) + min(seq_len, pages * page_size)
+    rows = (model.num_layers - sparse_layers) * seq_len + sparse_layers * sparse_rows
+    return rows * row_bytes(model, value_bytes)
 
 
 def chosen_tokens(q: np.ndarray, k: np.ndarray, token_budget: int, page_size: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from tidaldecode import _core
@@ -17,6 +17,17 @@ from tidaldecode.config import PlanConfig
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plans import Plan, plan_letters, plan_values
 
+Wanted = tuple[Setting, str]  # a setting and the key of its record
+
+
+def missing(wanted: Sequence[Wanted], known: Container[str]) -> dict[str, Setting]:
+    """What is not known, by key: of settings that come to the same, the first."""
+    found: dict[str, Setting] = {}
+    for setting, key in wanted:
+        if key not in known:
+            found.setdefault(key, setting)
+    return found
+
 
 class Keys:
     """Keys of the records of one model, run with the same engine options."""
@@ -25,7 +36,14 @@ class Keys:
         self._folder = folder
         self._engine = engine
         self._fingerprint = model_fingerprint(folder)
-        self._plans: dict[str, Plan | None] = {}
+        self._plans: dict[tuple[Any, ...], Plan | None] = {}
+
+    def wanted(
+        self, settings: Sequence[Setting], context: int | None, content: Sequence[Any]
+    ) -> list[Wanted]:
+        """The settings that run at a context, each with its key of `content`."""
+        own = [setting for setting in settings if setting.runs_at(context)]
+        return [(setting, self.of(setting, content)) for setting in own]
 
     def of(self, setting: Setting, content: Sequence[Any]) -> str:
         """Of model, version, options and `content`, which is what is decoded.
@@ -42,9 +60,11 @@ class Keys:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _plan(self, setting: Setting) -> Plan | None:
-        if setting.name not in self._plans:
-            self._plans[setting.name] = setting.plan(self._folder)
-        return self._plans[setting.name]
+        # A preset has one name and at every context options of its own.
+        place = setting.name, setting.contexts
+        if place not in self._plans:
+            self._plans[place] = setting.plan(self._folder)
+        return self._plans[place]
 
     def plan(self, setting: Setting) -> str:
         """The setting's plan, as Decoder.plan prints it; what is not the engine's has none."""

@@ -25,7 +25,7 @@ from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.results import Record, ResultFile
-from tidaldecode.evaluation.resume import Keys
+from tidaldecode.evaluation.resume import Keys, Wanted, missing
 from tidaldecode.evaluation.scoring import score
 from tidaldecode.evaluation.settings import Setting, dense_setting
 
@@ -129,6 +129,76 @@ def _reference_model(folder: ModelFolder) -> ReferenceModel:
     return ReferenceModel(folder)
 
 
+class Runner:
+    """Asks examples in every setting that runs at their context, each answer once.
+
+    The engine is made when something is missing in the results of an earlier run.
+    """
+
+    def __init__(
+        self, work: Run, room: int, results: ResultFile[Record], reporter: Reporter
+    ) -> None:
+        """
+        Args:
+            work: what is decoded.
+            room: tokens of the longest prompt and output together.
+            results: what an earlier run has left; what is found is added.
+            reporter: where progress shows.
+        """
+        self._work, self._room = work, room
+        self._results, self._reporter = results, reporter
+        self._keys = Keys(read_model_folder(work.model_dir), work.engine)
+        self._decoder: Decoder | None = None
+
+    def has(self, example: Example) -> bool:
+        """Whether all records of an example are there."""
+        return all(key in self._results.records for _, key in self._wanted(example))
+
+    def open(self) -> Decoder:
+        """The engine, made at the first call."""
+        if self._decoder is None:
+            self._decoder = self._work.decoder(self._room, self._reporter)
+        return self._decoder
+
+    def ask(self, example: Example) -> list[Record]:
+        """The records of an example, in the order of the settings; decodes what is missing.
+
+        Raises: as Decoder; TidalError if the engine gives up on the prompt.
+        """
+        wanted, records = self._wanted(example), self._results.records
+        new = missing(wanted, records)
+        if new:
+            found = _decode(self.open(), example, list(new.values()), self._reporter)
+            for key, (setting, values) in zip(new, found, strict=True):
+                self._results.append(Record(key=key, plan=self._keys.plan(setting), **values))
+        # The key says whose a record is, whatever else has been written into the file.
+        return [
+            replace(
+                records[key],
+                setting=setting.name,
+                task=example.task,
+                context=example.context,
+                index=example.index,
+            )
+            for setting, key in wanted
+        ]
+
+    def in_order(self, records: Sequence[Record]) -> list[Record]:
+        """Records setting by setting, those of each as they are."""
+        names = [setting.name for setting in self._work.settings]
+        return sorted(records, key=lambda record: names.index(record.setting))
+
+    def _wanted(self, example: Example) -> list[Wanted]:
+        return self._keys.wanted(self._work.settings, example.context, _content(example))
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._decoder is not None:
+            self._decoder.close()
+
+
 def run(
     work: Run, examples: Sequence[Example], results: ResultFile[Record], reporter: Reporter
 ) -> list[Record]:
@@ -137,40 +207,19 @@ def run(
     Returns: the records of all examples in all settings, setting by setting.
     Raises: as Decoder; TidalError if the engine gives up on a prompt.
     """
-    keys = Keys(read_model_folder(work.model_dir), work.engine)
-    wanted = {
-        (setting.name, index): keys.of(setting, _content(example))
-        for setting in work.settings
-        for index, example in enumerate(examples)
-    }
-    missing = {place for place, key in wanted.items() if key not in results.records}
-    open_examples = [
-        (example, [setting for setting in work.settings if (setting.name, index) in missing], index)
-        for index, example in enumerate(examples)
-    ]
-    open_examples = [entry for entry in open_examples if entry[1]]
-    if open_examples:
-        # Of all examples, so that a resumed run uses the same engine as one that was not cut off.
-        room = max(len(example.prompt_ids) + example.max_new_tokens for example in examples)
-        with work.decoder(room, reporter) as decoder, reporter.counting("Prompts") as on_done:
-            on_done(0, len(open_examples))
-            for count, (example, settings, index) in enumerate(open_examples, start=1):
-                for setting, values in _decode(decoder, example, settings, reporter):
-                    results.append(
-                        Record(key=wanted[setting.name, index], plan=keys.plan(setting), **values)
-                    )
-                on_done(count, len(open_examples))
-    # The key says whose a record is, whatever else has been written into the file.
-    return [
-        replace(
-            results.records[key],
-            setting=name,
-            task=examples[index].task,
-            context=examples[index].context,
-            index=examples[index].index,
-        )
-        for (name, index), key in wanted.items()
-    ]
+    # Of all examples, so that a resumed run uses the same engine as one that was not cut off.
+    lengths = (len(example.prompt_ids) + example.max_new_tokens for example in examples)
+    with Runner(work, max(lengths, default=0), results, reporter) as runner:
+        new = [example for example in examples if not runner.has(example)]
+        if new:
+            runner.open()
+            with reporter.counting("Prompts") as on_done:
+                on_done(0, len(new))
+                for count, example in enumerate(new, start=1):
+                    runner.ask(example)
+                    on_done(count, len(new))
+        found = [record for example in examples for record in runner.ask(example)]
+        return runner.in_order(found)
 
 
 def _content(example: Example) -> list[Any]:

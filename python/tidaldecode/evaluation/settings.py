@@ -1,6 +1,7 @@
 """The ways a model is decoded in one evaluation: densely, and with one or more tidal settings.
 
-Called by command.py. A setting is a name and options of Decoder.
+Called by command.py; presets.py has settings with names of their own. A setting is a name and
+options of Decoder.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ class Setting:
     name: str
     options: dict[str, Any] = field(default_factory=dict)  # of Decoder; for quest see quest.py
     is_quest: bool = False  # not the engine's
+    # Contexts at which it runs; empty: at all. Settings of one name have no context in common.
+    contexts: tuple[int | None, ...] = ()
+
+    def runs_at(self, context: int | None) -> bool:
+        """Whether prompts and windows of this context are decoded in this setting."""
+        return not self.contexts or context in self.contexts
 
     def plan(self, folder: ModelFolder) -> Plan | None:
         """The plan that the engine runs; None is dense.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tidaldecode.cli.demo_text import KEY_WORDS
 from tidaldecode.errors import InvalidArgument, show
-from tidaldecode.evaluation.example import Encode, Example
+from tidaldecode.evaluation.example import Encode, Example, Series
 from tidaldecode.evaluation.filling import Needle, fill_prompt, sentence_filler
 
 _DEPTHS = 10  # the single needle takes them in turn
@@ -246,6 +247,29 @@ TASKS = {
 }
 
 
+def make_series(
+    names: Sequence[str], encode: Encode, contexts: Sequence[int], *, most: int, seed: int
+) -> list[Series]:
+    """A series of at most `most` examples for each context and task.
+
+    Raises: InvalidArgument for an unknown task; making an example does for a context too short.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise InvalidArgument(f"task: got {show(name)}, expected one of {', '.join(TASKS)}")
+    return [
+        Series(
+            context=context,
+            most=most,
+            room=context,
+            length=context,
+            make=partial(TASKS[name].example, encode, context, seed),
+        )
+        for context in contexts
+        for name in names
+    ]
+
+
 def make_examples(
     names: Sequence[str], encode: Encode, contexts: Sequence[int], *, per_task: int, seed: int
 ) -> Iterator[Example]:
@@ -253,10 +277,5 @@ def make_examples(
 
     Raises: InvalidArgument for an unknown task or a context too short for one.
     """
-    for name in names:
-        if name not in TASKS:
-            raise InvalidArgument(f"task: got {show(name)}, expected one of {', '.join(TASKS)}")
-    for context in contexts:
-        for name in names:
-            for index in range(per_task):
-                yield TASKS[name].example(encode, context, seed, index)
+    for series in make_series(names, encode, contexts, most=per_task, seed=seed):
+        yield from map(series.make, range(series.most))

@@ -1,7 +1,7 @@
 """Prints a report: a row per task, a column per setting, the mean and the worst task below.
 
-Then how near outputs are to the dense ones, and perplexities. Where the columns do not fit, each
-setting has a row instead.
+Then how near outputs are to the dense ones, what a step reads, and perplexities. Where the columns
+do not fit, each setting has a row instead.
 
 Called by command.py. Without colours when piped.
 """
@@ -9,7 +9,7 @@ Called by command.py. Without colours when piped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console
@@ -18,7 +18,22 @@ from rich.text import Text
 
 from tidaldecode.cli.terminal import print_whole, whole_width
 from tidaldecode.evaluation.perplexity import Perplexity
+from tidaldecode.evaluation.presets import is_preset
 from tidaldecode.evaluation.report import Cell, Summary
+from tidaldecode.evaluation.sections import (
+    COLUMNS,
+    NOTHING,
+    Section,
+    cell_title,
+    covers_all,
+    find_cell,
+    make_sections,
+    percent,
+    short_names,
+    show_kept,
+    show_megabytes,
+    show_set_size,
+)
 
 # Further below dense than this, a score is marked.
 _LOSS = 0.01
@@ -29,25 +44,21 @@ def show_report(
 ) -> None:
     """Prints the tables, and which setting each of their columns is."""
     plans = {entry.setting: entry.plan for entry in [*summaries, *perplexities]}
-    names = _column_names(list(plans))
+    names = dict(zip(plans, short_names(list(plans)), strict=True))
     if summaries:
-        _print_table(console, ("score in %", "prompts"), names, _task_lines(summaries))
+        _print_tasks(console, names, summaries)
     if perplexities:
-        _print_table(console, ("perplexity", "tokens"), names, _perplexity_lines(perplexities))
-    for name, (setting, plan) in zip(names, plans.items(), strict=True):
-        options = setting.partition(" ")[2]
-        text = f"{name}: plan {plan}" + (f", {options}" if options else "")
+        own = list(dict.fromkeys(entry.setting for entry in perplexities))
+        shown, titles = [names[setting] for setting in own], ("perplexity", "tokens")
+        lines = _perplexity_lines(perplexities, own)
+        table = _wide(titles, shown, lines)
+        if whole_width(console, table) > console.width:
+            table = _narrow(titles, shown, lines)
+        print_whole(console, table)
+    for setting, plan in plans.items():
+        options = "" if is_preset(setting) else setting.partition(" ")[2]
+        text = f"{names[setting]}: plan {plan}" + (f", {options}" if options else "")
         console.print(text, markup=False, highlight=False)
-
-
-def _column_names(settings: Sequence[str]) -> list[str]:
-    """Short ones: "dense", "tidal 1", "tidal 2", "quest 1"."""
-    names = []
-    for setting in settings:
-        kind = setting.partition(" ")[0]
-        count = sum(name.startswith(f"{kind} ") for name in names) + 1
-        names.append(kind if kind == "dense" else f"{kind} {count}")
-    return names
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,31 @@ class _Line:
     ends_section: bool = False
 
 
-def _print_table(
-    console: Console, titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line]
-) -> None:
+def _print_tasks(console: Console, names: dict[str, str], summaries: Sequence[Summary]) -> None:
     """A column for each setting where they fit, else a row; values are whole at any width."""
-    table = _wide(titles, names, lines)
+    shown = [names[summary.setting] for summary in summaries]
+    measures = _measure_lines(summaries)
+    table = _wide(("score in %", "prompts"), shown, [*_task_lines(summaries), *measures])
+    if whole_width(console, table) <= console.width:
+        print_whole(console, table)
+        return
+    print_whole(console, _sections_table(names, make_sections(summaries)))
+    table = _transposed(shown, measures)
     if whole_width(console, table) > console.width:
-        table = _narrow(titles, names, lines)
+        table = _narrow(("over all prompts", ""), shown, measures)
     print_whole(console, table)
+
+
+def _sections_table(names: dict[str, str], sections: Sequence[Section]) -> Table:
+    table = _new_table("", *COLUMNS)
+    for section in sections:
+        counts = f"of {section.num_prompts}", f"of {section.found_by_dense}"
+        table.add_row(section.title, *counts, "", "")
+        scores = _compared([row.score for row in section.rows])
+        for row, score in zip(section.rows, scores, strict=True):
+            table.add_row(f"  {names[row.setting]}", score, *row.values[1:])
+        table.add_section()
+    return table
 
 
 def _wide(titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line]) -> Table:
@@ -89,6 +117,13 @@ def _narrow(titles: tuple[str, str], names: Sequence[str], lines: Sequence[_Line
     return table
 
 
+def _transposed(names: Sequence[str], lines: Sequence[_Line]) -> Table:
+    table = _new_table("", *(line.title.replace(" ", "\n") for line in lines))
+    for index, name in enumerate(names):
+        table.add_row(name, *(line.values[index] for line in lines))
+    return table
+
+
 def _new_table(title: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(title, no_wrap=True)
@@ -98,60 +133,100 @@ def _new_table(title: str, *numbers: str) -> Table:
 
 
 def _task_lines(summaries: Sequence[Summary]) -> list[_Line]:
+    """Scores, and below each what is kept of the answers that dense finds."""
     lines = []
     dense = summaries[0]
-    for index, cell in enumerate(dense.cells):
-        scores = [summary.cells[index].score for summary in summaries]
-        is_last = index + 1 == len(dense.cells)
-        lines.append(_Line(_title(cell), str(cell.num_prompts), _compared(scores), is_last))
-    lines.append(_Line("mean", "", _compared([summary.mean_score for summary in summaries])))
-    worst = _compared([summary.worst.score for summary in summaries])
-    lines.append(_Line("worst task", "", worst))
-    tasks = [Text(summary.worst.task, style="dim") for summary in summaries]
-    lines.append(_Line("", "", tasks, ends_section=True))
+    for cell in dense.cells:
+        own = [find_cell(summary, cell) for summary in summaries]
+        scores = _compared([None if entry is None else entry.score for entry in own])
+        lines.append(_Line(cell_title(cell), str(cell.num_prompts), scores))
+        if len(summaries) > 1:
+            kept = [NOTHING if entry is None else show_kept(entry.kept) for entry in own]
+            lines.append(_kept_line(cell.kept.found_by_dense, kept))
+    lines[-1] = replace(lines[-1], ends_section=True)
+    whole = [covers_all(summary, dense) for summary in summaries]
+    means = [
+        summary.mean_score if is_whole else None
+        for summary, is_whole in zip(summaries, whole, strict=True)
+    ]
+    lines.append(_Line("mean", "", _compared(means)))
+    if len(summaries) > 1:
+        kept = [
+            show_kept(summary.kept) if is_whole else NOTHING
+            for summary, is_whole in zip(summaries, whole, strict=True)
+        ]
+        lines.append(_kept_line(dense.kept.found_by_dense, kept))
+    return lines + _context_lines(summaries)
+
+
+def _kept_line(found_by_dense: int, kept: Sequence[str]) -> _Line:
+    """The dense column is empty: it keeps all."""
+    return _Line("  kept of dense", str(found_by_dense), [Text(""), *map(Text, kept[1:])])
+
+
+def _context_lines(summaries: Sequence[Summary]) -> list[_Line]:
+    """What a step reads at each context; none if nobody counted."""
+    lines = []
+    for cell in summaries[0].contexts:
+        if cell.kv_bytes is not None:
+            own = [find_cell(summary, cell) for summary in summaries]
+            values = [NOTHING if e is None else show_megabytes(e.kv_bytes) for e in own]
+            lines.append(_Line(_bytes_title(cell), "", list(map(Text, values))))
+    return lines
+
+
+def _bytes_title(cell: Cell) -> str:
+    at = "" if cell.context is None else f", {cell.context:,} tokens"
+    return f"KV MB a step{at}"
+
+
+def _measure_lines(summaries: Sequence[Summary]) -> list[_Line]:
+    """The worst task, and how near outputs are to the dense ones: of settings run everywhere."""
+    own = [summary if covers_all(summary, summaries[0]) else None for summary in summaries]
+    worst = _compared([None if summary is None else summary.worst.score for summary in own])
+    tasks = [Text(summary.worst.task if summary else "", style="dim") for summary in own]
+    lines = [_Line("worst task", "", worst), _Line("", "", tasks, ends_section=True)]
     rows = {
-        "mean output, tokens": [f"{summary.mean_output_tokens:.1f}" for summary in summaries],
-        "outputs as dense": [f"{100 * summary.same_outputs:.1f}" for summary in summaries],
-        "tokens as dense": [f"{summary.mean_same_tokens:.1f}" for summary in summaries],
-        "KL to dense, nats": [f"{summary.mean_kl:.4f}" for summary in summaries],
-        "positions of a set": [_set_size(summary.mean_set_size) for summary in summaries],
+        "mean output, tokens": [f"{s.mean_output_tokens:.1f}" if s else NOTHING for s in own],
+        "outputs as dense": [percent(s.same_outputs) if s else NOTHING for s in own],
+        "tokens as dense": [f"{s.mean_same_tokens:.1f}" if s else NOTHING for s in own],
+        "KL to dense, nats": [f"{s.mean_kl:.4f}" if s else NOTHING for s in own],
+        "positions of a set": [show_set_size(s.mean_set_size) if s else NOTHING for s in own],
     }
     return lines + [_Line(title, "", list(map(Text, values))) for title, values in rows.items()]
 
 
-def _perplexity_lines(perplexities: Sequence[Perplexity]) -> list[_Line]:
+def _perplexity_lines(perplexities: Sequence[Perplexity], settings: Sequence[str]) -> list[_Line]:
+    """A value for each of these settings, NOTHING where one was not run."""
     lines = []
     for context in dict.fromkeys(entry.context for entry in perplexities):
-        own = [entry for entry in perplexities if entry.context == context]
-        others = own[1:]
+        by_setting = {entry.setting: entry for entry in perplexities if entry.context == context}
+        own = [by_setting.get(setting) for setting in settings]
+        others = [None, *own[1:]]  # the first is dense
         rows = {
-            f"{context:,} tokens": [f"{entry.perplexity:.3f}" for entry in own],
-            "  over dense, %": ["", *(f"{100 * entry.over_dense:+.2f}" for entry in others)],
-            "  KL to dense, nats": ["", *(f"{entry.kl:.4f}" for entry in others)],
+            f"{context:,} tokens": [f"{e.perplexity:.3f}" if e else NOTHING for e in own],
+            "  over dense, %": [f"{100 * e.over_dense:+.2f}" if e else "" for e in others],
+            "  KL to dense, nats": [f"{e.kl:.4f}" if e else "" for e in others],
             "  most likely token as dense, %": [
-                "",
-                *(f"{100 * entry.agreement:.2f}" for entry in others),
+                f"{100 * e.agreement:.2f}" if e else "" for e in others
             ],
-            "  positions of a set": [_set_size(entry.set_size) for entry in own],
+            "  positions of a set": [show_set_size(e.set_size) if e else "" for e in own],
         }
-        count = str(own[0].num_tokens)
+        if any(entry.kv_bytes is not None for entry in by_setting.values()):
+            rows["  KV MB a step"] = [show_megabytes(e.kv_bytes) if e else "" for e in own]
+        count = str(by_setting[settings[0]].num_tokens)
         for title, values in rows.items():
             lines.append(_Line(title, count, list(map(Text, values))))
             count = ""
     return lines
 
 
-def _set_size(mean: float) -> str:
-    return f"{mean:,.0f}" if mean else ""
-
-
-def _title(cell: Cell) -> str:
-    return cell.task if cell.context is None else f"{cell.task}, {cell.context:,} tokens"
-
-
-def _compared(scores: Sequence[float]) -> list[Text]:
-    """Scores in percent; those below the first are red."""
+def _compared(scores: Sequence[float | None]) -> list[Text]:
+    """Scores in percent; those below the first are red, where there is none stands NOTHING."""
+    dense = scores[0] or 0.0
     return [
-        Text(f"{100 * score:.1f}", style="red" if score < scores[0] - _LOSS else "")
+        Text(NOTHING)
+        if score is None
+        else Text(percent(score), style="red" if score < dense - _LOSS else "")
         for score in scores
     ]

@@ -1,0 +1,62 @@
+"""Bytes of keys and values that a step of a plan reads: what plans are compared by.
+
+Used by calibration/search.py and evaluation/, so that both count alike.
+"""
+
+from __future__ import annotations
+
+from tidaldecode import _core
+from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.config import PlanConfig, is_auto
+from tidaldecode.plans import plan_letters
+
+_DEFAULTS = _core.PlanConfig()
+
+
+def kv_bytes_per_step(
+    model: ModelConfig, config: PlanConfig, seq_len: int, value_bytes: int
+) -> int:
+    """Bytes of keys and values that a step reads for one sequence.
+
+    F and S read all K and V, s those of its set, P all K and then K and V of its set; with a shadow
+    P reads that in place of K, and then K of twice the set. A set counts as large as the budget
+    allows. With sets per query head every head reads its own positions:
+    those that two heads of a KV head share count twice, up to the whole cache. A sequence that the
+    budget covers is read whole. Rewriting tokens (correction_interval) is not counted.
+
+    Args:
+        model: its shape.
+        config: a plan; one without layers that choose is dense.
+        seq_len: tokens in the cache.
+        value_bytes: of one number in the cache.
+    """
+    budget = most_positions(config)
+    if seq_len <= budget:
+        config = PlanConfig()
+    heads = model.num_q_heads // model.num_kv_heads if config.granularity == "head" else 1
+    chosen = min(seq_len, budget * heads)
+    row = row_bytes(model, value_bytes)
+    whole, of_set = seq_len * row, chosen * row
+    scored = whole // 2 + of_set
+    if config.shadow == "int4":
+        candidates = min(seq_len, 2 * chosen)
+        scored = seq_len * _shadow_row_bytes(model) + candidates * row // 2 + of_set
+    read = {"F": whole, "S": whole, "s": of_set, "P": scored}
+    return sum(read[letter] for letter in plan_letters(model.num_layers, config))
+
+
+def row_bytes(model: ModelConfig, value_bytes: int) -> int:
+    """Bytes of K and V of one position in one layer."""
+    return 2 * model.num_kv_heads * model.head_dim * value_bytes
+
+
+def _shadow_row_bytes(model: ModelConfig) -> int:
+    """Bytes of a position's keys in 4 bits, and their scales, in one layer."""
+    return model.num_kv_heads * (model.head_dim // 2 + 2)
+
+
+def most_positions(config: PlanConfig) -> int:
+    """The positions that a set has at most."""
+    if config.token_budget is None:
+        return _DEFAULTS.token_budget
+    return _core.AUTOMATIC_BUDGET if is_auto(config.token_budget) else config.token_budget
