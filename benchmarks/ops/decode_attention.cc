@@ -148,6 +148,7 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
       AttentionArgs attention = Attention(in, i);
       bench.backend().ScoreKeys({.q = attention.q,
                                  .kv = attention.kv,
+                                 .shadow = {},
                                  .sm_scale = attention.sm_scale,
                                  .scores = in.scores,
                                  .lse = in.lse});
@@ -171,6 +172,7 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
                                 .pooling = Pooling::kSum,
                                 .sink_tokens = 1,
                                 .recent_tokens = 1,
+                                .candidates = {},
                                 .top_p_mass = row.top_p_mass,
                                 .min_tokens = 64,
                                 .token_idx = in.token_idx,

@@ -227,19 +227,20 @@ def measure_steps(bench: Bench) -> None:
 @uses("PlanConfig", "PlanConfig.settings")
 def plan_config(bench: Bench) -> None:
     plan = tidaldecode.PlanConfig(**PLAN)
-    assert plan.settings() == {"token_budget": 32, "sparse_min_context": 0}
     decoder = bench.open(select_layers=plan.select_layers, **plan.settings())
     assert decoder.config.token_budget == 32 and decoder.plan == "FFSssssS"
 
 
-@uses("PlanConfig.choosing_layers", "scored layers")
+@uses("PlanConfig.choosing_layers", "scored_layers", "shadow='int4' on a CPU")
 def scored_layers(bench: Bench) -> None:
     plan = tidaldecode.PlanConfig(scored_layers=(2, 4, 7), token_budget=32, sparse_min_context=0)
     assert plan.choosing_layers == (2, 4, 7)
-    for extra in ({}, {"verify": True}, {"token_budget": "auto", "granularity": "head"}):
-        options = {**plan.settings(), **extra}
-        decoder = bench.open(scored_layers=plan.scored_layers, **options)
-        assert decoder.plan == "FFPsPssP"
+    for extra in ({}, {"verify": True}, {"token_budget": "auto"}, {"shadow": "int4"}):
+        if "shadow" in extra and bench.device != "cpu":
+            with pytest.raises(tidaldecode.UnsupportedError, match="shadow"):
+                bench.open(scored_layers=plan.scored_layers, **extra)
+            continue
+        decoder = bench.open(scored_layers=plan.scored_layers, **plan.settings() | extra)
         result = decoder.generate(IDS * 4, max_new_tokens=12, ignore_eos=True)
         assert len(result.token_ids) == 12 and sorted(decoder.selection()) == [2, 4, 7]
 
@@ -373,7 +374,7 @@ ENGINE = [
 PLAN_OPTIONS = [
     "--full-layers", "2", "--top-p-mass", "0.98", "--min-token-budget", "16", "--granularity",
     "layer", "--pooling", "sum", "--sink-tokens", "1", "--recent-tokens", "8",
-    "--sparse-min-context", "0",
+    "--sparse-min-context", "0", "--shadow", "none",
 ]  # fmt: skip
 SAMPLING = [
     "--max-new-tokens", "8", "--temperature", "0.8", "--top-k", "40", "--top-p", "0.9", "--min-p",
@@ -433,9 +434,8 @@ def info_command(bench: Bench) -> None:
 def demo_command(bench: Bench) -> None:
     text = bench.command(
         "demo", "--model", str(bench.model), "--context", "600", "--select-layers", "2",
-        "--scored-layers", "4,7",
-        "--token-budget", "64", "--top-p-mass", "0.98", "--min-token-budget", "16", "--seed", "5",
-        "--num-threads", "1",
+        "--scored-layers", "4,7", "--token-budget", "64", "--top-p-mass", "0.98",
+        "--min-token-budget", "16", "--seed", "5", "--num-threads", "1",
     )  # fmt: skip
     assert "tidal" in text
 
@@ -448,7 +448,7 @@ def calibrate_command(bench: Bench) -> None:
         "--max-choosing-layers", "2", "--max-loss", "9", "--seed", "1", "--output", str(plan),
         "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat",
     )  # fmt: skip
-    assert json.loads(plan.read_text())["select_layers"]
+    assert {"select_layers", "scored_layers"} & json.loads(plan.read_text()).keys()
     bench.command(
         "calibrate", str(bench.model), "--text", str(text_file(bench)), "--context", "256",
         "--token-budget", "32", "--max-choosing-layers", "1", "--max-loss", "0", "--keep-anyway",
