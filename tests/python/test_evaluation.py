@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,19 @@ def test_results_survive_what_is_no_record(tmp_path: Path):
         results.append(record("c", 0.1))
     with ResultFile(path, Record) as results:
         assert set(results.records) == {"a1.0", "b0.5", "c0.1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("score", 2**32), ("score", -0.1), ("depth", 1.5), ("seconds", -1), ("set_size", -3.0),
+     ("output_tokens", -1), ("kl", 1e300)],
+)  # fmt: skip
+def test_a_record_that_no_run_writes_is_none(tmp_path: Path, name: str, value):
+    path = tmp_path / "results.jsonl"
+    line = asdict(record("a", 1.0)) | {name: value}
+    path.write_text(json.dumps(line) + "\n")
+    with ResultFile(path, Record) as results:
+        assert not results.records
 
 
 def test_results_go_nowhere_else_than_a_folder(tmp_path: Path):

@@ -18,6 +18,8 @@ from tidaldecode.checkpoint.json_file import check_no_device
 from tidaldecode.errors import InvalidArgument
 
 _LARGEST = 1e15  # of any number in a record
+_SHARES = ("score", "depth", "agreement")  # fields from 0 to 1
+_SIGNED = ("kl", "loss")  # fields that rounding, or a text, may make negative
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -150,6 +152,9 @@ def _read_record(line: bytes, kind: type[AnyRecord]) -> AnyRecord | None:
     if not isinstance(raw, dict) or set(raw) != {field.name for field in own}:
         return None
     if not all(_fits(raw[field.name], str(field.type)) for field in own):
+        return None
+    numbers = {k: v for k, v in raw.items() if isinstance(v, (int, float))}
+    if any(v < 0 and k not in _SIGNED or v > 1 and k in _SHARES for k, v in numbers.items()):
         return None
     # Lists were tuples.
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
