@@ -1,0 +1,112 @@
+"""What keys in 4 bits find of what the keys themselves would choose, on models that were trained.
+
+Every layer behind the first two, the last positions of a text; with and without channels in which
+keys are ten times as large and queries a tenth, as large models have them. The factors come from
+random tokens, as in the engine (cpp/src/decode/shadow_balance.cc).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference_shadow import NUM_TOKENS, balance_of, random_tokens, rotation
+from tidaldecode import demo_model_dir
+from tidaldecode.calibration.data import builtin_text
+from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.evaluation.reference import ReferenceModel
+from tidaldecode.text.tokenizer import Tokenizer
+
+LENGTH = 1536
+STEPS = range(0, 96, 24)  # positions before the last
+Pass = tuple[np.ndarray, list[np.ndarray]]  # keys [layers, n, heads, d]; queries of every layer
+
+
+def read(model: ReferenceModel, token_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> Pass:
+    queries: list[np.ndarray] = []
+    real = model._qkv
+
+    def watched(*args):
+        q, k, v = real(*args)
+        queries.append(q)
+        return q, k, v
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_qkv", watched)
+        cache, _ = model.read(token_ids, 1)
+    return cache.k[:, : len(token_ids)], queries
+
+
+@pytest.fixture(scope="module", params=["demo", "reference", "public"])
+def passes(request: pytest.FixtureRequest) -> tuple[Pass, Pass]:
+    """What a model makes of random tokens and of a text."""
+    if request.param == "demo":
+        path = demo_model_dir()
+    elif request.param == "reference":
+        path = request.config.getoption("--reference-model")
+    else:
+        path = Path(request.config.getoption("--public-models")) / "SmolLM2-135M-Instruct"
+    if path is None or not Path(path).is_dir():
+        pytest.skip(f"no {path}")
+    folder = read_model_folder(Path(path))
+    tokenizer = Tokenizer(folder.path, folder.model.vocab_size)
+    token_ids = tokenizer.encode(builtin_text()[5000 : 5000 + 8 * LENGTH])[:LENGTH]
+    tokenizer.close()
+    model = ReferenceModel(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = read(model, random_tokens(NUM_TOKENS, folder.model.vocab_size), patch)
+        return drawn, read(model, token_ids, patch)
+
+
+def with_outliers(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same attention with three channels that only keys have much of."""
+    factors = np.ones(keys.shape[-1])
+    factors[[3, 20, 37]] = 10.0
+    return keys * factors, queries / factors
+
+
+def shares(q: np.ndarray, keys: np.ndarray, balance: np.ndarray, count: int) -> tuple[float, float]:
+    """Of the best `count` positions of a layer: share among twice as many candidates, and the mass
+    of the best of those over that of the best of all."""
+    num_kv_heads, head_dim = balance.shape
+    turn, scale = rotation(head_dim), head_dim**-0.5
+    rotated = (keys / balance) @ turn.T
+    scales = (np.abs(rotated).max(-1) / 7).astype(np.float16).astype(np.float64)
+    codes = np.clip(np.rint(rotated / scales[..., None]), -7, 7) * scales[..., None]
+    exact, coarse = [], []
+    for head, query in enumerate(q):
+        kv_head = head * num_kv_heads // len(q)
+        balanced = turn @ (query * balance[kv_head])
+        factor = np.abs(balanced).max() / 127
+        coarse.append(codes[:, kv_head] @ (np.rint(balanced / factor) * factor) * scale)
+        exact.append(keys[:, kv_head] @ query * scale)
+
+    def pooled(scores: list[np.ndarray], relative_to: list[np.ndarray]) -> np.ndarray:
+        lse = np.log(np.exp(np.stack(relative_to)).sum(-1, keepdims=True))
+        return np.exp(np.stack(scores) - lse).sum(0)
+
+    best_of = np.argsort(-pooled(exact, exact))[:count]
+    candidates = np.argsort(-pooled(coarse, coarse))[: 2 * count]
+    chosen = candidates[np.argsort(-pooled(exact, coarse)[candidates])[:count]]
+    mass = pooled(exact, exact)
+    return np.isin(best_of, candidates).mean(), mass[chosen].sum() / mass[best_of].sum()
+
+
+@pytest.mark.parametrize("outliers", [False, True], ids=["as trained", "with outliers"])
+@pytest.mark.parametrize("count", [64, 256])
+def test_candidates_hold_the_best(passes: tuple[Pass, Pass], count: int, outliers: bool):
+    (random_keys, random_queries), (keys, queries) = passes
+    found = []
+    for layer in range(2, len(queries)):
+        drawn = random_keys[layer], random_queries[layer]
+        own = keys[layer].astype(np.float64), queries[layer].astype(np.float64)
+        if outliers:
+            drawn, own = with_outliers(*drawn), with_outliers(*own)
+        balance = balance_of(*drawn)
+        for back in STEPS:
+            n = LENGTH - back
+            found.append(shares(own[1][n - 1], own[0][:n], balance, count))
+    recall, mass = np.mean(found, axis=0)
+    assert recall >= 0.995 and mass >= 0.999, (recall, mass)
