@@ -71,6 +71,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "min_token_budget": ("None", "8"),
     "select_layers": ("(1, 3)", "[1]", "None"),
     "scored_layers": ("(1, 2)", "[4]", "None"),
+    "shadow": ("'none'", "'int4'", "None"),
     "full_layers": ("None", "1"),
     "granularity": ("None", "'layer'", "'head'"),
     "pooling": ("None", "'sum'", "'max'"),
