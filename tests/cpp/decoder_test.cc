@@ -240,8 +240,9 @@ TEST_P(DecoderAgainstReference, LogitsMatch) {
   }
 }
 
-// Where all tokens are candidates the exact scores decide, so a head that chooses for itself chooses
-// as without a shadow. (Heads that share a set are pooled relative to the lse of their shadows.)
+// Where all tokens are candidates the exact scores decide, so a head that chooses for itself
+// chooses as without a shadow. (Heads that share a set are pooled relative to the lse of their
+// shadows.)
 TEST(DecoderShadow, EqualsTheKeysWhereAllAreCandidates) {
   DecodeConfig config;
   config.dtype = config.kv_dtype = DType::kFloat32;

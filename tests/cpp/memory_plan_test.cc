@@ -33,7 +33,16 @@ class MemoryPlanTest : public DecoderTest {
     DecodeConfig corrected = Tidal();
     corrected.correction_interval = 4;
     corrected.granularity = Granularity::kLayer;
-    return {Dense(), Tidal(), Verifying(), automatic, few_pages, drafts, corrected};
+    DecodeConfig scored = Tidal();
+    scored.select_layers = {};
+    scored.scored_layers = {2, 4};
+    std::vector<DecodeConfig> configs = {Dense(),   Tidal(), Verifying(), automatic,
+                                         few_pages, drafts,  corrected,   scored};
+    if (GetParam().is_cpu()) {
+      scored.shadow = Shadow::kInt4;
+      configs.push_back(scored);
+    }
+    return configs;
   }
 };
 

@@ -423,7 +423,7 @@ def info_command(bench: Bench) -> None:
     assert bench.device in bench.command("info", on_device=False)
     text = bench.command(
         "info", str(bench.model), *ENGINE, "--verify", "--draft-tokens", "4", "--max-batch-size",
-        "2", "--num-pages", "128", "--kv-dtype", bench.dtype,
+        "2", "--num-pages", "128", "--kv-dtype", bench.dtype, "--shadow", "none",
     )  # fmt: skip
     assert "KV cache" in text and "128 pages" in text
     bench.cache_model("org/name")

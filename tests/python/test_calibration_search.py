@@ -93,7 +93,9 @@ class Measuring:
         self.asked += [(candidate, is_quick) for candidate in candidates]
         self.stages.append(str(stage))
         noise = 0.05 if is_quick else 0.0
-        return [scores(planted(c).loss + noise * (sum(c.choosing_layers) % 7) / 7) for c in candidates]
+        return [
+            scores(planted(c).loss + noise * (sum(c.choosing_layers) % 7) / 7) for c in candidates
+        ]
 
 
 def test_the_search_finds_what_is_planted():

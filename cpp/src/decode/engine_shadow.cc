@@ -22,7 +22,8 @@ ShadowBalance Engine::MeasureBalance() {
   int64_t num_tokens = std::min(kBalanceTokens, config_.max_seq_len);
   // The decoder's own cache may be full.
   int64_t num_pages = (num_tokens + config_.page_size - 1) / config_.page_size;
-  PagedKvCache pages(*backend_, model_, config_.kv_dtype, num_pages, config_.page_size);
+  PagedKvCache pages(*backend_, model_, config_.kv_dtype, num_pages, config_.page_size,
+                     kBalancePurpose);
   return MeasureShadowBalance(
       *backend_, pages,
       {.model = model_,

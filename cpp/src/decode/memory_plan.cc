@@ -95,11 +95,7 @@ class Planner {
 
     MemoryMeter meter(backend_);
     EngineBuffers buffers(meter, model_, config, plan_);
-    if (config.shadow != Shadow::kNone) {  // measured once, in pages of its own
-      int64_t tokens = std::min(kBalanceTokens, config.max_seq_len);
-      int64_t pages = (tokens + config.page_size - 1) / config.page_size;
-      PagedKvCache measured(meter, model_, config.kv_dtype, pages, config.page_size);
-    }
+    if (config.shadow != Shadow::kNone) ShadowMemory(meter, config);
     BackendMemory own = backend_.PlanReserve(LimitsFor(backend_, model_, config, plan_));
     MemoryPlan memory;
     memory.device = info_.name;
@@ -124,6 +120,16 @@ class Planner {
     memory.page_size = config.page_size;
     memory.kv_bytes = Product({config.num_pages, page_bytes_});
     return {config, memory};
+  }
+
+  // What a shadow takes beside its pages: factors, and once pages to measure them in.
+  void ShadowMemory(Backend& meter, const DecodeConfig& config) const {
+    auto num_layers = static_cast<int64_t>(plan_.LayersOf(LayerKind::kScored).size());
+    const MemoryItem factors = ShadowCache::Factors(model_, num_layers);
+    meter.Allocate(factors.bytes, factors.purpose);
+    int64_t num_tokens = std::min(kBalanceTokens, config.max_seq_len);
+    int64_t num_pages = (num_tokens + config.page_size - 1) / config.page_size;
+    PagedKvCache(meter, model_, config.kv_dtype, num_pages, config.page_size, kBalancePurpose);
   }
 
   bool Fits(const DecodeConfig& config) const {

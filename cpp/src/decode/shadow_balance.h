@@ -13,6 +13,9 @@ namespace tidal {
 // Tokens that are read for it, where a sequence has room for as many.
 inline constexpr int64_t kBalanceTokens = 256;
 
+// Of the pages that they are read into, which are given back.
+inline constexpr const char* kBalancePurpose = "measuring the shadow";
+
 struct BalanceInputs {
   const ModelConfig& model;
   const ModelWeights& weights;

@@ -22,11 +22,11 @@ void UploadNoise(Backend& backend, const TensorView& dst, int64_t offset, const 
 }  // namespace
 
 PagedKvCache::PagedKvCache(Backend& backend, const ModelConfig& model, DType dtype,
-                           int64_t num_pages, int64_t page_size)
+                           int64_t num_pages, int64_t page_size, const char* what)
     : pool_(num_pages, page_size), is_filled_(static_cast<size_t>(num_pages), false) {
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
     int64_t half = Product({num_pages, page_size, model.kv_size(), DTypeBytes(dtype)});
-    buffers_.push_back(backend.Allocate(Product({2, half}), "the KV cache"));
+    buffers_.push_back(backend.Allocate(Product({2, half}), what));
     char* data = static_cast<char*>(buffers_.back().data());
     auto view = [&](char* at) {
       return TensorView(at, dtype, {num_pages, model.num_kv_heads, page_size, model.head_dim});

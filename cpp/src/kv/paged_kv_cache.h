@@ -13,9 +13,9 @@ namespace tidal {
 
 class PagedKvCache {
  public:
-  // Allocates all pages on `backend`. Throws OutOfMemoryError.
+  // Allocates all pages on `backend`, for the purpose `what`. Throws OutOfMemoryError.
   PagedKvCache(Backend& backend, const ModelConfig& model, DType dtype, int64_t num_pages,
-               int64_t page_size);
+               int64_t page_size, const char* what = "the KV cache");
 
   PagePool& pool() { return pool_; }
   const PagePool& pool() const { return pool_; }

@@ -19,20 +19,20 @@ int64_t KeyBytes(const ModelConfig& model) {
 ShadowCache::ShadowCache(uint64_t id, Backend& backend, const ModelConfig& model,
                          std::vector<int64_t> layers, int64_t num_pages, int64_t page_size)
     : id_(id), layers_(std::move(layers)) {
+  const auto num_layers = static_cast<int64_t>(layers_.size());
   const int64_t num_keys = Product({num_pages, model.num_kv_heads, page_size});
-  const int64_t code_bytes = Product({num_keys, model.head_dim / 2});
   const int64_t scale_bytes = Product({num_keys, DTypeBytes(DType::kFloat16)});
-  const int64_t balance_bytes = Product({model.kv_size(), DTypeBytes(DType::kFloat32)});
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    // Factors first: their alignment is the largest.
-    buffers_.push_back(backend.Allocate(Sum({balance_bytes, code_bytes, scale_bytes}), kPurpose));
+  const MemoryItem factors = Factors(model, num_layers);
+  factors_ = backend.Allocate(factors.bytes, factors.purpose);
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    buffers_.push_back(backend.Allocate(Product({num_keys, KeyBytes(model)}), kPurpose));
     char* data = static_cast<char*>(buffers_.back().data());
+    char* own = static_cast<char*>(factors_.data()) + layer * factors.bytes / num_layers;
     shadows_.push_back(
-        {.codes = TensorView(data + balance_bytes + scale_bytes, DType::kUInt8,
+        {.codes = TensorView(data + scale_bytes, DType::kUInt8,
                              {num_pages, model.num_kv_heads, page_size, model.head_dim / 2}),
-         .scales = TensorView(data + balance_bytes, DType::kFloat16,
-                              {num_pages, model.num_kv_heads, page_size}),
-         .balance = TensorView(data, DType::kFloat32, {model.num_kv_heads, model.head_dim})});
+         .scales = TensorView(data, DType::kFloat16, {num_pages, model.num_kv_heads, page_size}),
+         .balance = TensorView(own, DType::kFloat32, {model.num_kv_heads, model.head_dim})});
   }
 }
 
@@ -50,6 +50,11 @@ void ShadowCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
       }
     }
   }
+}
+
+MemoryItem ShadowCache::Factors(const ModelConfig& model, int64_t num_layers) {
+  return {"factors of the shadow",
+          Product({num_layers, model.kv_size(), DTypeBytes(DType::kFloat32)})};
 }
 
 int64_t ShadowCache::BytesPerPage(const ModelConfig& model, int64_t num_layers, int64_t page_size) {

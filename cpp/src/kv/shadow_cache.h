@@ -31,13 +31,16 @@ class ShadowCache {
   // Whole pages, in every layer.
   void Copy(Backend& backend, const std::vector<PageCopy>& copies);
 
+  // Bytes of the factors of num_layers layers, apart from the pages.
+  static MemoryItem Factors(const ModelConfig& model, int64_t num_layers);
   // Bytes of one page over num_layers layers.
   static int64_t BytesPerPage(const ModelConfig& model, int64_t num_layers, int64_t page_size);
 
  private:
   uint64_t id_;
   std::vector<int64_t> layers_;
-  std::vector<Buffer> buffers_;  // one a layer: codes, scales, balance
+  Buffer factors_;               // balance of all layers
+  std::vector<Buffer> buffers_;  // one a layer: scales, codes
   std::vector<ShadowKeys> shadows_;
 };
 

@@ -172,6 +172,7 @@ def info(
     token_budget: opt.TokenBudget = None,
     select_layers: opt.SelectLayers = None,
     scored_layers: opt.ScoredLayers = None,
+    shadow: opt.Shadow = None,
     verify: opt.Verify = False,
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
