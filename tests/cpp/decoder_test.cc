@@ -212,16 +212,22 @@ struct PlanShape {
   int64_t recent_tokens = 1;
 };
 
-class DecoderAgainstReference : public ::testing::TestWithParam<PlanShape> {};
-
-TEST_P(DecoderAgainstReference, LogitsMatch) {
-  const PlanShape& plan = GetParam();
+// Sizes that pages, chunks and texts do not share.
+DecodeConfig SmallPages() {
   DecodeConfig config;
   config.dtype = config.kv_dtype = DType::kFloat32;
   config.max_seq_len = 100;
   config.page_size = 7;
   config.prefill_chunk = 40;
   config.num_threads = 1;
+  return config;
+}
+
+class DecoderAgainstReference : public ::testing::TestWithParam<PlanShape> {};
+
+TEST_P(DecoderAgainstReference, LogitsMatch) {
+  const PlanShape& plan = GetParam();
+  DecodeConfig config = SmallPages();
   config.select_layers = plan.select_layers;
   config.scored_layers = plan.scored_layers;
   config.granularity = plan.granularity;
@@ -244,12 +250,7 @@ TEST_P(DecoderAgainstReference, LogitsMatch) {
 // chooses as without a shadow. (Heads that share a set are pooled relative to the lse of their
 // shadows.)
 TEST(DecoderShadow, EqualsTheKeysWhereAllAreCandidates) {
-  DecodeConfig config;
-  config.dtype = config.kv_dtype = DType::kFloat32;
-  config.max_seq_len = 100;
-  config.page_size = 7;
-  config.prefill_chunk = 40;
-  config.num_threads = 1;
+  DecodeConfig config = SmallPages();
   config.scored_layers = {2, 3, 5};
   config.token_budget = 60;
   config.recent_tokens = 8;

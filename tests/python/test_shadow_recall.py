@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference_shadow import NUM_TOKENS, balance_of, random_tokens, rotation
+from reference_shadow import NUM_TOKENS, balance_of, random_tokens, shadow_scores
 from tidaldecode import demo_model_dir
 from tidaldecode.calibration.data import builtin_text
 from tidaldecode.checkpoint.model_folder import read_model_folder
@@ -70,18 +70,10 @@ def with_outliers(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np
 def shares(q: np.ndarray, keys: np.ndarray, balance: np.ndarray, count: int) -> tuple[float, float]:
     """Of the best `count` positions of a layer: share among twice as many candidates, and the mass
     of the best of those over that of the best of all."""
-    num_kv_heads, head_dim = balance.shape
-    turn, scale = rotation(head_dim), head_dim**-0.5
-    rotated = (keys / balance) @ turn.T
-    scales = (np.abs(rotated).max(-1) / 7).astype(np.float16).astype(np.float64)
-    codes = np.clip(np.rint(rotated / scales[..., None]), -7, 7) * scales[..., None]
-    exact, coarse = [], []
-    for head, query in enumerate(q):
-        kv_head = head * num_kv_heads // len(q)
-        balanced = turn @ (query * balance[kv_head])
-        factor = np.abs(balanced).max() / 127
-        coarse.append(codes[:, kv_head] @ (np.rint(balanced / factor) * factor) * scale)
-        exact.append(keys[:, kv_head] @ query * scale)
+    scale = q.shape[-1] ** -0.5
+    coarse = list(shadow_scores(q, keys, balance) * scale)
+    group_size = len(q) // len(balance)
+    exact = [keys[:, head // group_size] @ query * scale for head, query in enumerate(q)]
 
     def pooled(scores: list[np.ndarray], relative_to: list[np.ndarray]) -> np.ndarray:
         lse = np.log(np.exp(np.stack(relative_to)).sum(-1, keepdims=True))

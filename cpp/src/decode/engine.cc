@@ -240,18 +240,7 @@ int64_t Engine::CacheDensely(Sequence& sequence, int64_t end) {
   int64_t seq_len = begin + count;
   Pass pass = buffers_->prefill.Take(count, 1);
 
-  // token_ids, positions, seq_lens
-  std::vector<int32_t> inputs(sequence.tokens.begin() + begin, sequence.tokens.begin() + seq_len);
-  for (int64_t i = begin; i < seq_len; ++i) inputs.push_back(static_cast<int32_t>(i));
-  inputs.push_back(static_cast<int32_t>(seq_len));
-  std::vector<int32_t> zeros(static_cast<size_t>(count), 0);
-  std::vector<int32_t> q_starts = {0, static_cast<int32_t>(count)};
-  Sequence* row = &sequence;
-  backend_->Upload(pass.inputs, inputs.data());
-  backend_->Upload(pass.seq_idx, zeros.data());
-  backend_->Upload(buffers_->q_starts, q_starts.data());
-  UploadSequences(*backend_, {&row, 1}, pass);
-
+  UploadChunk(*backend_, sequence, begin, seq_len, buffers_->q_starts, pass);
   PrefillChunk(*backend_, *transformer_,
                {.q_starts = buffers_->q_starts, .max_q_len = count, .max_seq_len = seq_len}, pass);
   sequence.cached = seq_len;

@@ -19,17 +19,13 @@ std::unique_ptr<ShadowCache> Engine::MakeShadow(const DecodePlan& plan, const Pl
 }
 
 ShadowBalance Engine::MeasureBalance() {
-  int64_t num_tokens = std::min(kBalanceTokens, config_.max_seq_len);
-  // The decoder's own cache may be full.
-  int64_t num_pages = (num_tokens + config_.page_size - 1) / config_.page_size;
-  PagedKvCache pages(*backend_, model_, config_.kv_dtype, num_pages, config_.page_size,
-                     kBalancePurpose);
+  PagedKvCache pages = MakeBalancePages(*backend_, model_, config_);
   return MeasureShadowBalance(
       *backend_, pages,
       {.model = model_,
        .weights = weights_,
        .rope_scaling = ComputeRope(model_, config_.max_seq_len).attention_scaling,
-       .num_tokens = num_tokens,
+       .num_tokens = NumBalanceTokens(config_),
        .chunk = config_.prefill_chunk,
        .buffers = *buffers_});
 }

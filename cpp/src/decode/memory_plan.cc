@@ -127,9 +127,7 @@ class Planner {
     auto num_layers = static_cast<int64_t>(plan_.LayersOf(LayerKind::kScored).size());
     const MemoryItem factors = ShadowCache::Factors(model_, num_layers);
     meter.Allocate(factors.bytes, factors.purpose);
-    int64_t num_tokens = std::min(kBalanceTokens, config.max_seq_len);
-    int64_t num_pages = (num_tokens + config.page_size - 1) / config.page_size;
-    PagedKvCache(meter, model_, config.kv_dtype, num_pages, config.page_size, kBalancePurpose);
+    MakeBalancePages(meter, model_, config);
   }
 
   bool Fits(const DecodeConfig& config) const {

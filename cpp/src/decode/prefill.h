@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "backend/backend.h"
 #include "decode/pass.h"
@@ -16,8 +17,15 @@ struct ChunkRows {
   int64_t max_seq_len = 0;  // at least all of pass.seq_lens
 };
 
+// Uploads the tokens [begin, end) of one sequence as a pass of one row. q_starts: [2] int32.
+void UploadChunk(Backend& backend, Sequence& sequence, int64_t begin, int64_t end,
+                 const TensorView& q_starts, const Pass& pass);
+
+// Told of a layer when pass.q, and the keys in the cache, are its own.
+using OnQueries = std::function<void(int64_t layer)>;
+
 // Runs all layers over a pass; pass.hidden is what is left to do the logits from.
 void PrefillChunk(Backend& backend, const Transformer& transformer, const ChunkRows& rows,
-                  const Pass& pass);
+                  const Pass& pass, const OnQueries& on_queries = nullptr);
 
 }  // namespace tidal

@@ -43,20 +43,14 @@ AttentionSelectArgs Selection::SelectArgs(const AttentionArgs& attention) const 
   return {.attention = attention, .scores = scores_.Rows(0, b), .lse = lse_.Rows(0, b)};
 }
 
-ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention) const {
+ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow) const {
   int64_t b = attention.q.dim(0);
   return {.q = attention.q,
           .kv = attention.kv,
-          .shadow = {},
+          .shadow = shadow,
           .sm_scale = attention.sm_scale,
           .scores = scores_.Rows(0, b),
           .lse = lse_.Rows(0, b)};
-}
-
-ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow) const {
-  ScoreKeysArgs args = ScoreArgs(attention);
-  args.shadow = shadow;
-  return args;
 }
 
 // Ranked by the scores of the shadow.

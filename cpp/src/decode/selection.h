@@ -22,10 +22,10 @@ class Selection {
 
   // `ordinal`: the how-manieth choosing layer of the plan this is, from 0.
   AttentionSelectArgs SelectArgs(const AttentionArgs& attention) const;
-  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention) const;
+  // Without a shadow: from the keys themselves.
+  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow = {}) const;
 
-  // With a shadow: scores of it, the candidates for a set, their exact scores, and the set.
-  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow) const;
+  // With a shadow, after its scores: the candidates for a set, their exact scores, and the set.
   SelectTopKArgs CandidateArgs(const AttentionArgs& attention) const;
   ScoreChosenArgs ScoreCandidatesArgs(const AttentionArgs& attention) const;
   SelectTopKArgs TopKOfCandidatesArgs(int64_t ordinal, const AttentionArgs& attention) const;

@@ -6,6 +6,7 @@
 
 #include "core/float16.h"
 #include "core/philox.h"
+#include "decode/prefill.h"
 #include "decode/transformer.h"
 #include "model/rope.h"
 
@@ -101,8 +102,13 @@ class Measurement {
   ShadowBalance Run() {
     Pass pass;
     for (int64_t begin = 0; begin < num_tokens_; begin += chunk_) {
-      pass = Upload(begin, std::min(num_tokens_, begin + chunk_));
-      ReadChunk(pass, begin);
+      int64_t end = std::min(num_tokens_, begin + chunk_);
+      pass = buffers_.prefill.Take(end - begin, 1);
+      UploadChunk(backend_, sequence_, begin, end, buffers_.q_starts, pass);
+      PrefillChunk(backend_, transformer_,
+                   {.q_starts = buffers_.q_starts, .max_q_len = end - begin, .max_seq_len = end},
+                   pass,
+                   [&](int64_t layer) { AddQueries(pass, queries_[static_cast<size_t>(layer)]); });
     }
     ShadowBalance balance;
     for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
@@ -113,39 +119,6 @@ class Measurement {
   }
 
  private:
-  Pass Upload(int64_t begin, int64_t end) {
-    Pass pass = buffers_.prefill.Take(end - begin, 1);
-    // token_ids, positions, seq_lens
-    std::vector<int32_t> words(sequence_.tokens.begin() + begin, sequence_.tokens.begin() + end);
-    for (int64_t i = begin; i < end; ++i) words.push_back(static_cast<int32_t>(i));
-    words.push_back(static_cast<int32_t>(end));
-    std::vector<int32_t> zeros(static_cast<size_t>(end - begin), 0);
-    std::vector<int32_t> starts = {0, static_cast<int32_t>(end - begin)};
-    Sequence* row = &sequence_;
-    backend_.Upload(pass.inputs, words.data());
-    backend_.Upload(pass.seq_idx, zeros.data());
-    backend_.Upload(buffers_.q_starts, starts.data());
-    UploadSequences(backend_, {&row, 1}, pass);
-    return pass;
-  }
-
-  void ReadChunk(const Pass& pass, int64_t begin) {
-    const int64_t count = pass.token_ids.dim(0);
-    transformer_.Begin(pass);
-    for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
-      transformer_.BeginAttention(layer, pass);
-      AddQueries(pass, queries_[static_cast<size_t>(layer)]);
-      backend_.AttentionPrefill({.q = pass.q,
-                                 .q_starts = buffers_.q_starts,
-                                 .kv = transformer_.Cache(layer, pass),
-                                 .sm_scale = transformer_.sm_scale(),
-                                 .out = pass.attention_out,
-                                 .max_q_len = count,
-                                 .max_seq_len = begin + count});
-      transformer_.FinishLayer(layer, pass);
-    }
-  }
-
   void AddQueries(const Pass& pass, ChannelSquares& squares) {
     std::vector<float> q = Fetch(backend_, pass.q);
     for (int64_t i = 0; i < pass.q.dim(0) * model_.num_q_heads; ++i) {
@@ -181,6 +154,13 @@ class Measurement {
 };
 
 }  // namespace
+
+PagedKvCache MakeBalancePages(Backend& backend, const ModelConfig& model,
+                              const DecodeConfig& config) {
+  int64_t num_pages = (NumBalanceTokens(config) + config.page_size - 1) / config.page_size;
+  return PagedKvCache(backend, model, config.kv_dtype, num_pages, config.page_size,
+                      "measuring the shadow");
+}
 
 ShadowBalance MeasureShadowBalance(Backend& backend, PagedKvCache& cache,
                                    const BalanceInputs& inputs) {

@@ -2,6 +2,9 @@
 // which channels are large is a matter of the weights, hardly of the text (docs/quality.md).
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "backend/backend.h"
 #include "decode/engine_buffers.h"
 #include "kv/paged_kv_cache.h"
@@ -12,9 +15,13 @@ namespace tidal {
 
 // Tokens that are read for it, where a sequence has room for as many.
 inline constexpr int64_t kBalanceTokens = 256;
+inline int64_t NumBalanceTokens(const DecodeConfig& config) {
+  return std::min(kBalanceTokens, config.max_seq_len);
+}
 
-// Of the pages that they are read into, which are given back.
-inline constexpr const char* kBalancePurpose = "measuring the shadow";
+// Pages to read them into, apart from the decoder's own, which may be full.
+PagedKvCache MakeBalancePages(Backend& backend, const ModelConfig& model,
+                              const DecodeConfig& config);
 
 struct BalanceInputs {
   const ModelConfig& model;
