@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from tidaldecode import DecodeConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from tidaldecode.plan_bytes import VALUE_BYTES, layer_kv_bytes
 
 # Measured on an H200 (sum over 0.5 GB); its data sheet says 4.8.
 H200_READ_TB_PER_S = 4.65
@@ -32,9 +31,7 @@ def step_bytes(
 
     weights = dtype x (layers x (qkv + o + gate + up + down + norms) + last norm + lm_head
                        + batch embedding rows)
-    KV      = kv_dtype x batch x 2 x kv_size x sum over layers of the positions read:
-              all `context` in a layer F or S; in a layer s min(context, token_budget), times
-              group_size for granularity "head", where no two heads need share a position.
+    KV      = batch x sum over layers of what a layer of that kind reads (plan_bytes.py).
 
     Every weight is read once for the whole batch. Left out: what is written (the new token's K and
     V, scores, activations) and everything small that stays in a cache.
@@ -43,14 +40,13 @@ def step_bytes(
         plan: one letter per layer, as the step runs it.
         context: tokens of each sequence in the cache, the newest included.
     """
-    hidden, kv_size = model.hidden_size, model.num_kv_heads * model.head_dim
+    hidden = model.hidden_size
     weights = model.num_layers * layer_elements(model)
     weights += hidden + model.vocab_size * hidden + batch_size * hidden
-    chosen = config.token_budget * (model.group_size if config.granularity == "head" else 1)
-    positions = sum(min(context, chosen) if kind == "s" else context for kind in plan)
+    read = layer_kv_bytes(model, config, context, VALUE_BYTES[config.kv_dtype])
     return StepBytes(
-        weights=weights * DTYPE_BYTES[config.dtype],
-        kv=positions * batch_size * 2 * kv_size * DTYPE_BYTES[config.kv_dtype],
+        weights=weights * VALUE_BYTES[config.dtype],
+        kv=batch_size * sum(read[letter] for letter in plan),
     )
 
 
@@ -70,9 +66,9 @@ def loaded_bytes(model: ModelConfig, dtype: str) -> int:
     """All weights in memory: those of a step, and the embedding table if it is one of its own."""
     tables = 1 if model.tie_word_embeddings else 2
     elements = model.num_layers * layer_elements(model) + model.hidden_size
-    return (elements + tables * model.vocab_size * model.hidden_size) * DTYPE_BYTES[dtype]
+    return (elements + tables * model.vocab_size * model.hidden_size) * VALUE_BYTES[dtype]
 
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[kv_dtype]
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * VALUE_BYTES[kv_dtype]

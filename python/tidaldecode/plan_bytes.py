@@ -1,6 +1,6 @@
 """Bytes of keys and values that a step of a plan reads: what plans are compared by.
 
-Used by calibration/search.py and evaluation/, so that both count alike.
+Used by calibration/search.py, evaluation/ and the benchmarks, so that all count alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.config import PlanConfig, is_auto
 from tidaldecode.plans import plan_letters
 
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number, by dtype
 _DEFAULTS = _core.PlanConfig()
 
 
@@ -20,9 +21,9 @@ def kv_bytes_per_step(
 
     F and S read all K and V, s those of its set, P all K and then K and V of its set; with a shadow
     P reads that in place of K, and then K of twice the set. A set counts as large as the budget
-    allows. With sets per query head every head reads its own positions:
-    those that two heads of a KV head share count twice, up to the whole cache. A sequence that the
-    budget covers is read whole. Rewriting tokens (correction_interval) is not counted.
+    allows. With sets per query head every head reads its own positions: those that two heads of a
+    KV head share count twice, up to the whole cache. A sequence that the budget covers is read
+    whole. Rewriting tokens (correction_interval) is not counted.
 
     Args:
         model: its shape.
@@ -30,19 +31,25 @@ def kv_bytes_per_step(
         seq_len: tokens in the cache.
         value_bytes: of one number in the cache.
     """
-    budget = most_positions(config)
-    if seq_len <= budget:
+    if seq_len <= most_positions(config):
         config = PlanConfig()
+    read = layer_kv_bytes(model, config, seq_len, value_bytes)
+    return sum(read[letter] for letter in plan_letters(model.num_layers, config))
+
+
+def layer_kv_bytes(
+    model: ModelConfig, config: PlanConfig, seq_len: int, value_bytes: int
+) -> dict[str, int]:
+    """What a layer of each kind reads of one sequence, as kv_bytes_per_step() counts, by letter."""
     heads = model.num_q_heads // model.num_kv_heads if config.granularity == "head" else 1
-    chosen = min(seq_len, budget * heads)
+    chosen = min(seq_len, most_positions(config) * heads)
     row = row_bytes(model, value_bytes)
     whole, of_set = seq_len * row, chosen * row
     scored = whole // 2 + of_set
     if config.shadow == "int4":
         candidates = min(seq_len, 2 * chosen)
         scored = seq_len * _shadow_row_bytes(model) + candidates * row // 2 + of_set
-    read = {"F": whole, "S": whole, "s": of_set, "P": scored}
-    return sum(read[letter] for letter in plan_letters(model.num_layers, config))
+    return {"F": whole, "S": whole, "s": of_set, "P": scored}
 
 
 def row_bytes(model: ModelConfig, value_bytes: int) -> int:

@@ -31,12 +31,12 @@ from tidaldecode.errors import OutOfMemoryError
 from tidaldecode.evaluation.example import Encode
 from tidaldecode.evaluation.perplexity import Window, make_windows
 from tidaldecode.evaluation.runner import advise_shorter
+from tidaldecode.plan_bytes import VALUE_BYTES
 from tidaldecode.user_cache import user_cache_dir
 
 # Windows of each context, and the tokens of each that are predicted.
 NUM_WINDOWS = 3
 SCORED_TOKENS = 64
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of the memory that is free, the share that prompts may take while plans are compared.
 _CACHE_SHARE = 0.5
 # On a CPU, where other programs live too, no more than this, or so many times the weights of a
@@ -164,7 +164,7 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
                 "needed; plans are judged on the text alone, which says little of answers"
             )
         objective = Objective(decoder, groups, scores, reporter)
-        value_bytes = _VALUE_BYTES[decoder.config.kv_dtype]
+        value_bytes = VALUE_BYTES[decoder.config.kv_dtype]
         search = Search(
             job.folder.model,
             lambda candidates, is_quick, stage: _measure(

@@ -15,10 +15,9 @@ from tidaldecode.engine_config import core_config
 from tidaldecode.evaluation.quest import page_bytes_per_step
 from tidaldecode.evaluation.results import LossRecord, Record
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.plan_bytes import kv_bytes_per_step
+from tidaldecode.plan_bytes import VALUE_BYTES, kv_bytes_per_step
 
 _MOST_POSITIONS = 2**31 - 1  # of a set; a damaged file of records may say more
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def cache_value_bytes(folder: ModelFolder, engine: dict[str, Any]) -> int:
@@ -28,7 +27,7 @@ def cache_value_bytes(folder: ModelFolder, engine: dict[str, Any]) -> int:
         folder: the model.
         engine: options of Decoder.
     """
-    return _DTYPE_BYTES[core_config(DecodeConfig(**engine), None, folder).kv_dtype]
+    return VALUE_BYTES[core_config(DecodeConfig(**engine), None, folder).kv_dtype]
 
 
 class StepCosts:
