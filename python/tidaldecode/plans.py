@@ -225,10 +225,11 @@ def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan 
     plan = find_plan(folder)
     if asked.choosing_layers:
         own = plan.config if plan else PlanConfig()
-        # A plan's own full_layers belongs to its own layers; what is given decides.
+        # A plan's own full_layers, and a shadow, belong to its own layers; what is given decides.
         layers = {name: getattr(asked, name) for name in LAYER_FIELDS}
         names = " and ".join(name for name, value in layers.items() if value is not None)
-        plan = Plan(config=replace(own, **layers, full_layers=None), source=f"{names} as given")
+        config = replace(own, **layers, full_layers=None, shadow=None)
+        plan = Plan(config=config, source=f"{names} as given")
     if plan is None:
         if attention == "tidal":
             raise ConfigError(f"attention: got 'tidal', but {_no_plan(folder)}; {HOW_TO_CHOOSE}")

@@ -144,6 +144,16 @@ def test_explicit_layers_win_over_the_plans(planned: Path):
     assert choose(planned, select_layers=(3,)) == ((3,), {"token_budget": 32, "pooling": "max"})
 
 
+def test_a_shadow_belongs_to_the_plans_own_layers(tmp_path: Path):
+    """Else select layers by hand would be refused for what no layer of theirs reads."""
+    path = write_checkpoint(tmp_path, TinyModel(num_layers=8))
+    update_json(path / PLAN_FILE, scored_layers=[2, 5], token_budget=32, shadow="int4")
+    options = {"device": "cpu", "max_seq_len": 64}
+    assert Decoder(path, **options).config.shadow == "int4"
+    assert Decoder(path, **options, select_layers=(3,)).config.shadow == "none"
+    assert Decoder(path, **options, scored_layers=(3,), shadow="int4").config.shadow == "int4"
+
+
 def test_full_ignores_the_plan(planned: Path):
     assert choose(planned, attention="full") is None
 
