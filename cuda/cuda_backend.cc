@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/launch_config.h"
+#include "kernels/append_shadow.h"
 #include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
 #include "kernels/attention_prefill.h"
@@ -22,6 +23,7 @@
 #include "kernels/rope_table.h"
 #include "kernels/sample.h"
 #include "kernels/score_keys.h"
+#include "kernels/score_shadow.h"
 #include "kernels/select_top_k.h"
 #include "kernels/silu_mul.h"
 #include "kernels/skinny_linear.h"
@@ -40,7 +42,7 @@ constexpr const char* kProductsPurpose = "matrix products";
 // step, each with the driver's memory for a launch in a graph; and the code of kernels, ours and
 // the libraries', as they are first used. The test of the plan in tests/python/test_gpu.py compares
 // it with what the device then really has less.
-constexpr int64_t kLaunchesPerLayer = 14;  // a scored layer, and biases of o and down
+constexpr int64_t kLaunchesPerLayer = 15;  // a scored layer, and biases of o and down
 constexpr int64_t kLaunchesPerStep = 8;
 constexpr int64_t kBytesPerLaunch = 64 << 10;
 constexpr int64_t kCodeBytes = 256 << 20;
@@ -87,11 +89,6 @@ void CheckSameDType(const char* op, std::initializer_list<const TensorView*> ten
   }
 }
 
-// Reserve has refused it before.
-[[noreturn]] void RefuseShadow(const char* op) {
-  throw UnsupportedError(Concat(op, ": keys in 4 bits on CUDA; expected none"));
-}
-
 void CheckSameDType(const char* op, const AttentionArgs& args) {
   CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
 }
@@ -114,8 +111,6 @@ void CheckLimits(const StepLimits& limits) {
               "page_size: ", page, " on CUDA; expected 8, 16, 32, 64, 128 or 256");
   TIDAL_CHECK(limits.max_seq_len <= kMaxSeqLen, UnsupportedError,
               "max_seq_len: ", limits.max_seq_len, "; expected at most ", kMaxSeqLen);
-  TIDAL_CHECK(limits.shadow == Shadow::kNone, UnsupportedError,
-              "shadow: \"int4\" on CUDA; expected \"none\" (or use device=\"cpu\")");
 }
 
 }  // namespace
@@ -212,7 +207,8 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
   bytes.attention = AttentionScratchBytes(model.head_dim, num_sms_);
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
-    bytes.selection = SelectTopKScratchBytes(limits.max_batch_size, num_sets, limits.max_seq_len);
+    bytes.selection = SelectTopKScratchBytes(limits.granularity, limits.max_batch_size, num_sets,
+                                             limits.max_seq_len);
   }
   return bytes;
 }
@@ -368,20 +364,23 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
-void CudaBackend::AppendShadow(const AppendShadowArgs&) {
-  RefuseShadow("append_shadow");
-}
-
-void CudaBackend::ScoreChosen(const ScoreChosenArgs&) {
-  RefuseShadow("score_chosen");
+void CudaBackend::AppendShadow(const AppendShadowArgs& args) {
+  Enter();
+  Check(args);
+  CheckDType(args.kv.k_pages.dtype, "append_shadow");
+  LaunchAppendShadow(args, stream());
+  AllowEarlyReads(false);  // it writes what ScoreKeys reads
 }
 
 void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   Enter();
   Check(args);
-  if (args.shadow.codes) RefuseShadow("score_keys");
   CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
-  LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
+  if (args.shadow.codes) {
+    LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q), attention_reads_, stream());
+  } else {
+    LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
+  }
   // As after attention: this writes nothing that attention reads, and all its blocks wait for what
   // is in front. SelectTopK, which comes next in a scored layer, writes sets, and says so itself.
   AllowEarlyReads(args.q.dim(0) > 0);
@@ -390,9 +389,8 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Enter();
   Check(args);
-  if (args.candidates) RefuseShadow("select_top_k");
-  int64_t bytes =
-      SelectTopKScratchBytes(args.token_idx.dim(0), args.token_idx.dim(1), args.scores.dim(2));
+  int64_t bytes = SelectTopKScratchBytes(args.granularity, args.token_idx.dim(0),
+                                         args.token_idx.dim(1), args.scores.dim(2));
   LaunchSelectTopK(args, Grow(select_scratch_, bytes, kSelectionPurpose), stream());
   AllowEarlyReads(false);  // it writes sets
 }
@@ -475,6 +473,15 @@ void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
     return;
   }
   LaunchLinearSiluMul(args.linear, norm, args.silu_mul, num_sms_, stream());
+}
+
+void CudaBackend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
+  Enter();
+  Check(args);
+  const ScoreKeysArgs& score = args.score;
+  CheckSameDType("append_shadow_score_keys", {&score.q, &score.kv.k_pages});
+  LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q), attention_reads_, stream());
+  AllowEarlyReads(score.q.dim(0) > 0);  // as after ScoreKeys
 }
 
 }  // namespace tidal

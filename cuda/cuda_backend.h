@@ -54,7 +54,6 @@ class CudaBackend final : public Backend {
   void AttentionSelect(const AttentionSelectArgs& args) override;
   void AppendShadow(const AppendShadowArgs& args) override;
   void ScoreKeys(const ScoreKeysArgs& args) override;
-  void ScoreChosen(const ScoreChosenArgs& args) override;
   void SelectTopK(const SelectTopKArgs& args) override;
   void AttentionSparse(const AttentionSparseArgs& args) override;
   void SiluMul(const SiluMulArgs& args) override;
@@ -63,6 +62,7 @@ class CudaBackend final : public Backend {
   void NormLinear(const NormLinearArgs& args) override;
   void QkvRopeAppend(const QkvRopeAppendArgs& args) override;
   void GateUpSiluMul(const GateUpSiluMulArgs& args) override;
+  void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) override;
 
  protected:
   Buffer DoAllocate(int64_t bytes, const std::string& what) override;

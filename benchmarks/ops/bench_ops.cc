@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
     bench.Report();
     tidal::MeasurePromptAttention(bench, filter);
     tidal::MeasureDecodeAttention(bench, filter);
+    tidal::MeasureScoredLayers(bench, filter);
     tidal::MeasureProjections(bench, filter);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_ops: %s\n", error.what());

@@ -48,6 +48,9 @@ std::vector<Row> Rows() {
   rows.push_back({"attention_select", gqa, 1, 131072});
   for (int64_t n : {10240, 32768, 131072}) rows.push_back({"score_keys", gqa, 1, n});
   rows.push_back({"score_keys", gqa, 8, 32768});
+  rows.push_back({"select_top_k", gqa, 1, 131072, 1024, Granularity::kLayer});
+  rows.push_back({"select_top_k", gqa, 1, 2048, 1024, Granularity::kLayer});
+  rows.push_back({"select_top_k", gqa, 1, 2048, 1024});
   rows.push_back({"select_top_k", gqa, 1, 131072, 1024});
   rows.push_back({"select_top_k", mha, 1, 102400, 1024, Granularity::kHead});
   rows.push_back({"select_top_k", gqa, 1, 131072, 4096});
@@ -172,7 +175,6 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
                                 .pooling = Pooling::kSum,
                                 .sink_tokens = 1,
                                 .recent_tokens = 1,
-                                .candidates = {},
                                 .top_p_mass = row.top_p_mass,
                                 .min_tokens = 64,
                                 .token_idx = in.token_idx,

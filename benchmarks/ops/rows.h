@@ -11,6 +11,9 @@ namespace tidal {
 // Attention and selection of decode steps.
 void MeasureDecodeAttention(BenchDevice& bench, const std::string& filter);
 
+// Scored layers as a whole, and what they do for their sets.
+void MeasureScoredLayers(BenchDevice& bench, const std::string& filter);
+
 // The projections of decode steps of Llama-3.1-8B, with what is fused to them.
 void MeasureProjections(BenchDevice& bench, const std::string& filter);
 

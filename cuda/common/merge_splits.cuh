@@ -182,8 +182,9 @@ struct BlockWork {
 template <typename Fn>
 __device__ __forceinline__ void ForEachHead(int num_heads, int rank, int num_blocks, const Fn& fn) {
   int first = rank + static_cast<int>(threadIdx.x) / kWarpSize * num_blocks;
+  int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
 #pragma unroll 1
-  for (int head = first; head < num_heads; head += kDecodeWarps * num_blocks) fn(head);
+  for (int head = first; head < num_heads; head += num_warps * num_blocks) fn(head);
 }
 
 // The end of a block whose split has no tokens; the first one writes the row if no other does.

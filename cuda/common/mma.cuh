@@ -5,7 +5,9 @@
 //   A [16 x 16]: a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8)
 //   B [16 x 8]:  b0 (k = 2t, n = g), b1 (k = 2t + 8, n = g)
 //   C [16 x 8]:  c0 (g, 2t), c1 (g, 2t + 1), c2 (g + 8, 2t), c3 (g + 8, 2t + 1), float32
-// Tiles in shared memory are rows of head_dim elements in 16-byte chunks, swizzled by TileOffset.
+// mma.m16n8k32 is the same on bytes: a register holds four neighbours along k, so 2t above is 4t
+// and 2t + 8 is 4t + 16; C is int32. Tiles in shared memory are rows of head_dim elements in
+// 16-byte chunks, swizzled by TileOffset.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -102,6 +104,16 @@ __device__ __forceinline__ void MultiplyAdd<__half>(float (&c)[4], const uint32_
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a . b, [16 x 32] of uint8 times [32 x 8] of int8.
+__device__ __forceinline__ void MultiplyAddCodes(int (&c)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace tidal

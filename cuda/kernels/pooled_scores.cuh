@@ -1,6 +1,6 @@
 // What positions are ranked by: the scores of the query heads that share a set, pooled
-// (backend/op_args.h, SelectTopKArgs). Used by select_top_k.cu and trim_to_mass.cu, which so rank
-// alike bit for bit.
+// (backend/op_args.h, SelectTopKArgs). Used by select_top_k.cu, pool_scores.cu and trim_to_mass.cu,
+// which so rank alike bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@ namespace tidal {
 
 constexpr float kLog2E = 1.44269504f;
 
-enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights };
+// kPooledKeys: keys that were made before (pool_scores.h).
+enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights, kPooledKeys };
 
 // The scores of one set.
 struct SetScores {

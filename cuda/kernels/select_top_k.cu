@@ -3,14 +3,15 @@
 //
 // A cluster of blocks per set, one slice of the set's positions per block:
 // 1. MakeKeys reads the slice's scores once and pools them to order-preserving 32-bit keys in
-//    shared memory (granularity kHead: the scores themselves are ordered).
+//    shared memory (granularity kHead: the scores themselves are ordered; kLayer: the keys have
+//    been made before, by all processors, pool_scores.h).
 // 2. A radix search (radix_select.cuh) finds the key of the last position that still fits: its
 //    first digit over all keys of the cluster; the others, if the keys that have that digit are
 //    few, in the lists of those keys that every block makes (MakeCandidates), without barriers of
 //    the cluster, and else over all keys again.
 // 3. WriteChosen writes all better positions, and the first of the equal ones, in ascending order.
 // Where the shared memory of a whole cluster is too small for a set's keys, they lie in scratch.
-// With top_p_mass a second launch takes away what is more than asked for (trim_to_mass.h).
+// With top_p_mass another launch takes away what is more than asked for (trim_to_mass.h).
 #include "kernels/select_top_k.h"
 
 #include <algorithm>
@@ -21,6 +22,7 @@
 #include "common/radix_select.cuh"
 #include "common/vec.cuh"
 #include "core/checked.h"
+#include "kernels/pool_scores.h"
 #include "kernels/pooled_scores.cuh"
 #include "kernels/trim_to_mass.h"
 
@@ -30,11 +32,13 @@ namespace {
 // Two blocks on a processor hide each other's barriers, and a third leaves room for clusters, whose
 // blocks must lie close together.
 constexpr int kBlocksPerSm = 3;
-constexpr int kVec = 4;                    // scores of one load; slices begin at multiples of it
+constexpr int kVec = 4;  // scores of one load; slices begin at multiples of it
+constexpr int64_t kKeyBytes = sizeof(uint32_t);
 constexpr int64_t kMinSliceLength = 2048;  // less is not worth another block
 
 struct SelectParams {
   const float* scores;      // [B, num_q_heads, max_len]
+  const uint32_t* pooled;   // [B, num_sets, max_len]: with kPooledKeys, in place of scores
   const float* lse;         // [B, num_q_heads]
   const int32_t* seq_lens;  // [B]
   uint32_t* keys;           // [blocks of the grid, slice_capacity]; null: in shared memory
@@ -135,19 +139,32 @@ __device__ void WriteForced(const SelectParams& p, int num_tokens, int32_t* toke
   }
 }
 
-// Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete.
+__device__ __forceinline__ uint32_t KeyOf(float score) {
+  return OrderedKey(score);
+}
+__device__ __forceinline__ uint32_t KeyOf(uint32_t key) {
+  return key;
+}
+
+// Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete. `pooled`:
+// the set's keys, if they have been made before.
 template <KeySource kSource, int kWidth, typename Add>
-__device__ __forceinline__ void MakeKeys(const SetScores& set, const Slice& slice, uint32_t* keys,
-                                         Add&& add) {
-  constexpr bool kRaw = kSource == KeySource::kRawScores;
+__device__ __forceinline__ void MakeKeys(const SetScores& set, const uint32_t* pooled,
+                                         const Slice& slice, uint32_t* keys, Add&& add) {
+  constexpr bool kIsOneLoad = kSource == KeySource::kRawScores || kSource == KeySource::kPooledKeys;
   auto load = [&](int vector) {
-    return PoolHeads<kSource, kWidth>(set, slice.first + vector * kWidth);
+    int position = slice.first + vector * kWidth;
+    if constexpr (kSource == KeySource::kPooledKeys) {
+      return *reinterpret_cast<const Vec<uint32_t, kWidth>*>(pooled + position);
+    } else {
+      return PoolHeads<kSource, kWidth>(set, position);
+    }
   };
-  auto store = [&](int vector, const Scores<kWidth>& pooled) {
+  auto store = [&](int vector, const auto& loaded) {
     int first = vector * kWidth;
     Vec<uint32_t, kWidth> made;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) made.elements[i] = OrderedKey(pooled.elements[i]);
+    for (int i = 0; i < kWidth; ++i) made.elements[i] = KeyOf(loaded.elements[i]);
     *reinterpret_cast<Vec<uint32_t, kWidth>*>(keys + first) = made;
     bool all_compete = first >= slice.skip && first + kWidth <= slice.length;
 #pragma unroll
@@ -157,7 +174,7 @@ __device__ __forceinline__ void MakeKeys(const SetScores& set, const Slice& slic
       }
     }
   };
-  BlockForEachInBatches<kRaw ? 4 : 1>((slice.length + kWidth - 1) / kWidth, load, store);
+  BlockForEachInBatches<kIsOneLoad ? 4 : 1>((slice.length + kWidth - 1) / kWidth, load, store);
 }
 
 // A thread's share of a slice in one round: kRunLength adjacent keys, a bit for each.
@@ -377,11 +394,12 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
                         .lse = p.lse + set * p.heads_per_set,
                         .max_len = p.max_len,
                         .num_heads = p.heads_per_set};
+    const uint32_t* pooled = p.pooled + set * p.max_len;
     auto make_keys = [&](auto&& add) {
       if (p.vectorized) {
-        MakeKeys<kSource, kVec>(scores, slice, keys, add);
+        MakeKeys<kSource, kVec>(scores, pooled, slice, keys, add);
       } else {
-        MakeKeys<kSource, 1>(scores, slice, keys, add);
+        MakeKeys<kSource, 1>(scores, pooled, slice, keys, add);
       }
     };
     auto count = static_cast<uint32_t>(contest.count);
@@ -409,12 +427,27 @@ SelectKernel KernelFor(KeySource source) {
       return SelectTopKKernel<KeySource::kSumOfWeights, kKeysInShared>;
     case KeySource::kMaxOfWeights:
       return SelectTopKKernel<KeySource::kMaxOfWeights, kKeysInShared>;
+    case KeySource::kPooledKeys:
+      return SelectTopKKernel<KeySource::kPooledKeys, kKeysInShared>;
   }
   return nullptr;
 }
 
 int64_t SliceCapacity(int64_t max_len, int64_t cluster_size) {
   return CeilDiv(CeilDiv(max_len, cluster_size), kRunLength) * kRunLength;
+}
+
+// Of the keys that are made before the selection, in scratch; those of the slices come after them.
+int64_t PooledBytes(Granularity granularity, int64_t batch_size, int64_t max_len) {
+  if (granularity != Granularity::kLayer) return 0;
+  constexpr int64_t kAlignment = 256;
+  return CeilDiv(Product({batch_size, max_len, kKeyBytes}), kAlignment) * kAlignment;
+}
+
+KeySource SourceOf(const SelectTopKArgs& args) {
+  if (args.granularity == Granularity::kHead) return KeySource::kRawScores;
+  if (args.granularity == Granularity::kLayer) return KeySource::kPooledKeys;
+  return args.pooling == Pooling::kSum ? KeySource::kSumOfWeights : KeySource::kMaxOfWeights;
 }
 
 struct SelectLaunch {
@@ -426,7 +459,7 @@ struct SelectLaunch {
 // Whether the keys are in shared memory depends on max_len and the device only.
 SelectLaunch PlanLaunch(KeySource source, int64_t num_sets_in_all, int64_t max_len) {
   auto key_bytes = [&](unsigned cluster_size) {
-    return SliceCapacity(max_len, cluster_size) * static_cast<int64_t>(sizeof(uint32_t));
+    return SliceCapacity(max_len, cluster_size) * kKeyBytes;
   };
   int64_t max_size = std::max<int64_t>(1, max_len / kMinSliceLength);
   SelectKernel kernel = KernelFor<true>(source);
@@ -440,12 +473,14 @@ SelectLaunch PlanLaunch(KeySource source, int64_t num_sets_in_all, int64_t max_l
 
 }  // namespace
 
-int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len) {
+int64_t SelectTopKScratchBytes(Granularity granularity, int64_t batch_size, int64_t num_sets,
+                               int64_t max_len) {
+  int64_t bytes = PooledBytes(granularity, batch_size, max_len);
   SelectLaunch launch = PlanLaunch(KeySource::kSumOfWeights, batch_size * num_sets, max_len);
-  if (launch.shared_bytes > 0) return 0;
+  if (launch.shared_bytes > 0) return bytes;
   // Room for any cluster size.
   int64_t keys_per_set = max_len + kRunLength * kMaxClusterSize;
-  return Product({batch_size, num_sets, keys_per_set, static_cast<int64_t>(sizeof(uint32_t))});
+  return Sum({bytes, Product({batch_size, num_sets, keys_per_set, kKeyBytes})});
 }
 
 void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream) {
@@ -455,7 +490,9 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
   p.scores = args.scores.data<float>();
   p.lse = args.lse.data<float>();
   p.seq_lens = args.seq_lens.data<int32_t>();
-  p.keys = static_cast<uint32_t*>(scratch);
+  p.pooled = static_cast<uint32_t*>(scratch);
+  p.keys = reinterpret_cast<uint32_t*>(
+      static_cast<char*>(scratch) + PooledBytes(args.granularity, batch_size, args.scores.dim(2)));
   p.token_idx = args.token_idx.data<int32_t>();
   p.num_selected = args.num_selected.data<int32_t>();
   p.max_len = args.scores.dim(2);
@@ -465,9 +502,10 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
   p.sink_tokens = static_cast<int>(args.sink_tokens);
   p.recent_tokens = static_cast<int>(args.recent_tokens);
 
-  KeySource source = args.granularity == Granularity::kHead ? KeySource::kRawScores
-                     : args.pooling == Pooling::kSum        ? KeySource::kSumOfWeights
-                                                            : KeySource::kMaxOfWeights;
+  KeySource source = SourceOf(args);
+  if (source == KeySource::kPooledKeys) {
+    LaunchPoolScores(args, static_cast<uint32_t*>(scratch), stream);
+  }
   SelectLaunch launch = PlanLaunch(source, batch_size * num_sets, p.max_len);
   p.slice_capacity = SliceCapacity(p.max_len, launch.cluster_size);
   LaunchShape shape = {.grid = dim3(launch.cluster_size, static_cast<unsigned>(num_sets),

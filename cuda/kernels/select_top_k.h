@@ -7,9 +7,11 @@
 
 namespace tidal {
 
-// Scratch for LaunchSelectTopK on the current device; 0 if the shared memory of a cluster of blocks
-// holds the keys of a row. Grows with the arguments.
-int64_t SelectTopKScratchBytes(int64_t batch_size, int64_t num_sets, int64_t max_len);
+// Scratch for LaunchSelectTopK on the current device: with one set for all heads their pooled
+// scores, and the keys of rows that are too long for the shared memory of a cluster of blocks.
+// Grows with the numbers.
+int64_t SelectTopKScratchBytes(Granularity granularity, int64_t batch_size, int64_t num_sets,
+                               int64_t max_len);
 
 // `scratch`: SelectTopKScratchBytes bytes of device memory.
 void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream);

@@ -75,8 +75,7 @@ class PlanConfig:
         granularity: which heads share a set: "layer" (all), "kv_head" or "head" (the paper).
         pooling: "sum" or "max" over the scores of the heads that share a set.
         shadow: what scored layers choose from: "none" is the keys; "int4" keeps their keys in 4
-            bits beside the cache, reads those, and then the keys of the best twice token_budget.
-            On the CPU only.
+            bits beside the cache and reads those, an eighth of K and V in 16 bits.
         sink_tokens: first positions, always chosen, >= 0.
         recent_tokens: last positions, always chosen, >= 1; "auto" is a quarter of the token_budget,
             of an adaptive one a quarter of min_token_budget.

@@ -19,11 +19,11 @@ def kv_bytes_per_step(
 ) -> int:
     """Bytes of keys and values that a step reads for one sequence.
 
-    F and S read all K and V, s those of its set, P all K and then K and V of its set; with a shadow
-    P reads that in place of K, and then K of twice the set. A set counts as large as the budget
-    allows. With sets per query head every head reads its own positions: those that two heads of a
-    KV head share count twice, up to the whole cache. A sequence that the budget covers is read
-    whole. Rewriting tokens (correction_interval) is not counted.
+    F and S read all K and V, s those of its set, P all K, or their shadow, and then K and V of its
+    set. A set counts as large as the budget allows. With sets per query head every head reads its
+    own positions: those that two heads of a KV head share count twice, up to the whole cache. A
+    sequence that the budget covers is read whole. Rewriting tokens (correction_interval) is not
+    counted.
 
     Args:
         model: its shape.
@@ -45,11 +45,8 @@ def layer_kv_bytes(
     chosen = min(seq_len, most_positions(config) * heads)
     row = row_bytes(model, value_bytes)
     whole, of_set = seq_len * row, chosen * row
-    scored = whole // 2 + of_set
-    if config.shadow == "int4":
-        candidates = min(seq_len, 2 * chosen)
-        scored = seq_len * _shadow_row_bytes(model) + candidates * row // 2 + of_set
-    return {"F": whole, "S": whole, "s": of_set, "P": scored}
+    keys = seq_len * _shadow_row_bytes(model) if config.shadow == "int4" else whole // 2
+    return {"F": whole, "S": whole, "s": of_set, "P": keys + of_set}
 
 
 def row_bytes(model: ModelConfig, value_bytes: int) -> int:

@@ -246,25 +246,6 @@ TEST_P(DecoderAgainstReference, LogitsMatch) {
   }
 }
 
-// Where all tokens are candidates the exact scores decide, so a head that chooses for itself
-// chooses as without a shadow. (Heads that share a set are pooled relative to the lse of their
-// shadows.)
-TEST(DecoderShadow, EqualsTheKeysWhereAllAreCandidates) {
-  DecodeConfig config = SmallPages();
-  config.scored_layers = {2, 3, 5};
-  config.token_budget = 60;
-  config.recent_tokens = 8;
-  config.granularity = Granularity::kHead;
-  for (const ModelConfig& model : {TinyConfig(), OddConfig()}) {
-    const TinyModel weights(model, 9);
-    const Ints text = Random(3).Below(100, static_cast<int32_t>(model.vocab_size));
-    config.shadow = Shadow::kNone;
-    const std::vector<float> want = Decoder(model, config, weights).DecodeLogits(text, 75);
-    config.shadow = Shadow::kInt4;
-    EXPECT_EQ(Decoder(model, config, weights).DecodeLogits(text, 75), want);
-  }
-}
-
 INSTANTIATE_TEST_SUITE_P(
     Plans, DecoderAgainstReference,
     ::testing::Values(

@@ -270,7 +270,6 @@ TEST_P(OpAttentionSparse, StepSeesWhatTheOpsInFrontWrite) {
                                   .seq_lens = kv.seq_lens,
                                   .num_kv_heads = shape().num_kv_heads,
                                   .granularity = granularity,
-                                  .candidates = {},
                                   .token_idx = sparse.token_idx,
                                   .num_selected = sparse.num_selected};
     ExpectStepEqualsOps(

@@ -192,7 +192,6 @@ class LargeScores : public LargeMemory {
                           .pooling = Pooling::kSum,
                           .sink_tokens = 1,
                           .recent_tokens = 1,
-                          .candidates = {},
                           .token_idx = token_idx,
                           .num_selected = num_selected});
     std::vector<Bytes> results = {GetBytes(attention.out), GetBytes(lse), GetBytes(token_idx),

@@ -7,7 +7,7 @@ float64.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,47 +69,22 @@ def plan_letters(num_layers: int, settings: TidalSettings) -> str:
     return "F" * (num_layers - len(plan.lstrip("s"))) + plan.lstrip("s")
 
 
-def log_sum_exp(scores: np.ndarray) -> np.ndarray:
-    """Of each row: [rows, 1]."""
-    largest = scores.max(-1, keepdims=True)
-    return largest + np.log(np.exp(scores - largest).sum(-1, keepdims=True))
-
-
-def choose_by_shadow(
-    scores: np.ndarray, coarse: np.ndarray, num_kv_heads: int, settings: TidalSettings
-) -> np.ndarray:
-    """choose_positions() among the best twice token_budget by `coarse`, exactly."""
-    wide = replace(settings, token_budget=2 * settings.token_budget, top_p_mass=1.0)
-    candidates = choose_positions(coarse, num_kv_heads, wide)
-    num_q_heads, n = scores.shape
-    among = np.full((len(candidates), n), False)
-    for row, positions in zip(among, candidates, strict=True):
-        row[positions[positions >= 0]] = True
-    among = np.repeat(among, num_q_heads // len(candidates), axis=0)
-    return choose_positions(
-        np.where(among, scores, -np.inf), num_kv_heads, settings, log_sum_exp(coarse)
-    )
-
-
 def choose_positions(
     scores: np.ndarray,
     num_kv_heads: int,
     settings: TidalSettings,
-    lse: np.ndarray | None = None,
 ) -> np.ndarray:
     """The set(s) of one step.
 
     Args:
-        scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions; -inf for
-            one that is no candidate.
-        lse: [num_q_heads, 1] that weights are relative to; None is that of the scores.
+        scores: [num_q_heads, n], sm_scale * q.k of the newest token with all n positions.
 
     Returns:
         [num_sets, size of the largest] positions, ascending; -1 past the end of a smaller set.
     """
     num_q_heads, n = scores.shape
     pool = {"sum": np.sum, "max": np.max}[settings.pooling]
-    weights_of = np.exp(scores - (log_sum_exp(scores) if lse is None else lse))
+    weights_of = softmax(scores)
     if settings.granularity == "head":
         ranked = scores
     elif settings.granularity == "kv_head":
@@ -272,12 +247,11 @@ class ReferenceLlama:
                 for head in range(self.num_q_heads)
             ])  # fmt: skip
             if kind in "SP":
+                seen = scores
                 if kind == "P" and settings.shadow == "int4":
-                    coarse = shadow_scores(q[0], cache.k, self.balance[layer])
-                    coarse = coarse / np.sqrt(self.head_dim)
-                    chosen = choose_by_shadow(scores, coarse, self.num_kv_heads, settings)
-                else:
-                    chosen = choose_positions(scores, self.num_kv_heads, settings)
+                    seen = shadow_scores(q[0], cache.k, self.balance[layer])
+                    seen = seen / np.sqrt(self.head_dim)
+                chosen = choose_positions(seen, self.num_kv_heads, settings)
                 selection[layer] = chosen
             out = np.empty_like(q[0])
             for head in range(self.num_q_heads):

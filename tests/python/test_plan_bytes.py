@@ -26,7 +26,7 @@ def test_bytes_of_every_kind_of_layer(tmp_path: Path):
     shadow = replace(mixed, shadow="int4")
     code = model.num_kv_heads * (model.head_dim // 2 + 2)
     assert kv_bytes_per_step(model, shadow, 100, 4) == (
-        half * (3 * 200 + 20 + (20 + 20) + 20) + code * 100
+        half * (3 * 200 + 20 + 20 + 20) + code * 100
     )
     # At most the whole cache; what the budget covers is dense.
     wide = replace(heads, token_budget=90)

@@ -67,28 +67,32 @@ def with_outliers(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np
     return keys * factors, queries / factors
 
 
-def shares(q: np.ndarray, keys: np.ndarray, balance: np.ndarray, count: int) -> tuple[float, float]:
-    """Of the best `count` positions of a layer: share among twice as many candidates, and the mass
-    of the best of those over that of the best of all."""
+def shares(q: np.ndarray, keys: np.ndarray, balance: np.ndarray, count: int) -> list[float]:
+    """Of the best `count` positions of a layer: their share among the best twice as many by the
+    shadow; and the mass of the best by the shadow, and of the best twice as many, over theirs."""
     scale = q.shape[-1] ** -0.5
-    coarse = list(shadow_scores(q, keys, balance) * scale)
     group_size = len(q) // len(balance)
-    exact = [keys[:, head // group_size] @ query * scale for head, query in enumerate(q)]
+    exact = np.stack([keys[:, head // group_size] @ query for head, query in enumerate(q)])
 
-    def pooled(scores: list[np.ndarray], relative_to: list[np.ndarray]) -> np.ndarray:
-        lse = np.log(np.exp(np.stack(relative_to)).sum(-1, keepdims=True))
-        return np.exp(np.stack(scores) - lse).sum(0)
+    def pooled(scores: np.ndarray) -> np.ndarray:
+        weights = np.exp(scores * scale)
+        return (weights / weights.sum(-1, keepdims=True)).sum(0)
 
-    best_of = np.argsort(-pooled(exact, exact))[:count]
-    candidates = np.argsort(-pooled(coarse, coarse))[: 2 * count]
-    chosen = candidates[np.argsort(-pooled(exact, coarse)[candidates])[:count]]
-    mass = pooled(exact, exact)
-    return np.isin(best_of, candidates).mean(), mass[chosen].sum() / mass[best_of].sum()
+    mass = pooled(exact)
+    best = np.argsort(-mass)[:count]
+    found = np.argsort(-pooled(shadow_scores(q, keys, balance)))[: 2 * count]
+    of_best = mass[best].sum()
+    return [
+        np.isin(best, found).mean(), mass[found[:count]].sum() / of_best,
+        mass[found].sum() / of_best,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["as trained", "with outliers"])
 @pytest.mark.parametrize("count", [64, 256])
-def test_candidates_hold_the_best(passes: tuple[Pass, Pass], count: int, outliers: bool):
+def test_the_shadow_finds_what_the_keys_would_choose(
+    passes: tuple[Pass, Pass], count: int, outliers: bool
+):
     (random_keys, random_queries), (keys, queries) = passes
     found = []
     for layer in range(2, len(queries)):
@@ -100,5 +104,7 @@ def test_candidates_hold_the_best(passes: tuple[Pass, Pass], count: int, outlier
         for back in STEPS:
             n = LENGTH - back
             found.append(shares(own[1][n - 1], own[0][:n], balance, count))
-    recall, mass = np.mean(found, axis=0)
-    assert recall >= 0.995 and mass >= 0.999, (recall, mass)
+    recall, mass, mass_of_twice = np.mean(found, axis=0)
+    assert recall >= 0.995 and mass >= 0.996, (recall, mass)
+    # To rank twice as many exactly would read as many bytes as to attend to all of them.
+    assert mass_of_twice >= 1.02, mass_of_twice

@@ -75,7 +75,7 @@ enum class Pooling : int32_t { kSum, kMax };
 // What scored layers read to choose.
 enum class Shadow : int32_t {
   kNone,  // the keys themselves
-  kInt4,  // keys in 4 bits; the best twice token_budget of them are then scored exactly
+  kInt4,  // copies of them in 4 bits (core/shadow_code.h)
 };
 
 inline constexpr int64_t kAutomatic = -1;  // where 0 has a meaning of its own

@@ -25,4 +25,10 @@ void Backend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
   SiluMul(args.silu_mul);
 }
 
+void Backend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
+  Check(args);
+  AppendShadow(args.append);
+  ScoreKeys(args.score);
+}
+
 }  // namespace tidal

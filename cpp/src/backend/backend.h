@@ -121,7 +121,6 @@ class Backend {
   virtual void AttentionSelect(const AttentionSelectArgs& args) = 0;
   virtual void AppendShadow(const AppendShadowArgs& args) = 0;
   virtual void ScoreKeys(const ScoreKeysArgs& args) = 0;
-  virtual void ScoreChosen(const ScoreChosenArgs& args) = 0;
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
   virtual void SiluMul(const SiluMulArgs& args) = 0;
@@ -133,6 +132,7 @@ class Backend {
   virtual void NormLinear(const NormLinearArgs& args);
   virtual void QkvRopeAppend(const QkvRopeAppendArgs& args);
   virtual void GateUpSiluMul(const GateUpSiluMulArgs& args);
+  virtual void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args);
 
  protected:
   virtual Buffer DoAllocate(int64_t bytes, const std::string& what) = 0;

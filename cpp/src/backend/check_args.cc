@@ -275,14 +275,6 @@ void Check(const ScoreKeysArgs& args, std::optional<DType> act) {
   if (args.shadow.codes) op.Shadow(args.shadow, args.kv);
 }
 
-void Check(const ScoreChosenArgs& args, std::optional<DType> act) {
-  OpCheck op("ScoreChosen", act);
-  DecodeDims dims = CheckQuery(op, args.q, args.kv);
-  CheckSets(op, dims, args.token_idx, args.num_selected);
-  Dim budget{"C", args.token_idx.dim(2)};
-  op.Tensor("scores", args.scores, {&dims.batch, &dims.num_q_heads, &budget}, op.float32());
-}
-
 void Check(const SelectTopKArgs& args, std::optional<DType> act) {
   OpCheck op("SelectTopK", act);
   Dim batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv", args.num_kv_heads}, max_len{"max_len"};
@@ -294,7 +286,6 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
   Dim num_sets{"num_sets", NumSets(args.granularity, num_q_heads.size, num_kv_heads.size)};
   op.Tensor("token_idx", args.token_idx, {&batch, &num_sets, &token_budget}, op.int32());
   op.Tensor("num_selected", args.num_selected, {&batch, &num_sets}, op.int32());
-  op.Optional("candidates", args.candidates, {&batch, &num_sets, &max_len}, op.int32());
   TIDAL_CHECK(
       args.sink_tokens >= 0 && args.recent_tokens >= 1 &&
           args.sink_tokens + args.recent_tokens <= token_budget.size,
@@ -365,6 +356,16 @@ void Check(const GateUpSiluMulArgs& args, std::optional<DType> act) {
   Check(args.silu_mul, act);
   CheckSameTensor("GateUpSiluMul", "linear.out", args.linear.out, "silu_mul.gate_up",
                   args.silu_mul.gate_up);
+}
+
+void Check(const AppendShadowScoreKeysArgs& args, std::optional<DType> act) {
+  Check(args.append, act);
+  Check(args.score, act);
+  CheckSameTensor("AppendShadowScoreKeys", "append.shadow.codes", args.append.shadow.codes,
+                  "score.shadow.codes", args.score.shadow.codes);
+  OpCheck op("AppendShadowScoreKeys", act);
+  Dim batch{"B", args.score.q.dim(0)};
+  op.Tensor("append.positions", args.append.positions, {&batch}, op.int32());
 }
 
 }  // namespace tidal

@@ -22,7 +22,6 @@ void Check(const AttentionPrefillArgs& args, std::optional<DType> act = std::nul
 void Check(const AttentionArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSelectArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AppendShadowArgs& args, std::optional<DType> act = std::nullopt);
-void Check(const ScoreChosenArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const ScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectTopKArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::nullopt);
@@ -32,5 +31,6 @@ void Check(const SampleArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const NormLinearArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const QkvRopeAppendArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GateUpSiluMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const AppendShadowScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 
 }  // namespace tidal

@@ -44,7 +44,6 @@ class MemoryMeter : public Backend {
   void AttentionSelect(const AttentionSelectArgs&) override { Refuse(); }
   void AppendShadow(const AppendShadowArgs&) override { Refuse(); }
   void ScoreKeys(const ScoreKeysArgs&) override { Refuse(); }
-  void ScoreChosen(const ScoreChosenArgs&) override { Refuse(); }
   void SelectTopK(const SelectTopKArgs&) override { Refuse(); }
   void AttentionSparse(const AttentionSparseArgs&) override { Refuse(); }
   void SiluMul(const SiluMulArgs&) override { Refuse(); }

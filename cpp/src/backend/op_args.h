@@ -133,17 +133,6 @@ struct ScoreKeysArgs {
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
 };
 
-// The exact scores of chosen positions: those of the heads that share a set, of the set's
-// positions.
-struct ScoreChosenArgs {
-  TensorView q;  // [B, Hq, D] act
-  PagedKv kv;
-  float sm_scale = 0.0f;
-  TensorView token_idx;     // [B, num_sets, C] int32; num_sets is Hkv, Hq or 1
-  TensorView num_selected;  // [B, num_sets] int32
-  TensorView scores;        // out [B, Hq, C] float32: of the set's i-th position; the rest is left
-};
-
 // From scores to sets. The set of a row with n = seq_lens[b] tokens has min(token_budget, n)
 // positions: the first sink_tokens, the last recent_tokens, and the best-scoring others; equal
 // scores: the lower position. A position's score: kKvHead: exp(score - lse) pooled over the group's
@@ -162,11 +151,8 @@ struct SelectTopKArgs {
   Pooling pooling = Pooling::kSum;
   int64_t sink_tokens = 0;
   int64_t recent_tokens = 1;  // >= 1; sink_tokens + recent_tokens <= token_budget
-  // What the scores are of, ascending; or absent: of all positions. With candidates max_len is
-  // their number, and a row has min(seq_lens[b], max_len) of them, sinks and recents among them.
-  TensorView candidates;    // [B, num_sets, max_len] int32
-  float top_p_mass = 1.0f;  // in (0, 1]; below 1 pooling is kSum
-  int64_t min_tokens = 0;   // with top_p_mass < 1; from sinks and recents up to token_budget
+  float top_p_mass = 1.0f;    // in (0, 1]; below 1 pooling is kSum
+  int64_t min_tokens = 0;     // with top_p_mass < 1; from sinks and recents up to token_budget
   TensorView token_idx;  // out [B, num_sets, token_budget] int32, ascending; -1 past num_selected
   TensorView num_selected;  // out [B, num_sets] int32
 };
@@ -210,6 +196,12 @@ struct GateUpSiluMulArgs {
   RmsNormArgs norm;
   LinearArgs linear;     // .x is norm.out
   SiluMulArgs silu_mul;  // .gate_up is linear.out
+};
+
+// AppendShadow of each row's newest token, ScoreKeys.
+struct AppendShadowScoreKeysArgs {
+  AppendShadowArgs append;  // positions[b] = seq_lens[b] - 1, -1 of an idle row; seq_idx[b] = b
+  ScoreKeysArgs score;      // .shadow is append.shadow
 };
 
 struct GatherRowsArgs {

@@ -4,22 +4,18 @@
 namespace tidal {
 namespace {
 
-// A scored layer's choice: from its keys, or from their shadows and then from the keys of the best.
-void Choose(Backend& backend, const Selection& selection, int64_t ordinal, const ShadowKeys* shadow,
-            const AttentionArgs& attention, const Pass& pass) {
+// The scores of a scored layer: from its keys, or from their shadows.
+void Score(Backend& backend, const Selection& selection, const ShadowKeys* shadow,
+           const AttentionArgs& attention, const Pass& pass) {
   if (shadow == nullptr) {
     backend.ScoreKeys(selection.ScoreArgs(attention));
-    backend.SelectTopK(selection.TopKArgs(ordinal, attention));
     return;
   }
-  backend.AppendShadow({.kv = attention.kv,
-                        .positions = pass.positions,
-                        .seq_idx = pass.seq_idx,
-                        .shadow = *shadow});
-  backend.ScoreKeys(selection.ScoreArgs(attention, *shadow));
-  backend.SelectTopK(selection.CandidateArgs(attention));
-  backend.ScoreChosen(selection.ScoreCandidatesArgs(attention));
-  backend.SelectTopK(selection.TopKOfCandidatesArgs(ordinal, attention));
+  backend.AppendShadowScoreKeys({.append = {.kv = attention.kv,
+                                            .positions = pass.positions,
+                                            .seq_idx = pass.seq_idx,
+                                            .shadow = *shadow},
+                                 .score = selection.ScoreArgs(attention, *shadow)});
 }
 
 }  // namespace
@@ -47,9 +43,10 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const StepAtte
         break;
       case LayerKind::kScored:
         ++ordinal;
-        Choose(backend, selection, ordinal,
-               shadow == nullptr ? nullptr : &shadow->Layer(num_scored), attention, pass);
+        Score(backend, selection, shadow == nullptr ? nullptr : &shadow->Layer(num_scored),
+              attention, pass);
         ++num_scored;
+        backend.SelectTopK(selection.TopKArgs(ordinal, attention));
         backend.AttentionSparse(selection.SparseArgs(ordinal, attention));
         break;
       case LayerKind::kSparse:

@@ -4,14 +4,6 @@
 #include <numeric>
 
 namespace tidal {
-namespace {
-
-// Candidates that are scored exactly, for each position of a set: measured recall of the exact set
-// among twice as many is above 0.99 (docs/quality.md).
-constexpr int64_t kCandidatesPerPosition = 2;
-
-}  // namespace
-
 Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan)
     : config_(config),
@@ -25,13 +17,6 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
   int64_t b = config.max_batch_size;
   scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
   lse_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads});
-  if (config.shadow != Shadow::kNone) {
-    const int64_t count =
-        std::min(kCandidatesPerPosition * config.token_budget, config.max_seq_len);
-    candidates_ = tensors_.Make(DType::kInt32, {b, num_sets_, count});
-    num_candidates_ = tensors_.Make(DType::kInt32, {b, num_sets_});
-    candidate_scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, count});
-  }
   for (size_t i = 0; i < choosing_layers_.size(); ++i) {
     token_idx_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_, config.token_budget}));
     num_selected_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_}));
@@ -53,36 +38,6 @@ ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention, const ShadowK
           .lse = lse_.Rows(0, b)};
 }
 
-// Ranked by the scores of the shadow.
-SelectTopKArgs Selection::CandidateArgs(const AttentionArgs& attention) const {
-  int64_t b = attention.q.dim(0);
-  SelectTopKArgs args = TopKArgs(0, attention);
-  args.top_p_mass = 1.0f;
-  args.token_idx = candidates_.Rows(0, b);
-  args.num_selected = num_candidates_.Rows(0, b);
-  return args;
-}
-
-ScoreChosenArgs Selection::ScoreCandidatesArgs(const AttentionArgs& attention) const {
-  int64_t b = attention.q.dim(0);
-  return {.q = attention.q,
-          .kv = attention.kv,
-          .sm_scale = attention.sm_scale,
-          .token_idx = candidates_.Rows(0, b),
-          .num_selected = num_candidates_.Rows(0, b),
-          .scores = candidate_scores_.Rows(0, b)};
-}
-
-// A head's weights are relative to the lse of its shadow scores.
-SelectTopKArgs Selection::TopKOfCandidatesArgs(int64_t ordinal,
-                                               const AttentionArgs& attention) const {
-  int64_t b = attention.q.dim(0);
-  SelectTopKArgs args = TopKArgs(ordinal, attention);
-  args.scores = candidate_scores_.Rows(0, b);
-  args.candidates = candidates_.Rows(0, b);
-  return args;
-}
-
 SelectTopKArgs Selection::TopKArgs(int64_t ordinal, const AttentionArgs& attention) const {
   int64_t b = attention.q.dim(0);
   return {.scores = scores_.Rows(0, b),
@@ -93,7 +48,6 @@ SelectTopKArgs Selection::TopKArgs(int64_t ordinal, const AttentionArgs& attenti
           .pooling = config_.pooling,
           .sink_tokens = config_.sink_tokens,
           .recent_tokens = config_.recent_tokens,
-          .candidates = {},
           .top_p_mass = static_cast<float>(config_.top_p_mass),
           .min_tokens = config_.min_token_budget,
           .token_idx = token_idx_[static_cast<size_t>(ordinal)].Rows(0, b),

@@ -25,11 +25,6 @@ class Selection {
   // Without a shadow: from the keys themselves.
   ScoreKeysArgs ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow = {}) const;
 
-  // With a shadow, after its scores: the candidates for a set, their exact scores, and the set.
-  SelectTopKArgs CandidateArgs(const AttentionArgs& attention) const;
-  ScoreChosenArgs ScoreCandidatesArgs(const AttentionArgs& attention) const;
-  SelectTopKArgs TopKOfCandidatesArgs(int64_t ordinal, const AttentionArgs& attention) const;
-
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
 
@@ -51,10 +46,6 @@ class Selection {
   DeviceTensors tensors_;
   TensorView scores_;  // [max_batch_size, Hq, max_seq_len] float32
   TensorView lse_;     // [max_batch_size, Hq] float32
-  // Of one layer after the other, with a shadow; C: num_candidates.
-  TensorView candidates_;        // [max_batch_size, num_sets, C] int32
-  TensorView num_candidates_;    // [max_batch_size, num_sets] int32
-  TensorView candidate_scores_;  // [max_batch_size, Hq, C] float32
   // One a choosing layer.
   std::vector<TensorView> token_idx_;     // [max_batch_size, num_sets, token_budget] int32
   std::vector<TensorView> num_selected_;  // [max_batch_size, num_sets] int32

@@ -82,15 +82,6 @@ void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args) {
   AttendRows(context, batch);
 }
 
-void CpuScoreChosen(CpuContext& context, const ScoreChosenArgs& args) {
-  AttendBatch batch = DenseBatch(context, args.q, args.kv, args.sm_scale, nullptr);
-  for (int64_t b = 0; b < batch.num_rows; ++b) {
-    HandInSets(batch.rows[b], args.token_idx, args.num_selected, b);
-  }
-  HandOutScores(batch, args.scores, {});
-  AttendRows(context, batch);
-}
-
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args) {
   AttendBatch batch = DenseBatch(context, args.attention);
   for (int64_t b = 0; b < batch.num_rows; ++b) {

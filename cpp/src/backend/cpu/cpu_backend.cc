@@ -89,7 +89,6 @@ class CpuBackend final : public Backend {
   void AttentionSelect(const AttentionSelectArgs& args) override { Run(CpuAttentionSelect, args); }
   void AppendShadow(const AppendShadowArgs& args) override { Run(CpuAppendShadow, args); }
   void ScoreKeys(const ScoreKeysArgs& args) override { Run(CpuScoreKeys, args); }
-  void ScoreChosen(const ScoreChosenArgs& args) override { Run(CpuScoreChosen, args); }
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }

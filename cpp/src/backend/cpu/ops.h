@@ -18,7 +18,6 @@ void CpuAttentionFull(CpuContext& context, const AttentionArgs& args);
 void CpuAttentionSelect(CpuContext& context, const AttentionSelectArgs& args);
 void CpuAppendShadow(CpuContext& context, const AppendShadowArgs& args);
 void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args);
-void CpuScoreChosen(CpuContext& context, const ScoreChosenArgs& args);
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args);
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
 void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);

@@ -86,12 +86,6 @@ void MakeKeys(const CpuContext& context, const SelectTopKArgs& args, int64_t row
   context.kernels->rank_keys(rank);
 }
 
-// What a row's scores are of: its tokens, or its candidates among them.
-int64_t NumScored(const SelectTopKArgs& args, int64_t row) {
-  const int64_t num_tokens = args.seq_lens.data<int32_t>()[row];
-  return args.candidates ? std::min(num_tokens, args.scores.dim(2)) : num_tokens;
-}
-
 // The positions that compete: those neither sink nor recent.
 struct Range {
   int64_t begin, end;
@@ -196,7 +190,7 @@ int64_t NumForMass(const SetWork& work, Range range, uint32_t bound, const KeyWe
 // How many of the range's best positions a set takes.
 int64_t NumWanted(const SelectTopKArgs& args, int64_t row, int64_t set, const SetWork& work,
                   Range range) {
-  const int64_t num_tokens = NumScored(args, row);
+  const int64_t num_tokens = args.seq_lens.data<int32_t>()[row];
   const int64_t num_forced = args.sink_tokens + args.recent_tokens;
   const int64_t most = std::min(args.token_idx.dim(2), num_tokens) - num_forced;
   if (args.top_p_mass >= 1.0f) return most;
@@ -218,18 +212,12 @@ int64_t NumAlwaysTaken(const SelectTopKArgs& args) {
 
 // Returns how many.
 int64_t ChoosePositions(const SelectTopKArgs& args, int64_t row, int64_t set, const SetWork& work) {
-  const int64_t num_tokens = NumScored(args, row);
+  const int64_t num_tokens = args.seq_lens.data<int32_t>()[row];
   const int64_t budget = args.token_idx.dim(2);
-  const int64_t set_of_all = row * args.token_idx.dim(1) + set;
-  int32_t* const first = args.token_idx.data<int32_t>() + set_of_all * budget;
-  const int32_t* candidates = nullptr;
-  if (args.candidates) {
-    candidates = args.candidates.data<int32_t>() + set_of_all * args.candidates.dim(2);
-  }
+  int32_t* const first =
+      args.token_idx.data<int32_t>() + (row * args.token_idx.dim(1) + set) * budget;
   int32_t* out = first;
-  auto take = [&](int64_t i) {
-    *out++ = candidates == nullptr ? static_cast<int32_t>(i) : candidates[i];
-  };
+  auto take = [&](int64_t position) { *out++ = static_cast<int32_t>(position); };
   if (num_tokens <= NumAlwaysTaken(args)) {
     for (int64_t i = 0; i < num_tokens; ++i) take(i);
     std::fill(out, first + budget, -1);
@@ -266,21 +254,22 @@ void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args) {
   const int64_t max_len = args.scores.dim(2);
   const int64_t always_taken = NumAlwaysTaken(args);
   const int64_t sets = SetsOf(args).count;
+  const int32_t* seq_lens = args.seq_lens.data<int32_t>();
   uint32_t* memory =
       context.scratch.Take<uint32_t>(Scratch::kKeys, SelectScratchWords(num_rows * sets, max_len));
   auto work_of = [&](int64_t row, int64_t set) {
     return Carve(memory + (row * sets + set) * SetWorkWords(max_len), max_len);
   };
   int64_t longest = 0;
-  for (int64_t b = 0; b < num_rows; ++b) longest = std::max(longest, NumScored(args, b));
+  for (int64_t b = 0; b < num_rows; ++b) longest = std::max<int64_t>(longest, seq_lens[b]);
   const int threads = context.ThreadsFor(num_rows * args.scores.dim(1) * longest);
   if (longest > always_taken) {
     const int64_t chunks = (longest + kKeyChunk - 1) / kKeyChunk;
     context.ParallelFor(threads, num_rows * sets * chunks, [&](int64_t task) {
       const int64_t chunk = task % chunks, set = task / chunks % sets, row = task / chunks / sets;
       const int64_t begin = chunk * kKeyChunk;
-      const int64_t end = std::min(NumScored(args, row), begin + kKeyChunk);
-      if (NumScored(args, row) <= always_taken || begin >= end) return;
+      const int64_t end = std::min<int64_t>(seq_lens[row], begin + kKeyChunk);
+      if (seq_lens[row] <= always_taken || begin >= end) return;
       MakeKeys(context, args, row, set, begin, end, work_of(row, set));
     });
   }

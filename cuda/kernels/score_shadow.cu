@@ -1,0 +1,385 @@
+// ScoreKeys from the shadow (core/shadow_code.h): one query a row, all query heads of a KV head
+// together, whose codes of 8 bits are multiplied with keys of 4 bits by the tensor cores. Products
+// are integers, so the scores are the CPU's bits.
+//
+// The tensor cores see keys as the 16 rows of an mma.m16n8k32 and heads as its 8 columns. Which
+// dims and which tokens an mma's columns and rows are is free, so all is laid out for the lanes:
+// lane (g, t) = (lane / 4, lane % 4) has the t-th part of the codes of tokens 4 g to 4 g + 3 of 32,
+// which lie in one page, a word of it for each mma: the low halves of its bytes are four dims of
+// the first 16 columns of A, the high halves four of the others. It receives the scores of these
+// four tokens for heads 2 t and 2 t + 1, which is a store of 16 bytes each.
+#include "kernels/score_shadow.h"
+
+#include <limits>
+
+#include "common/attention_dispatch.h"
+#include "common/decode_split.cuh"
+#include "common/dependent_launch.cuh"
+#include "common/merge_splits.cuh"
+#include "common/mma.cuh"
+#include "common/paged_kv.cuh"
+#include "common/score_writer.cuh"
+#include "common/shadow_code.cuh"
+
+namespace tidal {
+namespace {
+
+constexpr int kShadowWarps = 8;
+constexpr int kShadowThreads = kShadowWarps * kWarpSize;
+constexpr int kQuad = 4;                            // adjacent tokens of a lane
+constexpr int kShadowTile = kWarpSize / 4 * kQuad;  // tokens that a warp takes at a time
+constexpr int kShadowBlockTile = kShadowWarps * kShadowTile;
+static_assert(kDecodeWarpTile % kQuad == 0, "splits begin where a quad does");
+
+template <typename T>
+struct ScoreShadowParams {
+  const T* q;            // [B, Hq, D]
+  PagedKvView<T> kv;     // K of the newest tokens is read if their shadows are to be written
+  uint8_t* codes;        // [num_pages * Hkv * page_size, D / 2]
+  __half* scales;        // [num_pages * Hkv * page_size]
+  const float* balance;  // [Hkv, D]
+  float sm_scale;
+  int group_size;
+  NewestShadow newest;
+  CacheReads reads;
+  PartialResults partials;
+  ScoreRows scores;
+  LseOutput output;
+};
+
+template <int kHeadDim>
+struct ScoreShadowShared {
+  ShadowQueryCodes<kHeadDim> queries[kMaxGroupSize];
+  float2 states[kShadowWarps][kMaxGroupSize];  // of each warp: maximum and sum
+};
+
+// Loads what is read once a step: from L2, which nothing stale is in.
+template <int kWords>
+__device__ __forceinline__ Vec<uint32_t, kWords> LoadCodes(const uint8_t* source, uint64_t policy) {
+  Vec<uint32_t, kWords> words;
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.cg.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+                 : "=r"(words.elements[0]), "=r"(words.elements[1]), "=r"(words.elements[2]),
+                   "=r"(words.elements[3])
+                 : "l"(source), "l"(policy));
+  } else {
+    static_assert(kWords == 2);
+    asm volatile("ld.global.cg.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;\n"
+                 : "=r"(words.elements[0]), "=r"(words.elements[1])
+                 : "l"(source), "l"(policy));
+  }
+  return words;
+}
+
+// One warp's share of a split: every kShadowWarps-th tile.
+template <typename T, int kHeadDim>
+class ShadowWarp {
+ public:
+  __device__ __forceinline__ ShadowWarp(const ScoreShadowParams<T>& params,
+                                        ScoreShadowShared<kHeadDim>& shared, int batch, int kv_head,
+                                        int64_t first_row)
+      : params_(params),
+        shared_(shared),
+        batch_(batch),
+        kv_head_(kv_head),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize),
+        warp_(static_cast<int>(threadIdx.x) / kWarpSize),
+        scores_(params.scores.first + first_row * params.scores.row_length) {}
+
+  // Scores the keys [span.begin, span.end). prepare(): what comes between the first loads and the
+  // first products; it fills shared.queries.
+  template <typename Prepare>
+  __device__ __forceinline__ void Score(SplitSpan span, const Prepare& prepare) {
+    end_ = span.end;
+    first_ = span.begin + warp_ * kShadowTile + lane_ / 4 * kQuad;
+    int begin = span.begin + warp_ * kShadowTile;
+    int num_tiles = begin < end_ ? (end_ - begin - 1) / kShadowBlockTile + 1 : 0;
+    int rows[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) rows[i] = RowOf(i);
+    int next_row = RowOf(kDepth);
+    Tile tiles[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (i < num_tiles) Load(tiles[i], rows[i]);
+    }
+    prepare();
+    LoadQueries();
+    for (int tile = 0; tile < num_tiles; tile += kDepth) {
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (tile + i >= num_tiles) break;
+        Consume(tiles[i], first_ + (tile + i) * kShadowBlockTile,
+                begin + (tile + i) * kShadowBlockTile + kShadowTile <= end_);
+        int row = next_row;
+        next_row = RowOf(tile + i + kDepth + 1);  // its latency overlaps the arithmetic
+        if (tile + i + kDepth < num_tiles) Load(tiles[i], row);
+      }
+    }
+  }
+
+  // Writes the shadow of the token at `position`, scores it, and counts it in. By one whole warp.
+  __device__ __forceinline__ void AppendAndScore(int position) {
+    int row = params_.kv.Row(batch_, kv_head_, position);
+    ShadowKey<kHeadDim> key(params_.kv.k + int64_t{row} * kHeadDim,
+                            params_.balance + kv_head_ * kHeadDim);
+    key.Store(params_.codes, params_.scales, row);
+    int dim = ShadowDims<kHeadDim>::FirstDim();
+    for (int head = 0; head < params_.group_size; ++head) {
+      const ShadowQueryCodes<kHeadDim>& query = shared_.queries[head];
+      int product = 0;
+#pragma unroll
+      for (int i = 0; i < ShadowDims<kHeadDim>::kDims; ++i) {
+        int code = static_cast<int>(key.codes >> (4 * i) & 0xfu);
+        product += query.codes[i % 2 * (kHeadDim / 2) + (dim + i) / 2] * code;
+      }
+      product = __reduce_add_sync(kFullWarp, product) - kShadowCodeBias * query.sum;
+      float score = ScoreOf(product, __half2float(key.scale), query.factor);
+      if (lane_ == 0) scores_[head * params_.scores.row_length + position] = score;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (lane_ * 2 + i == head) CountIn(i, {score});
+      }
+    }
+  }
+
+  // Makes the warps' results known to each other. By all threads of the block.
+  __device__ __forceinline__ void FinishBlock() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float max = max_[i];
+#pragma unroll
+      for (int mask = 4; mask < kWarpSize; mask *= 2) {
+        max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
+      }
+      float sum = __fmul_rn(sum_[i], SoftmaxWeight(max_[i], FiniteMax(max)));
+#pragma unroll
+      for (int mask = 4; mask < kWarpSize; mask *= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, mask));
+      }
+      if (lane_ < 4) shared_.states[warp_][lane_ * 2 + i] = make_float2(max, sum);
+    }
+    __syncthreads();
+  }
+
+  // After FinishBlock, by a whole warp.
+  __device__ __forceinline__ HeadState BlockState(int head) const {
+    return MergeStates<kShadowWarps>(kShadowWarps,
+                                     [&](int warp) { return shared_.states[warp][head]; });
+  }
+
+ private:
+  static constexpr int kWords = kHeadDim / 32;       // of a key in a lane: an mma each
+  static constexpr int kDepth = 3 * 128 / kHeadDim;  // tiles whose loads are under way
+
+  // A lane's share: of each token of its quad a part of the codes, and all scales.
+  struct Tile {
+    Vec<uint32_t, kWords> codes[kQuad];
+    uint2 scales;  // four float16
+  };
+
+  // The row of the first token of this lane's quad; past the end that of the last quad, of which
+  // nothing is kept.
+  __device__ __forceinline__ int RowOf(int tile) const {
+    int last_quad = max(end_ - 1, 0) / kQuad * kQuad;
+    return params_.kv.Row(batch_, kv_head_, min(first_ + tile * kShadowBlockTile, last_quad));
+  }
+
+  __device__ __forceinline__ void Load(Tile& tile, int row) const {
+    const uint8_t* source =
+        params_.codes + int64_t{row} * (kHeadDim / 2) + lane_ % 4 * (kHeadDim / 8);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      tile.codes[j] = LoadCodes<kWords>(source + j * (kHeadDim / 2), policy_);
+    }
+    tile.scales = __ldcg(reinterpret_cast<const uint2*>(params_.scales + row));
+  }
+
+  __device__ __forceinline__ void LoadQueries() {
+    const int8_t* codes = shared_.queries[lane_ / 4].codes;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      int byte = 4 * (lane_ % 4 * kWords + w);
+      query_[w][0] = *reinterpret_cast<const uint32_t*>(codes + byte);
+      query_[w][1] = *reinterpret_cast<const uint32_t*>(codes + kHeadDim / 2 + byte);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const ShadowQueryCodes<kHeadDim>& query = shared_.queries[lane_ % 4 * 2 + i];
+      bias_[i] = -kShadowCodeBias * query.sum;
+      factor_[i] = query.factor;
+    }
+  }
+
+  // In the order of the CPU's roundings.
+  __device__ __forceinline__ static float ScoreOf(int product, float scale, float factor) {
+    return __fmul_rn(static_cast<float>(product), __fmul_rn(scale, factor));
+  }
+
+  // `token`: this lane's first; is_whole: none of the warp's lies past the end.
+  __device__ __forceinline__ void Consume(const Tile& tile, int token, bool is_whole) {
+    float scores[2][kQuad];  // by head and token
+    float2 scales[2] = {__half22float2(*reinterpret_cast<const __half2*>(&tile.scales.x)),
+                        __half22float2(*reinterpret_cast<const __half2*>(&tile.scales.y))};
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      // Tokens 2 pair and 2 pair + 1 of the quad are rows g and g + 8.
+      int products[4] = {bias_[0], bias_[1], bias_[0], bias_[1]};
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint32_t upper = tile.codes[2 * pair].elements[w];
+        uint32_t lower = tile.codes[2 * pair + 1].elements[w];
+        const uint32_t a[4] = {upper & 0x0f0f0f0fu, lower & 0x0f0f0f0fu, upper >> 4 & 0x0f0f0f0fu,
+                               lower >> 4 & 0x0f0f0f0fu};
+        MultiplyAddCodes(products, a, query_[w]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scores[i][2 * pair] = ScoreOf(products[i], scales[pair].x, factor_[i]);
+        scores[i][2 * pair + 1] = ScoreOf(products[2 + i], scales[pair].y, factor_[i]);
+      }
+    }
+    if (!is_whole) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        if (token + j >= end_) scores[0][j] = scores[1][j] = NegativeInfinity();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Store(lane_ % 4 * 2 + i, scores[i], token, is_whole);
+      CountIn(i, scores[i]);
+    }
+  }
+
+  __device__ __forceinline__ void Store(int head, const float (&scores)[kQuad], int token,
+                                        bool is_whole) const {
+    if (head >= params_.group_size) return;
+    float* target = scores_ + head * params_.scores.row_length + token;
+    if (is_whole && params_.scores.are_aligned) {
+      __stcg(reinterpret_cast<float4*>(target),
+             make_float4(scores[0], scores[1], scores[2], scores[3]));
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (token + j < end_) target[j] = scores[j];
+    }
+  }
+
+  // Takes scores into the maximum and the sum of this lane's i-th head.
+  template <int kCount>
+  __device__ __forceinline__ void CountIn(int i, const float (&scores)[kCount]) {
+    float max = max_[i];
+#pragma unroll
+    for (float score : scores) max = fmaxf(max, score);
+    float finite_max = FiniteMax(max), shift = __fmul_rn(finite_max, kLog2E);
+    float sum = __fmul_rn(sum_[i], SoftmaxWeight(max_[i], finite_max));
+#pragma unroll
+    for (float score : scores) sum += FastExp2(__fmaf_rn(score, kLog2E, -shift));
+    max_[i] = max;
+    sum_[i] = sum;
+  }
+
+  const ScoreShadowParams<T>& params_;
+  ScoreShadowShared<kHeadDim>& shared_;
+  int batch_;
+  int kv_head_;
+  int lane_;
+  int warp_;
+  int first_ = 0;  // of this lane's tokens
+  int end_ = 0;    // of the block's
+  float* scores_;  // of the block's first head
+  uint64_t policy_ = EvictFirstPolicy();
+  uint32_t query_[kWords][2];
+  int bias_[2];      // of the products of this lane's heads, negated
+  float factor_[2];  // of this lane's heads
+  float max_[2] = {NegativeInfinity(), NegativeInfinity()};
+  float sum_[2] = {};
+};
+
+// grid (num_splits, num_kv_heads, batch_size), 8 warps: a block takes one split of one row's keys
+// for all query heads of one KV head.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
+    ScoreShadowKernel(const ScoreShadowParams<T> params) {
+  __shared__ ScoreShadowShared<kHeadDim> shared;
+  if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
+  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int seq_len = __ldcg(params.kv.seq_lens + batch);
+  RowSplits splits(seq_len, gridDim.x);
+  int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
+  BlockWork work{.first_row = first_row,
+                 .first_partial = first_row,
+                 .num_heads = params.group_size,
+                 .split = static_cast<int>(blockIdx.x),
+                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_used = splits.num_used,
+                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+  if (work.split >= work.num_used) {
+    EndUnusedSplit<HeadState>(work, params.output);
+    return;
+  }
+
+  ShadowWarp<T, kHeadDim> warp(params, shared, batch, kv_head, first_row);
+  SplitSpan span = splits.Span(work.split);
+  bool has_newest = params.newest == NewestShadow::kWrite && span.end == seq_len;
+  if (has_newest) --span.end;
+  warp.Score(span, [&] {
+    WaitForPreviousKernel();
+    LetNextKernelStart();
+    static_assert(kShadowWarps == kMaxGroupSize, "a warp for each head");
+    int head = static_cast<int>(threadIdx.x) / kWarpSize;
+    if (head < params.group_size) {
+      shared.queries[head].Encode(params.q + (first_row + head) * kHeadDim,
+                                  params.balance + kv_head * kHeadDim, params.sm_scale);
+    } else {
+      shared.queries[head].Clear();
+    }
+    __syncthreads();
+  });
+  if (has_newest && threadIdx.x / kWarpSize == kShadowWarps - 1) warp.AppendAndScore(seq_len - 1);
+  warp.FinishBlock();
+  MergeStatesInLastBlock(work, params.partials, params.output,
+                         [&](int head) { return warp.BlockState(head); });
+}
+
+template <typename T, int kHeadDim>
+void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const AttentionScratch& scratch,
+                    CacheReads reads, cudaStream_t stream) {
+  constexpr const char* kOp = "score_shadow";
+  int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
+  PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
+  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
+  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
+                                   std::numeric_limits<int32_t>::max());
+  ScoreShadowParams<T> params{
+      .q = static_cast<const T*>(args.q.ptr),
+      .kv = kv,
+      .codes = args.shadow.codes.data<uint8_t>(),
+      .scales = static_cast<__half*>(args.shadow.scales.ptr),
+      .balance = args.shadow.balance.data<float>(),
+      .sm_scale = args.sm_scale,
+      .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .newest = newest,
+      .reads = reads,
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .scores = MakeScoreRows(args.scores),
+      .output = {.lse = args.lse.data<float>()}};
+  dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  LaunchOverlapped(kOp, ScoreShadowKernel<T, kHeadDim>, {.grid = grid, .block = kShadowThreads},
+                   stream, params);
+}
+
+}  // namespace
+
+void LaunchScoreShadow(const ScoreKeysArgs& args, NewestShadow newest,
+                       const AttentionScratch& scratch, CacheReads reads, cudaStream_t stream) {
+  if (args.q.dim(0) == 0) return;
+  DispatchAttention("score_shadow", args.q, args.kv, [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::Type;
+    RunScoreShadow<T, head_dim()>(args, newest, scratch, reads, stream);
+  });
+}
+
+}  // namespace tidal
