@@ -165,16 +165,16 @@ def test_a_model_without_room_for_a_sparse_layer_is_refused():
 
 
 def test_a_step_reads_whole_caches_and_sets():
-    row = 2 * 2 * 16 * 4
-    for options, whole, sets in (
-        ({"select_layers": (2, 5)}, 4, 8),  # FFSssSssssss
-        ({"scored_layers": (2, 5)}, 2 + 1, 10),  # FFPssPssssss
-        ({"select_layers": (2,), "scored_layers": (5,)}, 3 + 0.5, 9),  # FFSssPssssss
-        ({}, 12, 0),
+    row, shadow = 2 * 2 * 16 * 4, 2 * (16 // 2 + 2)
+    for options, whole, shadows, sets in (
+        ({"select_layers": (2, 5)}, 4, 0, 8),  # FFSssSssssss
+        ({"scored_layers": (2, 5)}, 2, 2, 10),  # FFPssPssssss
+        ({"select_layers": (2,), "scored_layers": (5,)}, 3, 1, 9),  # FFSssPssssss
+        ({}, 12, 0, 0),
     ):
         candidate = Candidate(token_budget=64, **options)
-        assert kv_bytes_per_step(MODEL, candidate.config(), 1000, 4) == row * (
-            whole * 1000 + sets * 64
+        assert kv_bytes_per_step(MODEL, candidate.config(), 1000, 4) == (
+            row * (whole * 1000 + sets * 64) + shadow * shadows * 1000
         )
     short = Candidate(select_layers=(2, 5), token_budget=64)
     assert kv_bytes_per_step(MODEL, short.config(), 30, 4) == row * 12 * 30

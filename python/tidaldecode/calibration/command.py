@@ -34,9 +34,9 @@ EXIT_NOT_GOOD_ENOUGH = 3
 # The longer of the two default contexts; a CPU reads slowly.
 _LONG_CONTEXTS = {"cpu": 4096, "cuda": 16384}
 _SHORT_SHARE = 4
-_DEFAULT_BUDGETS = (64, 256, 1024)
+_DEFAULT_BUDGETS = (64, 256, 512, 1024)
 _LEAST_BUDGET = 8
-_DEFAULT_LOSS = 0.03  # nats a token: about 3 % of perplexity
+_DEFAULT_LOSS = 0.01  # nats a token: about 1 % of perplexity
 
 _Text = Annotated[
     Path | None,

@@ -1,7 +1,7 @@
 """From plan to plan: layers that choose are taken away, then everything else is settled, in stages.
 
-Called by command.py. It begins with a plan in which every layer scores all keys and chooses for
-itself, which loses next to nothing, and takes away what costs least: a layer that does not choose
+Called by command.py. It begins with a plan in which every layer scores the shadows of all keys and
+chooses for itself, which loses next to nothing, and takes away what costs least: a layer that does not choose
 reads the set in front of it. (The pattern of IndexCache, arXiv 2603.12201, the other way round:
 adding layers to a plan of few finds what is less bad, not what is good.) In each round all layers
 are ranked on a few questions, and as many as are nearly free go together; what is left is measured
@@ -43,6 +43,7 @@ class Candidate:
     recent_share: float = 0.25
     sink_tokens: int = 1
     granularity: str = "layer"
+    shadow: str = "int4"  # what scored layers choose from
 
     @property
     def choosing_layers(self) -> tuple[int, ...]:
@@ -56,6 +57,7 @@ class Candidate:
         kinds = {"select_layers": self.select_layers, "scored_layers": self.scored_layers}
         return {
             **{name: list(layers) for name, layers in kinds.items() if layers},
+            **self._shadow(),
             "full_layers": self.choosing_layers[0],
             "token_budget": self.token_budget,
             "sink_tokens": self.sink_tokens,
@@ -71,7 +73,11 @@ class Candidate:
             scored_layers=self.scored_layers or None,
             token_budget=self.token_budget,
             granularity=self.granularity,
+            **self._shadow(),
         )
+
+    def _shadow(self) -> dict[str, str]:
+        return {"shadow": self.shadow} if self.scored_layers else {}
 
     def letters(self, num_layers: int) -> str:
         """The plan as the engine prints it."""
