@@ -147,8 +147,9 @@ class DecodeConfig(PlanConfig):
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.
-        attention: "tidal" (needs a plan), "full" (dense), or "auto": tidal if select_layers or
-            scored_layers are given or there is a plan for this model, else dense.
+        attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
+            token_budget are given or there is a plan for this model, else dense. Without layers and
+            without a plan every layer chooses for itself, by shadow keys ("int4").
         verify: True lets sparse steps only draft and a dense pass decide, so that the tokens are
             those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is the same
             for calls with temperature 0 and refuses others. Needs no correction_interval and allows

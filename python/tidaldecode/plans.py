@@ -1,8 +1,9 @@
-"""Which layers select positions: a plan stored for the model, published for it, or given.
+"""Which layers choose positions: a plan stored for the model, published for it, given, or safe.
 
 Called by decoder.py. TidalDecode (arXiv 2410.05076, section 3) stands and falls with this choice,
-so nothing is guessed: a model without a plan is decoded densely and one line says what to do. The
-plan itself, one letter per layer, is built and validated by the engine (cpp/include/tidal/plan.h).
+so no layer is guessed: a model without a plan is decoded densely, or, where sparse decoding is
+asked for, with every layer choosing for itself; one line says so. The plan itself, one letter per
+layer, is built and validated by the engine (cpp/include/tidal/plan.h).
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ CALIBRATION_KEYS = (
     "version", "fingerprint", "data", "context", "chat", "max_loss", "scores", "held_out",
 )  # fmt: skip
 
+SAFE = "safe: every layer chooses for itself"
+FIRST_SAFE_LAYER = 2  # those in front are dense: in them attention is spread over everything
+
 _logger = logging.getLogger("tidaldecode")
 
 
@@ -60,6 +64,7 @@ class Plan:
     source: str  # where it comes from, for people
     measured: str = ""  # how it did on this model, for people; empty: not known
     is_published: bool = False
+    is_safe: bool = False  # nobody chose its layers
 
     @property
     def description(self) -> str:
@@ -207,18 +212,34 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
     return replace(plan, source=f"{plan.source}, in the user's cache")
 
 
+def safe_config(num_layers: int) -> PlanConfig:
+    """A plan for any model: every layer but the first two chooses for itself, by shadow keys.
+
+    docs/quality.md has what it keeps of the answers of three models.
+
+    Raises: ConfigError for a model without such a layer.
+    """
+    if num_layers <= FIRST_SAFE_LAYER:
+        raise ConfigError(
+            f"attention: got 'tidal', but a model of {num_layers} layers has none to choose by "
+            f"itself behind {FIRST_SAFE_LAYER} dense ones; give select_layers or scored_layers"
+        )
+    return PlanConfig(scored_layers=tuple(range(FIRST_SAFE_LAYER, num_layers)), shadow="int4")
+
+
 def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan | None:
     """The plan that a decoder or a replay runs with; None is dense decoding.
 
     Explicit settings win over the plan's, the plan's over the engine's defaults (which are filled
-    in by engine_config.py).
+    in by engine_config.py). A model without a plan gets the safe one where sparse decoding is asked
+    for: by attention="tidal" or a token_budget.
 
     Args:
         asked: explicit settings; a DecodeConfig is one.
         attention: as in DecodeConfig.
         folder: the model.
 
-    Raises: ConfigError if attention="tidal" and there is no plan, or the layers do not fit.
+    Raises: ConfigError if the layers do not fit.
     """
     if attention == "full":
         return None
@@ -231,9 +252,10 @@ def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan 
         config = replace(own, **layers, full_layers=None, shadow=None)
         plan = Plan(config=config, source=f"{names} as given")
     if plan is None:
-        if attention == "tidal":
-            raise ConfigError(f"attention: got 'tidal', but {_no_plan(folder)}; {HOW_TO_CHOOSE}")
-        return None
+        if attention != "tidal" and asked.token_budget is None:
+            return None
+        config = safe_config(folder.model.num_layers)
+        plan = Plan(config=config, source=SAFE, is_safe=True)
     config = replace(plan.config, **asked.settings())
     check_layers(config, folder.model.num_layers)
     if config != plan.config:
@@ -242,7 +264,7 @@ def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan 
 
 
 def _no_plan(folder: ModelFolder) -> str:
-    return f"{folder.title}: there is no plan of select layers for this model"
+    return f"{folder.title}: there is no plan for this model"
 
 
 def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> list[str]:
@@ -250,7 +272,8 @@ def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -
     notes = []
     if plan is None and settings.attention != "full":
         notes.append(
-            f"{_no_plan(folder)}, so it is decoded densely; to decode sparsely, {HOW_TO_CHOOSE}"
+            f"{_no_plan(folder)}, so it is decoded densely; to decode sparsely, {HOW_TO_CHOOSE}, "
+            "or give a token_budget: every layer then chooses for itself"
         )
     if plan is None and settings.verify:
         reason = "attention='full'" if settings.attention == "full" else "there is no plan"
@@ -260,6 +283,11 @@ def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -
     if plan is None or folder.load_format == "dummy":
         return notes
     letters = plan_letters(folder.model.num_layers, plan.config)
+    if plan.is_safe:
+        notes.append(
+            f"{_no_plan(folder)}, so every layer chooses for itself ({letters}); to read less, "
+            f"{HOW_TO_CHOOSE}"
+        )
     if plan.is_published:
         advice = "" if plan.measured else f"; to measure plans, {HOW_TO_CHOOSE}"
         notes.append(f"plan {letters} {plan.description}{advice}")

@@ -130,7 +130,6 @@ def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypa
         (["generate", "{model}", "x", "--system", "s"], "system: got a system message without"),
         (["generate", "{model}", "x", "--device", "gpu"], "device: got 'gpu'"),
         (["generate", "{model}", "x", "--select-layers", "a"], "select-layers: got 'a'"),
-        (["generate", "{model}", "x", "--attention", "tidal"], "no plan"),
         (["generate", "{model}", "x" * 99], "prompt tokens"),
         (["generate", "no/such", "x"], "hf download no/such"),
         (["info", "/no/such"], "no such folder"),

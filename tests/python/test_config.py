@@ -167,10 +167,34 @@ def test_auto_without_a_plan_is_dense_and_says_so_once(folder: Path, caplog):
     assert "select_layers=" not in record.getMessage()  # a guess is worse than useless
 
 
-def test_tidal_without_a_plan_is_an_error_that_says_how_to_get_one(folder: Path):
-    expected = rf"no plan.*tidaldecode calibrate MODEL_DIR.*{PLAN_FILE}"
-    with pytest.raises(ConfigError, match=expected):
-        choose(folder, attention="tidal")
+@pytest.mark.parametrize(
+    "options",
+    [{"attention": "tidal"}, {"token_budget": 64}, {"token_budget": "auto"}, {"shadow": "none"}],
+    ids=str,
+)
+def test_without_a_plan_every_layer_chooses_where_it_is_asked_for(folder: Path, caplog, options):
+    asked = {"attention": "tidal"} | options
+    with caplog.at_level(logging.WARNING, logger="tidaldecode"):
+        decoder = Decoder(folder, device="cpu", max_seq_len=512, **asked)
+    assert decoder.plan == "FFPPPPPP"
+    assert decoder.plan_source == "safe: every layer chooses for itself"
+    assert decoder.config.shadow == asked.get("shadow", "int4")
+    (record,) = caplog.records
+    assert "every layer chooses for itself (FFPPPPPP)" in record.getMessage()
+    assert "tidaldecode calibrate MODEL_DIR" in record.getMessage()
+
+
+def test_a_token_budget_alone_asks_for_sparse_steps(folder: Path, planned: Path):
+    asked = DecodeConfig(token_budget=64)
+    assert choose_plan(asked, "auto", read_model_folder(folder)).is_safe
+    assert not choose_plan(asked, "auto", read_model_folder(planned)).is_safe
+    assert choose_plan(asked, "full", read_model_folder(folder)) is None
+
+
+def test_a_model_too_small_to_choose_for_itself_is_refused(tmp_path: Path):
+    folder = read_model_folder(write_checkpoint(tmp_path, TinyModel(num_layers=2)))
+    with pytest.raises(ConfigError, match="a model of 2 layers has none to choose by itself"):
+        choose_plan(DecodeConfig(token_budget=64), "auto", folder)
 
 
 @pytest.mark.parametrize(

@@ -153,11 +153,11 @@ def test_a_changed_plan_leaves_the_dense_results(tmp_path: Path, own: Path, caps
     assert "plan FFS" in capsys.readouterr().out
 
 
-def test_without_a_plan_dense_runs_alone(run, own: Path):
+def test_without_a_plan_every_layer_chooses_for_itself(run, own: Path):
     code, out, err = run("--prompts", str(own))
     assert code == 0
-    assert "tidal" not in out.partition("\n")[2].partition("Report")[0]
-    assert err.startswith("note: no tidal run") and err.count("\n") == 1
+    assert "plan FFP" in out
+    assert err.startswith("note: there is no plan") and err.count("\n") == 1
     assert err.count("tidaldecode calibrate MODEL_DIR") == 1 and "select_layers=" not in err
 
 

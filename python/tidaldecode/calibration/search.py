@@ -1,11 +1,11 @@
 """From plan to plan: layers that choose are taken away, then everything else is settled, in stages.
 
 Called by command.py. It begins with a plan in which every layer scores the shadows of all keys and
-chooses for itself, which loses next to nothing, and takes away what costs least: a layer that does not choose
-reads the set in front of it. (The pattern of IndexCache, arXiv 2603.12201, the other way round:
-adding layers to a plan of few finds what is less bad, not what is good.) In each round all layers
-are ranked on a few questions, and as many as are nearly free go together; what is left is measured
-on everything. So there is a plan for every number of bytes.
+chooses for itself, which loses next to nothing, and takes away what costs least: a layer that does
+not choose reads the set in front of it. (The pattern of IndexCache, arXiv 2603.12201, the other way
+round: adding layers to a plan of few finds what is less bad, not what is good.) In each round all
+layers are ranked on a few questions, and as many as are nearly free go together; what is left is
+measured on everything. So there is a plan for every number of bytes.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     print_whole(console, table)
     console.print(
         "*: chosen. Layers: F dense, S dense and choosing, P choosing by shadows of its keys, s "
-        "sparse. KV MB: of keys and values a step reads; share: of dense; loss: nats a token over dense, of "
-        "text and of answers, and one for all answers lost; same: answers as dense, %",
+        "sparse. KV MB: of keys and values a step reads; share: of dense; loss: nats a token over "
+        "dense, of text and of answers, and one for all answers lost; same: answers as dense, %",
         highlight=False,
     )
 

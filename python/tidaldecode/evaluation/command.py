@@ -373,16 +373,15 @@ def _look(work: Run, examples: Sequence[Example], bars: Bars) -> AttentionReport
 def _settings(
     folder: ModelFolder, tidal: Sequence[str] | None, quest: Sequence[str] | None, asked: Asked
 ) -> list[Setting]:
-    """Dense first, then what was asked for, else the model's plan; presets come behind."""
+    """Dense first, then what was asked for, else the model's plan or the safe one; then presets."""
     paged = [quest_setting(text) for text in quest or []]
     if tidal is None and asked.compare is None:
         tidal = [""]
         if find_plan(folder) is None:
             print_note(
-                f"no tidal run: there is no plan for this model; {HOW_TO_CHOOSE}, or say with "
-                "--tidal what is to be compared"
+                "there is no plan for this model, so every layer chooses for itself; "
+                f"{HOW_TO_CHOOSE}, or say with --tidal what is to be compared"
             )
-            tidal = []
     settings = [dense_setting(), *(tidal_setting(text) for text in tidal or []), *paged]
     check_names(settings)
     return settings

@@ -19,7 +19,7 @@ from tidaldecode.errors import InvalidArgument, UnsupportedError, show
 from tidaldecode.evaluation.quest import page_bytes_per_step
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plan_bytes import kv_bytes_per_step, most_positions
-from tidaldecode.plans import HOW_TO_CHOOSE, Plan, find_plan
+from tidaldecode.plans import FIRST_SAFE_LAYER, HOW_TO_CHOOSE, Plan, find_plan, safe_config
 from tidaldecode.published_plans import find_published
 
 PRESETS = "presets"
@@ -30,7 +30,6 @@ QUEST_CONTEXT = 4096
 QUEST_PARAMETERS = 10**9
 _PAGE_SIZE = 16
 _LEAST_LAYERS = 3
-_FIRST = 2  # layers that are dense wherever no plan says otherwise
 _SINKS = 4  # as in StreamingLLM and LessIsMore
 _CLOSE = 0.01  # bytes are equal within it
 
@@ -151,7 +150,8 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
     """The presets of a model, the yardstick first."""
     num_layers = folder.model.num_layers
     chosen = _select_layers(folder, own)
-    scored = {"scored_layers": tuple(range(_FIRST, num_layers))}
+    safe = safe_config(num_layers)
+    scored = {"scored_layers": safe.scored_layers, "shadow": safe.shadow}
     select = {"select_layers": chosen}
     presets = [
         _Preset(name="all-P", options=lambda k: scored | _sets("layer", k, 1, k // 4)),
@@ -166,7 +166,9 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
         # All positions are forced, so what the select layer would choose is not asked.
         _Preset(
             name="streaming",
-            options=lambda k: {"select_layers": (_FIRST,)} | _sets("layer", k, _SINKS, k - _SINKS),
+            options=lambda k: (
+                {"select_layers": (FIRST_SAFE_LAYER,)} | _sets("layer", k, _SINKS, k - _SINKS)
+            ),
         ),
     ]
     if own is not None:
@@ -215,7 +217,7 @@ def _select_layers(folder: ModelFolder, own: Plan | None) -> tuple[int, ...]:
     published = find_published(folder)
     if published is not None and published[0].select_layers:
         return published[0].select_layers
-    return tuple(sorted({_FIRST, max(_FIRST, folder.model.num_layers // 2)}))
+    return tuple(sorted({FIRST_SAFE_LAYER, max(FIRST_SAFE_LAYER, folder.model.num_layers // 2)}))
 
 
 def _why_no_quest(folder: ModelFolder) -> str | None:
