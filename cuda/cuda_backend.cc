@@ -89,6 +89,11 @@ void CheckSameDType(const char* op, std::initializer_list<const TensorView*> ten
   }
 }
 
+void CheckShadowScores(const char* op, const TensorView& scores) {
+  TIDAL_CHECK(scores.dtype == DType::kFloat16, UnsupportedError, op,
+              ": scores: ", DTypeName(scores.dtype), " with a shadow on CUDA; expected float16");
+}
+
 void CheckSameDType(const char* op, const AttentionArgs& args) {
   CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
 }
@@ -207,8 +212,9 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
   bytes.attention = AttentionScratchBytes(model.head_dim, num_sms_);
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
-    bytes.selection = SelectTopKScratchBytes(limits.granularity, limits.max_batch_size, num_sets,
-                                             limits.max_seq_len);
+    DType scores = limits.shadow == Shadow::kNone ? DType::kFloat32 : shadow_score_dtype();
+    bytes.selection = SelectTopKScratchBytes(PoolsFirst(limits.granularity, scores),
+                                             limits.max_batch_size, num_sets, limits.max_seq_len);
   }
   return bytes;
 }
@@ -377,6 +383,7 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   Check(args);
   CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
   if (args.shadow.codes) {
+    CheckShadowScores("score_keys", args.scores);
     LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q), attention_reads_, stream());
   } else {
     LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
@@ -389,8 +396,9 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Enter();
   Check(args);
-  int64_t bytes = SelectTopKScratchBytes(args.granularity, args.token_idx.dim(0),
-                                         args.token_idx.dim(1), args.scores.dim(2));
+  int64_t bytes =
+      SelectTopKScratchBytes(PoolsFirst(args.granularity, args.scores.dtype), args.token_idx.dim(0),
+                             args.token_idx.dim(1), args.scores.dim(2));
   LaunchSelectTopK(args, Grow(select_scratch_, bytes, kSelectionPurpose), stream());
   AllowEarlyReads(false);  // it writes sets
 }
@@ -480,6 +488,7 @@ void CudaBackend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
   Check(args);
   const ScoreKeysArgs& score = args.score;
   CheckSameDType("append_shadow_score_keys", {&score.q, &score.kv.k_pages});
+  CheckShadowScores("append_shadow_score_keys", score.scores);
   LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q), attention_reads_, stream());
   AllowEarlyReads(score.q.dim(0) > 0);  // as after ScoreKeys
 }

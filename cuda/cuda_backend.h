@@ -31,6 +31,8 @@ class CudaBackend final : public Backend {
 
   BackendInfo info() const override;
   DType activation_dtype(DType weight_dtype) const override;
+  // Codes of 4 bits are worth no more, and float32 would be a quarter of the traffic.
+  DType shadow_score_dtype() const override { return DType::kFloat16; }
   int64_t SparseMinContext(int64_t token_budget) const override;
 
   BackendMemory PlanReserve(const StepLimits& limits) const override;

@@ -38,7 +38,7 @@ std::vector<Row> Rows() {
 struct Inputs {
   std::vector<PagedKv> caches;
   std::vector<ShadowKeys> shadows;
-  TensorView q, out, scores, lse, positions, seq_idx;
+  TensorView q, out, scores, shadow_scores, lse, positions, seq_idx;
   TensorView token_idx, num_selected;
 };
 
@@ -82,6 +82,7 @@ Inputs MakeInputs(BenchDevice& bench, const Row& row, int64_t num_caches) {
   in.q = bench.RandomHalf({b, kQHeads, kHeadDim});
   in.out = bench.Tensor(kDType, {b, kQHeads, kHeadDim});
   in.scores = bench.Tensor(DType::kFloat32, {b, kQHeads, row.seq_len});
+  in.shadow_scores = bench.Tensor(bench.backend().shadow_score_dtype(), {b, kQHeads, row.seq_len});
   in.lse = bench.Tensor(DType::kFloat32, {b, kQHeads});
   in.positions = bench.Ints(newest, {b});
   in.seq_idx = bench.Ints(seq_idx, {b});
@@ -106,8 +107,8 @@ class Layer {
                                     .score = ScoreArgs(cache, in_.shadows[cache])});
   }
 
-  void Select() const {
-    backend_.SelectTopK({.scores = in_.scores,
+  void Select(const TensorView& scores) const {
+    backend_.SelectTopK({.scores = scores,
                          .lse = in_.lse,
                          .seq_lens = in_.caches[0].seq_lens,
                          .num_kv_heads = kKvHeads,
@@ -138,7 +139,7 @@ class Layer {
             .kv = in_.caches[cache],
             .shadow = shadow,
             .sm_scale = kScale,
-            .scores = in_.scores,
+            .scores = shadow.codes ? in_.shadow_scores : in_.scores,
             .lse = in_.lse};
   }
 
@@ -147,18 +148,18 @@ class Layer {
   const Inputs& in_;
 };
 
-std::function<void(size_t)> OpOf(const Row& row, const Layer& layer) {
+std::function<void(size_t)> OpOf(const Row& row, const Layer& layer, const Inputs& in) {
   if (row.op == "score_shadow") return [&](size_t i) { layer.ScoreShadow(i); };
   if (row.op == "scored_layer") {
     return [&](size_t i) {
       layer.Score(i);
-      layer.Select();
+      layer.Select(in.scores);
       layer.Attend(i);
     };
   }
   return [&](size_t i) {
     layer.ScoreShadow(i);
-    layer.Select();
+    layer.Select(in.shadow_scores);
     layer.Attend(i);
   };
 }
@@ -178,7 +179,7 @@ void Measure(BenchDevice& bench, const Row& row) {
   const Inputs in = MakeInputs(bench, row, num_caches);
   const Layer layer(bench.backend(), row, in);
   layer.ScoreShadow(0);  // real scores, whatever is measured
-  const std::function<void(size_t)> op = OpOf(row, layer);
+  const std::function<void(size_t)> op = OpOf(row, layer, in);
   auto step = [&] {
     for (size_t i = 0; i < static_cast<size_t>(num_caches); ++i) op(i);
   };

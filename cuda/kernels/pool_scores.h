@@ -1,5 +1,5 @@
-// The keys that positions are ranked by, of sets that many query heads share: pooled by all
-// processors, before a cluster of blocks a set chooses among them (select_top_k.cu).
+// The keys that positions are ranked by, pooled by all processors before a cluster of blocks a set
+// chooses among them (select_top_k.cu): of one set for all heads, and of scores of 16 bits.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -14,9 +14,10 @@ constexpr float kLog2E = 1.44269504f;
 // kPooledKeys: keys that were made before (pool_scores.h).
 enum class KeySource { kRawScores, kSumOfWeights, kMaxOfWeights, kPooledKeys };
 
-// The scores of one set.
+// The scores of one set. Score: float, or __half (of shadow keys).
+template <typename Score>
 struct SetScores {
-  const float* scores;  // [num_heads, max_len]
+  const Score* scores;  // [num_heads, max_len]
   const float* lse;     // [num_heads]
   int64_t max_len;
   int num_heads;
@@ -43,10 +44,12 @@ __device__ __forceinline__ float Pool(float pooled, float score, float log2_lse)
 }
 
 // What the kWidth positions from `position` on are ranked by.
-template <KeySource kSource, int kWidth>
-__device__ __forceinline__ Scores<kWidth> PoolHeads(const SetScores& set, int64_t position) {
+template <KeySource kSource, int kWidth, typename Score>
+__device__ __forceinline__ Scores<kWidth> PoolHeads(const SetScores<Score>& set, int64_t position) {
   auto load = [&](int head) {
-    return *reinterpret_cast<const Scores<kWidth>*>(set.scores + head * set.max_len + position);
+    Scores<kWidth> scores;
+    LoadFloats<kWidth>(set.scores + head * set.max_len + position, scores.elements);
+    return scores;
   };
   if constexpr (kSource == KeySource::kRawScores) {
     return load(0);

@@ -7,7 +7,7 @@
 // lane (g, t) = (lane / 4, lane % 4) has the t-th part of the codes of tokens 4 g to 4 g + 3 of 32,
 // which lie in one page, a word of it for each mma: the low halves of its bytes are four dims of
 // the first 16 columns of A, the high halves four of the others. It receives the scores of these
-// four tokens for heads 2 t and 2 t + 1, which is a store of 16 bytes each.
+// four tokens for heads 2 t and 2 t + 1, which is a store of 8 bytes each.
 #include "kernels/score_shadow.h"
 
 #include <limits>
@@ -18,7 +18,6 @@
 #include "common/merge_splits.cuh"
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
-#include "common/score_writer.cuh"
 #include "common/shadow_code.cuh"
 
 namespace tidal {
@@ -30,6 +29,13 @@ constexpr int kQuad = 4;                            // adjacent tokens of a lane
 constexpr int kShadowTile = kWarpSize / 4 * kQuad;  // tokens that a warp takes at a time
 constexpr int kShadowBlockTile = kShadowWarps * kShadowTile;
 static_assert(kDecodeWarpTile % kQuad == 0, "splits begin where a quad does");
+
+// Where scores go.
+struct HalfRows {
+  __half* first;  // [B, Hq, row_length]
+  int64_t row_length;
+  bool are_aligned;  // four scores of a quad in one store
+};
 
 template <typename T>
 struct ScoreShadowParams {
@@ -43,7 +49,7 @@ struct ScoreShadowParams {
   NewestShadow newest;
   CacheReads reads;
   PartialResults partials;
-  ScoreRows scores;
+  HalfRows scores;
   LseOutput output;
 };
 
@@ -135,7 +141,9 @@ class ShadowWarp {
       }
       product = __reduce_add_sync(kFullWarp, product) - kShadowCodeBias * query.sum;
       float score = ScoreOf(product, __half2float(key.scale), query.factor);
-      if (lane_ == 0) scores_[head * params_.scores.row_length + position] = score;
+      if (lane_ == 0) {
+        scores_[head * params_.scores.row_length + position] = __float2half_rn(score);
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (lane_ * 2 + i == head) CountIn(i, {score});
@@ -255,15 +263,15 @@ class ShadowWarp {
   __device__ __forceinline__ void Store(int head, const float (&scores)[kQuad], int token,
                                         bool is_whole) const {
     if (head >= params_.group_size) return;
-    float* target = scores_ + head * params_.scores.row_length + token;
+    __half* target = scores_ + head * params_.scores.row_length + token;
     if (is_whole && params_.scores.are_aligned) {
-      __stcg(reinterpret_cast<float4*>(target),
-             make_float4(scores[0], scores[1], scores[2], scores[3]));
+      uint2 four = {PackPair<__half>(scores[0], scores[1]), PackPair<__half>(scores[2], scores[3])};
+      __stcg(reinterpret_cast<uint2*>(target), four);
       return;
     }
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      if (token + j < end_) target[j] = scores[j];
+      if (token + j < end_) target[j] = __float2half_rn(scores[j]);
     }
   }
 
@@ -287,9 +295,9 @@ class ShadowWarp {
   int kv_head_;
   int lane_;
   int warp_;
-  int first_ = 0;  // of this lane's tokens
-  int end_ = 0;    // of the block's
-  float* scores_;  // of the block's first head
+  int first_ = 0;   // of this lane's tokens
+  int end_ = 0;     // of the block's
+  __half* scores_;  // of the block's first head
   uint64_t policy_ = EvictFirstPolicy();
   uint32_t query_[kWords][2];
   int bias_[2];      // of the products of this lane's heads, negated
@@ -364,7 +372,9 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
       .newest = newest,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
-      .scores = MakeScoreRows(args.scores),
+      .scores = {.first = static_cast<__half*>(args.scores.ptr),
+                 .row_length = args.scores.dim(2),
+                 .are_aligned = IsVectorizable(args.scores, args.scores.dim(2), kQuad)},
       .output = {.lse = args.lse.data<float>()}};
   dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, ScoreShadowKernel<T, kHeadDim>, {.grid = grid, .block = kShadowThreads},

@@ -3,8 +3,8 @@
 //
 // A cluster of blocks per set, one slice of the set's positions per block:
 // 1. MakeKeys reads the slice's scores once and pools them to order-preserving 32-bit keys in
-//    shared memory (granularity kHead: the scores themselves are ordered; kLayer: the keys have
-//    been made before, by all processors, pool_scores.h).
+//    shared memory (granularity kHead: the scores themselves are ordered). Where PoolsFirst, the
+//    keys have been made before, by all processors (pool_scores.h).
 // 2. A radix search (radix_select.cuh) finds the key of the last position that still fits: its
 //    first digit over all keys of the cluster; the others, if the keys that have that digit are
 //    few, in the lists of those keys that every block makes (MakeCandidates), without barriers of
@@ -149,7 +149,7 @@ __device__ __forceinline__ uint32_t KeyOf(uint32_t key) {
 // Makes the slice's keys, kWidth at a time, and calls add(key, 1) for those that compete. `pooled`:
 // the set's keys, if they have been made before.
 template <KeySource kSource, int kWidth, typename Add>
-__device__ __forceinline__ void MakeKeys(const SetScores& set, const uint32_t* pooled,
+__device__ __forceinline__ void MakeKeys(const SetScores<float>& set, const uint32_t* pooled,
                                          const Slice& slice, uint32_t* keys, Add&& add) {
   constexpr bool kIsOneLoad = kSource == KeySource::kRawScores || kSource == KeySource::kPooledKeys;
   auto load = [&](int vector) {
@@ -390,10 +390,10 @@ __global__ void __launch_bounds__(kRadixThreads, kBlocksPerSm)
     if constexpr (!kKeysInShared) {
       keys = p.keys + (set * cluster.size() + cluster.rank()) * p.slice_capacity;
     }
-    SetScores scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
-                        .lse = p.lse + set * p.heads_per_set,
-                        .max_len = p.max_len,
-                        .num_heads = p.heads_per_set};
+    SetScores<float> scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
+                               .lse = p.lse + set * p.heads_per_set,
+                               .max_len = p.max_len,
+                               .num_heads = p.heads_per_set};
     const uint32_t* pooled = p.pooled + set * p.max_len;
     auto make_keys = [&](auto&& add) {
       if (p.vectorized) {
@@ -438,15 +438,14 @@ int64_t SliceCapacity(int64_t max_len, int64_t cluster_size) {
 }
 
 // Of the keys that are made before the selection, in scratch; those of the slices come after them.
-int64_t PooledBytes(Granularity granularity, int64_t batch_size, int64_t max_len) {
-  if (granularity != Granularity::kLayer) return 0;
+int64_t PooledBytes(int64_t batch_size, int64_t num_sets, int64_t max_len) {
   constexpr int64_t kAlignment = 256;
-  return CeilDiv(Product({batch_size, max_len, kKeyBytes}), kAlignment) * kAlignment;
+  return CeilDiv(Product({batch_size, num_sets, max_len, kKeyBytes}), kAlignment) * kAlignment;
 }
 
 KeySource SourceOf(const SelectTopKArgs& args) {
+  if (PoolsFirst(args.granularity, args.scores.dtype)) return KeySource::kPooledKeys;
   if (args.granularity == Granularity::kHead) return KeySource::kRawScores;
-  if (args.granularity == Granularity::kLayer) return KeySource::kPooledKeys;
   return args.pooling == Pooling::kSum ? KeySource::kSumOfWeights : KeySource::kMaxOfWeights;
 }
 
@@ -473,9 +472,13 @@ SelectLaunch PlanLaunch(KeySource source, int64_t num_sets_in_all, int64_t max_l
 
 }  // namespace
 
-int64_t SelectTopKScratchBytes(Granularity granularity, int64_t batch_size, int64_t num_sets,
+bool PoolsFirst(Granularity granularity, DType score_dtype) {
+  return granularity == Granularity::kLayer || score_dtype == DType::kFloat16;
+}
+
+int64_t SelectTopKScratchBytes(bool pools_first, int64_t batch_size, int64_t num_sets,
                                int64_t max_len) {
-  int64_t bytes = PooledBytes(granularity, batch_size, max_len);
+  int64_t bytes = pools_first ? PooledBytes(batch_size, num_sets, max_len) : 0;
   SelectLaunch launch = PlanLaunch(KeySource::kSumOfWeights, batch_size * num_sets, max_len);
   if (launch.shared_bytes > 0) return bytes;
   // Room for any cluster size.
@@ -487,25 +490,26 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
   int64_t batch_size = args.token_idx.dim(0), num_sets = args.token_idx.dim(1);
   if (batch_size == 0) return;
   SelectParams p = {};
-  p.scores = args.scores.data<float>();
+  KeySource source = SourceOf(args);
+  p.max_len = args.scores.dim(2);
   p.lse = args.lse.data<float>();
   p.seq_lens = args.seq_lens.data<int32_t>();
-  p.pooled = static_cast<uint32_t*>(scratch);
-  p.keys = reinterpret_cast<uint32_t*>(
-      static_cast<char*>(scratch) + PooledBytes(args.granularity, batch_size, args.scores.dim(2)));
+  p.keys = static_cast<uint32_t*>(scratch);
+  if (source == KeySource::kPooledKeys) {
+    p.pooled = p.keys;
+    p.keys += PooledBytes(batch_size, num_sets, p.max_len) / kKeyBytes;
+    LaunchPoolScores(args, static_cast<uint32_t*>(scratch), stream);
+  } else {
+    p.scores = args.scores.data<float>();
+  }
   p.token_idx = args.token_idx.data<int32_t>();
   p.num_selected = args.num_selected.data<int32_t>();
-  p.max_len = args.scores.dim(2);
   p.vectorized = IsVectorizable(args.scores, p.max_len, kVec);
   p.heads_per_set = static_cast<int>(args.scores.dim(1) / num_sets);
   p.token_budget = static_cast<int>(args.token_idx.dim(2));
   p.sink_tokens = static_cast<int>(args.sink_tokens);
   p.recent_tokens = static_cast<int>(args.recent_tokens);
 
-  KeySource source = SourceOf(args);
-  if (source == KeySource::kPooledKeys) {
-    LaunchPoolScores(args, static_cast<uint32_t*>(scratch), stream);
-  }
   SelectLaunch launch = PlanLaunch(source, batch_size * num_sets, p.max_len);
   p.slice_capacity = SliceCapacity(p.max_len, launch.cluster_size);
   LaunchShape shape = {.grid = dim3(launch.cluster_size, static_cast<unsigned>(num_sets),
@@ -514,7 +518,7 @@ void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t st
                        .shared_bytes = static_cast<size_t>(launch.shared_bytes),
                        .cluster_size = launch.cluster_size};
   LaunchOverlapped("select_top_k", launch.kernel, shape, stream, p);
-  if (args.top_p_mass < 1.0f) LaunchTrimToMass(args, stream);
+  if (args.top_p_mass < 1.0f) LaunchTrimToMass(args, p.pooled, stream);
 }
 
 }  // namespace tidal

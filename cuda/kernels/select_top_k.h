@@ -7,10 +7,13 @@
 
 namespace tidal {
 
-// Scratch for LaunchSelectTopK on the current device: with one set for all heads their pooled
-// scores, and the keys of rows that are too long for the shared memory of a cluster of blocks.
-// Grows with the numbers.
-int64_t SelectTopKScratchBytes(Granularity granularity, int64_t batch_size, int64_t num_sets,
+// Whether the keys that positions are ranked by are made before, in scratch: of one set for all
+// heads, and of scores of 16 bits.
+bool PoolsFirst(Granularity granularity, DType score_dtype);
+
+// Scratch for LaunchSelectTopK on the current device: the keys, if they are made before, and those
+// of rows that are too long for the shared memory of a cluster of blocks. Grows with the numbers.
+int64_t SelectTopKScratchBytes(bool pools_first, int64_t batch_size, int64_t num_sets,
                                int64_t max_len);
 
 // `scratch`: SelectTopKScratchBytes bytes of device memory.

@@ -24,6 +24,7 @@ constexpr int64_t kMaxCachedKeys = 16384;
 
 struct TrimParams {
   const float* scores;      // [B, num_q_heads, max_len]
+  const uint32_t* pooled;   // [B, num_sets, max_len]: the keys, if they were made before; or null
   const float* lse;         // [B, num_q_heads]
   const int32_t* seq_lens;  // [B]
   int32_t* token_idx;       // [B, num_sets, token_budget]
@@ -50,9 +51,10 @@ struct TrimShared {
 template <KeySource kSource>
 class BestPositions {
  public:
-  __device__ BestPositions(const SetScores& scores, const int32_t* token_idx, uint32_t* cached_keys,
-                           int num_cached)
+  __device__ BestPositions(const SetScores<float>& scores, const uint32_t* pooled,
+                           const int32_t* token_idx, uint32_t* cached_keys, int num_cached)
       : scores_(scores),
+        pooled_(pooled),
         token_idx_(token_idx),
         cached_keys_(cached_keys),
         num_cached_(num_cached),
@@ -75,10 +77,12 @@ class BestPositions {
 
  private:
   __device__ uint32_t MakeKey(int i) const {
+    if (pooled_ != nullptr) return pooled_[token_idx_[i]];
     return OrderedKey(PoolHeads<kSource, 1>(scores_, token_idx_[i]).elements[0]);
   }
 
-  SetScores scores_;
+  SetScores<float> scores_;
+  const uint32_t* pooled_;
   const int32_t* token_idx_;
   uint32_t* cached_keys_;
   int num_cached_;
@@ -173,12 +177,13 @@ __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimP
   int count = min(num_tokens, p.token_budget);
   if (count <= p.min_tokens) return;
   int32_t* token_idx = p.token_idx + set * p.token_budget;
-  SetScores scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
-                      .lse = p.lse + set * p.heads_per_set,
-                      .max_len = p.max_len,
-                      .num_heads = p.heads_per_set};
-  BestPositions<kSource> best(scores, token_idx, reinterpret_cast<uint32_t*>(dynamic_shared),
-                              p.num_cached_keys);
+  SetScores<float> scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
+                             .lse = p.lse + set * p.heads_per_set,
+                             .max_len = p.max_len,
+                             .num_heads = p.heads_per_set};
+  const uint32_t* pooled = p.pooled == nullptr ? nullptr : p.pooled + set * p.max_len;
+  BestPositions<kSource> best(scores, pooled, token_idx,
+                              reinterpret_cast<uint32_t*>(dynamic_shared), p.num_cached_keys);
   best.CacheKeys(count);
   int begin = p.sink_tokens, end = count - p.recent_tokens;
   Mass forced = 0, others = 0;
@@ -198,11 +203,12 @@ __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimP
 
 }  // namespace
 
-void LaunchTrimToMass(const SelectTopKArgs& args, cudaStream_t stream) {
+void LaunchTrimToMass(const SelectTopKArgs& args, const uint32_t* pooled, cudaStream_t stream) {
   int64_t batch_size = args.token_idx.dim(0), num_sets = args.token_idx.dim(1);
   int64_t token_budget = args.token_idx.dim(2);
   TrimParams p = {};
-  p.scores = args.scores.data<float>();
+  p.scores = pooled == nullptr ? args.scores.data<float>() : nullptr;
+  p.pooled = pooled;
   p.lse = args.lse.data<float>();
   p.seq_lens = args.seq_lens.data<int32_t>();
   p.token_idx = args.token_idx.data<int32_t>();

@@ -8,7 +8,8 @@
 
 namespace tidal {
 
-// After the best token_budget positions of each set were written to args.token_idx.
-void LaunchTrimToMass(const SelectTopKArgs& args, cudaStream_t stream);
+// After the best token_budget positions of each set were written to args.token_idx. `pooled`
+// [B, num_sets, max_len]: the keys, if they were made before (PoolsFirst), or null.
+void LaunchTrimToMass(const SelectTopKArgs& args, const uint32_t* pooled, cudaStream_t stream);
 
 }  // namespace tidal

@@ -100,10 +100,7 @@ class OpSelectTopK : public OpTest<SelectShape> {
             .pooling = shape().pooling};
   }
 
-  // Runs the op and compares token_idx, padding included, and num_selected with the reference.
-  void RunAndCheck(const Problem& problem) {
-    const int64_t rows = static_cast<int64_t>(problem.seq_lens.size());
-    const int64_t num_sets = NumSets(shape().granularity, kNumQHeads, kNumKvHeads);
+  void OpenFor(const Problem& problem) {
     StepLimits limits = SmallLimits(dtype());
     limits.model.num_q_heads = kNumQHeads;
     limits.model.num_kv_heads = kNumKvHeads;
@@ -111,10 +108,16 @@ class OpSelectTopK : public OpTest<SelectShape> {
     limits.token_budget = problem.token_budget;
     limits.granularity = shape().granularity;
     Open(GetParam().on, limits);
+  }
+
+  // Runs the op; its outputs are in what is returned.
+  SelectTopKArgs RunOp(const Problem& problem, DType score_dtype = DType::kFloat32) {
+    const int64_t rows = static_cast<int64_t>(problem.seq_lens.size());
+    const int64_t num_sets = NumSets(shape().granularity, kNumQHeads, kNumKvHeads);
     const Shape scores_shape = {rows, kNumQHeads, problem.max_len()};
     SelectTopKArgs args;
     args.scores =
-        Put(Values(problem.scores.begin(), problem.scores.end()), DType::kFloat32, scores_shape);
+        Put(Values(problem.scores.begin(), problem.scores.end()), score_dtype, scores_shape);
     args.lse =
         Put(Values(problem.lse.begin(), problem.lse.end()), DType::kFloat32, {rows, kNumQHeads});
     args.seq_lens = PutInts(problem.seq_lens, {rows});
@@ -129,7 +132,15 @@ class OpSelectTopK : public OpTest<SelectShape> {
                              {rows, num_sets, problem.token_budget});
     args.num_selected = Output(DType::kInt32, {rows, num_sets});
     backend().SelectTopK(args);
+    return args;
+  }
 
+  // Runs the op and compares token_idx, padding included, and num_selected with the reference.
+  void RunAndCheck(const Problem& problem) {
+    const int64_t rows = static_cast<int64_t>(problem.seq_lens.size());
+    const int64_t num_sets = NumSets(shape().granularity, kNumQHeads, kNumKvHeads);
+    OpenFor(problem);
+    const SelectTopKArgs args = RunOp(problem);
     const Ints got = GetInts(args.token_idx), num_selected = GetInts(args.num_selected);
     for (int64_t b = 0; b < rows; ++b) {
       const auto sets = reference::SelectTopK(RowProblem(problem, static_cast<size_t>(b)));
@@ -150,6 +161,28 @@ TEST_P(OpSelectTopK, TakesTheBestOfRandomScores) {
   Problem problem{.seq_lens = {1, 63, 64, 65, 500, 5000, 0, 2048}};
   FillSeparated(problem);
   RunAndCheck(problem);
+}
+
+// Scores as a shadow gives them.
+TEST_P(OpSelectTopK, ScoresOfAShadowChooseAlike) {
+  for (float top_p_mass : {1.0f, 0.8f}) {
+    if (top_p_mass < 1.0f && shape().pooling == Pooling::kMax) continue;
+    SCOPED_TRACE(top_p_mass);
+    Problem problem{.seq_lens = {1, 64, 65, 500, 5000, 0, 2048},
+                    .sink_tokens = 2,
+                    .recent_tokens = 3,
+                    .top_p_mass = top_p_mass,
+                    .min_tokens = 8};
+    FillSeparated(problem);
+    OpenFor(problem);
+    const DType score_dtype = backend().shadow_score_dtype();
+    for (float& score : problem.scores) {
+      score = static_cast<float>(Rounded({score}, score_dtype)[0]);
+    }
+    const SelectTopKArgs want = RunOp(problem), got = RunOp(problem, score_dtype);
+    EXPECT_EQ(GetInts(got.token_idx), GetInts(want.token_idx));
+    EXPECT_EQ(GetInts(got.num_selected), GetInts(want.num_selected));
+  }
 }
 
 TEST_P(OpSelectTopK, BudgetThatCoversTheRowTakesEverything) {

@@ -43,6 +43,7 @@ class OpShadow : public AttentionTest {
     q_ = random_.Normal(rows() * shape().num_q_heads * dim(), act(), 1.0);
   }
 
+  DType score_dtype() { return backend().shadow_score_dtype(); }
   int64_t rows() const { return static_cast<int64_t>(seq_lens_.size()); }
   int64_t heads() const { return shape().num_kv_heads; }
   int64_t dim() const { return shape().head_dim; }
@@ -77,7 +78,8 @@ class OpShadow : public AttentionTest {
             .kv = kv,
             .shadow = shadow,
             .sm_scale = static_cast<float>(sm_scale()),
-            .scores = Output(DType::kFloat32, {rows(), shape().num_q_heads, kMaxLen}),
+            .scores = Output(shadow.codes ? score_dtype() : DType::kFloat32,
+                             {rows(), shape().num_q_heads, kMaxLen}),
             .lse = Output(DType::kFloat32, {rows(), shape().num_q_heads})};
   }
 
@@ -176,7 +178,8 @@ TEST_P(OpShadow, HasTheBitsOfTheRule) {
           const float factor = query.factor * args.sm_scale;
           const float score = static_cast<float>(product) * (ToFloat(scale) * factor);
           const int64_t row = b * shape().num_q_heads + head * group + i;
-          ASSERT_EQ(scores[row * kMaxLen + t], score) << b << " " << t << " head " << i;
+          ASSERT_EQ(scores[row * kMaxLen + t], Rounded({score}, score_dtype())[0])
+              << b << " " << t << " head " << i;
         }
       }
     }
@@ -200,7 +203,7 @@ TEST_P(OpShadow, TheNewestTokenIsAppendedAndScoredInOne) {
                                    .score = both});
   EXPECT_EQ(GetBytes(both.shadow.codes), GetBytes(apart.shadow.codes));
   EXPECT_EQ(GetBytes(both.shadow.scales), GetBytes(apart.shadow.scales));
-  EXPECT_TRUE(SameBits(GetBytes(both.scores), GetBytes(apart.scores), 4));
+  EXPECT_TRUE(SameBits(GetBytes(both.scores), GetBytes(apart.scores), DTypeBytes(score_dtype())));
   EXPECT_TRUE(Close(Get(both.lse), Get(apart.lse), {.abs = 1e-5, .rel = 1e-6}));
 }
 
@@ -234,7 +237,8 @@ TEST_P(OpShadow, ScoresAreThoseOfTheCodesToTheQuerysRounding) {
           magnitude += std::abs(code) * scales[slot];
         }
         // Each dim of the query is off by half a step of 1/127 of its largest, at most.
-        const double bound = 0.51 / 127.0 * largest * magnitude + 1e-5;
+        const double bound = 0.51 / 127.0 * largest * magnitude + 1e-5 +
+                             (score_dtype() == DType::kFloat16 ? 5e-4 * std::fabs(want) : 0.0);
         ASSERT_LE(std::fabs(scores[first + t] - sm_scale() * want), sm_scale() * bound)
             << "row " << b << ", head " << head << ", token " << t;
         sum += std::exp(scores[first + t]);
@@ -292,7 +296,7 @@ TEST_P(OpShadow, PageSizeDoesNotChangeBits) {
       scores = GetBytes(args.scores);
       lse = GetBytes(args.lse);
     }
-    EXPECT_TRUE(SameBits(GetBytes(args.scores), scores, 4));
+    EXPECT_TRUE(SameBits(GetBytes(args.scores), scores, DTypeBytes(score_dtype())));
     EXPECT_TRUE(SameBits(GetBytes(args.lse), lse, 4));
   }
 }

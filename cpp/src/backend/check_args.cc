@@ -119,6 +119,7 @@ class OpCheck {
   Kind& act() { return act_; }
   Kind& weight() { return weight_; }
   Kind& float32() { return float32_; }
+  Kind& scores() { return scores_; }
   Kind& int32() { return int32_; }
   Kind& uint8() { return uint8_; }
 
@@ -128,6 +129,7 @@ class OpCheck {
   Kind weight_{"weight", kFloats};
   Kind kv_{"kv", kFloats};
   Kind float32_{"float32", Bit(DType::kFloat32)};
+  Kind scores_{"scores", Bit(DType::kFloat32) | Bit(DType::kFloat16)};
   Kind int32_{"int32", Bit(DType::kInt32)};
   Kind uint8_{"uint8", Bit(DType::kUInt8)};
   Kind float16_{"float16", Bit(DType::kFloat16)};
@@ -165,9 +167,10 @@ void CheckSets(OpCheck& op, DecodeDims& dims, const TensorView& token_idx,
               " or 1");
 }
 
-void CheckScores(OpCheck& op, DecodeDims& dims, const TensorView& scores, const TensorView& lse) {
+void CheckScores(OpCheck& op, DecodeDims& dims, const TensorView& scores, Kind& kind,
+                 const TensorView& lse) {
   Dim max_len{"max_len"};
-  op.Tensor("scores", scores, {&dims.batch, &dims.num_q_heads, &max_len}, op.float32());
+  op.Tensor("scores", scores, {&dims.batch, &dims.num_q_heads, &max_len}, kind);
   op.Tensor("lse", lse, {&dims.batch, &dims.num_q_heads}, op.float32());
 }
 
@@ -256,7 +259,7 @@ void Check(const AttentionArgs& args, std::optional<DType> act) {
 void Check(const AttentionSelectArgs& args, std::optional<DType> act) {
   OpCheck op("AttentionSelect", act);
   DecodeDims dims = CheckDecode(op, args.attention);
-  CheckScores(op, dims, args.scores, args.lse);
+  CheckScores(op, dims, args.scores, op.float32(), args.lse);
 }
 
 void Check(const AppendShadowArgs& args, std::optional<DType> act) {
@@ -271,15 +274,16 @@ void Check(const AppendShadowArgs& args, std::optional<DType> act) {
 void Check(const ScoreKeysArgs& args, std::optional<DType> act) {
   OpCheck op("ScoreKeys", act);
   DecodeDims dims = CheckQuery(op, args.q, args.kv);
-  CheckScores(op, dims, args.scores, args.lse);
-  if (args.shadow.codes) op.Shadow(args.shadow, args.kv);
+  const bool has_shadow = static_cast<bool>(args.shadow.codes);
+  CheckScores(op, dims, args.scores, has_shadow ? op.scores() : op.float32(), args.lse);
+  if (has_shadow) op.Shadow(args.shadow, args.kv);
 }
 
 void Check(const SelectTopKArgs& args, std::optional<DType> act) {
   OpCheck op("SelectTopK", act);
   Dim batch{"B"}, num_q_heads{"Hq"}, num_kv_heads{"Hkv", args.num_kv_heads}, max_len{"max_len"};
   Dim token_budget{"token_budget"};
-  op.Tensor("scores", args.scores, {&batch, &num_q_heads, &max_len}, op.float32());
+  op.Tensor("scores", args.scores, {&batch, &num_q_heads, &max_len}, op.scores());
   op.Tensor("lse", args.lse, {&batch, &num_q_heads}, op.float32());
   op.Tensor("seq_lens", args.seq_lens, {&batch}, op.int32());
   op.Groups(num_q_heads, num_kv_heads);

@@ -16,6 +16,7 @@ class MemoryMeter : public Backend {
 
   BackendInfo info() const override { return measured_.info(); }
   DType activation_dtype(DType dtype) const override { return measured_.activation_dtype(dtype); }
+  DType shadow_score_dtype() const override { return measured_.shadow_score_dtype(); }
   int64_t SparseMinContext(int64_t token_budget) const override {
     return measured_.SparseMinContext(token_budget);
   }

@@ -128,8 +128,9 @@ struct ScoreKeysArgs {
   PagedKv kv;
   ShadowKeys shadow;  // or absent
   float sm_scale = 0.0f;
-  TensorView
-      scores;      // out [B, Hq, max_len] float32: sm_scale * q.k in [0, seq_len); the rest is left
+  // out [B, Hq, max_len]: sm_scale * q.k in [0, seq_len); the rest is left. float32, with a shadow
+  // the backend's shadow_score_dtype.
+  TensorView scores;
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
 };
 
@@ -143,7 +144,7 @@ struct ScoreKeysArgs {
 // min(min_tokens, n). Weights count in whole units of 2^-40 (core/mass.h), NaN and smaller ones as
 // 0, so the order of the sum does not matter.
 struct SelectTopKArgs {
-  TensorView scores;    // [B, Hq, max_len] float32
+  TensorView scores;    // [B, Hq, max_len] float32 or the backend's shadow_score_dtype
   TensorView lse;       // [B, Hq] float32
   TensorView seq_lens;  // [B] int32
   int64_t num_kv_heads = 0;

@@ -5,17 +5,17 @@ namespace tidal {
 namespace {
 
 // The scores of a scored layer: from its keys, or from their shadows.
-void Score(Backend& backend, const Selection& selection, const ShadowKeys* shadow,
+void Score(Backend& backend, const Selection& selection, int64_t ordinal, const ShadowKeys* shadow,
            const AttentionArgs& attention, const Pass& pass) {
   if (shadow == nullptr) {
-    backend.ScoreKeys(selection.ScoreArgs(attention));
+    backend.ScoreKeys(selection.ScoreArgs(ordinal, attention));
     return;
   }
   backend.AppendShadowScoreKeys({.append = {.kv = attention.kv,
                                             .positions = pass.positions,
                                             .seq_idx = pass.seq_idx,
                                             .shadow = *shadow},
-                                 .score = selection.ScoreArgs(attention, *shadow)});
+                                 .score = selection.ScoreArgs(ordinal, attention, *shadow)});
 }
 
 }  // namespace
@@ -38,12 +38,12 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const StepAtte
         break;
       case LayerKind::kSelect:
         ++ordinal;
-        backend.AttentionSelect(selection.SelectArgs(attention));
+        backend.AttentionSelect(selection.SelectArgs(ordinal, attention));
         backend.SelectTopK(selection.TopKArgs(ordinal, attention));
         break;
       case LayerKind::kScored:
         ++ordinal;
-        Score(backend, selection, shadow == nullptr ? nullptr : &shadow->Layer(num_scored),
+        Score(backend, selection, ordinal, shadow == nullptr ? nullptr : &shadow->Layer(num_scored),
               attention, pass);
         ++num_scored;
         backend.SelectTopK(selection.TopKArgs(ordinal, attention));

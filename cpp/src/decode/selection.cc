@@ -4,6 +4,7 @@
 #include <numeric>
 
 namespace tidal {
+
 Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan)
     : config_(config),
@@ -15,7 +16,20 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
       tensors_(backend, "selection") {
   if (plan.is_dense()) return;
   int64_t b = config.max_batch_size;
-  scores_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads, config.max_seq_len});
+  // One layer after the other: the scores of all lie in one place.
+  std::vector<DType> dtypes;
+  for (int64_t layer : choosing_layers_) {
+    const bool by_shadow = plan.kind(layer) == LayerKind::kScored && config.shadow != Shadow::kNone;
+    dtypes.push_back(by_shadow ? backend.shadow_score_dtype() : DType::kFloat32);
+  }
+  const DType widest = *std::max_element(dtypes.begin(), dtypes.end(), [](DType one, DType other) {
+    return DTypeBytes(one) < DTypeBytes(other);
+  });
+  const TensorView scores = tensors_.Make(widest, {b, model.num_q_heads, config.max_seq_len});
+  for (DType dtype : dtypes) {
+    scores_.push_back(scores);
+    scores_.back().dtype = dtype;
+  }
   lse_ = tensors_.Make(DType::kFloat32, {b, model.num_q_heads});
   for (size_t i = 0; i < choosing_layers_.size(); ++i) {
     token_idx_.push_back(tensors_.Make(DType::kInt32, {b, num_sets_, config.token_budget}));
@@ -23,24 +37,25 @@ Selection::Selection(Backend& backend, const ModelConfig& model, const DecodeCon
   }
 }
 
-AttentionSelectArgs Selection::SelectArgs(const AttentionArgs& attention) const {
+AttentionSelectArgs Selection::SelectArgs(int64_t ordinal, const AttentionArgs& attention) const {
   int64_t b = attention.q.dim(0);
-  return {.attention = attention, .scores = scores_.Rows(0, b), .lse = lse_.Rows(0, b)};
+  return {.attention = attention, .scores = Scores(ordinal, b), .lse = lse_.Rows(0, b)};
 }
 
-ScoreKeysArgs Selection::ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow) const {
+ScoreKeysArgs Selection::ScoreArgs(int64_t ordinal, const AttentionArgs& attention,
+                                   const ShadowKeys& shadow) const {
   int64_t b = attention.q.dim(0);
   return {.q = attention.q,
           .kv = attention.kv,
           .shadow = shadow,
           .sm_scale = attention.sm_scale,
-          .scores = scores_.Rows(0, b),
+          .scores = Scores(ordinal, b),
           .lse = lse_.Rows(0, b)};
 }
 
 SelectTopKArgs Selection::TopKArgs(int64_t ordinal, const AttentionArgs& attention) const {
   int64_t b = attention.q.dim(0);
-  return {.scores = scores_.Rows(0, b),
+  return {.scores = Scores(ordinal, b),
           .lse = lse_.Rows(0, b),
           .seq_lens = attention.kv.seq_lens,
           .num_kv_heads = num_kv_heads_,

@@ -21,9 +21,10 @@ class Selection {
   int64_t dense_len() const { return dense_len_; }
 
   // `ordinal`: the how-manieth choosing layer of the plan this is, from 0.
-  AttentionSelectArgs SelectArgs(const AttentionArgs& attention) const;
+  AttentionSelectArgs SelectArgs(int64_t ordinal, const AttentionArgs& attention) const;
   // Without a shadow: from the keys themselves.
-  ScoreKeysArgs ScoreArgs(const AttentionArgs& attention, const ShadowKeys& shadow = {}) const;
+  ScoreKeysArgs ScoreArgs(int64_t ordinal, const AttentionArgs& attention,
+                          const ShadowKeys& shadow = {}) const;
 
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
@@ -38,15 +39,19 @@ class Selection {
   std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;
 
  private:
+  TensorView Scores(int64_t ordinal, int64_t num_rows) const {
+    return scores_[static_cast<size_t>(ordinal)].Rows(0, num_rows);
+  }
+
   DecodeConfig config_;
   std::vector<int64_t> choosing_layers_;
   int64_t num_kv_heads_;
   int64_t num_sets_;
   int64_t dense_len_;
   DeviceTensors tensors_;
-  TensorView scores_;  // [max_batch_size, Hq, max_seq_len] float32
-  TensorView lse_;     // [max_batch_size, Hq] float32
+  TensorView lse_;  // [max_batch_size, Hq] float32
   // One a choosing layer.
+  std::vector<TensorView> scores_;        // [max_batch_size, Hq, max_seq_len], all in one place
   std::vector<TensorView> token_idx_;     // [max_batch_size, num_sets, token_budget] int32
   std::vector<TensorView> num_selected_;  // [max_batch_size, num_sets] int32
 };

@@ -48,6 +48,7 @@ class CpuBackend final : public Backend {
     return info;
   }
   DType activation_dtype(DType) const override { return DType::kFloat32; }
+  DType shadow_score_dtype() const override { return DType::kFloat32; }
   // A sparse layer's time follows the positions it reads, from the first one it leaves out.
   int64_t SparseMinContext(int64_t token_budget) const override { return token_budget; }
 

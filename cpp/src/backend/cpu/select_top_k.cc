@@ -13,6 +13,7 @@
 #include "backend/cpu/select_top_k.h"
 #include "core/checked.h"
 #include "core/mass.h"
+#include "tidal/error.h"
 
 namespace tidal {
 namespace {
@@ -250,6 +251,8 @@ int64_t SelectScratchWords(int64_t num_sets, int64_t max_len) {
 }
 
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args) {
+  TIDAL_CHECK(args.scores.dtype == DType::kFloat32, UnsupportedError, "SelectTopK: scores: got ",
+              DTypeName(args.scores.dtype), " on the CPU, expected float32");
   const int64_t num_rows = args.scores.dim(0);
   const int64_t max_len = args.scores.dim(2);
   const int64_t always_taken = NumAlwaysTaken(args);

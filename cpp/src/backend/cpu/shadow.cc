@@ -78,6 +78,8 @@ void CpuScoreShadow(CpuContext& context, const ScoreKeysArgs& args) {
   const int64_t num_kv_heads = args.kv.k_pages.dim(1), page_size = args.kv.k_pages.dim(2);
   const int64_t group_size = num_q_heads / num_kv_heads, max_len = args.scores.dim(2);
   const int64_t num_queries = num_rows * num_q_heads;
+  TIDAL_CHECK(args.scores.dtype == DType::kFloat32, UnsupportedError, "ScoreKeys: scores: got ",
+              DTypeName(args.scores.dtype), " on the CPU, expected float32");
   TIDAL_CHECK(head_dim <= kShadowMaxDim, UnsupportedError, "ScoreKeys: head_dim ", head_dim,
               " with a shadow, expected at most ", kShadowMaxDim);
   const int32_t* seq_lens = args.kv.seq_lens.data<int32_t>();
