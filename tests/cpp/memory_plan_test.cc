@@ -98,7 +98,7 @@ void Exercise(Engine& engine, const Prompts& prompts, int64_t steps) {
     sequences.push_back(
         engine.MakeSequence(prompt, engine.config().max_seq_len, MakeSamplingRow(params, slot)));
     rows.push_back(&sequences.back());
-    engine.MarkSeen(sequences.back(), sequences.back().prompt_len);
+    engine.MarkSeen(sequences.back(), sequences.back().dense_len);
     int64_t chunk_len = 0;
     while (!sequences.back().prefilled()) chunk_len = engine.PrefillNext(sequences.back());
     sequences.back().tokens.push_back(engine.SampleAfterPrefill(sequences.back(), chunk_len));

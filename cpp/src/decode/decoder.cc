@@ -35,7 +35,7 @@ std::vector<float> PrefillAndScore(Engine& engine, Sequence& sequence, int64_t f
   std::vector<float> logits;
   while (!sequence.prefilled()) {
     int64_t chunk_len = engine.PrefillNext(sequence);
-    engine.AppendPrefillLogits(sequence, chunk_len, first, sequence.prompt_len, logits);
+    engine.AppendPrefillLogits(sequence, chunk_len, first, sequence.dense_len, logits);
   }
   return logits;
 }

@@ -14,7 +14,7 @@
 #include "core/fair_mutex.h"
 #include "core/process.h"
 #include "decode/engine.h"
-#include "decode/sequence.h"
+#include "kv/sequence.h"
 #include "tidal/decoder.h"
 
 namespace tidal {
@@ -113,7 +113,7 @@ struct Session::Impl {
   int64_t turn_len = 0;              // tokens the running turn generates after
   // What it goes back to if it does not get to read them.
   int64_t kept = 0;
-  int64_t kept_prompt_len = 0;
+  int64_t kept_dense_len = 0;
 };
 
 struct Generation::Impl {

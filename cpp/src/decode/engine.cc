@@ -125,7 +125,7 @@ Engine::Engine(const ModelConfig& model, const DecodeConfig& config, const Weigh
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
-  shadow_ = MakeShadow(plan_, config_);
+  shadow_ = MakeShadow(PlanId::kDecoder, plan_, config_);
   Warm();
 }
 
@@ -161,7 +161,7 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
   auto prompt_len = static_cast<int64_t>(prompt.size());
   return {.id = next_sequence_id_++,
           .tokens = std::move(prompt),
-          .prompt_len = prompt_len,
+          .dense_len = prompt_len,
           .cached = 0,
           .num_sparse = 0,
           .pages = SequencePages(pool(), max_len),
@@ -172,7 +172,7 @@ Sequence Engine::MakeSequence(std::vector<int32_t> prompt, int64_t max_len,
 Sequence Engine::MakeEmptySequence(int64_t max_len) {
   return {.id = next_sequence_id_++,
           .tokens = {},
-          .prompt_len = 0,
+          .dense_len = 0,
           .cached = 0,
           .num_sparse = 0,
           .pages = SequencePages(pool(), 0),
@@ -183,10 +183,11 @@ Sequence Engine::MakeEmptySequence(int64_t max_len) {
 Sequence Engine::Fork(const Sequence& sequence) {
   return {.id = next_sequence_id_++,
           .tokens = sequence.tokens,
-          .prompt_len = sequence.prompt_len,
+          .dense_len = sequence.dense_len,
           .cached = sequence.cached,
           .num_sparse = sequence.num_sparse,
-          .shadow_id = sequence.shadow_id,
+          .clean_len = sequence.clean_len,
+          .shadow_plan = sequence.shadow_plan,
           .shadowed = sequence.shadowed,
           .pages = sequence.pages.Share(sequence.cached),
           .inv_freq = sequence.inv_freq,
@@ -221,7 +222,7 @@ void Engine::MarkSeen(const Sequence& sequence, int64_t num_tokens) {
 }
 
 int64_t Engine::PrefillNext(Sequence& sequence) {
-  return CacheDensely(sequence, sequence.prompt_len);
+  return CacheDensely(sequence, sequence.dense_len);
 }
 
 void Engine::CorrectCache(Sequence& sequence, int64_t interval) {
@@ -356,6 +357,8 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(const PlanConfig& asked) {
   static_cast<PlanConfig&>(settings) = asked;
   ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
   DecodePlan plan = MakeDecodePlan(model_, settings);
+  const PlanId id = next_plan_;
+  next_plan_ = PlanId{static_cast<int64_t>(id) + 1};
   settings.verify = false;
   StepLimits limits = LimitsFor(*backend_, model_, settings, plan);
   limits.tokens_per_row = TokensPerRow(config_, plan_);
@@ -363,7 +366,7 @@ std::unique_ptr<OtherPlan> Engine::MakePlan(const PlanConfig& asked) {
   return std::unique_ptr<OtherPlan>(
       new OtherPlan{.plan = plan,
                     .selection = Selection(*backend_, model_, settings, plan),
-                    .shadow = MakeShadow(plan, settings),
+                    .shadow = MakeShadow(id, plan, settings),
                     .correction_interval = settings.correction_interval});
 }
 

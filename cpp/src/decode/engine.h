@@ -10,9 +10,9 @@
 #include "backend/backend.h"
 #include "decode/decode_step.h"
 #include "decode/engine_buffers.h"
-#include "decode/sequence.h"
 #include "decode/transformer.h"
 #include "kv/paged_kv_cache.h"
+#include "kv/sequence.h"
 #include "kv/shadow_cache.h"
 #include "model/weights.h"
 #include "tidal/decoder.h"
@@ -122,7 +122,8 @@ class Engine {
   // The attention of the decoder's own plan.
   StepAttention OwnAttention() const { return {plan_, buffers_->selection, shadow_.get()}; }
   // The shadow that a plan asks for; null for one without.
-  std::unique_ptr<ShadowCache> MakeShadow(const DecodePlan& plan, const PlanConfig& config);
+  std::unique_ptr<ShadowCache> MakeShadow(PlanId id, const DecodePlan& plan,
+                                          const PlanConfig& config);
   ShadowBalance MeasureBalance();
   // Brings the shadows of the rows' cached tokens up to date.
   void FillShadow(const ShadowCache& shadow, std::span<Sequence* const> rows);
@@ -147,7 +148,7 @@ class Engine {
 
   ShadowBalance shadow_balance_;  // empty until a plan has a shadow
   uint64_t next_sequence_id_ = 1;
-  uint64_t next_shadow_id_ = 1;
+  PlanId next_plan_ = PlanId{2};
   std::vector<uint64_t> step_rows_;  // ids whose page tables and parameters are in buffers_->step
   struct SparseRow {
     uint64_t id;

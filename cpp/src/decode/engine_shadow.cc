@@ -8,12 +8,13 @@
 
 namespace tidal {
 
-std::unique_ptr<ShadowCache> Engine::MakeShadow(const DecodePlan& plan, const PlanConfig& config) {
+std::unique_ptr<ShadowCache> Engine::MakeShadow(PlanId id, const DecodePlan& plan,
+                                                const PlanConfig& config) {
   if (config.shadow == Shadow::kNone) return nullptr;
   if (shadow_balance_.empty()) shadow_balance_ = MeasureBalance();
-  auto shadow = std::make_unique<ShadowCache>(next_shadow_id_++, *backend_, model_,
-                                              plan.LayersOf(LayerKind::kScored), config_.num_pages,
-                                              config_.page_size);
+  auto shadow =
+      std::make_unique<ShadowCache>(id, *backend_, model_, plan.LayersOf(LayerKind::kScored),
+                                    config_.num_pages, config_.page_size);
   shadow->SetBalance(*backend_, shadow_balance_);
   return shadow;
 }
@@ -32,8 +33,8 @@ ShadowBalance Engine::MeasureBalance() {
 
 void Engine::FillShadow(const ShadowCache& shadow, std::span<Sequence* const> rows) {
   for (Sequence* row : rows) {
-    if (row->shadow_id != shadow.id()) row->shadowed = 0;
-    row->shadow_id = shadow.id();
+    if (row->shadow_plan != shadow.plan()) row->shadowed = 0;
+    row->shadow_plan = shadow.plan();
     for (int64_t begin = row->shadowed; begin < row->cached;) {
       int64_t count = std::min(config_.prefill_chunk, row->cached - begin);
       Pass pass = buffers_->prefill.Take(count, 1);

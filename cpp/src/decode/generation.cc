@@ -35,7 +35,7 @@ void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
   record->running.push_back(sequence.id);
   record->selections.emplace_back();
   running.push_back({std::nullopt, params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
-  prefill_total += std::max<int64_t>(sequence.prompt_len - sequence.cached, 0);
+  prefill_total += std::max<int64_t>(sequence.dense_len - sequence.cached, 0);
   Sequence& added = running.back().sequence.emplace(std::move(sequence));
   added.sampling = MakeSamplingRow(params, decoder->slots.Take());
   ++num_alive;

@@ -57,13 +57,13 @@ std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   std::vector<double> seconds;
   for (int64_t step = -benchmark.warmup; step < benchmark.steps; ++step) {
     // One token back, so that every step is the same step.
-    for (Sequence& sequence : sequences) sequence.cached = sequence.prompt_len - 1;
+    for (Sequence& sequence : sequences) sequence.cached = sequence.dense_len - 1;
     auto start = std::chrono::steady_clock::now();
     std::vector<int32_t> next = engine.Step(rows, benchmark.plan);
     std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (step >= 0) seconds.push_back(elapsed.count());
     for (size_t i = 0; i < sequences.size(); ++i) {
-      TIDAL_CHECK(next[i] >= 0, WeightsError, "step at ", sequences[i].prompt_len,
+      TIDAL_CHECK(next[i] >= 0, WeightsError, "step at ", sequences[i].dense_len,
                   " tokens: the logits hold a NaN or infinity, expected finite values; "
                   "check the weights, or try dtype float32");
       sequences[i].tokens.back() = next[i];

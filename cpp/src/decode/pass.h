@@ -8,7 +8,7 @@
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
-#include "decode/sequence.h"
+#include "kv/sequence.h"
 
 namespace tidal {
 

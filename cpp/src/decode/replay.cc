@@ -50,7 +50,7 @@ bool Replay::Impl::ReadNext() {
     if (sequence.prefilled()) continue;
     int64_t chunk_len = engine.PrefillNext(sequence);
     if (!sequence.prefilled()) return true;
-    engine.AppendPrefillLogits(sequence, chunk_len, sequence.prompt_len - 1, sequence.prompt_len,
+    engine.AppendPrefillLogits(sequence, chunk_len, sequence.dense_len - 1, sequence.dense_len,
                                prompt.logits);
     prompt.first_token = engine.SampleAfterPrefill(sequence, chunk_len);
     return true;
@@ -66,8 +66,8 @@ void Replay::Impl::ReadAll() {
 std::vector<Sequence*> Replay::Impl::Rewind() {
   std::vector<Sequence*> rows;
   for (Prompt& prompt : prompts) {
-    prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.prompt_len));
-    prompt.sequence.cached = prompt.sequence.prompt_len;
+    prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.dense_len));
+    prompt.sequence.cached = prompt.sequence.dense_len;
     prompt.sequence.num_sparse = 0;
     rows.push_back(&prompt.sequence);
   }
@@ -92,8 +92,8 @@ PrefillProgress Replay::prefill_progress() const {
   auto lock = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
-    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.prompt_len);
-    progress.tokens_total += prompt.sequence.prompt_len;
+    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.dense_len);
+    progress.tokens_total += prompt.sequence.dense_len;
   }
   return progress;
 }

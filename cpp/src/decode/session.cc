@@ -54,7 +54,7 @@ int64_t FirstWritten(const CacheUse& use, bool corrects) {
 void Keep(Sequence& sequence, int64_t length) {
   CacheUse use = UseOf(sequence).UpTo(length);
   sequence.tokens.resize(static_cast<size_t>(length));
-  sequence.prompt_len = std::min(sequence.prompt_len, length);
+  sequence.dense_len = std::min(sequence.dense_len, length);
   sequence.cached = use.cached;
   sequence.num_sparse = use.num_sparse;
 }
@@ -108,9 +108,9 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
   sequence->tokens.reserve(static_cast<size_t>(length));  // what may throw comes before any change
   Keep(*sequence, keep);
   kept = keep;
-  kept_prompt_len = sequence->prompt_len;
+  kept_dense_len = sequence->dense_len;
   sequence->tokens.insert(sequence->tokens.end(), token_ids.begin(), token_ids.end());
-  if (num_added > 0) sequence->prompt_len = length;
+  if (num_added > 0) sequence->dense_len = length;
   sequence->cached = use.cached;
   sequence->num_sparse = use.num_sparse;
   engine.OwnPages(*sequence, max_len, first);
@@ -119,7 +119,7 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
 void Session::Impl::GoBack(Sequence& used, int64_t length) const {
   bool is_cached = used.cached + 1 >= length;
   Keep(used, length);
-  if (length <= kept && is_cached) used.prompt_len = std::min(kept_prompt_len, length);
+  if (length <= kept && is_cached) used.dense_len = std::min(kept_dense_len, length);
   used.pages.Shrink(length);
 }
 
@@ -152,7 +152,7 @@ bool Session::ReadNext() {
   auto lock = impl_->decoder->Enter();
   Engine& engine = impl_->decoder->engine;
   Sequence& sequence = impl_->Idle();
-  int64_t length = Length(sequence), end = std::min(sequence.prompt_len, length - 1);
+  int64_t length = Length(sequence), end = std::min(sequence.dense_len, length - 1);
   if (sequence.cached >= end) return false;
   // A fork since Append took no pages.
   if (sequence.pages.NumMissing(length, sequence.cached) > 0) {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "decode/engine.h"
-#include "decode/sequence.h"
+#include "kv/sequence.h"
 
 namespace tidal {
 

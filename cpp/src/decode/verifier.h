@@ -11,8 +11,8 @@
 #include "backend/device_tensors.h"
 #include "decode/pass.h"
 #include "decode/sampler.h"
-#include "decode/sequence.h"
 #include "decode/transformer.h"
+#include "kv/sequence.h"
 
 namespace tidal {
 
