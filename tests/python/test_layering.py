@@ -29,6 +29,7 @@ ALLOWED_INCLUDES = {
     "cpp/src/kv": ("tidal/", "core/", "backend/*", "kv/"),
     "cpp/src/model": ("tidal/", "core/", "backend/*", "model/"),
     "cpp/src/decode": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/"),
+    "cpp/src/engine": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/", "engine/"),
     "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_", "cudnn_attention"),
     "cuda/common": ("tidal/", "core/", "backend/*", "common/"),
     "cuda/kernels": ("tidal/", "core/", "backend/*", "common/", "kernels/"),

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "tidal/device.h"
 #include "tidal/dtype.h"
 
 namespace tidal {
@@ -54,13 +55,6 @@ struct ModelConfig {
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
   int64_t q_size() const { return num_q_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
-};
-
-enum class DeviceType : int32_t { kCpu, kCuda };
-
-struct Device {
-  DeviceType type = DeviceType::kCpu;
-  int32_t index = 0;
 };
 
 // Which heads share one set of positions.

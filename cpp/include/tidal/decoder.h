@@ -9,57 +9,13 @@
 #include <vector>
 
 #include "tidal/config.h"
+#include "tidal/device.h"
 #include "tidal/memory_plan.h"
 #include "tidal/plan.h"
+#include "tidal/request.h"
 #include "tidal/weights.h"
 
 namespace tidal {
-
-enum class FinishReason : int32_t {
-  kNone,    // still running
-  kStop,    // a stop token, or Generation::Stop
-  kLength,  // max_new_tokens reached
-  kAbort,   // cancelled
-  kError,   // the model gave no usable logits (NaN, or all -inf)
-};
-
-// What verified decoding did for a sequence.
-struct Verification {
-  int64_t drafted_tokens = 0;   // that were checked
-  int64_t accepted_tokens = 0;  // of those, kept
-  int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
-};
-
-struct SequenceResult {
-  std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
-  FinishReason finish_reason = FinishReason::kNone;
-  std::string error;                   // non-empty iff finish_reason is kError
-  int64_t prompt_tokens = 0;           // of a session's turn: all tokens it follows
-  int64_t cached_tokens = 0;           // of those, in the cache before the call
-  double time_to_first_token_s = 0.0;  // from the start of the call
-  double decode_s = 0.0;               // from the first to the last token
-  Verification verification{};         // zeros unless the decoder verifies
-};
-
-// A new token of a sequence.
-struct TokenEvent {
-  int64_t sequence = 0;  // index into the prompts of the call
-  int32_t token_id = 0;
-};
-
-struct PrefillProgress {
-  int64_t tokens_done = 0;
-  int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
-};
-
-// The positions one choosing layer (S or P) chose for one sequence in its last sparse step.
-struct LayerSelection {
-  int64_t layer = 0;
-  int64_t num_sets = 0;      // KV heads, query heads or 1, by granularity
-  int64_t num_selected = 0;  // of the largest set
-  // [num_sets, num_selected], ascending per set; -1 past the end of a smaller one (top_p_mass).
-  std::vector<int32_t> token_idx;
-};
 
 class Decoder;
 
@@ -291,23 +247,5 @@ void EndAllCalls();
 // GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
 // UnsupportedError, BackendError.
 MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
-
-// A device the engine can (or could) run on, and why not.
-struct DeviceStatus {
-  std::string name;      // "cpu", "cuda:0"
-  std::string hardware;  // processor or GPU name; for the CPU its instruction set
-  bool available = false;
-  std::string reason;  // why it is not available
-  int64_t memory_bytes = 0;
-  int64_t free_bytes = 0;
-};
-
-// CPU first, then every CUDA device, or one unavailable "cuda" entry that says why. Never throws.
-std::vector<DeviceStatus> ListDevices();
-
-// Libraries compiled in or found: {"OpenBLAS", "0.3.34 ..."}, {"cuBLASLt", "13.0"}.
-std::vector<std::pair<std::string, std::string>> ListLibraries();
-
-const char* VersionString();
 
 }  // namespace tidal

@@ -15,7 +15,10 @@
 #include "backend/op_args.h"
 #include "core/buffer.h"
 #include "core/checked.h"
-#include "tidal/decoder.h"
+#include "tidal/config.h"
+#include "tidal/device.h"
+#include "tidal/memory_plan.h"
+#include "tidal/plan.h"
 
 namespace tidal {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
 #include "tidal/error.h"
 
 namespace tidal {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
-#include "decode/decoder_impl.h"
-#include "decode/verified_round.h"
+#include "engine/decoder_impl.h"
+#include "engine/verified_round.h"
 #include "tidal/error.h"
 
 namespace tidal {

@@ -3,7 +3,7 @@
 #include <chrono>
 
 #include "core/philox.h"
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
 #include "tidal/error.h"
 
 namespace tidal {

@@ -2,7 +2,7 @@
 // prompts' keys and values stay; those of a continuation are written over by the next.
 #include <algorithm>
 
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
 #include "tidal/error.h"
 
 namespace tidal {

@@ -1,4 +1,4 @@
-#include "decode/verified_round.h"
+#include "engine/verified_round.h"
 
 #include <algorithm>
 #include <span>
