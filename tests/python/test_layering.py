@@ -101,6 +101,16 @@ def test_includes_follow_the_layering():
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_the_engine_knows_the_front_door():
+    rooms = ("cpp/src/engine/", "python/bindings/")
+    wrong = [
+        name_of(file)
+        for file in native_files()
+        if '"tidal/decoder.h"' in file.read_text() and not name_of(file).startswith(rooms)
+    ]
+    assert not wrong, f"include what they need of cpp/include/tidal in its place: {wrong}"
+
+
 def test_quoted_includes_are_ours_and_exist():
     wrong = [
         f"{name_of(file)} includes {include}"

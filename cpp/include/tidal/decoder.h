@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -171,7 +170,7 @@ struct StepBenchmark {
 
 class Decoder {
  public:
-  using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+  using LoadProgress = tidal::LoadProgress;
 
   // Plans its memory, loads the weights onto the device and allocates everything a step needs:
   // nothing is allocated on the device afterwards, but for a Replay's plans. Throws ConfigError,
@@ -242,10 +241,5 @@ class Decoder {
 // Before the process exits, so that no thread is in the engine when its libraries go: every call
 // throws BackendError before its next step, and every later one at once. There is no way back.
 void EndAllCalls();
-
-// The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
-// GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
-// UnsupportedError, BackendError.
-MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
 
 }  // namespace tidal

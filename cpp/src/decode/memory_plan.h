@@ -22,9 +22,6 @@ struct ResolvedSettings {
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
                                  const DecodeConfig& config, const DecodePlan& plan);
 
-// Fills in the automatic values of a plan, for steps of sequences up to max_seq_len.
-void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig& plan);
-
 // The largest step of these (resolved) settings.
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan);

@@ -2,6 +2,7 @@
 // perhaps several times in turn.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,15 @@ struct Sequence {
   SamplingRow sampling;
 
   bool prefilled() const { return cached >= dense_len; }
+
+  // Forgets what is cached of the tokens from `length` on. The tokens stay, and so do the pages.
+  void Rewind(int64_t length) {
+    const int64_t dropped = std::max<int64_t>(cached - length, 0);
+    cached -= dropped;
+    num_sparse = std::max<int64_t>(num_sparse - dropped, 0);
+    clean_len = std::min(clean_len, cached);
+    shadowed = std::min(shadowed, cached);
+  }
 };
 
 }  // namespace tidal

@@ -1,0 +1,46 @@
+// ActivePlan: a plan that steps can run, with what is the plan's own: its sets, the shadow of its
+// scored layers, and whose sets they are.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "decode/decode_step.h"
+#include "decode/selection.h"
+#include "kv/sequence.h"
+#include "kv/shadow_cache.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+// Sets and the positions in them.
+struct SetCount {
+  int64_t num_sets = 0;
+  int64_t num_positions = 0;
+};
+
+struct ActivePlan {
+  // A sequence of the last sparse step, in the order of its batch rows.
+  struct Row {
+    uint64_t sequence_id;
+    int64_t seq_len;
+  };
+
+  PlanId id;
+  PlanConfig config;  // without automatic values
+  DecodePlan plan;
+  Selection selection;
+  std::unique_ptr<ShadowCache> shadow;  // null: the plan has none
+  std::vector<Row> last_rows;
+
+  StepAttention attention() const { return {plan, selection, shadow.get()}; }
+
+  // Whether a step in which a sequence becomes seq_len tokens long reads chosen positions only. In
+  // a batch with longer rows a short one is decoded densely all the same.
+  bool IsSparse(int64_t seq_len) const {
+    return !plan.is_dense() && seq_len > selection.dense_len();
+  }
+};
+
+}  // namespace tidal

@@ -1,0 +1,107 @@
+// The runner's plans: added, looked at and dropped; and their shadow keys, which are brought up to
+// date before a step reads them.
+#include <algorithm>
+#include <utility>
+
+#include "decode/memory_plan.h"
+#include "decode/model_runner.h"
+#include "decode/settings.h"
+#include "decode/shadow_balance.h"
+#include "model/rope.h"
+
+namespace tidal {
+
+std::unique_ptr<ActivePlan> ModelRunner::MakePlan(PlanId id, const DecodeConfig& settings) {
+  const DecodePlan plan = MakeDecodePlan(model_, settings);
+  return std::unique_ptr<ActivePlan>(
+      new ActivePlan{.id = id,
+                     .config = settings,
+                     .plan = plan,
+                     .selection = Selection(*backend_, model_, settings, plan),
+                     .shadow = MakeShadow(id, plan, settings),
+                     .last_rows = {}});
+}
+
+PlanId ModelRunner::AddPlan(const PlanConfig& asked) {
+  ValidatePlanConfig(asked);
+  DecodeConfig settings = config_;
+  static_cast<PlanConfig&>(settings) = asked;
+  ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
+  const DecodePlan plan = MakeDecodePlan(model_, settings);
+  settings.verify = false;
+  StepLimits limits = LimitsFor(*backend_, model_, settings, plan);
+  limits.tokens_per_row = TokensPerRow(config_, plan_);
+  backend_->Reserve(limits);
+  const PlanId id = next_plan_;
+  plans_.emplace(id, MakePlan(id, settings));
+  next_plan_ = PlanId{static_cast<int64_t>(id) + 1};
+  return id;
+}
+
+void ModelRunner::DropPlan(PlanId id) {
+  plans_.erase(id);
+}
+
+SetCount ModelRunner::CountSets(PlanId id, int64_t num_rows) const {
+  const Selection& selection = plan(id).selection;
+  return {selection.CountSets(num_rows), selection.CountPositions(*backend_, num_rows)};
+}
+
+std::vector<LayerSelection> ModelRunner::ReadSelection(PlanId id, uint64_t sequence_id) const {
+  const ActivePlan& active = plan(id);
+  for (size_t i = 0; i < active.last_rows.size(); ++i) {
+    const ActivePlan::Row& row = active.last_rows[i];
+    if (row.sequence_id != sequence_id || !active.IsSparse(row.seq_len)) continue;
+    return active.selection.Read(*backend_, static_cast<int64_t>(i));
+  }
+  return {};
+}
+
+// --- shadows ---
+
+std::unique_ptr<ShadowCache> ModelRunner::MakeShadow(PlanId id, const DecodePlan& plan,
+                                                     const PlanConfig& config) {
+  if (config.shadow == Shadow::kNone) return nullptr;
+  if (shadow_balance_.empty()) shadow_balance_ = MeasureBalance();
+  auto shadow =
+      std::make_unique<ShadowCache>(id, *backend_, model_, plan.LayersOf(LayerKind::kScored),
+                                    config_.num_pages, config_.page_size);
+  shadow->SetBalance(*backend_, shadow_balance_);
+  return shadow;
+}
+
+ShadowBalance ModelRunner::MeasureBalance() {
+  PagedKvCache pages = MakeBalancePages(*backend_, model_, config_);
+  return MeasureShadowBalance(
+      *backend_, pages,
+      {.model = model_,
+       .weights = weights_,
+       .rope_scaling = ComputeRope(model_, config_.max_seq_len).attention_scaling,
+       .num_tokens = NumBalanceTokens(config_),
+       .chunk = config_.prefill_chunk,
+       .buffers = *buffers_});
+}
+
+void ModelRunner::FillShadow(const ShadowCache& shadow, const std::vector<BatchRow>& rows) {
+  for (const BatchRow& row : rows) {
+    Sequence& sequence = *row.sequence;
+    if (sequence.shadow_plan != shadow.plan()) sequence.shadowed = 0;
+    sequence.shadow_plan = shadow.plan();
+    while (sequence.shadowed < sequence.cached) {
+      const int64_t begin = sequence.shadowed;
+      const int64_t count = std::min(config_.prefill_chunk, sequence.cached - begin);
+      Pass pass = buffers_->passes.Take({count, 1});
+      const PassRow part = {&sequence, begin, count};
+      buffers_->inputs.Write({&part, 1}, pass);
+      for (size_t i = 0; i < shadow.layers().size(); ++i) {
+        backend_->AppendShadow({.kv = transformer_->Cache(shadow.layers()[i], pass),
+                                .positions = pass.positions,
+                                .seq_idx = pass.seq_idx,
+                                .shadow = shadow.Layer(i)});
+      }
+      sequence.shadowed += count;
+    }
+  }
+}
+
+}  // namespace tidal
