@@ -243,7 +243,35 @@ class RecordingDevice final : public MemoryMeter {
     info.max_recorded_steps = 10;
     return info;
   }
+  BackendMemory PlanReserve(const StepLimits& limits) const override {
+    BackendMemory memory = MemoryMeter::PlanReserve(limits);
+    memory.reserve_bytes = kCode + limits.num_recorded_steps * kStep;
+    return memory;
+  }
+
+  static constexpr int64_t kCode = 1000, kStep = 1 << 20;
 };
+
+TEST(RecordedStepsTest, OfAnAddedPlanAreCountedWithItsSets) {
+  const std::unique_ptr<Backend> cpu = MakeBackend(BackendOptions{});
+  const RecordingDevice backend(*cpu);
+  const ModelConfig model = TinyConfig();
+  DecodeConfig config;
+  config.device.type = DeviceType::kCuda;
+  config.max_seq_len = 512;
+  config.num_pages = 8;
+  config.dtype = config.kv_dtype = DType::kFloat32;
+  config.token_budget = 32;
+  EXPECT_EQ(AddedPlanBytes(backend, model, config, DecodePlan::Dense(6)), 0);
+  const DecodePlan tidal = DecodePlan::Tidal(6, 2, {2, 4});
+  config.max_batch_size = 1;
+  const int64_t one = AddedPlanBytes(backend, model, config, tidal);
+  config.max_batch_size = 8;
+  // Steps of 1, 2, 4 and 8 rows.
+  const int64_t sets = one - RecordingDevice::kStep;
+  EXPECT_EQ(AddedPlanBytes(backend, model, config, tidal), 8 * sets + 4 * RecordingDevice::kStep);
+  EXPECT_GE(sets, 512 * 4 * model.num_q_heads);
+}
 
 TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
   const std::unique_ptr<Backend> cpu = MakeBackend(BackendOptions{});
@@ -254,7 +282,7 @@ TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
     config.max_batch_size = max_batch_size;
     std::vector<int64_t> dense, sparse;
     for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Dense(3))) {
-      EXPECT_FALSE(key.sparse);
+      EXPECT_EQ(key.plan, PlanId::kDense);
       dense.push_back(key.batch_size);
     }
     const std::vector<int64_t> every = {1, 2, 4, 8, 16, 24, 32, 40, 48};
@@ -262,7 +290,7 @@ TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
     EXPECT_EQ(dense.back(), max_batch_size == 50 ? 50 : 56);
     EXPECT_EQ(dense.size(), 10u);
     for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Tidal(4, 2, {2}))) {
-      if (key.sparse) sparse.push_back(key.batch_size);
+      if (key.plan == PlanId::kDecoder) sparse.push_back(key.batch_size);
     }
     EXPECT_EQ(sparse, (std::vector<int64_t>{1, 2, 4, 8, 16}));
   }

@@ -161,6 +161,36 @@ TEST_P(Runner, KnowsWhichTokensAreAsDenseReadingLeavesThem) {
   EXPECT_EQ(sequence.clean_len, 40);
 }
 
+TEST_P(Runner, APlanIsThereUntilItsLastUserDropsIt) {
+  const auto runner = MakeRunner(Tidal());
+  EXPECT_EQ(runner->AddPlan(Tidal()), PlanId::kDecoder);
+  DecodeConfig other = Tidal();
+  other.token_budget = 16;
+  const PlanId plan = runner->AddPlan(other);
+  EXPECT_EQ(runner->AddPlan(other), plan);
+  other.granularity = Granularity::kHead;
+  EXPECT_NE(runner->AddPlan(other), plan);
+
+  SequenceMaker maker(*runner);
+  Sequence sequence = maker.Make(prompts_[0], 200, runner->ScratchSampling());
+  Read(*runner, sequence);
+  const Batch step = {{{&sequence}}, plan};
+  const auto run = [&] {
+    sequence.Rewind(90);
+    return runner->Run(step);
+  };
+  runner->DropPlan(plan);
+  EXPECT_TRUE(run().is_sparse);
+  EXPECT_EQ(runner->CountSets(plan, 1).num_positions, 16 * runner->CountSets(plan, 1).num_sets);
+  EXPECT_EQ(runner->ReadSelection(plan, sequence.id).size(), 2u);
+  EXPECT_TRUE(runner->ReadSelection(PlanId::kDecoder, sequence.id).empty());
+  runner->DropPlan(plan);
+  EXPECT_TRUE(Throws<InvalidArgument>(run, {"plan 2", "has gone"}));
+  runner->DropPlan(PlanId::kDecoder);  // whom AddPlan counted above
+  sequence.Rewind(90);
+  EXPECT_TRUE(runner->Run({{{&sequence}}, PlanId::kDecoder}).is_sparse);
+}
+
 TEST_P(Runner, RefusesWhatAPassHasNoRoomFor) {
   DecodeConfig config = Dense();
   config.max_batch_size = 2;

@@ -110,6 +110,8 @@ struct PlanConfig {
   // Errors of sparse steps: they leave slightly wrong K and V in the layers after the first sparse
   // one. Every so many tokens that a sequence decoded sparsely, a dense pass rewrites theirs.
   int64_t correction_interval = 0;  // 0: never; with verify it must be
+
+  bool operator==(const PlanConfig&) const = default;
 };
 
 struct DecodeConfig : PlanConfig {

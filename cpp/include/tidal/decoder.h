@@ -154,18 +154,12 @@ class Session {
   std::shared_ptr<Impl> impl_;  // a running turn keeps it too
 };
 
-// Which plan a step runs.
-enum class StepPlan : int32_t {
-  kDecoder,  // as every decode step chooses: the decoder's, or dense where all rows are short
-  kDense,    // the all-full plan that a dense decoder runs
-};
-
 // What Decoder::MeasureSteps measures.
 struct StepBenchmark {
   std::vector<int64_t> seq_lens;  // one a batch row: tokens in the cache, the newest included, >= 1
   int64_t steps = 30;             // timed ones, >= 1
   int64_t warmup = 5;             // untimed, before them; a device may record its graph in two
-  StepPlan plan = StepPlan::kDecoder;
+  PlanId plan = PlanId::kDecoder;
 };
 
 class Decoder {
@@ -200,8 +194,8 @@ class Decoder {
   // - num_prefill + 1, vocab_size] float32.
   std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
 
-  // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Needs
-  // cuda_graphs off: a recorded step belongs to one plan. Throws InvalidArgument and CapacityError.
+  // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Throws
+  // InvalidArgument and CapacityError.
   std::unique_ptr<Replay> StartReplay(const std::vector<std::vector<int32_t>>& prompts,
                                       int64_t max_new_tokens);
 

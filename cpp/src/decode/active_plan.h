@@ -33,6 +33,7 @@ struct ActivePlan {
   Selection selection;
   std::unique_ptr<ShadowCache> shadow;  // null: the plan has none
   std::vector<Row> last_rows;
+  int64_t num_users = 1;  // who added the plan and has not dropped it
 
   StepAttention attention() const { return {plan, selection, shadow.get()}; }
 

@@ -273,17 +273,33 @@ std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& c
   std::vector<StepKey> keys;
   if (most == 0) return keys;
   for (int64_t b : StepSizes(config.device.type, 1, config.max_batch_size, most)) {
-    keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = 1});
+    keys.push_back({.batch_size = b});
     if (plan.is_dense()) continue;
-    keys.push_back({.batch_size = b, .sparse = true, .tokens_per_row = 1});
+    keys.push_back({.batch_size = b, .plan = PlanId::kDecoder});
     // A pass over drafts has at least two tokens of a row.
     if (!Verifies(config, plan)) continue;
     for (int64_t t : StepSizes(config.device.type, 2, TokensPerRow(config, plan), most)) {
-      keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = t});
+      keys.push_back({.batch_size = b, .tokens_per_row = t});
     }
   }
   keys.resize(std::min(keys.size(), most));
   return keys;
+}
+
+int64_t AddedPlanBytes(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                       const DecodePlan& plan) {
+  if (plan.is_dense()) return 0;  // runs the decoder's dense steps
+  MemoryMeter meter(backend);
+  Selection selection(meter, model, config, plan);
+  int64_t bytes = Product({config.num_pages, ShadowBytesPerPage(model, config, plan)});
+  for (const MemoryItem& item : meter.allocated()) bytes = Sum({bytes, item.bytes});
+  StepLimits limits = LimitsFor(backend, model, config, plan);
+  const auto most = static_cast<size_t>(backend.info().max_recorded_steps);
+  limits.num_recorded_steps = 0;
+  const int64_t without = backend.PlanReserve(limits).reserve_bytes;
+  limits.num_recorded_steps =
+      static_cast<int64_t>(StepSizes(config.device.type, 1, config.max_batch_size, most).size());
+  return Sum({bytes, backend.PlanReserve(limits).reserve_bytes - without});
 }
 
 MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config) {

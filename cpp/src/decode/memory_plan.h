@@ -26,6 +26,12 @@ ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& mode
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan);
 
+// Returns the bytes that a plan beside a decoder's takes of the device: sets and shadow, and where
+// steps are recorded, those of every number of rows. `config`: the decoder's, resolved, with the
+// plan's settings in place of its own.
+int64_t AddedPlanBytes(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                       const DecodePlan& plan);
+
 // The steps that a device which records them will ever be asked for, in the order in which they are
 // best recorded; at most BackendInfo::max_recorded_steps. Empty where none is recorded.
 std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& config,

@@ -107,8 +107,7 @@ void ModelRunner::WarmStep(const StepKey& key) {
   Pass pass = buffers_->passes.Take({key.batch_size, key.batch_size});
   buffers_->inputs.Write({}, pass);
   buffers_->sampler.SetRows(std::vector(b, ScratchSampling()));
-  const PlanId id = key.sparse ? PlanId::kDecoder : PlanId::kDense;
-  for (int run = 0; run < 2; ++run) RunStepPass(plan(id), pass);
+  for (int run = 0; run < 2; ++run) RunStepPass(plan(key.plan), pass);
 }
 
 bool ModelRunner::verifies() const {
@@ -204,9 +203,7 @@ Drawn ModelRunner::RunStep(const Batch& batch) {
 }
 
 void ModelRunner::RunStepPass(const ActivePlan& plan, const Pass& pass) {
-  const StepKey key = {
-      .batch_size = pass.seq_lens.dim(0), .sparse = !plan.plan.is_dense(), .tokens_per_row = 1};
-  backend_->RunStep(key, [&] {
+  backend_->RunStep({.batch_size = pass.seq_lens.dim(0), .plan = plan.id}, [&] {
     DecodeStep(*backend_, *transformer_, plan.attention(), buffers_->sampler, pass);
   });
 }
@@ -283,9 +280,8 @@ void ModelRunner::RunChunkPass(const ChunkShape& shape, const Pass& pass, int64_
   };
   if (!shape.is_step) return queue();
   // More tokens than rows, so no RopeAppendKv here is taken for that of a decode step.
-  backend_->RunStep(
-      {.batch_size = shape.size.batch_size, .sparse = false, .tokens_per_row = shape.max_q_len},
-      queue);
+  backend_->RunStep({.batch_size = shape.size.batch_size, .tokens_per_row = shape.max_q_len},
+                    queue);
 }
 
 }  // namespace tidal

@@ -39,10 +39,11 @@ class ModelRunner {
   // more rows or tokens than a pass has room for, and for a row without pages for its tokens.
   Drawn Run(const Batch& batch);
 
-  // A plan beside the decoder's, with memory of its own until it is dropped; the id of a plan with
-  // these settings if there is one. Throws InvalidArgument, OutOfMemoryError.
+  // Adds a plan beside the decoder's, or a user to the plan with these settings if there is one.
+  // Until its last user drops it, it has memory of its own, and where steps are recorded so are
+  // its. Throws InvalidArgument, OutOfMemoryError.
   PlanId AddPlan(const PlanConfig& asked);
-  // Ends one use of an added plan; after as many as AddPlan gave, it is gone.
+  // Takes a user from a plan that AddPlan gave.
   void DropPlan(PlanId id);
   const ActivePlan& plan(PlanId id) const { return *plans_.at(id); }
 
@@ -91,6 +92,7 @@ class ModelRunner {
   ChunkShape CheckShape(int64_t batch_size, int64_t tokens_per_row) const;
   Pass TakeChunk(const ChunkShape& shape) const;
 
+  void CheckRoom(const DecodeConfig& settings, const DecodePlan& plan) const;
   std::unique_ptr<ActivePlan> MakePlan(PlanId id, const DecodeConfig& settings);
   // The shadow that a plan asks for; null for one without.
   std::unique_ptr<ShadowCache> MakeShadow(PlanId id, const DecodePlan& plan,

@@ -8,6 +8,7 @@
 #include "decode/settings.h"
 #include "decode/shadow_balance.h"
 #include "model/rope.h"
+#include "tidal/error.h"
 
 namespace tidal {
 
@@ -26,9 +27,15 @@ PlanId ModelRunner::AddPlan(const PlanConfig& asked) {
   ValidatePlanConfig(asked);
   DecodeConfig settings = config_;
   static_cast<PlanConfig&>(settings) = asked;
-  ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
-  const DecodePlan plan = MakeDecodePlan(model_, settings);
   settings.verify = false;
+  ResolvePlanSettings(*backend_, config_.max_seq_len, settings);
+  for (const auto& [id, active] : plans_) {
+    if (active->config != static_cast<const PlanConfig&>(settings)) continue;
+    ++active->num_users;
+    return id;
+  }
+  const DecodePlan plan = MakeDecodePlan(model_, settings);
+  CheckRoom(settings, plan);
   StepLimits limits = LimitsFor(*backend_, model_, settings, plan);
   limits.tokens_per_row = TokensPerRow(config_, plan_);
   backend_->Reserve(limits);
@@ -38,8 +45,22 @@ PlanId ModelRunner::AddPlan(const PlanConfig& asked) {
   return id;
 }
 
+// A device that records steps takes memory for them when they first run, where it is too late to
+// refuse.
+void ModelRunner::CheckRoom(const DecodeConfig& settings, const DecodePlan& plan) const {
+  const BackendInfo info = backend_->info();
+  if (info.max_recorded_steps == 0) return;
+  const int64_t need = AddedPlanBytes(*backend_, model_, settings, plan);
+  TIDAL_CHECK(need <= info.free_bytes, OutOfMemoryError, "plan ", plan.ToString(), ": need ", need,
+              " bytes on ", info.name, " for its sets and recorded steps, have ", info.free_bytes,
+              " free; lower gpu_memory_utilization, max_batch_size or max_seq_len");
+}
+
 void ModelRunner::DropPlan(PlanId id) {
-  plans_.erase(id);
+  const auto found = plans_.find(id);
+  if (found == plans_.end() || --found->second->num_users > 0) return;
+  backend_->ForgetSteps(id);
+  plans_.erase(found);
 }
 
 SetCount ModelRunner::CountSets(PlanId id, int64_t num_rows) const {

@@ -53,9 +53,8 @@ std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   auto lock = impl_->Enter();
   std::vector<Sequence> sequences =
       FilledSequences(impl_->runner, impl_->sequences, benchmark.seq_lens);
-  Batch batch;
+  Batch batch = {.rows = {}, .plan = benchmark.plan};
   for (Sequence& sequence : sequences) batch.rows.push_back({.sequence = &sequence});
-  if (benchmark.plan == StepPlan::kDecoder) batch.plan = PlanId::kDecoder;
 
   std::vector<double> seconds;
   for (int64_t step = -benchmark.warmup; step < benchmark.steps; ++step) {
