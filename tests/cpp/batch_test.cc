@@ -12,8 +12,9 @@ namespace {
 
 class BatchTest : public ::testing::Test {
  protected:
-  Sequence Make(int64_t num_tokens, int64_t cached) {
-    return {.tokens = std::vector<int32_t>(static_cast<size_t>(num_tokens), 7),
+  Sequence Make(uint64_t id, int64_t num_tokens, int64_t cached) {
+    return {.id = id,
+            .tokens = std::vector<int32_t>(static_cast<size_t>(num_tokens), 7),
             .cached = cached,
             .pages = SequencePages(pool_, num_tokens),
             .inv_freq = {},
@@ -21,8 +22,8 @@ class BatchTest : public ::testing::Test {
   }
 
   PagePool pool_{16, 4};
-  Sequence decoding_ = Make(18, 17);
-  Sequence prompt_ = Make(9, 0);
+  Sequence decoding_ = Make(5, 18, 17);
+  Sequence prompt_ = Make(6, 9, 0);
 };
 
 TEST_F(BatchTest, RowsOfOneTokenAndOneDrawAreAStep) {
@@ -54,7 +55,7 @@ TEST_F(BatchTest, WhatARowCannotGiveIsRefusedByItsNumber) {
   EXPECT_TRUE(refuses({{&prompt_, 4, 5}}, {"num_draws 5", "0 to 4"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, -1}}, {"num_draws -1"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, 1, 5}}, {"num_logits 5", "0 to 4"}));
-  EXPECT_TRUE(refuses({{&decoding_}, {&prompt_}, {&decoding_}}, {"row 2", "of row 0"}));
+  EXPECT_TRUE(refuses({{&decoding_}, {&prompt_}, {&decoding_}}, {"sequence 5", "two rows"}));
 }
 
 TEST_F(BatchTest, IsPrintable) {

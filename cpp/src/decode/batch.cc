@@ -14,6 +14,7 @@ bool Batch::is_step() const {
 
 void CheckBatch(const Batch& batch) {
   TIDAL_CHECK(!batch.rows.empty(), InvalidArgument, "batch: got no rows, expected at least one");
+  std::vector<const Sequence*> sequences(batch.rows.size());
   for (size_t i = 0; i < batch.rows.size(); ++i) {
     const BatchRow& row = batch.rows[i];
     TIDAL_CHECK(row.sequence != nullptr, InvalidArgument, "batch row ", i, ": got no sequence");
@@ -28,11 +29,12 @@ void CheckBatch(const Batch& batch) {
     TIDAL_CHECK(row.num_logits >= 0 && row.num_logits <= row.num_tokens, InvalidArgument,
                 "batch row ", i, ": got num_logits ", row.num_logits, ", expected 0 to ",
                 row.num_tokens);
-    for (size_t other = 0; other < i; ++other) {
-      TIDAL_CHECK(batch.rows[other].sequence != row.sequence, InvalidArgument, "batch row ", i,
-                  ": got the sequence of row ", other, ", expected each once");
-    }
+    sequences[i] = row.sequence;
   }
+  std::sort(sequences.begin(), sequences.end());
+  const auto twice = std::adjacent_find(sequences.begin(), sequences.end());
+  TIDAL_CHECK(twice == sequences.end(), InvalidArgument, "batch: got sequence ", (*twice)->id,
+              " in two rows, expected each once");
   TIDAL_CHECK(batch.plan == PlanId::kDense || batch.is_step(), InvalidArgument, "batch: got plan ",
               static_cast<int64_t>(batch.plan),
               " for a pass that is no decode step, expected the dense plan");

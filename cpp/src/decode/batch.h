@@ -37,7 +37,8 @@ struct Drawn {
   bool is_sparse = false;
 };
 
-// Throws InvalidArgument, naming the row, unless the batch is as BatchRow and Batch say.
+// Throws InvalidArgument, naming the row or the sequence, unless the batch is as BatchRow and Batch
+// say.
 void CheckBatch(const Batch& batch);
 
 // "plan 1: 17 +1 draw 1, 0 +512": each row's cached tokens, and what it asks for.
