@@ -28,7 +28,7 @@ struct ActivePlan {
   };
 
   PlanId id;
-  PlanConfig config;  // without automatic values
+  PlanConfig config;  // with automatic values filled in
   DecodePlan plan;
   Selection selection;
   std::unique_ptr<ShadowCache> shadow;  // null: the plan has none

@@ -26,7 +26,6 @@ class ModelRunner {
 
   const ModelConfig& model() const { return model_; }
   const DecodeConfig& config() const { return config_; }
-  const DecodePlan& plan() const { return plan_; }
   PagePool& pool() { return cache_->pool(); }
   const MemoryPlan& memory_plan() const { return memory_plan_; }
   // All that was allocated on the device so far, by purpose.

@@ -200,7 +200,7 @@ const DecodeConfig& Decoder::config() const {
   return impl_->runner.config();
 }
 const DecodePlan& Decoder::plan() const {
-  return impl_->runner.plan();
+  return impl_->runner.plan(PlanId::kDecoder).plan;
 }
 const MemoryPlan& Decoder::memory_plan() const {
   return impl_->runner.memory_plan();

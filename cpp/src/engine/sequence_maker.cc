@@ -9,7 +9,7 @@ namespace tidal {
 Sequence SequenceMaker::Make(std::vector<int32_t> prompt, int64_t max_len,
                              const SamplingRow& sampling) {
   auto prompt_len = static_cast<int64_t>(prompt.size());
-  return {.id = next_id_++,
+  return {.id = NextId(),
           .tokens = std::move(prompt),
           .dense_len = prompt_len,
           .pages = SequencePages(runner_.pool(), max_len),
@@ -18,7 +18,7 @@ Sequence SequenceMaker::Make(std::vector<int32_t> prompt, int64_t max_len,
 }
 
 Sequence SequenceMaker::MakeEmpty(int64_t max_len) {
-  return {.id = next_id_++,
+  return {.id = NextId(),
           .tokens = {},
           .pages = SequencePages(runner_.pool(), 0),
           .inv_freq = ComputeRope(runner_.model(), max_len).inv_freq,
@@ -26,7 +26,7 @@ Sequence SequenceMaker::MakeEmpty(int64_t max_len) {
 }
 
 Sequence SequenceMaker::Fork(const Sequence& sequence) {
-  return {.id = next_id_++,
+  return {.id = NextId(),
           .tokens = sequence.tokens,
           .dense_len = sequence.dense_len,
           .cached = sequence.cached,
@@ -41,7 +41,6 @@ Sequence SequenceMaker::Fork(const Sequence& sequence) {
 
 void SequenceMaker::OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first) {
   runner_.CopyPages(sequence.pages.Own(num_tokens, first, sequence.cached));
-  sequence.id = next_id_++;
 }
 
 }  // namespace tidal

@@ -26,9 +26,12 @@ class SequenceMaker {
   Sequence Fork(const Sequence& sequence);
 
   // Gives the sequence, before tokens from position `first` on are cached, pages for num_tokens
-  // tokens, of which no other sequence owns those that are written; and another id. Throws
-  // CapacityError, changing nothing.
+  // tokens, of which no other sequence owns those that are written. Throws CapacityError, changing
+  // nothing.
   void OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first);
+
+  // Returns an id that no sequence has had.
+  uint64_t NextId() { return next_id_++; }
 
  private:
   ModelRunner& runner_;

@@ -113,6 +113,7 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
   sequence->Rewind(use.cached);
   sequence->num_sparse = use.num_sparse;
   decoder->sequences.OwnPages(*sequence, max_len, first);
+  sequence->id = decoder->sequences.NextId();
 }
 
 void Session::Impl::GoBack(Sequence& used, int64_t length) const {
