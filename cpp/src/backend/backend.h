@@ -112,7 +112,7 @@ class Backend {
   // first times and replay it afterwards; results are the same bit for bit. In a step, a
   // RopeAppendKv of as many tokens as rows appends the newest token of each row, at seq_len - 1.
   virtual void RunStep(const StepKey& key, const std::function<void()>& step) = 0;
-  // Drops what was recorded of steps through a plan, which will not run again.
+  // Drops what was recorded of steps through a plan, which will not run again. Does not throw.
   virtual void ForgetSteps(PlanId) {}
 
   // --- ops ---

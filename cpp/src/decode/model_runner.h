@@ -43,7 +43,7 @@ class ModelRunner {
   // its. Throws InvalidArgument, OutOfMemoryError.
   PlanId AddPlan(const PlanConfig& asked);
   // Takes a user from a plan that AddPlan gave.
-  void DropPlan(PlanId id);
+  void DropPlan(PlanId id) noexcept;
   const ActivePlan& plan(PlanId id) const { return *plans_.at(id); }
 
   // Whether the engine checks what sparse steps draft. A dense one has nothing to draft with.

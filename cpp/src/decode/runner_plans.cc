@@ -56,7 +56,7 @@ void ModelRunner::CheckRoom(const DecodeConfig& settings, const DecodePlan& plan
               " free; lower gpu_memory_utilization, max_batch_size or max_seq_len");
 }
 
-void ModelRunner::DropPlan(PlanId id) {
+void ModelRunner::DropPlan(PlanId id) noexcept {
   const auto found = plans_.find(id);
   if (found == plans_.end() || --found->second->num_users > 0) return;
   backend_->ForgetSteps(id);

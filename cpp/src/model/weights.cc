@@ -264,8 +264,7 @@ int64_t WeightBytes(const ModelConfig& model, DType dtype) {
 }
 
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,
-                         const WeightSource& source,
-                         const LoadProgress& progress) {
+                         const WeightSource& source, const LoadProgress& progress) {
   return Loader(backend, model, dtype, source).Load(progress);
 }
 
