@@ -181,7 +181,7 @@ TEST_P(Runner, APlanIsThereUntilItsLastUserDropsIt) {
   };
   runner->DropPlan(plan);
   EXPECT_TRUE(run().is_sparse);
-  EXPECT_EQ(runner->CountSets(plan, 1).num_positions, 16 * runner->CountSets(plan, 1).num_sets);
+  EXPECT_EQ(runner->CountPositions(plan, 1), 16 * runner->plan(plan).selection.CountSets(1));
   EXPECT_EQ(runner->ReadSelection(plan, sequence.id).size(), 2u);
   EXPECT_TRUE(runner->ReadSelection(PlanId::kDecoder, sequence.id).empty());
   runner->DropPlan(plan);

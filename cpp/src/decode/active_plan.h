@@ -14,12 +14,6 @@
 
 namespace tidal {
 
-// Sets and the positions in them.
-struct SetCount {
-  int64_t num_sets = 0;
-  int64_t num_positions = 0;
-};
-
 struct ActivePlan {
   // A sequence of the last sparse step, in the order of its batch rows.
   struct Row {

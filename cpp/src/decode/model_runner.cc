@@ -26,6 +26,13 @@ std::vector<PassRow> RowsOf(const Batch& batch) {
   return rows;
 }
 
+// Returns the most tokens of a row.
+int64_t LargestShare(const Batch& batch) {
+  int64_t most = 0;
+  for (const BatchRow& row : batch.rows) most = std::max(most, row.num_tokens);
+  return most;
+}
+
 Drawn NothingDrawn(const Batch& batch) {
   return {.tokens = std::vector<std::vector<int32_t>>(batch.rows.size()),
           .logits = std::vector<std::vector<float>>(batch.rows.size())};
@@ -84,29 +91,26 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
 void ModelRunner::Warm() {
   std::vector<StepKey> keys = RecordedSteps(*backend_, config_, plan_);
   if (keys.empty()) return;
-  const ChunkShape chunk = {.size = {config_.prefill_chunk, 1},
-                            .max_q_len = config_.prefill_chunk,
-                            .max_seq_len = config_.max_seq_len};
-  Pass pass = TakeChunk(chunk);
+  Pass pass = buffers_->passes.Take({config_.prefill_chunk, 1});
+  pass.max_q_len = config_.prefill_chunk;
+  pass.max_seq_len = config_.max_seq_len;
   buffers_->inputs.Write({}, pass);
-  RunChunkPass(chunk, pass, 0);
+  RunChunkPass(pass, 0);
   for (const StepKey& key : keys) WarmStep(key);
   buffers_->sampler.Read(1);  // a device that fails says so now
 }
 
 void ModelRunner::WarmStep(const StepKey& key) {
-  const auto b = static_cast<size_t>(key.batch_size);
   if (key.tokens_per_row > 1) {
-    const ChunkShape shape = CheckShape(key.batch_size, key.tokens_per_row);
-    Pass pass = TakeChunk(shape);
+    Pass pass = TakeCheck(key.batch_size, key.tokens_per_row);
     buffers_->inputs.Write({}, pass);
-    buffers_->outputs.Write({}, {}, shape.size.num_tokens);
-    for (int run = 0; run < 2; ++run) RunChunkPass(shape, pass, shape.size.num_tokens);
+    buffers_->outputs.Write({}, {}, pass.token_ids.dim(0));
+    for (int run = 0; run < 2; ++run) RunCheckPass(pass);
     return;
   }
   Pass pass = buffers_->passes.Take({key.batch_size, key.batch_size});
   buffers_->inputs.Write({}, pass);
-  buffers_->sampler.SetRows(std::vector(b, ScratchSampling()));
+  buffers_->sampler.SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
   for (int run = 0; run < 2; ++run) RunStepPass(plan(key.plan), pass);
 }
 
@@ -210,56 +214,58 @@ void ModelRunner::RunStepPass(const ActivePlan& plan, const Pass& pass) {
 
 // --- chunk passes ---
 
+bool ModelRunner::IsCheck(const Batch& batch) const {
+  if (config_.device.type == DeviceType::kCpu) return false;
+  const int64_t most = TokensPerRow(config_, plan_);
+  return std::all_of(batch.rows.begin(), batch.rows.end(), [&](const BatchRow& row) {
+    return row.num_draws == row.num_tokens && row.num_tokens <= most;
+  });
+}
+
 // A recording fixes the host's bounds (on CUDA max_q_len is the number of query tiles in the grid),
 // so they are those of the shape and of all sequences; lengths and shares are read on the device.
 // Tokens past the last row's are idle.
-ModelRunner::ChunkShape ModelRunner::CheckShape(int64_t batch_size, int64_t tokens_per_row) const {
-  return {.size = {batch_size * tokens_per_row, batch_size},
-          .max_q_len = tokens_per_row,
-          .max_seq_len = config_.max_seq_len,
-          .is_step = true};
-}
-
-ModelRunner::ChunkShape ModelRunner::ShapeOf(const Batch& batch) const {
-  ChunkShape exact = {.size = {0, static_cast<int64_t>(batch.rows.size())}};
-  bool draws_all = true;
-  for (const BatchRow& row : batch.rows) {
-    exact.size.num_tokens += row.num_tokens;
-    exact.max_q_len = std::max(exact.max_q_len, row.num_tokens);
-    exact.max_seq_len = std::max(exact.max_seq_len, row.sequence->cached + row.num_tokens);
-    draws_all = draws_all && row.num_draws == row.num_tokens;
-  }
+Pass ModelRunner::TakeCheck(int64_t num_rows, int64_t num_tokens) const {
   const DeviceType device = config_.device.type;
-  const int64_t most = TokensPerRow(config_, plan_);
-  if (device == DeviceType::kCpu || !draws_all || exact.max_q_len > most) return exact;
-  return CheckShape(StepSize(device, exact.size.batch_size, config_.max_batch_size),
-                    StepSize(device, exact.max_q_len, most));
+  const int64_t b = StepSize(device, num_rows, config_.max_batch_size);
+  const int64_t t = StepSize(device, num_tokens, TokensPerRow(config_, plan_));
+  Pass pass = buffers_->passes.Take({b * t, b});
+  pass.max_q_len = t;
+  pass.max_seq_len = config_.max_seq_len;
+  return pass;
 }
 
-Pass ModelRunner::TakeChunk(const ChunkShape& shape) const {
-  Pass pass = buffers_->passes.Take(shape.size);
-  pass.max_q_len = shape.max_q_len;
-  pass.max_seq_len = shape.max_seq_len;
+Pass ModelRunner::TakeChunk(const Batch& batch) const {
+  PassSize size = {.num_tokens = 0, .batch_size = static_cast<int64_t>(batch.rows.size())};
+  int64_t max_seq_len = 0;
+  for (const BatchRow& row : batch.rows) {
+    size.num_tokens += row.num_tokens;
+    max_seq_len = std::max(max_seq_len, row.sequence->cached + row.num_tokens);
+  }
+  Pass pass = buffers_->passes.Take(size);
+  pass.max_q_len = LargestShare(batch);
+  pass.max_seq_len = max_seq_len;
   return pass;
 }
 
 Drawn ModelRunner::RunChunk(const Batch& batch) {
   Drawn drawn = NothingDrawn(batch);
-  const ChunkShape shape = ShapeOf(batch);
-  Pass pass = TakeChunk(shape);
+  const bool is_check = IsCheck(batch);
+  Pass pass = is_check ? TakeCheck(static_cast<int64_t>(batch.rows.size()), LargestShare(batch))
+                       : TakeChunk(batch);
   PassOutputs& outputs = buffers_->outputs;
   const std::vector<PassOutput> wanted = OutputsOf(batch);
   std::span<const PassOutput> left(wanted);
-  // As many at once as there is room for. Those of a step, which are all its tokens', have room.
+  // As many at once as there is room for. Those of a check have room.
   auto next_group = [&] {
     return left.first(std::min(left.size(), static_cast<size_t>(outputs.max_rows())));
   };
   auto group = next_group();
-  auto num_rows = shape.is_step ? shape.size.num_tokens : static_cast<int64_t>(group.size());
+  auto num_rows = is_check ? pass.token_ids.dim(0) : static_cast<int64_t>(group.size());
 
   buffers_->inputs.Write(RowsOf(batch), pass);
   if (num_rows > 0) outputs.Write(batch, group, num_rows);
-  RunChunkPass(shape, pass, num_rows);
+  is_check ? RunCheckPass(pass) : RunChunkPass(pass, num_rows);
   while (!group.empty()) {
     outputs.Take(batch, group, num_rows, drawn);
     left = left.subspan(group.size());
@@ -273,15 +279,15 @@ Drawn ModelRunner::RunChunk(const Batch& batch) {
   return drawn;
 }
 
-void ModelRunner::RunChunkPass(const ChunkShape& shape, const Pass& pass, int64_t num_outputs) {
-  auto queue = [&] {
-    ChunkPass(*backend_, *transformer_, pass);
-    if (num_outputs > 0) buffers_->outputs.Logits(*transformer_, pass, num_outputs);
-  };
-  if (!shape.is_step) return queue();
-  // More tokens than rows, so no RopeAppendKv here is taken for that of a decode step.
-  backend_->RunStep({.batch_size = shape.size.batch_size, .tokens_per_row = shape.max_q_len},
-                    queue);
+void ModelRunner::RunChunkPass(const Pass& pass, int64_t num_outputs) {
+  ChunkPass(*backend_, *transformer_, pass);
+  if (num_outputs > 0) buffers_->outputs.Logits(*transformer_, pass, num_outputs);
+}
+
+// More tokens than rows, so no RopeAppendKv here is taken for that of a decode step.
+void ModelRunner::RunCheckPass(const Pass& pass) {
+  const StepKey key = {.batch_size = pass.seq_lens.dim(0), .tokens_per_row = pass.max_q_len};
+  backend_->RunStep(key, [&] { RunChunkPass(pass, pass.token_ids.dim(0)); });
 }
 
 }  // namespace tidal

@@ -49,8 +49,8 @@ class ModelRunner {
   // Whether the engine checks what sparse steps draft. A dense one has nothing to draft with.
   bool verifies() const;
 
-  // The sets of the last sparse step through a plan, in its first num_rows rows.
-  SetCount CountSets(PlanId id, int64_t num_rows) const;
+  // Positions in all sets of the last sparse step through a plan, in its first num_rows rows.
+  int64_t CountPositions(PlanId id, int64_t num_rows) const;
   // What the choosing layers chose for the sequence in the last sparse step through a plan; empty
   // if the sequence took no part.
   std::vector<LayerSelection> ReadSelection(PlanId id, uint64_t sequence_id) const;
@@ -69,15 +69,6 @@ class ModelRunner {
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
 
  private:
-  // A chunk pass as a device runs it. Where steps are recorded one that draws after each of its
-  // tokens is a step: it has room for as many tokens in every row.
-  struct ChunkShape {
-    PassSize size;
-    int64_t max_q_len = 0;
-    int64_t max_seq_len = 0;
-    bool is_step = false;
-  };
-
   void Warm();
   void WarmStep(const StepKey& key);
   void CheckFits(const Batch& batch) const;
@@ -85,11 +76,15 @@ class ModelRunner {
   Drawn RunStep(const Batch& batch);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
   Drawn RunChunk(const Batch& batch);
-  void RunChunkPass(const ChunkShape& shape, const Pass& pass, int64_t num_outputs);
-  ChunkShape ShapeOf(const Batch& batch) const;
-  // The shape of a pass that checks drafts.
-  ChunkShape CheckShape(int64_t batch_size, int64_t tokens_per_row) const;
-  Pass TakeChunk(const ChunkShape& shape) const;
+  Pass TakeChunk(const Batch& batch) const;
+  void RunChunkPass(const Pass& pass, int64_t num_outputs);
+
+  // Where steps are recorded, a pass that draws after each of its tokens is one of them: a check of
+  // drafts, with room for as many tokens in every row.
+  bool IsCheck(const Batch& batch) const;
+  // For at least num_rows rows of at least num_tokens tokens each.
+  Pass TakeCheck(int64_t num_rows, int64_t num_tokens) const;
+  void RunCheckPass(const Pass& pass);
 
   void CheckRoom(const DecodeConfig& settings, const DecodePlan& plan) const;
   std::unique_ptr<ActivePlan> MakePlan(PlanId id, const DecodeConfig& settings);

@@ -63,9 +63,8 @@ void ModelRunner::DropPlan(PlanId id) noexcept {
   plans_.erase(found);
 }
 
-SetCount ModelRunner::CountSets(PlanId id, int64_t num_rows) const {
-  const Selection& selection = plan(id).selection;
-  return {selection.CountSets(num_rows), selection.CountPositions(*backend_, num_rows)};
+int64_t ModelRunner::CountPositions(PlanId id, int64_t num_rows) const {
+  return plan(id).selection.CountPositions(*backend_, num_rows);
 }
 
 std::vector<LayerSelection> ModelRunner::ReadSelection(PlanId id, uint64_t sequence_id) const {

@@ -21,28 +21,30 @@ class AddedPlan {
 
   // Runs a decode step, with the plan's own cache correction before it.
   Drawn Step(std::vector<BatchRow> rows) {
-    const int64_t interval = runner_.plan(id_).config.correction_interval;
-    for (const BatchRow& row : rows) CorrectCache(runner_, *row.sequence, interval);
+    const ActivePlan& plan = runner_.plan(id_);
+    for (const BatchRow& row : rows) {
+      CorrectCache(runner_, *row.sequence, plan.config.correction_interval);
+    }
     const auto num_rows = static_cast<int64_t>(rows.size());
     Drawn drawn = runner_.Run({std::move(rows), id_});
     if (drawn.is_sparse) {
-      const SetCount count = runner_.CountSets(id_, num_rows);
-      total_.num_sets += count.num_sets;
-      total_.num_positions += count.num_positions;
+      num_sets_ += plan.selection.CountSets(num_rows);
+      num_positions_ += runner_.CountPositions(id_, num_rows);
     }
     return drawn;
   }
 
   // Positions of a set, on average over the sparse steps so far.
   double MeanSetSize() const {
-    if (total_.num_sets == 0) return 0.0;
-    return static_cast<double>(total_.num_positions) / static_cast<double>(total_.num_sets);
+    if (num_sets_ == 0) return 0.0;
+    return static_cast<double>(num_positions_) / static_cast<double>(num_sets_);
   }
 
  private:
   ModelRunner& runner_;
   PlanId id_;
-  SetCount total_;
+  int64_t num_sets_ = 0;
+  int64_t num_positions_ = 0;
 };
 
 }  // namespace
