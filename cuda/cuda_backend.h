@@ -45,6 +45,10 @@ class CudaBackend final : public Backend {
   void Download(void* host, const TensorView& src) override;
   void Copy(const TensorView& dst, const TensorView& src) override;
   void RunStep(const StepKey& key, const std::function<void()>& step) override;
+  void ForgetSteps(PlanId plan) override {
+    cudaSetDevice(device_);
+    graphs_.Forget(plan);
+  }
 
   void Embed(const EmbedArgs& args) override;
   void RmsNorm(const RmsNormArgs& args) override;

@@ -60,6 +60,14 @@ cudaGraphExec_t GraphCache::Record(const std::function<void()>& step) {
   return executable;
 }
 
+void GraphCache::Forget(PlanId plan) {
+  std::erase_if(entries_, [&](const Entry& entry) {
+    if (entry.key.plan != plan) return false;
+    if (entry.graph != nullptr) cudaGraphExecDestroy(entry.graph);
+    return true;
+  });
+}
+
 void GraphCache::Clear() {
   for (Entry& entry : entries_) {
     if (entry.graph != nullptr) cudaGraphExecDestroy(entry.graph);

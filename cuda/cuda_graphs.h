@@ -15,7 +15,8 @@ namespace tidal {
 // algorithms, growing scratch) is done; the second records a graph; later ones replay it.
 class GraphCache {
  public:
-  // More than the batch sizes times plans of most decoders; those of others push each other out.
+  // More than the batch sizes times plans of most decoders; those of others push each other out,
+  // the one that has waited longest first.
   static constexpr int64_t kMaxGraphs = 128;
 
   explicit GraphCache(cudaStream_t stream) : stream_(stream) {}
@@ -27,6 +28,9 @@ class GraphCache {
 
   // Whether ops are being recorded: nothing may be allocated, copied from the host or waited for.
   bool recording() const { return recording_; }
+
+  // Forgets the graphs of one plan.
+  void Forget(PlanId plan);
 
   // Forgets all graphs; needed when memory that they point to moves.
   void Clear();

@@ -15,9 +15,9 @@ namespace py = pybind11;
 namespace tidal {
 namespace {
 
-StepPlan ParseStepPlan(const std::string& attention) {
-  if (attention == "auto") return StepPlan::kDecoder;
-  if (attention == "full") return StepPlan::kDense;
+PlanId ParsePlan(const std::string& attention) {
+  if (attention == "auto") return PlanId::kDecoder;
+  if (attention == "full") return PlanId::kDense;
   throw InvalidArgument(
       Concat("attention: got \"", attention, "\", expected \"auto\" or \"full\""));
 }
@@ -88,7 +88,7 @@ py::array_t<float> LogitsArray(const PyDecoder& self, const Compute& compute) {
 
 std::vector<double> MeasureSteps(const PyDecoder& self, const std::vector<int64_t>& seq_lens,
                                  int64_t steps, int64_t warmup, const std::string& attention) {
-  StepBenchmark benchmark{seq_lens, steps, warmup, ParseStepPlan(attention)};
+  StepBenchmark benchmark{seq_lens, steps, warmup, ParsePlan(attention)};
   return WithoutGil(self.get(), [&](Decoder& decoder) { return decoder.MeasureSteps(benchmark); });
 }
 

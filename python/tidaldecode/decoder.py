@@ -323,8 +323,7 @@ class Decoder(TextMethods):
             max_new_tokens: room behind each.
             on_prefill: as in generate().
 
-        Raises: InvalidArgument, also where steps are recorded (on CUDA give cuda_graphs=False);
-            CapacityError if the prompts do not fit.
+        Raises: InvalidArgument; CapacityError if the prompts do not fit.
         """
         core = self._open_core()
         check_callback("on_prefill", on_prefill, 2)

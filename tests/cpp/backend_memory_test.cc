@@ -92,11 +92,35 @@ TEST_P(BackendMemory, RunStepIsAFunctionOfItsBuffers) {
     SCOPED_TRACE(round);
     const Bytes bytes = Encode(random.Normal(kRows * kWidth, DType::kFloat32), DType::kFloat32);
     backend().Upload(x, bytes.data());
-    backend().RunStep({.batch_size = kRows, .sparse = false}, [&] {
+    backend().RunStep({.batch_size = kRows}, [&] {
       backend().RmsNorm({.x = x, .weight = weight, .out = normed, .eps = 1e-5f});
     });
     backend().RmsNorm({.x = x, .weight = weight, .out = plain, .eps = 1e-5f});
     EXPECT_TRUE(SameBits(GetBytes(normed), GetBytes(plain), DTypeBytes(act())));
+  }
+}
+
+// A step is known by its plan too, and a plan that has gone leaves none behind.
+TEST_P(BackendMemory, StepsOfOnePlanAreNotThoseOfAnother) {
+  constexpr int64_t kSize = 64;
+  const TensorView ones = Put(Values(kSize, 1.0), DType::kFloat32, {kSize});
+  const TensorView twos = Put(Values(kSize, 2.0), DType::kFloat32, {kSize});
+  const TensorView out = Output(DType::kFloat32, {1, kSize});
+  const TensorView row = PutInts({0}, {1});
+  const auto run = [&](PlanId plan, const TensorView& source) {
+    const TensorView table(source.ptr, DType::kFloat32, {1, kSize});
+    backend().RunStep({.batch_size = 1, .plan = plan},
+                      [&] { backend().GatherRows({.x = table, .rows = row, .out = out}); });
+    return GetBytes(out) == GetBytes(source);
+  };
+  for (int round = 0; round < 4; ++round) {  // called, recorded, replayed
+    EXPECT_TRUE(run(PlanId{2}, ones)) << round;
+    EXPECT_TRUE(run(PlanId{3}, twos)) << round;
+  }
+  backend().ForgetSteps(PlanId{2});
+  for (int round = 0; round < 4; ++round) {
+    EXPECT_TRUE(run(PlanId{2}, twos)) << round;
+    EXPECT_TRUE(run(PlanId{3}, twos)) << round;
   }
 }
 

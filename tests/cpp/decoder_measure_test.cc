@@ -17,7 +17,7 @@ class Measurements : public DecoderTest {};
 TEST_P(Measurements, GiveOneTimePerStepAndAllPagesBack) {
   const auto decoder = Make(Tidal());
   const int64_t all = decoder->num_free_pages();
-  for (StepPlan plan : {StepPlan::kDecoder, StepPlan::kDense}) {
+  for (PlanId plan : {PlanId::kDecoder, PlanId::kDense}) {
     for (const std::vector<int64_t>& seq_lens :
          std::vector<std::vector<int64_t>>{{1}, {512}, {40, 512, 1, 33}}) {
       const std::vector<double> seconds =
@@ -58,7 +58,7 @@ TEST_P(Measurements, TheDecodersPlanIsSparseAndTheDensePlanIsNot) {
   while (generation->results()[0].token_ids.size() < 5) generation->Advance();
   ASSERT_EQ(decoder->Selection(0).size(), 2u);
   // Others' sparse steps take the place of the last selection, dense ones do not touch it.
-  decoder->MeasureSteps({.seq_lens = {300}, .steps = 1, .warmup = 0, .plan = StepPlan::kDense});
+  decoder->MeasureSteps({.seq_lens = {300}, .steps = 1, .warmup = 0, .plan = PlanId::kDense});
   EXPECT_EQ(decoder->Selection(0).size(), 2u);
   decoder->MeasureSteps({.seq_lens = {20}, .steps = 1, .warmup = 0});
   EXPECT_EQ(decoder->Selection(0).size(), 2u) << "20 tokens are within the budget";

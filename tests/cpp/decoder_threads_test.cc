@@ -164,7 +164,7 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
     };
     auto measure = [&] {
       UntilRefused([&] {
-        decoder->MeasureSteps({{30, 20}, 2, 1, StepPlan::kDecoder});
+        decoder->MeasureSteps({{30, 20}, 2, 1, PlanId::kDecoder});
         decoder->PrefillLogits(prompts[0], 2);
         decoder->DecodeLogits(prompts[0], 30);
       });

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include "backend/memory_meter.h"
-#include "decode/engine.h"
 #include "decode/memory_plan.h"
+#include "decode/model_runner.h"
+#include "engine/reading.h"
+#include "engine/sequence_maker.h"
 #include "throws.h"
 #include "tidal/error.h"
 #include "tiny_model.h"
@@ -48,17 +50,17 @@ class MemoryPlanTest : public DecoderTest {
 
 TEST_P(MemoryPlanTest, IsWhatIsAllocated) {
   for (const DecodeConfig& config : Configs()) {
-    Engine engine(model_, config, weights_, nullptr);
-    const MemoryPlan& plan = engine.memory_plan();
+    ModelRunner runner(model_, config, weights_, nullptr);
+    const MemoryPlan& plan = runner.memory_plan();
     std::vector<MemoryItem> planned = plan.scratch;
     AddItem(planned, {"the model's weights", plan.weight_bytes});
     AddItem(planned, {"the KV cache", plan.kv_bytes});
-    for (const MemoryItem& item : engine.allocated()) {
+    for (const MemoryItem& item : runner.allocated()) {
       AddItem(planned, {item.purpose, -item.bytes});
     }
     for (const MemoryItem& left : planned) EXPECT_EQ(left.bytes, 0) << left.purpose;
-    EXPECT_EQ(plan.num_pages, engine.config().num_pages);
-    EXPECT_EQ(plan.max_seq_len, engine.config().max_seq_len);
+    EXPECT_EQ(plan.num_pages, runner.config().num_pages);
+    EXPECT_EQ(plan.max_seq_len, runner.config().max_seq_len);
     EXPECT_LE(plan.total_bytes(), plan.usable_bytes);
   }
 }
@@ -85,52 +87,64 @@ int64_t AllBytes(const std::vector<MemoryItem>& items) {
   return bytes;
 }
 
-// Decodes a batch with an Engine, which shows what it has allocated: prompts in chunks, steps,
+// Decodes a batch with a ModelRunner, which shows what it has allocated: prompts in chunks, steps,
 // corrections, checks of drafts, at the largest sizes there are.
-void Exercise(Engine& engine, const Prompts& prompts, int64_t steps) {
+void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
+  SequenceMaker maker(runner);
   std::vector<Sequence> sequences;
-  std::vector<Sequence*> rows;
+  Batch step = {.rows = {}, .plan = PlanId::kDecoder};
   sequences.reserve(prompts.size());
   SamplingParams params;
   params.repetition_penalty = 1.1;
   for (const Ints& prompt : prompts) {
     const auto slot = static_cast<int32_t>(sequences.size());
     sequences.push_back(
-        engine.MakeSequence(prompt, engine.config().max_seq_len, MakeSamplingRow(params, slot)));
-    rows.push_back(&sequences.back());
-    engine.MarkSeen(sequences.back(), sequences.back().prompt_len);
-    int64_t chunk_len = 0;
-    while (!sequences.back().prefilled()) chunk_len = engine.PrefillNext(sequences.back());
-    sequences.back().tokens.push_back(engine.SampleAfterPrefill(sequences.back(), chunk_len));
+        maker.Make(prompt, runner.config().max_seq_len, MakeSamplingRow(params, slot)));
+    Sequence& sequence = sequences.back();
+    step.rows.push_back({.sequence = &sequence});
+    runner.MarkSeen(sequence, sequence.dense_len);
+    Drawn drawn;
+    while (!sequence.prefilled()) {
+      BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
+      row.num_draws = row.num_logits = row.num_tokens;
+      drawn = runner.Run({.rows = {row}});
+    }
+    sequence.tokens.push_back(drawn.tokens[0].back());
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    for (Sequence* row : rows) engine.CorrectCache(*row);
-    const std::vector<int32_t> next = engine.Step(rows);
-    for (size_t i = 0; i < rows.size(); ++i) rows[i]->tokens.push_back(next[i]);
+  for (int64_t i = 0; i < steps; ++i) {
+    for (Sequence& sequence : sequences) {
+      CorrectCache(runner, sequence, runner.config().correction_interval);
+    }
+    const Drawn drawn = runner.Run(step);
+    for (size_t row = 0; row < sequences.size(); ++row) {
+      sequences[row].tokens.push_back(drawn.tokens[row][0]);
+    }
   }
-  for (Sequence* row : rows) engine.ReadSelection(row->id);
-  if (!engine.verifies()) return;
+  for (const Sequence& sequence : sequences) runner.ReadSelection(PlanId::kDecoder, sequence.id);
+  if (!runner.verifies()) return;
   // As many tokens a row as a check takes.
   const int64_t drafts =
-      engine.config().draft_tokens == 0 ? kMaxAutomaticDrafts : engine.config().draft_tokens;
-  for (Sequence* row : rows) {
-    for (int64_t i = 0; i < drafts; ++i) row->tokens.push_back(3);
+      runner.config().draft_tokens == 0 ? kMaxAutomaticDrafts : runner.config().draft_tokens;
+  Batch check;
+  for (Sequence& sequence : sequences) {
+    for (int64_t i = 0; i < drafts; ++i) sequence.tokens.push_back(3);
+    check.rows.push_back({&sequence, drafts + 1, drafts + 1});
   }
-  engine.Verify(rows);
+  runner.Run(check);
 }
 
 TEST_P(MemoryPlanTest, IsHeldWhateverRuns) {
   for (const DecodeConfig& config : Configs()) {
     if (config.num_pages != 0) continue;  // has no room for sequences of max_seq_len
-    Engine engine(model_, config, weights_, nullptr);
-    const int64_t before = AllBytes(engine.allocated());
+    ModelRunner runner(model_, config, weights_, nullptr);
+    const int64_t before = AllBytes(runner.allocated());
     // A row's prompt is longer than a chunk; together with what follows it fills max_seq_len.
-    const auto longest = static_cast<int32_t>(engine.config().max_seq_len);
+    const auto longest = static_cast<int32_t>(runner.config().max_seq_len);
     Ints lengths = {longest - 90, 1};
     for (int64_t row = 2; row < config.max_batch_size; ++row) lengths.push_back(100);
-    Exercise(engine, MakePrompts(lengths), 40);
-    Exercise(engine, MakePrompts({70}), 10);
-    EXPECT_EQ(AllBytes(engine.allocated()), before);
+    Exercise(runner, MakePrompts(lengths), 40);
+    Exercise(runner, MakePrompts({70}), 10);
+    EXPECT_EQ(AllBytes(runner.allocated()), before);
   }
 }
 
@@ -229,7 +243,35 @@ class RecordingDevice final : public MemoryMeter {
     info.max_recorded_steps = 10;
     return info;
   }
+  BackendMemory PlanReserve(const StepLimits& limits) const override {
+    BackendMemory memory = MemoryMeter::PlanReserve(limits);
+    memory.reserve_bytes = kCode + limits.num_recorded_steps * kStep;
+    return memory;
+  }
+
+  static constexpr int64_t kCode = 1000, kStep = 1 << 20;
 };
+
+TEST(RecordedStepsTest, OfAnAddedPlanAreCountedWithItsSets) {
+  const std::unique_ptr<Backend> cpu = MakeBackend(BackendOptions{});
+  const RecordingDevice backend(*cpu);
+  const ModelConfig model = TinyConfig();
+  DecodeConfig config;
+  config.device.type = DeviceType::kCuda;
+  config.max_seq_len = 512;
+  config.num_pages = 8;
+  config.dtype = config.kv_dtype = DType::kFloat32;
+  config.token_budget = 32;
+  EXPECT_EQ(AddedPlanBytes(backend, model, config, DecodePlan::Dense(6)), 0);
+  const DecodePlan tidal = DecodePlan::Tidal(6, 2, {2, 4});
+  config.max_batch_size = 1;
+  const int64_t one = AddedPlanBytes(backend, model, config, tidal);
+  config.max_batch_size = 8;
+  // Steps of 1, 2, 4 and 8 rows.
+  const int64_t sets = one - RecordingDevice::kStep;
+  EXPECT_EQ(AddedPlanBytes(backend, model, config, tidal), 8 * sets + 4 * RecordingDevice::kStep);
+  EXPECT_GE(sets, 512 * 4 * model.num_q_heads);
+}
 
 TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
   const std::unique_ptr<Backend> cpu = MakeBackend(BackendOptions{});
@@ -240,7 +282,7 @@ TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
     config.max_batch_size = max_batch_size;
     std::vector<int64_t> dense, sparse;
     for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Dense(3))) {
-      EXPECT_FALSE(key.sparse);
+      EXPECT_EQ(key.plan, PlanId::kDense);
       dense.push_back(key.batch_size);
     }
     const std::vector<int64_t> every = {1, 2, 4, 8, 16, 24, 32, 40, 48};
@@ -248,7 +290,7 @@ TEST(RecordedStepsTest, AreTheFirstOfAnyNumberOfRows) {
     EXPECT_EQ(dense.back(), max_batch_size == 50 ? 50 : 56);
     EXPECT_EQ(dense.size(), 10u);
     for (const StepKey& key : RecordedSteps(backend, config, DecodePlan::Tidal(4, 2, {2}))) {
-      if (key.sparse) sparse.push_back(key.batch_size);
+      if (key.plan == PlanId::kDecoder) sparse.push_back(key.batch_size);
     }
     EXPECT_EQ(sparse, (std::vector<int64_t>{1, 2, 4, 8, 16}));
   }

@@ -208,7 +208,7 @@ def logits(bench: Bench) -> None:
     "Replay.mean_set_size", "Replay.close",
 )  # fmt: skip
 def replay(bench: Bench) -> None:
-    decoder = bench.open(cuda_graphs=False)
+    decoder = bench.open()
     with decoder.replay([IDS * 2, IDS], max_new_tokens=8) as prompts:
         prompts.read()
         dense = prompts.greedy(8, attention="full")

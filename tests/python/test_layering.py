@@ -29,6 +29,7 @@ ALLOWED_INCLUDES = {
     "cpp/src/kv": ("tidal/", "core/", "backend/*", "kv/"),
     "cpp/src/model": ("tidal/", "core/", "backend/*", "model/"),
     "cpp/src/decode": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/"),
+    "cpp/src/engine": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/", "engine/"),
     "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_", "cudnn_attention"),
     "cuda/common": ("tidal/", "core/", "backend/*", "common/"),
     "cuda/kernels": ("tidal/", "core/", "backend/*", "common/", "kernels/"),
@@ -98,6 +99,16 @@ def test_includes_follow_the_layering():
         if kind == '"' and not is_allowed(include, rule_for(file) or ())
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_engine_knows_the_front_door():
+    rooms = ("cpp/src/engine/", "python/bindings/")
+    wrong = [
+        name_of(file)
+        for file in native_files()
+        if '"tidal/decoder.h"' in file.read_text() and not name_of(file).startswith(rooms)
+    ]
+    assert not wrong, f"include what they need of cpp/include/tidal in its place: {wrong}"
 
 
 def test_quoted_includes_are_ours_and_exist():

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "tidal/device.h"
 #include "tidal/dtype.h"
 
 namespace tidal {
@@ -54,13 +55,6 @@ struct ModelConfig {
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
   int64_t q_size() const { return num_q_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
-};
-
-enum class DeviceType : int32_t { kCpu, kCuda };
-
-struct Device {
-  DeviceType type = DeviceType::kCpu;
-  int32_t index = 0;
 };
 
 // Which heads share one set of positions.
@@ -116,6 +110,8 @@ struct PlanConfig {
   // Errors of sparse steps: they leave slightly wrong K and V in the layers after the first sparse
   // one. Every so many tokens that a sequence decoded sparsely, a dense pass rewrites theirs.
   int64_t correction_interval = 0;  // 0: never; with verify it must be
+
+  bool operator==(const PlanConfig&) const = default;
 };
 
 struct DecodeConfig : PlanConfig {

@@ -2,64 +2,19 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "tidal/config.h"
+#include "tidal/device.h"
 #include "tidal/memory_plan.h"
 #include "tidal/plan.h"
+#include "tidal/request.h"
 #include "tidal/weights.h"
 
 namespace tidal {
-
-enum class FinishReason : int32_t {
-  kNone,    // still running
-  kStop,    // a stop token, or Generation::Stop
-  kLength,  // max_new_tokens reached
-  kAbort,   // cancelled
-  kError,   // the model gave no usable logits (NaN, or all -inf)
-};
-
-// What verified decoding did for a sequence.
-struct Verification {
-  int64_t drafted_tokens = 0;   // that were checked
-  int64_t accepted_tokens = 0;  // of those, kept
-  int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
-};
-
-struct SequenceResult {
-  std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
-  FinishReason finish_reason = FinishReason::kNone;
-  std::string error;                   // non-empty iff finish_reason is kError
-  int64_t prompt_tokens = 0;           // of a session's turn: all tokens it follows
-  int64_t cached_tokens = 0;           // of those, in the cache before the call
-  double time_to_first_token_s = 0.0;  // from the start of the call
-  double decode_s = 0.0;               // from the first to the last token
-  Verification verification{};         // zeros unless the decoder verifies
-};
-
-// A new token of a sequence.
-struct TokenEvent {
-  int64_t sequence = 0;  // index into the prompts of the call
-  int32_t token_id = 0;
-};
-
-struct PrefillProgress {
-  int64_t tokens_done = 0;
-  int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
-};
-
-// The positions one choosing layer (S or P) chose for one sequence in its last sparse step.
-struct LayerSelection {
-  int64_t layer = 0;
-  int64_t num_sets = 0;      // KV heads, query heads or 1, by granularity
-  int64_t num_selected = 0;  // of the largest set
-  // [num_sets, num_selected], ascending per set; -1 past the end of a smaller one (top_p_mass).
-  std::vector<int32_t> token_idx;
-};
 
 class Decoder;
 
@@ -199,23 +154,17 @@ class Session {
   std::shared_ptr<Impl> impl_;  // a running turn keeps it too
 };
 
-// Which plan a step runs.
-enum class StepPlan : int32_t {
-  kDecoder,  // as every decode step chooses: the decoder's, or dense where all rows are short
-  kDense,    // the all-full plan that a dense decoder runs
-};
-
 // What Decoder::MeasureSteps measures.
 struct StepBenchmark {
   std::vector<int64_t> seq_lens;  // one a batch row: tokens in the cache, the newest included, >= 1
   int64_t steps = 30;             // timed ones, >= 1
   int64_t warmup = 5;             // untimed, before them; a device may record its graph in two
-  StepPlan plan = StepPlan::kDecoder;
+  PlanId plan = PlanId::kDecoder;
 };
 
 class Decoder {
  public:
-  using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+  using LoadProgress = tidal::LoadProgress;
 
   // Plans its memory, loads the weights onto the device and allocates everything a step needs:
   // nothing is allocated on the device afterwards, but for a Replay's plans. Throws ConfigError,
@@ -245,8 +194,8 @@ class Decoder {
   // - num_prefill + 1, vocab_size] float32.
   std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
 
-  // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Needs
-  // cuda_graphs off: a recorded step belongs to one plan. Throws InvalidArgument and CapacityError.
+  // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Throws
+  // InvalidArgument and CapacityError.
   std::unique_ptr<Replay> StartReplay(const std::vector<std::vector<int32_t>>& prompts,
                                       int64_t max_new_tokens);
 
@@ -286,28 +235,5 @@ class Decoder {
 // Before the process exits, so that no thread is in the engine when its libraries go: every call
 // throws BackendError before its next step, and every later one at once. There is no way back.
 void EndAllCalls();
-
-// The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
-// GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
-// UnsupportedError, BackendError.
-MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
-
-// A device the engine can (or could) run on, and why not.
-struct DeviceStatus {
-  std::string name;      // "cpu", "cuda:0"
-  std::string hardware;  // processor or GPU name; for the CPU its instruction set
-  bool available = false;
-  std::string reason;  // why it is not available
-  int64_t memory_bytes = 0;
-  int64_t free_bytes = 0;
-};
-
-// CPU first, then every CUDA device, or one unavailable "cuda" entry that says why. Never throws.
-std::vector<DeviceStatus> ListDevices();
-
-// Libraries compiled in or found: {"OpenBLAS", "0.3.34 ..."}, {"cuBLASLt", "13.0"}.
-std::vector<std::pair<std::string, std::string>> ListLibraries();
-
-const char* VersionString();
 
 }  // namespace tidal

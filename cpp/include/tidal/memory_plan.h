@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "tidal/config.h"
+
 namespace tidal {
 
 struct MemoryItem {
@@ -39,5 +41,10 @@ struct MemoryPlan {
   int64_t scratch_bytes() const;
   int64_t total_bytes() const;
 };
+
+// The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
+// GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
+// UnsupportedError, BackendError.
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
 
 }  // namespace tidal

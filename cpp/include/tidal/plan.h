@@ -17,6 +17,13 @@ enum class LayerKind : int32_t {
   kSparse,  // s: attention over the last chosen set only
 };
 
+// Names a plan that an engine can run, one of the two here or one that was added to them. The name
+// of one that has gone is never given again.
+enum class PlanId : int64_t {
+  kDense,    // every layer full
+  kDecoder,  // the plan of the decoder's settings
+};
+
 // One LayerKind per layer; an immutable value, valid by construction.
 class DecodePlan {
  public:

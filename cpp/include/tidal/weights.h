@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -14,6 +15,9 @@ namespace tidal {
 
 class CopyThreads;
 class Noise;
+
+// Told of the bytes that are on the device, of all that will be.
+using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
 
 struct WeightInfo {
   DType dtype = DType::kFloat32;  // float32, bfloat16 or float16

@@ -15,7 +15,10 @@
 #include "backend/op_args.h"
 #include "core/buffer.h"
 #include "core/checked.h"
-#include "tidal/decoder.h"
+#include "tidal/config.h"
+#include "tidal/device.h"
+#include "tidal/memory_plan.h"
+#include "tidal/plan.h"
 
 namespace tidal {
 
@@ -56,8 +59,8 @@ struct BackendMemory {
 // Names a step whose work is the same each time but for the contents of its buffers.
 struct StepKey {
   int64_t batch_size = 0;
-  bool sparse = false;  // false: the all-full plan
   int64_t tokens_per_row = 1;
+  PlanId plan = PlanId::kDense;
   bool operator==(const StepKey&) const = default;
 };
 
@@ -111,6 +114,8 @@ class Backend {
   // first times and replay it afterwards; results are the same bit for bit. In a step, a
   // RopeAppendKv of as many tokens as rows appends the newest token of each row, at seq_len - 1.
   virtual void RunStep(const StepKey& key, const std::function<void()>& step) = 0;
+  // Drops what was recorded of steps through a plan, which will not run again. Does not throw.
+  virtual void ForgetSteps(PlanId) {}
 
   // --- ops ---
   virtual void Embed(const EmbedArgs& args) = 0;

@@ -8,7 +8,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/cpu_info.h"
 #include "core/process.h"
-#include "tidal/decoder.h"
+#include "tidal/device.h"
 #include "tidal/error.h"
 
 namespace tidal {

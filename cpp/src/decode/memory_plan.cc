@@ -8,10 +8,13 @@
 
 #include "backend/memory_meter.h"
 #include "core/checked.h"
-#include "decode/engine_buffers.h"
+#include "decode/runner_buffers.h"
+#include "decode/selection.h"
+#include "decode/settings.h"
 #include "decode/shadow_balance.h"
 #include "kv/paged_kv_cache.h"
 #include "kv/shadow_cache.h"
+#include "model/model_config.h"
 #include "model/weights.h"
 
 namespace tidal {
@@ -94,7 +97,8 @@ class Planner {
     ResolvePlanSettings(backend_, config.max_seq_len, config);
 
     MemoryMeter meter(backend_);
-    EngineBuffers buffers(meter, model_, config, plan_);
+    RunnerBuffers buffers(meter, model_, config, plan_);
+    Selection selection(meter, model_, config, plan_);
     if (config.shadow != Shadow::kNone) ShadowMemory(meter, config);
     BackendMemory own = backend_.PlanReserve(LimitsFor(backend_, model_, config, plan_));
     MemoryPlan memory;
@@ -245,26 +249,6 @@ ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& mode
   return Planner(backend, model, config, plan).Resolve();
 }
 
-void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig& plan) {
-  if (plan.token_budget == kAutomatic) {
-    plan.token_budget = kAutomaticBudget;
-    if (plan.top_p_mass == 1.0) plan.top_p_mass = kAutomaticMass;
-  }
-  if (plan.min_token_budget == 0) plan.min_token_budget = kAutomaticMinBudget;
-  if (plan.recent_tokens == kAutomatic) {
-    int64_t least = std::min(plan.token_budget, max_seq_len);
-    if (plan.top_p_mass < 1.0) least = std::min(plan.min_token_budget, least);
-    plan.recent_tokens = std::max(std::min(least / 4, least - plan.sink_tokens), int64_t{1});
-  }
-  int64_t num_forced = plan.sink_tokens + plan.recent_tokens;
-  // A budget beyond the longest sequence means everything; no need for memory to say so.
-  plan.token_budget = std::max(std::min(plan.token_budget, max_seq_len), num_forced);
-  plan.min_token_budget = std::max(std::min(plan.min_token_budget, plan.token_budget), num_forced);
-  if (plan.sparse_min_context == kAutomatic) {
-    plan.sparse_min_context = backend.SparseMinContext(plan.token_budget);
-  }
-}
-
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan) {
   auto num_recorded = static_cast<int64_t>(RecordedSteps(backend, config, plan).size());
@@ -289,17 +273,40 @@ std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& c
   std::vector<StepKey> keys;
   if (most == 0) return keys;
   for (int64_t b : StepSizes(config.device.type, 1, config.max_batch_size, most)) {
-    keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = 1});
+    keys.push_back({.batch_size = b});
     if (plan.is_dense()) continue;
-    keys.push_back({.batch_size = b, .sparse = true, .tokens_per_row = 1});
+    keys.push_back({.batch_size = b, .plan = PlanId::kDecoder});
     // A pass over drafts has at least two tokens of a row.
     if (!Verifies(config, plan)) continue;
     for (int64_t t : StepSizes(config.device.type, 2, TokensPerRow(config, plan), most)) {
-      keys.push_back({.batch_size = b, .sparse = false, .tokens_per_row = t});
+      keys.push_back({.batch_size = b, .tokens_per_row = t});
     }
   }
   keys.resize(std::min(keys.size(), most));
   return keys;
+}
+
+int64_t AddedPlanBytes(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                       const DecodePlan& plan) {
+  if (plan.is_dense()) return 0;  // runs the decoder's dense steps
+  MemoryMeter meter(backend);
+  Selection selection(meter, model, config, plan);
+  int64_t bytes = Product({config.num_pages, ShadowBytesPerPage(model, config, plan)});
+  for (const MemoryItem& item : meter.allocated()) bytes = Sum({bytes, item.bytes});
+  StepLimits limits = LimitsFor(backend, model, config, plan);
+  const auto most = static_cast<size_t>(backend.info().max_recorded_steps);
+  limits.num_recorded_steps = 0;
+  const int64_t without = backend.PlanReserve(limits).reserve_bytes;
+  limits.num_recorded_steps =
+      static_cast<int64_t>(StepSizes(config.device.type, 1, config.max_batch_size, most).size());
+  return Sum({bytes, backend.PlanReserve(limits).reserve_bytes - without});
+}
+
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config) {
+  ValidateModelConfig(model);
+  ValidateDecodeConfig(config);
+  std::unique_ptr<Backend> backend = MakeBackend(OptionsOf(config));
+  return ResolveSettings(*backend, model, config, MakeDecodePlan(model, config)).memory;
 }
 
 }  // namespace tidal

@@ -22,12 +22,15 @@ struct ResolvedSettings {
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
                                  const DecodeConfig& config, const DecodePlan& plan);
 
-// Fills in the automatic values of a plan, for steps of sequences up to max_seq_len.
-void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig& plan);
-
 // The largest step of these (resolved) settings.
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan);
+
+// Returns the bytes that a plan beside a decoder's takes of the device: sets and shadow, and where
+// steps are recorded, those of every number of rows. `config`: the decoder's, resolved, with the
+// plan's settings in place of its own.
+int64_t AddedPlanBytes(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                       const DecodePlan& plan);
 
 // The steps that a device which records them will ever be asked for, in the order in which they are
 // best recorded; at most BackendInfo::max_recorded_steps. Empty where none is recorded.

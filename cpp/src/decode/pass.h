@@ -1,27 +1,37 @@
 // Pass: the tensors of one trip of T tokens, from B sequences, through the model. A decode step is
-// a pass with one token per sequence, a prefill chunk one with many tokens of one sequence.
+// a pass with one token per sequence; any other pass reads its tokens densely (chunk_pass.h).
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
-#include "decode/sequence.h"
 
 namespace tidal {
 
+// How many tokens, of how many sequences.
+struct PassSize {
+  int64_t num_tokens = 0;
+  int64_t batch_size = 0;
+};
+
 struct Pass {
-  // What the host writes. The first three are parts of `inputs`, in this order, so that one copy
-  // brings them.
+  // What the host writes (pass_inputs.h). The first three are parts of `inputs`, in this order, so
+  // that one copy brings them.
   TensorView inputs;     // [2 T + B] int32
   TensorView token_ids;  // [T] int32
   TensorView positions;  // [T] int32; -1 = idle row
   TensorView seq_lens;  // [B] int32: tokens in the cache, those of this pass included; 0 = idle row
   TensorView seq_idx;   // [T] int32: which of the B sequences a token belongs to
+  TensorView q_starts;  // [B + 1] int32: where each sequence's tokens begin in the pass
   TensorView page_table;  // [B, max_pages] int32
   TensorView inv_freq;    // [B, D / 2] float32
+
+  // Host bounds of a chunk pass: at least the tokens of any sequence in the pass, and at least all
+  // of seq_lens.
+  int64_t max_q_len = 0;
+  int64_t max_seq_len = 0;
 
   // What the layers write.
   TensorView hidden;         // [T, H] float32: the residual stream
@@ -34,28 +44,28 @@ struct Pass {
   TensorView mlp;            // [T, I] act
 };
 
-// Memory for passes of up to max_tokens tokens of up to max_batch_size sequences; the addresses
-// never change, so a recorded step can be replayed.
+// Memory for one pass after the other, of up to `largest`; the addresses never change, so a
+// recorded step can be replayed.
 class PassBuffers {
  public:
-  // `what` names their purpose.
-  PassBuffers(Backend& backend, const std::string& what, const ModelConfig& model, DType act,
-              int64_t max_tokens, int64_t max_batch_size, int64_t max_pages);
+  // `max_pages`: of one sequence.
+  PassBuffers(Backend& backend, const ModelConfig& model, DType act, const PassSize& largest,
+              int64_t max_pages);
 
   // The leading parts of all tensors.
-  Pass Take(int64_t num_tokens, int64_t batch_size) const;
+  Pass Take(const PassSize& size) const;
+
+  const PassSize& largest() const { return largest_; }
 
  private:
-  DeviceTensors tensors_;
+  PassSize largest_;
+  DeviceTensors inputs_;
+  DeviceTensors activations_;
   Pass full_;
 };
 
-// How many rows (or tokens of a row) a step is made for: all of them on the CPU; on a device that
-// records its steps few sizes serve all.
+// Returns how many rows (or tokens of a row) a step of `count` is made for: all of them on the CPU;
+// on a device that records its steps few sizes serve all.
 int64_t StepSize(DeviceType device, int64_t count, int64_t max_count);
-
-// The page tables and rotary frequencies of a pass's sequences: what stays the same while the same
-// ones go through the model together. Batch rows past them are idle.
-void UploadSequences(Backend& backend, std::span<Sequence* const> rows, const Pass& pass);
 
 }  // namespace tidal

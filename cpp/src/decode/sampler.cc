@@ -6,6 +6,11 @@
 #include "tidal/error.h"
 
 namespace tidal {
+namespace {
+
+constexpr const char* kPurpose = "sampling";
+
+}  // namespace
 
 void ValidateSamplingParams(const SamplingParams& p) {
   TIDAL_CHECK(p.max_new_tokens >= 1, InvalidArgument, "max_new_tokens: got ", p.max_new_tokens,
@@ -36,7 +41,7 @@ SamplingRow MakeSamplingRow(const SamplingParams& p, int32_t slot) {
 }
 
 SeenTokens::SeenTokens(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
-    : backend_(backend), tensors_(backend, "sampling") {
+    : backend_(backend), tensors_(backend, kPurpose) {
   seen_ = tensors_.Make(DType::kUInt8, {max_batch_size + 1, vocab_size});
 }
 
@@ -46,16 +51,18 @@ void SeenTokens::Set(int32_t slot, std::span<const int32_t> tokens) {
   backend_.Upload(seen_.Rows(slot, 1), seen.data());
 }
 
-Sampler::Sampler(Backend& backend, const std::string& what, const SeenTokens& seen,
-                 int64_t max_rows)
-    : backend_(backend), seen_(seen), tensors_(backend, what) {
+Sampler::Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows)
+    : backend_(backend),
+      seen_(seen),
+      scratch_row_(MakeSamplingRow(SamplingParams{}, seen.scratch_slot())),
+      tensors_(backend, kPurpose) {
   logits_ = tensors_.Make(DType::kFloat32, {max_rows, seen.view().dim(1)});
   rows_ = tensors_.Make(DType::kUInt8, {max_rows, static_cast<int64_t>(sizeof(SamplingRow))});
   token_ids_ = tensors_.Make(DType::kInt32, {max_rows});
 }
 
 void Sampler::SetRows(const std::vector<SamplingRow>& rows) {
-  backend_.Upload(rows_.Rows(0, static_cast<int64_t>(rows.size())), rows.data());
+  written_.Write(backend_, rows_.Rows(0, static_cast<int64_t>(rows.size())), rows);
 }
 
 void Sampler::Sample(const TensorView& seq_lens, int64_t first) const {
@@ -65,6 +72,13 @@ void Sampler::Sample(const TensorView& seq_lens, int64_t first) const {
                    .seq_lens = seq_lens,
                    .seen = seen_.view(),
                    .token_ids = token_ids_.Rows(first, count)});
+}
+
+void Sampler::AppendLogits(int64_t first, int64_t count, std::vector<float>& out) const {
+  const TensorView rows = logits_.Rows(first, count);
+  const size_t size = out.size();
+  out.resize(size + static_cast<size_t>(rows.numel()));
+  backend_.Download(out.data() + size, rows);
 }
 
 std::vector<int32_t> Sampler::Read(int64_t num_rows) const {

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
+#include "decode/mirror.h"
 
 namespace tidal {
 
@@ -38,10 +38,13 @@ class SeenTokens {
 
 class Sampler {
  public:
-  // For up to max_rows draws at once; `seen` must outlive it. `what` names the memory's purpose.
-  Sampler(Backend& backend, const std::string& what, const SeenTokens& seen, int64_t max_rows);
+  // For up to max_rows draws at once; `seen` must outlive it.
+  Sampler(Backend& backend, const SeenTokens& seen, int64_t max_rows);
 
-  // Before a step: the parameters of its rows.
+  // Greedy parameters for rows whose draw nobody keeps.
+  SamplingRow scratch_row() const { return scratch_row_; }
+
+  // Sets the parameters of the first rows, before they are drawn; uploads what is not there.
   void SetRows(const std::vector<SamplingRow>& rows);
 
   // Queues the draw for the seq_lens.dim(0) rows of logits() from `first` on.
@@ -51,14 +54,20 @@ class Sampler {
   std::vector<int32_t> Read(int64_t num_rows) const;
 
   TensorView logits(int64_t num_rows) const { return logits_.Rows(0, num_rows); }
+  int64_t max_rows() const { return logits_.dim(0); }
+
+  // Appends `count` rows of logits from `first` on to `out`.
+  void AppendLogits(int64_t first, int64_t count, std::vector<float>& out) const;
 
  private:
   Backend& backend_;
   const SeenTokens& seen_;
+  SamplingRow scratch_row_;
   DeviceTensors tensors_;
   TensorView logits_;     // [max_rows, V] float32
   TensorView rows_;       // [max_rows, sizeof(SamplingRow)] uint8
   TensorView token_ids_;  // [max_rows] int32
+  Mirror<SamplingRow> written_;
 };
 
 }  // namespace tidal

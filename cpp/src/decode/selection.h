@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 #include "backend/device_tensors.h"
 #include "tidal/plan.h"
+#include "tidal/request.h"
 
 namespace tidal {
 

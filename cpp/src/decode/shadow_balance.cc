@@ -6,7 +6,7 @@
 
 #include "core/float16.h"
 #include "core/philox.h"
-#include "decode/prefill.h"
+#include "decode/chunk_pass.h"
 #include "decode/transformer.h"
 #include "model/rope.h"
 
@@ -103,12 +103,13 @@ class Measurement {
     Pass pass;
     for (int64_t begin = 0; begin < num_tokens_; begin += chunk_) {
       int64_t end = std::min(num_tokens_, begin + chunk_);
-      pass = buffers_.prefill.Take(end - begin, 1);
-      UploadChunk(backend_, sequence_, begin, end, buffers_.q_starts, pass);
-      PrefillChunk(backend_, transformer_,
-                   {.q_starts = buffers_.q_starts, .max_q_len = end - begin, .max_seq_len = end},
-                   pass,
-                   [&](int64_t layer) { AddQueries(pass, queries_[static_cast<size_t>(layer)]); });
+      pass = buffers_.passes.Take({end - begin, 1});
+      pass.max_q_len = end - begin;
+      pass.max_seq_len = end;
+      const PassRow row = {&sequence_, begin, end - begin};
+      buffers_.inputs.Write({&row, 1}, pass);
+      ChunkPass(backend_, transformer_, pass,
+                [&](int64_t layer) { AddQueries(pass, queries_[static_cast<size_t>(layer)]); });
     }
     ShadowBalance balance;
     for (int64_t layer = 0; layer < model_.num_layers; ++layer) {
@@ -146,7 +147,7 @@ class Measurement {
   Backend& backend_;
   const ModelConfig& model_;
   Transformer transformer_;
-  EngineBuffers& buffers_;
+  RunnerBuffers& buffers_;
   int64_t num_tokens_;
   int64_t chunk_;
   Sequence sequence_;

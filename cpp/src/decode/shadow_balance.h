@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "backend/backend.h"
-#include "decode/engine_buffers.h"
+#include "decode/runner_buffers.h"
 #include "kv/paged_kv_cache.h"
 #include "kv/shadow_cache.h"
 #include "model/weights.h"
@@ -29,7 +29,7 @@ struct BalanceInputs {
   float rope_scaling;  // RopeFrequencies::attention_scaling
   int64_t num_tokens;
   int64_t chunk;  // of them that are read together, at most what a prefill pass has room for
-  EngineBuffers& buffers;  // its prefill pass is used
+  RunnerBuffers& buffers;  // of which a pass is used
 };
 
 // Of every layer and channel sqrt(rms k / rms q), k and q rotated. Reads the tokens into pages of

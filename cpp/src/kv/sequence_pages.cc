@@ -36,6 +36,7 @@ std::vector<PageCopy> SequencePages::Own(int64_t num_tokens, int64_t first, int6
   }
   pool_->Release(left);
   pages_.insert(pages_.end(), next, taken.end());
+  if (!taken.empty()) ++version_;
   return copies;
 }
 
@@ -44,6 +45,7 @@ void SequencePages::Shrink(int64_t num_tokens) {
   if (keep >= pages_.size()) return;
   pool_->Release(std::span(pages_).subspan(keep));
   pages_.resize(keep);
+  ++version_;
 }
 
 }  // namespace tidal

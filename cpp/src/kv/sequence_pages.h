@@ -22,15 +22,18 @@ class SequencePages {
       : pool_(&pool), pages_(pool.Take(pool.PagesFor(num_tokens))) {}
   ~SequencePages() { Release(); }
   SequencePages(SequencePages&& other) noexcept
-      : pool_(other.pool_), pages_(std::move(other.pages_)) {
+      : pool_(other.pool_), pages_(std::move(other.pages_)), version_(other.version_) {
     other.pages_.clear();
   }
   SequencePages& operator=(SequencePages&&) = delete;
 
   const std::vector<int32_t>& pages() const { return pages_; }
+  // Another number each time that pages() has changed, for whoever keeps a copy.
+  uint64_t version() const { return version_; }
   void Release() {
     pool_->Release(pages_);
     pages_.clear();
+    ++version_;
   }
 
   // The pages of the first num_tokens tokens, with this as another owner.
@@ -53,6 +56,7 @@ class SequencePages {
 
   PagePool* pool_;
   std::vector<int32_t> pages_;
+  uint64_t version_ = 0;
 };
 
 }  // namespace tidal

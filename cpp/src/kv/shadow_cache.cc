@@ -16,9 +16,9 @@ int64_t KeyBytes(const ModelConfig& model) {
 
 }  // namespace
 
-ShadowCache::ShadowCache(uint64_t id, Backend& backend, const ModelConfig& model,
+ShadowCache::ShadowCache(PlanId plan, Backend& backend, const ModelConfig& model,
                          std::vector<int64_t> layers, int64_t num_pages, int64_t page_size)
-    : id_(id), layers_(std::move(layers)) {
+    : plan_(plan), layers_(std::move(layers)) {
   const auto num_layers = static_cast<int64_t>(layers_.size());
   const int64_t num_keys = Product({num_pages, model.num_kv_heads, page_size});
   const int64_t scale_bytes = Product({num_keys, DTypeBytes(DType::kFloat16)});

@@ -7,6 +7,7 @@
 
 #include "backend/backend.h"
 #include "kv/sequence_pages.h"
+#include "tidal/plan.h"
 
 namespace tidal {
 
@@ -15,12 +16,11 @@ using ShadowBalance = std::vector<std::vector<float>>;
 
 class ShadowCache {
  public:
-  // Allocates pages for `layers` (ascending) on `backend`. `id`: not 0, another for each. Throws
-  // OutOfMemoryError.
-  ShadowCache(uint64_t id, Backend& backend, const ModelConfig& model, std::vector<int64_t> layers,
+  // Allocates pages for `layers` (ascending) of `plan` on `backend`. Throws OutOfMemoryError.
+  ShadowCache(PlanId plan, Backend& backend, const ModelConfig& model, std::vector<int64_t> layers,
               int64_t num_pages, int64_t page_size);
 
-  uint64_t id() const { return id_; }
+  PlanId plan() const { return plan_; }
   const std::vector<int64_t>& layers() const { return layers_; }
   // The shadow of layers()[ordinal].
   const ShadowKeys& Layer(size_t ordinal) const { return shadows_[ordinal]; }
@@ -37,7 +37,7 @@ class ShadowCache {
   static int64_t BytesPerPage(const ModelConfig& model, int64_t num_layers, int64_t page_size);
 
  private:
-  uint64_t id_;
+  PlanId plan_;
   std::vector<int64_t> layers_;
   Buffer factors_;               // balance of all layers
   std::vector<Buffer> buffers_;  // one a layer: scales, codes

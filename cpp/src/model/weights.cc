@@ -116,7 +116,7 @@ class Loader {
   Loader(Backend& backend, const ModelConfig& model, DType dtype, const WeightSource& source)
       : backend_(backend), model_(model), dtype_(dtype), source_(source) {}
 
-  ModelWeights Load(const std::function<void(int64_t, int64_t)>& progress) {
+  ModelWeights Load(const LoadProgress& progress) {
     ModelWeights weights;
     std::vector<Placement> placements = Planner(model_, weights).Take();
     for (const Placement& placement : placements) CheckShapes(placement);
@@ -167,7 +167,7 @@ class Loader {
                             : TensorView(target, dtype_, {elements / columns, columns});
   }
 
-  void LoadOne(const Placement& placement, const std::function<void(int64_t, int64_t)>& progress) {
+  void LoadOne(const Placement& placement, const LoadProgress& progress) {
     int64_t columns = std::max<int64_t>(placement.columns, 1);
     char* target = static_cast<char*>(placement.target->ptr);
     for (size_t i = 0; i < placement.names.size(); ++i) {
@@ -178,7 +178,7 @@ class Loader {
   }
 
   void LoadTensor(const std::string& name, int64_t count, char* target,
-                  const std::function<void(int64_t, int64_t)>& progress) {
+                  const LoadProgress& progress) {
     DType from = source_.Find(name)->dtype;
     int64_t piece = kPieceBytes / std::max(DTypeBytes(from), DTypeBytes(dtype_));  // elements
     for (int64_t begin = 0; begin < count; begin += piece) {
@@ -264,8 +264,7 @@ int64_t WeightBytes(const ModelConfig& model, DType dtype) {
 }
 
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,
-                         const WeightSource& source,
-                         const std::function<void(int64_t done, int64_t total)>& progress) {
+                         const WeightSource& source, const LoadProgress& progress) {
   return Loader(backend, model, dtype, source).Load(progress);
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -51,7 +50,6 @@ int64_t WeightBytes(const ModelConfig& model, DType dtype);
 // Reads every weight the config calls for, converts it to `dtype` and uploads it.
 // Throws WeightsError for a missing tensor, a wrong shape or an unreadable file.
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,
-                         const WeightSource& source,
-                         const std::function<void(int64_t done, int64_t total)>& progress);
+                         const WeightSource& source, const LoadProgress& progress);
 
 }  // namespace tidal

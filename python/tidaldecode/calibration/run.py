@@ -101,7 +101,6 @@ class Job:
             "max_batch_size": BATCH_SIZE,
             "num_pages": max(per_group, min(wanted, self._room(device, options))),
             "page_size": self.page_size,
-            "cuda_graphs": False,
         }
 
     def _room(self, device: str, options: dict[str, Any]) -> int:

@@ -52,7 +52,7 @@ class Run:
     engine: dict[str, Any]  # options of Decoder for all settings: device, dtype, num_threads
 
     def decoder(self, max_seq_len: int, reporter: Reporter) -> Decoder:
-        """The engine for all settings: one sequence at a time, unrecorded steps of any plan."""
+        """The engine for all settings: one sequence at a time, steps of any plan."""
         with reporter.loading(f"Loading {self.model_dir.name}") as on_load:
             try:
                 return Decoder(
@@ -60,7 +60,6 @@ class Run:
                     attention="full",
                     max_seq_len=max_seq_len,
                     max_batch_size=1,
-                    cuda_graphs=False,
                     progress=on_load,
                     **self.engine,
                 )

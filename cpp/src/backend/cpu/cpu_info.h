@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "tidal/decoder.h"
+#include "tidal/device.h"
 
 namespace tidal {
 

@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "decode/engine.h"
-#include "decode/sequence.h"
+#include "decode/model_runner.h"
+#include "kv/sequence.h"
 
 namespace tidal {
 
@@ -27,7 +27,7 @@ struct DraftRow {
 
 // Appends its `tokens` to each sequence; if the last is -1 (unusable logits), all but that one.
 // Rows without drafts take a dense step.
-void RunVerifiedRound(Engine& engine, std::vector<DraftRow>& rows);
+void RunVerifiedRound(ModelRunner& runner, std::vector<DraftRow>& rows);
 
 // How many tokens to draft after a round with drafts: one more if all were kept, else as many as
 // were. The number follows the text, without a model of what a pass costs.

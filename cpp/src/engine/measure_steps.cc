@@ -3,7 +3,7 @@
 #include <chrono>
 
 #include "core/philox.h"
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -28,7 +28,8 @@ void CheckBenchmark(const StepBenchmark& benchmark, const DecodeConfig& config) 
 }
 
 // Sequences of random tokens, all but the last of which count as cached.
-std::vector<Sequence> FilledSequences(Engine& engine, const std::vector<int64_t>& seq_lens) {
+std::vector<Sequence> FilledSequences(ModelRunner& runner, SequenceMaker& maker,
+                                      const std::vector<int64_t>& seq_lens) {
   std::vector<Sequence> sequences;
   sequences.reserve(seq_lens.size());
   for (int64_t seq_len : seq_lens) {
@@ -36,11 +37,12 @@ std::vector<Sequence> FilledSequences(Engine& engine, const std::vector<int64_t>
     for (size_t i = 0; i < tokens.size(); ++i) {
       auto position = static_cast<uint32_t>(i);
       uint32_t random = Philox(kSeed, position, static_cast<uint32_t>(sequences.size()));
-      tokens[i] = static_cast<int32_t>(random % static_cast<uint64_t>(engine.model().vocab_size));
+      tokens[i] = static_cast<int32_t>(random % static_cast<uint64_t>(runner.model().vocab_size));
     }
-    sequences.push_back(engine.MakeSequence(std::move(tokens), seq_len, engine.ScratchSampling()));
+    sequences.push_back(maker.Make(std::move(tokens), seq_len, runner.ScratchSampling()));
+    sequences.back().cached = seq_len - 1;
   }
-  engine.FillCache(sequences, kSeed);
+  runner.FillCache(sequences, kSeed);
   return sequences;
 }
 
@@ -49,24 +51,24 @@ std::vector<Sequence> FilledSequences(Engine& engine, const std::vector<int64_t>
 std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   CheckBenchmark(benchmark, config());
   auto lock = impl_->Enter();
-  Engine& engine = impl_->engine;
-  std::vector<Sequence> sequences = FilledSequences(engine, benchmark.seq_lens);
-  std::vector<Sequence*> rows;
-  for (Sequence& sequence : sequences) rows.push_back(&sequence);
+  std::vector<Sequence> sequences =
+      FilledSequences(impl_->runner, impl_->sequences, benchmark.seq_lens);
+  Batch batch = {.rows = {}, .plan = benchmark.plan};
+  for (Sequence& sequence : sequences) batch.rows.push_back({.sequence = &sequence});
 
   std::vector<double> seconds;
   for (int64_t step = -benchmark.warmup; step < benchmark.steps; ++step) {
     // One token back, so that every step is the same step.
-    for (Sequence& sequence : sequences) sequence.cached = sequence.prompt_len - 1;
+    for (Sequence& sequence : sequences) sequence.Rewind(sequence.dense_len - 1);
     auto start = std::chrono::steady_clock::now();
-    std::vector<int32_t> next = engine.Step(rows, benchmark.plan);
+    const Drawn drawn = impl_->runner.Run(batch);
     std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (step >= 0) seconds.push_back(elapsed.count());
     for (size_t i = 0; i < sequences.size(); ++i) {
-      TIDAL_CHECK(next[i] >= 0, WeightsError, "step at ", sequences[i].prompt_len,
+      TIDAL_CHECK(drawn.tokens[i][0] >= 0, WeightsError, "step at ", sequences[i].dense_len,
                   " tokens: the logits hold a NaN or infinity, expected finite values; "
                   "check the weights, or try dtype float32");
-      sequences[i].tokens.back() = next[i];
+      sequences[i].tokens.back() = drawn.tokens[i][0];
     }
   }
   return seconds;

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <chrono>
 
-#include "decode/decoder_impl.h"
-#include "decode/verified_round.h"
+#include "engine/decoder_impl.h"
+#include "engine/reading.h"
+#include "engine/verified_round.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -24,9 +25,9 @@ Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
     : decoder(std::move(owner)), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {}
 
 void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
-  Engine& engine = decoder->engine;
+  ModelRunner& runner = decoder->runner;
   auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
-  int64_t draft_tokens = engine.config().draft_tokens;
+  int64_t draft_tokens = runner.config().draft_tokens;
   results.push_back({.token_ids = {},
                      .finish_reason = FinishReason::kNone,
                      .error = {},
@@ -35,11 +36,11 @@ void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
   record->running.push_back(sequence.id);
   record->selections.emplace_back();
   running.push_back({std::nullopt, params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
-  prefill_total += std::max<int64_t>(sequence.prompt_len - sequence.cached, 0);
+  prefill_total += std::max<int64_t>(sequence.dense_len - sequence.cached, 0);
   Sequence& added = running.back().sequence.emplace(std::move(sequence));
   added.sampling = MakeSamplingRow(params, decoder->slots.Take());
   ++num_alive;
-  engine.MarkSeen(added, num_tokens);
+  runner.MarkSeen(added, num_tokens);
 }
 
 Generation::Impl::~Impl() {
@@ -81,34 +82,40 @@ std::vector<TokenEvent> Generation::Impl::Advance() {
 
 void Generation::Impl::PrefillOne(int64_t index, std::vector<TokenEvent>& events) {
   Running& run = running[static_cast<size_t>(index)];
-  int64_t chunk_len = decoder->engine.PrefillNext(*run.sequence);
-  prefill_done += chunk_len;
+  ModelRunner& runner = decoder->runner;
+  BatchRow row = NextChunk(runner, *run.sequence, run.sequence->dense_len);
+  if (run.sequence->cached + row.num_tokens == run.sequence->dense_len) row.num_draws = 1;
+  const Drawn drawn = runner.Run({.rows = {row}});
+  prefill_done += row.num_tokens;
   if (!run.sequence->prefilled()) return;
-  int32_t token = decoder->engine.SampleAfterPrefill(*run.sequence, chunk_len);
+  int32_t token = drawn.tokens[0][0];
   if (token >= 0) run.sequence->tokens.push_back(token);
   Accept(index, token, events);
 }
 
 void Generation::Impl::StepAll() {
-  Engine& engine = decoder->engine;
+  ModelRunner& runner = decoder->runner;
   std::vector<size_t> indices;
-  std::vector<Sequence*> rows;
+  Batch batch = {.rows = {}, .plan = PlanId::kDecoder};
   for (size_t i = 0; i < running.size(); ++i) {
     if (!running[i].sequence) continue;
     indices.push_back(i);
-    rows.push_back(&*running[i].sequence);
+    batch.rows.push_back({.sequence = &*running[i].sequence});
   }
-  if (engine.verifies()) return VerifyAll(indices);
-  for (Sequence* row : rows) engine.CorrectCache(*row);
-  std::vector<int32_t> next = engine.Step(rows);
-  for (size_t row = 0; row < rows.size(); ++row) {
-    if (next[row] >= 0) rows[row]->tokens.push_back(next[row]);
-    running[indices[row]].drawn.push_back(next[row]);
+  if (runner.verifies()) return VerifyAll(indices);
+  for (const BatchRow& row : batch.rows) {
+    CorrectCache(runner, *row.sequence, runner.config().correction_interval);
+  }
+  const Drawn drawn = runner.Run(batch);
+  for (size_t i = 0; i < batch.rows.size(); ++i) {
+    const int32_t token = drawn.tokens[i][0];
+    if (token >= 0) batch.rows[i].sequence->tokens.push_back(token);
+    running[indices[i]].drawn.push_back(token);
   }
 }
 
 void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
-  Engine& engine = decoder->engine;
+  ModelRunner& runner = decoder->runner;
   std::vector<DraftRow> rows;
   for (size_t index : indices) {
     Running& run = running[index];
@@ -117,16 +124,18 @@ void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
     int64_t num_new = static_cast<int64_t>(sequence.tokens.size()) - results[index].prompt_tokens;
     int64_t room = run.params.max_new_tokens - num_new - 1;
     rows.push_back({.sequence = &sequence,
-                    .num_drafts = engine.IsSparse(sequence) ? std::min(run.draft_tokens, room) : 0,
+                    .num_drafts = runner.plan(PlanId::kDecoder).IsSparse(sequence.cached + 1)
+                                      ? std::min(run.draft_tokens, room)
+                                      : 0,
                     .begin = 0,
                     .tokens = {}});
   }
-  RunVerifiedRound(engine, rows);
+  RunVerifiedRound(runner, rows);
   for (size_t i = 0; i < rows.size(); ++i) {
     const DraftRow& row = rows[i];
     Running& run = running[indices[i]];
     run.drawn.assign(row.tokens.begin(), row.tokens.end());
-    bool adapts = engine.config().draft_tokens == 0 && row.num_drafts > 0;
+    bool adapts = runner.config().draft_tokens == 0 && row.num_drafts > 0;
     if (adapts) run.draft_tokens = NextDraftTokens(row);
     Verification& verification = results[indices[i]].verification;
     verification.drafted_tokens += row.num_drafts;
@@ -167,7 +176,7 @@ void Generation::Impl::End(int64_t index, FinishReason reason) {
   results[i].decode_s = results[i].token_ids.empty() ? 0.0 : Elapsed() - run.first_token_s;
   record->running[i].reset();
   try {
-    record->selections[i] = decoder->engine.ReadSelection(run.sequence->id);
+    record->selections[i] = decoder->runner.ReadSelection(PlanId::kDecoder, run.sequence->id);
   } catch (const std::exception&) {
     // A device that has failed has already said so, memory may be short; the pages below must come
     // back all the same.

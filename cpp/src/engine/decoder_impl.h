@@ -1,4 +1,4 @@
-// What Decoder, Generation, Replay and Session share: the engine, its lock, and what is left of
+// What Decoder, Generation, Replay and Session share: the model, its lock, and what is left of
 // ended sequences.
 #pragma once
 
@@ -13,8 +13,9 @@
 
 #include "core/fair_mutex.h"
 #include "core/process.h"
-#include "decode/engine.h"
-#include "decode/sequence.h"
+#include "decode/model_runner.h"
+#include "engine/sequence_maker.h"
+#include "kv/sequence.h"
 #include "tidal/decoder.h"
 
 namespace tidal {
@@ -42,7 +43,9 @@ struct SelectionRecord {
 struct Decoder::Impl {
   Impl(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
        const LoadProgress& progress)
-      : engine(model, config, weights, progress), slots(engine.config().max_batch_size) {}
+      : runner(model, config, weights, progress),
+        sequences(runner),
+        slots(runner.config().max_batch_size) {}
 
   using Lock = std::unique_lock<FairMutex>;
 
@@ -55,7 +58,8 @@ struct Decoder::Impl {
   Lock EnterToEnd() const;
 
   ProcessMark process;
-  Engine engine;
+  ModelRunner runner;
+  SequenceMaker sequences;
   SlotPool slots;
   std::shared_ptr<SelectionRecord> last_call;  // of the newest Generation
   bool is_closed = false;
@@ -113,7 +117,7 @@ struct Session::Impl {
   int64_t turn_len = 0;              // tokens the running turn generates after
   // What it goes back to if it does not get to read them.
   int64_t kept = 0;
-  int64_t kept_prompt_len = 0;
+  int64_t kept_dense_len = 0;
 };
 
 struct Generation::Impl {

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
+#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -52,11 +53,9 @@ int64_t FirstWritten(const CacheUse& use, bool corrects) {
 }
 
 void Keep(Sequence& sequence, int64_t length) {
-  CacheUse use = UseOf(sequence).UpTo(length);
   sequence.tokens.resize(static_cast<size_t>(length));
-  sequence.prompt_len = std::min(sequence.prompt_len, length);
-  sequence.cached = use.cached;
-  sequence.num_sparse = use.num_sparse;
+  sequence.dense_len = std::min(sequence.dense_len, length);
+  sequence.Rewind(length);
 }
 
 }  // namespace
@@ -83,8 +82,8 @@ Sequence& Session::Impl::Idle() {
 
 void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
                            int64_t max_new_tokens) {
-  Engine& engine = decoder->engine;
-  bool corrects = engine.config().correction_interval > 0;
+  ModelRunner& runner = decoder->runner;
+  bool corrects = runner.config().correction_interval > 0;
   auto num_added = static_cast<int64_t>(token_ids.size());
   int64_t length = keep + num_added;
 
@@ -99,27 +98,28 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
               "; start it with a larger max_seq_len, truncate it, or lower max_new_tokens");
   int64_t max_len = length + max_new_tokens;
   int64_t missing = sequence->pages.NumMissing(max_len, first);
-  TIDAL_CHECK(missing <= engine.pool().num_free(), CapacityError, "KV cache: a session of ", keep,
+  TIDAL_CHECK(missing <= runner.pool().num_free(), CapacityError, "KV cache: a session of ", keep,
               " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ",
-              missing, " pages of ", engine.config().page_size, " tokens, have ",
-              engine.pool().num_free(), " free of ", engine.pool().num_pages(),
+              missing, " pages of ", runner.config().page_size, " tokens, have ",
+              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
               "; close other sessions, raise num_pages, or lower max_new_tokens");
 
   sequence->tokens.reserve(static_cast<size_t>(length));  // what may throw comes before any change
   Keep(*sequence, keep);
   kept = keep;
-  kept_prompt_len = sequence->prompt_len;
+  kept_dense_len = sequence->dense_len;
   sequence->tokens.insert(sequence->tokens.end(), token_ids.begin(), token_ids.end());
-  if (num_added > 0) sequence->prompt_len = length;
-  sequence->cached = use.cached;
+  if (num_added > 0) sequence->dense_len = length;
+  sequence->Rewind(use.cached);
   sequence->num_sparse = use.num_sparse;
-  engine.OwnPages(*sequence, max_len, first);
+  decoder->sequences.OwnPages(*sequence, max_len, first);
+  sequence->id = decoder->sequences.NextId();
 }
 
 void Session::Impl::GoBack(Sequence& used, int64_t length) const {
   bool is_cached = used.cached + 1 >= length;
   Keep(used, length);
-  if (length <= kept && is_cached) used.prompt_len = std::min(kept_prompt_len, length);
+  if (length <= kept && is_cached) used.dense_len = std::min(kept_dense_len, length);
   used.pages.Shrink(length);
 }
 
@@ -127,7 +127,7 @@ void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
   if (is_closed) return;
   // A verified round may have drawn tokens that were not handed out.
   GoBack(used, used.prefilled() ? turn_len + num_new : kept);
-  used.sampling = decoder->engine.ScratchSampling();
+  used.sampling = decoder->runner.ScratchSampling();
   sequence.emplace(std::move(used));
 }
 
@@ -143,29 +143,29 @@ void Session::Close() {
 void Session::Append(const std::vector<int32_t>& token_ids) {
   TIDAL_CHECK(!token_ids.empty(), InvalidArgument,
               "token_ids: got no tokens, expected at least one");
-  CheckTokenIds(token_ids, impl_->decoder->engine.model().vocab_size);
+  CheckTokenIds(token_ids, impl_->decoder->runner.model().vocab_size);
   auto lock = impl_->decoder->Enter();
   impl_->Extend(Length(impl_->Idle()), token_ids, 0);
 }
 
 bool Session::ReadNext() {
   auto lock = impl_->decoder->Enter();
-  Engine& engine = impl_->decoder->engine;
+  ModelRunner& runner = impl_->decoder->runner;
   Sequence& sequence = impl_->Idle();
-  int64_t length = Length(sequence), end = std::min(sequence.prompt_len, length - 1);
+  int64_t length = Length(sequence), end = std::min(sequence.dense_len, length - 1);
   if (sequence.cached >= end) return false;
   // A fork since Append took no pages.
   if (sequence.pages.NumMissing(length, sequence.cached) > 0) {
-    engine.OwnPages(sequence, length, sequence.cached);
+    impl_->decoder->sequences.OwnPages(sequence, length, sequence.cached);
   }
-  engine.CacheDensely(sequence, end);
+  runner.Run({.rows = {NextChunk(runner, sequence, end)}});
   return true;
 }
 
 std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids,
                                            const SamplingParams& params,
                                            std::optional<int64_t> keep) {
-  CheckTokenIds(token_ids, impl_->decoder->engine.model().vocab_size);
+  CheckTokenIds(token_ids, impl_->decoder->runner.model().vocab_size);
   ValidateSamplingParams(params);
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
   auto generation = std::make_unique<Generation::Impl>(decoder);
@@ -178,7 +178,7 @@ std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids
               "session: it has no tokens to generate after; append a prompt");
   TIDAL_CHECK(decoder->slots.num_free() > 0, CapacityError,
               "batch: need 1 row, have 0 free of max_batch_size ",
-              decoder->engine.config().max_batch_size,
+              decoder->runner.config().max_batch_size,
               "; raise max_batch_size or let running sequences end");
   impl_->Extend(kept, token_ids, params.max_new_tokens);
   impl_->turn_len = Length(sequence);
@@ -201,7 +201,7 @@ std::unique_ptr<Session> Session::Fork() const {
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
   auto lock = decoder->Enter();
   auto fork =
-      std::make_shared<Impl>(decoder, decoder->engine.Fork(impl_->Idle()), impl_->max_seq_len);
+      std::make_shared<Impl>(decoder, decoder->sequences.Fork(impl_->Idle()), impl_->max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(fork)));
 }
 
@@ -220,18 +220,18 @@ int64_t Session::MostTokens(int64_t keep, bool adds) const {
   const Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(keep >= 0 && keep <= Length(sequence), InvalidArgument, "keep: got ", keep,
               ", expected 0 to ", Length(sequence));
-  Engine& engine = impl_->decoder->engine;
-  bool corrects = engine.config().correction_interval > 0;
+  ModelRunner& runner = impl_->decoder->runner;
+  bool corrects = runner.config().correction_interval > 0;
   int64_t kept = adds ? keep : std::max<int64_t>(keep, 1);
   int64_t first = FirstWritten(UseAfter(sequence, kept, adds, corrects), corrects);
-  int64_t num_pages = engine.pool().PagesFor(impl_->max_seq_len);
+  int64_t num_pages = runner.pool().PagesFor(impl_->max_seq_len);
   while (true) {
     // A page less is at most one less that is missing.
-    int64_t missing = sequence.pages.NumMissing(num_pages * engine.config().page_size, first);
-    if (missing <= engine.pool().num_free()) break;
-    num_pages -= missing - engine.pool().num_free();
+    int64_t missing = sequence.pages.NumMissing(num_pages * runner.config().page_size, first);
+    if (missing <= runner.pool().num_free()) break;
+    num_pages -= missing - runner.pool().num_free();
   }
-  return std::min(impl_->max_seq_len, num_pages * engine.config().page_size);
+  return std::min(impl_->max_seq_len, num_pages * runner.config().page_size);
 }
 
 int64_t Session::max_seq_len() const {

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
+#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -31,20 +32,23 @@ void CheckScored(const std::vector<int32_t>& token_ids, int64_t vocab_size, int6
 }
 
 // Prefills the sequence; logits after its tokens from index `first` on.
-std::vector<float> PrefillAndScore(Engine& engine, Sequence& sequence, int64_t first) {
+std::vector<float> PrefillAndScore(ModelRunner& runner, Sequence& sequence, int64_t first) {
   std::vector<float> logits;
   while (!sequence.prefilled()) {
-    int64_t chunk_len = engine.PrefillNext(sequence);
-    engine.AppendPrefillLogits(sequence, chunk_len, first, sequence.prompt_len, logits);
+    BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
+    row.num_logits =
+        std::clamp<int64_t>(sequence.cached + row.num_tokens - first, 0, row.num_tokens);
+    const Drawn drawn = runner.Run({.rows = {row}});
+    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
   }
   return logits;
 }
 
 // Before any work: does every sequence, and do all together, fit?
-void CheckCapacity(Engine& engine, const SlotPool& slots,
+void CheckCapacity(ModelRunner& runner, const SlotPool& slots,
                    const std::vector<std::vector<int32_t>>& prompts,
                    const std::vector<SamplingParams>& params) {
-  const DecodeConfig& config = engine.config();
+  const DecodeConfig& config = runner.config();
   auto count = static_cast<int64_t>(prompts.size());
   TIDAL_CHECK(count <= slots.num_free(), CapacityError, "batch: need ", count, " rows, have ",
               slots.num_free(), " free of max_batch_size ", config.max_batch_size,
@@ -59,11 +63,11 @@ void CheckCapacity(Engine& engine, const SlotPool& slots,
                 ": ", prompt_len, " prompt tokens + max_new_tokens ", params[i].max_new_tokens,
                 " need ", need, " positions, have max_seq_len ", config.max_seq_len,
                 "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-    pages += engine.pool().PagesFor(prompt_len + params[i].max_new_tokens);
+    pages += runner.pool().PagesFor(prompt_len + params[i].max_new_tokens);
   }
-  TIDAL_CHECK(pages <= engine.pool().num_free(), CapacityError, "KV cache: need ", pages,
+  TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
               " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
-              engine.pool().num_free(), " free of ", engine.pool().num_pages(),
+              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
               "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
 }
 
@@ -116,12 +120,11 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
   auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
-  CheckCapacity(impl_->engine, impl_->slots, prompts, params);
+  CheckCapacity(impl_->runner, impl_->slots, prompts, params);
   for (size_t i = 0; i < prompts.size(); ++i) {
     int64_t max_len = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
-    generation->Add(
-        impl_->engine.MakeSequence(prompts[i], max_len, impl_->engine.ScratchSampling()),
-        params[i]);
+    generation->Add(impl_->sequences.Make(prompts[i], max_len, impl_->runner.ScratchSampling()),
+                    params[i]);
   }
   impl_->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
@@ -131,42 +134,38 @@ std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
                                           int64_t num_positions) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
   auto lock = impl_->Enter();
-  Engine& engine = impl_->engine;
+  ModelRunner& runner = impl_->runner;
   auto length = static_cast<int64_t>(token_ids.size());
-  Sequence sequence = engine.MakeSequence(token_ids, length, engine.ScratchSampling());
-  return PrefillAndScore(engine, sequence, length - num_positions);
+  Sequence sequence = impl_->sequences.Make(token_ids, length, runner.ScratchSampling());
+  return PrefillAndScore(runner, sequence, length - num_positions);
 }
 
 std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
                                          int64_t num_prefill) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
   auto lock = impl_->Enter();
-  Engine& engine = impl_->engine;
+  ModelRunner& runner = impl_->runner;
   auto length = static_cast<int64_t>(token_ids.size());
   std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
-  Sequence sequence = engine.MakeSequence(prompt, length, engine.ScratchSampling());
-  std::vector<float> logits = PrefillAndScore(engine, sequence, num_prefill - 1);
+  Sequence sequence = impl_->sequences.Make(prompt, length, runner.ScratchSampling());
+  std::vector<float> logits = PrefillAndScore(runner, sequence, num_prefill - 1);
   for (int64_t i = num_prefill; i < length; ++i) {
     sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
-    Sequence* row = &sequence;
-    engine.CorrectCache(sequence);
-    engine.Step({&row, 1});
-    engine.AppendStepLogits(0, logits);
+    CorrectCache(runner, sequence, config().correction_interval);
+    const Drawn drawn = runner.Run({{{.sequence = &sequence, .num_logits = 1}}, PlanId::kDecoder});
+    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
   }
   return logits;
 }
 
 std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32_t>>& prompts,
                                              int64_t max_new_tokens) {
-  bool is_recorded = config().device.type != DeviceType::kCpu && config().cuda_graphs;
-  TIDAL_CHECK(!is_recorded, InvalidArgument,
-              "cuda_graphs: got true, expected false for a replay: steps change their plan");
   SamplingParams params;
   params.max_new_tokens = max_new_tokens;
   ValidateSamplingParams(params);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
   auto lock = impl_->Enter();
-  CheckCapacity(impl_->engine, impl_->slots, prompts, std::vector(prompts.size(), params));
+  CheckCapacity(impl_->runner, impl_->slots, prompts, std::vector(prompts.size(), params));
   auto replay = std::make_unique<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
 }
@@ -178,7 +177,7 @@ std::unique_ptr<Session> Decoder::StartSession(int64_t max_seq_len) {
               ", expected at most the decoder's ", config().max_seq_len, "; raise that");
   if (max_seq_len == 0) max_seq_len = config().max_seq_len;
   auto lock = impl_->Enter();
-  Sequence sequence = impl_->engine.MakeEmptySequence(max_seq_len);
+  Sequence sequence = impl_->sequences.MakeEmpty(max_seq_len);
   auto session = std::make_shared<Session::Impl>(impl_, std::move(sequence), max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(session)));
 }
@@ -191,20 +190,20 @@ std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
               ", expected an index into the ", count, " prompts of the last call");
   auto index = static_cast<size_t>(sequence);
   if (!record->running[index]) return record->selections[index];
-  return impl_->engine.ReadSelection(*record->running[index]);
+  return impl_->runner.ReadSelection(PlanId::kDecoder, *record->running[index]);
 }
 
 const ModelConfig& Decoder::model() const {
-  return impl_->engine.model();
+  return impl_->runner.model();
 }
 const DecodeConfig& Decoder::config() const {
-  return impl_->engine.config();
+  return impl_->runner.config();
 }
 const DecodePlan& Decoder::plan() const {
-  return impl_->engine.plan();
+  return impl_->runner.plan(PlanId::kDecoder).plan;
 }
 const MemoryPlan& Decoder::memory_plan() const {
-  return impl_->engine.memory_plan();
+  return impl_->runner.memory_plan();
 }
 
 void EndAllCalls() {
@@ -213,7 +212,7 @@ void EndAllCalls() {
 
 int64_t Decoder::num_free_pages() const {
   auto lock = impl_->Enter();
-  return impl_->engine.pool().num_free();
+  return impl_->runner.pool().num_free();
 }
 
 int64_t Decoder::num_free_rows() const {

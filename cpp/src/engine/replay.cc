@@ -1,29 +1,63 @@
 // Replay: prompts read once, their continuations decoded through one plan after the other. The
 // prompts' keys and values stay; those of a continuation are written over by the next.
 #include <algorithm>
+#include <utility>
 
-#include "decode/decoder_impl.h"
+#include "engine/decoder_impl.h"
+#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
 
-double MeanSetSize(const OtherPlan& other) {
-  if (other.num_sets == 0) return 0.0;
-  return static_cast<double>(other.num_positions) / static_cast<double>(other.num_sets);
-}
+// A plan beside the decoder's, for as long as this lives.
+class AddedPlan {
+ public:
+  AddedPlan(ModelRunner& runner, const PlanConfig& plan)
+      : runner_(runner), id_(runner.AddPlan(plan)) {}
+  ~AddedPlan() { runner_.DropPlan(id_); }
+  AddedPlan(const AddedPlan&) = delete;
+  AddedPlan& operator=(const AddedPlan&) = delete;
+
+  // Runs a decode step, with the plan's own cache correction before it.
+  Drawn Step(std::vector<BatchRow> rows) {
+    const ActivePlan& plan = runner_.plan(id_);
+    for (const BatchRow& row : rows) {
+      CorrectCache(runner_, *row.sequence, plan.config.correction_interval);
+    }
+    const auto num_rows = static_cast<int64_t>(rows.size());
+    Drawn drawn = runner_.Run({std::move(rows), id_});
+    if (drawn.is_sparse) {
+      num_sets_ += plan.selection.CountSets(num_rows);
+      num_positions_ += runner_.CountPositions(id_, num_rows);
+    }
+    return drawn;
+  }
+
+  // Positions of a set, on average over the sparse steps so far.
+  double MeanSetSize() const {
+    if (num_sets_ == 0) return 0.0;
+    return static_cast<double>(num_positions_) / static_cast<double>(num_sets_);
+  }
+
+ private:
+  ModelRunner& runner_;
+  PlanId id_;
+  int64_t num_sets_ = 0;
+  int64_t num_positions_ = 0;
+};
 
 }  // namespace
 
 Replay::Impl::Impl(std::shared_ptr<Decoder::Impl> owner,
                    const std::vector<std::vector<int32_t>>& token_ids, int64_t room)
     : decoder(std::move(owner)), max_new_tokens(room) {
-  Engine& engine = decoder->engine;
+  ModelRunner& runner = decoder->runner;
   prompts.reserve(token_ids.size());
   for (const std::vector<int32_t>& ids : token_ids) {
     int64_t max_len = static_cast<int64_t>(ids.size()) + room;
-    prompts.push_back(
-        {.sequence = engine.MakeSequence(ids, max_len, engine.ScratchSampling()), .logits = {}});
+    prompts.push_back({.sequence = decoder->sequences.Make(ids, max_len, runner.ScratchSampling()),
+                       .logits = {}});
   }
 }
 
@@ -44,15 +78,18 @@ Decoder::Impl::Lock Replay::Impl::Enter() const {
 }
 
 bool Replay::Impl::ReadNext() {
-  Engine& engine = decoder->engine;
+  ModelRunner& runner = decoder->runner;
   for (Prompt& prompt : prompts) {
     Sequence& sequence = prompt.sequence;
     if (sequence.prefilled()) continue;
-    int64_t chunk_len = engine.PrefillNext(sequence);
-    if (!sequence.prefilled()) return true;
-    engine.AppendPrefillLogits(sequence, chunk_len, sequence.prompt_len - 1, sequence.prompt_len,
-                               prompt.logits);
-    prompt.first_token = engine.SampleAfterPrefill(sequence, chunk_len);
+    BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
+    const bool is_last = sequence.cached + row.num_tokens == sequence.dense_len;
+    if (is_last) row.num_draws = row.num_logits = 1;
+    Drawn drawn = runner.Run({.rows = {row}});
+    if (is_last) {
+      prompt.logits = std::move(drawn.logits[0]);
+      prompt.first_token = drawn.tokens[0][0];
+    }
     return true;
   }
   return false;
@@ -66,8 +103,8 @@ void Replay::Impl::ReadAll() {
 std::vector<Sequence*> Replay::Impl::Rewind() {
   std::vector<Sequence*> rows;
   for (Prompt& prompt : prompts) {
-    prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.prompt_len));
-    prompt.sequence.cached = prompt.sequence.prompt_len;
+    prompt.sequence.tokens.resize(static_cast<size_t>(prompt.sequence.dense_len));
+    prompt.sequence.Rewind(prompt.sequence.dense_len);
     prompt.sequence.num_sparse = 0;
     rows.push_back(&prompt.sequence);
   }
@@ -92,14 +129,14 @@ PrefillProgress Replay::prefill_progress() const {
   auto lock = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
-    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.prompt_len);
-    progress.tokens_total += prompt.sequence.prompt_len;
+    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.dense_len);
+    progress.tokens_total += prompt.sequence.dense_len;
   }
   return progress;
 }
 
 std::vector<std::vector<float>> Replay::StepLogits(
-    const PlanConfig& plan, const std::vector<std::vector<int32_t>>& continuations) {
+    const PlanConfig& settings, const std::vector<std::vector<int32_t>>& continuations) {
   auto lock = impl_->Enter();
   size_t count = impl_->prompts.size();
   TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
@@ -107,7 +144,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
   size_t longest = 0;
   for (const std::vector<int32_t>& tokens : continuations) {
     longest = std::max(longest, tokens.size());
-    int64_t vocab_size = impl_->decoder->engine.model().vocab_size;
+    int64_t vocab_size = impl_->decoder->runner.model().vocab_size;
     for (int32_t token : tokens) {
       TIDAL_CHECK(token >= 0 && token < vocab_size, InvalidArgument, "continuations: got token id ",
                   token, ", expected 0 to ", vocab_size - 1);
@@ -116,39 +153,38 @@ std::vector<std::vector<float>> Replay::StepLogits(
   TIDAL_CHECK(static_cast<int64_t>(longest) <= impl_->max_new_tokens, CapacityError,
               "continuations: ", longest, " tokens, have room for max_new_tokens ",
               impl_->max_new_tokens);
-  Engine& engine = impl_->decoder->engine;
-  std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
+  AddedPlan plan(impl_->decoder->runner, settings);
   impl_->ReadAll();
   std::vector<Sequence*> sequences = impl_->Rewind();
   std::vector<std::vector<float>> logits;
   for (const Impl::Prompt& prompt : impl_->prompts) logits.push_back(prompt.logits);
   for (size_t step = 0; step < longest; ++step) {
     std::vector<size_t> indices;
-    std::vector<Sequence*> rows;
+    std::vector<BatchRow> rows;
     for (size_t i = 0; i < count; ++i) {
       if (step >= continuations[i].size()) continue;
       sequences[i]->tokens.push_back(continuations[i][step]);
       indices.push_back(i);
-      rows.push_back(sequences[i]);
+      rows.push_back({.sequence = sequences[i], .num_logits = 1});
     }
-    engine.StepThrough(*other, rows);
-    for (size_t row = 0; row < rows.size(); ++row) {
-      engine.AppendStepLogits(static_cast<int64_t>(row), logits[indices[row]]);
+    const Drawn drawn = plan.Step(std::move(rows));
+    for (size_t row = 0; row < indices.size(); ++row) {
+      std::vector<float>& all = logits[indices[row]];
+      all.insert(all.end(), drawn.logits[row].begin(), drawn.logits[row].end());
     }
   }
-  impl_->mean_set_size = MeanSetSize(*other);
+  impl_->mean_set_size = plan.MeanSetSize();
   return logits;
 }
 
-std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& plan, int64_t max_new_tokens,
+std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& settings, int64_t max_new_tokens,
                                                  const std::vector<int32_t>& stop_token_ids) {
   TIDAL_CHECK(max_new_tokens >= 1, InvalidArgument, "max_new_tokens: got ", max_new_tokens,
               ", expected >= 1");
   TIDAL_CHECK(max_new_tokens <= impl_->max_new_tokens, CapacityError, "max_new_tokens: got ",
               max_new_tokens, ", have room for ", impl_->max_new_tokens);
   auto lock = impl_->Enter();
-  Engine& engine = impl_->decoder->engine;
-  std::unique_ptr<OtherPlan> other = engine.MakePlan(plan);
+  AddedPlan plan(impl_->decoder->runner, settings);
   impl_->ReadAll();
   std::vector<Sequence*> rows = impl_->Rewind();
   std::vector<std::vector<int32_t>> outputs(rows.size());
@@ -179,9 +215,13 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& plan, int64_t
     if (alive.empty()) break;
     indices = std::move(alive);
     rows = std::move(alive_rows);
-    next = engine.StepThrough(*other, rows);
+    std::vector<BatchRow> batch;
+    for (Sequence* row : rows) batch.push_back({.sequence = row});
+    const Drawn drawn = plan.Step(std::move(batch));
+    for (size_t row = 0; row < rows.size(); ++row) next[row] = drawn.tokens[row][0];
+    next.resize(rows.size());
   }
-  impl_->mean_set_size = MeanSetSize(*other);
+  impl_->mean_set_size = plan.MeanSetSize();
   return outputs;
 }
 

@@ -1,0 +1,56 @@
+// What a call gives for each of its prompts, token by token and at its end. Plain values.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tidal {
+
+enum class FinishReason : int32_t {
+  kNone,    // still running
+  kStop,    // a stop token, or Generation::Stop
+  kLength,  // max_new_tokens reached
+  kAbort,   // cancelled
+  kError,   // the model gave no usable logits (NaN, or all -inf)
+};
+
+// What verified decoding did for a sequence.
+struct Verification {
+  int64_t drafted_tokens = 0;   // that were checked
+  int64_t accepted_tokens = 0;  // of those, kept
+  int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
+};
+
+struct SequenceResult {
+  std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
+  FinishReason finish_reason = FinishReason::kNone;
+  std::string error;                   // non-empty iff finish_reason is kError
+  int64_t prompt_tokens = 0;           // of a session's turn: all tokens it follows
+  int64_t cached_tokens = 0;           // of those, in the cache before the call
+  double time_to_first_token_s = 0.0;  // from the start of the call
+  double decode_s = 0.0;               // from the first to the last token
+  Verification verification{};         // zeros unless the decoder verifies
+};
+
+// A new token of a sequence.
+struct TokenEvent {
+  int64_t sequence = 0;  // index into the prompts of the call
+  int32_t token_id = 0;
+};
+
+struct PrefillProgress {
+  int64_t tokens_done = 0;
+  int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
+};
+
+// The positions one choosing layer (S or P) chose for one sequence in its last sparse step.
+struct LayerSelection {
+  int64_t layer = 0;
+  int64_t num_sets = 0;      // KV heads, query heads or 1, by granularity
+  int64_t num_selected = 0;  // of the largest set
+  // [num_sets, num_selected], ascending per set; -1 past the end of a smaller one (top_p_mass).
+  std::vector<int32_t> token_idx;
+};
+
+}  // namespace tidal

@@ -1,0 +1,47 @@
+// Batch: what goes through the model next, as a value. The only thing that passes between who
+// decides (engine/) and who computes (ModelRunner).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kv/sequence.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+// One sequence's share of a pass.
+struct BatchRow {
+  Sequence* sequence = nullptr;
+  int64_t num_tokens = 1;  // its next uncached tokens, which the pass caches; >= 1
+  int64_t num_draws = 1;   // successors to draw: of the last so many of those tokens
+  int64_t num_logits = 0;  // logits to return: after the last so many of those tokens
+};
+
+// The rows of one pass, each sequence at most once. If every row has one token and one draw the
+// pass is a decode step through the plan; any other reads its tokens densely, so its plan must be
+// the dense one.
+struct Batch {
+  std::vector<BatchRow> rows;
+  PlanId plan = PlanId::kDense;
+
+  bool is_step() const;
+};
+
+// What a pass gives, by row of its batch.
+struct Drawn {
+  std::vector<std::vector<int32_t>> tokens;  // [num_draws] each; -1: unusable logits
+  std::vector<std::vector<float>> logits;    // [num_logits, vocab_size] each
+  // Whether layers of the plan attended to sets; a step is dense where all rows are short.
+  bool is_sparse = false;
+};
+
+// Throws InvalidArgument, naming the row or the sequence, unless the batch is as BatchRow and Batch
+// say.
+void CheckBatch(const Batch& batch);
+
+// "plan 1: 17 +1 draw 1, 0 +512": each row's cached tokens, and what it asks for.
+std::string ToString(const Batch& batch);
+
+}  // namespace tidal

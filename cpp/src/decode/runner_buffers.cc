@@ -1,0 +1,28 @@
+#include "decode/runner_buffers.h"
+
+#include <algorithm>
+
+#include "decode/settings.h"
+
+namespace tidal {
+namespace {
+
+int64_t MaxDraws(const DecodeConfig& config, const DecodePlan& plan) {
+  return config.max_batch_size * TokensPerRow(config, plan);
+}
+
+}  // namespace
+
+RunnerBuffers::RunnerBuffers(Backend& backend, const ModelConfig& model, const DecodeConfig& config,
+                             const DecodePlan& plan)
+    : passes(backend, model, backend.activation_dtype(config.dtype),
+             {.num_tokens = std::max(config.prefill_chunk, MaxDraws(config, plan)),
+              .batch_size = config.max_batch_size},
+             PagesOfLongest(config)),
+      inputs(backend, config.max_batch_size),
+      seen(backend, model.vocab_size, config.max_batch_size),
+      sampler(backend, seen, MaxDraws(config, plan)),
+      outputs(backend, sampler, model,
+              Verifies(config, plan) ? "verification" : "activations of a step") {}
+
+}  // namespace tidal
