@@ -58,7 +58,7 @@ TEST(PrefixCache, FindsWholePagesButNeverTheLastToken) {
   EXPECT_EQ(cache.Find(Count(7, {99, 8, 9, 10}), ""), (Pages{0}));
   EXPECT_EQ(cache.Find(Tokens{1, 2, 3, 4, 5}, ""), Pages{})
       << "a page is known with what is before it";
-  EXPECT_EQ(cache.Peek(Count(12), ""), 8);
+  EXPECT_EQ(cache.Peek(Count(12), "").num_pages, 2);
   const PrefixStats stats = cache.stats();
   EXPECT_EQ(stats.pages, 3);
   EXPECT_EQ(stats.lookups, 9) << "without tokens there is nothing to look up";
@@ -86,7 +86,7 @@ TEST(PrefixCache, IdlePagesAreRoom) {
   EXPECT_TRUE(Throws<CapacityError>([&] { pool.Take(5); }, {"need 5", "have 4"}));
   EXPECT_EQ(cache.stats().pages, 4) << "what does not fit evicts nothing";
   EXPECT_EQ(pool.Take(1), (Pages{3})) << "the last page of the prefix goes first";
-  EXPECT_EQ(cache.Peek(Count(17), ""), 12);
+  EXPECT_EQ(cache.Peek(Count(17), "").num_pages, 3);
   EXPECT_EQ(pool.num_free(), 3);
   EXPECT_EQ(cache.stats().evictions, 1);
 }
@@ -113,9 +113,11 @@ TEST(PrefixCache, OwnedPagesStay) {
   user.Adopt(cache.Find(Count(9), ""));
   EXPECT_EQ(pool.num_free(), 2);
   EXPECT_EQ(pool.Take(2), (Pages{2, 3}));
-  EXPECT_EQ(cache.Peek(Count(9), ""), 8);
+  EXPECT_EQ(cache.Peek(Count(9), "").num_pages, 2);
+  EXPECT_EQ(cache.Peek(Count(9), "").num_idle, 0);
   EXPECT_THROW(pool.Take(1), CapacityError);
   user.Release();
+  EXPECT_EQ(cache.Peek(Count(9), "").num_idle, 2);
   EXPECT_EQ(pool.Take(2), (Pages{0, 1}));
 }
 
@@ -182,8 +184,8 @@ TEST(PrefixCache, APageIsKnownByOneSaltOnly) {
   SequencePages pages(pool, 4);
   cache.Publish(Count(4), pages.pages(), "a");
   cache.Publish(Count(4), pages.pages(), "b");
-  EXPECT_EQ(cache.Peek(Count(5), "a"), 4);
-  EXPECT_EQ(cache.Peek(Count(5), "b"), 0);
+  EXPECT_EQ(cache.Peek(Count(5), "a").num_pages, 2);
+  EXPECT_EQ(cache.Peek(Count(5), "b").num_pages, 0);
 }
 
 TEST(PrefixCache, ForgetDropsAllBehindTheFirstPage) {
@@ -194,7 +196,7 @@ TEST(PrefixCache, ForgetDropsAllBehindTheFirstPage) {
   Read(pool, cache, {9, 9});
   cache.Forget(Tokens{1, 2, 3, 4, 0}, "");
   EXPECT_EQ(cache.stats().pages, 1);
-  EXPECT_EQ(cache.Peek(Tokens{9, 9, 9}, ""), 2);
+  EXPECT_EQ(cache.Peek(Tokens{9, 9, 9}, "").num_pages, 1);
   cache.Forget(Tokens{9}, "");
   cache.Forget(Tokens{9, 9}, "other");
   EXPECT_EQ(cache.stats().pages, 1);

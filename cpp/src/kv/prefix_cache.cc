@@ -77,10 +77,15 @@ std::vector<int32_t> PrefixCache::Find(std::span<const int32_t> tokens, std::str
   return pages;
 }
 
-int64_t PrefixCache::Peek(std::span<const int32_t> tokens, std::string_view salt) const {
-  if (tokens.empty()) return 0;
+PrefixMatch PrefixCache::Peek(std::span<const int32_t> tokens, std::string_view salt) const {
+  PrefixMatch match;
+  if (tokens.empty()) return match;
   int64_t max_pages = (static_cast<int64_t>(tokens.size()) - 1) / pool_.page_size();
-  return static_cast<int64_t>(Walk(tokens, salt, max_pages).size()) * pool_.page_size();
+  for (NodeIterator node : Walk(tokens, salt, max_pages)) {
+    ++match.num_pages;
+    if (!pool_.IsOwned(node->page)) ++match.num_idle;
+  }
+  return match;
 }
 
 void PrefixCache::Publish(std::span<const int32_t> tokens, std::span<const int32_t> pages,

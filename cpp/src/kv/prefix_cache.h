@@ -30,6 +30,12 @@ struct PrefixStats {
   int64_t evictions = 0;      // pages dropped for room
 };
 
+// What is known of some tokens.
+struct PrefixMatch {
+  int64_t num_pages = 0;
+  int64_t num_idle = 0;  // of those: to own them takes room
+};
+
 // The pool must outlive it. A salt is any bytes: sequences with different ones never share. It
 // holds whatever K and V depend on beside the tokens: rotary frequencies, whose data it is.
 class PrefixCache final : public PageHolder {
@@ -44,8 +50,8 @@ class PrefixCache final : public PageHolder {
   // takes pages.
   std::vector<int32_t> Find(std::span<const int32_t> tokens, std::string_view salt);
 
-  // Returns how many tokens Find would find. Counts as no use of them.
-  int64_t Peek(std::span<const int32_t> tokens, std::string_view salt) const;
+  // Returns what Find would find. Counts as no use of it.
+  PrefixMatch Peek(std::span<const int32_t> tokens, std::string_view salt) const;
 
   // Makes known the whole pages of the tokens, all of them computed and clean; `pages` are those of
   // the sequence, which owns them. Pages whose tokens are known already stay as they are. Without
