@@ -82,6 +82,14 @@ Drawn FakeModel::Run(const Batch& batch) {
     drawn.logits.emplace_back(static_cast<size_t>(row.num_logits), 0.0f);
     drawn.is_sparse = drawn.is_sparse || is_sparse;
     work.Add(row.num_tokens, begin);
+    // The sequence is moved on, as a runner does.
+    sequence.cached = end;
+    if (is_sparse) {
+      ++sequence.num_sparse;
+      sequence.clean_len = std::min(sequence.clean_len, begin);
+    } else if (sequence.clean_len >= begin) {
+      sequence.clean_len = end;
+    }
   }
   last_ms_ = batch.is_step()
                  ? speed_.step

@@ -113,7 +113,8 @@ class RequestState {
   // Forgets the newest draft. Without any left, the next token is decided by a step.
   void DropLastDraft();
 
-  // A pass has cached tokens up to `end`, from `begin` on; `is_dense`: as dense reading does.
+  // A pass has cached tokens up to `end`, from `begin` on; `is_dense`: as dense reading does. Says
+  // so once more if the runner has.
   void MarkCached(int64_t begin, int64_t end, bool is_dense);
 
   // Takes a token that follows the newest one, or -1 for unusable logits. Returns whether the

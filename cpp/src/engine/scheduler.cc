@@ -156,6 +156,7 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
       counts_.read_tokens += row.num_tokens;
       request.MarkCached(row.begin, end, true);
       Publish(request);
+      may_admit_ = true;  // others may need less room now
       if (request.num_unread() > 0) return;
       request.status = RequestStatus::kDecoding;
       // Who reads again has drawn its next token before.
@@ -205,6 +206,11 @@ void Scheduler::Fail(double now_ms) noexcept {
   for (const RowInFlight& row : in_flight_) {
     row.request->finish_reason = FinishReason::kError;
     row.request->failure = RequestFailure::kPassFailed;
+    // Whatever the pass has written behind them is of no use.
+    Sequence& sequence = row.request->sequence;
+    sequence.cached = row.begin;
+    sequence.num_sparse = row.num_sparse;
+    sequence.clean_len = std::min(sequence.clean_len, row.begin);
   }
   EndPass();
 }

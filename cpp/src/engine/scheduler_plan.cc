@@ -348,6 +348,7 @@ bool Scheduler::PlanChecks(Batch& batch) {
 void Scheduler::EndStuck() {
   std::vector<Candidate> candidates = Candidates();
   auto first = std::max_element(candidates.begin(), candidates.end(), IsLater);
+  ReserveEvents(1);
   first->request->failure = RequestFailure::kNoRoom;
   Finish(*first->request, FinishReason::kError);
 }
