@@ -140,8 +140,11 @@ TEST(ChunkCost, OneHiccupChangesLittle) {
   ReadPrompts(cost, kH200, 4, random);
   const ChunkWork work = WorkOf(1024, 8192);
   const double before = cost.Predict(work);
-  cost.Observe(work, 100 * before);
-  EXPECT_LT(cost.Predict(work), 2 * before);
+  ChunkCost slow = cost, fast = cost;
+  slow.Observe(work, 100 * before);
+  EXPECT_LT(slow.Predict(work), 2 * before);
+  fast.Observe(work, before / 100);
+  EXPECT_GT(fast.Predict(work), before / 4);
 }
 
 TEST(ChunkCost, NoTimeIsNoMeasurement) {

@@ -121,6 +121,17 @@ TEST(PrefixCache, OwnedPagesStay) {
   EXPECT_EQ(pool.Take(2), (Pages{0, 1}));
 }
 
+TEST(PrefixCache, OwnedPagesStayKnownWhileOthersLeave) {
+  PagePool pool(3, 4);
+  PrefixCache cache(pool);
+  SequencePages user(pool, 4);
+  cache.Publish(Count(4), user.pages(), "");
+  Read(pool, cache, {9, 9, 9, 9});  // page 1, used later
+  EXPECT_EQ(pool.Take(2), (Pages{1, 2}));
+  EXPECT_EQ(cache.Find(Count(5), ""), (Pages{0}));
+  EXPECT_EQ(cache.stats().pages, 1);
+}
+
 TEST(PrefixCache, TheFirstToPublishWins) {
   PagePool pool(10, 4);
   PrefixCache cache(pool);

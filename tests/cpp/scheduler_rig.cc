@@ -98,6 +98,14 @@ Drawn FakeModel::Run(const Batch& batch) {
   return drawn;
 }
 
+void FakeModel::Copy(const std::vector<PageCopy>& copies) {
+  const int64_t page_size = pool_.page_size();
+  for (const PageCopy& copy : copies) {
+    std::copy_n(entries_.begin() + copy.from * page_size, page_size,
+                entries_.begin() + copy.to * page_size);
+  }
+}
+
 Tokens FakeModel::Continue(Tokens tokens, int64_t count, float rotary) {
   uint64_t hash = FirstHash(rotary);
   for (int32_t token : tokens) hash = Append(hash, token);
@@ -114,7 +122,7 @@ Rig::Rig(const RigOptions& options)
       prefixes(pool),
       scheduler(pool, options.caches_prefixes ? &prefixes : nullptr, options.limits),
       model(pool, options.speed),
-      page_size(options.page_size) {}
+      limits(options.limits) {}
 
 Sequence Rig::MakeSequence(Tokens tokens, float rotary) {
   const auto length = static_cast<int64_t>(tokens.size());
@@ -139,11 +147,26 @@ RequestId Rig::Submit(Tokens prompt, int64_t max_new_tokens) {
   return Submit(std::move(prompt), request);
 }
 
+void Rig::CheckLimits(const Batch& batch) const {
+  int64_t num_tokens = 0, num_draws = 0, num_logits = 0;
+  for (const BatchRow& row : batch.rows) {
+    num_tokens += row.num_tokens;
+    num_draws += row.num_draws;
+    num_logits += row.num_logits;
+  }
+  EXPECT_LE(static_cast<int64_t>(batch.rows.size()), limits.max_rows) << ToString(batch);
+  if (batch.is_step()) return;  // a row of each request, whatever a pass may take
+  EXPECT_LE(num_tokens, limits.max_pass_tokens) << ToString(batch);
+  EXPECT_LE(num_draws, limits.max_pass_draws) << ToString(batch);
+  EXPECT_LE(num_logits, limits.max_pass_draws) << ToString(batch);
+}
+
 bool Rig::Step() {
   const Batch batch = scheduler.Next(now_ms);
   const bool has_rows = !batch.rows.empty();
   if (has_rows) {
     passes.push_back(ToString(batch));
+    CheckLimits(batch);
     const Drawn drawn = model.Run(batch);
     now_ms += model.last_ms();
     scheduler.Commit(batch, drawn, now_ms);

@@ -43,6 +43,7 @@ class FakeModel {
   // Runs a batch as a ModelRunner does, and fails the test where it asks for what cannot be.
   Drawn Run(const Batch& batch);
   double last_ms() const { return last_ms_; }
+  void Copy(const std::vector<PageCopy>& copies);
 
   // Sequences of at most this length are decoded densely, by plan.
   std::map<PlanId, int64_t> dense_len;
@@ -81,7 +82,8 @@ class Rig {
   RequestId Submit(Tokens prompt, Request request = {});
   RequestId Submit(Tokens prompt, int64_t max_new_tokens);
 
-  // One pass; false if there was none to do. Its events are added to `events`.
+  // One pass, which keeps to the limits; false if there was none to do. Its events are added to
+  // `events`.
   bool Step();
   void StepUntilDone();
 
@@ -96,9 +98,11 @@ class Rig {
   double now_ms = 0.0;
   std::vector<RequestEvent> events;
   std::vector<std::string> passes;  // "plan 1: 17 +1 draw 1" each
-  int64_t page_size;
+  SchedulerLimits limits;
 
  private:
+  void CheckLimits(const Batch& batch) const;
+
   uint64_t next_sequence_ = 1;
 };
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <vector>
@@ -307,6 +308,36 @@ TEST(Scheduler, CorrectionsReadAgainWhatWasDecodedSparsely) {
                                 "plan 1: 14 +1 draw 1"}));
   EXPECT_EQ(rig.scheduler.Get(id).num_new(), 8);
   EXPECT_EQ(rig.prefixes.stats().pages, 3) << "tokens 0 to 13 became clean";
+}
+
+// What does not fit into a pass is corrected turn by turn, and others decode in between.
+TEST(Scheduler, ALongCorrectionStopsNobodyElse) {
+  RigOptions options;
+  options.limits.max_pass_tokens = 8;
+  Rig rig(options);
+  Request request = TidalRequest(14, 4);
+  request.decoding.correction_interval = 12;
+  rig.Submit(MakePrompt(1, 8), request);
+  rig.Submit(MakePrompt(2, 8), 16);
+  rig.StepUntilDone();
+  const auto first = std::find(rig.passes.begin(), rig.passes.end(), "plan 0: 8 +8");
+  ASSERT_GE(rig.passes.end() - first, 5);
+  EXPECT_EQ(Passes(first, first + 5),
+            (Passes{"plan 0: 8 +8", "plan 0: 20 +1 draw 1", "plan 0: 16 +4", "plan 1: 20 +1 draw 1",
+                    "plan 0: 21 +1 draw 1"}));
+}
+
+// Who comes in the middle of a round drafts no longer than the others.
+TEST(Scheduler, ALateRequestJoinsTheRound) {
+  Rig rig;
+  rig.Submit(MakePrompt(1, 6), Verified(30, 5));
+  for (int i = 0; i < 4; ++i) rig.Step();
+  ASSERT_EQ(rig.passes.back(), "plan 1: 8 +1 draw 1") << "the third draft";
+  const RequestId late = rig.Submit(MakePrompt(2, 7), Verified(30, 5));
+  for (int i = 0; i < 4; ++i) rig.Step();
+  EXPECT_EQ(rig.passes.back(), "plan 0: 6 +6 draw 6, 7 +3 draw 3");
+  rig.StepUntilDone();
+  EXPECT_EQ(rig.Generated(late), FakeModel::Continue(MakePrompt(2, 7), 30));
 }
 
 TEST(Scheduler, VerifiedRoundsWriteWhatDenseDecodingWrites) {

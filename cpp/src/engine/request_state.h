@@ -2,14 +2,13 @@
 // rules by which drawn tokens are kept and end it. Values only.
 //
 //   kQueued -> kReading -> kDecoding -> kFinished
-//                 ^  kPaused   |
-//                 +-----<------+        (from kReading too)
+//              kReading or kDecoding -> kPaused -> kReading
+//              any of them -> kFinished
 //
 // A request owns a row and pages while it reads and decodes.
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <span>
 #include <string>

@@ -48,12 +48,16 @@ void Scheduler::CheckFits(const Request& request, const Sequence& sequence) cons
               max_new);
   TIDAL_CHECK(sequence.cached < num_tokens, InvalidArgument, "request: all of its ", num_tokens,
               " tokens are cached, expected one at least that is not");
+  TIDAL_CHECK(sequence.dense_len <= num_tokens, InvalidArgument, "request: got dense_len ",
+              sequence.dense_len, ", expected at most its ", num_tokens, " tokens");
   int64_t need = Sum({num_tokens, max_new});
   TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, "request: ", num_tokens,
               " tokens + max_new_tokens ", max_new, " need ", need, " positions, have max_seq_len ",
               limits_.max_seq_len, "; raise max_seq_len, or shorten the prompt or max_new_tokens");
   if (request.keeps_pages) {
-    int64_t missing = sequence.pages.NumMissing(need, sequence.cached);
+    bool corrects = request.decoding.correction_interval > 0;
+    int64_t first_written = sequence.cached - (corrects ? sequence.num_sparse : 0);
+    int64_t missing = sequence.pages.NumMissing(need, first_written);
     TIDAL_CHECK(missing == 0, InvalidArgument, "request: its sequence keeps its pages and lacks ",
                 missing, " for ", need, " tokens; take them before");
     return;

@@ -5,12 +5,14 @@
 //   scheduler.Commit(batch, drawn, now);  events = scheduler.TakeEvents();
 //
 // Prompts are read in chunks. While anybody decodes, a chunk is cut so that it takes at most
-// max_chunk_ms, and after it decoding gets its share of the time before the next chunk. Which
-// prompt is read next: the one with the highest (waited + work) / work, so that a short one soon
-// goes before a long one, and a long one waits no longer than in proportion; a quarter of the
-// time is of whoever came first, so that nobody waits without end. Decoding goes in
-// turns: in a turn each decoding request takes one step, by plan, or one draft; a round of drafts
-// is checked once all have been made.
+// max_chunk_ms, and after it decoding gets its share of the time before the next chunk. The prompt
+// with the highest (waited + work) / work is read next, so that a short one soon goes before a long
+// one, and a long one waits no longer than in proportion. A quarter of the time is of whoever came
+// first, so that nobody waits without end.
+//
+// Decoding goes in turns: in a turn each decoding request takes one step, by plan, or one draft,
+// after the correction of its cache if that is due. A round of drafts is checked once all have been
+// made.
 //
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
 // it have room beside what others were let in for. When pages run out nevertheless, the newest
@@ -47,7 +49,8 @@ struct RequestEvent {
   RequestId id = 0;
   int32_t token_id = -1;  // -1: no token
   FinishReason finish_reason = FinishReason::kNone;
-  // The draw of the newest batch that the token is, if it is one; -1 otherwise.
+  // Where the token was drawn: `row` of the batch committed last, and which draw of that row; the
+  // row's last num_draws logits are those of its draws. -1 without a token.
   int64_t row = -1;
   int64_t draw = -1;
 };
