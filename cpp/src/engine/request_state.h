@@ -143,6 +143,7 @@ class RequestState {
   int64_t cached_tokens = 0;   // of the prompt, in the cache when it began to read
   int64_t known_tokens = 0;    // cached, or likely to be found when it begins to read
   int64_t reserve_tokens = 0;  // it was let in with room for so many
+  int64_t num_scored = 0;      // tokens after which logits have been given, if they are wanted
   int64_t num_overtaken = 0;   // times a later one was let in because this one did not fit
   int64_t num_pauses = 0;
   uint64_t last_turn = 0;  // the decode turn that it last took part in

@@ -159,6 +159,7 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
     case RowKind::kRead:
       counts_.read_tokens += row.num_tokens;
       request.MarkCached(row.begin, end, true);
+      request.num_scored = std::max(request.num_scored, end);
       Publish(request);
       may_admit_ = true;  // others may need less room now
       if (request.num_unread() > 0) return;
@@ -186,6 +187,7 @@ void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexc
     }
     if (has_ended) break;
   }
+  request.num_scored = std::max(request.num_scored, request.num_tokens() - 1);
   // A draft that ended the request was cached; the newest token never is.
   sequence.cached = std::min(sequence.cached, request.num_tokens() - 1);
   sequence.clean_len = std::min(sequence.clean_len, sequence.cached);

@@ -154,7 +154,8 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
   bool draws = count == unread && request.read_to() == request.num_tokens();
   int64_t num_logits = 0;
   if (request.request.logits == LogitsWanted::kAll) {
-    num_logits = count;
+    // Who reads again was given the first of them before.
+    num_logits = count - std::clamp<int64_t>(request.num_scored - begin, 0, count);
   } else if (request.request.logits == LogitsWanted::kGenerated && draws) {
     num_logits = 1;
   }
