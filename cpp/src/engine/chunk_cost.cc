@@ -12,9 +12,6 @@ constexpr double kFirstSpread = 2.0;   // of each cost, relative: nothing is kno
 constexpr double kNoise = 0.1;         // of a measurement, relative
 // How far the costs may drift from one pass to the next, relative: about fifty passes count.
 constexpr double kDrift = 0.02;
-// A pass that took this many times what was expected counts as one that took this many: one
-// hiccup of the machine must not shrink many chunks.
-constexpr double kMostSurprise = 3.0;
 
 }  // namespace
 
@@ -48,11 +45,11 @@ void ChunkCost::Observe(const ChunkWork& work, double ms) {
   double expected = Predict(work);
   if (num_measured_++ == 0) return Scale(ms / expected);
 
-  ms = std::clamp(ms, expected / kMostSurprise, expected * kMostSurprise);
   Vector x = Features(work), gain{};
   for (size_t i = 0; i < x.size(); ++i) {
     covariance_[i][i] += cost_[i] * cost_[i] * kDrift * kDrift;
   }
+  // Relative to what was measured: a hiccup of the machine, many times too long, counts for little.
   double variance = ms * ms * kNoise * kNoise;
   for (size_t i = 0; i < x.size(); ++i) {
     for (size_t j = 0; j < x.size(); ++j) gain[i] += covariance_[i][j] * x[j];
