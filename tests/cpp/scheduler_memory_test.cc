@@ -223,6 +223,33 @@ TEST(SchedulerMemory, APausedTidalRequestIsReadAgain) {
   EXPECT_LE(rig.prefixes.Peek(all, rig.scheduler.Get(one).salt).num_pages, 3);
 }
 
+TEST(SchedulerMemory, WhoWaitsIsLetInOnceThereIsRoom) {
+  Rig rig(Small(16));
+  SequencePages session(rig.pool, 4 * 8);
+  const RequestId runs = rig.Submit(MakePrompt(1, 4), 28);
+  rig.Step();
+  const RequestId waits = rig.Submit(MakePrompt(2, 30), 1);
+  rig.Step();
+  rig.Step();
+  EXPECT_EQ(rig.scheduler.Get(waits).status, RequestStatus::kQueued);
+  session.Release();
+  for (int i = 0; i < 2; ++i) rig.Step();
+  EXPECT_EQ(rig.Reason(waits), FinishReason::kLength);
+  EXPECT_EQ(rig.scheduler.Get(runs).status, RequestStatus::kDecoding);
+}
+
+TEST(SchedulerMemory, WhoWaitsIsLetInOnceItsPrefixIsKnown) {
+  Rig rig(Small(10));
+  const RequestId first = rig.Submit(MakePrompt(1, 25), 10);
+  const RequestId second = rig.Submit(MakePrompt(1, 25), 1);
+  rig.Step();
+  EXPECT_EQ(rig.scheduler.Get(second).status, RequestStatus::kQueued);
+  for (int i = 0; i < 3; ++i) rig.Step();
+  EXPECT_EQ(rig.Reason(second), FinishReason::kLength);
+  EXPECT_EQ(rig.scheduler.Get(second).cached_tokens, 24);
+  EXPECT_EQ(rig.scheduler.Get(first).status, RequestStatus::kDecoding);
+}
+
 // Sessions hold all pages and nothing runs: a request would wait without end.
 TEST(SchedulerMemory, WhatNothingCanMakeRoomForEnds) {
   Rig rig(Small(16));

@@ -167,6 +167,7 @@ class Scheduler {
   // scheduler_room.cc: rows and pages.
   bool Admit(RequestState& request);
   int64_t PromisedPages() const;
+  int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);
   bool GrowOrPause(RequestState& request, int64_t num_tokens);
   RequestState& NewestToPause(RequestState& otherwise) const;
@@ -202,8 +203,8 @@ class Scheduler {
   double started_ms_ = 0.0;  // the pass in flight
   const RequestState* oldest_ = nullptr;  // when the newest chunk was planned
   double oldest_owed_ms_ = 0.0;           // to whoever came first of those that read or wait
-  bool may_admit_ = true;                 // false: nobody who waits fits, until something changes
-  int64_t free_when_full_ = 0;            // pages that were free then
+  bool may_admit_ = true;                 // false: nobody who waits fits until there is more room
+  int64_t room_when_full_ = 0;            // UnpromisedPages() then
   bool is_turn_open_ = false;
   bool has_corrected_ = false;  // in this turn
   uint64_t turn_ = 0;

@@ -79,8 +79,8 @@ std::vector<Scheduler::Candidate> Scheduler::Candidates() const {
     if (request->status != RequestStatus::kReading) continue;
     candidates.push_back({request, Urgency(*request), false});
   }
-  bool may_admit = may_admit_ || running_.empty() || pool_.num_free() > free_when_full_;
-  if (free_rows_.empty() || !may_admit) return candidates;
+  if (waiting_.empty() || free_rows_.empty()) return candidates;
+  if (!may_admit_ && !running_.empty() && UnpromisedPages() <= room_when_full_) return candidates;
   for (RequestState* request : waiting_) {
     candidates.push_back({request, Urgency(*request), true});
   }
@@ -199,7 +199,7 @@ bool Scheduler::PlanChunk(Batch& batch) {
   }
   if (!too_large.empty()) {
     may_admit_ = false;
-    free_when_full_ = pool_.num_free();
+    room_when_full_ = UnpromisedPages();
   }
   work_ = room.work;
   return !batch.rows.empty();

@@ -16,6 +16,11 @@ int64_t Scheduler::PromisedPages() const {
   return promised;
 }
 
+// Pages for whoever is let in next.
+int64_t Scheduler::UnpromisedPages() const {
+  return pool_.num_free() - PromisedPages();
+}
+
 // Gives a waiting request a row and what is known of its tokens, if there is room for the others.
 bool Scheduler::Admit(RequestState& request) {
   if (free_rows_.empty()) return false;
@@ -26,7 +31,7 @@ bool Scheduler::Admit(RequestState& request) {
   if (!request.request.keeps_pages) {
     PrefixMatch match = finds ? prefixes_->Peek(sequence.tokens, request.salt) : PrefixMatch{};
     int64_t missing = pool_.PagesFor(reserve) - match.num_pages + match.num_idle;
-    if (missing + PromisedPages() > pool_.num_free()) return false;
+    if (missing > UnpromisedPages()) return false;
   }
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
@@ -101,7 +106,6 @@ void Scheduler::Pause(RequestState& request) {
 void Scheduler::LeaveRow(RequestState& request) noexcept {
   std::erase(running_, &request);
   free_rows_.push_back(request.sequence.sampling.slot);
-  may_admit_ = true;
 }
 
 void Scheduler::ReleasePages(RequestState& request) noexcept {
