@@ -110,7 +110,9 @@ TEST(PrefixCache, OwnedPagesStay) {
   PrefixCache cache(pool);
   Read(pool, cache, Count(8));
   SequencePages user(pool, 0);
+  const uint64_t version = user.version();
   user.Adopt(cache.Find(Count(9), ""));
+  EXPECT_NE(user.version(), version) << "a page table that was uploaded is out of date";
   EXPECT_EQ(pool.num_free(), 2);
   EXPECT_EQ(pool.Take(2), (Pages{2, 3}));
   EXPECT_EQ(cache.Peek(Count(9), "").num_pages, 2);

@@ -19,6 +19,7 @@ void SequencePages::Adopt(std::vector<int32_t> pages) {
               " to adopt, has ", pages_.size(), " of its own, expected none");
   pool_->Share(pages);
   pages_ = std::move(pages);
+  ++version_;
 }
 
 int64_t SequencePages::NumMissing(int64_t num_tokens, int64_t first) const {
