@@ -18,6 +18,11 @@ MAX_LINES = 500
 MAX_KERNEL_LINES = 700
 MAX_FUNCTION_LINES = 60
 
+# Who decides what goes through the layers next sees values only: no runner, backend or model.
+DECIDING = ("tidal/", "core/", "kv/", "decode/batch.h", "engine/chunk_cost.h")
+DECIDING += ("engine/request_state.h", "engine/scheduler.h")
+DECIDING_FILES = ("chunk_cost", "request_state", "scheduler", "scheduler_plan", "scheduler_room")
+
 # Folder -> prefixes its quoted includes may start with. "backend/*" is the seam: headers directly
 # in cpp/src/backend, not those of one backend. The longest match counts.
 ALLOWED_INCLUDES = {
@@ -30,6 +35,7 @@ ALLOWED_INCLUDES = {
     "cpp/src/model": ("tidal/", "core/", "backend/*", "model/"),
     "cpp/src/decode": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/"),
     "cpp/src/engine": ("tidal/", "core/", "backend/*", "kv/", "model/", "decode/", "engine/"),
+    **{f"cpp/src/engine/{f}{s}": DECIDING for f in DECIDING_FILES for s in (".h", ".cc")},
     "cuda": ("tidal/", "core/", "backend/*", "common/", "kernels/", "cuda_", "cudnn_attention"),
     "cuda/common": ("tidal/", "core/", "backend/*", "common/"),
     "cuda/kernels": ("tidal/", "core/", "backend/*", "common/", "kernels/"),
@@ -99,6 +105,11 @@ def test_includes_follow_the_layering():
         if kind == '"' and not is_allowed(include, rule_for(file) or ())
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_scheduler_is_where_its_rule_looks():
+    for stem in DECIDING_FILES:
+        assert (ROOT / "cpp/src/engine" / f"{stem}.cc").is_file(), stem
 
 
 def test_only_the_engine_knows_the_front_door():

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <span>
 
+#include "tidal/error.h"
+
 namespace tidal {
 
 SequencePages SequencePages::Share(int64_t num_tokens) const {
@@ -10,6 +12,14 @@ SequencePages SequencePages::Share(int64_t num_tokens) const {
   std::vector<int32_t> pages(pages_.begin(), end);
   pool_->Share(pages);
   return SequencePages(pool_, std::move(pages));
+}
+
+void SequencePages::Adopt(std::vector<int32_t> pages) {
+  TIDAL_CHECK(pages_.empty(), InvalidArgument, "sequence pages: got ", pages.size(),
+              " to adopt, has ", pages_.size(), " of its own, expected none");
+  pool_->Share(pages);
+  pages_ = std::move(pages);
+  ++version_;
 }
 
 int64_t SequencePages::NumMissing(int64_t num_tokens, int64_t first) const {

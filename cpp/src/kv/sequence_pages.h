@@ -39,6 +39,10 @@ class SequencePages {
   // The pages of the first num_tokens tokens, with this as another owner.
   SequencePages Share(int64_t num_tokens) const;
 
+  // Takes pages that the prefix cache found for the first tokens, as another owner; there must be
+  // none yet.
+  void Adopt(std::vector<int32_t> pages);
+
   // Free pages that Own needs.
   int64_t NumMissing(int64_t num_tokens, int64_t first) const;
 

@@ -1,0 +1,178 @@
+#include "engine/request_state.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/checked.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// Before anything is known about how many drafts are kept.
+constexpr int64_t kFirstDraftTokens = 4;
+
+// Bytes that K and V depend on beside the tokens. The frequencies are of one length in a decoder,
+// so no two pairs give the same bytes.
+std::string SaltOf(const Request& request, const Sequence& sequence) {
+  std::string salt = request.cache_salt;
+  salt.append(reinterpret_cast<const char*>(sequence.inv_freq.data()),
+              sequence.inv_freq.size() * sizeof(float));
+  return salt;
+}
+
+}  // namespace
+
+RequestState::RequestState(RequestId new_id, Request asked, Sequence given, double now_ms)
+    : id(new_id),
+      request(std::move(asked)),
+      sequence(std::move(given)),
+      salt(SaltOf(request, sequence)),
+      arrived_ms(now_ms),
+      cached_tokens(sequence.cached),
+      known_tokens(sequence.cached),
+      num_given_(num_tokens()),
+      draft_tokens_(request.decoding.draft_tokens == 0 ? kFirstDraftTokens
+                                                       : request.decoding.draft_tokens) {}
+
+int64_t RequestState::read_to() const {
+  return sequence.dense_len == num_tokens() ? num_tokens() : num_tokens() - 1;
+}
+
+int64_t RequestState::max_tokens() const {
+  return Sum({num_given_, request.sampling.max_new_tokens});
+}
+
+bool RequestState::is_sparse() const {
+  return request.decoding.plan != PlanId::kDense &&
+         sequence.cached + 1 > request.decoding.dense_len;
+}
+
+bool RequestState::reads_prefixes() const {
+  return !request.keeps_pages && request.logits != LogitsWanted::kAll && sequence.cached == 0;
+}
+
+bool RequestState::HasPriorityOver(const RequestState& other) const {
+  return std::pair(request.priority, id) < std::pair(other.request.priority, other.id);
+}
+
+void RequestState::MaybeCorrect() {
+  const DecodePolicy& policy = request.decoding;
+  if (policy.verifies || policy.correction_interval == 0 || is_correcting()) return;
+  if (sequence.num_sparse < policy.correction_interval) return;
+  sequence.cached -= sequence.num_sparse;
+  sequence.num_sparse = 0;
+}
+
+void RequestState::MaybeDraft(int64_t most) {
+  if (!request.decoding.verifies || round || must_step_ || !is_sparse()) return;
+  if (num_new() < static_cast<int64_t>(request.forced.size())) return;
+  // The pass that checks draws one token more.
+  int64_t room = request.sampling.max_new_tokens - num_new() - 1;
+  int64_t num_drafts = std::min({draft_tokens_, room, most});
+  if (num_drafts > 0) round = DraftRound{.begin = sequence.cached, .num_drafts = num_drafts};
+}
+
+void RequestState::DropDrafts() {
+  if (!round) return;
+  sequence.tokens.resize(static_cast<size_t>(round->begin + 1));
+  sequence.cached = round->begin;
+  round.reset();
+}
+
+void RequestState::DropLastDraft() {
+  if (round->num_drafted <= 1) {
+    must_step_ = true;
+    return DropDrafts();
+  }
+  sequence.tokens.pop_back();
+  round->num_drafts = --round->num_drafted;
+}
+
+void RequestState::MarkCached(int64_t begin, int64_t end, bool is_dense) {
+  sequence.cached = end;
+  if (!is_dense) {
+    sequence.clean_len = std::min(sequence.clean_len, begin);
+  } else if (sequence.clean_len >= begin) {
+    sequence.clean_len = std::max(sequence.clean_len, end);
+  }
+}
+
+bool RequestState::Accept(int32_t token) {
+  auto index = static_cast<size_t>(num_new());
+  if (index < request.forced.size()) token = request.forced[index];
+  if (token < 0) {
+    finish_reason = FinishReason::kError;
+    failure = RequestFailure::kUnusableLogits;
+    return true;
+  }
+  must_step_ = false;
+  sequence.tokens.push_back(token);
+  const std::vector<int32_t>& stops = request.sampling.stop_token_ids;
+  bool is_forced = index < request.forced.size();
+  if (!is_forced && std::find(stops.begin(), stops.end(), token) != stops.end()) {
+    finish_reason = FinishReason::kStop;
+  } else if (num_new() >= request.sampling.max_new_tokens) {
+    finish_reason = FinishReason::kLength;
+  }
+  return finish_reason != FinishReason::kNone;
+}
+
+void RequestState::AddDraft(int32_t token) {
+  if (token >= 0) {
+    sequence.tokens.push_back(token);
+    ++round->num_drafted;
+    return;
+  }
+  round->num_drafts = round->num_drafted;
+  if (round->num_drafted > 0) return;
+  DropDrafts();
+  must_step_ = true;
+}
+
+std::span<const int32_t> RequestState::Check(std::span<const int32_t> draws) {
+  DraftRound checked = *round;
+  auto first = sequence.tokens.begin() + checked.begin + 1;
+  auto num_kept =
+      std::mismatch(first, sequence.tokens.end(), draws.begin(), draws.end()).first - first;
+  DropDrafts();
+  // A NaN in the V of a draft reaches the tokens before it, as 0 x NaN, which without drafts have
+  // usable logits.
+  if (std::find(draws.begin(), draws.end(), -1) != draws.end()) {
+    must_step_ = true;
+    return {};
+  }
+  verification.drafted_tokens += checked.num_drafted;
+  verification.accepted_tokens += num_kept;
+  ++verification.dense_passes;
+  if (request.decoding.draft_tokens == 0) {
+    draft_tokens_ = NextDraftTokens(checked.num_drafted, num_kept);
+  }
+  return draws.first(static_cast<size_t>(num_kept) + 1);
+}
+
+std::string RequestState::ErrorText() const {
+  switch (failure) {
+    case RequestFailure::kNone:
+      return {};
+    case RequestFailure::kUnusableLogits:
+      return Concat("the logits after token ", num_tokens() - 1,
+                    " hold a NaN or infinity, or nothing above -inf; expected finite values; "
+                    "check the weights, or try dtype float32");
+    case RequestFailure::kPassFailed:
+      return "the pass through the model that this request was part of failed; send it again, or "
+             "look for the error of the device that came before";
+    case RequestFailure::kNoRoom:
+      return Concat("KV cache: a request of ", num_tokens(), " tokens needs more pages than are ",
+                    "free, and nothing runs that would give some back; close sessions, or raise ",
+                    "num_pages");
+  }
+  return {};
+}
+
+int64_t NextDraftTokens(int64_t num_drafted, int64_t num_kept) {
+  int64_t next = num_kept == num_drafted ? num_drafted + 1 : num_kept;
+  return std::clamp<int64_t>(next, 1, kMaxAutomaticDrafts);
+}
+
+}  // namespace tidal

@@ -1,0 +1,164 @@
+// RequestState: one request from its arrival to its end: what was asked, where it stands, and the
+// rules by which drawn tokens are kept and end it. Values only.
+//
+//   kQueued -> kReading -> kDecoding -> kFinished
+//              kReading or kDecoding -> kPaused -> kReading
+//              any of them -> kFinished
+//
+// A request owns a row and pages while it reads and decodes.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kv/sequence.h"
+#include "tidal/config.h"
+#include "tidal/decoder.h"
+#include "tidal/plan.h"
+
+namespace tidal {
+
+using RequestId = uint64_t;  // ascending in order of arrival
+
+// How the tokens of a request come about.
+struct DecodePolicy {
+  PlanId plan = PlanId::kDense;
+  // Sequences of at most this many tokens are decoded densely; of no meaning for a dense plan.
+  int64_t dense_len = 0;
+  // Every so many tokens that were decoded sparsely their K and V are read again; 0: never.
+  int64_t correction_interval = 0;
+  // Whether sparse steps only draft, and a dense pass decides. Then there are no corrections.
+  bool verifies = false;
+  int64_t draft_tokens = 0;  // per round; 0: by how many were kept
+};
+
+enum class LogitsWanted : int32_t {
+  kNone,
+  kGenerated,  // those that new tokens are drawn from
+  kAll,        // those after every token of the prompt too
+};
+
+struct Request {
+  SamplingParams sampling;
+  DecodePolicy decoding;
+  // The first tokens after the prompt, in place of those drawn; at most max_new_tokens.
+  std::vector<int32_t> forced;
+  LogitsWanted logits = LogitsWanted::kNone;
+  int32_t priority = 0;  // lower ones go first
+  // Only requests with the same salt find each other's prompts.
+  std::string cache_salt;
+  // Whether its sequence, a session's, comes with pages for all tokens it may reach. They are never
+  // taken from it, and it has them when it ends.
+  bool keeps_pages = false;
+};
+
+enum class RequestStatus : int32_t { kQueued, kReading, kDecoding, kPaused, kFinished };
+
+// Why a request ended with FinishReason::kError.
+enum class RequestFailure : int32_t {
+  kNone,
+  kUnusableLogits,  // a NaN or infinity, or nothing above -inf
+  kPassFailed,      // the device, or memory, while it was in a pass
+  kNoRoom,          // nothing runs, and sequences outside of the scheduler own the pages it needs
+};
+
+// Tokens that sparse steps drafted, until a dense pass has decided on them.
+struct DraftRound {
+  int64_t begin = 0;       // cached tokens before it; the draft of index i is token begin + 1 + i
+  int64_t num_drafts = 0;  // to draft
+  int64_t num_drafted = 0;
+
+  bool is_drafting() const { return num_drafted < num_drafts; }
+};
+
+class RequestState {
+ public:
+  RequestState(RequestId id, Request request, Sequence sequence, double now_ms);
+
+  int64_t num_tokens() const { return static_cast<int64_t>(sequence.tokens.size()); }
+  bool is_waiting() const {
+    return status == RequestStatus::kQueued || status == RequestStatus::kPaused;
+  }
+  bool is_running() const {
+    return status == RequestStatus::kReading || status == RequestStatus::kDecoding;
+  }
+  // Tokens that are to be cached, densely, before the next one is drawn. The last token of a prompt
+  // is among them; one that was generated is cached by a step.
+  int64_t read_to() const;
+  int64_t num_unread() const { return read_to() - sequence.cached; }
+  // Tokens that have been generated, without unchecked drafts.
+  int64_t num_new() const { return num_tokens() - num_given_ - num_unchecked(); }
+  int64_t num_unchecked() const { return round ? round->num_drafted : 0; }
+  // The most tokens it may ever have.
+  int64_t max_tokens() const;
+  // Whether its next step attends to chosen positions.
+  bool is_sparse() const;
+  // Whether it reads again what it decoded; its drafts are never in need of that.
+  bool is_correcting() const {
+    return status == RequestStatus::kDecoding && !round && num_unread() > 0;
+  }
+  bool reads_prefixes() const;
+  bool HasPriorityOver(const RequestState& other) const;
+
+  // Begins to read again what was decoded sparsely, if it is time to.
+  void MaybeCorrect();
+  // Begins a round of at most `most` drafts, if it has any to make.
+  void MaybeDraft(int64_t most);
+  // Forgets the drafts that have not been checked, all of them.
+  void DropDrafts();
+  // Forgets the newest draft. Without any left, the next token is decided by a step.
+  void DropLastDraft();
+
+  // A pass has cached tokens up to `end`, from `begin` on; `is_dense`: as dense reading does. Says
+  // so once more if the runner has.
+  void MarkCached(int64_t begin, int64_t end, bool is_dense);
+
+  // Takes a token that follows the newest one, or -1 for unusable logits. Returns whether the
+  // request has ended by it; then finish_reason says how.
+  bool Accept(int32_t token);
+  // A draft: what a sparse step drew.
+  void AddDraft(int32_t token);
+  // Compares the drafts with what dense decoding drew, and forgets those that differ and all behind
+  // them. Returns the draws that count, of which the drafts kept are the first: none if NaNs in the
+  // drafts' values spoilt the pass, so that a step without drafts must decide.
+  std::span<const int32_t> Check(std::span<const int32_t> draws);
+
+  // Says why it failed; empty if it did not.
+  std::string ErrorText() const;
+
+  RequestId id;
+  Request request;
+  Sequence sequence;
+  std::string salt;  // of the prefix cache: the request's, and the rotary frequencies
+  RequestStatus status = RequestStatus::kQueued;
+  FinishReason finish_reason = FinishReason::kNone;
+  RequestFailure failure = RequestFailure::kNone;
+  Verification verification{};
+  double arrived_ms;
+  double first_token_ms = 0.0;  // once there is one
+  double finished_ms = 0.0;
+  int64_t cached_tokens = 0;   // of the prompt, in the cache when it began to read
+  int64_t known_tokens = 0;    // cached, or likely to be found when it begins to read
+  int64_t reserve_tokens = 0;  // it was let in with room for so many
+  int64_t num_scored = 0;      // tokens after which logits have been given, if they are wanted
+  int64_t num_overtaken = 0;   // times a later one was let in because this one did not fit
+  int64_t num_pauses = 0;
+  uint64_t last_turn = 0;  // the decode turn that it last took part in
+  bool is_in_flight = false;
+  FinishReason ends_as = FinishReason::kNone;  // after the pass in flight: it was cancelled
+  std::optional<DraftRound> round;
+
+ private:
+  int64_t num_given_;       // tokens of the prompt, or of a session so far
+  int64_t draft_tokens_;    // to try next
+  bool must_step_ = false;  // drafts would be of no use: no draft until there is a new token
+};
+
+// How many tokens to draft after a round that kept so many: one more if all were kept, else as many
+// as were. The number follows the text, without a model of what a pass costs.
+int64_t NextDraftTokens(int64_t num_drafted, int64_t num_kept);
+
+}  // namespace tidal

@@ -1,0 +1,310 @@
+// Scheduler: requests come, passes are committed, requests end. What comes next is in
+// scheduler_plan.cc, rows and pages in scheduler_room.cc.
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "core/checked.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// Of the time of chunks. While more is asked than the machine can do, short prompts grow urgent
+// faster than a long one does, and without a share it would wait without end.
+constexpr double kOldestShare = 0.25;
+
+}  // namespace
+
+Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits)
+    : pool_(pool), prefixes_(prefixes), limits_(limits) {
+  TIDAL_CHECK(limits.max_rows >= 1 && limits.max_pass_tokens >= 1 && limits.max_pass_draws >= 1 &&
+                  limits.max_seq_len >= 1,
+              InvalidArgument, "scheduler: got ", limits.max_rows, " rows, passes of ",
+              limits.max_pass_tokens, " tokens and ", limits.max_pass_draws,
+              " draws, and sequences of ", limits.max_seq_len, " tokens, expected all >= 1");
+  TIDAL_CHECK(limits.max_chunk_ms > 0.0, InvalidArgument, "max_chunk_ms: got ", limits.max_chunk_ms,
+              ", expected > 0");
+  TIDAL_CHECK(limits.decode_share >= 0.0 && limits.decode_share < 1.0, InvalidArgument,
+              "decode_share: got ", limits.decode_share, ", expected 0 <= share < 1");
+  TIDAL_CHECK(limits.output_reserve >= 0 && limits.max_overtakes >= 0, InvalidArgument,
+              "scheduler: got output_reserve ", limits.output_reserve, " and max_overtakes ",
+              limits.max_overtakes, ", expected both >= 0");
+  running_.reserve(static_cast<size_t>(limits.max_rows));
+  for (int64_t row = limits.max_rows - 1; row >= 0; --row) {
+    free_rows_.push_back(static_cast<int32_t>(row));
+  }
+}
+
+void Scheduler::CheckFits(const Request& request, const Sequence& sequence) const {
+  auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
+  int64_t max_new = request.sampling.max_new_tokens;
+  TIDAL_CHECK(num_tokens >= 1, InvalidArgument, "request: got no tokens, expected at least one");
+  TIDAL_CHECK(max_new >= 1, InvalidArgument, "max_new_tokens: got ", max_new, ", expected >= 1");
+  TIDAL_CHECK(static_cast<int64_t>(request.forced.size()) <= max_new, InvalidArgument,
+              "forced: got ", request.forced.size(), " tokens, expected at most max_new_tokens ",
+              max_new);
+  TIDAL_CHECK(sequence.cached < num_tokens, InvalidArgument, "request: all of its ", num_tokens,
+              " tokens are cached, expected one at least that is not");
+  TIDAL_CHECK(sequence.dense_len <= num_tokens, InvalidArgument, "request: got dense_len ",
+              sequence.dense_len, ", expected at most its ", num_tokens, " tokens");
+  int64_t need = Sum({num_tokens, max_new});
+  TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, "request: ", num_tokens,
+              " tokens + max_new_tokens ", max_new, " need ", need, " positions, have max_seq_len ",
+              limits_.max_seq_len, "; raise max_seq_len, or shorten the prompt or max_new_tokens");
+  if (request.keeps_pages) {
+    bool corrects = request.decoding.correction_interval > 0;
+    int64_t first_written = sequence.cached - (corrects ? sequence.num_sparse : 0);
+    int64_t missing = sequence.pages.NumMissing(need, first_written);
+    TIDAL_CHECK(missing == 0, InvalidArgument, "request: its sequence keeps its pages and lacks ",
+                missing, " for ", need, " tokens; take them before");
+    return;
+  }
+  TIDAL_CHECK(sequence.cached == 0, InvalidArgument, "request: got ", sequence.cached,
+              " cached tokens, expected none in a sequence that does not keep its pages");
+  TIDAL_CHECK(pool_.PagesFor(need) <= pool_.num_pages(), CapacityError, "KV cache: a request of ",
+              num_tokens, " tokens + max_new_tokens ", max_new, " needs ", pool_.PagesFor(need),
+              " pages of ", pool_.page_size(), " tokens, have ", pool_.num_pages(),
+              " in all; raise num_pages, or shorten the prompt or max_new_tokens");
+}
+
+RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
+  CheckFits(request, sequence);
+  if (!request.keeps_pages) sequence.pages.Release();  // they are taken as tokens come
+  now_ms_ = now_ms;
+  RequestId id = next_id_;
+  // What may throw comes before any change.
+  if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+  auto place = requests_.try_emplace(requests_.end(), id, id, std::move(request),
+                                     std::move(sequence), now_ms);
+  RequestState& added = place->second;
+  if (prefixes_ != nullptr && added.reads_prefixes()) {
+    int64_t num_pages = prefixes_->Peek(added.sequence.tokens, added.salt).num_pages;
+    added.known_tokens = num_pages * pool_.page_size();
+  }
+  waiting_.push_back(&added);
+  may_admit_ = true;
+  return next_id_++;
+}
+
+std::vector<RequestId> Scheduler::InFlight() const {
+  std::vector<RequestId> ids;
+  for (const RowInFlight& row : in_flight_) ids.push_back(row.request->id);
+  return ids;
+}
+
+void Scheduler::Commit(const Batch& batch, const Drawn& drawn, double now_ms) noexcept {
+  now_ms_ = now_ms;
+  double elapsed_ms = now_ms - started_ms_;
+  RowKind kind = in_flight_.empty() ? RowKind::kStep : in_flight_.front().kind;
+  bool is_step = kind == RowKind::kStep || kind == RowKind::kDraft;
+  if (kind == RowKind::kRead || kind == RowKind::kCorrect) cost_.Observe(work_, elapsed_ms);
+  if (kind == RowKind::kRead) {
+    ShareOut(elapsed_ms);
+  } else {
+    owed_ms_ -= elapsed_ms;
+  }
+  if (!in_flight_.empty()) ++(is_step ? counts_.num_steps : counts_.num_chunks);
+  for (size_t i = 0; i < in_flight_.size(); ++i) {
+    bool has_draws = i < batch.rows.size() && i < drawn.tokens.size();
+    std::span<const int32_t> draws;
+    if (has_draws) draws = drawn.tokens[i];
+    CommitRow(static_cast<int64_t>(i), draws);
+  }
+  EndPass();
+}
+
+// After a chunk that took so long: what is owed to those who decode, and to whoever came first.
+void Scheduler::ShareOut(double elapsed_ms) noexcept {
+  owed_ms_ = 0.0;
+  if (AnyDecoding()) {
+    double share_ms = elapsed_ms * limits_.decode_share / (1.0 - limits_.decode_share);
+    owed_ms_ = std::max(share_ms, std::numeric_limits<double>::min());  // one turn at least
+  }
+  if (in_flight_.front().request == oldest_) {
+    oldest_owed_ms_ = std::max(oldest_owed_ms_ - elapsed_ms, 0.0);
+  } else {
+    oldest_owed_ms_ += elapsed_ms * kOldestShare / (1.0 - kOldestShare);
+  }
+}
+
+// Takes in what a row's tokens are now, and what was drawn after them.
+void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcept {
+  const RowInFlight& row = in_flight_[static_cast<size_t>(index)];
+  RequestState& request = *row.request;
+  Sequence& sequence = request.sequence;
+  static constexpr int32_t kUnusable = -1;
+  if (draws.empty()) draws = {&kUnusable, 1};
+  int64_t end = row.begin + row.num_tokens;
+  sequence.num_sparse = row.num_sparse;
+  switch (row.kind) {
+    case RowKind::kDraft:
+      sequence.cached = end;  // until it is checked
+      return request.AddDraft(draws.front());
+    case RowKind::kCheck:
+      // The drafts leave; those that were kept come back as draws.
+      draws = request.Check(draws);
+      request.MarkCached(row.begin, row.begin + static_cast<int64_t>(draws.size()), true);
+      return AcceptDraws(index, draws);
+    case RowKind::kStep:
+      if (row.is_sparse) ++sequence.num_sparse;
+      request.MarkCached(row.begin, end, !row.is_sparse);
+      if (request.request.decoding.verifies) ++request.verification.dense_passes;
+      return AcceptDraws(index, draws);
+    case RowKind::kCorrect:
+      request.MarkCached(row.begin, end, true);
+      return Publish(request);
+    case RowKind::kRead:
+      counts_.read_tokens += row.num_tokens;
+      request.MarkCached(row.begin, end, true);
+      request.num_scored = std::max(request.num_scored, end);
+      Publish(request);
+      may_admit_ = true;  // others may need less room now
+      if (request.num_unread() > 0) return;
+      request.status = RequestStatus::kDecoding;
+      // Who reads again has drawn its next token before.
+      if (end == request.num_tokens()) AcceptDraws(index, draws);
+  }
+}
+
+// Applies the stop rules to what was drawn, token by token.
+void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexcept {
+  RequestState& request = *in_flight_[static_cast<size_t>(index)].request;
+  Sequence& sequence = request.sequence;
+  for (size_t i = 0; i < draws.size(); ++i) {
+    int64_t num_before = request.num_new();
+    bool has_ended = request.Accept(draws[i]);
+    if (request.num_new() > num_before) {
+      if (num_before == 0) request.first_token_ms = now_ms_;
+      ++counts_.generated_tokens;
+      events_.push_back({.id = request.id,
+                         .token_id = sequence.tokens.back(),
+                         .finish_reason = request.finish_reason,
+                         .row = index,
+                         .draw = static_cast<int64_t>(i)});
+    }
+    if (has_ended) break;
+  }
+  request.num_scored = std::max(request.num_scored, request.num_tokens() - 1);
+  // A draft that ended the request was cached; the newest token never is.
+  sequence.cached = std::min(sequence.cached, request.num_tokens() - 1);
+  sequence.clean_len = std::min(sequence.clean_len, sequence.cached);
+}
+
+// Ends what the pass has ended, or what was cancelled meanwhile.
+void Scheduler::EndPass() noexcept {
+  for (const RowInFlight& row : in_flight_) {
+    RequestState& request = *row.request;
+    request.is_in_flight = false;
+    FinishReason reason = request.finish_reason;
+    if (reason == FinishReason::kNone) reason = request.ends_as;
+    if (reason != FinishReason::kNone) Finish(request, reason);
+  }
+  in_flight_.clear();
+  num_events_in_flight_ = 0;
+  work_ = {};
+}
+
+void Scheduler::Fail(double now_ms) noexcept {
+  now_ms_ = now_ms;
+  for (const RowInFlight& row : in_flight_) {
+    row.request->finish_reason = FinishReason::kError;
+    row.request->failure = RequestFailure::kPassFailed;
+    // Whatever the pass has written behind them is of no use.
+    Sequence& sequence = row.request->sequence;
+    sequence.cached = row.begin;
+    sequence.num_sparse = row.num_sparse;
+    sequence.clean_len = std::min(sequence.clean_len, row.begin);
+  }
+  EndPass();
+}
+
+// Takes the request out of whatever it is in. Its pages come back, what it computed cleanly stays
+// known.
+void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
+  // The event of its last token has told how it ended.
+  bool is_told =
+      request.finish_reason != FinishReason::kNone && request.failure == RequestFailure::kNone;
+  request.DropDrafts();
+  switch (request.failure) {
+    case RequestFailure::kNone:
+      Publish(request);
+      break;
+    case RequestFailure::kUnusableLogits:  // what it has made known may be as unusable
+      if (prefixes_ != nullptr) prefixes_->Forget(request.sequence.tokens, request.salt);
+      break;
+    case RequestFailure::kPassFailed:
+    case RequestFailure::kNoRoom:
+      break;
+  }
+  if (request.is_running()) LeaveRow(request);
+  std::erase(waiting_, &request);
+  if (!request.request.keeps_pages) ReleasePages(request);
+  request.status = RequestStatus::kFinished;
+  request.finish_reason = reason;
+  request.finished_ms = now_ms_;
+  ++counts_.num_finished;
+  if (!is_told) events_.push_back({.id = request.id, .finish_reason = reason});
+}
+
+void Scheduler::Cancel(RequestId id, FinishReason reason, double now_ms) {
+  TIDAL_CHECK(reason == FinishReason::kStop || reason == FinishReason::kAbort, InvalidArgument,
+              "request ", id, ": got finish reason ", static_cast<int32_t>(reason),
+              ", expected kStop or kAbort");
+  now_ms_ = now_ms;
+  Get(id);  // throws if there is none
+  RequestState& request = requests_.find(id)->second;
+  if (request.status == RequestStatus::kFinished) return;
+  if (request.is_in_flight) {
+    request.ends_as = reason;
+    return;
+  }
+  ReserveEvents(1 + num_events_in_flight_);
+  Finish(request, reason);
+}
+
+// Makes room for `count` more, and twice as much as before if there is not enough.
+void Scheduler::ReserveEvents(size_t count) {
+  size_t need = events_.size() + count;
+  if (need > events_.capacity()) events_.reserve(std::max(need, 2 * events_.capacity()));
+}
+
+std::vector<RequestEvent> Scheduler::TakeEvents() {
+  // What was reserved for the pass in flight stays.
+  std::vector<RequestEvent> taken(events_.begin(), events_.end());
+  events_.clear();
+  return taken;
+}
+
+const RequestState& Scheduler::Get(RequestId id) const {
+  auto found = requests_.find(id);
+  TIDAL_CHECK(found != requests_.end(), InvalidArgument, "request ", id,
+              ": there is none of this id; it was removed, or never added");
+  return found->second;
+}
+
+RequestState Scheduler::Remove(RequestId id) {
+  TIDAL_CHECK(Get(id).status == RequestStatus::kFinished, InvalidArgument, "request ", id,
+              ": it has not ended; cancel it first");
+  return std::move(requests_.extract(id).mapped());
+}
+
+SchedulerStats Scheduler::stats() const {
+  SchedulerStats stats = counts_;
+  for (const RequestState* request : waiting_) {
+    ++(request->status == RequestStatus::kPaused ? stats.num_paused : stats.num_waiting);
+  }
+  for (const RequestState* request : running_) {
+    bool decodes = request->status == RequestStatus::kDecoding;
+    ++(decodes ? stats.num_decoding : stats.num_reading);
+  }
+  stats.pages_cached = pool_.num_idle();
+  stats.pages_free = pool_.num_free() - pool_.num_idle();
+  stats.pages_held = pool_.num_pages() - pool_.num_free();
+  if (prefixes_ != nullptr) stats.prefixes = prefixes_->stats();
+  return stats;
+}
+
+}  // namespace tidal

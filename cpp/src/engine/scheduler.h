@@ -1,0 +1,215 @@
+// Scheduler: who goes through the layers next, with how many tokens. Host arithmetic on values: it
+// knows no model and no device, and time is told to it.
+//
+//   Batch batch = scheduler.Next(now);  Drawn drawn = runner.Run(batch);
+//   scheduler.Commit(batch, drawn, now);  events = scheduler.TakeEvents();
+//
+// Prompts are read in chunks. While anybody decodes, a chunk is cut so that it takes at most
+// max_chunk_ms, and after it decoding gets its share of the time before the next chunk. The prompt
+// with the highest (waited + work) / work is read next, so that a short one soon goes before a long
+// one, and a long one waits no longer than in proportion. A quarter of the time is of whoever came
+// first, so that nobody waits without end.
+//
+// Decoding goes in turns: in a turn each decoding request takes one step, by plan, or one draft,
+// after the correction of its cache if that is due. A round of drafts is checked once all have been
+// made.
+//
+// Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
+// it have room beside what others were let in for. When pages run out nevertheless, the newest
+// request is paused: its pages are given back, and it reads its tokens again when there is room;
+// what the prefix cache still has is not read twice.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <vector>
+
+#include "decode/batch.h"
+#include "engine/chunk_cost.h"
+#include "engine/request_state.h"
+#include "kv/page_pool.h"
+#include "kv/prefix_cache.h"
+
+namespace tidal {
+
+struct SchedulerLimits {
+  int64_t max_rows = 8;            // requests that read or decode at once
+  int64_t max_pass_tokens = 4096;  // of all rows of a pass together
+  int64_t max_pass_draws = 8;      // draws, or logits, of all rows of a pass together
+  int64_t max_seq_len = 0;         // tokens of one sequence
+  double max_chunk_ms = 60.0;      // of a pass over prompts while anybody decodes
+  double decode_share = 0.25;      // of the time, in [0, 1)
+  int64_t output_reserve = 1024;   // tokens to generate that must have room at admission
+  int64_t max_overtakes = 8;       // of a request that does not fit, by others that do
+};
+
+// What has happened to a request: a new token, its end, or both.
+struct RequestEvent {
+  RequestId id = 0;
+  int32_t token_id = -1;  // -1: no token
+  FinishReason finish_reason = FinishReason::kNone;
+  // Where the token was drawn: `row` of the batch committed last, and which draw of that row; the
+  // row's last num_draws logits are those of its draws. -1 without a token.
+  int64_t row = -1;
+  int64_t draw = -1;
+};
+
+struct SchedulerStats {
+  int64_t num_waiting = 0;  // never let in so far
+  int64_t num_reading = 0;
+  int64_t num_decoding = 0;
+  int64_t num_paused = 0;
+  int64_t pages_free = 0;    // these three are all pages
+  int64_t pages_held = 0;    // that belong to sequences
+  int64_t pages_cached = 0;  // known prefixes that nobody uses: room as well
+  // Since the start:
+  int64_t num_chunks = 0;  // passes that read prompts, corrected or checked drafts
+  int64_t num_steps = 0;   // passes that decoded a token of each row
+  int64_t num_pauses = 0;
+  int64_t num_finished = 0;
+  int64_t read_tokens = 0;       // of prompts, by passes
+  int64_t cached_tokens = 0;     // of prompts, found
+  int64_t generated_tokens = 0;  // given out
+  PrefixStats prefixes{};
+};
+
+class Scheduler {
+ public:
+  // `prefixes` may be null: nothing is found again. Both must outlive it.
+  Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits);
+
+  // Takes a request in; `sequence` holds its prompt. Throws CapacityError for what could never fit,
+  // InvalidArgument for what makes no sense.
+  RequestId Add(Request request, Sequence sequence, double now_ms);
+
+  // Says what goes through the layers next; no rows: nothing to do. It must be committed, or have
+  // failed, before the next one; if Next throws, it has failed.
+  Batch Next(double now_ms);
+
+  // The request of each row of the batch in flight.
+  std::vector<RequestId> InFlight() const;
+
+  // Takes in what the pass gave: advances its sequences, publishes prefixes, applies the stop
+  // rules.
+  void Commit(const Batch& batch, const Drawn& drawn, double now_ms) noexcept;
+
+  // The pass failed: its requests end with FinishReason::kError, all others go on.
+  void Fail(double now_ms) noexcept;
+
+  // Ends a request, after the pass in flight if it is part of one. No effect if it has ended.
+  void Cancel(RequestId id, FinishReason reason, double now_ms);
+
+  // What has happened since the last call, in order.
+  std::vector<RequestEvent> TakeEvents();
+
+  // Throws InvalidArgument if there is none of this id.
+  const RequestState& Get(RequestId id) const;
+
+  // Forgets a request that has ended and returns what was left of it; its sequence has its pages
+  // only if it keeps them. Throws InvalidArgument if it has not ended.
+  RequestState Remove(RequestId id);
+
+  bool HasWork() const { return !running_.empty() || !waiting_.empty(); }
+  SchedulerStats stats() const;
+  const ChunkCost& chunk_cost() const { return cost_; }
+
+  // Throws std::logic_error if lists, states, rows and pages disagree: for tests.
+  void CheckIntegrity() const;
+
+ private:
+  enum class RowKind : int32_t { kRead, kCorrect, kStep, kDraft, kCheck };
+  struct RowInFlight {
+    RequestState* request;
+    RowKind kind;
+    int64_t begin;       // cached tokens before the pass
+    int64_t num_sparse;  // the sequence's, before the pass
+    int64_t num_tokens;
+    bool is_sparse;  // whether the row attends to chosen positions
+  };
+  // What a pass may still take in.
+  struct Room {
+    double limit_ms;
+    int64_t num_tokens;
+    int64_t num_draws;
+    ChunkWork work{};  // what it has taken in
+  };
+  struct Candidate {
+    RequestState* request;
+    double urgency;
+    bool is_waiting;
+  };
+
+  // scheduler_plan.cc: what comes next.
+  bool PlanChunk(Batch& batch);
+  std::vector<Candidate> Candidates() const;
+  const RequestState* Oldest() const;
+  void PromoteOldest(const Room& room, std::vector<Candidate>& candidates);
+  const RequestState* HeldUp() const;
+  static bool IsLater(const Candidate& one, const Candidate& other);
+  bool ReadNext(RequestState& request, Room& room, Batch& batch);
+  bool PlanTurn(Batch& batch);
+  void OpenTurn();
+  bool PlanCorrections(Batch& batch);
+  bool PlanStep(Batch& batch);
+  void TakeStep(RequestState& request, Batch& batch);
+  bool PlanChecks(Batch& batch);
+  bool IsDue(const RequestState& request) const;
+  std::vector<PlanId> SparsePlans() const;
+  static PlanId StepPlan(const RequestState& request, const std::vector<PlanId>& sparse_plans);
+  Room NewRoom() const;
+  int64_t ChunkTokens(const RequestState& request, int64_t begin, const Room& room) const;
+  double Urgency(const RequestState& request) const;
+  bool AnyDecoding() const;
+  void AddRow(Batch& batch, RequestState& request, RowKind kind, const BatchRow& row);
+  void EndStuck();
+
+  // scheduler_room.cc: rows and pages.
+  bool Admit(RequestState& request);
+  int64_t PromisedPages() const;
+  int64_t UnpromisedPages() const;
+  bool Grow(RequestState& request, int64_t num_tokens);
+  bool GrowOrPause(RequestState& request, int64_t num_tokens);
+  RequestState& NewestToPause(RequestState& otherwise) const;
+  void Pause(RequestState& request);
+  void LeaveRow(RequestState& request) noexcept;
+  void ReleasePages(RequestState& request) noexcept;
+  void Publish(const RequestState& request) noexcept;
+
+  // scheduler.cc
+  void CheckFits(const Request& request, const Sequence& sequence) const;
+  void ShareOut(double elapsed_ms) noexcept;
+  void CommitRow(int64_t index, std::span<const int32_t> draws) noexcept;
+  void AcceptDraws(int64_t index, std::span<const int32_t> draws) noexcept;
+  void EndPass() noexcept;
+  void ReserveEvents(size_t count);
+  void Finish(RequestState& request, FinishReason reason) noexcept;
+
+  PagePool& pool_;
+  PrefixCache* prefixes_;
+  SchedulerLimits limits_;
+  ChunkCost cost_;
+  double now_ms_ = 0.0;  // the newest time told
+  RequestId next_id_ = 1;
+  std::map<RequestId, RequestState> requests_;
+  std::vector<RequestState*> running_;  // in order of priority
+  std::vector<RequestState*> waiting_;
+  std::vector<int32_t> free_rows_;
+  std::vector<RequestEvent> events_;
+
+  std::vector<RowInFlight> in_flight_;
+  size_t num_events_in_flight_ = 0;  // that the pass in flight may cause: room is reserved
+  ChunkWork work_;           // of the pass in flight, if it is one over prompts or corrections
+  double started_ms_ = 0.0;  // the pass in flight
+  const RequestState* oldest_ = nullptr;  // when the newest chunk was planned
+  double oldest_owed_ms_ = 0.0;           // to whoever came first of those that read or wait
+  bool may_admit_ = true;                 // false: nobody who waits fits until there is more room
+  int64_t room_when_full_ = 0;            // UnpromisedPages() then
+  bool is_turn_open_ = false;
+  bool has_corrected_ = false;  // in this turn
+  uint64_t turn_ = 0;
+  double owed_ms_ = 0.0;  // to decoding, before the next chunk
+  SchedulerStats counts_;
+};
+
+}  // namespace tidal

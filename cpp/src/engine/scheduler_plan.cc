@@ -1,0 +1,357 @@
+// Scheduler: what comes next, a chunk of prompts or the next pass of a decode turn.
+#include <algorithm>
+#include <limits>
+
+#include "engine/scheduler.h"
+#include "tidal/error.h"
+
+namespace tidal {
+namespace {
+
+// How many that do not fit are looked at for one chunk.
+constexpr size_t kMostTooLarge = 8;
+
+}  // namespace
+
+Batch Scheduler::Next(double now_ms) {
+  TIDAL_CHECK(in_flight_.empty(), InvalidArgument,
+              "scheduler: a batch is in flight; commit it before the next one");
+  now_ms_ = started_ms_ = now_ms;
+  work_ = {};
+  Batch batch;
+  bool is_planned = is_turn_open_ && PlanTurn(batch);
+  if (!is_planned && owed_ms_ > 0.0 && AnyDecoding()) is_planned = PlanTurn(batch);
+  while (!is_planned) {
+    is_planned = PlanChunk(batch) || PlanTurn(batch);
+    if (is_planned || !running_.empty() || waiting_.empty()) break;
+    EndStuck();
+  }
+  num_events_in_flight_ = in_flight_.size();
+  for (const BatchRow& row : batch.rows) {
+    num_events_in_flight_ += static_cast<size_t>(row.num_draws);
+  }
+  ReserveEvents(num_events_in_flight_);
+  return batch;
+}
+
+bool Scheduler::AnyDecoding() const {
+  return std::any_of(running_.begin(), running_.end(), [](const RequestState* request) {
+    return request->status == RequestStatus::kDecoding;
+  });
+}
+
+void Scheduler::AddRow(Batch& batch, RequestState& request, RowKind kind, const BatchRow& row) {
+  batch.rows.push_back(row);
+  const Sequence& sequence = request.sequence;
+  in_flight_.push_back({.request = &request,
+                        .kind = kind,
+                        .begin = sequence.cached,
+                        .num_sparse = sequence.num_sparse,
+                        .num_tokens = row.num_tokens,
+                        .is_sparse = batch.plan != PlanId::kDense && request.is_sparse()});
+  request.is_in_flight = true;
+}
+
+Scheduler::Room Scheduler::NewRoom() const {
+  return {
+      .limit_ms = AnyDecoding() ? limits_.max_chunk_ms : std::numeric_limits<double>::infinity(),
+      .num_tokens = limits_.max_pass_tokens,
+      .num_draws = limits_.max_pass_draws};
+}
+
+// (waited + work) / work: 1 at first, and growing the faster the less there is to read.
+double Scheduler::Urgency(const RequestState& request) const {
+  ChunkWork work;
+  work.Add(std::max<int64_t>(request.read_to() - request.known_tokens, 1), request.known_tokens);
+  return 1.0 + (now_ms_ - request.arrived_ms) / cost_.Predict(work);
+}
+
+bool Scheduler::IsLater(const Candidate& one, const Candidate& other) {
+  const RequestState &a = *one.request, &b = *other.request;
+  if (a.request.priority != b.request.priority) return a.request.priority > b.request.priority;
+  return one.urgency != other.urgency ? one.urgency < other.urgency : a.id > b.id;
+}
+
+// All that could be read. Who waits for room is looked at again once there may be more.
+std::vector<Scheduler::Candidate> Scheduler::Candidates() const {
+  std::vector<Candidate> candidates;
+  for (RequestState* request : running_) {
+    if (request->status != RequestStatus::kReading) continue;
+    candidates.push_back({request, Urgency(*request), false});
+  }
+  if (waiting_.empty() || free_rows_.empty()) return candidates;
+  if (!may_admit_ && !running_.empty() && UnpromisedPages() <= room_when_full_) return candidates;
+  for (RequestState* request : waiting_) {
+    candidates.push_back({request, Urgency(*request), true});
+  }
+  return candidates;
+}
+
+// Whoever came first of those that read or wait.
+const RequestState* Scheduler::Oldest() const {
+  const RequestState* oldest = nullptr;
+  for (const std::vector<RequestState*>* list : {&running_, &waiting_}) {
+    for (const RequestState* request : *list) {
+      if (request->status == RequestStatus::kDecoding) continue;
+      if (oldest == nullptr || request->HasPriorityOver(*oldest)) oldest = request;
+    }
+  }
+  return oldest;
+}
+
+// Puts the oldest in front, if a chunk is owed to it.
+void Scheduler::PromoteOldest(const Room& room, std::vector<Candidate>& candidates) {
+  auto oldest = std::find_if(candidates.begin(), candidates.end(),
+                             [this](const Candidate& one) { return one.request == oldest_; });
+  if (oldest == candidates.end()) return;
+  int64_t begin = oldest_->is_waiting() ? oldest_->known_tokens : oldest_->sequence.cached;
+  ChunkWork work;
+  work.Add(ChunkTokens(*oldest_, begin, room), begin);
+  double chunk_ms = cost_.Predict(work);
+  if (oldest_owed_ms_ >= chunk_ms) oldest->urgency = std::numeric_limits<double>::infinity();
+  oldest_owed_ms_ = std::min(oldest_owed_ms_, chunk_ms);
+}
+
+// The first in line of those that were overtaken too often: nobody goes before it any more.
+const RequestState* Scheduler::HeldUp() const {
+  const RequestState* first = nullptr;
+  for (const RequestState* request : waiting_) {
+    if (request->num_overtaken < limits_.max_overtakes) continue;
+    if (first == nullptr || request->HasPriorityOver(*first)) first = request;
+  }
+  return first;
+}
+
+// Says how many tokens behind `begin` cached ones a chunk of the request takes in; 0: none.
+int64_t Scheduler::ChunkTokens(const RequestState& request, int64_t begin, const Room& room) const {
+  int64_t unread = request.read_to() - begin;
+  int64_t count = std::min(unread, room.num_tokens);
+  if (request.request.logits == LogitsWanted::kAll) count = std::min(count, room.num_draws);
+  if (room.limit_ms < std::numeric_limits<double>::infinity()) {
+    count = std::min(count, cost_.TokensWithin(room.limit_ms, room.work, begin));
+  }
+  if (count == unread) return room.num_draws > 0 ? count : 0;
+  // It ends with a page, and takes one at least, if the pass is its own.
+  int64_t page_size = pool_.page_size();
+  int64_t whole = (begin + count) / page_size * page_size - begin;
+  if (whole > 0) return whole;
+  int64_t least = std::min({unread, room.num_tokens, page_size - begin % page_size});
+  if (request.request.logits == LogitsWanted::kAll) least = std::min(least, room.num_draws);
+  return room.work.num_tokens == 0 ? least : 0;
+}
+
+// Adds the next chunk of the request's tokens to a pass over prompts. Returns whether another
+// prompt may join them.
+bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
+  int64_t begin = request.sequence.cached, unread = request.num_unread();
+  if (unread <= 0) {  // all was known, or is a session's that goes on
+    request.status = RequestStatus::kDecoding;
+    return true;
+  }
+  int64_t count = ChunkTokens(request, begin, room);
+  if (count == 0 || (count < unread && !batch.rows.empty())) return false;
+  if (!GrowOrPause(request, count)) return true;
+  bool draws = count == unread && request.read_to() == request.num_tokens();
+  int64_t num_logits = 0;
+  if (request.request.logits == LogitsWanted::kAll) {
+    // Who reads again was given the first of them before.
+    num_logits = count - std::clamp<int64_t>(request.num_scored - begin, 0, count);
+  } else if (request.request.logits == LogitsWanted::kGenerated && draws) {
+    num_logits = 1;
+  }
+  AddRow(batch, request, RowKind::kRead,
+         {.sequence = &request.sequence,
+          .num_tokens = count,
+          .num_draws = draws ? 1 : 0,
+          .num_logits = num_logits});
+  room.work.Add(count, begin);
+  room.num_tokens -= count;
+  room.num_draws -= std::max<int64_t>(num_logits, 1);
+  return count == unread && room.num_tokens > 0 && room.num_draws > 0;
+}
+
+bool Scheduler::PlanChunk(Batch& batch) {
+  Room room = NewRoom();
+  std::vector<Candidate> candidates = Candidates();
+  oldest_ = Oldest();
+  PromoteOldest(room, candidates);
+  std::make_heap(candidates.begin(), candidates.end(), IsLater);
+  const RequestState* held_up = HeldUp();
+  std::vector<RequestState*> too_large;
+  while (!candidates.empty() && too_large.size() < kMostTooLarge) {
+    std::pop_heap(candidates.begin(), candidates.end(), IsLater);
+    Candidate next = candidates.back();
+    candidates.pop_back();
+    RequestState& request = *next.request;
+    if (request.is_waiting()) {
+      // It was paused just now, or somebody waits for the room that it would take.
+      if (!next.is_waiting || free_rows_.empty()) continue;
+      if (held_up != nullptr && held_up->HasPriorityOver(request)) continue;
+      int64_t unread = request.read_to() - request.known_tokens;
+      if (!batch.rows.empty() && ChunkTokens(request, request.known_tokens, room) < unread) break;
+      if (!Admit(request)) {
+        too_large.push_back(&request);
+        continue;
+      }
+      for (RequestState* overtaken : too_large) ++overtaken->num_overtaken;
+    }
+    if (!ReadNext(request, room, batch)) break;
+  }
+  if (!too_large.empty()) {
+    may_admit_ = false;
+    room_when_full_ = UnpromisedPages();
+  }
+  work_ = room.work;
+  return !batch.rows.empty();
+}
+
+void Scheduler::OpenTurn() {
+  is_turn_open_ = true;
+  has_corrected_ = false;
+  ++turn_;
+  // Who comes late to a round drafts no longer than the others.
+  int64_t most = 0;
+  for (const RequestState* request : running_) {
+    if (request->round) {
+      most = std::max(most, request->round->num_drafts - request->round->num_drafted);
+    }
+  }
+  // The pass that checks has a token and a draw more than drafts.
+  int64_t most_checked = std::min(limits_.max_pass_tokens, limits_.max_pass_draws) - 1;
+  most = most == 0 ? most_checked : std::min(most, most_checked);
+  for (RequestState* request : running_) {
+    if (request->status != RequestStatus::kDecoding) continue;
+    request->MaybeCorrect();
+    request->MaybeDraft(most);
+  }
+}
+
+bool Scheduler::PlanTurn(Batch& batch) {
+  if (!is_turn_open_) OpenTurn();
+  if (PlanCorrections(batch) || PlanStep(batch) || PlanChecks(batch)) return true;
+  is_turn_open_ = false;
+  return false;
+}
+
+// One pass a turn, as long as a chunk of a prompt: who has more to correct waits with its step.
+bool Scheduler::PlanCorrections(Batch& batch) {
+  if (has_corrected_) return false;
+  Room room = NewRoom();
+  for (RequestState* request : std::vector(running_)) {
+    if (!request->is_correcting()) continue;
+    int64_t begin = request->sequence.cached;
+    int64_t count = ChunkTokens(*request, begin, room);
+    if (count == 0) break;
+    if (!GrowOrPause(*request, count)) break;  // which it never needs
+    AddRow(batch, *request, RowKind::kCorrect,
+           {.sequence = &request->sequence, .num_tokens = count, .num_draws = 0});
+    room.work.Add(count, begin);
+    room.num_tokens -= count;
+  }
+  has_corrected_ = true;
+  work_ = room.work;
+  return !batch.rows.empty();
+}
+
+// Whether a step of this turn is still to be made.
+bool Scheduler::IsDue(const RequestState& request) const {
+  return request.status == RequestStatus::kDecoding && request.last_turn != turn_ &&
+         !request.is_correcting() && (!request.round || request.round->is_drafting());
+}
+
+// The plans through which somebody's next step attends to chosen positions.
+std::vector<PlanId> Scheduler::SparsePlans() const {
+  std::vector<PlanId> plans;
+  for (const RequestState* request : running_) {
+    bool decodes = request->status == RequestStatus::kDecoding && !request->is_correcting();
+    if (decodes && request->is_sparse()) plans.push_back(request->request.decoding.plan);
+  }
+  return plans;
+}
+
+// The plan that the request's next step goes through. Where all who share a plan are short, it is
+// the dense one, which more may share.
+PlanId Scheduler::StepPlan(const RequestState& request, const std::vector<PlanId>& sparse_plans) {
+  const DecodePolicy& policy = request.request.decoding;
+  if (policy.verifies && !request.round) return PlanId::kDense;
+  bool is_sparse =
+      std::find(sparse_plans.begin(), sparse_plans.end(), policy.plan) != sparse_plans.end();
+  return is_sparse ? policy.plan : PlanId::kDense;
+}
+
+// A step of all that share a plan and have not yet had theirs in this turn.
+bool Scheduler::PlanStep(Batch& batch) {
+  std::vector<PlanId> sparse_plans = SparsePlans();
+  for (RequestState* first : std::vector(running_)) {
+    if (!IsDue(*first)) continue;
+    batch.plan = StepPlan(*first, sparse_plans);
+    // Those after it may be paused to make room.
+    for (RequestState* request : std::vector(running_)) {
+      if (!IsDue(*request) || StepPlan(*request, sparse_plans) != batch.plan) continue;
+      TakeStep(*request, batch);
+    }
+    if (!batch.rows.empty()) return true;
+  }
+  batch.plan = PlanId::kDense;
+  return false;
+}
+
+// Adds the request's step, if it has pages for it.
+void Scheduler::TakeStep(RequestState& request, Batch& batch) {
+  bool is_draft = request.round.has_value();
+  if (is_draft && request.round->num_drafted > 0) {
+    // Nobody is paused for a guess.
+    if (!Grow(request, 1)) {
+      request.round->num_drafts = request.round->num_drafted;
+      return;
+    }
+  } else if (!GrowOrPause(request, 1)) {
+    return;
+  }
+  request.last_turn = turn_;
+  bool wants_logits = request.request.logits != LogitsWanted::kNone && !is_draft;
+  AddRow(batch, request, is_draft ? RowKind::kDraft : RowKind::kStep,
+         {.sequence = &request.sequence, .num_logits = wants_logits ? 1 : 0});
+}
+
+bool Scheduler::PlanChecks(Batch& batch) {
+  auto is_drafting = [](const RequestState* request) {
+    return request->round && request->round->is_drafting();
+  };
+  if (std::any_of(running_.begin(), running_.end(), is_drafting)) return false;
+  int64_t tokens_left = limits_.max_pass_tokens, draws_left = limits_.max_pass_draws;
+  for (RequestState* request : running_) {
+    if (!request->round) continue;
+    int64_t count = request->round->num_drafted + 1;
+    if (!batch.rows.empty() && count > std::min(tokens_left, draws_left)) break;
+    request->sequence.cached = request->round->begin;
+    // The newest draft may need a page, for which nobody is paused either.
+    if (!Grow(*request, count)) {
+      request->DropLastDraft();
+      if (!request->round) continue;
+      count = request->round->num_drafted + 1;
+      Grow(*request, count);
+    }
+    bool wants_logits = request->request.logits != LogitsWanted::kNone;
+    AddRow(batch, *request, RowKind::kCheck,
+           {.sequence = &request->sequence,
+            .num_tokens = count,
+            .num_draws = count,
+            .num_logits = wants_logits ? count : 0});
+    tokens_left -= count;
+    draws_left -= count;
+  }
+  return !batch.rows.empty();
+}
+
+// Nothing runs, and yet the first in line does not fit: sequences that the scheduler does not know
+// own the pages.
+void Scheduler::EndStuck() {
+  std::vector<Candidate> candidates = Candidates();
+  auto first = std::max_element(candidates.begin(), candidates.end(), IsLater);
+  ReserveEvents(1);
+  first->request->failure = RequestFailure::kNoRoom;
+  Finish(*first->request, FinishReason::kError);
+}
+
+}  // namespace tidal

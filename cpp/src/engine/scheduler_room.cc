@@ -1,0 +1,163 @@
+// Scheduler: rows and pages. Who is let in, who grows, and who has to make room.
+#include <algorithm>
+#include <stdexcept>
+
+#include "engine/scheduler.h"
+
+namespace tidal {
+
+// Pages that running requests were let in for and have not taken yet.
+int64_t Scheduler::PromisedPages() const {
+  int64_t promised = 0;
+  for (const RequestState* request : running_) {
+    auto held = static_cast<int64_t>(request->sequence.pages.pages().size());
+    promised += std::max<int64_t>(pool_.PagesFor(request->reserve_tokens) - held, 0);
+  }
+  return promised;
+}
+
+// Pages for whoever is let in next.
+int64_t Scheduler::UnpromisedPages() const {
+  return pool_.num_free() - PromisedPages();
+}
+
+// Gives a waiting request a row and what is known of its tokens, if there is room for the others.
+bool Scheduler::Admit(RequestState& request) {
+  if (free_rows_.empty()) return false;
+  Sequence& sequence = request.sequence;
+  int64_t output = std::min(limits_.output_reserve, request.max_tokens() - request.num_tokens());
+  int64_t reserve = request.num_tokens() + output;
+  bool finds = prefixes_ != nullptr && request.reads_prefixes();
+  if (!request.request.keeps_pages) {
+    PrefixMatch match = finds ? prefixes_->Peek(sequence.tokens, request.salt) : PrefixMatch{};
+    int64_t missing = pool_.PagesFor(reserve) - match.num_pages + match.num_idle;
+    if (missing > UnpromisedPages()) return false;
+  }
+  // Nothing is allocated when a pass is committed.
+  sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
+  if (finds) {
+    sequence.pages.Adopt(prefixes_->Find(sequence.tokens, request.salt));
+    auto num_pages = static_cast<int64_t>(sequence.pages.pages().size());
+    sequence.cached = sequence.clean_len = num_pages * pool_.page_size();
+    counts_.cached_tokens += sequence.cached;
+  }
+  if (request.status == RequestStatus::kQueued) request.cached_tokens = sequence.cached;
+  request.known_tokens = sequence.cached;
+  request.reserve_tokens = reserve;
+  request.status = RequestStatus::kReading;
+  sequence.sampling.slot = free_rows_.back();
+  free_rows_.pop_back();
+  std::erase(waiting_, &request);
+  auto place = std::find_if(running_.begin(), running_.end(), [&](const RequestState* other) {
+    return request.HasPriorityOver(*other);
+  });
+  running_.insert(place, &request);
+  return true;
+}
+
+// Takes pages for num_tokens more tokens to cache. Returns false, taking none, if there are too
+// few.
+bool Scheduler::Grow(RequestState& request, int64_t num_tokens) {
+  SequencePages& pages = request.sequence.pages;
+  int64_t begin = request.sequence.cached;
+  // It keeps the pages that it has.
+  int64_t end =
+      std::max(begin + num_tokens, static_cast<int64_t>(pages.pages().size()) * pool_.page_size());
+  if (pages.NumMissing(end, begin) > pool_.num_free()) return false;
+  // Nobody else owns pages that it writes to: those of a prefix are whole, and read.
+  pages.Own(end, begin, begin);
+  return true;
+}
+
+// As Grow, but makes room: the newest requests are paused, the one that grows in its turn. Returns
+// false if that was the one.
+bool Scheduler::GrowOrPause(RequestState& request, int64_t num_tokens) {
+  while (!Grow(request, num_tokens)) {
+    RequestState& newest = NewestToPause(request);
+    Pause(newest);
+    if (&newest == &request) return false;
+  }
+  return true;
+}
+
+RequestState& Scheduler::NewestToPause(RequestState& otherwise) const {
+  for (auto request = running_.rbegin(); request != running_.rend(); ++request) {
+    if (!(*request)->is_in_flight && !(*request)->request.keeps_pages) return **request;
+  }
+  return otherwise;
+}
+
+void Scheduler::Pause(RequestState& request) {
+  waiting_.push_back(&request);  // which may throw, before anything has changed
+  request.DropDrafts();
+  Publish(request);
+  LeaveRow(request);
+  ReleasePages(request);
+  request.status = RequestStatus::kPaused;
+  request.known_tokens = 0;
+  if (prefixes_ != nullptr) {
+    int64_t known = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
+    request.known_tokens = known * pool_.page_size();
+  }
+  ++request.num_pauses;
+  ++counts_.num_pauses;
+}
+
+void Scheduler::LeaveRow(RequestState& request) noexcept {
+  std::erase(running_, &request);
+  free_rows_.push_back(request.sequence.sampling.slot);
+}
+
+void Scheduler::ReleasePages(RequestState& request) noexcept {
+  Sequence& sequence = request.sequence;
+  sequence.pages.Release();
+  sequence.cached = sequence.num_sparse = sequence.clean_len = sequence.shadowed = 0;
+}
+
+// Makes the prefix known that the request has computed cleanly.
+void Scheduler::Publish(const RequestState& request) noexcept {
+  if (prefixes_ == nullptr) return;
+  const Sequence& sequence = request.sequence;
+  auto num_clean = static_cast<size_t>(std::min(sequence.clean_len, sequence.cached));
+  prefixes_->Publish(std::span(sequence.tokens).first(num_clean), sequence.pages.pages(),
+                     request.salt);
+}
+
+void Scheduler::CheckIntegrity() const {
+  auto expect = [](bool holds, const char* what) {
+    if (!holds) throw std::logic_error(what);
+  };
+  std::vector<int32_t> rows = free_rows_;
+  size_t num_listed = running_.size() + waiting_.size();
+  for (const auto& [id, request] : requests_) {
+    const Sequence& sequence = request.sequence;
+    int64_t room = static_cast<int64_t>(sequence.pages.pages().size()) * pool_.page_size();
+    bool owns = request.is_running() || request.request.keeps_pages;
+    expect(id == request.id, "a request is not at its id");
+    expect(owns || room == 0, "a request owns pages that neither runs nor keeps them");
+    expect(sequence.cached <= room, "a request has cached more than its pages hold");
+    expect(sequence.clean_len <= sequence.cached, "more of a request is clean than cached");
+    expect(sequence.cached < request.num_tokens(), "a request has no token left to cache");
+    expect(!request.round || request.status == RequestStatus::kDecoding, "drafts without decoding");
+    if (request.status == RequestStatus::kFinished) {
+      ++num_listed;
+      expect(request.finish_reason != FinishReason::kNone, "a request ended without a reason");
+    }
+    if (request.is_running()) rows.push_back(sequence.sampling.slot);
+  }
+  std::sort(rows.begin(), rows.end());
+  expect(num_listed == requests_.size(), "a request is in no list, or in two");
+  expect(static_cast<int64_t>(rows.size()) == limits_.max_rows, "rows were lost, or made");
+  for (size_t i = 0; i < rows.size(); ++i) {
+    expect(rows[i] == static_cast<int32_t>(i), "a row has two owners");
+  }
+  for (const RequestState* request : running_) expect(request->is_running(), "a list is wrong");
+  for (const RequestState* request : waiting_) expect(request->is_waiting(), "a list is wrong");
+  expect(std::is_sorted(running_.begin(), running_.end(),
+                        [](const RequestState* one, const RequestState* other) {
+                          return one->HasPriorityOver(*other);
+                        }),
+         "running requests are out of order");
+}
+
+}  // namespace tidal
