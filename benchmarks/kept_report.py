@@ -1,9 +1,10 @@
 """Adds up answers kept over several runs of `tidaldecode eval`: a table, and a plot over bytes.
 
-    python benchmarks/kept_report.py EVAL_FOLDER... [--plot FILE.png]
+    python benchmarks/kept_report.py MODEL_DIR RESULTS.jsonl... [--plot FILE.png]
 
-The runs are of one model and the same settings, with other seeds or contexts. Answers kept are
-those of prompts that the dense model answers rightly; the intervals are Wilson's, 95 %.
+The runs are of one model, with other seeds, contexts or settings; of a run that was cut off the
+prompts count that all of its settings have answered. Answers kept are those of prompts that the
+dense model answers rightly; intervals are Wilson's, 95 %; bytes are of a cache in 16 bits.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
+from tidaldecode.config import PlanConfig
 from tidaldecode.evaluation.kept import wilson_interval
+from tidaldecode.evaluation.settings import tidal_setting
+from tidaldecode.plan_bytes import kv_bytes_per_step
 
 DENSE = "dense"
+VALUE_BYTES = 2
 MARKS = {"S": "s", "P": "o", "": "x"}
 
 
@@ -26,24 +31,11 @@ MARKS = {"S": "s", "P": "o", "": "x"}
 class Row:
     """One setting over all runs, by context."""
 
-    plan: str
-    options: str
+    label: str
+    kind: str  # of the layers that choose
     found: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kept: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    kv_bytes: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """How many layers choose, of which kind, and their sets."""
-        if set(self.plan) == {"F"}:
-            return DENSE
-        values = dict(part.split("=", 1) for part in self.options.split() if "=" in part)
-        kinds = [f"{self.plan.count(kind)} {kind}" for kind in "SP" if kind in self.plan]
-        parts = [" ".join(kinds), f"K={values.get('token_budget', '?')}"]
-        parts += [values[name] for name in ("shadow", "granularity") if name in values]
-        if int(values.get("recent_tokens", 0)) > int(values.get("token_budget", 0)) // 2:
-            parts[0] = "sinks and recents"
-        return " ".join(parts)
+    read: dict[int, float] = field(default_factory=dict)  # bytes of a step, as a share of dense
 
     def share(self) -> tuple[int, int, float, float]:
         """Kept and found over all contexts, and the interval."""
@@ -51,26 +43,50 @@ class Row:
         return kept, found, *wilson_interval(kept, found)
 
 
-def read_rows(folders: Sequence[Path]) -> list[Row]:
+def describe(folder: ModelFolder, name: str) -> tuple[str, str, PlanConfig]:
+    """A setting's label, the kind of its choosing layers, and its plan."""
+    if name == DENSE:
+        return DENSE, "", PlanConfig()
+    plan = tidal_setting(name.removeprefix("tidal ")).plan(folder).config
+    budget = plan.token_budget
+    if plan.recent_tokens and plan.recent_tokens > budget // 2:
+        return f"sinks and recents, K={budget:,}", "", plan
+    kinds = {"S": plan.select_layers or (), "P": plan.scored_layers or ()}
+    parts = [f"{len(layers)} {kind}" for kind, layers in kinds.items() if layers]
+    parts += [f"K={budget:,}", plan.granularity or "layer"]
+    parts += ["4 bits"] if plan.shadow == "int4" else []
+    return ", ".join(parts), "P" if kinds["P"] else "S", plan
+
+
+def read_rows(folder: ModelFolder, files: Sequence[Path]) -> list[Row]:
     """The settings of all runs, in their order."""
     rows: dict[str, Row] = {}
-    for folder in folders:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        for setting in report["settings"]:
-            name = setting["setting"]
-            row = rows.setdefault(name, Row(plan=setting["plan"], options=name))
-            for cell in setting["contexts"]:
-                context = cell["context"]
-                row.found[context] += cell["kept"]["found_by_dense"]
-                row.kept[context] += cell["kept"]["answers"]
-                row.kv_bytes[context] = cell["kv_bytes"]
+    for file in files:
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        scores: dict[str, dict[Hashable, float]] = defaultdict(dict)
+        for record in records:
+            place = record["context"], record["task"], record["index"]
+            scores[record["setting"]][place] = record["score"]
+        asked = set.intersection(*(set(of_setting) for of_setting in scores.values()))
+        found = [place for place in asked if scores[DENSE][place] == 1]
+        for name, of_setting in scores.items():
+            label, kind, plan = describe(folder, name)
+            row = rows.setdefault(label, Row(label, kind))
+            for place in found:
+                row.found[place[0]] += 1
+                row.kept[place[0]] += of_setting[place] == 1
+            for context in {place[0] for place in found}:
+                read, dense = (
+                    kv_bytes_per_step(folder.model, config, context, VALUE_BYTES)
+                    for config in (plan, PlanConfig())
+                )
+                row.read[context] = read / dense
     return list(rows.values())
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """Markdown: answers kept by context and in all, and the share of the dense bytes."""
     contexts = sorted(rows[0].found)
-    dense = rows[0].kv_bytes
     heads = [
         "plan",
         *(f"{n:,}" for n in contexts),
@@ -83,7 +99,7 @@ def print_table(rows: Sequence[Row]) -> None:
         kept, found, low, high = row.share()
         cells = [f"{row.kept[n]} of {row.found[n]}" for n in contexts]
         total = f"{100 * kept / found:.1f} ({100 * low:.0f}–{100 * high:.0f})"
-        read = [f"{row.kv_bytes[n] / dense[n]:.0%}" for n in contexts]
+        read = [f"{100 * row.read[n]:.0f} %" for n in contexts]
         print("|", " | ".join([row.label, *cells, total, *read]), "|")
 
 
@@ -94,30 +110,32 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.6))
-    dense = rows[0].kv_bytes
-    for row in rows[1:]:
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.8))
+    for row in rows:
+        if row.label == DENSE:
+            continue
         kept, found, low, high = row.share()
         share = kept / found
-        read = sum(row.kv_bytes[n] / dense[n] for n in dense) / len(dense)
-        kind = "" if row.label.startswith("sinks") else "P" if "P" in row.plan else "S"
+        read = sum(row.read.values()) / len(row.read)
         spread = [[100 * (share - low)], [100 * (high - share)]]
-        mark = MARKS[kind]
-        axes.errorbar(100 * read, 100 * share, yerr=spread, fmt=mark, capsize=3, label=row.label)
+        axes.errorbar(
+            100 * read, 100 * share, yerr=spread, fmt=MARKS[row.kind], capsize=3, label=row.label
+        )
     axes.axhline(100, color="0.7", linewidth=0.8)
-    axes.set_xlabel("bytes of keys and values a step reads, % of dense")
+    axes.set_xlabel("keys and values a step reads, % of dense")
     axes.set_ylabel("answers kept, %")
-    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    rows = read_rows(arguments.folders)
+    rows = read_rows(read_model_folder(arguments.model_dir), arguments.files)
     print_table(rows)
     if arguments.plot:
         draw(rows, arguments.plot)

@@ -63,7 +63,7 @@ TensorView BenchDevice::RandomHalf(std::initializer_list<int64_t> shape) {
 
 double BenchDevice::TimeOfStep(const std::function<void()>& step, int64_t ops_per_step) {
   ++step_id_;
-  auto replay = [&] { backend_->RunStep({.batch_size = step_id_, .sparse = false}, step); };
+  auto replay = [&] { backend_->RunStep({.batch_size = step_id_}, step); };
   for (int run = 0; run < 2; ++run) replay();  // it is recorded
   return MedianTime(replay, 10) / static_cast<double>(ops_per_step);
 }

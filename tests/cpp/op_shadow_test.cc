@@ -250,7 +250,8 @@ TEST_P(OpShadow, ScoresAreThoseOfTheCodesToTheQuerysRounding) {
       if (seq_lens_[b] == 0) {
         ASSERT_EQ(got, -std::numeric_limits<double>::infinity());
       } else {
-        ASSERT_NEAR(got, std::log(sum), 1e-4);
+        // It is of the scores before they are rounded.
+        ASSERT_NEAR(got, std::log(sum), score_dtype() == DType::kFloat16 ? 2e-3 : 1e-4);
       }
     }
   }
