@@ -130,9 +130,10 @@ class ScriptedExaminer(Examiner):
         super().__init__(None, scores, Silent())
         self.known, self.batches = known, []
 
-    def _answers(self, questions, title):
+    def _answers(self, questions, title, is_sure):
         self.batches.append(questions[0].context)
-        return [([1, 2], 1) if self.known(question) else ([], 0) for question in questions]
+        known = self.known if is_sure else lambda question: True
+        return [([1, 2], 1) if known(question) else ([], 0) for question in questions]
 
 
 class Silent:
@@ -180,6 +181,11 @@ def test_forms_and_contexts_that_are_not_answered_are_given_up():
     assert not exam.is_enough and exam.num_asked == 20
 
 
+def test_of_those_held_out_all_right_answers_count():
+    examiner = ScriptedExaminer(ScoreFile(None), lambda question: False)
+    assert examiner.ask(FewQuestions((100,)), "questions held out", is_sure=False).is_enough
+
+
 def test_there_is_an_end_to_asking():
     examiner = ScriptedExaminer(ScoreFile(None), lambda question: question.index // 5 % 5 == 0)
     exam = examiner.ask(FewQuestions((100,)), "questions")
@@ -193,7 +199,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path):
     first.ask(source, "questions")
     again = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda question: False)
     assert again.ask(source, "questions").is_enough and again.batches == []
-    assert not again.ask(source, "held-out questions").is_enough  # others
+    assert not again.ask(source, "questions held out").is_enough  # others
 
 
 # Scores on disk

@@ -160,8 +160,12 @@ def test_the_demo_answers_held_out_questions(demo_model: Path, tmp_path: Path, c
     plan = json.loads((folder / "tidal_plan.json").read_text())
     held_out = plan["held_out"]
     assert held_out["counted"] >= 24 and held_out["same"] >= 0.8 * held_out["counted"]
-    shown = f"Held-out questions: {held_out['same']} of {held_out['counted']} answered as dense"
-    assert shown in captured.out and "through the chat template" in " ".join(captured.out.split())
+    shown = f"Held-out questions: {held_out['same']} of {held_out['counted']} that dense answers"
+    assert (
+        shown in captured.out
+        and "95 % interval" in captured.out
+        and "through the chat template" in " ".join(captured.out.split())
+    )
     assert plan["scores"]["agreement"] >= 0.5 and len(choosing_layers(plan)) <= 2
 
 

@@ -1,8 +1,9 @@
-"""Which questions the dense model answers surely: only on those can a plan be judged.
+"""Which questions the dense model answers: only on those can a plan be judged.
 
-Called by run.py. Questions are drawn until enough count. Whole answers count: all tokens in which
-the dense model's output has what the text says, however many its tokenizer makes of it, and those
-alone: how a model leads up to an answer may be anything.
+Called by run.py. Questions are drawn until enough count: for the search those that the dense model
+is sure of, to report how the choice does all that it answers rightly. Whole answers count: all
+tokens in which the dense model's output has what the text says, however many its tokenizer makes of
+it, and those alone: how a model leads up to an answer may be anything.
 """
 
 from __future__ import annotations
@@ -108,12 +109,13 @@ class Examiner:
     def __init__(self, decoder: Decoder, scores: ScoreFile, reporter: Reporter) -> None:
         self._decoder, self._scores, self._reporter = decoder, scores, reporter
 
-    def ask(self, source: QuestionSource, name: str) -> Exam:
+    def ask(self, source: QuestionSource, name: str, *, is_sure: bool = True) -> Exam:
         """Draws questions, the contexts in turn, until LEAST_COUNTED count or MOST_ASKED are asked.
 
         Args:
             source: where they come from.
             name: of the source, in the score file and in what is shown.
+            is_sure: only answers that the dense model is sure of count; else all that are right.
         """
         answered: list[Answered] = []
         num_asked = 0
@@ -125,7 +127,7 @@ class Examiner:
             paper = min(papers, key=lambda paper: paper.num_asked)
             questions = [source.question(paper.context, index) for index in paper.draw()]
             title = f"Reading {name}, {len(answered)} of {LEAST_COUNTED} count"
-            kept = self._kept_answers(questions, name, title)
+            kept = self._kept_answers(questions, name, title, is_sure)
             for question, (token_ids, num_answer) in zip(questions, kept, strict=True):
                 paper.note(question.index, counts=num_answer > 0)
                 if num_answer > 0:
@@ -140,17 +142,19 @@ class Examiner:
             num_asked += len(questions)
         return Exam(answered=tuple(answered), num_asked=num_asked)
 
-    def _kept_answers(self, questions: Sequence[Question], name: str, title: str) -> list[Output]:
+    def _kept_answers(
+        self, questions: Sequence[Question], name: str, title: str, is_sure: bool
+    ) -> list[Output]:
         """The dense model's answers, from the score file if they are there."""
         key = json.dumps([name, questions[0].context, [q.index for q in questions]])
         kept = self._scores.get(key)
         if not _are_answers(kept, len(questions)):
-            kept = self._answers(questions, title)
+            kept = self._answers(questions, title, is_sure)
             self._scores.put(key, kept)
         return [(ids, count) for ids, count in kept]
 
-    def _answers(self, questions: Sequence[Question], title: str) -> list[Output]:
-        """The dense model's right and sure answers; an empty one for another."""
+    def _answers(self, questions: Sequence[Question], title: str, is_sure: bool) -> list[Output]:
+        """The dense model's right answers, and if asked for sure ones; an empty one for another."""
         room = max(question.room for question in questions)
         prompts = [question.prompt_ids for question in questions]
         with (
@@ -163,7 +167,7 @@ class Examiner:
             ]
             logits = replay.step_logits([ids[:-1] for ids, _ in outputs], **DENSE)
         return [
-            (ids, count) if count and _is_sure(rows, ids, count) else ([], 0)
+            (ids, count) if count and (not is_sure or _is_sure(rows, ids, count)) else ([], 0)
             for (ids, count), rows in zip(outputs, logits, strict=True)
         ]
 

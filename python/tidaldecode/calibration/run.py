@@ -178,8 +178,8 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
         held_out = Exam(answered=(), num_asked=0)
         num_same = 0
         if exam.is_enough:
-            held_out = examiner.ask(sources[True], "held-out questions")
-            groups = question_groups(held_out.answered, "held-out questions")
+            held_out = examiner.ask(sources[True], "questions held out", is_sure=False)
+            groups = question_groups(held_out.answered, "questions held out")
             others = Objective(decoder, groups, scores, reporter)
             num_same = others.num_same(chosen.candidate.options())
             others.close()

@@ -12,6 +12,7 @@ from rich.table import Table
 from tidaldecode.calibration.run import Job, Outcome
 from tidaldecode.calibration.search import frontier
 from tidaldecode.cli.terminal import print_whole
+from tidaldecode.evaluation.kept import wilson_interval
 
 
 def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
@@ -59,8 +60,10 @@ def show_judgement(console: Console, job: Job, outcome: Outcome) -> None:
     console.print(f"Judged at {contexts} tokens: {judged}", markup=False, highlight=False)
     if outcome.is_judged_by_questions:
         counted = len(outcome.held_out.answered)
+        low, high = wilson_interval(outcome.num_same, counted) if counted else (0.0, 1.0)
         console.print(
-            f"Held-out questions: {outcome.num_same} of {counted} answered as dense",
+            f"Held-out questions: {outcome.num_same} of {counted} that dense answers rightly are "
+            f"answered as dense (95 % interval {100 * low:.0f} to {100 * high:.0f} %)",
             markup=False,
             highlight=False,
         )
