@@ -111,7 +111,8 @@ def test_what_is_kept_is_a_failure(decoder):
     assert failures(decoder, leak(thread))[0].startswith("threads: ")
     release.set()
     kept.clear()
-    found = failures(decoder, leak(lambda: b"x" * (MAX_GROWTH_BYTES // 10)))
+    # Pieces too large for what earlier tests have freed and the allocator has kept.
+    found = failures(decoder, leak(lambda: b"x" * MAX_GROWTH_BYTES), 4)
     assert found[0].startswith("memory: grew by ")
     kept.clear()
     assert any(f.startswith("children: ") for f in failures(decoder, leak(process), 1))
