@@ -96,6 +96,9 @@ def _check(plan: tidaldecode.MemoryPlan, case: dict[str, Any]) -> None:
     heads, head_dim = model["num_key_value_heads"], model["head_dim"]
     token_bytes = 2 * model["num_hidden_layers"] * heads * head_dim
     token_bytes *= _NUM_BYTES[options.get("kv_dtype", "float32")]
+    # A budget without layers lets every layer but the first two choose, by keys in 4 bits.
+    if "token_budget" in options and "select_layers" not in options:
+        token_bytes += (model["num_hidden_layers"] - 2) * heads * (head_dim // 2 + 2)
     # The largest int64 stands for all that is beyond it.
     if plan.kv_bytes != min(plan.num_pages * plan.page_size * token_bytes, _MOST_BYTES):
         raise Nonsense("kv_bytes is not what the cache takes")
