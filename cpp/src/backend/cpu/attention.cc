@@ -49,14 +49,13 @@ void HandInSets(AttendRow& row, const TensorView& token_idx, const TensorView& n
   row.set_stride = token_budget;
 }
 
-// `lse` may be absent.
 void HandOutScores(AttendBatch& batch, const TensorView& scores, const TensorView& lse) {
   const int64_t max_len = scores.dim(2);
   for (int64_t b = 0; b < batch.num_rows; ++b) {
     AttendRow& row = batch.rows[b];
     row.scores = scores.data<float>() + b * batch.num_q_heads * max_len;
     row.scores_stride = max_len;
-    if (lse) row.lse = lse.data<float>() + b * batch.num_q_heads;
+    row.lse = lse.data<float>() + b * batch.num_q_heads;
   }
 }
 
