@@ -14,8 +14,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tidaldecode import _core
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_folder import ModelFolder
@@ -38,9 +39,6 @@ from tidaldecode.user_cache import (
     write_whole,
 )
 
-if TYPE_CHECKING:
-    from tidaldecode import _core
-
 PLAN_FILE = "tidal_plan.json"
 HOW_TO_CHOOSE = (
     f"run `tidaldecode calibrate MODEL_DIR`, which measures plans and keeps the best as {PLAN_FILE}"
@@ -51,7 +49,8 @@ CALIBRATION_KEYS = (
 )  # fmt: skip
 
 SAFE = "safe: every layer chooses for itself"
-FIRST_SAFE_LAYER = 2  # those in front are dense: in them attention is spread over everything
+# Layers in front that are dense wherever nothing else is said: attention is spread out in them.
+FULL_LAYERS = _core.PlanConfig().full_layers
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -219,12 +218,13 @@ def safe_config(num_layers: int) -> PlanConfig:
 
     Raises: ConfigError for a model without such a layer.
     """
-    if num_layers <= FIRST_SAFE_LAYER:
+    if num_layers <= FULL_LAYERS:
         raise ConfigError(
-            f"attention: got 'tidal', but a model of {num_layers} layers has none to choose by "
-            f"itself behind {FIRST_SAFE_LAYER} dense ones; give select_layers or scored_layers"
+            f"attention: sparse steps were asked for, but a model of {num_layers} layers has none "
+            f"to choose by itself behind {FULL_LAYERS} dense ones; give select_layers or "
+            "scored_layers"
         )
-    return PlanConfig(scored_layers=tuple(range(FIRST_SAFE_LAYER, num_layers)), shadow="int4")
+    return PlanConfig(scored_layers=tuple(range(FULL_LAYERS, num_layers)), shadow="int4")
 
 
 def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan | None:

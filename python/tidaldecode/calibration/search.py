@@ -19,10 +19,8 @@ from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.config import PlanConfig
 from tidaldecode.errors import UnsupportedError
 from tidaldecode.plan_bytes import kv_bytes_per_step
-from tidaldecode.plans import plan_letters
+from tidaldecode.plans import FULL_LAYERS, plan_letters
 
-# Layers in front that are dense; as many as a small model has room for.
-_FULL_LAYERS = 2
 _LEAST_LAYERS = 3
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)  # of the budget
 SINKS = (1, 4)
@@ -143,7 +141,8 @@ class Search:
                 f"calibrate: got a model of {self._model.num_layers} layers, expected at least "
                 f"{_LEAST_LAYERS}: one dense, one that chooses, one sparse"
             )
-        first = min(_FULL_LAYERS, self._model.num_layers - 2)
+        # As many dense layers in front as a small model has room for.
+        first = min(FULL_LAYERS, self._model.num_layers - 2)
         layers = tuple(range(first, self._model.num_layers))
         sizes = _chain_sizes(len(layers))
         self._stage = Stage(number=0, count=len(sizes) + len(budgets), title="")

@@ -19,7 +19,7 @@ from tidaldecode.errors import InvalidArgument, UnsupportedError, show
 from tidaldecode.evaluation.quest import page_bytes_per_step
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plan_bytes import kv_bytes_per_step, most_positions
-from tidaldecode.plans import FIRST_SAFE_LAYER, HOW_TO_CHOOSE, Plan, find_plan, safe_config
+from tidaldecode.plans import FULL_LAYERS, HOW_TO_CHOOSE, Plan, find_plan, safe_config
 from tidaldecode.published_plans import find_published
 
 PRESETS = "presets"
@@ -167,7 +167,7 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
         _Preset(
             name="streaming",
             options=lambda k: (
-                {"select_layers": (FIRST_SAFE_LAYER,)} | _sets("layer", k, _SINKS, k - _SINKS)
+                {"select_layers": (FULL_LAYERS,)} | _sets("layer", k, _SINKS, k - _SINKS)
             ),
         ),
     ]
@@ -217,7 +217,7 @@ def _select_layers(folder: ModelFolder, own: Plan | None) -> tuple[int, ...]:
     published = find_published(folder)
     if published is not None and published[0].select_layers:
         return published[0].select_layers
-    return tuple(sorted({FIRST_SAFE_LAYER, max(FIRST_SAFE_LAYER, folder.model.num_layers // 2)}))
+    return tuple(sorted({FULL_LAYERS, max(FULL_LAYERS, folder.model.num_layers // 2)}))
 
 
 def _why_no_quest(folder: ModelFolder) -> str | None:
