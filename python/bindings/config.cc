@@ -129,7 +129,10 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("page_size", &DecodeConfig::page_size)
       .def_readwrite("num_pages", &DecodeConfig::num_pages)
       .def_readwrite("gpu_memory_utilization", &DecodeConfig::gpu_memory_utilization)
+      .def_readwrite("prefix_cache", &DecodeConfig::prefix_cache)
       .def_readwrite("prefill_chunk", &DecodeConfig::prefill_chunk)
+      .def_readwrite("max_chunk_ms", &DecodeConfig::max_chunk_ms)
+      .def_readwrite("decode_share", &DecodeConfig::decode_share)
       .def_readwrite("cuda_graphs", &DecodeConfig::cuda_graphs)
       .def_readwrite("num_threads", &DecodeConfig::num_threads)
       .def_property(

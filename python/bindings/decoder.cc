@@ -78,6 +78,26 @@ py::dict PlanDict(const MemoryPlan& plan) {
   return result;
 }
 
+py::dict StatsDict(const PyDecoder& self) {
+  DecoderStats stats = WithoutGil(self.get(), [](Decoder& decoder) { return decoder.stats(); });
+  py::dict result;
+  result["num_waiting"] = stats.num_waiting;
+  result["num_reading"] = stats.num_reading;
+  result["num_decoding"] = stats.num_decoding;
+  result["num_paused"] = stats.num_paused;
+  result["pages_free"] = stats.pages_free;
+  result["pages_held"] = stats.pages_held;
+  result["pages_cached"] = stats.pages_cached;
+  result["num_chunks"] = stats.num_chunks;
+  result["num_steps"] = stats.num_steps;
+  result["num_pauses"] = stats.num_pauses;
+  result["num_finished"] = stats.num_finished;
+  result["read_tokens"] = stats.read_tokens;
+  result["cached_tokens"] = stats.cached_tokens;
+  result["generated_tokens"] = stats.generated_tokens;
+  return result;
+}
+
 template <typename Compute>
 py::array_t<float> LogitsArray(const PyDecoder& self, const Compute& compute) {
   int64_t vocab_size = self.get()->model().vocab_size;
@@ -99,11 +119,15 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
       .def(
           "start",
           [](const PyDecoder& self, const TokenLists& prompts,
-             const std::vector<SamplingParams>& params) {
-            return std::make_unique<PyGeneration>(WithoutGil(
-                self.get(), [&](Decoder& started) { return started.Start(prompts, params); }));
+             const std::vector<SamplingParams>& params, std::optional<PlanConfig> plan,
+             std::optional<bool> verify, int32_t priority) {
+            CallOptions options = {.plan = plan, .verify = verify, .priority = priority};
+            return std::make_unique<PyGeneration>(WithoutGil(self.get(), [&](Decoder& started) {
+              return started.Start(prompts, params, options);
+            }));
           },
-          py::arg("prompts"), py::arg("params"))
+          py::arg("prompts"), py::arg("params"), py::arg("plan") = py::none(),
+          py::arg("verify") = py::none(), py::arg("priority") = 0)
       .def(
           "start_session",
           [](const PyDecoder& self, int64_t max_seq_len) {
@@ -158,9 +182,7 @@ void DefineProperties(py::class_<PyDecoder>& cls) {
                                  return decoder.num_free_pages();
                                });
                              })
-      .def_property_readonly("num_free_rows", [](const PyDecoder& self) {
-        return WithoutGil(self.get(), [](Decoder& decoder) { return decoder.num_free_rows(); });
-      });
+      .def("stats", &StatsDict);
 }
 
 py::list DeviceList() {

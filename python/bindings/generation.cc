@@ -31,11 +31,36 @@ FinishReason ParseFinishReason(const std::string& text) {
   throw InvalidArgument(Concat("reason: got \"", text, "\", expected \"stop\" or \"abort\""));
 }
 
-std::vector<std::pair<int64_t, int32_t>> Advance(const PyGeneration& self) {
-  auto events = WithoutGil(self.get(), [](Generation& generation) { return generation.Advance(); });
+// The default timeout is short, so that signals are heard.
+std::vector<std::pair<int64_t, int32_t>> Advance(const PyGeneration& self, double timeout_s) {
+  auto events =
+      WithoutGil(self.get(), [&](Generation& generation) { return generation.Advance(timeout_s); });
   std::vector<std::pair<int64_t, int32_t>> pairs;
   for (const TokenEvent& event : events) pairs.emplace_back(event.sequence, event.token_id);
   return pairs;
+}
+
+std::string StatusString(const PyGeneration& self, int64_t sequence) {
+  if (self.is_closed()) return "finished";
+  switch (
+      WithoutGil(self.get(), [&](Generation& generation) { return generation.Status(sequence); })) {
+    case RequestStatus::kQueued:
+      return "waiting";
+    case RequestStatus::kReading:
+      return "reading";
+    case RequestStatus::kDecoding:
+      return "decoding";
+    case RequestStatus::kPaused:
+      return "paused";
+    case RequestStatus::kFinished:
+      break;
+  }
+  return "finished";
+}
+
+void NotifyAt(const PyGeneration& self, int fd) {
+  if (self.is_closed()) return;
+  WithoutGil(self.get(), [&](Generation& generation) { generation.NotifyAt(fd); });
 }
 
 void Stop(const PyGeneration& self, int64_t sequence, const std::string& reason) {
@@ -81,7 +106,9 @@ void RegisterGeneration(py::module_& module) {
                              [](const SequenceResult& self) { return self.verification; });
 
   py::class_<PyGeneration>(module, "Generation")
-      .def("advance", &Advance)
+      .def("advance", &Advance, py::arg("timeout_s") = 0.1)
+      .def("status", &StatusString, py::arg("sequence"))
+      .def("notify_at", &NotifyAt, py::arg("event_fd"))
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
       .def("results", &PyGeneration::results)
       .def("close", &PyGeneration::Close)

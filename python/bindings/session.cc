@@ -45,13 +45,10 @@ void RegisterSession(py::module_& module) {
       .def(
           "append",
           [](const PySession& self, const std::vector<int32_t>& ids) {
-            WithoutGil(self.get(), [&](Session& session) { session.Append(ids); });
+            return std::make_unique<PyGeneration>(
+                WithoutGil(self.get(), [&](Session& session) { return session.Append(ids); }));
           },
           py::arg("token_ids"))
-      .def("read_next",
-           [](const PySession& self) {
-             return WithoutGil(self.get(), [](Session& session) { return session.ReadNext(); });
-           })
       .def("start", &StartTurn, py::arg("token_ids"), py::arg("params"),
            py::arg("keep") = py::none())
       .def(

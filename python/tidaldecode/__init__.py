@@ -26,6 +26,7 @@ from tidaldecode.errors import (
     WeightsError,
 )
 from tidaldecode.memory_plan import MemoryPlan, plan_memory
+from tidaldecode.requests import Request
 from tidaldecode.results import GenerationResult, Timings, Verification
 from tidaldecode.session import Session
 from tidaldecode.stream import TextStream
@@ -43,6 +44,7 @@ __all__ = [
     "MemoryPlan",
     "OutOfMemoryError",
     "PlanConfig",
+    "Request",
     "Session",
     "TextStream",
     "TidalError",

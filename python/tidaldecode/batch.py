@@ -1,7 +1,7 @@
-"""Running the prompts of one call: in waves of what fits, each wave in the engine's own loop.
+"""The prompts of one call: fitted to the decoder, handed to the engine, and heard until they end.
 
-Called by decoder.py and session.py. stream.py is the one-sequence twin that hands text out while it
-runs.
+The engine advances all calls together (cpp/src/engine/engine_loop.cc). Called by decoder.py and
+session.py. stream.py is the one-sequence twin that hands text out while it comes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.errors import CapacityError
 from tidaldecode.results import GenerationResult, make_result
-from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_callback
 from tidaldecode.text.detokenizer import TextAssembler
 
@@ -33,6 +33,7 @@ class Callbacks:
     should_stop: ShouldStop | None
     on_result: Callable[[GenerationResult], None] | None = None  # told when a stream ends
     stopped: bool = False  # should_stop has said so; it is not asked again
+    _num_reported: int = 0
 
     def __post_init__(self) -> None:
         check_callback("on_prefill", self.on_prefill, 2)
@@ -45,8 +46,9 @@ class Callbacks:
         return self.stopped
 
     def report(self, done: int, total: int) -> None:
-        """Tells how much of the prompts has been read."""
-        if self.on_prefill is not None and total > 0:
+        """Tells how much of the prompts has been read, if it is more than before."""
+        if self.on_prefill is not None and done > self._num_reported:
+            self._num_reported = done
             self.on_prefill(done, total)
 
 
@@ -75,19 +77,17 @@ class Request:
 
 
 def make_requests(
-    prompts: Sequence[list[int]], settings: SamplingSettings, core: _core.Decoder, room: Room
+    prompts: Sequence[list[int]], settings: SamplingSettings, core: _core.Decoder
 ) -> list[Request]:
     """Fits the prompts to the decoder, before any work is done.
 
-    An explicit max_new_tokens must fit; a default one shrinks to the room behind the prompt. Pages
-    that other threads will give back count as free.
+    An explicit max_new_tokens must fit; a default one shrinks to the room behind the prompt.
 
     Raises: CapacityError naming need, have and the setting to change.
     """
     config = core.config
     most = min(config.max_seq_len, config.num_pages * config.page_size)
     requests = [make_request(prompt_ids, settings, most) for prompt_ids in prompts]
-    num_free_pages = config.num_pages if room.will_come_back() else core.num_free_pages
     for index, request in enumerate(requests):
         if request.num_tokens > config.max_seq_len:
             raise CapacityError(
@@ -96,12 +96,12 @@ def make_requests(
                 f"{config.max_seq_len}; raise max_seq_len as far as the model has positions, or "
                 "shorten the prompt or max_new_tokens"
             )
-        num_pages = pages_for(request.num_tokens, config.page_size)
-        if num_pages > num_free_pages:
+        num_pages = -(-request.num_tokens // config.page_size)
+        if num_pages > config.num_pages:
             raise CapacityError(
                 f"prompt {index}: needs {num_pages} pages of {config.page_size} tokens, have "
-                f"{num_free_pages} free of {config.num_pages}; raise num_pages or max_batch_size, "
-                "or shorten the prompt or max_new_tokens"
+                f"{config.num_pages}; raise num_pages or max_batch_size, or shorten the prompt or "
+                "max_new_tokens"
             )
     return requests
 
@@ -141,41 +141,22 @@ def note_other_rotation(requests: Sequence[Request], model: ModelConfig) -> None
         )
 
 
-def start_wave(
-    requests: Sequence[Request], core: _core.Decoder
-) -> tuple[Sequence[Request], _core.Generation]:
-    """Starts as many of the requests, in order, as there are rows and pages for: at least one.
-
-    Raises: NoRoomNow if there is none for the first.
-    """
-    free, page_size = core.num_free_pages, core.config.page_size
-    end = 0
-    for request in requests[: core.num_free_rows]:
-        free -= pages_for(request.num_tokens, page_size)
-        if free < 0:
-            break
-        end += 1
-    wave = requests[: max(1, end)]  # none fits: let the engine say so
-    generation = start_now(
-        lambda: core.start(
-            [request.prompt_ids for request in wave], [request.core_params() for request in wave]
-        )
+def start(requests: Sequence[Request], core: _core.Decoder, **options: Any) -> _core.Generation:
+    """Hands requests to the engine, where they wait in line for rows and pages."""
+    return core.start(
+        [request.prompt_ids for request in requests],
+        [request.core_params() for request in requests],
+        **options,
     )
-    return wave, generation
-
-
-def pages_for(num_tokens: int, page_size: int) -> int:
-    """KV pages of a sequence of this length."""
-    return -(-num_tokens // page_size)
 
 
 def run_generation(
-    generation: _core.Generation | UnstartedGeneration,
+    generation: _core.Generation,
     requests: Sequence[Request],
     make_text: MakeText | None,
     callbacks: Callbacks,
 ) -> list[GenerationResult]:
-    """Runs a generation that has been started to its end; whatever happens, its pages come back.
+    """Hears a generation to its end; whatever happens, its pages come back.
 
     Args:
         generation: of the engine.
@@ -185,19 +166,13 @@ def run_generation(
     """
     settings = requests[0].settings
     texts = make_text([request.prompt_ids for request in requests]) if make_text else None
-    is_reading = True
 
     def stop_if_wanted() -> None:
         if callbacks.wants_stop():
-            for sequence in range(len(requests)):
-                generation.stop(sequence, "abort")
+            generation.close()
 
     def on_tokens(events: list[tuple[int, int]]) -> None:
-        nonlocal is_reading
-        if is_reading:
-            done, total = generation.prefill_progress
-            callbacks.report(done, total)
-            is_reading = done < total
+        callbacks.report(*generation.prefill_progress)
         if texts is not None and settings.stop:
             for sequence in texts.push(events):
                 if texts.matched_stop(sequence) is not None:

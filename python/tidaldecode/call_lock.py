@@ -24,13 +24,6 @@ class CallLock:
         """Whether this process was forked from the one that made the lock."""
         return self._process != os.getpid()
 
-    def is_held_elsewhere(self) -> bool:
-        """Whether another thread holds it at this time."""
-        if not self._lock.acquire(blocking=False):
-            return True
-        self._lock.release()
-        return False
-
     def __enter__(self) -> None:
         """Raises: UnsupportedError in a forked child."""
         if self.is_foreign:

@@ -8,7 +8,9 @@ in one place, cpp/include/tidal/config.h.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,6 +49,11 @@ _INT_RANGES = {
     "num_pages": (1, _INT32_MAX),
     "prefill_chunk": (1, _INT32_MAX),
     "num_threads": (1, 4096),
+}
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "gpu_memory_utilization": (lambda share: 0 < share <= 1, "a number in (0, 1]"),
+    "max_chunk_ms": (lambda ms: 0 < ms < math.inf, "a number > 0"),
+    "decode_share": (lambda share: 0 <= share < 1, "a number in [0, 1)"),
 }
 # Integers that may be "auto" instead, as a value of their own.
 _AUTOMATIC = ("token_budget", "recent_tokens")
@@ -164,7 +171,13 @@ class DecodeConfig(PlanConfig):
         gpu_memory_utilization: share of the memory that weights, cache and everything else may take
             in all, in (0, 1]; 0.9 if None. On a GPU of its whole memory, as far as that is free; on
             the CPU of the memory that is free.
+        prefix_cache: False reads every prompt whole; else pages that an earlier call has read are
+            found again by their tokens (GenerationResult.cached_tokens). None is True.
         prefill_chunk: prompt tokens per pass; None is the backend's choice.
+        max_chunk_ms: milliseconds that a pass over prompts takes at most while others decode, > 0;
+            60 if None.
+        decode_share: share of the time that decoding has at least while prompts wait, in [0, 1);
+            0.25 if None. 0 reads all prompts first.
         cuda_graphs: False launches every kernel of a step by itself (for debugging).
         num_threads: of the CPU backend; None is one per processor that the process, or its
             container, may use.
@@ -185,7 +198,10 @@ class DecodeConfig(PlanConfig):
     page_size: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float | None = None
+    prefix_cache: bool | None = None
     prefill_chunk: int | None = None
+    max_chunk_ms: float | None = None
+    decode_share: float | None = None
     cuda_graphs: bool | None = None
     num_threads: int | None = None
 
@@ -202,13 +218,15 @@ class DecodeConfig(PlanConfig):
         for name in _INT_RANGES:
             if name not in PLAN_SETTINGS and getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
-        share = self.gpu_memory_utilization
-        if share is not None and not _is_share(share):
-            raise ConfigError(
-                f"gpu_memory_utilization: got {show(share)}, expected a number in (0, 1]"
-            )
-        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
-            raise ConfigError(f"cuda_graphs: got {show(self.cuda_graphs)}, expected True or False")
+        for name, (is_right, expected) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and is_right(value)):
+                raise ConfigError(f"{name}: got {show(value)}, expected {expected}")
+        for name in ("prefix_cache", "cuda_graphs"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ConfigError(
+                    f"{name}: got {show(getattr(self, name))}, expected True or False"
+                )
         is_word = isinstance(self.verify, str) and self.verify in VERIFY_WORDS
         if not is_word and not isinstance(self.verify, (bool, type(None))):
             raise ConfigError(
@@ -227,8 +245,8 @@ def is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == "auto"
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_setting(name: str, value: Any, where: str = "") -> None:
@@ -269,3 +287,23 @@ def check_layer_list(name: str, value: Any, where: str = "") -> tuple[int, ...]:
             raise ConfigError(f"{prefix}: got {show(list(value))}, expected {expected}")
         previous = layer
     return tuple(value)
+
+
+def one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
+    """The keyword options as a DecodeConfig, or the one that was given."""
+    if config is None:
+        return DecodeConfig(**options)
+    if not isinstance(config, DecodeConfig):
+        raise ConfigError(f"config: got a {type(config).__name__}, expected a DecodeConfig")
+    defaults = {field.name: field.default for field in fields(DecodeConfig)}
+    both = [name for name, value in options.items() if not _is_default(value, defaults[name])]
+    if both:
+        raise ConfigError(
+            f"config: given together with {', '.join(both)}; expected one of the two ways"
+        )
+    return config
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether nothing was given; the defaults are words and None."""
+    return value is default or (isinstance(value, str) and value == default)

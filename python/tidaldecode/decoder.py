@@ -13,9 +13,8 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -25,18 +24,18 @@ from tidaldecode.batch import (
     make_requests,
     note_other_rotation,
     run_generation,
-    start_wave,
+    start,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder, at_revision, read_model_folder
-from tidaldecode.config import DecodeConfig
+from tidaldecode.config import DecodeConfig, PlanConfig, one_config
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
-from tidaldecode.errors import ConfigError, InvalidArgument
+from tidaldecode.errors import InvalidArgument
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plans import choose_plan, log_plan_notes
+from tidaldecode.plans import Plan, choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
+from tidaldecode.requests import CallOptions, Request
 from tidaldecode.results import GenerationResult
-from tidaldecode.room import Room, UnstartedGeneration
 from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
@@ -110,7 +109,10 @@ class Decoder(TextMethods):
         page_size: int | None = None,
         num_pages: int | None = None,
         gpu_memory_utilization: float | None = None,
+        prefix_cache: bool | None = None,
         prefill_chunk: int | None = None,
+        max_chunk_ms: float | None = None,
+        decode_share: float | None = None,
         cuda_graphs: bool | None = None,
         num_threads: int | None = None,
         revision: str | None = None,
@@ -119,28 +121,29 @@ class Decoder(TextMethods):
     ) -> None:
         given = locals()
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
-        settings = _one_config(config, options)
+        settings = one_config(config, options)
         folder = read_model_folder(at_revision(model_dir, revision), settings.load_format)
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, settings.attention, folder)
         log_plan_notes(settings, plan, folder)
         self._settings, self._folder = settings, folder
         self._plan_source = plan.description if plan else "dense"
-        self._frontend, self._room = Frontend(folder, settings), Room()
+        self._frontend = Frontend(folder, settings)
         # What holds pages, and ends with the decoder.
         self._holders: weakref.WeakSet[TextStream | Replay | Session] = weakref.WeakSet()
-        self._core: _core.Decoder | None = None
+        self._core: _core.Decoder | None = self._load(plan, check_callback("progress", progress, 2))
+
+    def _load(self, plan: Plan | None, progress: LoadProgress | None) -> _core.Decoder:
+        """Loads the model while a process beside this one reads the tokenizer."""
+        folder = self._folder
         try:
-            self._core = _core.Decoder(
-                core_model(folder.model),
-                core_config(settings, plan, folder),
-                core_weights(folder),
-                check_callback("progress", progress, 2),
-            )
+            config = core_config(self._settings, plan, folder)
+            core = _core.Decoder(core_model(folder.model), config, core_weights(folder), progress)
             self._frontend.finish_loading()
         except BaseException:
             self._frontend.close()
             raise
+        return core
 
     # Generation
 
@@ -167,8 +170,8 @@ class Decoder(TextMethods):
         """Continues one prompt or several.
 
         Settings left at None come from the model's generation_config.json; without one decoding is
-        greedy, of at most 256 tokens. More prompts than fit at once run in waves. Where other
-        threads hold the rows or pages, the call waits for them.
+        greedy, of at most 256 tokens. Calls of several threads are decoded together; prompts that
+        do not fit at once wait in line.
 
         Args:
             prompt: a text, token ids (a list, range or array of any library; what a transformers
@@ -188,14 +191,14 @@ class Decoder(TextMethods):
             include_stop_str_in_output: the text keeps the stop string or token that ended it.
             add_special_tokens: False puts nothing (no BOS) around texts.
             on_prefill: called with (tokens done, tokens in all) while prompts are read.
-            should_stop: asked before every chunk of a prompt and every decode step; True ends the
-                call with what there is (finish_reason "abort").
+            should_stop: asked while the call runs, at least for every token; True ends it with
+                what there is (finish_reason "abort").
 
         Returns: a GenerationResult, or a list of them for a list of prompts.
         Raises:
             InvalidArgument: a prompt or setting is wrong; the message names it.
-            CapacityError: a prompt with its new tokens does not fit, also beside what streams of
-                this thread and sessions hold.
+            CapacityError: a prompt with its new tokens does not fit, also beside what sessions
+                hold.
         """
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
@@ -215,14 +218,9 @@ class Decoder(TextMethods):
         )
         prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
-        results: list[GenerationResult] = []
-        requests = make_requests(prompts, settings, core, self._room)
+        requests = make_requests(prompts, settings, core)
         note_other_rotation(requests, self.model)
-        while rest := requests[len(results) :]:
-            begin = partial(start_wave, rest, core)
-            with self._room.started(begin, callbacks, self._room.turn) as started:
-                wave, generation = started or (rest, UnstartedGeneration(rest))
-                results += run_generation(generation, wave, make_text, callbacks)
+        results = run_generation(start(requests, core), requests, make_text, callbacks)
         if isinstance(prompt, str):
             self._frontend.hint_at_chat(results[0])
         return results if is_batch else results[0]
@@ -253,13 +251,52 @@ class Decoder(TextMethods):
         settings = self._frontend.check_sampling(**sampling)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=True)
-        requests = make_requests([prompt_ids], settings, core, self._room)
+        requests = make_requests([prompt_ids], settings, core)
         note_other_rotation(requests, self.model)
-        started = self._room.stream(partial(start_wave, requests, core), callbacks)
-        generation = started[1] if started else UnstartedGeneration(requests)
+        generation = start(requests, core)
         stream = TextStream(generation, requests[0], make_text([prompt_ids]), callbacks)
         self._holders.add(stream)
         return stream
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        attention: str | None = None,
+        plan: PlanConfig | None = None,
+        verify: bool | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Request:
+        """Takes a prompt in and returns at once; the answer comes while others are made.
+
+        Args:
+            prompt: a text or token ids.
+            attention: "full" decodes this one densely, "tidal" sparsely; None is as the decoder.
+            plan: how to decode sparsely, instead of the decoder's plan. Takes memory for its sets
+                while the request lives, if no other has the same.
+            verify: whether sparse steps only draft; None is as the decoder.
+            priority: requests with lower ones go first.
+            add_special_tokens: as in generate().
+            sampling: the settings of generate().
+
+        Raises: as generate(), at the call; ConfigError for a plan that does not fit the model,
+            OutOfMemoryError for one without room.
+        """
+        core = self._open_core()
+        asked = CallOptions(attention=attention, plan=plan, verify=verify, priority=priority)
+        options = asked.for_core(self._settings, self._folder)
+        settings = self._frontend.check_sampling(**sampling)
+        prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
+        make_text = self._frontend.text_maker(settings, needed=False)
+        requests = make_requests([prompt_ids], settings, core)
+        note_other_rotation(requests, self.model)
+        generation = start(requests, core, **options)
+        text = make_text([prompt_ids]) if make_text else None
+        stream = TextStream(generation, requests[0], text, Callbacks(None, None))
+        self._holders.add(stream)
+        return Request(stream, generation)
 
     def session(self, *, max_seq_len: int | None = None) -> Session:
         """A conversation whose tokens stay in the cache from one turn to the next.
@@ -272,7 +309,7 @@ class Decoder(TextMethods):
         """
         core = self._open_core()
         most = 0 if max_seq_len is None else check_integer("max_seq_len", max_seq_len, low=1)
-        host = SessionHost(core, self._frontend, self._room, self._holders)
+        host = SessionHost(core, self._frontend, self._holders)
         return Session(core.start_session(most), host)
 
     # Looking inside
@@ -281,8 +318,7 @@ class Decoder(TextMethods):
         """The positions each select layer chose in its last sparse step.
 
         Args:
-            sequence: index into the prompts of the last call (of its last wave; 0 for a session's
-                turn).
+            sequence: index into the prompts of the last call (0 for a session's turn).
 
         Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
             of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
@@ -329,9 +365,8 @@ class Decoder(TextMethods):
         check_callback("on_prefill", on_prefill, 2)
         ids, _ = self._frontend.encode_prompts(prompts)
         room = check_integer("max_new_tokens", max_new_tokens, low=1)
-        with self._room.turn:
-            replay = Replay(core.start_replay(ids, room), self._folder, self._room.turn)
-            replay.read(on_prefill)
+        replay = Replay(core.start_replay(ids, room), self._folder)
+        replay.read(on_prefill)
         self._holders.add(replay)
         return replay
 
@@ -370,8 +405,7 @@ class Decoder(TextMethods):
         steps = check_integer("steps", steps, low=1, high=_MAX_MEASURED_STEPS)
         warmup = check_integer("warmup", warmup, low=0, high=_MAX_MEASURED_STEPS)
         check_choice("attention", attention, ("auto", "full"))
-        with self._room.turn:
-            return core.measure_steps(lengths, steps, warmup, attention)
+        return core.measure_steps(lengths, steps, warmup, attention)
 
     @property
     def plan(self) -> str:
@@ -403,6 +437,11 @@ class Decoder(TextMethods):
     def num_free_pages(self) -> int:
         """KV pages that neither a running sequence nor a session holds."""
         return self._open_core().num_free_pages
+
+    def stats(self) -> dict[str, int]:
+        """What the decoder is at: requests that wait, read, decode or are paused, pages that are
+        free, held or cached; and what it has done since it began: passes, tokens, pauses."""
+        return self._open_core().stats()
 
     def memory_plan(self) -> MemoryPlan:
         """What the decoder takes of its device, by purpose: planned before it was allocated, and
@@ -456,23 +495,3 @@ class Decoder(TextMethods):
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)
-
-
-def _one_config(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
-    """The keyword options as a DecodeConfig, or the one that was given."""
-    if config is None:
-        return DecodeConfig(**options)
-    if not isinstance(config, DecodeConfig):
-        raise ConfigError(f"config: got a {type(config).__name__}, expected a DecodeConfig")
-    defaults = {field.name: field.default for field in fields(DecodeConfig)}
-    both = [name for name, value in options.items() if not _is_default(value, defaults[name])]
-    if both:
-        raise ConfigError(
-            f"config: given together with {', '.join(both)}; expected one of the two ways"
-        )
-    return config
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    """Whether nothing was given; the defaults are words and None."""
-    return value is default or (isinstance(value, str) and value == default)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress
-from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
@@ -31,10 +30,9 @@ class Replay:
     it.
     """
 
-    def __init__(self, core: _core.Replay, folder: ModelFolder, turn: CallLock) -> None:
+    def __init__(self, core: _core.Replay, folder: ModelFolder) -> None:
         self._core = core
         self._folder = folder
-        self._turn = turn
         # Reading a plan file for every call would take longer than many a step.
         self._plans: dict[tuple[PlanConfig, str], _core.PlanConfig] = {}
 
@@ -58,8 +56,7 @@ class Replay:
         """
         vocab_size = self._folder.model.vocab_size
         ids = check_continuations(continuations, vocab_size)
-        with self._turn:
-            return self._core.step_logits(self._plan(plan), ids)
+        return self._core.step_logits(self._plan(plan), ids)
 
     def greedy(self, max_new_tokens: int, **plan: Any) -> list[list[int]]:
         """The most likely tokens, as generate(temperature=0) of a decoder with this plan.
@@ -74,8 +71,7 @@ class Replay:
         """
         check_integer("max_new_tokens", max_new_tokens, low=1)
         stop = list(self._folder.eos_token_ids)
-        with self._turn:
-            return self._core.greedy(self._plan(plan), max_new_tokens, stop)
+        return self._core.greedy(self._plan(plan), max_new_tokens, stop)
 
     @property
     def mean_set_size(self) -> float:

@@ -6,14 +6,12 @@ cpp/include/tidal/decoder.h.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -24,9 +22,9 @@ from tidaldecode.batch import (
     make_request,
     run_generation,
 )
-from tidaldecode.errors import InvalidArgument, TidalError
+from tidaldecode.call_lock import CallLock
+from tidaldecode.errors import InvalidArgument
 from tidaldecode.results import GenerationResult
-from tidaldecode.room import Room, UnstartedGeneration, start_now
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Messages, Prompt, split_options
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 
     from tidaldecode.sampling import SamplingOptions
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class SessionHost:
@@ -45,7 +41,6 @@ class SessionHost:
 
     core: _core.Decoder
     frontend: Frontend
-    room: Room
     holders: weakref.WeakSet  # of pages; they end with the decoder
 
 
@@ -70,6 +65,7 @@ class Session:
         self._core: _core.Session | None = core
         self._host: SessionHost | None = host
         self._stream: weakref.ref[TextStream] | None = None  # the newest
+        self._turn = CallLock()  # of calls that run a turn to its end
         host.holders.add(self)
 
     # The conversation
@@ -108,20 +104,20 @@ class Session:
             session is as before.
         Raises: InvalidArgument, CapacityError.
         """
-        core, host = self._open()
         callbacks = Callbacks(on_prefill, should_stop)
-        begin = partial(self._append, prompt, add_special_tokens)
-        with host.room.started(begin, callbacks, host.room.turn) as lengths:
-            if lengths is None:
-                return False
-            is_read = False
+        with self._turn:
+            core, _ = self._open()
+            generation = core.append(self._encode(prompt, add_special_tokens) or [])
             try:
-                is_read = _read(core, lengths[1] - 1, callbacks)
+                while not callbacks.wants_stop():
+                    self._open()  # a callback may have closed it
+                    if generation.done:
+                        return True
+                    generation.advance()
+                    callbacks.report(*generation.prefill_progress)
             finally:
-                if not is_read:
-                    with contextlib.suppress(TidalError):  # closed meanwhile, or a turn runs
-                        core.truncate(lengths[0])
-        return is_read
+                generation.close()
+        return False
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on.
@@ -167,8 +163,9 @@ class Session:
 
         Raises: as Decoder.generate().
         """
-        ids = self._encode(prompt, add_special_tokens)
-        return self._run(ids, Callbacks(on_prefill, should_stop), sampling)
+        with self._turn:
+            ids = self._encode(prompt, add_special_tokens)
+            return self._run(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def stream(
         self,
@@ -210,7 +207,8 @@ class Session:
         """
         sampling, chat = split_options(options)
         ids = self._open()[1].frontend.render_one_chat(messages, **chat)
-        return self._run(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
+        with self._turn:
+            return self._run(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
 
     def chat_stream(
         self,
@@ -283,10 +281,8 @@ class Session:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
         make_text = host.frontend.text_maker(settings, needed=False)
-        begin = partial(self._start, prompt, settings, is_whole)
-        with host.room.started(begin, callbacks, host.room.turn) as started:
-            request, generation = started or self._unstarted(settings)
-            return run_generation(generation, [request], make_text, callbacks)[0]
+        request, generation = self._start(prompt, settings, is_whole)
+        return run_generation(generation, [request], make_text, callbacks)[0]
 
     def _run_stream(
         self,
@@ -298,42 +294,17 @@ class Session:
         _, host = self._open()
         settings = host.frontend.check_sampling(**sampling)
         make_text = host.frontend.text_maker(settings, needed=True)
-        begin = partial(self._start, prompt, settings, is_whole)
-        request, generation = host.room.stream(begin, callbacks) or self._unstarted(settings)
+        request, generation = self._start(prompt, settings, is_whole)
         stream = TextStream(generation, request, make_text([request.prompt_ids]), callbacks)
         self._stream = weakref.ref(stream)
         host.holders.add(stream)
         return stream
 
-    def _unstarted(self, settings: SamplingSettings) -> tuple[Request, UnstartedGeneration]:
-        """What a turn is whose caller had enough while it waited."""
-        request = make_request(self.token_ids, settings, self.max_seq_len)
-        return request, UnstartedGeneration([request])
-
-    def _append(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, int]:
-        """Adds tokens without reading them: how many there were, and how many there are."""
-        core, _ = self._open()
-        length = len(core.token_ids())
-        ids = self._encode(prompt, add_special_tokens) or []
-        end = length + len(ids)
-        self._take_room(end, lambda: core.append(ids))
-        return length, end
-
-    def _take_room(self, num_tokens: int, begin: Callable[[], T]) -> T:
-        """begin(), which needs room for so many tokens.
-
-        Raises: NoRoomNow if it fails though the session and the cache could hold as many.
-        """
-        core, host = self._open()
-        config = host.core.config
-        fits = num_tokens <= min(core.max_seq_len, config.num_pages * config.page_size)
-        return start_now(begin) if fits else begin()
-
     def _start(
         self, prompt: list[int] | None, settings: SamplingSettings, is_whole: bool
     ) -> tuple[Request, _core.Generation]:
         """Starts a turn; is_whole: the prompt takes the place of the session's tokens."""
-        core, host = self._open()
+        core, _ = self._open()
         tokens = core.token_ids()
         ids = prompt or []
         keep = len(tokens)
@@ -342,20 +313,7 @@ class Session:
             tokens, ids = tokens[:keep], ids[keep:]
         room = core.most_tokens(keep, bool(ids))
         request = make_request(tokens + ids, settings, room)
-        generation = self._take_room(
-            request.num_tokens, lambda: core.start(ids, request.core_params(), keep)
-        )
-        return request, generation
-
-
-def _read(core: _core.Session, end: int, callbacks: Callbacks) -> bool:
-    """Reads up to `end` tokens into the cache; False if the caller stopped it."""
-    start = core.num_cached()
-    while not callbacks.wants_stop():
-        if not core.read_next():
-            return True
-        callbacks.report(core.num_cached() - start, end - start)
-    return False
+        return request, core.start(ids, request.core_params(), keep)
 
 
 def _common_length(one: Sequence[int], two: Sequence[int]) -> int:

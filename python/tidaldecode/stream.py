@@ -1,14 +1,14 @@
-"""Text while it is generated: one sequence, advanced step by step as its reader asks for more."""
+"""Text while it is generated: one sequence, handed out token by token as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
 
+from tidaldecode import _core
 from tidaldecode.batch import Callbacks, Request
 from tidaldecode.call_lock import CallLock
 from tidaldecode.results import GenerationResult, make_result
-from tidaldecode.room import StreamedGeneration, UnstartedGeneration
 from tidaldecode.text.detokenizer import TextAssembler
 
 
@@ -23,9 +23,9 @@ class TextStream(Iterator[str]):
 
     def __init__(
         self,
-        generation: StreamedGeneration | UnstartedGeneration,
+        generation: _core.Generation,
         request: Request,
-        assembler: TextAssembler,
+        assembler: TextAssembler | None,  # None: token ids only
         callbacks: Callbacks,
     ) -> None:
         """Takes over a generation of one sequence; Decoder.stream and Session.stream make these."""
@@ -37,31 +37,40 @@ class TextStream(Iterator[str]):
         self._pieces: list[str] = []
         self._lock = CallLock()  # held while a thread advances the generation or ends it
         self._is_closing = False
-        self._generation: StreamedGeneration | UnstartedGeneration | None = generation
+        self._generation: _core.Generation | None = generation
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        """The next piece of text; runs as many steps as it takes to have one."""
+        """The next piece of text; waits for as many tokens as it takes to have one."""
+        while not self._is_closing and self._generation is not None:
+            if piece := self.read(0.1):
+                return piece
+        raise StopIteration
+
+    def read(self, timeout: float) -> str:
+        """The next piece of text, if there is one within so many seconds; else an empty one.
+
+        Once the text has ended, `result` is set. Whatever is raised ends the stream.
+        """
         try:
-            while not self._is_closing:
-                with self._lock:
-                    if self._generation is None:
-                        break
-                    piece = self._advance(self._generation)
-                    self._pieces.append(piece)
-                if piece:
-                    return piece
+            if self._is_closing:
+                return ""
+            with self._lock:
+                if self._generation is None:
+                    return ""
+                piece = self._advance(self._generation, timeout)
+                self._pieces.append(piece)
+                return piece
         except BaseException:
             self.close()
             raise
-        raise StopIteration
 
-    def _advance(self, generation: StreamedGeneration | UnstartedGeneration) -> str:
+    def _advance(self, generation: _core.Generation, timeout: float) -> str:
         if self._callbacks.wants_stop():
             generation.stop(0, "abort")
-        events = generation.advance()  # nothing once it is stopped
+        events = generation.advance(timeout)  # nothing once it is stopped
         if not self.token_ids and not self._callbacks.stopped:
             self._callbacks.report(*generation.prefill_progress)
         if self._generation is None:  # a callback has closed the stream
@@ -69,13 +78,14 @@ class TextStream(Iterator[str]):
         tokens = [token_id for _, token_id in events]
         self.token_ids += tokens
         piece = ""
-        if not generation.done:
+        if self._assembler is not None and not generation.done:
             piece = self._assembler.push(events).get(0, "")
             tokens = []
             if self._assembler.matched_stop(0) is not None:
                 generation.stop(0, "stop")
         if generation.done:
-            piece += self._assembler.finish({0: tokens}).get(0, "")
+            if self._assembler is not None:
+                piece += self._assembler.finish({0: tokens}).get(0, "")
             self._end(piece)
         return piece
 
@@ -85,10 +95,11 @@ class TextStream(Iterator[str]):
         if generation is None:
             return
         generation.close()
+        assembler = self._assembler
         self.result = make_result(
             generation.results()[0],
-            text="".join(self._pieces) + last_piece,
-            matched_stop=self._assembler.matched_stop(0),
+            text="".join(self._pieces) + last_piece if assembler is not None else None,
+            matched_stop=assembler.matched_stop(0) if assembler is not None else None,
             stop_token_ids=self._stop_token_ids,
         )
         if self._callbacks.on_result is not None:

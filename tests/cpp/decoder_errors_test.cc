@@ -41,24 +41,27 @@ TEST_P(DecoderErrors, ASequenceLongerThanMaxSeqLen) {
                                {"512", "max_seq_len"});
 }
 
-TEST_P(DecoderErrors, MoreSequencesThanRows) {
-  ExpectRefused<CapacityError>(MakePrompts({1, 1, 1, 1, 1}), std::vector(5, Greedy(1)),
-                               {"need 5", "have 4", "max_batch_size"});
-  const auto running = decoder_->Start(MakePrompts({1, 1}), std::vector(2, Greedy(1)));
-  ExpectRefused<CapacityError>(MakePrompts({1, 1, 1}), std::vector(3, Greedy(1)),
-                               {"need 3", "have 2", "max_batch_size"});
-}
-
 TEST_P(DecoderErrors, MoreTokensThanPages) {
   DecodeConfig config = Dense();
   config.num_pages = 10;
   decoder_ = Make(config);
   EXPECT_EQ(decoder_->num_free_pages(), 10);
-  ExpectRefused<CapacityError>(MakePrompts({60, 100}), std::vector(2, Greedy(20)),
-                               {"need 13", "have 10", "num_pages"});
-  const auto running = decoder_->Start(MakePrompts({60}), {Greedy(20)});
+  ExpectRefused<CapacityError>(MakePrompts({60, 141}), std::vector(2, Greedy(20)),
+                               {"prompt 1", "11 pages", "have 10", "num_pages"});
+}
+
+// Nobody will give the pages back.
+TEST_P(DecoderErrors, PagesThatSessionsHold) {
+  DecodeConfig config = Dense();
+  config.num_pages = 10;
+  decoder_ = Make(config);
+  const auto session = decoder_->StartSession();
+  Finish(*session->Append(MakePrompts({80})[0]));
+  const auto running = decoder_->Start(MakePrompts({60, 90}), {Greedy(10), Greedy(1)});
+  EXPECT_TRUE(Throws<CapacityError>([&] { Finish(*running); }, {"90 tokens", "close sessions"}));
+  EXPECT_EQ(Finish(*running)[1].finish_reason, FinishReason::kError);
+  EXPECT_EQ(running->results()[0].token_ids.size(), 10u);
   EXPECT_EQ(decoder_->num_free_pages(), 5);
-  ExpectRefused<CapacityError>(MakePrompts({81}), {Greedy(1)}, {"need 6", "have 5", "num_pages"});
 }
 
 TEST_P(DecoderErrors, PromptsThatAreNone) {

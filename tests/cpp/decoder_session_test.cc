@@ -42,7 +42,7 @@ TEST_P(Sessions, ReadOnlyWhatIsNew) {
   const auto turn = session->Start(prompts[1], Greedy(10));
   EXPECT_EQ(turn->prefill_progress().tokens_total, 71);
   turn->Advance();
-  EXPECT_EQ(turn->prefill_progress().tokens_done, 64);
+  EXPECT_EQ(turn->prefill_progress().tokens_done, 49) << "a chunk ends with a page";
   EXPECT_TRUE(turn->results()[0].token_ids.empty());
   turn->Advance();
   EXPECT_EQ(turn->prefill_progress().tokens_done, 71);
@@ -59,18 +59,19 @@ TEST_P(Sessions, AppendedTokensAreReadAheadOfTheTurn) {
   const Prompts prompts = MakePrompts({130, 5, 40});
   const Ints want = One(*decoder, Join(prompts), Greedy(20));
   const auto session = decoder->StartSession();
-  session->Append(prompts[0]);
-  EXPECT_EQ(session->num_cached(), 0);
-  Read(*session);
+  const auto reading = session->Append(prompts[0]);
+  EXPECT_EQ(reading->prefill_progress().tokens_total, 129);
+  const auto read = Finish(*reading)[0];
+  EXPECT_EQ(read.finish_reason, FinishReason::kLength);
+  EXPECT_TRUE(read.token_ids.empty());
+  EXPECT_EQ(reading->prefill_progress().tokens_done, 129);
   EXPECT_EQ(session->num_cached(), 129);
-  EXPECT_FALSE(session->ReadNext());
-  session->Append(prompts[1]);
-  session->Append(prompts[2]);
+  Read(*session, Join({prompts[1], prompts[2]}));
+  EXPECT_EQ(session->num_cached(), 174);
   EXPECT_EQ(Turn(*session, {}, Greedy(20)), want);
   const auto eager = decoder->StartSession();
   for (const Ints& prompt : prompts) {
-    eager->Append(prompt);
-    Read(*eager);
+    Read(*eager, prompt);
   }
   EXPECT_EQ(Turn(*eager, {}, Greedy(20)), want);
 }
@@ -164,12 +165,22 @@ TEST_P(Sessions, ATurnThatHasNotReadItsTokensTakesThemBack) {
     const auto turn = session->Start(prompts[1], Greedy(9));
     turn->Advance();
     EXPECT_LT(decoder->num_free_pages(), free);
-    EXPECT_EQ(decoder->num_free_rows(), 3);
   }
   EXPECT_EQ(decoder->num_free_pages(), free);
   EXPECT_EQ(decoder->num_free_rows(), 4);
   EXPECT_EQ(session->token_ids(), text);
   EXPECT_EQ(Turn(*session, {}, Greedy(20)), Turn(*other, {}, Greedy(20)));
+}
+
+TEST_P(Sessions, TakeBackWhatTheyHaveNotFinishedReading) {
+  const auto decoder = Make(Dense());
+  const auto session = decoder->StartSession();
+  Read(*session, MakePrompts({40})[0]);
+  session->Append(MakePrompts({300})[0])->Advance();
+  EXPECT_EQ(session->token_ids().size(), 40u);
+  const auto one = decoder->StartSession();
+  EXPECT_TRUE(one->Append({7})->done()) << "its only token is the next turn's to read";
+  EXPECT_EQ(one->token_ids(), Ints{7});
 }
 
 TEST_P(Sessions, HoldPagesForTheirTokensAndForTheTurn) {
@@ -179,21 +190,20 @@ TEST_P(Sessions, HoldPagesForTheirTokensAndForTheTurn) {
   EXPECT_EQ(decoder->num_free_pages(), all);
   {
     const auto turn = session->Start(MakePrompts({30})[0], Greedy(40));
+    turn->Advance();
+    turn->Advance();
     EXPECT_EQ(decoder->num_free_pages(), all - 5) << "for 70 tokens";
-    EXPECT_EQ(decoder->num_free_rows(), 3);
-    turn->Advance();
-    turn->Advance();
     turn->Stop(0, FinishReason::kStop);
     EXPECT_EQ(decoder->num_free_pages(), all - 2) << "for 32";
     EXPECT_EQ(decoder->num_free_rows(), 4);
   }
-  session->Append(MakePrompts({1})[0]);
+  Read(*session, MakePrompts({1})[0]);
   EXPECT_EQ(decoder->num_free_pages(), all - 3);
   session->Truncate(16);
   EXPECT_EQ(decoder->num_free_pages(), all - 1);
   session->Truncate(0);
   EXPECT_EQ(decoder->num_free_pages(), all);
-  session->Append(MakePrompts({100})[0]);
+  Read(*session, MakePrompts({100})[0]);
   session.reset();
   EXPECT_EQ(decoder->num_free_pages(), all);
 }
@@ -220,8 +230,7 @@ TEST_P(Sessions, TruncatedOnesAreAsIfNothingHadFollowed) {
       Turn(*session, prompts[1], Greedy(20));
       session->Truncate(length);
       EXPECT_EQ(session->token_ids(), Ints(prompts[0].begin(), prompts[0].begin() + length));
-      fresh->Append(session->token_ids());
-      Read(*fresh);
+      Read(*fresh, session->token_ids());
       EXPECT_LE(session->num_cached(), length);
       const Ints got = Turn(*session, prompts[2], Greedy(20));
       const Ints want = Turn(*fresh, prompts[2], Greedy(20));
@@ -243,8 +252,7 @@ TEST_P(Sessions, GoOnFromWhereTheyWereTruncatedTo) {
   session->Truncate(120);
   EXPECT_EQ(Turn(*session, {}, Greedy(20)), Ints(want.begin() + 20, want.end()));
   session->Truncate(120);
-  session->Append(prompts[1]);
-  session->ReadNext();
+  session->Append(prompts[1])->Advance();
   session->Truncate(120);
   EXPECT_EQ(Turn(*session, {}, Greedy(20)), Ints(want.begin() + 20, want.end()));
 }
@@ -280,7 +288,7 @@ TEST_P(Sessions, TakeTurnsWithEachOtherAndWithCalls) {
   calls.push_back(two->Start(prompts[1], Drawn(25)));
   calls.push_back(decoder->Start({prompts[2]}, {Drawn(25)}));
   FinishInTurns(calls);
-  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(calls[i]->results()[0].token_ids, want[i]);
+  ExpectAnswers(calls, want);
 }
 
 TEST_P(Sessions, ShowTheSetsOfTheirLastTurnOnly) {
@@ -289,12 +297,11 @@ TEST_P(Sessions, ShowTheSetsOfTheirLastTurnOnly) {
   const Prompts prompts = MakePrompts({100, 20, 10});
   Turn(*session, prompts[0], Greedy(10));
   EXPECT_EQ(decoder->Selection(0)[0].token_idx[31], 108);
-  const auto turn = session->Start(prompts[1], Greedy(10));
-  EXPECT_TRUE(decoder->Selection(0).empty()) << "this turn has chosen nothing yet";
-  turn->Advance();
+  Turn(*session, prompts[1], Greedy(1));
   EXPECT_TRUE(decoder->Selection(0).empty()) << "its prompt was read densely";
-  Finish(*turn);
-  EXPECT_EQ(decoder->Selection(0)[0].token_idx[31], 138);
+  session->Truncate(129);
+  Turn(*session, {}, Greedy(10));
+  EXPECT_EQ(decoder->Selection(0)[0].token_idx[31], 137);
   session->Truncate(5);
   Turn(*session, prompts[2], Greedy(10));
   EXPECT_TRUE(decoder->Selection(0).empty()) << "never longer than the budget";
@@ -317,15 +324,32 @@ TEST_P(Sessions, RefuseWhatDoesNotFitAndStayUsable) {
   };
   refuse([&] { session->Start(prompts[1], Greedy(200)); }, {"112 tokens", "562", "512"});
   refuse([&] { session->Start({}, Greedy(std::numeric_limits<int64_t>::max())); }, {"512"});
-  refuse([&] { session->Start(prompts[1], Greedy(1)); }, {"16 pages", "13 free of 20"});
-  refuse([&] { session->Append(prompts[1]); }, {"16 pages", "13 free of 20"});
+  refuse([&] { session->Start(prompts[1], Greedy(1)); }, {"23 pages", "have 20 in all"});
+  refuse([&] { session->Append(prompts[1]); }, {"23 pages", "have 20 in all"});
   refuse([&] { other->Append(prompts[1]); }, {"250", "max_seq_len 200"});
   EXPECT_EQ(other->max_seq_len(), 200);
   EXPECT_TRUE(Throws<CapacityError>([&] { decoder->StartSession(513); }, {"513", "512"}));
-  const auto running = decoder->Start(Prompts(4, Ints{1}), std::vector(4, Greedy(1)));
-  refuse([&] { session->Start({}, Greedy(1)); }, {"have 0 free of max_batch_size 4"});
-  Finish(*running);
+  Read(*other, Ints(100, 1));  // nobody runs that would give its pages back
+  refuse([&] { session->Start(Ints(150, 1), Greedy(1)); }, {"10 pages", "6 free of 20"});
+  refuse([&] { session->Append(Ints(150, 1)); }, {"10 pages", "6 free of 20"});
   EXPECT_EQ(Turn(*session, {}, Greedy(16)).size(), 16u);
+}
+
+// While others run that will give pages back, a turn waits in line for them.
+TEST_P(Sessions, WaitForThePagesOfOthers) {
+  DecodeConfig config = Tidal();
+  config.num_pages = 32;
+  const auto decoder = Make(config);
+  const Prompts prompts = MakePrompts({300, 250});
+  const Ints want = One(*decoder, prompts[1], Greedy(12));
+  const auto session = decoder->StartSession();
+  const auto running = decoder->Start({prompts[0]}, {Greedy(200)});
+  const auto turn = session->Start(prompts[1], Greedy(12));
+  EXPECT_EQ(Finish(*turn)[0].token_ids.size(), 12u);
+  if (GetParam().dtype == DType::kFloat32) {  // other chunks round another cache
+    EXPECT_EQ(turn->results()[0].token_ids, want);
+  }
+  EXPECT_EQ(Finish(*running)[0].token_ids.size(), 200u);
 }
 
 TEST_P(Sessions, RefuseWhatMakesNoSense) {
@@ -343,11 +367,9 @@ TEST_P(Sessions, RefuseWhatMakesNoSense) {
   refuse([&] { session->Truncate(1); }, {"length: got 1"});
   refuse([&] { session->Truncate(-1); }, {"length: got -1"});
   refuse([&] { decoder->StartSession(-1); }, {"max_seq_len: got -1"});
-  EXPECT_FALSE(session->ReadNext());
   const auto turn = session->Start({1, 2}, Greedy(5));
   refuse([&] { session->Start({1}, Greedy(1)); }, {"a turn is running"});
   refuse([&] { session->Append({1}); }, {"a turn is running"});
-  refuse([&] { session->ReadNext(); }, {"a turn is running"});
   refuse([&] { session->Truncate(0); }, {"a turn is running"});
   refuse([&] { session->Fork(); }, {"a turn is running"});
   refuse([&] { session->token_ids(); }, {"a turn is running"});

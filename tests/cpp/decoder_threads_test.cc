@@ -94,7 +94,7 @@ TEST_P(Threads, EndAGenerationUnderOthersThatReadIt) {
   const auto decoder = Make(Tidal());
   const int64_t free = decoder->num_free_pages();
   for (int round = 0; round < 8; ++round) {
-    std::shared_ptr<Generation> generation = decoder->Start(prompts, {Greedy(60), Greedy(60)});
+    std::shared_ptr<Generation> generation = decoder->Start(prompts, {Greedy(400), Greedy(400)});
     auto read = [generation] {
       while (!generation->done()) generation->Advance();
     };
@@ -105,7 +105,7 @@ TEST_P(Threads, EndAGenerationUnderOthersThatReadIt) {
     };
     RunAll({read, read, end});
     EXPECT_EQ(decoder->num_free_pages(), free);
-    EXPECT_EQ(generation->results()[0].finish_reason, FinishReason::kStop);
+    EXPECT_NE(generation->results()[0].finish_reason, FinishReason::kNone);
     EXPECT_NE(generation->results()[1].finish_reason, FinishReason::kNone);
   }
 }
@@ -118,8 +118,7 @@ TEST_P(Threads, CloseASessionUnderOthersThatUseIt) {
     const auto session = decoder->StartSession();
     auto append = [&] {
       UntilRefused([&] {
-        session->Append(prompts[1]);
-        session->ReadNext();
+        Read(*session, prompts[1]);
         session->Truncate(0);
       });
     };

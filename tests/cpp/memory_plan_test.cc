@@ -102,7 +102,6 @@ void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
         maker.Make(prompt, runner.config().max_seq_len, MakeSamplingRow(params, slot)));
     Sequence& sequence = sequences.back();
     step.rows.push_back({.sequence = &sequence});
-    runner.MarkSeen(sequence, sequence.dense_len);
     Drawn drawn;
     while (!sequence.prefilled()) {
       BatchRow row = NextChunk(runner, sequence, sequence.dense_len);

@@ -162,13 +162,13 @@ TEST(SequencePages, OwnReplacesSharedPagesFromTheFirstTokenOn) {
   SequencePages three = two.Share(8);  // 0, 1
   EXPECT_EQ(pool.num_free(), 7);
   EXPECT_EQ(three.pages(), (Pages{0, 1}));
-  EXPECT_EQ(two.NumMissing(17, 10), 3);
+  EXPECT_EQ(two.NumMissing(17, 10, 10), 3);
   const auto copies = two.Own(17, 10, 10);
   ASSERT_EQ(copies.size(), 1u);
   EXPECT_EQ(copies[0].from, 2);
   EXPECT_EQ(copies[0].to, 3);
   EXPECT_EQ(two.pages(), (Pages{0, 1, 3, 4, 5}));
-  EXPECT_EQ(one.NumMissing(12, 10), 0) << "nobody else is left on page 2";
+  EXPECT_EQ(one.NumMissing(12, 10, 10), 0) << "nobody else is left on page 2";
   // From token 5 on: page 1 holds one that stays, nothing behind it does.
   const auto more = two.Own(17, 5, 5);
   ASSERT_EQ(more.size(), 1u);
@@ -222,7 +222,7 @@ TEST(SequencePages, NobodyWritesToAnothersPages) {
     } else {
       const int64_t first = length - static_cast<int64_t>(engine() % (length + 1)) / 3;
       const int64_t end = first + engine() % 9;
-      if (story.pages.NumMissing(end, first) > pool.num_free()) continue;
+      if (story.pages.NumMissing(end, first, first) > pool.num_free()) continue;
       for (const PageCopy& copy : story.pages.Own(end, first, first)) {
         std::copy_n(memory.begin() + copy.from * kPageSize, kPageSize,
                     memory.begin() + copy.to * kPageSize);

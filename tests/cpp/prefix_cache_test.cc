@@ -167,7 +167,7 @@ TEST(PrefixCache, AnOwnerCopiesAKnownPageBeforeItWrites) {
   PrefixCache cache(pool);
   SequencePages pages(pool, 8);
   cache.Publish(Count(8), pages.pages(), "");
-  EXPECT_EQ(pages.NumMissing(8, 6), 1);
+  EXPECT_EQ(pages.NumMissing(8, 6, 6), 1);
   const auto copies = pages.Own(8, 6, 6);
   ASSERT_EQ(copies.size(), 1u);
   EXPECT_EQ(copies[0].from, 1);
@@ -277,7 +277,7 @@ TEST(PrefixCache, AgreesWithADictionary) {
         ASSERT_EQ(held.second, Prefix(tokens, (i + 1) * kPageSize));
       }
       const auto length = static_cast<int64_t>(tokens.size());
-      if (story->pages.NumMissing(length, found) > pool.num_free()) {
+      if (story->pages.NumMissing(length, found, found) > pool.num_free()) {
         ASSERT_THROW(story->pages.Own(length, found, found), CapacityError);
         ++num_full;
         continue;

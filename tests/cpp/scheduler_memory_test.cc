@@ -32,7 +32,7 @@ TEST(SchedulerMemory, PagesAreTakenAsTokensCome) {
   EXPECT_EQ(rig.pool.num_free(), 59) << "19 cached tokens";
   EXPECT_EQ(rig.scheduler.stats().pages_held, 5);
   rig.StepUntilDone();
-  const SchedulerStats stats = rig.scheduler.stats();
+  const DecoderStats stats = rig.scheduler.stats();
   EXPECT_EQ(stats.pages_held, 0);
   EXPECT_EQ(stats.pages_cached, 39 / 4);
   EXPECT_EQ(stats.pages_free, 64 - 39 / 4);
@@ -107,7 +107,7 @@ TEST(SchedulerMemory, KnownPrefixesMakeRoomBeforeAnybodyIsPaused) {
   const RequestId id = rig.Submit(MakePrompt(1, 12), 50);
   rig.StepUntilDone();
   EXPECT_EQ(rig.scheduler.stats().num_pauses, 0);
-  EXPECT_GE(rig.scheduler.stats().prefixes.evictions, 11);
+  EXPECT_GE(rig.prefixes.stats().evictions, 11);
   EXPECT_EQ(rig.Generated(id), FakeModel::Continue(MakePrompt(1, 12), 50));
 }
 
@@ -167,7 +167,6 @@ TEST(SchedulerMemory, ASessionsTurnIsNotPaused) {
   const RequestId older = rig.Submit(MakePrompt(2, 8), 40);
   rig.Step();
   Sequence sequence = rig.MakeSequence(MakePrompt(1, 10));
-  sequence.pages.Own(30, 0, 0);
   Request request;
   request.sampling.max_new_tokens = 20;
   request.keeps_pages = true;
@@ -180,6 +179,25 @@ TEST(SchedulerMemory, ASessionsTurnIsNotPaused) {
   EXPECT_EQ(rig.scheduler.Get(turn).num_pauses, 0);
   EXPECT_EQ(rig.Generated(turn), FakeModel::Continue(MakePrompt(1, 10), 20));
   EXPECT_EQ(rig.Generated(older), FakeModel::Continue(MakePrompt(2, 8), 40));
+}
+
+// Whoever holds the pages is given a while to let go of them.
+TEST(SchedulerMemory, TheFirstInLineWaitsAWhileForOthersPages) {
+  RigOptions options = Small(8);
+  options.limits.max_stuck_ms = 100.0;
+  for (const bool comes : {true, false}) {
+    Rig rig(options);
+    SequencePages session(rig.pool, 4 * 6);
+    const RequestId id = rig.Submit(MakePrompt(1, 10), 4);
+    EXPECT_FALSE(rig.Step());
+    rig.now_ms += 90.0;
+    EXPECT_FALSE(rig.Step());
+    EXPECT_EQ(rig.scheduler.Get(id).status, RequestStatus::kQueued);
+    if (comes) session.Release();
+    rig.now_ms += 20.0;
+    rig.StepUntilDone();
+    EXPECT_EQ(rig.Reason(id), comes ? FinishReason::kLength : FinishReason::kError);
+  }
 }
 
 TEST(SchedulerMemory, ALowerPriorityMakesRoom) {
@@ -287,7 +305,7 @@ class RandomLife {
   }
 
   // Everything has ended and come back.
-  void CheckEnd(SchedulerStats& total) {
+  void CheckEnd(DecoderStats& total, int64_t& num_evictions) {
     for (const RequestId id : ids_) {
       EXPECT_EQ(rig_.scheduler.Get(id).status, RequestStatus::kFinished);
     }
@@ -296,16 +314,16 @@ class RandomLife {
       rig_.scheduler.Remove(ids_.back());
       ids_.pop_back();
     }
-    const SchedulerStats stats = rig_.scheduler.stats();
+    const DecoderStats stats = rig_.scheduler.stats();
     EXPECT_EQ(stats.num_reading + stats.num_decoding + stats.num_waiting + stats.num_paused, 0);
     EXPECT_EQ(stats.pages_held, 0);
     EXPECT_EQ(rig_.pool.num_free(), rig_.pool.num_pages());
-    EXPECT_EQ(stats.pages_cached, stats.prefixes.pages);
+    EXPECT_EQ(stats.pages_cached, rig_.prefixes.stats().pages);
     total.num_pauses += stats.num_pauses;
     total.num_finished += stats.num_finished;
     total.cached_tokens += stats.cached_tokens;
     total.generated_tokens += stats.generated_tokens;
-    total.prefixes.evictions += stats.prefixes.evictions;
+    num_evictions += rig_.prefixes.stats().evictions;
   }
 
  private:
@@ -318,6 +336,7 @@ class RandomLife {
     options.limits.max_rows = 1 + Below(6);
     options.limits.max_pass_tokens = 4 + Below(40);
     options.limits.max_pass_draws = 4 + Below(20);
+    options.limits.max_check_tokens = 2 + Below(20);
     options.limits.max_chunk_ms = 3.1 + static_cast<double>(Below(10)) * 0.1;
     options.limits.max_seq_len = 90;
     return options;
@@ -393,14 +412,10 @@ class RandomLife {
     request.keeps_pages = true;
     // What was decoded sparsely a session corrects before its turn.
     if (sequence->num_sparse > 0) request.decoding.verifies = false;
+    if (sequence->cached + 1 < length && Chance(5)) request.sampling.max_new_tokens = 0;
     const auto need =
         static_cast<int64_t>(sequence->tokens.size()) + request.sampling.max_new_tokens;
-    if (need > 90 || sequence->pages.NumMissing(need, sequence->cached - sequence->num_sparse) >
-                         rig_.pool.num_free()) {
-      return;
-    }
-    rig_.model.Copy(
-        sequence->pages.Own(need, sequence->cached - sequence->num_sparse, sequence->cached));
+    if (need > 90 || rig_.pool.PagesFor(need) > rig_.pool.num_pages()) return;
     ids_.push_back(rig_.scheduler.Add(request, std::move(*sequence), rig_.now_ms));
   }
 
@@ -433,17 +448,18 @@ class RandomLife {
 
 // 100,000 requests of every kind in 1,000 schedulers of every size.
 TEST(SchedulerMemory, AllPagesAndRowsComeBackWhateverHappens) {
-  SchedulerStats total;
+  DecoderStats total;
+  int64_t num_evictions = 0;
   for (uint32_t seed = 0; seed < 1000; ++seed) {
     RandomLife life(seed);
     life.Run(120);
-    life.CheckEnd(total);
+    life.CheckEnd(total, num_evictions);
     ASSERT_FALSE(::testing::Test::HasFailure()) << "seed " << seed;
   }
   EXPECT_GT(total.num_finished, 100000);
   EXPECT_GT(total.num_pauses, 5000);
   EXPECT_GT(total.cached_tokens, 100000);
-  EXPECT_GT(total.prefixes.evictions, 100000);
+  EXPECT_GT(num_evictions, 100000);
 }
 
 }  // namespace

@@ -55,6 +55,7 @@ int32_t FakeModel::Draw(const CacheEntry& entry, bool is_sparse) {
 
 Drawn FakeModel::Run(const Batch& batch) {
   CheckBatch(batch);
+  Copy(batch.copies);
   Drawn drawn;
   ChunkWork work;
   for (const BatchRow& row : batch.rows) {
@@ -156,6 +157,10 @@ void Rig::CheckLimits(const Batch& batch) const {
   }
   EXPECT_LE(static_cast<int64_t>(batch.rows.size()), limits.max_rows) << ToString(batch);
   if (batch.is_step()) return;  // a row of each request, whatever a pass may take
+  if (num_draws == num_tokens) {
+    EXPECT_LE(num_tokens, limits.max_check_tokens) << ToString(batch);
+    return;
+  }
   EXPECT_LE(num_tokens, limits.max_pass_tokens) << ToString(batch);
   EXPECT_LE(num_draws, limits.max_pass_draws) << ToString(batch);
   EXPECT_LE(num_logits, limits.max_pass_draws) << ToString(batch);

@@ -70,6 +70,7 @@ struct RigOptions {
   SchedulerLimits limits{.max_rows = 4,
                          .max_pass_tokens = 64,
                          .max_pass_draws = 40,
+                         .max_check_tokens = 40,
                          .max_seq_len = 200,
                          .output_reserve = 8};
 };

@@ -411,13 +411,12 @@ TEST(Scheduler, SpoiltDraftsAreForgotten) {
   EXPECT_EQ(rig.Reason(id), FinishReason::kLength);
 }
 
-// A session's sequence comes with pages for its turn, is never paused, and has them afterwards.
+// A session's sequence is let in with pages for its turn, is never paused, and has them afterwards.
 TEST(Scheduler, ASessionKeepsItsPages) {
   RigOptions options;
   options.num_pages = 20;
   Rig rig(options);
   Sequence sequence = rig.MakeSequence(MakePrompt(1, 10));
-  sequence.pages.Own(30, 0, 0);
   Request request = TidalRequest(20, 4);
   rig.model.dense_len[kTidal] = 4;
   request.keeps_pages = true;
@@ -434,7 +433,6 @@ TEST(Scheduler, ASessionKeepsItsPages) {
   EXPECT_EQ(left.sequence.clean_len, 10);
 
   // A turn without a prompt goes on with a step.
-  left.sequence.pages.Own(32, 29, 29);
   request.sampling.max_new_tokens = 2;
   rig.passes.clear();
   const RequestId next = rig.scheduler.Add(request, std::move(left.sequence), rig.now_ms);
@@ -442,10 +440,39 @@ TEST(Scheduler, ASessionKeepsItsPages) {
   EXPECT_EQ(rig.passes, (Passes{"plan 1: 29 +1 draw 1", "plan 1: 30 +1 draw 1"}));
   EXPECT_EQ(rig.scheduler.Get(next).num_new(), 2);
 
-  Sequence poor = rig.MakeSequence(MakePrompt(1, 10));
-  poor.pages.Own(8, 0, 0);
-  EXPECT_TRUE(Throws<InvalidArgument>([&] { rig.scheduler.Add(request, std::move(poor), 0.0); },
-                                      {"keeps its pages", "lacks"}));
+  // What could never fit is refused.
+  request.sampling.max_new_tokens = 71;
+  EXPECT_TRUE(Throws<CapacityError>(
+      [&] { rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 10)), 0.0); },
+      {"21 pages", "have 20"}));
+}
+
+// Two that began as one write to pages of their own; the copies go with the first pass.
+TEST(Scheduler, ForksCopyThePagesThatTheyWriteTo) {
+  Rig rig;
+  Request request;
+  request.sampling.max_new_tokens = 6;
+  request.keeps_pages = true;
+  const RequestId first =
+      rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 10)), rig.now_ms);
+  rig.StepUntilDone();
+  Sequence one = rig.scheduler.Remove(first).sequence;
+  Sequence other = rig.MakeSequence(one.tokens);
+  other.dense_len = one.dense_len;
+  other.cached = other.clean_len = one.cached;
+  {
+    SequencePages shared = one.pages.Share(one.cached);
+    other.pages.Adopt(shared.pages());
+  }
+  const RequestId ids[] = {rig.scheduler.Add(request, std::move(one), rig.now_ms),
+                           rig.scheduler.Add(request, std::move(other), rig.now_ms)};
+  rig.StepUntilDone();
+  for (const RequestId id : ids) {
+    Tokens tokens = rig.Generated(first);
+    const Tokens more = rig.Generated(id);
+    tokens.insert(tokens.end(), more.begin(), more.end());
+    EXPECT_EQ(tokens, FakeModel::Continue(MakePrompt(1, 10), 12));
+  }
 }
 
 }  // namespace

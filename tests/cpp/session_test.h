@@ -35,10 +35,7 @@ class SessionTest : public DecoderTest {
   static Ints Turn(Session& session, const Ints& token_ids, const SamplingParams& params) {
     return Finish(*session.Start(token_ids, params))[0].token_ids;
   }
-  static void Read(Session& session) {
-    while (session.ReadNext()) {
-    }
-  }
+  static void Read(Session& session, const Ints& token_ids) { Finish(*session.Append(token_ids)); }
   static Ints One(Decoder& decoder, const Ints& prompt, const SamplingParams& params) {
     return Generate(decoder, {prompt}, params)[0].token_ids;
   }

@@ -141,6 +141,10 @@ DecodeConfig DecoderTest::Dense() const {
   config.prefill_chunk = 64;
   config.token_budget = 32;
   config.num_threads = 1;  // tests run side by side; ThreadsDoNotChangeBits tries more
+  // So that passes do not depend on time, or on what was read before.
+  config.prefix_cache = false;
+  config.max_chunk_ms = 1e9;
+  config.decode_share = 0.0;
   return config;
 }
 
@@ -182,6 +186,18 @@ void DecoderTest::FinishInTurns(const std::vector<std::unique_ptr<Generation>>& 
       call->Advance();
       running = running || !call->done();
     }
+  }
+}
+
+void DecoderTest::ExpectAnswers(const std::vector<std::unique_ptr<Generation>>& calls,
+                                const std::vector<Ints>& alone) const {
+  ASSERT_EQ(calls.size(), alone.size());
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Ints tokens = calls[i]->results()[0].token_ids;
+    if (is_cpu()) {
+      EXPECT_EQ(tokens, alone[i]) << i;
+    }
+    EXPECT_EQ(tokens.size(), alone[i].size()) << i;
   }
 }
 

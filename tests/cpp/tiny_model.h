@@ -59,6 +59,10 @@ class DecoderTest : public ::testing::TestWithParam<BackendCase> {
   static std::vector<SequenceResult> Finish(Generation& generation);
   // One Advance of each, again and again until all are done.
   static void FinishInTurns(const std::vector<std::unique_ptr<Generation>>& calls);
+  // Calls of one prompt each that were decoded together gave what they give alone. On CUDA a batch
+  // row equals the row alone to rounding only, so there as many.
+  void ExpectAnswers(const std::vector<std::unique_ptr<Generation>>& calls,
+                     const std::vector<Ints>& alone) const;
 
   ModelConfig model_ = TinyConfig();
   TinyModel weights_{model_, 5};

@@ -86,7 +86,10 @@ VALID: dict[str, tuple[str, ...]] = {
     "page_size": ("None", "8", "16"),
     "num_pages": ("None", "16"),
     "gpu_memory_utilization": ("None", "0.5"),
+    "prefix_cache": ("None", "False"),
     "prefill_chunk": ("None", "16"),
+    "max_chunk_ms": ("None", "0.5"),
+    "decode_share": ("None", "0", "0.5"),
     "cuda_graphs": ("None", "False"),
     "num_threads": ("1", "2"),
 }

@@ -224,7 +224,9 @@ for make in (generation, session, lambda: decoder.start_replay([[5, 6]], 4)):
             made.advance()
         assert len(made.results()[0].token_ids) == 3
     elif make is session:
-        made.append([5, 6])
+        reading = made.append([5, 6])
+        while not reading.done:
+            reading.advance()
         assert made.fork().token_ids() == [5, 6]
     else:
         assert len(made.greedy(core_config(settings, None, folder), 3, [])[0]) == 3

@@ -17,6 +17,7 @@ import pytest
 import typer.main
 
 import feature_runs
+import request_runs  # noqa: F401  adds its runs
 import tidaldecode
 from feature_runs import NAMES, RUNS, Bench
 from tidaldecode import _core

@@ -41,7 +41,8 @@ def test_calibrate(bare_demo: Path, capsys, dtype: str):
     assert plan["held_out"]["same"] >= 0.8 * plan["held_out"]["counted"]
     with Decoder(bare_demo, device="cuda", dtype=dtype, max_seq_len=512) as decoder:
         assert decoder.plan_source == "tidal_plan.json, calibrated"
-        assert decoder.config.select_layers == tuple(plan["select_layers"])
+        for kind in ("select_layers", "scored_layers"):
+            assert getattr(decoder.config, kind) == (tuple(plan.get(kind, ())) or None)
 
 
 def test_eval(demo_model: Path, tmp_path: Path, capsys, dtype: str):

@@ -132,11 +132,14 @@ class TestCounts:
                 rate = counts.accepted_tokens / counts.drafted_tokens
                 assert counts.acceptance_rate == pytest.approx(rate)
 
-    def test_neighbours_do_not_change_them(self, folder, prompts):
+    def test_every_token_is_a_draft_or_was_drawn_densely(self, folder, prompts):
+        """How many are drafted at a time depends on the neighbours; the tokens do not."""
         decoder = open_decoder(folder, verify=True, max_batch_size=8, **TIDAL)
         together = generate(decoder, prompts)
         for prompt, result in zip(prompts, together, strict=True):
-            assert generate(decoder, [prompt])[0].verification == result.verification
+            counts = result.verification
+            assert counts.accepted_tokens + counts.dense_passes == len(result.token_ids) - 1
+            assert generate(decoder, [prompt])[0].token_ids == result.token_ids
 
     def test_only_verified_calls_have_them(self, folder, dense, prompts):
         assert generate(dense, prompts[:1])[0].verification is None

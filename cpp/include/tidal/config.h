@@ -133,10 +133,17 @@ struct DecodeConfig : PlanConfig {
   // GPU's own; of a host's, which other programs use too, what is free.
   double gpu_memory_utilization = 0.9;
 
+  // Whether prompts find the pages of what was read before (kv/prefix_cache.h).
+  bool prefix_cache = true;
+
   // Execution.
   int64_t prefill_chunk = 0;  // prompt tokens per pass; 0: the backend's choice
-  bool cuda_graphs = true;    // false: launch every kernel of a step by itself
-  int32_t num_threads = 0;    // CPU backend; 0: one per processor it may use
+  // While anybody decodes, a pass over prompts takes at most so long, > 0, and decoding gets at
+  // least this share of the time, in [0, 1). A share of 0 reads all prompts first.
+  double max_chunk_ms = 60.0;
+  double decode_share = 0.25;
+  bool cuda_graphs = true;  // false: launch every kernel of a step by itself
+  int32_t num_threads = 0;  // CPU backend; 0: one per processor it may use
 };
 
 // How one sequence chooses its next tokens and when it ends.

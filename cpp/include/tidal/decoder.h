@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,30 +19,37 @@ namespace tidal {
 
 class Decoder;
 
-// One running call: its sequences own pages and batch rows until they end. Several may be alive at
-// once.
+// One running call. A thread of the decoder advances all calls together, whether anybody waits for
+// them or not; this hands out what came of one.
 //
 // This class, Replay and Session may be used from several threads and hold what they need of their
-// Decoder: calls wait for each other, and throw InvalidArgument once the object or its Decoder is
-// closed. In a child made by fork() they throw UnsupportedError; closing or destroying
-// them there does nothing.
+// Decoder: they throw InvalidArgument once the object or its Decoder is closed. In a child made by
+// fork() they throw UnsupportedError; closing or destroying them there does nothing.
 class Generation {
  public:
   ~Generation();
   Generation(const Generation&) = delete;
   Generation& operator=(const Generation&) = delete;
 
-  // Does one unit of work (a prefill chunk, a decode step, or a round of drafts with their check)
-  // and returns at most one new token of each sequence: none for a chunk that does not end a
-  // prompt. More tokens of a round are returned by the calls after it, which then do no work. Does
-  // nothing once done().
-  std::vector<TokenEvent> Advance();
+  // Waits, at most so many seconds, for a pass that a sequence of this call had part in, and
+  // returns at most one new token of each: none of a chunk that does not end a prompt, or once the
+  // time is over. More tokens of a round of drafts are returned by the calls after it. Returns
+  // nothing once done(). Throws what the pass has failed with, and CapacityError if sessions hold
+  // the pages that a sequence needs.
+  std::vector<TokenEvent> Advance(double timeout_s = std::numeric_limits<double>::infinity());
 
-  // Neither waits for a call under way.
+  // Where a sequence is, which may be ahead of what has been handed out.
+  RequestStatus Status(int64_t sequence) const;
+
+  // From now on adds 1 to this eventfd whenever Advance() has something to return; -1: no more.
+  void NotifyAt(int fd);
+
+  // Whether all ends have been handed out. Neither of these waits.
   bool done() const;
   PrefillProgress prefill_progress() const;
 
-  // Ends a sequence (a stop string was found, the user cancelled). No effect if it has ended.
+  // Ends a sequence (a stop string was found, the user cancelled) where its results are. Waits for
+  // the pass under way. No effect if it has ended.
   void Stop(int64_t sequence, FinishReason reason);
 
   // Ends all sequences that still run (kAbort), as destruction does. Their results stay.
@@ -98,9 +106,8 @@ class Replay {
 };
 
 // A conversation: its tokens stay in the cache from one turn to the next. Owns pages for them, and
-// while a turn runs for max_new_tokens more; a batch row only while a turn runs. One turn at a
-// time: until its Generation is done or destroyed, what reads or changes the tokens throws
-// InvalidArgument.
+// from when a turn is let in for max_new_tokens more. One turn at a time: until its Generation is
+// done or destroyed, what reads or changes the tokens throws InvalidArgument.
 //
 // What Append and Start are given is read densely, however often the session has decoded before.
 // What was generated stays as it was decoded, a stop token at the end included; the last token,
@@ -112,17 +119,15 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Adds tokens and reserves pages for them. Throws InvalidArgument and CapacityError, the session
-  // being as before.
-  void Append(const std::vector<int32_t>& token_ids);
-
-  // Reads the next chunk of what was appended; the last token is left to the turn. Returns false
-  // once there is none. Throws CapacityError where a fork has to copy a page and none is free.
-  bool ReadNext();
+  // A turn that generates nothing: adds tokens and reads all but the last, which is left to the
+  // next turn. Throws as Start does.
+  std::unique_ptr<Generation> Append(const std::vector<int32_t>& token_ids);
 
   // A turn: keeps the first `keep` tokens (none given: all), adds token_ids, which may be empty,
   // and generates after them; without token_ids it goes on as if the last turn had not ended.
-  // Reserves what the turn can need. Throws as Append does. A turn that ends before its tokens have
+  // Waits in line for a row, and for pages for all that it can need. Throws InvalidArgument, and
+  // CapacityError for what could never fit or lacks pages that nobody will give back, the session
+  // being as before. A turn that ends before its tokens have
   // been read takes them back; any other leaves them and what was generated.
   std::unique_ptr<Generation> Start(const std::vector<int32_t>& token_ids,
                                     const SamplingParams& params,
@@ -179,11 +184,12 @@ class Decoder {
   // step under way. The memory comes back when the Decoder and all that it started are destroyed.
   void Close();
 
-  // Reserves pages and rows for all sequences of the call, each up to prompt + max_new_tokens.
-  // params has one entry per prompt. Throws InvalidArgument for a bad prompt or parameter and
-  // CapacityError if the call does not fit, before any work is done.
+  // Starts a call; its sequences wait in line for rows and pages. params has one entry per prompt.
+  // Throws InvalidArgument for a bad prompt or parameter, CapacityError for what could never fit,
+  // OutOfMemoryError for a plan without room.
   std::unique_ptr<Generation> Start(const std::vector<std::vector<int32_t>>& prompts,
-                                    const std::vector<SamplingParams>& params);
+                                    const std::vector<SamplingParams>& params,
+                                    const CallOptions& options = {});
 
   // Logits of the last `num_positions` tokens after dense prefill: [num_positions, vocab_size]
   // float32.
@@ -217,12 +223,14 @@ class Decoder {
   // runs and others have stepped since.
   std::vector<LayerSelection> Selection(int64_t sequence) const;
 
+  DecoderStats stats() const;
+
   const ModelConfig& model() const;
   const DecodeConfig& config() const;  // with automatic values filled in
   const DecodePlan& plan() const;
   const MemoryPlan& memory_plan() const;
-  int64_t num_free_pages() const;
-  int64_t num_free_rows() const;  // batch rows no running sequence owns
+  int64_t num_free_pages() const;  // that no sequence holds
+  int64_t num_free_rows() const;   // batch rows that no running sequence owns
 
  private:
   friend class Generation;

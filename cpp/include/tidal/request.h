@@ -1,11 +1,26 @@
-// What a call gives for each of its prompts, token by token and at its end. Plain values.
+// What a call may ask for beside its prompts, and what it gives for each of them, token by token
+// and at its end. Plain values.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "tidal/config.h"
+
 namespace tidal {
+
+struct CallOptions {
+  // What its steps go through; none is the decoder's plan, one without layers that choose is dense.
+  // Takes memory for its sets where the decoder has no equal plan, as long as the call lives.
+  std::optional<PlanConfig> plan{};
+  std::optional<bool> verify{};  // as DecodeConfig::verify; none is the decoder's
+  int32_t priority = 0;          // calls with lower ones go first
+  std::string cache_salt{};      // only calls with the same one find each other's prompts
+};
+
+enum class RequestStatus : int32_t { kQueued, kReading, kDecoding, kPaused, kFinished };
 
 enum class FinishReason : int32_t {
   kNone,    // still running
@@ -42,6 +57,25 @@ struct TokenEvent {
 struct PrefillProgress {
   int64_t tokens_done = 0;
   int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
+};
+
+// What a decoder is at, and what it has done since it began.
+struct DecoderStats {
+  int64_t num_waiting = 0;  // requests that have not begun
+  int64_t num_reading = 0;
+  int64_t num_decoding = 0;
+  int64_t num_paused = 0;    // they gave their pages to others, and go on when there is room
+  int64_t pages_free = 0;    // these three are all pages
+  int64_t pages_held = 0;    // that belong to requests and sessions
+  int64_t pages_cached = 0;  // that the prefix cache knows and nobody owns: room as well
+  // Since the start:
+  int64_t num_chunks = 0;  // passes that read prompts, corrected or checked drafts
+  int64_t num_steps = 0;   // passes that decoded a token of each row
+  int64_t num_pauses = 0;
+  int64_t num_finished = 0;
+  int64_t read_tokens = 0;    // of prompts, by passes
+  int64_t cached_tokens = 0;  // of prompts, found in the prefix cache
+  int64_t generated_tokens = 0;
 };
 
 // The positions one choosing layer (S or P) chose for one sequence in its last sparse step.

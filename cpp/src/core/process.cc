@@ -3,6 +3,8 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 
 #include "tidal/error.h"
 
@@ -19,16 +21,35 @@ std::atomic<bool>& IsEnding() {
   return is_ending;
 }
 
+// Threads in a ProcessWork.
+std::atomic<int>& NumWorking() {
+  static std::atomic<int> num_working{0};
+  return num_working;
+}
+
 }  // namespace
 
 uint64_t ForkDepth() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++Depth(); });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    ++Depth();
+    NumWorking() = 0;  // a child has none of its parent's threads
+  });
   static_cast<void>(registered);
   return Depth();
 }
 
 void EndProcess() {
   IsEnding() = true;
+  while (NumWorking() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+ProcessWork::ProcessWork() {
+  ++NumWorking();
+  may_run_ = !IsEnding();
+}
+
+ProcessWork::~ProcessWork() {
+  --NumWorking();
 }
 
 void CheckProcessRuns() {

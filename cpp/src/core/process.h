@@ -24,8 +24,23 @@ class ProcessMark {
   uint64_t depth_ = ForkDepth();
 };
 
-// Tells every thread that the process is about to exit.
+// Tells every thread that the process is about to exit, and waits for those that are at work.
 void EndProcess();
+
+// A stretch of work of a thread that serves no call. Whether it may begin, ask may_run().
+class ProcessWork {
+ public:
+  ProcessWork();
+  ~ProcessWork();
+  ProcessWork(const ProcessWork&) = delete;
+  ProcessWork& operator=(const ProcessWork&) = delete;
+
+  // False once the process ends.
+  bool may_run() const { return may_run_; }
+
+ private:
+  bool may_run_;
+};
 
 // Throws BackendError after EndProcess().
 void CheckProcessRuns();

@@ -25,6 +25,7 @@ struct BatchRow {
 struct Batch {
   std::vector<BatchRow> rows;
   PlanId plan = PlanId::kDense;
+  std::vector<PageCopy> copies{};  // of whole pages, before anything else
 
   bool is_step() const;
 };

@@ -81,6 +81,7 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
+  seen_.resize(static_cast<size_t>(config_.max_batch_size + 1));  // and the scratch slot
   plans_.emplace(PlanId::kDense, MakePlan(PlanId::kDense, WithoutChoice(config_)));
   plans_.emplace(PlanId::kDecoder, MakePlan(PlanId::kDecoder, config_));
   Warm();
@@ -118,12 +119,6 @@ bool ModelRunner::verifies() const {
   return Verifies(config_, plan_);
 }
 
-void ModelRunner::MarkSeen(const Sequence& sequence, int64_t num_tokens) {
-  if (sequence.sampling.repetition_penalty == 1.0f) return;
-  buffers_->seen.Set(sequence.sampling.slot,
-                     std::span(sequence.tokens).first(static_cast<size_t>(num_tokens)));
-}
-
 void ModelRunner::CopyPages(const std::vector<PageCopy>& copies) {
   cache_->Copy(*backend_, copies);
   for (const auto& [id, active] : plans_) {
@@ -147,7 +142,38 @@ Drawn ModelRunner::Run(const Batch& batch) {
   CheckProcessRuns();
   CheckBatch(batch);
   CheckFits(batch);
-  return batch.is_step() ? RunStep(batch) : RunChunk(batch);
+  CopyPages(batch.copies);
+  MarkSeen(batch);
+  Drawn drawn = batch.is_step() ? RunStep(batch) : RunChunk(batch);
+  MarkDrawn(batch, drawn);
+  return drawn;
+}
+
+void ModelRunner::MarkSeen(const Batch& batch) {
+  for (const BatchRow& row : batch.rows) {
+    const Sequence& sequence = *row.sequence;
+    if (row.num_draws == 0 || sequence.sampling.repetition_penalty == 1.0f) continue;
+    const int64_t count = sequence.cached + row.num_tokens - row.num_draws + 1;
+    const auto tokens = std::span(sequence.tokens).first(static_cast<size_t>(count));
+    Seen& seen = seen_[static_cast<size_t>(sequence.sampling.slot)];
+    // What was drawn need not be what stands there now.
+    const bool is_marked = seen.sequence_id == sequence.id && seen.num_tokens == count &&
+                           seen.drawn.size() <= tokens.size() &&
+                           std::equal(seen.drawn.rbegin(), seen.drawn.rend(), tokens.rbegin());
+    if (is_marked) continue;
+    buffers_->seen.Set(sequence.sampling.slot, tokens);
+    seen = {.sequence_id = sequence.id, .num_tokens = count, .drawn = {}};
+  }
+}
+
+void ModelRunner::MarkDrawn(const Batch& batch, const Drawn& drawn) {
+  for (size_t i = 0; i < batch.rows.size(); ++i) {
+    const BatchRow& row = batch.rows[i];
+    if (row.num_draws == 0 || row.sequence->sampling.repetition_penalty == 1.0f) continue;
+    Seen& seen = seen_[static_cast<size_t>(row.sequence->sampling.slot)];
+    seen.num_tokens += row.num_draws;
+    seen.drawn = drawn.tokens[i];
+  }
 }
 
 void ModelRunner::CheckFits(const Batch& batch) const {

@@ -31,7 +31,8 @@ class ModelRunner {
   // All that was allocated on the device so far, by purpose.
   const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
-  // Caches the batch's tokens, in order of its rows, and draws. Moves each sequence's `cached`, and
+  // Copies pages as asked, caches the batch's tokens, in order of its rows, and draws. Moves each
+  // sequence's `cached`, and
   // what it says of the tokens before, past them; its tokens stay as they are. The logits of a
   // decode step are those that its draw has worked on: the model's own for greedy rows without
   // penalty. Throws InvalidArgument for a batch that CheckBatch refuses, CapacityError for one of
@@ -58,9 +59,8 @@ class ModelRunner {
   // Greedy parameters for rows whose draw nobody keeps.
   SamplingRow ScratchSampling() const { return buffers_->sampler.scratch_row(); }
 
-  // Marks the sequence's first num_tokens tokens, and no others, in its sampling slot, if its
-  // parameters ask for it. Draws mark what they draw.
-  void MarkSeen(const Sequence& sequence, int64_t num_tokens);
+  // The most tokens of a pass, prompts' chunks and checks of drafts alike.
+  int64_t max_pass_tokens() const { return buffers_->passes.largest().num_tokens; }
 
   // Whole pages, as SequencePages::Own asks for.
   void CopyPages(const std::vector<PageCopy>& copies);
@@ -69,9 +69,22 @@ class ModelRunner {
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
 
  private:
+  // What a sampling slot has seen: the first num_tokens tokens of a sequence, the last of which are
+  // `drawn`.
+  struct Seen {
+    uint64_t sequence_id = 0;
+    int64_t num_tokens = 0;
+    std::vector<int32_t> drawn;
+  };
+
   void Warm();
   void WarmStep(const StepKey& key);
   void CheckFits(const Batch& batch) const;
+
+  // A penalty looks at the tokens before a draw: brings the slots of rows that ask for it up to
+  // date. A draw marks what it draws, as MarkDrawn notes.
+  void MarkSeen(const Batch& batch);
+  void MarkDrawn(const Batch& batch, const Drawn& drawn);
 
   Drawn RunStep(const Batch& batch);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
@@ -104,6 +117,7 @@ class ModelRunner {
   std::unique_ptr<RunnerBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
+  std::vector<Seen> seen_;        // by slot
   ShadowBalance shadow_balance_;  // empty until a plan has a shadow
   std::map<PlanId, std::unique_ptr<ActivePlan>> plans_;
   PlanId next_plan_ = PlanId{2};

@@ -54,6 +54,10 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("num_pages", c.num_pages, 0);
   CheckAtLeast("prefill_chunk", c.prefill_chunk, 0);
   CheckAtLeast("num_threads", c.num_threads, 0);
+  TIDAL_CHECK(c.max_chunk_ms > 0.0, InvalidArgument, "max_chunk_ms: got ", c.max_chunk_ms,
+              ", expected > 0");
+  TIDAL_CHECK(c.decode_share >= 0.0 && c.decode_share < 1.0, InvalidArgument, "decode_share: got ",
+              c.decode_share, ", expected 0 <= share < 1");
   // Positions, rows and page ids are 32-bit on the device.
   CheckAtMost("max_seq_len", c.max_seq_len, kMaxInt32);
   CheckAtMost("max_batch_size", c.max_batch_size, kMaxInt32);

@@ -11,6 +11,9 @@
 namespace tidal {
 namespace {
 
+// A session that is about to be closed has its pages for a moment.
+constexpr double kMaxStuckMs = 1000.0;
+
 void CheckPrompt(const std::vector<int32_t>& prompt, int64_t vocab_size, size_t index) {
   TIDAL_CHECK(!prompt.empty(), InvalidArgument, "prompt ", index,
               ": got no tokens, expected at least one");
@@ -44,26 +47,42 @@ std::vector<float> PrefillAndScore(ModelRunner& runner, Sequence& sequence, int6
   return logits;
 }
 
-// Before any work: does every sequence, and do all together, fit?
-void CheckCapacity(ModelRunner& runner, const SlotPool& slots,
-                   const std::vector<std::vector<int32_t>>& prompts,
-                   const std::vector<SamplingParams>& params) {
+void CheckLength(const DecodeConfig& config, size_t index, size_t prompt_len,
+                 int64_t max_new_tokens) {
+  // Unsigned: max_new_tokens may be as large as int64 holds.
+  uint64_t need = static_cast<uint64_t>(prompt_len) + static_cast<uint64_t>(max_new_tokens);
+  TIDAL_CHECK(need <= static_cast<uint64_t>(config.max_seq_len), CapacityError, "prompt ", index,
+              ": ", prompt_len, " prompt tokens + max_new_tokens ", max_new_tokens, " need ", need,
+              " positions, have max_seq_len ", config.max_seq_len,
+              "; raise max_seq_len, or shorten the prompt or max_new_tokens");
+}
+
+// Refuses what could never run.
+void CheckFits(const DecodeConfig& config, const std::vector<std::vector<int32_t>>& prompts,
+               const std::vector<SamplingParams>& params) {
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    CheckLength(config, i, prompts[i].size(), params[i].max_new_tokens);
+    const int64_t num_tokens = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
+    const int64_t pages = (num_tokens + config.page_size - 1) / config.page_size;
+    TIDAL_CHECK(pages <= config.num_pages, CapacityError, "prompt ", i, ": needs ", pages,
+                " pages of ", config.page_size, " tokens, have ", config.num_pages,
+                " in all; raise num_pages or max_batch_size, or shorten the prompt or "
+                "max_new_tokens");
+  }
+}
+
+// A replay keeps all its prompts.
+void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>>& prompts,
+                     int64_t max_new_tokens) {
   const DecodeConfig& config = runner.config();
   auto count = static_cast<int64_t>(prompts.size());
-  TIDAL_CHECK(count <= slots.num_free(), CapacityError, "batch: need ", count, " rows, have ",
-              slots.num_free(), " free of max_batch_size ", config.max_batch_size,
+  TIDAL_CHECK(count <= config.max_batch_size, CapacityError, "batch: need ", count,
+              " rows, have max_batch_size ", config.max_batch_size,
               "; raise max_batch_size or send fewer prompts at once");
   int64_t pages = 0;
   for (size_t i = 0; i < prompts.size(); ++i) {
-    auto prompt_len = static_cast<int64_t>(prompts[i].size());
-    // Unsigned: max_new_tokens may be as large as int64 holds.
-    uint64_t need =
-        static_cast<uint64_t>(prompt_len) + static_cast<uint64_t>(params[i].max_new_tokens);
-    TIDAL_CHECK(need <= static_cast<uint64_t>(config.max_seq_len), CapacityError, "prompt ", i,
-                ": ", prompt_len, " prompt tokens + max_new_tokens ", params[i].max_new_tokens,
-                " need ", need, " positions, have max_seq_len ", config.max_seq_len,
-                "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-    pages += runner.pool().PagesFor(prompt_len + params[i].max_new_tokens);
+    CheckLength(config, i, prompts[i].size(), max_new_tokens);
+    pages += runner.pool().PagesFor(static_cast<int64_t>(prompts[i].size()) + max_new_tokens);
   }
   TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
               " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
@@ -73,26 +92,66 @@ void CheckCapacity(ModelRunner& runner, const SlotPool& slots,
 
 }  // namespace
 
-SlotPool::SlotPool(int64_t num_slots) {
-  for (int64_t slot = num_slots - 1; slot >= 0; --slot) free_.push_back(static_cast<int32_t>(slot));
+Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
+                    const WeightSource& weights, const LoadProgress& progress)
+    : runner(model, config, weights, progress),
+      sequences(runner),
+      prefixes(runner.pool()),
+      scheduler(runner.pool(), config.prefix_cache ? &prefixes : nullptr,
+                {.max_rows = runner.config().max_batch_size,
+                 .max_pass_tokens = runner.config().prefill_chunk,
+                 .max_pass_draws = runner.config().prefill_chunk,
+                 .max_check_tokens = runner.max_pass_tokens(),
+                 .max_seq_len = runner.config().max_seq_len,
+                 .max_chunk_ms = config.max_chunk_ms,
+                 .decode_share = config.decode_share,
+                 .max_stuck_ms = kMaxStuckMs}) {}
+
+Decoder::Impl::~Impl() {
+  {
+    Lock lock(mutex);
+    is_ending = true;
+    has_work.notify_all();
+  }
+  if (loop.joinable()) loop.join();
 }
 
-int32_t SlotPool::Take() {
-  int32_t slot = free_.back();
-  free_.pop_back();
-  return slot;
+void Decoder::Impl::CheckOpen() const {
+  TIDAL_CHECK(!is_closed, InvalidArgument, "decoder: it is closed; create a new Decoder");
+  CheckProcessRuns();
 }
 
 Decoder::Impl::Lock Decoder::Impl::Enter() const {
   auto lock = EnterToEnd();
-  TIDAL_CHECK(!is_closed, InvalidArgument, "decoder: it is closed; create a new Decoder");
-  CheckProcessRuns();
+  CheckOpen();
   return lock;
 }
 
 Decoder::Impl::Lock Decoder::Impl::EnterToEnd() const {
   process.Check("decoder");
   return Lock(mutex);
+}
+
+Decoder::Impl::Pause Decoder::Impl::EnterBetweenPasses() const {
+  auto pause = PauseToEnd();
+  CheckOpen();
+  return pause;
+}
+
+Decoder::Impl::Pause Decoder::Impl::PauseToEnd() const {
+  process.Check("decoder");
+  std::unique_lock<FairMutex> device_lock(device);
+  return {std::move(device_lock), Lock(mutex)};
+}
+
+DecodePolicy Decoder::Impl::PolicyOf(PlanId id, bool verifies) const {
+  const ActivePlan& plan = runner.plan(id);
+  if (plan.plan.is_dense()) return {};
+  return {.plan = id,
+          .dense_len = plan.selection.dense_len(),
+          .correction_interval = verifies ? 0 : plan.config.correction_interval,
+          .verifies = verifies,
+          .draft_tokens = runner.config().draft_tokens};
 }
 
 Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
@@ -105,12 +164,14 @@ Decoder::~Decoder() {
 
 void Decoder::Close() {
   if (impl_->process.IsForeign()) return;
-  auto lock = impl_->EnterToEnd();
+  auto pause = impl_->PauseToEnd();
   impl_->is_closed = true;
+  for (const auto& [id, listener] : impl_->listeners) listener.generation->has_news.notify_all();
 }
 
 std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t>>& prompts,
-                                           const std::vector<SamplingParams>& params) {
+                                           const std::vector<SamplingParams>& params,
+                                           const CallOptions& options) {
   TIDAL_CHECK(!prompts.empty(), InvalidArgument, "prompts: got none, expected at least one");
   TIDAL_CHECK(prompts.size() == params.size(), InvalidArgument, "params: got ", params.size(),
               ", expected one per prompt (", prompts.size(), ")");
@@ -119,12 +180,15 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
     ValidateSamplingParams(params[i]);
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
+  CheckFits(impl_->runner.config(), prompts, params);
+  if (options.plan) {
+    auto pause = impl_->EnterBetweenPasses();
+    generation->SetOptions(options);
+  }
   auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
-  CheckCapacity(impl_->runner, impl_->slots, prompts, params);
+  if (!options.plan) generation->SetOptions(options);
   for (size_t i = 0; i < prompts.size(); ++i) {
-    int64_t max_len = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
-    generation->Add(impl_->sequences.Make(prompts[i], max_len, impl_->runner.ScratchSampling()),
-                    params[i]);
+    generation->Add(impl_->sequences.Make(prompts[i], 0, MakeSamplingRow(params[i], 0)), params[i]);
   }
   impl_->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
@@ -133,21 +197,23 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
 std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
                                           int64_t num_positions) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
-  auto lock = impl_->Enter();
+  auto pause = impl_->EnterBetweenPasses();
   ModelRunner& runner = impl_->runner;
   auto length = static_cast<int64_t>(token_ids.size());
   Sequence sequence = impl_->sequences.Make(token_ids, length, runner.ScratchSampling());
+  Impl::Unlocked unlocked(pause);
   return PrefillAndScore(runner, sequence, length - num_positions);
 }
 
 std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
                                          int64_t num_prefill) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
-  auto lock = impl_->Enter();
+  auto pause = impl_->EnterBetweenPasses();
   ModelRunner& runner = impl_->runner;
   auto length = static_cast<int64_t>(token_ids.size());
   std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
   Sequence sequence = impl_->sequences.Make(prompt, length, runner.ScratchSampling());
+  Impl::Unlocked unlocked(pause);
   std::vector<float> logits = PrefillAndScore(runner, sequence, num_prefill - 1);
   for (int64_t i = num_prefill; i < length; ++i) {
     sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
@@ -164,8 +230,8 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   params.max_new_tokens = max_new_tokens;
   ValidateSamplingParams(params);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
-  auto lock = impl_->Enter();
-  CheckCapacity(impl_->runner, impl_->slots, prompts, std::vector(prompts.size(), params));
+  auto pause = impl_->EnterBetweenPasses();
+  CheckReplayFits(impl_->runner, prompts, max_new_tokens);
   auto replay = std::make_unique<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
 }
@@ -183,7 +249,7 @@ std::unique_ptr<Session> Decoder::StartSession(int64_t max_seq_len) {
 }
 
 std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
-  auto lock = impl_->Enter();
+  auto pause = impl_->EnterBetweenPasses();
   const std::shared_ptr<SelectionRecord>& record = impl_->last_call;
   auto count = record ? static_cast<int64_t>(record->running.size()) : 0;
   TIDAL_CHECK(sequence >= 0 && sequence < count, InvalidArgument, "sequence: got ", sequence,
@@ -215,9 +281,15 @@ int64_t Decoder::num_free_pages() const {
   return impl_->runner.pool().num_free();
 }
 
+DecoderStats Decoder::stats() const {
+  auto lock = impl_->Enter();
+  return impl_->scheduler.stats();
+}
+
 int64_t Decoder::num_free_rows() const {
   auto lock = impl_->Enter();
-  return impl_->slots.num_free();
+  const DecoderStats stats = impl_->scheduler.stats();
+  return config().max_batch_size - stats.num_reading - stats.num_decoding;
 }
 
 }  // namespace tidal

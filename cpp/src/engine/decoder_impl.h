@@ -1,69 +1,113 @@
-// What Decoder, Generation, Replay and Session share: the model, its lock, and what is left of
-// ended sequences.
+// What Decoder, Generation, Replay and Session share: the model, who decides what goes through it
+// next, and the locks.
+//
+// Two locks, taken in this order. `device` belongs to whoever runs a pass, or does anything else
+// that must not happen during one; `mutex` to whoever looks at requests, pages and rows, for a
+// moment. The loop (engine_loop.cc) holds `device` from the choice of a pass until its results have
+// been told.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
+#include <thread>
 #include <vector>
 
 #include "core/fair_mutex.h"
 #include "core/process.h"
 #include "decode/model_runner.h"
+#include "engine/plan_use.h"
+#include "engine/scheduler.h"
 #include "engine/sequence_maker.h"
+#include "kv/prefix_cache.h"
 #include "kv/sequence.h"
 #include "tidal/decoder.h"
 
 namespace tidal {
 
-// The sampling slots (rows of `seen`) of a decoder; one sequence owns one.
-class SlotPool {
- public:
-  explicit SlotPool(int64_t num_slots);
-  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
-  int32_t Take();
-  void Release(int32_t slot) { free_.push_back(slot); }
-
- private:
-  std::vector<int32_t> free_;
-};
-
 // The last sets of the sequences of one call; outlives the Generation so that they can be looked
 // at.
 struct SelectionRecord {
-  std::vector<std::optional<uint64_t>> running;         // engine ids of sequences that still run
+  std::vector<std::optional<uint64_t>> running;         // ids of sequences that still run
   std::vector<std::vector<LayerSelection>> selections;  // of those that ended
 };
 
 // Lives as long as the Decoder or anything it has started.
 struct Decoder::Impl {
   Impl(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
-       const LoadProgress& progress)
-      : runner(model, config, weights, progress),
-        sequences(runner),
-        slots(runner.config().max_batch_size) {}
+       const LoadProgress& progress);
+  ~Impl();
 
-  using Lock = std::unique_lock<FairMutex>;
+  using Lock = std::unique_lock<std::mutex>;
 
-  // Waits until no other thread is in the engine. Throws InvalidArgument once the decoder is
-  // closed, BackendError once the process ends, UnsupportedError in a forked child.
+  // Both locks: nothing is in flight.
+  struct Pause {
+    std::unique_lock<FairMutex> device;
+    Lock state;
+  };
+  // Lets others look at requests while the device is busy with something that is none.
+  class Unlocked {
+   public:
+    explicit Unlocked(Pause& pause) : state_(pause.state) { state_.unlock(); }
+    ~Unlocked() { state_.lock(); }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+   private:
+    Lock& state_;
+  };
+
+  // These throw InvalidArgument once the decoder is closed, BackendError once the process ends,
+  // UnsupportedError in a forked child. Enter() takes `mutex`, during a pass too.
   Lock Enter() const;
-
-  // Waits as Enter does, to look at what has ended or to give it back. Throws UnsupportedError in a
-  // forked child.
+  Pause EnterBetweenPasses() const;
+  // To look at what has ended or to give it back. Throw UnsupportedError in a forked child.
   Lock EnterToEnd() const;
+  Pause PauseToEnd() const;
+
+  // Throws as Enter does.
+  void CheckOpen() const;
+
+  // How a plan makes tokens, with drafts that are checked or without.
+  DecodePolicy PolicyOf(PlanId plan, bool verifies) const;
+
+  // Takes a request in, whose listener hears of it until it has ended. The caller holds `mutex`.
+  // Throws as Scheduler::Add.
+  RequestId Add(Request request, Sequence sequence, Generation::Impl& listener, int64_t index);
+  // Ends a request at once; no effect if it has ended. The caller holds both locks.
+  void Cancel(RequestId id, FinishReason reason);
+
+  // engine_loop.cc: the thread that runs passes while there are requests.
+  void Loop();
+  bool RunPass();
+  void Tell(std::span<const RequestId> in_flight, const std::exception_ptr& error);
+  double NowMs() const;
+
+  struct Listener {
+    Generation::Impl* generation;
+    int64_t index;  // of the sequence in it
+  };
 
   ProcessMark process;
   ModelRunner runner;
   SequenceMaker sequences;
-  SlotPool slots;
+  PrefixCache prefixes;
+  Scheduler scheduler;
+  std::map<RequestId, Listener> listeners;
   std::shared_ptr<SelectionRecord> last_call;  // of the newest Generation
-  bool is_closed = false;
-  mutable FairMutex mutex;  // of all of the above; one thread at a time in the engine
+  std::atomic<bool> is_closed = false;         // set between passes
+  bool is_ending = false;                      // the loop is to return
+  mutable FairMutex device;
+  mutable std::mutex mutex;
+  std::condition_variable has_work;  // or is_ending
+  std::thread loop;                  // begins with the first request
 };
 
 struct Replay::Impl {
@@ -77,8 +121,8 @@ struct Replay::Impl {
     int32_t first_token = -1;   // the most likely one
   };
 
-  // Enters the engine. Throws InvalidArgument once the replay is closed.
-  Decoder::Impl::Lock Enter() const;
+  // Throws InvalidArgument once the replay is closed.
+  Decoder::Impl::Pause Enter() const;
   // Gives the pages back.
   void Close();
 
@@ -102,13 +146,21 @@ struct Session::Impl {
   void Close();
   // Throws InvalidArgument while a turn runs, and once the session is closed.
   Sequence& Idle();
-  // The sequence's first `keep` tokens, then token_ids, with pages for max_new_tokens more. Throws
-  // CapacityError, changing nothing.
-  void Extend(int64_t keep, std::span<const int32_t> token_ids, int64_t max_new_tokens);
+  // Throws CapacityError if its first `keep` tokens, num_added more and max_new_tokens after them
+  // could never fit, or have no pages at this time.
+  void CheckFits(int64_t keep, int64_t num_added, int64_t max_new_tokens) const;
+  void CheckFitsNow(int64_t keep, int64_t num_added, int64_t max_new_tokens) const;
+  // Begins a turn, as Session::Start; max_new_tokens 0 is one that only reads.
+  std::unique_ptr<Generation> Begin(const std::shared_ptr<Impl>& self,
+                                    const std::vector<int32_t>& token_ids,
+                                    const SamplingParams& params, std::optional<int64_t> keep);
+  // Makes the sequence its first `keep` tokens, then token_ids.
+  void Extend(int64_t keep, std::span<const int32_t> token_ids);
   // Forgets the tokens from `length` on.
   void GoBack(Sequence& used, int64_t length) const;
-  // A turn has ended that generated num_new tokens. The caller holds the lock.
-  void TakeBack(Sequence used, int64_t num_new);
+  // A turn has ended that gave out num_new tokens, and before them that all was read, or not. The
+  // caller holds `mutex`.
+  void TakeBack(Sequence used, bool is_read, int64_t num_new);
 
   std::shared_ptr<Decoder::Impl> decoder;
   int64_t max_seq_len;
@@ -124,39 +176,65 @@ struct Generation::Impl {
   explicit Impl(std::shared_ptr<Decoder::Impl> decoder);
   ~Impl();
 
-  // Takes a batch row for one more sequence, which goes on from where its cache ends. Throws before
-  // it takes the sequence, or as what then ends as all others do.
-  void Add(Sequence&& sequence, const SamplingParams& params);
+  // Sets what all sequences that are added after it have in common. The caller holds both locks if
+  // there is a plan.
+  void SetOptions(const CallOptions& options);
+  // Adds one more sequence, which goes on from where its cache ends. The caller holds the decoder's
+  // mutex. Throws as Scheduler::Add.
+  void Add(Sequence sequence, const SamplingParams& params);
 
-  std::vector<TokenEvent> Advance();
+  std::vector<TokenEvent> Advance(double timeout_s);
   void Stop(int64_t sequence, FinishReason reason);
   void Close();
+  std::vector<SequenceResult> Results() const;
+  RequestStatus Status(int64_t sequence) const;
+  void NotifyAt(int fd);
 
-  struct Running {
-    std::optional<Sequence> sequence;  // empty once ended
-    SamplingParams params;
-    int64_t draft_tokens = 0;  // to try next, if the decoder verifies
-    double first_token_s = 0.0;
-    std::deque<int32_t> drawn{};  // tokens of the sequence that are not yet in its result
+  // What a pass gave that is not yet in the results.
+  struct News {
+    double time_ms = 0.0;
+    int64_t prefill_done = 0;          // tokens, up to here
+    std::vector<TokenEvent> tokens{};  // at most one of each sequence
+    std::vector<int64_t> ended{};      // sequences of which there is no more
+    std::exception_ptr error{};        // why a pass has failed
   };
 
-  void Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events);
-  void End(int64_t index, FinishReason reason);
-  void PrefillOne(int64_t index, std::vector<TokenEvent>& events);
-  void StepAll();
-  void VerifyAll(const std::vector<size_t>& indices);
-  double Elapsed() const;
+  struct Running {
+    RequestId id;
+    int64_t num_cached;                  // tokens, when it was added
+    int64_t num_read = 0;                // of the prompt, since
+    std::optional<RequestState> left{};  // of its request, once that has ended
+    double first_token_ms = 0.0;
+  };
+
+  // engine_loop.cc tells these, in this order: how far each sequence is, what has happened to it,
+  // and that the pass is over. The caller holds the decoder's mutex.
+  void HearProgress(int64_t index, const RequestState& request);
+  void Hear(int64_t index, const RequestEvent& event);
+  void HearEnd(int64_t index, RequestState left, std::vector<LayerSelection> selection);
+  void HearPassEnd(const std::exception_ptr& error);
+
+  void CheckIndex(int64_t index) const;
+  bool IsAlive(int64_t index) const;
+  std::vector<TokenEvent> Take(News news);
+  void End(int64_t index, FinishReason reason, double time_ms);
 
   std::shared_ptr<Decoder::Impl> decoder;
   std::shared_ptr<Session::Impl> session;  // whose turn this is; null: prompts of a call
+  std::optional<PlanUse> plan_use;         // of a call with a plan of its own
+  Request common;                          // what its requests are made from
   std::vector<Running> running;
   std::vector<SequenceResult> results;
   std::shared_ptr<SelectionRecord> record;
-  // What is read without waiting for the engine.
-  std::atomic<int64_t> num_alive{0};
+  std::deque<News> news;
+  std::vector<News> heard;  // of the pass that is being told
+  std::condition_variable has_news;
+  int event_fd = -1;  // to be written when there is news
+  double start_ms;
+  // What is read without a lock.
+  std::atomic<int64_t> num_alive{0};  // sequences whose end has not been given out
   std::atomic<int64_t> prefill_done{0};
   int64_t prefill_total = 0;  // does not change once the generation has started
-  int64_t start_ns = 0;
 };
 
 }  // namespace tidal

@@ -1,200 +1,238 @@
-// One running call: prefill its prompts, then step its living sequences together until each has
-// ended.
+// One call: its requests, and what it has heard of them.
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "engine/decoder_impl.h"
-#include "engine/reading.h"
-#include "engine/verified_round.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
 
-// Before anything is known about how many drafts are kept.
-constexpr int64_t kFirstDraftTokens = 4;
-
-int64_t NowNs() {
-  auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
-}
+// How often a caller that waits looks whether the process ends.
+constexpr double kLookSeconds = 0.1;
 
 }  // namespace
 
 Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
-    : decoder(std::move(owner)), record(std::make_shared<SelectionRecord>()), start_ns(NowNs()) {}
+    : decoder(std::move(owner)),
+      record(std::make_shared<SelectionRecord>()),
+      start_ms(decoder->NowMs()) {}
 
-void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
+Generation::Impl::~Impl() {
+  Close();
+  if (!plan_use) return;
+  auto pause = decoder->PauseToEnd();
+  plan_use.reset();
+}
+
+void Generation::Impl::SetOptions(const CallOptions& options) {
   ModelRunner& runner = decoder->runner;
-  auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
-  int64_t draft_tokens = runner.config().draft_tokens;
+  PlanId plan = PlanId::kDecoder;
+  if (options.plan) {
+    const bool is_dense =
+        options.plan->select_layers.empty() && options.plan->scored_layers.empty();
+    if (!is_dense) plan_use.emplace(runner, *options.plan);
+    plan = is_dense ? PlanId::kDense : plan_use->id();
+  }
+  common.decoding = decoder->PolicyOf(plan, options.verify.value_or(runner.config().verify));
+  common.priority = options.priority;
+  common.cache_salt = options.cache_salt;
+  common.keeps_pages = session != nullptr;
+}
+
+void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
+  const auto index = static_cast<int64_t>(running.size());
+  const auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
+  const int64_t num_cached = sequence.cached;
+  const uint64_t sequence_id = sequence.id;
+  const int64_t read_to = sequence.dense_len - (params.max_new_tokens > 0 ? 0 : 1);
+  prefill_total += std::max<int64_t>(read_to - num_cached, 0);
   results.push_back({.token_ids = {},
                      .finish_reason = FinishReason::kNone,
                      .error = {},
                      .prompt_tokens = num_tokens,
-                     .cached_tokens = sequence.cached});
-  record->running.push_back(sequence.id);
+                     .cached_tokens = num_cached});
+  record->running.push_back(sequence_id);
   record->selections.emplace_back();
-  running.push_back({std::nullopt, params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
-  prefill_total += std::max<int64_t>(sequence.dense_len - sequence.cached, 0);
-  Sequence& added = running.back().sequence.emplace(std::move(sequence));
-  added.sampling = MakeSamplingRow(params, decoder->slots.Take());
+  running.reserve(running.size() + 1);
+  if (params.max_new_tokens == 0 && num_cached >= read_to) {  // it has nothing to do
+    results.back().finish_reason = FinishReason::kLength;
+    record->running.back().reset();
+    running.push_back({.id = 0, .num_cached = num_cached});
+    return session->TakeBack(std::move(sequence), true, 0);
+  }
+  Request request = common;
+  request.sampling = params;
+  const RequestId id = decoder->Add(std::move(request), std::move(sequence), *this, index);
+  running.push_back({.id = id, .num_cached = num_cached});
   ++num_alive;
-  runner.MarkSeen(added, num_tokens);
 }
 
-Generation::Impl::~Impl() {
-  Close();
+// --- what the loop tells ---
+
+void Generation::Impl::HearProgress(int64_t index, const RequestState& request) {
+  auto i = static_cast<size_t>(index);
+  Running& run = running[i];
+  results[i].cached_tokens = request.cached_tokens;
+  const Sequence& sequence = request.sequence;
+  int64_t num_read = std::min(sequence.cached, sequence.dense_len) - run.num_cached;
+  if (num_read <= run.num_read) return;  // or it reads again what it has read before
+  run.num_read = num_read;
+  if (heard.empty()) heard.emplace_back();
+}
+
+void Generation::Impl::Hear(int64_t index, const RequestEvent& event) {
+  auto has_token = [&](const News& each) {
+    return std::any_of(each.tokens.begin(), each.tokens.end(),
+                       [&](const TokenEvent& token) { return token.sequence == index; });
+  };
+  size_t turn = 0;
+  while (turn < heard.size() && has_token(heard[turn])) ++turn;
+  if (event.token_id < 0) {  // its end alone, which comes with what it was last given
+    turn = turn > 0 ? turn - 1 : 0;
+  }
+  if (turn == heard.size()) heard.emplace_back();
+  if (event.token_id >= 0) heard[turn].tokens.push_back({index, event.token_id});
+  if (event.finish_reason != FinishReason::kNone) heard[turn].ended.push_back(index);
+}
+
+void Generation::Impl::HearEnd(int64_t index, RequestState left,
+                               std::vector<LayerSelection> selection) {
+  auto i = static_cast<size_t>(index);
+  record->running[i].reset();
+  record->selections[i] = std::move(selection);
+  running[i].left.emplace(std::move(left));
+}
+
+void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
+  if (heard.empty()) return;
+  int64_t num_read = 0;
+  for (const Running& run : running) num_read += run.num_read;
+  for (News& each : heard) {
+    each.time_ms = decoder->NowMs();
+    each.prefill_done = num_read;
+    news.push_back(std::move(each));
+  }
+  news.back().error = error;
+  heard.clear();
+  has_news.notify_all();
+  const uint64_t one = 1;
+  // A counter that is full wakes its reader as well.
+  if (event_fd >= 0 && write(event_fd, &one, sizeof(one)) < 0) return;
+}
+
+// --- what the caller asks ---
+
+std::vector<TokenEvent> Generation::Impl::Advance(double timeout_s) {
+  using Seconds = std::chrono::duration<double>;
+  auto lock = decoder->Enter();
+  while (news.empty() && num_alive > 0) {
+    if (timeout_s <= 0.0) return {};
+    has_news.wait_for(lock, Seconds(std::min(timeout_s, kLookSeconds)));
+    timeout_s -= kLookSeconds;
+    decoder->CheckOpen();
+  }
+  if (num_alive == 0) return {};
+  News next = std::move(news.front());
+  news.pop_front();
+  return Take(std::move(next));
+}
+
+// Takes news into the results. Throws what a pass has failed with.
+std::vector<TokenEvent> Generation::Impl::Take(News next) {
+  prefill_done = next.prefill_done;
+  for (const TokenEvent& event : next.tokens) {
+    auto i = static_cast<size_t>(event.sequence);
+    if (results[i].token_ids.empty()) {
+      running[i].first_token_ms = next.time_ms;
+      results[i].time_to_first_token_s = (next.time_ms - start_ms) * 1e-3;
+    }
+    results[i].token_ids.push_back(event.token_id);
+  }
+  std::string no_room;
+  for (int64_t index : next.ended) {
+    const RequestState& left = *running[static_cast<size_t>(index)].left;
+    if (left.failure == RequestFailure::kNoRoom) no_room = left.ErrorText();
+    End(index, left.finish_reason, next.time_ms);
+  }
+  if (next.error) std::rethrow_exception(next.error);
+  TIDAL_CHECK(no_room.empty(), CapacityError, no_room);
+  return std::move(next.tokens);
+}
+
+void Generation::Impl::CheckIndex(int64_t index) const {
+  TIDAL_CHECK(index >= 0 && index < static_cast<int64_t>(running.size()), InvalidArgument,
+              "sequence: got ", index, ", expected 0 to ", running.size() - 1);
+}
+
+bool Generation::Impl::IsAlive(int64_t index) const {
+  return results[static_cast<size_t>(index)].finish_reason == FinishReason::kNone;
+}
+
+// Gives a sequence's end out, and a session's sequence to the session. Its request has ended. The
+// caller holds the decoder's mutex.
+void Generation::Impl::End(int64_t index, FinishReason reason, double time_ms) {
+  auto i = static_cast<size_t>(index);
+  RequestState& left = *running[i].left;
+  SequenceResult& result = results[i];
+  result.finish_reason = reason;
+  result.verification = left.verification;
+  if (reason == FinishReason::kError) result.error = left.ErrorText();
+  const bool has_begun = !result.token_ids.empty();
+  result.decode_s = has_begun ? (time_ms - running[i].first_token_ms) * 1e-3 : 0.0;
+  if (session) {
+    session->TakeBack(std::move(left.sequence), prefill_done >= prefill_total,
+                      static_cast<int64_t>(result.token_ids.size()));
+  }
+  running[i].left.reset();
+  --num_alive;
+}
+
+void Generation::Impl::Stop(int64_t index, FinishReason reason) {
+  auto pause = decoder->PauseToEnd();
+  CheckIndex(index);
+  if (!IsAlive(index)) return;
+  decoder->Cancel(running[static_cast<size_t>(index)].id, reason);
+  // What it has not been given yet, it is not.
+  for (News& each : news) {
+    std::erase_if(each.tokens, [&](const TokenEvent& event) { return event.sequence == index; });
+    std::erase(each.ended, index);
+  }
+  End(index, reason, decoder->NowMs());
 }
 
 void Generation::Impl::Close() {
   if (num_alive == 0) return;
+  auto pause = decoder->PauseToEnd();
+  for (size_t i = 0; i < running.size(); ++i) {
+    if (!IsAlive(static_cast<int64_t>(i))) continue;
+    decoder->Cancel(running[i].id, FinishReason::kAbort);
+    End(static_cast<int64_t>(i), FinishReason::kAbort, decoder->NowMs());
+  }
+  news.clear();
+}
+
+RequestStatus Generation::Impl::Status(int64_t index) const {
   auto lock = decoder->EnterToEnd();
-  for (size_t i = 0; i < running.size(); ++i) {
-    if (running[i].sequence) End(static_cast<int64_t>(i), FinishReason::kAbort);
-  }
+  CheckIndex(index);
+  const auto i = static_cast<size_t>(index);
+  if (!IsAlive(index) || running[i].left) return RequestStatus::kFinished;
+  return decoder->scheduler.Get(running[i].id).status;
 }
 
-double Generation::Impl::Elapsed() const {
-  return static_cast<double>(NowNs() - start_ns) * 1e-9;
-}
-
-std::vector<TokenEvent> Generation::Impl::Advance() {
-  auto lock = decoder->Enter();
-  std::vector<TokenEvent> events;
-  for (size_t i = 0; i < running.size(); ++i) {
-    if (!running[i].sequence || running[i].sequence->prefilled()) continue;
-    PrefillOne(static_cast<int64_t>(i), events);
-    return events;
-  }
-  bool any_drawn = std::any_of(running.begin(), running.end(),
-                               [](const Running& run) { return !run.drawn.empty(); });
-  if (!any_drawn && num_alive > 0) StepAll();
-  for (size_t i = 0; i < running.size(); ++i) {
-    std::deque<int32_t>& drawn = running[i].drawn;
-    if (drawn.empty()) continue;
-    int32_t token = drawn.front();
-    drawn.pop_front();
-    Accept(static_cast<int64_t>(i), token, events);
-  }
-  return events;
-}
-
-void Generation::Impl::PrefillOne(int64_t index, std::vector<TokenEvent>& events) {
-  Running& run = running[static_cast<size_t>(index)];
-  ModelRunner& runner = decoder->runner;
-  BatchRow row = NextChunk(runner, *run.sequence, run.sequence->dense_len);
-  if (run.sequence->cached + row.num_tokens == run.sequence->dense_len) row.num_draws = 1;
-  const Drawn drawn = runner.Run({.rows = {row}});
-  prefill_done += row.num_tokens;
-  if (!run.sequence->prefilled()) return;
-  int32_t token = drawn.tokens[0][0];
-  if (token >= 0) run.sequence->tokens.push_back(token);
-  Accept(index, token, events);
-}
-
-void Generation::Impl::StepAll() {
-  ModelRunner& runner = decoder->runner;
-  std::vector<size_t> indices;
-  Batch batch = {.rows = {}, .plan = PlanId::kDecoder};
-  for (size_t i = 0; i < running.size(); ++i) {
-    if (!running[i].sequence) continue;
-    indices.push_back(i);
-    batch.rows.push_back({.sequence = &*running[i].sequence});
-  }
-  if (runner.verifies()) return VerifyAll(indices);
-  for (const BatchRow& row : batch.rows) {
-    CorrectCache(runner, *row.sequence, runner.config().correction_interval);
-  }
-  const Drawn drawn = runner.Run(batch);
-  for (size_t i = 0; i < batch.rows.size(); ++i) {
-    const int32_t token = drawn.tokens[i][0];
-    if (token >= 0) batch.rows[i].sequence->tokens.push_back(token);
-    running[indices[i]].drawn.push_back(token);
-  }
-}
-
-void Generation::Impl::VerifyAll(const std::vector<size_t>& indices) {
-  ModelRunner& runner = decoder->runner;
-  std::vector<DraftRow> rows;
-  for (size_t index : indices) {
-    Running& run = running[index];
-    Sequence& sequence = *run.sequence;
-    // A round draws one token more than it drafts; room for all was reserved, and no more.
-    int64_t num_new = static_cast<int64_t>(sequence.tokens.size()) - results[index].prompt_tokens;
-    int64_t room = run.params.max_new_tokens - num_new - 1;
-    rows.push_back({.sequence = &sequence,
-                    .num_drafts = runner.plan(PlanId::kDecoder).IsSparse(sequence.cached + 1)
-                                      ? std::min(run.draft_tokens, room)
-                                      : 0,
-                    .begin = 0,
-                    .tokens = {}});
-  }
-  RunVerifiedRound(runner, rows);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const DraftRow& row = rows[i];
-    Running& run = running[indices[i]];
-    run.drawn.assign(row.tokens.begin(), row.tokens.end());
-    bool adapts = runner.config().draft_tokens == 0 && row.num_drafts > 0;
-    if (adapts) run.draft_tokens = NextDraftTokens(row);
-    Verification& verification = results[indices[i]].verification;
-    verification.drafted_tokens += row.num_drafts;
-    verification.accepted_tokens += row.num_kept();
-    ++verification.dense_passes;
-  }
-}
-
-// Takes a drawn token into the result and applies the stop rules.
-void Generation::Impl::Accept(int64_t index, int32_t token, std::vector<TokenEvent>& events) {
-  Running& run = running[static_cast<size_t>(index)];
-  SequenceResult& result = results[static_cast<size_t>(index)];
-  if (result.token_ids.empty()) result.time_to_first_token_s = run.first_token_s = Elapsed();
-  if (token < 0) {
-    auto num_tokens = result.prompt_tokens + static_cast<int64_t>(result.token_ids.size());
-    result.error = Concat("the logits after token ", num_tokens - 1,
-                          " hold a NaN or infinity, or nothing above -inf; expected finite values; "
-                          "check the weights, or try dtype float32");
-    End(index, FinishReason::kError);
-    return;
-  }
-  result.token_ids.push_back(token);
-  events.push_back({index, token});
-  const std::vector<int32_t>& stops = run.params.stop_token_ids;
-  if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
-    End(index, FinishReason::kStop);
-  } else if (static_cast<int64_t>(result.token_ids.size()) >= run.params.max_new_tokens) {
-    End(index, FinishReason::kLength);
-  }
-}
-
-// Keeps what can be looked at, gives the memory back, a session's sequence to the session. The
-// caller holds the lock.
-void Generation::Impl::End(int64_t index, FinishReason reason) {
-  auto i = static_cast<size_t>(index);
-  Running& run = running[i];
-  results[i].finish_reason = reason;
-  results[i].decode_s = results[i].token_ids.empty() ? 0.0 : Elapsed() - run.first_token_s;
-  record->running[i].reset();
-  try {
-    record->selections[i] = decoder->runner.ReadSelection(PlanId::kDecoder, run.sequence->id);
-  } catch (const std::exception&) {
-    // A device that has failed has already said so, memory may be short; the pages below must come
-    // back all the same.
-  }
-  decoder->slots.Release(run.sequence->sampling.slot);
-  if (session) {
-    session->TakeBack(std::move(*run.sequence), static_cast<int64_t>(results[i].token_ids.size()));
-  }
-  run.sequence.reset();
-  run.drawn.clear();
-  --num_alive;
-}
-
-void Generation::Impl::Stop(int64_t sequence, FinishReason reason) {
-  TIDAL_CHECK(sequence >= 0 && sequence < static_cast<int64_t>(running.size()), InvalidArgument,
-              "sequence: got ", sequence, ", expected 0 to ", running.size() - 1);
+void Generation::Impl::NotifyAt(int fd) {
   auto lock = decoder->EnterToEnd();
-  if (running[static_cast<size_t>(sequence)].sequence) End(sequence, reason);
+  event_fd = fd;
+  const uint64_t one = 1;
+  if (fd >= 0 && !news.empty() && write(fd, &one, sizeof(one)) < 0) event_fd = -1;
+}
+
+std::vector<SequenceResult> Generation::Impl::Results() const {
+  auto lock = decoder->EnterToEnd();
+  return results;
 }
 
 Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -202,8 +240,8 @@ Generation::~Generation() {
   if (impl_->decoder->process.IsForeign()) Leak(impl_);
 }
 
-std::vector<TokenEvent> Generation::Advance() {
-  return impl_->Advance();
+std::vector<TokenEvent> Generation::Advance(double timeout_s) {
+  return impl_->Advance(timeout_s);
 }
 bool Generation::done() const {
   return impl_->num_alive == 0;
@@ -217,9 +255,14 @@ void Generation::Stop(int64_t sequence, FinishReason reason) {
 void Generation::Close() {
   if (!impl_->decoder->process.IsForeign()) impl_->Close();
 }
+RequestStatus Generation::Status(int64_t sequence) const {
+  return impl_->Status(sequence);
+}
+void Generation::NotifyAt(int fd) {
+  impl_->NotifyAt(fd);
+}
 std::vector<SequenceResult> Generation::results() const {
-  auto lock = impl_->decoder->EnterToEnd();
-  return impl_->results;
+  return impl_->Results();
 }
 
 }  // namespace tidal

@@ -50,9 +50,10 @@ std::vector<Sequence> FilledSequences(ModelRunner& runner, SequenceMaker& maker,
 
 std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   CheckBenchmark(benchmark, config());
-  auto lock = impl_->Enter();
+  auto pause = impl_->EnterBetweenPasses();
   std::vector<Sequence> sequences =
       FilledSequences(impl_->runner, impl_->sequences, benchmark.seq_lens);
+  Impl::Unlocked unlocked(pause);
   Batch batch = {.rows = {}, .plan = benchmark.plan};
   for (Sequence& sequence : sequences) batch.rows.push_back({.sequence = &sequence});
 

@@ -4,32 +4,29 @@
 #include <utility>
 
 #include "engine/decoder_impl.h"
+#include "engine/plan_use.h"
 #include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
 
-// A plan beside the decoder's, for as long as this lives.
-class AddedPlan {
+// Decode steps through a plan beside the decoder's.
+class PlannedSteps {
  public:
-  AddedPlan(ModelRunner& runner, const PlanConfig& plan)
-      : runner_(runner), id_(runner.AddPlan(plan)) {}
-  ~AddedPlan() { runner_.DropPlan(id_); }
-  AddedPlan(const AddedPlan&) = delete;
-  AddedPlan& operator=(const AddedPlan&) = delete;
+  PlannedSteps(ModelRunner& runner, const PlanConfig& plan) : runner_(runner), use_(runner, plan) {}
 
   // Runs a decode step, with the plan's own cache correction before it.
   Drawn Step(std::vector<BatchRow> rows) {
-    const ActivePlan& plan = runner_.plan(id_);
+    const ActivePlan& plan = runner_.plan(use_.id());
     for (const BatchRow& row : rows) {
       CorrectCache(runner_, *row.sequence, plan.config.correction_interval);
     }
     const auto num_rows = static_cast<int64_t>(rows.size());
-    Drawn drawn = runner_.Run({std::move(rows), id_});
+    Drawn drawn = runner_.Run({std::move(rows), use_.id()});
     if (drawn.is_sparse) {
       num_sets_ += plan.selection.CountSets(num_rows);
-      num_positions_ += runner_.CountPositions(id_, num_rows);
+      num_positions_ += runner_.CountPositions(use_.id(), num_rows);
     }
     return drawn;
   }
@@ -42,7 +39,7 @@ class AddedPlan {
 
  private:
   ModelRunner& runner_;
-  PlanId id_;
+  PlanUse use_;
   int64_t num_sets_ = 0;
   int64_t num_positions_ = 0;
 };
@@ -66,15 +63,15 @@ Replay::Impl::~Impl() {
 }
 
 void Replay::Impl::Close() {
-  auto lock = decoder->EnterToEnd();
+  auto pause = decoder->PauseToEnd();
   is_closed = true;
   prompts.clear();
 }
 
-Decoder::Impl::Lock Replay::Impl::Enter() const {
-  auto lock = decoder->Enter();
+Decoder::Impl::Pause Replay::Impl::Enter() const {
+  auto pause = decoder->EnterBetweenPasses();
   TIDAL_CHECK(!is_closed, InvalidArgument, "replay: it is closed; start a new one");
-  return lock;
+  return pause;
 }
 
 bool Replay::Impl::ReadNext() {
@@ -121,12 +118,13 @@ void Replay::Close() {
 }
 
 bool Replay::ReadNext() {
-  auto lock = impl_->Enter();
+  auto pause = impl_->Enter();
+  Decoder::Impl::Unlocked unlocked(pause);
   return impl_->ReadNext();
 }
 
 PrefillProgress Replay::prefill_progress() const {
-  auto lock = impl_->Enter();
+  auto pause = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
     progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.dense_len);
@@ -137,7 +135,8 @@ PrefillProgress Replay::prefill_progress() const {
 
 std::vector<std::vector<float>> Replay::StepLogits(
     const PlanConfig& settings, const std::vector<std::vector<int32_t>>& continuations) {
-  auto lock = impl_->Enter();
+  auto pause = impl_->Enter();
+  Decoder::Impl::Unlocked unlocked(pause);
   size_t count = impl_->prompts.size();
   TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
               continuations.size(), ", expected one per prompt (", count, ")");
@@ -153,7 +152,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
   TIDAL_CHECK(static_cast<int64_t>(longest) <= impl_->max_new_tokens, CapacityError,
               "continuations: ", longest, " tokens, have room for max_new_tokens ",
               impl_->max_new_tokens);
-  AddedPlan plan(impl_->decoder->runner, settings);
+  PlannedSteps plan(impl_->decoder->runner, settings);
   impl_->ReadAll();
   std::vector<Sequence*> sequences = impl_->Rewind();
   std::vector<std::vector<float>> logits;
@@ -183,8 +182,9 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& settings, int
               ", expected >= 1");
   TIDAL_CHECK(max_new_tokens <= impl_->max_new_tokens, CapacityError, "max_new_tokens: got ",
               max_new_tokens, ", have room for ", impl_->max_new_tokens);
-  auto lock = impl_->Enter();
-  AddedPlan plan(impl_->decoder->runner, settings);
+  auto pause = impl_->Enter();
+  Decoder::Impl::Unlocked unlocked(pause);
+  PlannedSteps plan(impl_->decoder->runner, settings);
   impl_->ReadAll();
   std::vector<Sequence*> rows = impl_->Rewind();
   std::vector<std::vector<int32_t>> outputs(rows.size());
@@ -226,7 +226,7 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& settings, int
 }
 
 double Replay::mean_set_size() const {
-  auto lock = impl_->Enter();
+  auto pause = impl_->Enter();
   return impl_->mean_set_size;
 }
 

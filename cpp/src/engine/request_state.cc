@@ -36,11 +36,17 @@ RequestState::RequestState(RequestId new_id, Request asked, Sequence given, doub
                                                        : request.decoding.draft_tokens) {}
 
 int64_t RequestState::read_to() const {
-  return sequence.dense_len == num_tokens() ? num_tokens() : num_tokens() - 1;
+  bool draws_at_end = generates() && sequence.dense_len == num_tokens();
+  return draws_at_end ? num_tokens() : num_tokens() - 1;
 }
 
 int64_t RequestState::max_tokens() const {
   return Sum({num_given_, request.sampling.max_new_tokens});
+}
+
+int64_t RequestState::first_written() const {
+  bool corrects = request.decoding.correction_interval > 0;
+  return sequence.cached - (corrects ? sequence.num_sparse : 0);
 }
 
 bool RequestState::is_sparse() const {

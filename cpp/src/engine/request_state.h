@@ -42,6 +42,7 @@ enum class LogitsWanted : int32_t {
 };
 
 struct Request {
+  // Without new tokens (max_new_tokens 0) all tokens but the last are read, and that is all.
   SamplingParams sampling;
   DecodePolicy decoding;
   // The first tokens after the prompt, in place of those drawn; at most max_new_tokens.
@@ -50,12 +51,10 @@ struct Request {
   int32_t priority = 0;  // lower ones go first
   // Only requests with the same salt find each other's prompts.
   std::string cache_salt;
-  // Whether its sequence, a session's, comes with pages for all tokens it may reach. They are never
-  // taken from it, and it has them when it ends.
+  // Whether its sequence, a session's, keeps the pages that it comes with. It is let in with pages
+  // for all tokens that it may reach, which are never taken from it, and has them when it ends.
   bool keeps_pages = false;
 };
-
-enum class RequestStatus : int32_t { kQueued, kReading, kDecoding, kPaused, kFinished };
 
 // Why a request ended with FinishReason::kError.
 enum class RequestFailure : int32_t {
@@ -94,6 +93,8 @@ class RequestState {
   int64_t num_unchecked() const { return round ? round->num_drafted : 0; }
   // The most tokens it may ever have.
   int64_t max_tokens() const;
+  // The first token whose K and V it may write, before it has begun.
+  int64_t first_written() const;
   // Whether its next step attends to chosen positions.
   bool is_sparse() const;
   // Whether it reads again what it decoded; its drafts are never in need of that.
@@ -101,6 +102,7 @@ class RequestState {
     return status == RequestStatus::kDecoding && !round && num_unread() > 0;
   }
   bool reads_prefixes() const;
+  bool generates() const { return request.sampling.max_new_tokens > 0; }
   bool HasPriorityOver(const RequestState& other) const;
 
   // Begins to read again what was decoded sparsely, if it is time to.

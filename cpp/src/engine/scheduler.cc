@@ -21,10 +21,11 @@ constexpr double kOldestShare = 0.25;
 Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits)
     : pool_(pool), prefixes_(prefixes), limits_(limits) {
   TIDAL_CHECK(limits.max_rows >= 1 && limits.max_pass_tokens >= 1 && limits.max_pass_draws >= 1 &&
-                  limits.max_seq_len >= 1,
+                  limits.max_check_tokens >= 1 && limits.max_seq_len >= 1,
               InvalidArgument, "scheduler: got ", limits.max_rows, " rows, passes of ",
-              limits.max_pass_tokens, " tokens and ", limits.max_pass_draws,
-              " draws, and sequences of ", limits.max_seq_len, " tokens, expected all >= 1");
+              limits.max_pass_tokens, " tokens and ", limits.max_pass_draws, " draws, checks of ",
+              limits.max_check_tokens, " tokens, and sequences of ", limits.max_seq_len,
+              " tokens, expected all >= 1");
   TIDAL_CHECK(limits.max_chunk_ms > 0.0, InvalidArgument, "max_chunk_ms: got ", limits.max_chunk_ms,
               ", expected > 0");
   TIDAL_CHECK(limits.decode_share >= 0.0 && limits.decode_share < 1.0, InvalidArgument,
@@ -42,7 +43,9 @@ void Scheduler::CheckFits(const Request& request, const Sequence& sequence) cons
   auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
   int64_t max_new = request.sampling.max_new_tokens;
   TIDAL_CHECK(num_tokens >= 1, InvalidArgument, "request: got no tokens, expected at least one");
-  TIDAL_CHECK(max_new >= 1, InvalidArgument, "max_new_tokens: got ", max_new, ", expected >= 1");
+  TIDAL_CHECK(max_new >= 0, InvalidArgument, "max_new_tokens: got ", max_new, ", expected >= 0");
+  TIDAL_CHECK(max_new > 0 || sequence.cached + 1 < num_tokens, InvalidArgument,
+              "max_new_tokens: got 0 for a request without a token to read, expected >= 1");
   TIDAL_CHECK(static_cast<int64_t>(request.forced.size()) <= max_new, InvalidArgument,
               "forced: got ", request.forced.size(), " tokens, expected at most max_new_tokens ",
               max_new);
@@ -54,15 +57,8 @@ void Scheduler::CheckFits(const Request& request, const Sequence& sequence) cons
   TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, "request: ", num_tokens,
               " tokens + max_new_tokens ", max_new, " need ", need, " positions, have max_seq_len ",
               limits_.max_seq_len, "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-  if (request.keeps_pages) {
-    bool corrects = request.decoding.correction_interval > 0;
-    int64_t first_written = sequence.cached - (corrects ? sequence.num_sparse : 0);
-    int64_t missing = sequence.pages.NumMissing(need, first_written);
-    TIDAL_CHECK(missing == 0, InvalidArgument, "request: its sequence keeps its pages and lacks ",
-                missing, " for ", need, " tokens; take them before");
-    return;
-  }
-  TIDAL_CHECK(sequence.cached == 0, InvalidArgument, "request: got ", sequence.cached,
+  TIDAL_CHECK(sequence.cached == 0 || request.keeps_pages, InvalidArgument, "request: got ",
+              sequence.cached,
               " cached tokens, expected none in a sequence that does not keep its pages");
   TIDAL_CHECK(pool_.PagesFor(need) <= pool_.num_pages(), CapacityError, "KV cache: a request of ",
               num_tokens, " tokens + max_new_tokens ", max_new, " needs ", pool_.PagesFor(need),
@@ -119,7 +115,7 @@ void Scheduler::Commit(const Batch& batch, const Drawn& drawn, double now_ms) no
 // After a chunk that took so long: what is owed to those who decode, and to whoever came first.
 void Scheduler::ShareOut(double elapsed_ms) noexcept {
   owed_ms_ = 0.0;
-  if (AnyDecoding()) {
+  if (AnyDecoding() && limits_.decode_share > 0.0) {
     double share_ms = elapsed_ms * limits_.decode_share / (1.0 - limits_.decode_share);
     owed_ms_ = std::max(share_ms, std::numeric_limits<double>::min());  // one turn at least
   }
@@ -163,6 +159,10 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
       Publish(request);
       may_admit_ = true;  // others may need less room now
       if (request.num_unread() > 0) return;
+      if (!request.generates()) {
+        request.ends_as = FinishReason::kLength;
+        return;
+      }
       request.status = RequestStatus::kDecoding;
       // Who reads again has drawn its next token before.
       if (end == request.num_tokens()) AcceptDraws(index, draws);
@@ -195,14 +195,17 @@ void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexc
 
 // Ends what the pass has ended, or what was cancelled meanwhile.
 void Scheduler::EndPass() noexcept {
-  for (const RowInFlight& row : in_flight_) {
-    RequestState& request = *row.request;
+  auto end = [this](RequestState& request) {
     request.is_in_flight = false;
     FinishReason reason = request.finish_reason;
     if (reason == FinishReason::kNone) reason = request.ends_as;
-    if (reason != FinishReason::kNone) Finish(request, reason);
-  }
+    bool has_ended = request.status == RequestStatus::kFinished;
+    if (reason != FinishReason::kNone && !has_ended) Finish(request, reason);
+  };
+  for (const RowInFlight& row : in_flight_) end(*row.request);
+  for (const Copying& copying : copying_) end(*copying.request);
   in_flight_.clear();
+  copying_.clear();
   num_events_in_flight_ = 0;
   work_ = {};
 }
@@ -218,6 +221,12 @@ void Scheduler::Fail(double now_ms) noexcept {
     sequence.num_sparse = row.num_sparse;
     sequence.clean_len = std::min(sequence.clean_len, row.begin);
   }
+  for (const Copying& copying : copying_) {
+    copying.request->finish_reason = FinishReason::kError;
+    copying.request->failure = RequestFailure::kPassFailed;
+    copying.request->sequence.Rewind(copying.first);
+  }
+  copies_.clear();
   EndPass();
 }
 
@@ -291,8 +300,8 @@ RequestState Scheduler::Remove(RequestId id) {
   return std::move(requests_.extract(id).mapped());
 }
 
-SchedulerStats Scheduler::stats() const {
-  SchedulerStats stats = counts_;
+DecoderStats Scheduler::stats() const {
+  DecoderStats stats = counts_;
   for (const RequestState* request : waiting_) {
     ++(request->status == RequestStatus::kPaused ? stats.num_paused : stats.num_waiting);
   }
@@ -303,7 +312,6 @@ SchedulerStats Scheduler::stats() const {
   stats.pages_cached = pool_.num_idle();
   stats.pages_free = pool_.num_free() - pool_.num_idle();
   stats.pages_held = pool_.num_pages() - pool_.num_free();
-  if (prefixes_ != nullptr) stats.prefixes = prefixes_->stats();
   return stats;
 }
 

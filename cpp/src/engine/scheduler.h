@@ -15,13 +15,14 @@
 // made.
 //
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
-// it have room beside what others were let in for. When pages run out nevertheless, the newest
-// request is paused: its pages are given back, and it reads its tokens again when there is room;
-// what the prefix cache still has is not read twice.
+// it have room beside what others were let in for; a session's turn takes all that it may need.
+// When pages run out nevertheless, the newest request is paused: its pages are given back, and it
+// reads its tokens again when there is room; what the prefix cache still has is not read twice.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,13 +36,17 @@ namespace tidal {
 
 struct SchedulerLimits {
   int64_t max_rows = 8;            // requests that read or decode at once
-  int64_t max_pass_tokens = 4096;  // of all rows of a pass together
-  int64_t max_pass_draws = 8;      // draws, or logits, of all rows of a pass together
+  int64_t max_pass_tokens = 4096;  // of all rows of a pass that reads prompts
+  int64_t max_pass_draws = 8;      // draws, or logits, of all rows of such a pass
+  int64_t max_check_tokens = 8;    // of all rows of a pass that checks drafts; it draws as many
   int64_t max_seq_len = 0;         // tokens of one sequence
   double max_chunk_ms = 60.0;      // of a pass over prompts while anybody decodes
   double decode_share = 0.25;      // of the time, in [0, 1)
   int64_t output_reserve = 1024;   // tokens to generate that must have room at admission
   int64_t max_overtakes = 8;       // of a request that does not fit, by others that do
+  // How long the first in line waits, while nothing runs, for pages of sequences that the scheduler
+  // does not know.
+  double max_stuck_ms = 0.0;
 };
 
 // What has happened to a request: a new token, its end, or both.
@@ -55,25 +60,6 @@ struct RequestEvent {
   int64_t draw = -1;
 };
 
-struct SchedulerStats {
-  int64_t num_waiting = 0;  // never let in so far
-  int64_t num_reading = 0;
-  int64_t num_decoding = 0;
-  int64_t num_paused = 0;
-  int64_t pages_free = 0;    // these three are all pages
-  int64_t pages_held = 0;    // that belong to sequences
-  int64_t pages_cached = 0;  // known prefixes that nobody uses: room as well
-  // Since the start:
-  int64_t num_chunks = 0;  // passes that read prompts, corrected or checked drafts
-  int64_t num_steps = 0;   // passes that decoded a token of each row
-  int64_t num_pauses = 0;
-  int64_t num_finished = 0;
-  int64_t read_tokens = 0;       // of prompts, by passes
-  int64_t cached_tokens = 0;     // of prompts, found
-  int64_t generated_tokens = 0;  // given out
-  PrefixStats prefixes{};
-};
-
 class Scheduler {
  public:
   // `prefixes` may be null: nothing is found again. Both must outlive it.
@@ -83,8 +69,8 @@ class Scheduler {
   // InvalidArgument for what makes no sense.
   RequestId Add(Request request, Sequence sequence, double now_ms);
 
-  // Says what goes through the layers next; no rows: nothing to do. It must be committed, or have
-  // failed, before the next one; if Next throws, it has failed.
+  // Says what goes through the layers next; no rows: nothing to do, or no room yet. It must be
+  // committed, or have failed, before the next one; if Next throws, it has failed.
   Batch Next(double now_ms);
 
   // The request of each row of the batch in flight.
@@ -111,7 +97,7 @@ class Scheduler {
   RequestState Remove(RequestId id);
 
   bool HasWork() const { return !running_.empty() || !waiting_.empty(); }
-  SchedulerStats stats() const;
+  DecoderStats stats() const;
   const ChunkCost& chunk_cost() const { return cost_; }
 
   // Throws std::logic_error if lists, states, rows and pages disagree: for tests.
@@ -169,6 +155,7 @@ class Scheduler {
   int64_t PromisedPages() const;
   int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);
+  void Own(RequestState& request, int64_t num_tokens, int64_t first);
   bool GrowOrPause(RequestState& request, int64_t num_tokens);
   RequestState& NewestToPause(RequestState& otherwise) const;
   void Pause(RequestState& request);
@@ -197,10 +184,18 @@ class Scheduler {
   std::vector<int32_t> free_rows_;
   std::vector<RequestEvent> events_;
 
+  // Whose pages the pass in flight copies, of the tokens from the first on.
+  struct Copying {
+    RequestState* request;
+    int64_t first;
+  };
+  std::vector<PageCopy> copies_;  // that the next batch has to make
+  std::vector<Copying> copying_;
   std::vector<RowInFlight> in_flight_;
   size_t num_events_in_flight_ = 0;  // that the pass in flight may cause: room is reserved
   ChunkWork work_;           // of the pass in flight, if it is one over prompts or corrections
   double started_ms_ = 0.0;  // the pass in flight
+  std::optional<double> stuck_since_ms_;  // nothing runs, and yet nobody who waits fits
   const RequestState* oldest_ = nullptr;  // when the newest chunk was planned
   double oldest_owed_ms_ = 0.0;           // to whoever came first of those that read or wait
   bool may_admit_ = true;                 // false: nobody who waits fits until there is more room
@@ -209,7 +204,7 @@ class Scheduler {
   bool has_corrected_ = false;  // in this turn
   uint64_t turn_ = 0;
   double owed_ms_ = 0.0;  // to decoding, before the next chunk
-  SchedulerStats counts_;
+  DecoderStats counts_;
 };
 
 }  // namespace tidal

@@ -1,6 +1,7 @@
 // Scheduler: what comes next, a chunk of prompts or the next pass of a decode turn.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "engine/scheduler.h"
 #include "tidal/error.h"
@@ -24,13 +25,17 @@ Batch Scheduler::Next(double now_ms) {
   while (!is_planned) {
     is_planned = PlanChunk(batch) || PlanTurn(batch);
     if (is_planned || !running_.empty() || waiting_.empty()) break;
+    if (!stuck_since_ms_) stuck_since_ms_ = now_ms;
+    if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) return batch;
     EndStuck();
   }
-  num_events_in_flight_ = in_flight_.size();
+  stuck_since_ms_.reset();
+  num_events_in_flight_ = in_flight_.size() + copying_.size();
   for (const BatchRow& row : batch.rows) {
     num_events_in_flight_ += static_cast<size_t>(row.num_draws);
   }
   ReserveEvents(num_events_in_flight_);
+  if (!batch.rows.empty()) batch.copies = std::exchange(copies_, {});
   return batch;
 }
 
@@ -217,7 +222,7 @@ void Scheduler::OpenTurn() {
     }
   }
   // The pass that checks has a token and a draw more than drafts.
-  int64_t most_checked = std::min(limits_.max_pass_tokens, limits_.max_pass_draws) - 1;
+  int64_t most_checked = limits_.max_check_tokens - 1;
   most = most == 0 ? most_checked : std::min(most, most_checked);
   for (RequestState* request : running_) {
     if (request->status != RequestStatus::kDecoding) continue;
@@ -319,11 +324,11 @@ bool Scheduler::PlanChecks(Batch& batch) {
     return request->round && request->round->is_drafting();
   };
   if (std::any_of(running_.begin(), running_.end(), is_drafting)) return false;
-  int64_t tokens_left = limits_.max_pass_tokens, draws_left = limits_.max_pass_draws;
+  int64_t tokens_left = limits_.max_check_tokens;
   for (RequestState* request : running_) {
     if (!request->round) continue;
     int64_t count = request->round->num_drafted + 1;
-    if (!batch.rows.empty() && count > std::min(tokens_left, draws_left)) break;
+    if (!batch.rows.empty() && count > tokens_left) break;
     request->sequence.cached = request->round->begin;
     // The newest draft may need a page, for which nobody is paused either.
     if (!Grow(*request, count)) {
@@ -339,7 +344,6 @@ bool Scheduler::PlanChecks(Batch& batch) {
             .num_draws = count,
             .num_logits = wants_logits ? count : 0});
     tokens_left -= count;
-    draws_left -= count;
   }
   return !batch.rows.empty();
 }

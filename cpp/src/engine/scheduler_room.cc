@@ -28,13 +28,18 @@ bool Scheduler::Admit(RequestState& request) {
   int64_t output = std::min(limits_.output_reserve, request.max_tokens() - request.num_tokens());
   int64_t reserve = request.num_tokens() + output;
   bool finds = prefixes_ != nullptr && request.reads_prefixes();
-  if (!request.request.keeps_pages) {
+  int64_t missing;
+  if (request.request.keeps_pages) {
+    missing =
+        sequence.pages.NumMissing(request.max_tokens(), request.first_written(), sequence.cached);
+  } else {
     PrefixMatch match = finds ? prefixes_->Peek(sequence.tokens, request.salt) : PrefixMatch{};
-    int64_t missing = pool_.PagesFor(reserve) - match.num_pages + match.num_idle;
-    if (missing > UnpromisedPages()) return false;
+    missing = pool_.PagesFor(reserve) - match.num_pages + match.num_idle;
   }
+  if (missing > UnpromisedPages()) return false;
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
+  if (request.request.keeps_pages) Own(request, request.max_tokens(), request.first_written());
   if (finds) {
     sequence.pages.Adopt(prefixes_->Find(sequence.tokens, request.salt));
     auto num_pages = static_cast<int64_t>(sequence.pages.pages().size());
@@ -63,10 +68,20 @@ bool Scheduler::Grow(RequestState& request, int64_t num_tokens) {
   // It keeps the pages that it has.
   int64_t end =
       std::max(begin + num_tokens, static_cast<int64_t>(pages.pages().size()) * pool_.page_size());
-  if (pages.NumMissing(end, begin) > pool_.num_free()) return false;
-  // Nobody else owns pages that it writes to: those of a prefix are whole, and read.
-  pages.Own(end, begin, begin);
+  if (pages.NumMissing(end, begin, begin) > pool_.num_free()) return false;
+  Own(request, end, begin);
   return true;
+}
+
+// Gives the request pages for num_tokens tokens, of which nobody else owns those it writes to, from
+// token `first` on. What has to be copied for that is copied by the pass that is being planned.
+void Scheduler::Own(RequestState& request, int64_t num_tokens, int64_t first) {
+  Sequence& sequence = request.sequence;
+  std::vector<PageCopy> copies = sequence.pages.Own(num_tokens, first, sequence.cached);
+  if (copies.empty()) return;
+  copies_.insert(copies_.end(), copies.begin(), copies.end());
+  copying_.push_back({&request, first / pool_.page_size() * pool_.page_size()});
+  request.is_in_flight = true;
 }
 
 // As Grow, but makes room: the newest requests are paused, the one that grows in its turn. Returns

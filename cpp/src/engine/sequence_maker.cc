@@ -39,8 +39,4 @@ Sequence SequenceMaker::Fork(const Sequence& sequence) {
           .sampling = sequence.sampling};
 }
 
-void SequenceMaker::OwnPages(Sequence& sequence, int64_t num_tokens, int64_t first) {
-  runner_.CopyPages(sequence.pages.Own(num_tokens, first, sequence.cached));
-}
-
 }  // namespace tidal

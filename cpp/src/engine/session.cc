@@ -68,7 +68,7 @@ Session::Impl::~Impl() {
 }
 
 void Session::Impl::Close() {
-  auto lock = decoder->EnterToEnd();
+  auto pause = decoder->PauseToEnd();
   is_closed = true;
   sequence.reset();
 }
@@ -80,30 +80,39 @@ Sequence& Session::Impl::Idle() {
   return *sequence;
 }
 
-void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
-                           int64_t max_new_tokens) {
-  ModelRunner& runner = decoder->runner;
-  bool corrects = runner.config().correction_interval > 0;
-  auto num_added = static_cast<int64_t>(token_ids.size());
-  int64_t length = keep + num_added;
-
-  CacheUse use = UseAfter(*sequence, keep, num_added > 0, corrects);
-  int64_t first = FirstWritten(use, corrects);
-
+void Session::Impl::CheckFits(int64_t keep, int64_t num_added, int64_t max_new_tokens) const {
+  const DecodeConfig& config = decoder->runner.config();
   // Unsigned: max_new_tokens may be as large as int64 holds.
-  uint64_t need = static_cast<uint64_t>(length) + static_cast<uint64_t>(max_new_tokens);
+  uint64_t need = static_cast<uint64_t>(keep + num_added) + static_cast<uint64_t>(max_new_tokens);
   TIDAL_CHECK(need <= static_cast<uint64_t>(max_seq_len), CapacityError, "session: ", keep,
               " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " need ", need,
               " positions, have max_seq_len ", max_seq_len,
               "; start it with a larger max_seq_len, truncate it, or lower max_new_tokens");
-  int64_t max_len = length + max_new_tokens;
-  int64_t missing = sequence->pages.NumMissing(max_len, first);
+  const int64_t pages = decoder->runner.pool().PagesFor(static_cast<int64_t>(need));
+  TIDAL_CHECK(pages <= config.num_pages, CapacityError, "KV cache: a session of ", keep,
+              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ", pages,
+              " pages of ", config.page_size, " tokens, have ", config.num_pages,
+              " in all; raise num_pages, or lower max_new_tokens");
+}
+
+void Session::Impl::CheckFitsNow(int64_t keep, int64_t num_added, int64_t max_new_tokens) const {
+  ModelRunner& runner = decoder->runner;
+  bool corrects = runner.config().correction_interval > 0;
+  CacheUse use = UseAfter(*sequence, keep, num_added > 0, corrects);
+  int64_t missing = sequence->pages.NumMissing(keep + num_added + max_new_tokens,
+                                               FirstWritten(use, corrects), use.cached);
   TIDAL_CHECK(missing <= runner.pool().num_free(), CapacityError, "KV cache: a session of ", keep,
               " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ",
               missing, " pages of ", runner.config().page_size, " tokens, have ",
               runner.pool().num_free(), " free of ", runner.pool().num_pages(),
               "; close other sessions, raise num_pages, or lower max_new_tokens");
+}
 
+void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids) {
+  bool corrects = decoder->runner.config().correction_interval > 0;
+  auto num_added = static_cast<int64_t>(token_ids.size());
+  int64_t length = keep + num_added;
+  CacheUse use = UseAfter(*sequence, keep, num_added > 0, corrects);
   sequence->tokens.reserve(static_cast<size_t>(length));  // what may throw comes before any change
   Keep(*sequence, keep);
   kept = keep;
@@ -112,8 +121,6 @@ void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids,
   if (num_added > 0) sequence->dense_len = length;
   sequence->Rewind(use.cached);
   sequence->num_sparse = use.num_sparse;
-  decoder->sequences.OwnPages(*sequence, max_len, first);
-  sequence->id = decoder->sequences.NextId();
 }
 
 void Session::Impl::GoBack(Sequence& used, int64_t length) const {
@@ -123,10 +130,11 @@ void Session::Impl::GoBack(Sequence& used, int64_t length) const {
   used.pages.Shrink(length);
 }
 
-void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
+void Session::Impl::TakeBack(Sequence used, bool is_read, int64_t num_new) {
   if (is_closed) return;
-  // A verified round may have drawn tokens that were not handed out.
-  GoBack(used, used.prefilled() ? turn_len + num_new : kept);
+  // More tokens may have been drawn than were handed out.
+  GoBack(used, is_read ? turn_len + num_new : kept);
+  if (is_read && num_new > 0) used.Rewind(Length(used) - 1);
   used.sampling = decoder->runner.ScratchSampling();
   sequence.emplace(std::move(used));
 }
@@ -140,57 +148,52 @@ void Session::Close() {
   if (!impl_->decoder->process.IsForeign()) impl_->Close();
 }
 
-void Session::Append(const std::vector<int32_t>& token_ids) {
+std::unique_ptr<Generation> Session::Append(const std::vector<int32_t>& token_ids) {
   TIDAL_CHECK(!token_ids.empty(), InvalidArgument,
               "token_ids: got no tokens, expected at least one");
-  CheckTokenIds(token_ids, impl_->decoder->runner.model().vocab_size);
-  auto lock = impl_->decoder->Enter();
-  impl_->Extend(Length(impl_->Idle()), token_ids, 0);
-}
-
-bool Session::ReadNext() {
-  auto lock = impl_->decoder->Enter();
-  ModelRunner& runner = impl_->decoder->runner;
-  Sequence& sequence = impl_->Idle();
-  int64_t length = Length(sequence), end = std::min(sequence.dense_len, length - 1);
-  if (sequence.cached >= end) return false;
-  // A fork since Append took no pages.
-  if (sequence.pages.NumMissing(length, sequence.cached) > 0) {
-    impl_->decoder->sequences.OwnPages(sequence, length, sequence.cached);
-  }
-  runner.Run({.rows = {NextChunk(runner, sequence, end)}});
-  return true;
+  SamplingParams nothing;
+  nothing.max_new_tokens = 0;
+  return impl_->Begin(impl_, token_ids, nothing, std::nullopt);
 }
 
 std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids,
                                            const SamplingParams& params,
                                            std::optional<int64_t> keep) {
-  CheckTokenIds(token_ids, impl_->decoder->runner.model().vocab_size);
   ValidateSamplingParams(params);
-  const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
+  return impl_->Begin(impl_, token_ids, params, keep);
+}
+
+std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& self,
+                                                 const std::vector<int32_t>& token_ids,
+                                                 const SamplingParams& params,
+                                                 std::optional<int64_t> keep) {
+  CheckTokenIds(token_ids, decoder->runner.model().vocab_size);
   auto generation = std::make_unique<Generation::Impl>(decoder);
-  auto lock = decoder->Enter();  // after it: what throws lets go of the engine first
-  Sequence& sequence = impl_->Idle();
-  int64_t kept = keep.value_or(Length(sequence));
-  TIDAL_CHECK(kept >= 0 && kept <= Length(sequence), InvalidArgument, "keep: got ", kept,
-              ", expected 0 to ", Length(sequence));
-  TIDAL_CHECK(kept > 0 || !token_ids.empty(), InvalidArgument,
+  auto pause = decoder->EnterBetweenPasses();  // after it: what throws lets go of the engine first
+  Sequence& idle = Idle();
+  int64_t num_kept = keep.value_or(Length(idle));
+  TIDAL_CHECK(num_kept >= 0 && num_kept <= Length(idle), InvalidArgument, "keep: got ", num_kept,
+              ", expected 0 to ", Length(idle));
+  TIDAL_CHECK(num_kept > 0 || !token_ids.empty(), InvalidArgument,
               "session: it has no tokens to generate after; append a prompt");
-  TIDAL_CHECK(decoder->slots.num_free() > 0, CapacityError,
-              "batch: need 1 row, have 0 free of max_batch_size ",
-              decoder->runner.config().max_batch_size,
-              "; raise max_batch_size or let running sequences end");
-  impl_->Extend(kept, token_ids, params.max_new_tokens);
-  impl_->turn_len = Length(sequence);
-  generation->session = impl_;
-  generation->Add(std::move(sequence), params);
-  impl_->sequence.reset();
+  const auto num_added = static_cast<int64_t>(token_ids.size());
+  CheckFits(num_kept, num_added, params.max_new_tokens);
+  if (!decoder->scheduler.HasWork()) CheckFitsNow(num_kept, num_added, params.max_new_tokens);
+  Extend(num_kept, token_ids);
+  turn_len = Length(idle);
+  idle.id = decoder->sequences.NextId();
+  idle.sampling = MakeSamplingRow(params, 0);
+  generation->session = self;
+  generation->SetOptions({});
+  Sequence used = std::move(idle);
+  sequence.reset();
+  generation->Add(std::move(used), params);
   decoder->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
 
 void Session::Truncate(int64_t length) {
-  auto lock = impl_->decoder->Enter();
+  auto pause = impl_->decoder->EnterBetweenPasses();
   Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
               ", expected 0 to ", Length(sequence));
@@ -199,7 +202,7 @@ void Session::Truncate(int64_t length) {
 
 std::unique_ptr<Session> Session::Fork() const {
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
-  auto lock = decoder->Enter();
+  auto pause = decoder->EnterBetweenPasses();
   auto fork =
       std::make_shared<Impl>(decoder, decoder->sequences.Fork(impl_->Idle()), impl_->max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(fork)));
@@ -211,23 +214,24 @@ std::vector<int32_t> Session::token_ids() const {
 }
 
 int64_t Session::num_cached() const {
-  auto lock = impl_->decoder->Enter();
+  auto pause = impl_->decoder->EnterBetweenPasses();
   return impl_->Idle().cached;
 }
 
 int64_t Session::MostTokens(int64_t keep, bool adds) const {
-  auto lock = impl_->decoder->Enter();
+  auto pause = impl_->decoder->EnterBetweenPasses();
   const Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(keep >= 0 && keep <= Length(sequence), InvalidArgument, "keep: got ", keep,
               ", expected 0 to ", Length(sequence));
   ModelRunner& runner = impl_->decoder->runner;
   bool corrects = runner.config().correction_interval > 0;
   int64_t kept = adds ? keep : std::max<int64_t>(keep, 1);
-  int64_t first = FirstWritten(UseAfter(sequence, kept, adds, corrects), corrects);
+  CacheUse use = UseAfter(sequence, kept, adds, corrects);
   int64_t num_pages = runner.pool().PagesFor(impl_->max_seq_len);
   while (true) {
     // A page less is at most one less that is missing.
-    int64_t missing = sequence.pages.NumMissing(num_pages * runner.config().page_size, first);
+    int64_t missing = sequence.pages.NumMissing(num_pages * runner.config().page_size,
+                                                FirstWritten(use, corrects), use.cached);
     if (missing <= runner.pool().num_free()) break;
     num_pages -= missing - runner.pool().num_free();
   }

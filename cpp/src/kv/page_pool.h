@@ -40,6 +40,7 @@ class PagePool {
   // One owner more for pages that have been taken, or are held.
   void Share(const std::vector<int32_t>& pages);
   bool IsOwned(int32_t page) const { return num_owners_[static_cast<size_t>(page)] > 0; }
+  bool HasOtherOwners(int32_t page) const { return num_owners_[static_cast<size_t>(page)] > 1; }
   // Whether an owner must not write to the page: another one, or the prefix cache, reads it.
   bool IsShared(int32_t page) const;
 

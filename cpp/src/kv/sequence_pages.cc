@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <span>
+#include <utility>
 
 #include "tidal/error.h"
 
@@ -22,29 +23,45 @@ void SequencePages::Adopt(std::vector<int32_t> pages) {
   ++version_;
 }
 
-int64_t SequencePages::NumMissing(int64_t num_tokens, int64_t first) const {
+int64_t SequencePages::NumMissing(int64_t num_tokens, int64_t first, int64_t cached) const {
   int64_t wanted = pool_->PagesFor(num_tokens), have = static_cast<int64_t>(pages_.size());
+  int64_t num_cached_pages = pool_->PagesFor(cached);
   int64_t missing = std::max<int64_t>(wanted - have, 0);
-  for (int64_t i = first / pool_->page_size(); i < std::min(wanted, have); ++i) {
-    if (pool_->IsShared(pages_[static_cast<size_t>(i)])) ++missing;
+  for (int64_t i = std::min(first / pool_->page_size(), wanted); i < have; ++i) {
+    int32_t page = pages_[static_cast<size_t>(i)];
+    bool comes_back = !pool_->HasOtherOwners(page);
+    if (i >= wanted) {
+      missing -= comes_back ? 1 : 0;
+    } else if (pool_->IsShared(page) && (i < num_cached_pages || !comes_back)) {
+      ++missing;
+    }
   }
-  return missing;
+  return std::max<int64_t>(missing, 0);
 }
 
 std::vector<PageCopy> SequencePages::Own(int64_t num_tokens, int64_t first, int64_t cached) {
-  std::vector<int32_t> taken = pool_->Take(NumMissing(num_tokens, first));
+  int64_t missing = NumMissing(num_tokens, first, cached);
+  if (missing > pool_->num_free()) pool_->Take(missing);  // which throws
   Shrink(num_tokens);
+  auto num_cached_pages = static_cast<size_t>(pool_->PagesFor(cached));
+  auto begin = static_cast<size_t>(first / pool_->page_size());
+  std::vector<size_t> replaced;
+  for (size_t i = begin; i < pages_.size(); ++i) {
+    if (!pool_->IsShared(pages_[i])) continue;
+    replaced.push_back(i);
+    // Nothing in it is of use, so that it may be taken again at once.
+    if (i >= num_cached_pages) pool_->Release({&pages_[i], 1});
+  }
+  int64_t num_new = pool_->PagesFor(num_tokens) - static_cast<int64_t>(pages_.size());
+  std::vector<int32_t> taken = pool_->Take(static_cast<int64_t>(replaced.size()) + num_new);
   auto next = taken.begin();
   std::vector<PageCopy> copies;
-  std::vector<int32_t> left;
-  auto num_cached_pages = static_cast<size_t>(pool_->PagesFor(cached));
-  for (auto i = static_cast<size_t>(first / pool_->page_size()); i < pages_.size(); ++i) {
-    if (!pool_->IsShared(pages_[i])) continue;
-    if (i < num_cached_pages) copies.push_back({.from = pages_[i], .to = *next});
-    left.push_back(pages_[i]);
-    pages_[i] = *next++;
+  for (size_t i : replaced) {
+    int32_t from = std::exchange(pages_[i], *next++);
+    if (i >= num_cached_pages) continue;
+    copies.push_back({.from = from, .to = pages_[i]});
+    pool_->Release({&from, 1});
   }
-  pool_->Release(left);
   pages_.insert(pages_.end(), next, taken.end());
   if (!taken.empty()) ++version_;
   return copies;

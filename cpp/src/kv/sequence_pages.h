@@ -43,8 +43,8 @@ class SequencePages {
   // none yet.
   void Adopt(std::vector<int32_t> pages);
 
-  // Free pages that Own needs.
-  int64_t NumMissing(int64_t num_tokens, int64_t first) const;
+  // Free pages that Own needs beside those that it gives back.
+  int64_t NumMissing(int64_t num_tokens, int64_t first, int64_t cached) const;
 
   // Has pages for exactly num_tokens tokens, of which those that hold the tokens from `first` on
   // have no other owner. Returns what must be copied before anything is written so that the first

@@ -1,0 +1,110 @@
+// The loop of the engine: the scheduler's batches go through the model, one after the other, on a
+// thread of their own, and whoever asked for them hears what came of it.
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "engine/decoder_impl.h"
+
+namespace tidal {
+
+double Decoder::Impl::NowMs() const {
+  auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double, std::milli>(now).count();
+}
+
+void Decoder::Impl::Loop() {
+  while (true) {
+    {
+      Lock lock(mutex);
+      has_work.wait(lock, [&] { return is_ending || (scheduler.HasWork() && !is_closed); });
+      if (is_ending) return;
+    }
+    // Once the process ends nobody may be in the engine's libraries.
+    bool has_run;
+    {
+      ProcessWork work;
+      if (!work.may_run()) return;
+      has_run = RunPass();
+    }
+    if (has_run) continue;
+    // Who waits needs pages of sessions, which may be closed.
+    Lock lock(mutex);
+    has_work.wait_for(lock, std::chrono::milliseconds(5), [&] { return is_ending; });
+  }
+}
+
+// Returns whether there was one to run.
+bool Decoder::Impl::RunPass() {
+  std::unique_lock<FairMutex> device_lock(device);
+  Lock lock(mutex);
+  if (is_closed) return false;
+  std::exception_ptr error;
+  std::vector<RequestId> in_flight;
+  try {
+    const Batch batch = scheduler.Next(NowMs());
+    in_flight = scheduler.InFlight();
+    if (!batch.rows.empty()) {
+      lock.unlock();
+      const Drawn drawn = runner.Run(batch);
+      lock.lock();
+      scheduler.Commit(batch, drawn, NowMs());
+    }
+  } catch (...) {
+    error = std::current_exception();
+    if (!lock.owns_lock()) lock.lock();
+    in_flight = scheduler.InFlight();
+    scheduler.Fail(NowMs());
+  }
+  Tell(in_flight, error);
+  return !in_flight.empty();
+}
+
+// The caller holds both locks.
+void Decoder::Impl::Tell(std::span<const RequestId> in_flight, const std::exception_ptr& error) {
+  std::vector<Generation::Impl*> told;
+  auto listener_of = [&](RequestId id) {
+    const Listener listener = listeners.at(id);
+    told.push_back(listener.generation);
+    return listener;
+  };
+  for (RequestId id : in_flight) {
+    const Listener listener = listener_of(id);
+    listener.generation->HearProgress(listener.index, scheduler.Get(id));
+  }
+  for (const RequestEvent& event : scheduler.TakeEvents()) {
+    const Listener listener = listener_of(event.id);
+    listener.generation->Hear(listener.index, event);
+    if (event.finish_reason == FinishReason::kNone) continue;
+    RequestState left = scheduler.Remove(event.id);
+    std::vector<LayerSelection> selection;
+    try {
+      selection = runner.ReadSelection(left.request.decoding.plan, left.sequence.id);
+    } catch (const std::exception&) {
+      // A device that has failed has already said so, memory may be short; the end must be told all
+      // the same.
+    }
+    listeners.erase(event.id);
+    listener.generation->HearEnd(listener.index, std::move(left), std::move(selection));
+  }
+  std::sort(told.begin(), told.end());
+  told.erase(std::unique(told.begin(), told.end()), told.end());
+  for (Generation::Impl* generation : told) generation->HearPassEnd(error);
+}
+
+RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Impl& listener,
+                             int64_t index) {
+  if (!loop.joinable()) loop = std::thread([this] { Loop(); });
+  const RequestId id = scheduler.Add(std::move(request), std::move(sequence), NowMs());
+  listeners.emplace(id, Listener{&listener, index});
+  has_work.notify_all();
+  return id;
+}
+
+void Decoder::Impl::Cancel(RequestId id, FinishReason reason) {
+  if (!listeners.contains(id)) return;
+  scheduler.Cancel(id, reason, NowMs());
+  Tell({}, nullptr);
+}
+
+}  // namespace tidal

@@ -1,0 +1,170 @@
+"""A request: a prompt on its way to its answer, beside any number of others.
+
+Made by Decoder.submit(). The engine advances it whether anybody waits for it or not; here it is
+waited for, read piece by piece, by threads or by an event loop, or given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tidaldecode.config import DecodeConfig, PlanConfig, check_setting
+from tidaldecode.engine_config import core_plan
+from tidaldecode.errors import ConfigError
+from tidaldecode.plans import choose_plan
+from tidaldecode.sampling import check_bool, check_integer
+from tidaldecode.stream import TextStream
+
+if TYPE_CHECKING:
+    from tidaldecode import _core
+    from tidaldecode.checkpoint.model_folder import ModelFolder
+    from tidaldecode.results import GenerationResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """What a request asks for beside its prompt and how it is drawn; None is as the decoder."""
+
+    attention: str | None
+    plan: PlanConfig | None
+    verify: bool | None
+    priority: int
+
+    def for_core(self, settings: DecodeConfig, folder: ModelFolder) -> dict[str, Any]:
+        """The arguments of the engine's start().
+
+        Raises: InvalidArgument, ConfigError.
+        """
+        options: dict[str, Any] = {
+            "priority": check_integer("priority", self.priority, low=-(2**31)),
+            "verify": self.verify,
+        }
+        if self.verify is not None:
+            check_bool("verify", self.verify)
+        if self.attention is not None:
+            check_setting("attention", self.attention)
+        if self.plan is not None and not isinstance(self.plan, PlanConfig):
+            raise ConfigError(f"plan: got a {type(self.plan).__name__}, expected a PlanConfig")
+        if self.attention not in (None, "auto") or self.plan is not None:
+            asked = settings if self.plan is None else self.plan
+            options["plan"] = core_plan(choose_plan(asked, self.attention or "auto", folder))
+        return options
+
+
+class Request:
+    """One answer to come.
+
+    Example:
+        >>> requests = [decoder.submit(question) for question in questions]
+        >>> answers = [request.result().text for request in requests]
+
+    Iterate over it, with `for` or `async for`, for pieces of text as they come; call result() or
+    `await` it for the whole. Pieces that were read are not given again; the result has them all.
+    Stop strings end the text when it is read.
+    """
+
+    def __init__(self, stream: TextStream, generation: _core.Generation) -> None:
+        """Takes over a stream and the generation that it reads; Decoder.submit makes these."""
+        self._stream = stream
+        self._generation = generation
+        self._wakeup: _Wakeup | None = None
+
+    @property
+    def status(self) -> str:
+        """Where it is: "waiting", "reading" (its prompt), "decoding", "paused" or "finished"."""
+        return "finished" if self._stream.result is not None else self._generation.status(0)
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """The whole answer, once it has ended.
+
+        Args:
+            timeout: seconds to wait at most; None is for as long as it takes.
+
+        Raises: TimeoutError, the request going on; else what Decoder.generate() does while it runs.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._stream.result is None:
+            left = 0.1 if deadline is None else deadline - time.monotonic()
+            if left < 0:
+                raise TimeoutError(f"request: it is {self.status} after {timeout} s")
+            self._stream.read(min(left, 0.1))
+        return self._stream.result
+
+    def cancel(self) -> None:
+        """Ends it where it is (finish_reason "abort"); no effect if it has ended."""
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        while True:
+            piece = self._stream.read(0.0)
+            if piece:
+                return piece
+            if self._stream.result is not None:
+                self._stop_listening()
+                raise StopAsyncIteration
+            await self._news()
+
+    def __await__(self) -> Generator[None, None, GenerationResult]:
+        return self._finish().__await__()
+
+    async def _finish(self) -> GenerationResult:
+        async for _ in self:
+            pass
+        assert self._stream.result is not None
+        return self._stream.result
+
+    async def _news(self) -> None:
+        """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
+        if self._wakeup is None:
+            self._wakeup = _Wakeup(self._generation)
+        try:
+            await self._wakeup.wait()
+        except asyncio.CancelledError:
+            self._stop_listening()
+            await asyncio.to_thread(self.cancel)
+            raise
+
+    def _stop_listening(self) -> None:
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None:
+            wakeup.close()
+
+    def __repr__(self) -> str:
+        return f"Request({self.status})"
+
+
+class _Wakeup:
+    """Tells the running event loop that a generation has news, by an eventfd."""
+
+    def __init__(self, generation: _core.Generation) -> None:
+        self._generation = generation
+        self._loop = asyncio.get_running_loop()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._news = asyncio.Event()
+        self._loop.add_reader(self._fd, self._hear)
+        generation.notify_at(self._fd)
+
+    def _hear(self) -> None:
+        os.eventfd_read(self._fd)
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Returns once there has been news since the last time, or there may have been."""
+        await self._news.wait()
+        self._news.clear()
+
+    def close(self) -> None:
+        self._generation.notify_at(-1)
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)

@@ -1,0 +1,91 @@
+"""Runs of feature_runs.py for requests of many callers at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import tidaldecode
+from feature_runs import IDS, PLAN, Bench, uses
+
+
+@uses("Decoder.submit", "Request", "Request.status", "Request.result", "Decoder.stats")
+def submit(bench: Bench) -> None:
+    decoder = bench.open()
+    requests = [decoder.submit(IDS[: 5 + i], max_new_tokens=8, ignore_eos=True) for i in range(9)]
+    assert all(isinstance(request, tidaldecode.Request) for request in requests)
+    assert [len(request.result(timeout=60).token_ids) for request in requests] == [8] * 9
+    assert {request.status for request in requests} == {"finished"}
+    stats = decoder.stats()
+    assert stats["generated_tokens"] == 72 and stats["num_finished"] == 9
+    assert stats["pages_held"] == stats["num_waiting"] == 0
+
+
+@uses("TextStream.read")
+def read(bench: Bench) -> None:
+    stream = bench.open().stream(IDS, max_new_tokens=8, ignore_eos=True)
+    pieces = []
+    while stream.result is None:
+        pieces.append(stream.read(0.05))
+    assert "".join(pieces) == stream.result.text and stream.read(1.0) == ""
+
+
+@uses("Request.cancel")
+def cancel(bench: Bench) -> None:
+    request = bench.open().submit(IDS, max_new_tokens=400, ignore_eos=True)
+    request.cancel()
+    assert request.result().finish_reason in ("abort", "length")
+
+
+@uses("async requests")
+def async_requests(bench: Bench) -> None:
+    async def ask(decoder: tidaldecode.Decoder) -> list[str]:
+        async def pieces(request: tidaldecode.Request) -> str:
+            return "".join([piece async for piece in request])
+
+        requests = [decoder.submit(IDS, max_new_tokens=8, ignore_eos=True) for _ in range(6)]
+        texts = await asyncio.gather(*[pieces(request) for request in requests[:3]])
+        return texts + [result.text for result in await asyncio.gather(*requests[3:])]
+
+    texts = asyncio.run(ask(bench.open()))
+    assert len(texts) == 6 and all(texts)
+
+
+@uses("a plan of a request", "verify of a request", "priority")
+def own_plans(bench: Bench) -> None:
+    decoder = bench.open(**PLAN)
+    other = tidaldecode.PlanConfig(scored_layers=(2, 5), token_budget=40, sparse_min_context=0)
+    asked = [
+        {},
+        {"attention": "full"},
+        {"plan": other},
+        {"verify": True},
+        {"plan": other, "priority": -1},
+        {"plan": other, "verify": True},
+    ]
+    prompt = IDS * 4
+    requests = [decoder.submit(prompt, max_new_tokens=24, ignore_eos=True, **a) for a in asked]
+    results = [request.result(timeout=60) for request in requests]
+    assert [len(result.token_ids) for result in results] == [24] * 6
+    assert results[0].verification is None and results[5].verification.drafted_tokens > 0
+    assert results[3].verification.dense_passes > 0
+
+
+@uses("prefix_cache")
+def prefix_cache(bench: Bench) -> None:
+    prompt = IDS * 5
+    decoder = bench.open(page_size=16)
+    results = [decoder.generate(prompt, max_new_tokens=4, ignore_eos=True) for _ in range(2)]
+    assert [result.cached_tokens for result in results] == [0, 192]
+    assert decoder.stats()["pages_cached"] == 12
+    without = bench.open(page_size=16, prefix_cache=False)
+    results = [without.generate(prompt, max_new_tokens=4, ignore_eos=True) for _ in range(2)]
+    assert [result.cached_tokens for result in results] == [0, 0]
+
+
+@uses("max_chunk_ms", "decode_share")
+def shared_time(bench: Bench) -> None:
+    for options in ({"max_chunk_ms": 0.5}, {"decode_share": 0.0}, {"decode_share": 0.9}):
+        decoder = bench.open(**options)
+        prompts = [IDS * (1 + i) for i in range(6)]
+        results = decoder.generate(prompts, max_new_tokens=6, ignore_eos=True)
+        assert [len(result.token_ids) for result in results] == [6] * 6
