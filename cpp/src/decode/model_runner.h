@@ -32,10 +32,10 @@ class ModelRunner {
   const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
   // Caches the batch's tokens, in order of its rows, and draws. Moves each sequence's `cached`, and
-  // what it says of the tokens before, past them; its tokens stay as they are. The logits of a
-  // decode step are those that its draw has worked on: the model's own for greedy rows without
-  // penalty. Throws InvalidArgument for a batch that CheckBatch refuses, CapacityError for one of
-  // more rows or tokens than a pass has room for, and for a row without pages for its tokens.
+  // what it says of the tokens before, past them; its tokens stay as they are. Each draw goes by
+  // the sequence's tokens before it, those that are not cached included. Throws InvalidArgument for
+  // a batch that CheckBatch refuses, CapacityError for one of more rows or tokens than a pass has
+  // room for, and for a row without pages for its tokens.
   Drawn Run(const Batch& batch);
 
   // Adds a plan beside the decoder's, or a user to the plan with these settings if there is one.
@@ -58,10 +58,6 @@ class ModelRunner {
   // Greedy parameters for rows whose draw nobody keeps.
   SamplingRow ScratchSampling() const { return buffers_->sampler.scratch_row(); }
 
-  // Marks the sequence's first num_tokens tokens, and no others, in its sampling slot, if its
-  // parameters ask for it. Draws mark what they draw.
-  void MarkSeen(const Sequence& sequence, int64_t num_tokens);
-
   // Whole pages, as SequencePages::Own asks for.
   void CopyPages(const std::vector<PageCopy>& copies);
 
@@ -73,8 +69,14 @@ class ModelRunner {
   void WarmStep(const StepKey& key);
   void CheckFits(const Batch& batch) const;
 
+  // Brings the slots of the rows that draw up to date; FinishDraws follows the draws.
+  void PrepareDraws(const Batch& batch);
+  void FinishDraws(const Batch& batch, const Drawn& drawn);
+
   Drawn RunStep(const Batch& batch);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
+  // Appends what the rows of a step have drawn, and what else they want of it.
+  void TakeStep(const Batch& batch, Drawn& drawn) const;
   Drawn RunChunk(const Batch& batch);
   Pass TakeChunk(const Batch& batch) const;
   void RunChunkPass(const Pass& pass, int64_t num_outputs);

@@ -116,7 +116,7 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
               ", expected one per prompt (", prompts.size(), ")");
   for (size_t i = 0; i < prompts.size(); ++i) {
     CheckPrompt(prompts[i], model().vocab_size, i);
-    ValidateSamplingParams(params[i]);
+    ValidateSamplingParams(params[i], model().vocab_size);
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
   auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
@@ -162,7 +162,7 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
                                              int64_t max_new_tokens) {
   SamplingParams params;
   params.max_new_tokens = max_new_tokens;
-  ValidateSamplingParams(params);
+  ValidateSamplingParams(params, model().vocab_size);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
   auto lock = impl_->Enter();
   CheckCapacity(impl_->runner, impl_->slots, prompts, std::vector(prompts.size(), params));

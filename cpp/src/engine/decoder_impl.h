@@ -20,7 +20,7 @@
 
 namespace tidal {
 
-// The sampling slots (rows of `seen`) of a decoder; one sequence owns one.
+// The sampling slots (decode/sampling_slots.h) of a decoder; one sequence owns one.
 class SlotPool {
  public:
   explicit SlotPool(int64_t num_slots);

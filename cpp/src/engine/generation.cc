@@ -38,9 +38,8 @@ void Generation::Impl::Add(Sequence&& sequence, const SamplingParams& params) {
   running.push_back({std::nullopt, params, draft_tokens == 0 ? kFirstDraftTokens : draft_tokens});
   prefill_total += std::max<int64_t>(sequence.dense_len - sequence.cached, 0);
   Sequence& added = running.back().sequence.emplace(std::move(sequence));
-  added.sampling = MakeSamplingRow(params, decoder->slots.Take());
   ++num_alive;
-  runner.MarkSeen(added, num_tokens);
+  SetSampling(params, runner.model().vocab_size, decoder->slots.Take(), added);
 }
 
 Generation::Impl::~Impl() {

@@ -128,6 +128,7 @@ void Session::Impl::TakeBack(Sequence used, int64_t num_new) {
   // A verified round may have drawn tokens that were not handed out.
   GoBack(used, used.prefilled() ? turn_len + num_new : kept);
   used.sampling = decoder->runner.ScratchSampling();
+  used.rules.reset();
   sequence.emplace(std::move(used));
 }
 
@@ -166,7 +167,7 @@ std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids
                                            const SamplingParams& params,
                                            std::optional<int64_t> keep) {
   CheckTokenIds(token_ids, impl_->decoder->runner.model().vocab_size);
-  ValidateSamplingParams(params);
+  ValidateSamplingParams(params, impl_->decoder->runner.model().vocab_size);
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
   auto generation = std::make_unique<Generation::Impl>(decoder);
   auto lock = decoder->Enter();  // after it: what throws lets go of the engine first

@@ -34,7 +34,6 @@ std::vector<std::vector<int32_t>> DrawDensely(ModelRunner& runner, std::span<Dra
   Batch batch;
   for (const DraftRow& row : rows) {
     row.sequence->Rewind(row.begin);
-    runner.MarkSeen(*row.sequence, row.begin + 1);  // and not the drafts
     const int64_t count = static_cast<int64_t>(row.sequence->tokens.size()) - row.begin;
     batch.rows.push_back({.sequence = row.sequence, .num_tokens = count, .num_draws = count});
   }
@@ -51,7 +50,7 @@ void DropSpoiledDrafts(ModelRunner& runner, DraftRow& row, std::vector<int32_t>&
   draws = DrawDensely(runner, {&row, 1})[0];
 }
 
-void Keep(ModelRunner& runner, const std::vector<int32_t>& draws, DraftRow& row) {
+void Keep(const std::vector<int32_t>& draws, DraftRow& row) {
   Sequence& sequence = *row.sequence;
   auto first = sequence.tokens.begin() + row.begin + 1;
   auto num_kept = std::mismatch(first, sequence.tokens.end(), draws.begin()).first - first;
@@ -59,10 +58,6 @@ void Keep(ModelRunner& runner, const std::vector<int32_t>& draws, DraftRow& row)
   sequence.tokens.erase(first + num_kept, sequence.tokens.end());
   sequence.Rewind(row.begin + 1 + num_kept);
   if (row.tokens.back() >= 0) sequence.tokens.push_back(row.tokens.back());
-  // The draws after it were marked as well.
-  if (num_kept < row.num_drafts) {
-    runner.MarkSeen(sequence, static_cast<int64_t>(sequence.tokens.size()));
-  }
 }
 
 }  // namespace
@@ -73,7 +68,7 @@ void RunVerifiedRound(ModelRunner& runner, std::vector<DraftRow>& rows) {
   std::vector<std::vector<int32_t>> draws = DrawDensely(runner, rows);
   for (size_t i = 0; i < rows.size(); ++i) {
     DropSpoiledDrafts(runner, rows[i], draws[i]);
-    Keep(runner, draws[i], rows[i]);
+    Keep(draws[i], rows[i]);
   }
 }
 
