@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from types import TracebackType
@@ -37,7 +37,7 @@ from tidaldecode.plans import choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
 from tidaldecode.results import GenerationResult
 from tidaldecode.room import Room, UnstartedGeneration
-from tidaldecode.sampling import check_callback, check_choice, check_integer
+from tidaldecode.sampling import SamplingOptions, check_callback, check_choice, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Prompt
@@ -47,8 +47,6 @@ from tidaldecode.text.prompts import check_token_ids
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
-
-    from tidaldecode.sampling import SamplingOptions
 
 LoadProgress = Callable[[int, int], None]
 _MAX_MEASURED_STEPS = 1_000_000
@@ -154,9 +152,17 @@ class Decoder(TextMethods):
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        min_new_tokens: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
@@ -180,9 +186,18 @@ class Decoder(TextMethods):
             top_p: keep the most likely tokens up to this probability, in (0, 1].
             min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
             repetition_penalty: > 0; 1 is off. Counts tokens of prompt and output.
+            frequency_penalty: taken off a token's logit each time it was generated, in [-2, 2].
+            presence_penalty: taken off it once it was generated, in [-2, 2].
             seed: of the draws, in [0, 2**64); None is a fresh one for every sequence.
             stop: strings that end the text; they are cut from it. Special tokens count as written.
             stop_token_ids: ids that end the text, besides the model's own.
+            min_new_tokens: before so many, no id that ends the text is drawn; stop strings still
+                end it.
+            no_repeat_ngram_size: no n tokens in a row occur twice; 0 is off.
+            logit_bias: {token id: what is added to its logit, in [-100, 100]}.
+            suppress_tokens: ids that are never drawn.
+            bad_words: texts or lists of ids that are never completed.
+            allowed_token_ids: the only ids that are drawn.
             ignore_eos: go on after the model's end-of-text tokens.
             skip_special_tokens: False shows special tokens in the text.
             include_stop_str_in_output: the text keeps the stop string or token that ended it.
@@ -197,22 +212,11 @@ class Decoder(TextMethods):
             CapacityError: a prompt with its new tokens does not fit, also beside what streams of
                 this thread and sessions hold.
         """
+        given = locals()
+        sampling: Any = {name: given[name] for name in SamplingOptions.__annotations__}
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
-        settings = self._frontend.check_sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            include_stop_str_in_output=include_stop_str_in_output,
-        )
+        settings = self._frontend.check_sampling(**sampling)
         prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
         results: list[GenerationResult] = []
