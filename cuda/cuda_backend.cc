@@ -21,7 +21,6 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope_append_kv.h"
 #include "kernels/rope_table.h"
-#include "kernels/sample.h"
 #include "kernels/score_keys.h"
 #include "kernels/score_shadow.h"
 #include "kernels/select_top_k.h"
@@ -422,12 +421,6 @@ void CudaBackend::GatherRows(const GatherRowsArgs& args) {
   Enter();
   Check(args);
   LaunchGatherRows(args, stream());
-}
-
-void CudaBackend::Sample(const SampleArgs& args) {
-  Enter();
-  Check(args);
-  LaunchSample(args, stream());
 }
 
 // --- several ops in one ---

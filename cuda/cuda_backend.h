@@ -65,6 +65,7 @@ class CudaBackend final : public Backend {
   void SiluMul(const SiluMulArgs& args) override;
   void GatherRows(const GatherRowsArgs& args) override;
   void Sample(const SampleArgs& args) override;
+  void Logprobs(const LogprobsArgs& args) override;
   void NormLinear(const NormLinearArgs& args) override;
   void QkvRopeAppend(const QkvRopeAppendArgs& args) override;
   void GateUpSiluMul(const GateUpSiluMulArgs& args) override;

@@ -14,6 +14,7 @@
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/radix_select.cuh"
+#include "common/token_candidate.cuh"
 #include "core/philox.h"
 
 namespace tidal {
@@ -30,13 +31,32 @@ struct SampleParams {
   float* logits;            // [B, V]
   const SamplingRow* rows;  // [B]
   const int32_t* seq_lens;  // [B]
-  uint8_t* seen;            // [num_slots, V]
+  int32_t* history;         // [num_slots, V]
+  const TokenBias* biases;  // [num_slots, max_biases]
+  const uint32_t* masks;    // [B, num_words]
+  float* copies;            // [C, V]
   int32_t* token_ids;       // [B]
   int64_t vocab_size;
+  int64_t max_biases;
+  int64_t num_words;
+};
+
+// What a row's draw goes by, beside its logits.
+struct RowInputs {
+  SamplingRow sampling;
+  const int32_t* history;   // [V]
+  const TokenBias* biases;  // [sampling.num_biases]
+  const uint32_t* mask;     // [W]
+
+  // Greedy, by the logits as they are.
+  __device__ bool is_plain() const {
+    return sampling.temperature == 0.0f && sampling.num_biases == 0 && sampling.has_mask == 0 &&
+           !UsesHistory(sampling);
+  }
 };
 
 // The block's slice of a row: of the logits of the ids from first_id on. The filters see it
-// penalised and divided by the temperature.
+// penalised, masked and divided by the temperature.
 struct Slice {
   float* logits;
   int first_id;
@@ -76,17 +96,8 @@ struct Row {
   float max;  // of the whole row, after the temperature; finite
 };
 
-// Orders by value, then by lower id, as one integer. 0: none; kUnusable is above all others.
-__device__ __forceinline__ Mass Candidate(float value, int id) {
-  return static_cast<Mass>(OrderedKey(value)) << 32 | ~static_cast<uint32_t>(id);
-}
-__device__ __forceinline__ int CandidateId(Mass candidate) {
-  return static_cast<int>(~static_cast<uint32_t>(candidate));
-}
-__device__ __forceinline__ float CandidateValue(Mass candidate) {
-  return KeyToFloat(static_cast<uint32_t>(candidate >> 32));
-}
-constexpr Mass kUnusable = ~Mass{0};
+// What a row with a NaN or +inf gives: above all candidates.
+constexpr Candidate kUnusable = ~Candidate{0};
 
 // The best of a thread's tokens, which come by ascending id; none if nothing is above -inf.
 struct BestToken {
@@ -98,26 +109,15 @@ struct BestToken {
     value = other;
     id = other_id;
   }
-  __device__ Mass Packed() const { return id < 0 ? 0 : Candidate(value, id); }
+  __device__ Candidate Packed() const { return id < 0 ? 0 : PackCandidate(value, id); }
 };
 
-__device__ __forceinline__ Mass WarpMax(Mass value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    value = max(value, __shfl_xor_sync(kFullWarp, value, offset));
-  }
-  return value;
-}
-
 // The largest value of the cluster, in every thread.
-__device__ Mass ClusterMax(const BlockCluster& cluster, Mass value, Mass (&warp_max)[kMaxWarps],
-                           Mass (&slots)[kMaxClusterSize]) {
-  int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  value = WarpMax(value);
-  __syncthreads();
-  if (lane == 0) warp_max[warp] = value;
-  __syncthreads();
-  ShareWithCluster(cluster, WarpMax(lane < kRadixThreads / kWarpSize ? warp_max[lane] : 0), slots);
+__device__ Candidate ClusterMax(const BlockCluster& cluster, Candidate value,
+                                Candidate (&warp_max)[kMaxWarps],
+                                Candidate (&slots)[kMaxClusterSize]) {
+  int lane = threadIdx.x % kWarpSize;
+  ShareWithCluster(cluster, BlockMax(value, warp_max), slots);
   return WarpMax(lane < cluster.size() ? slots[lane] : 0);
 }
 
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool IsUsable(float value) {
 }
 
 // The thread's best candidate, or kUnusable.
-__device__ Mass BestOfPlainRow(const Slice& slice) {
+__device__ Candidate BestOfPlainRow(const Slice& slice) {
   BestToken best;
   bool usable = true;
   ForEachLogit<16>(slice, [&](float value, int id) {
@@ -153,38 +153,69 @@ __device__ Mass BestOfPlainRow(const Slice& slice) {
   return usable ? best.Packed() : kUnusable;
 }
 
-// The same after the penalty; divides by the temperature in place, unless that is 0. `seen` is the
-// slice's.
-__device__ Mass BestOfScaledRow(const Slice& slice, const uint8_t* seen,
-                                const SamplingRow& sampling) {
-  bool penalise = sampling.repetition_penalty != 1.0f;
+// Moves to a copy of the slice. Each thread copies what it reads in all passes.
+__device__ void CopySlice(Slice& slice, float* copy) {
+  BlockForEachInBatches<8>(
+      slice.length, [&](int i) { return slice.logits[i]; },
+      [&](int i, float value) { copy[i] = value; });
+  slice.logits = copy;
+}
+
+__device__ void AddBiases(const Slice& slice, const RowInputs& row) {
+  __syncthreads();  // a copy is by other threads
+  for (int i = threadIdx.x; i < row.sampling.num_biases; i += kRadixThreads) {
+    int place = row.biases[i].token_id - slice.first_id;
+    if (place < 0 || place >= slice.length) continue;
+    slice.logits[place] = __fadd_rn(slice.logits[place], row.biases[i].bias);
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float Penalised(float value, int32_t marks, const SamplingRow& row) {
+  if (marks == 0) return value;
+  value = value > 0.0f ? __fdiv_rn(value, row.repetition_penalty)
+                       : __fmul_rn(value, row.repetition_penalty);
+  int32_t count = marks / kGeneratedMark;
+  if (count == 0) return value;
+  value = __fsub_rn(value, __fmul_rn(row.frequency_penalty, static_cast<float>(count)));
+  return __fsub_rn(value, row.presence_penalty);
+}
+
+// The thread's best candidate after penalties and mask, or kUnusable; divides by the temperature in
+// place, unless that is 0.
+__device__ Candidate BestOfScaledRow(const Slice& slice, const RowInputs& row) {
+  const SamplingRow& sampling = row.sampling;
+  bool penalise = UsesHistory(sampling);
   struct Logit {
     float value;
-    bool seen;
+    int32_t marks;
+    bool is_allowed;
   };
-  auto load = [&](int i) { return Logit{slice.logits[i], penalise && seen[i] != 0}; };
+  auto load = [&](int i) {
+    int id = slice.first_id + i;
+    return Logit{slice.logits[i], penalise ? row.history[id] : 0,
+                 sampling.has_mask == 0 || (row.mask[id / 32] >> (id % 32) & 1) != 0};
+  };
   BestToken best;
   bool usable = true;
   BlockForEachInBatches<4>(slice.length, load, [&](int i, Logit logit) {
     float value = logit.value;
-    usable = usable && IsUsable(value);  // before the penalty as well: it could hide a +inf
-    if (logit.seen) {
-      value = value > 0.0f ? __fdiv_rn(value, sampling.repetition_penalty)
-                           : __fmul_rn(value, sampling.repetition_penalty);
-      usable = usable && IsUsable(value);
-    }
+    usable = usable && IsUsable(value);  // before the penalties as well: they could hide a +inf
+    value = Penalised(value, logit.marks, sampling);
+    usable = usable && IsUsable(value);
+    if (!logit.is_allowed) value = -INFINITY;
     best.Take(value, slice.first_id + i);
     if (sampling.temperature > 0.0f) slice.logits[i] = __fdiv_rn(value, sampling.temperature);
   });
   return usable ? best.Packed() : kUnusable;
 }
 
-// Applies penalty and temperature. Returns the row's best candidate before the temperature, 0 if
-// the row is unusable: a NaN or +inf, or nothing above -inf.
-__device__ Mass PrepareRow(const BlockCluster& cluster, SampleShared& shared, const Slice& slice,
-                           const uint8_t* seen, const SamplingRow& sampling) {
-  bool is_plain = sampling.repetition_penalty == 1.0f && sampling.temperature == 0.0f;
-  Mass best = is_plain ? BestOfPlainRow(slice) : BestOfScaledRow(slice, seen, sampling);
+// Applies all that comes before the filters. Returns the row's best candidate before the
+// temperature, 0 if the row is unusable: a NaN or +inf, or nothing above -inf.
+__device__ Candidate PrepareRow(const BlockCluster& cluster, SampleShared& shared,
+                                const Slice& slice, const RowInputs& row) {
+  if (row.sampling.num_biases > 0) AddBiases(slice, row);
+  Candidate best = row.is_plain() ? BestOfPlainRow(slice) : BestOfScaledRow(slice, row);
   best = ClusterMax(cluster, best, shared.warp_results, shared.best);
   return best == kUnusable ? 0 : best;
 }
@@ -300,9 +331,14 @@ __global__ void __launch_bounds__(kRadixThreads) SampleKernel(const SampleParams
   int share = (vocab_size + cluster.size() - 1) / cluster.size(), first = cluster.rank() * share;
   Slice slice = {p.logits + b * p.vocab_size + first, first,
                  max(min(vocab_size - first, share), 0)};
-  uint8_t* seen = p.seen + sampling.slot * p.vocab_size;
+  int32_t* history = p.history + sampling.slot * p.vocab_size;
+  RowInputs inputs = {sampling, history, p.biases + sampling.slot * p.max_biases,
+                      p.masks + b * p.num_words};
+  if (sampling.keeps_logits != 0 && !inputs.is_plain()) {
+    CopySlice(slice, p.copies + b * p.vocab_size + first);
+  }
 
-  Mass best = PrepareRow(cluster, shared, slice, seen + first, sampling);
+  Candidate best = PrepareRow(cluster, shared, slice, inputs);
   int token_id = best == 0 ? -1 : CandidateId(best);
   float scaled = sampling.temperature > 0.0f ? __fdiv_rn(CandidateValue(best), sampling.temperature)
                                              : INFINITY;
@@ -316,7 +352,7 @@ __global__ void __launch_bounds__(kRadixThreads) SampleKernel(const SampleParams
   }
   if (writes) {
     p.token_ids[b] = token_id;
-    if (token_id >= 0) seen[token_id] = 1;
+    if (token_id >= 0 && UsesHistory(sampling)) history[token_id] += kGeneratedMark;
   }
 }
 
@@ -329,9 +365,14 @@ void LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   p.logits = args.logits.data<float>();
   p.rows = static_cast<const SamplingRow*>(args.rows.ptr);
   p.seq_lens = args.seq_lens.data<int32_t>();
-  p.seen = args.seen.data<uint8_t>();
+  p.history = args.history.data<int32_t>();
+  p.biases = static_cast<const TokenBias*>(args.biases.ptr);
+  p.masks = static_cast<const uint32_t*>(args.masks.ptr);
+  p.copies = args.copies.data<float>();
   p.token_ids = args.token_ids.data<int32_t>();
   p.vocab_size = args.logits.dim(1);
+  p.max_biases = args.biases.dim(1) / static_cast<int64_t>(sizeof(TokenBias));
+  p.num_words = args.masks.dim(1);
 
   int64_t max_size = std::max<int64_t>(1, p.vocab_size / kMinSliceLength);
   unsigned size = ChooseClusterSize(SampleKernel, kRadixThreads, batch_size, max_size,

@@ -100,6 +100,9 @@ void RegisterModelConfig(py::module_& module) {
 }
 
 void RegisterDecodeConfig(py::module_& module) {
+  module.attr("MAX_LOGIT_BIASES") = kMaxLogitBiases;
+  module.attr("MAX_LOGIT_BIAS") = kMaxLogitBias;
+  module.attr("MAX_PENALTY") = kMaxPenalty;
   module.attr("AUTOMATIC") = kAutomatic;
   module.attr("AUTOMATIC_BUDGET") = kAutomaticBudget;
   module.attr("AUTOMATIC_MASS") = kAutomaticMass;
@@ -149,8 +152,16 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("top_p", &SamplingParams::top_p)
       .def_readwrite("min_p", &SamplingParams::min_p)
       .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
+      .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
       .def_readwrite("seed", &SamplingParams::seed)
-      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids);
+      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_readwrite("min_new_tokens", &SamplingParams::min_new_tokens)
+      .def_readwrite("no_repeat_ngram_size", &SamplingParams::no_repeat_ngram_size)
+      .def_readwrite("logit_bias", &SamplingParams::logit_bias)
+      .def_readwrite("suppress_tokens", &SamplingParams::suppress_tokens)
+      .def_readwrite("bad_words", &SamplingParams::bad_words)
+      .def_readwrite("allowed_token_ids", &SamplingParams::allowed_token_ids);
 }
 
 }  // namespace

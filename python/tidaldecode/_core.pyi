@@ -44,6 +44,9 @@ class ModelConfig:
 AUTOMATIC: int  # a token_budget or sparse_min_context that the engine chooses
 # What an automatic token_budget means.
 AUTOMATIC_BUDGET: int
+MAX_LOGIT_BIAS: float  # of either sign
+MAX_LOGIT_BIASES: int
+MAX_PENALTY: float  # of frequency and presence, of either sign
 AUTOMATIC_MASS: float
 AUTOMATIC_MIN_BUDGET: int
 
@@ -88,8 +91,16 @@ class SamplingParams:
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int
     stop_token_ids: list[int]
+    min_new_tokens: int
+    no_repeat_ngram_size: int
+    logit_bias: dict[int, float]
+    suppress_tokens: list[int]
+    bad_words: list[list[int]]
+    allowed_token_ids: list[int]
     def __init__(self) -> None: ...
 
 class WeightFileEntry:

@@ -20,6 +20,13 @@ from tidaldecode.text.detokenizer import TextAssembler
 
 _logger = logging.getLogger("tidaldecode")
 
+# What the engine calls by the same names.
+_CORE_SETTINGS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "stop_token_ids", "min_new_tokens", "no_repeat_ngram_size", "logit_bias",
+    "suppress_tokens", "bad_words", "allowed_token_ids",
+)  # fmt: skip
+
 MakeText = Callable[[Sequence[Sequence[int]]], TextAssembler]  # takes prompts' token ids
 PrefillProgress = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
@@ -69,10 +76,9 @@ class Request:
         """The engine's form of the settings, with a seed of its own unless one was given."""
         params = _core.SamplingParams()
         params.max_new_tokens = self.max_new_tokens
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        for name in _CORE_SETTINGS:
             setattr(params, name, getattr(self.settings, name))
         params.seed = self.settings.draw_seed()
-        params.stop_token_ids = list(self.settings.stop_token_ids)
         return params
 
 

@@ -8,7 +8,6 @@ in one place, cpp/include/tidal/config.h.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -52,7 +51,7 @@ _INT_RANGES = {
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "gpu_memory_utilization": (lambda share: 0 < share <= 1, "a number in (0, 1]"),
-    "max_chunk_ms": (lambda ms: 0 < ms < math.inf, "a number > 0"),
+    "max_chunk_ms": (lambda ms: 0 < ms <= 1e9, "a number in (0, 1e9]"),
     "decode_share": (lambda share: 0 <= share < 1, "a number in [0, 1)"),
 }
 # Integers that may be "auto" instead, as a value of their own.
@@ -174,7 +173,7 @@ class DecodeConfig(PlanConfig):
         prefix_cache: False reads every prompt whole; else pages that an earlier call has read are
             found again by their tokens (GenerationResult.cached_tokens). None is True.
         prefill_chunk: prompt tokens per pass; None is the backend's choice.
-        max_chunk_ms: milliseconds that a pass over prompts takes at most while others decode, > 0;
+        max_chunk_ms: milliseconds that a pass over prompts takes at most while others decode;
             60 if None.
         decode_share: share of the time that decoding has at least while prompts wait, in [0, 1);
             0.25 if None. 0 reads all prompts first.

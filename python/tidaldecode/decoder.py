@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.batch import (
@@ -31,29 +31,25 @@ from tidaldecode.checkpoint.model_folder import ModelFolder, at_revision, read_m
 from tidaldecode.config import DecodeConfig, PlanConfig, one_config
 from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.measuring import MeasuringMethods
 from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.plans import Plan, choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
 from tidaldecode.requests import CallOptions, Request
 from tidaldecode.results import GenerationResult
-from tidaldecode.sampling import check_callback, check_choice, check_integer
+from tidaldecode.sampling import SamplingOptions, check_callback, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Prompt
 from tidaldecode.text.methods import TextMethods
-from tidaldecode.text.prompts import check_token_ids
 
 if TYPE_CHECKING:
-    import numpy as np
     from typing_extensions import Unpack
 
-    from tidaldecode.sampling import SamplingOptions
-
 LoadProgress = Callable[[int, int], None]
-_MAX_MEASURED_STEPS = 1_000_000
 
 
-class Decoder(TextMethods):
+class Decoder(TextMethods, MeasuringMethods):
     """A language model on a device.
 
     Example:
@@ -157,9 +153,17 @@ class Decoder(TextMethods):
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        min_new_tokens: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
@@ -183,9 +187,18 @@ class Decoder(TextMethods):
             top_p: keep the most likely tokens up to this probability, in (0, 1].
             min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
             repetition_penalty: > 0; 1 is off. Counts tokens of prompt and output.
+            frequency_penalty: taken off a token's logit each time it was generated, in [-2, 2].
+            presence_penalty: taken off it once it was generated, in [-2, 2].
             seed: of the draws, in [0, 2**64); None is a fresh one for every sequence.
             stop: strings that end the text; they are cut from it. Special tokens count as written.
             stop_token_ids: ids that end the text, besides the model's own.
+            min_new_tokens: before so many, no id that ends the text is drawn; stop strings still
+                end it.
+            no_repeat_ngram_size: no n tokens in a row occur twice; 0 is off.
+            logit_bias: {token id: what is added to its logit, in [-100, 100]}.
+            suppress_tokens: ids that are never drawn.
+            bad_words: texts or lists of ids that are never completed.
+            allowed_token_ids: the only ids that are drawn.
             ignore_eos: go on after the model's end-of-text tokens.
             skip_special_tokens: False shows special tokens in the text.
             include_stop_str_in_output: the text keeps the stop string or token that ended it.
@@ -200,22 +213,11 @@ class Decoder(TextMethods):
             CapacityError: a prompt with its new tokens does not fit, also beside what sessions
                 hold.
         """
+        given = locals()
+        sampling: Any = {name: given[name] for name in SamplingOptions.__annotations__}
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
-        settings = self._frontend.check_sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            skip_special_tokens=skip_special_tokens,
-            include_stop_str_in_output=include_stop_str_in_output,
-        )
+        settings = self._frontend.check_sampling(**sampling)
         prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
         requests = make_requests(prompts, settings, core)
@@ -312,100 +314,7 @@ class Decoder(TextMethods):
         host = SessionHost(core, self._frontend, self._holders)
         return Session(core.start_session(most), host)
 
-    # Looking inside
-
-    def selection(self, sequence: int = 0) -> dict[int, np.ndarray]:
-        """The positions each select layer chose in its last sparse step.
-
-        Args:
-            sequence: index into the prompts of the last call (0 for a session's turn).
-
-        Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
-            of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
-            (an adaptive budget) end in -1. Empty if there was no sparse step.
-        """
-        return self._open_core().selection(check_integer("sequence", sequence, low=0))
-
-    def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
-        """Logits of the last positions after dense prefill: [last, vocab_size] float32."""
-        core = self._open_core()
-        last = check_integer("last", last, low=1)
-        return core.prefill_logits(self._checked_ids(token_ids), last)
-
-    def step_logits(self, token_ids: Sequence[int], prefill: int) -> np.ndarray:
-        """Logits of decode steps over given tokens (teacher forcing).
-
-        Prefills the first `prefill` ids densely and feeds the others one step at a time through
-        the plan.
-
-        Returns: [len(token_ids) - prefill + 1, vocab_size] float32; row i follows
-            prefill + i ids.
-        """
-        core = self._open_core()
-        prefill = check_integer("prefill", prefill, low=1)
-        return core.decode_logits(self._checked_ids(token_ids), prefill)
-
-    def replay(
-        self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        on_prefill: PrefillProgress | None = None,
-    ) -> Replay:
-        """Reads prompts once, to continue them with one plan after the other.
-
-        Args:
-            prompts: texts or lists of token ids, at most max_batch_size of them.
-            max_new_tokens: room behind each.
-            on_prefill: as in generate().
-
-        Raises: InvalidArgument; CapacityError if the prompts do not fit.
-        """
-        core = self._open_core()
-        check_callback("on_prefill", on_prefill, 2)
-        ids, _ = self._frontend.encode_prompts(prompts)
-        room = check_integer("max_new_tokens", max_new_tokens, low=1)
-        replay = Replay(core.start_replay(ids, room), self._folder)
-        replay.read(on_prefill)
-        self._holders.add(replay)
-        return replay
-
-    def measure_steps(
-        self,
-        context: int,
-        batch_size: int = 1,
-        *,
-        steps: int = 30,
-        warmup: int = 5,
-        attention: str = "auto",
-    ) -> list[float]:
-        """Seconds of single decode steps over a full cache; for measuring speed.
-
-        No prompt is read: the cache holds random keys and values. A step is what generate() does
-        for every token, from token ids going to the device to their successors coming back, and
-        every one is at the same length. The decoder is as before afterwards, its pages free again.
-
-        Args:
-            context: tokens of each sequence in the cache, the newest included, from 1 to
-                max_seq_len.
-            batch_size: sequences that step together.
-            steps: how many are timed, at most a million.
-            warmup: how many run before, untimed, at most a million.
-            attention: "auto" runs the plan that generate() would at this length, "full" the dense
-                plan, as a decoder with attention="full" does.
-
-        Returns: seconds of each timed step.
-        Raises:
-            InvalidArgument: a setting is wrong; the message names it.
-            CapacityError: more tokens, rows or pages than the decoder has.
-        """
-        core = self._open_core()
-        lengths = [check_integer("context", context, low=1)]
-        lengths *= check_integer("batch_size", batch_size, low=1, high=65535)
-        steps = check_integer("steps", steps, low=1, high=_MAX_MEASURED_STEPS)
-        warmup = check_integer("warmup", warmup, low=0, high=_MAX_MEASURED_STEPS)
-        check_choice("attention", attention, ("auto", "full"))
-        return core.measure_steps(lengths, steps, warmup, attention)
+    # What it is
 
     @property
     def plan(self) -> str:
@@ -492,6 +401,3 @@ class Decoder(TextMethods):
         if core is None:
             raise InvalidArgument("decoder: it is closed; create a new Decoder")
         return core
-
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        return check_token_ids(token_ids, self._folder.model.vocab_size)

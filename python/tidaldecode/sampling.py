@@ -10,18 +10,24 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from tidaldecode import _core
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.chat import check_text
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 4096
+MAX_BAD_WORD_TOKENS = 1024
 # Below it a softmax in float32 has one non-zero entry anyway; greedy says so without dividing.
 _GREEDY_BELOW = 1e-6
 
@@ -37,9 +43,17 @@ class SamplingSettings:
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int | None  # None: a fresh one for every sequence
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    min_new_tokens: int
+    no_repeat_ngram_size: int
+    logit_bias: dict[int, float]
+    suppress_tokens: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    allowed_token_ids: tuple[int, ...]  # empty: all
     max_length: int | None  # of prompt and output; of a default max_new_tokens only
     skip_special_tokens: bool  # their text is not shown
     include_stop_str_in_output: bool  # what ended the text belongs to it
@@ -58,9 +72,17 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
+    min_new_tokens: int | None
+    no_repeat_ngram_size: int | None
+    logit_bias: Mapping[int, float] | None
+    suppress_tokens: Sequence[int] | None
+    bad_words: Sequence[str | Sequence[int]] | None
+    allowed_token_ids: Sequence[int] | None
     ignore_eos: bool
     skip_special_tokens: bool
     include_stop_str_in_output: bool
@@ -71,50 +93,65 @@ def check_sampling(
     defaults: GenerationDefaults,
     eos_token_ids: Iterable[int],
     vocab_size: int,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    stop_token_ids: Sequence[int] | None = None,
-    ignore_eos: bool = False,
-    skip_special_tokens: bool = True,
-    include_stop_str_in_output: bool = False,
+    encode_word: Callable[[str], list[list[int]]],
+    **asked: Unpack[SamplingOptions],
 ) -> SamplingSettings:
     """Checks the settings of a call and fills in the model's defaults.
 
-    Raises: InvalidArgument naming the field, what was got and what was expected.
+    Args:
+        defaults: of the settings that are None.
+        eos_token_ids: end the text unless ignore_eos.
+        vocab_size: token ids are below it.
+        encode_word: gives the rows of tokens that a bad word may be written in.
+        asked: the settings, as Decoder.generate explains them.
+
+    Raises: InvalidArgument naming the field, what was got and what was expected; TypeError for a
+        field that does not exist.
     """
-    check_bool("ignore_eos", ignore_eos)
-    heat = _number("temperature", temperature, defaults.temperature, low=0.0)
-    limit = _integer("max_new_tokens", max_new_tokens, defaults.max_new_tokens, low=1)
-    own_stops = _stop_token_ids(stop_token_ids, vocab_size)
-    ends = () if ignore_eos else tuple(eos_token_ids)
+    for name in asked.keys() - SamplingOptions.__annotations__.keys():
+        raise TypeError(f"check_sampling() got an unexpected keyword argument '{name}'")
+
+    def integer(name: str, *, low: int, high: int = 2**31 - 1) -> int:
+        return _integer(name, asked.get(name), getattr(defaults, name, 0), low=low, high=high)
+
+    def number(name: str, **limits: Any) -> float:
+        return _number(name, asked.get(name), getattr(defaults, name, 0.0), **limits)
+
+    def flag(name: str, default: bool) -> bool:
+        return check_bool(name, asked.get(name, default))
+
+    def token_ids(name: str, most: int) -> tuple[int, ...]:
+        return _token_ids(name, asked.get(name), vocab_size, most, getattr(defaults, name, ()))
+
+    ends = tuple(eos_token_ids)
+    heat = number("temperature", low=0.0)
+    stop_token_ids = {*token_ids("stop_token_ids", MAX_STOP_TOKEN_IDS)}
+    stop_token_ids.update(() if flag("ignore_eos", False) else ends)
+    words = _bad_words(asked.get("bad_words"), vocab_size, encode_word, defaults.bad_words)
+    penalties = {"low": -_core.MAX_PENALTY, "high": _core.MAX_PENALTY}
     return SamplingSettings(
-        max_new_tokens=limit,
-        max_new_tokens_is_explicit=max_new_tokens is not None,
+        max_new_tokens=integer("max_new_tokens", low=1),
+        max_new_tokens_is_explicit=asked.get("max_new_tokens") is not None,
         temperature=0.0 if heat < _GREEDY_BELOW else heat,
-        top_k=min(max(0, _integer("top_k", top_k, defaults.top_k, low=-1)), vocab_size),
-        top_p=_number("top_p", top_p, defaults.top_p, low=0.0, high=1.0, open_low=True),
-        min_p=_number("min_p", min_p, defaults.min_p, low=0.0, high=1.0),
-        repetition_penalty=_number(
-            "repetition_penalty",
-            repetition_penalty,
-            defaults.repetition_penalty,
-            low=0.0,
-            open_low=True,
-        ),
-        seed=None if seed is None else _integer("seed", seed, 0, low=0, high=2**64 - 1),
-        stop=_stop_strings(stop),
-        stop_token_ids=tuple(sorted({*ends, *own_stops})),
+        top_k=min(max(0, integer("top_k", low=-1)), vocab_size),
+        top_p=number("top_p", low=0.0, high=1.0, open_low=True),
+        min_p=number("min_p", low=0.0, high=1.0),
+        repetition_penalty=number("repetition_penalty", low=0.0, open_low=True),
+        frequency_penalty=number("frequency_penalty", **penalties),
+        presence_penalty=number("presence_penalty", **penalties),
+        seed=None if asked.get("seed") is None else integer("seed", low=0, high=2**64 - 1),
+        stop=_stop_strings(asked.get("stop")),
+        stop_token_ids=tuple(sorted(stop_token_ids)),
+        min_new_tokens=_check_order(asked, integer("min_new_tokens", low=0)),
+        no_repeat_ngram_size=integer("no_repeat_ngram_size", low=0),
+        logit_bias=_logit_bias(asked.get("logit_bias"), vocab_size),
+        suppress_tokens=token_ids("suppress_tokens", vocab_size),
+        # As in transformers, end-of-text ids end the text whatever words are bad.
+        bad_words=tuple(word for word in words if len(word) > 1 or word[0] not in ends),
+        allowed_token_ids=_allowed_token_ids(asked.get("allowed_token_ids"), vocab_size),
         max_length=defaults.max_length,
-        skip_special_tokens=check_bool("skip_special_tokens", skip_special_tokens),
-        include_stop_str_in_output=check_bool(
-            "include_stop_str_in_output", include_stop_str_in_output
-        ),
+        skip_special_tokens=flag("skip_special_tokens", True),
+        include_stop_str_in_output=flag("include_stop_str_in_output", False),
     )
 
 
@@ -243,26 +280,101 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _stop_token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    expected = f"integers from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
-    problem = InvalidArgument(f"stop_token_ids: got {show(ids)}, expected a list of {expected}")
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+def _check_order(asked: SamplingOptions, min_new_tokens: int) -> int:
+    """`min_new_tokens`, if a call that asks for it leaves room for so many."""
+    most = asked.get("max_new_tokens")
+    if asked.get("min_new_tokens") is not None and most is not None and min_new_tokens > most:
+        raise InvalidArgument(
+            f"min_new_tokens: got {min_new_tokens}, expected at most max_new_tokens, {most}"
+        )
+    return min_new_tokens
+
+
+def _items(name: str, values: Any, expected: str, most: int, noun: str = "ids") -> list[Any]:
+    """The items of a list, tuple, range or array; one without an end is too long as well."""
+    problem = InvalidArgument(f"{name}: got {show(values)}, expected a list of {expected}")
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise problem
     try:
-        values = list(islice(ids, MAX_STOP_TOKEN_IDS + 1))  # one without an end is too long as well
+        items = list(islice(values, most + 1))
     except TypeError:  # an array of no dimension says that it can be iterated over
         raise problem from None
-    if len(values) > MAX_STOP_TOKEN_IDS:
-        count = len(ids) if isinstance(ids, Sized) else f"more than {MAX_STOP_TOKEN_IDS}"
+    if len(items) > most:
+        count = len(values) if isinstance(values, Sized) else f"more than {most}"
+        raise InvalidArgument(f"{name}: got {count} {noun}, expected at most {most}")
+    return items
+
+
+def _token_ids(
+    name: str, ids: Any, vocab_size: int, most: int, default: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    if ids is None:
+        return default
+    expected = f"integers from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
+    items = _items(name, ids, expected, most)
+    return tuple(_token_id(name, item, vocab_size, expected) for item in items)
+
+
+def _token_id(name: str, value: Any, vocab_size: int, expected: str) -> int:
+    token_id = as_index(value)
+    if token_id is None or not 0 <= token_id < vocab_size:
+        raise InvalidArgument(f"{name}: got {show(value)}, expected {expected}")
+    return token_id
+
+
+def _allowed_token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    allowed = _token_ids("allowed_token_ids", ids, vocab_size, vocab_size)
+    if ids is not None and not allowed:
+        raise InvalidArgument("allowed_token_ids: got an empty list, expected at least one id")
+    return allowed
+
+
+def _logit_bias(biases: Any, vocab_size: int) -> dict[int, float]:
+    if biases is None:
+        return {}
+    expected = f"token ids from 0 to {vocab_size - 1} (vocab_size {vocab_size}) with their biases"
+    if not isinstance(biases, Mapping):
         raise InvalidArgument(
-            f"stop_token_ids: got {count} ids, expected at most {MAX_STOP_TOKEN_IDS}"
+            f"logit_bias: got {show(biases)}, expected a dictionary of {expected}"
         )
-    result = []
-    for value in values:
-        token_id = as_index(value)
-        if token_id is None or not 0 <= token_id < vocab_size:
-            raise InvalidArgument(f"stop_token_ids: got {show(value)}, expected {expected}")
-        result.append(token_id)
-    return tuple(result)
+    if len(biases) > _core.MAX_LOGIT_BIASES:
+        raise InvalidArgument(
+            f"logit_bias: got {len(biases)} tokens, expected at most {_core.MAX_LOGIT_BIASES}"
+        )
+    result = {}
+    for key, bias in biases.items():
+        # JSON has texts for keys.
+        token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
+        token_id = _token_id("logit_bias", token, vocab_size, expected)
+        most = _core.MAX_LOGIT_BIAS
+        result[token_id] = _number("logit_bias", bias, 0.0, low=-most, high=most)
+    return result
+
+
+def _bad_words(
+    words: Any,
+    vocab_size: int,
+    encode_word: Callable[[str], list[list[int]]],
+    default: tuple[tuple[int, ...], ...],
+) -> tuple[tuple[int, ...], ...]:
+    if words is None:
+        return default
+    expected = "texts and of lists of token ids"
+    rows: list[tuple[int, ...]] = []
+    for word in _items("bad_words", words, expected, MAX_BAD_WORDS, "words"):
+        if isinstance(word, str):
+            check_text(word, "bad_words")
+            if not 1 <= len(word) <= MAX_STOP_CHARS:
+                raise InvalidArgument(
+                    f"bad_words: got a text of {len(word)} characters, "
+                    f"expected 1 to {MAX_STOP_CHARS}"
+                )
+            rows += [tuple(row) for row in encode_word(word) if row]
+            continue
+        row = _token_ids("bad_words", word, vocab_size, MAX_BAD_WORD_TOKENS)
+        if not row:
+            raise InvalidArgument(
+                f"bad_words: got {show(word)}, expected a text or at least one token id"
+            )
+        rows.append(row)
+    return tuple(dict.fromkeys(rows))

@@ -55,12 +55,19 @@ TEST_F(BatchTest, WhatARowCannotGiveIsRefusedByItsNumber) {
   EXPECT_TRUE(refuses({{&prompt_, 4, 5}}, {"num_draws 5", "0 to 4"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, -1}}, {"num_draws -1"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, 1, 5}}, {"num_logits 5", "0 to 4"}));
+  EXPECT_TRUE(refuses({{&prompt_, 4, 1, 0, 21}}, {"num_logprobs 21", "0 to 20"}));
+  EXPECT_TRUE(refuses({{&prompt_, 4, 1, 0, -1}}, {"num_logprobs -1"}));
+  EXPECT_TRUE(refuses({{&prompt_, 9, 1, 0, 0, 9}}, {"num_scored 9", "0 to 8"}));
+  EXPECT_TRUE(refuses({{&prompt_, 4, 1, 0, {}, 1}}, {"num_scored 1", "0 to 0"}));
+  EXPECT_NO_THROW(CheckBatch({{{&prompt_, 4, 1, 0, 5, 4}}}));
   EXPECT_TRUE(refuses({{&decoding_}, {&prompt_}, {&decoding_}}, {"sequence 5", "two rows"}));
 }
 
 TEST_F(BatchTest, IsPrintable) {
   EXPECT_EQ(ToString({{{&decoding_}, {&prompt_, 8, 0}, {&prompt_, 9, 1, 9}}, PlanId::kDecoder}),
             "plan 1: 17 +1 draw 1, 0 +8, 0 +9 draw 1 logits 9");
+  EXPECT_EQ(ToString({{{&prompt_, 9, 1, 0, 5, 8}}, PlanId::kDense}),
+            "plan 0: 0 +9 draw 1 logprobs 5 scored 8");
 }
 
 }  // namespace

@@ -187,17 +187,44 @@ TEST(CheckArgs, SparseTakesAnyKindOfSet) {
 
 TEST(CheckArgs, SampleRowsAreBytes) {
   SampleArgs good = {.logits = Float({2, 50}),
-                     .rows = Tensor(DType::kUInt8, {2, 32}),
+                     .rows = Tensor(DType::kUInt8, {2, 48}),
                      .seq_lens = Int({2}),
-                     .seen = Tensor(DType::kUInt8, {7, 50}),
+                     .history = Int({7, 50}),
+                     .biases = Tensor(DType::kUInt8, {7, 80}),
+                     .masks = Int({2, 2}),
+                     .copies = Float({1, 50}),
                      .token_ids = Int({2})};
   EXPECT_NO_THROW(Check(good));
   SampleArgs bad = good;
   bad.rows = Tensor(DType::kUInt8, {2, 24});
-  ExpectRefused(bad, {"Sample", "rows", "[2, 24]", "32"});
+  ExpectRefused(bad, {"Sample", "rows", "[2, 24]", "48"});
   bad = good;
-  bad.seen = Tensor(DType::kUInt8, {7, 51});
-  ExpectRefused(bad, {"Sample", "seen", "V = 50"});
+  bad.history = Int({7, 51});
+  ExpectRefused(bad, {"Sample", "history", "V = 50"});
+  bad = good;
+  bad.biases = Tensor(DType::kUInt8, {6, 80});
+  ExpectRefused(bad, {"Sample", "biases", "num_slots = 7"});
+  bad = good;
+  bad.masks = Int({2, 1});
+  ExpectRefused(bad, {"Sample", "masks", "W = 2"});
+  bad = good;
+  bad.copies = Float({1, 49});
+  ExpectRefused(bad, {"Sample", "copies", "V = 50"});
+}
+
+TEST(CheckArgs, LogprobsOfRowsHaveAsManyValuesAsIds) {
+  LogprobsArgs good = {.logits = Float({4, 50}),
+                       .rows = Int({3}),
+                       .token_ids = Int({3}),
+                       .logprobs = Float({3, 6}),
+                       .ids = Int({3, 6})};
+  EXPECT_NO_THROW(Check(good));
+  LogprobsArgs bad = good;
+  bad.ids = Int({3, 5});
+  ExpectRefused(bad, {"Logprobs", "ids", "1 + K = 6"});
+  bad = good;
+  bad.token_ids = Int({4});
+  ExpectRefused(bad, {"Logprobs", "token_ids", "R = 3"});
 }
 
 TEST(CheckArgs, PrefillCountsOneStartMoreThanRows) {

@@ -76,7 +76,7 @@ TEST_P(DecoderErrors, PromptsThatAreNone) {
 TEST_P(DecoderErrors, SamplingParametersOutOfRange) {
   const double nan = std::nan(""), inf = std::numeric_limits<double>::infinity();
   auto refuse = [&](const std::string& field, auto member, auto value) {
-    SCOPED_TRACE(::testing::Message() << field << " = " << value);
+    SCOPED_TRACE(::testing::Message() << field << " = " << ::testing::PrintToString(value));
     SamplingParams params = Greedy(1);
     params.*member = value;
     ExpectRefused<InvalidArgument>({{1}}, {params}, {field, "expected"});
@@ -91,6 +91,25 @@ TEST_P(DecoderErrors, SamplingParametersOutOfRange) {
   for (double value : {0.0, -1.0, nan, inf}) {
     refuse("repetition_penalty", &SamplingParams::repetition_penalty, value);
   }
+  for (double value : {-2.1, 2.1, nan, inf}) {
+    refuse("frequency_penalty", &SamplingParams::frequency_penalty, value);
+    refuse("presence_penalty", &SamplingParams::presence_penalty, value);
+  }
+  refuse("min_new_tokens", &SamplingParams::min_new_tokens, int64_t{-1});
+  refuse("no_repeat_ngram_size", &SamplingParams::no_repeat_ngram_size, int64_t{-1});
+  for (int32_t token : {-1, 320}) {
+    refuse("logit_bias", &SamplingParams::logit_bias, std::map<int32_t, double>{{token, 1.0}});
+    refuse("suppress_tokens", &SamplingParams::suppress_tokens, Ints{3, token});
+    refuse("allowed_token_ids", &SamplingParams::allowed_token_ids, Ints{3, token});
+    refuse("bad_words", &SamplingParams::bad_words, Prompts{{3}, {3, token}});
+  }
+  refuse("bad_words", &SamplingParams::bad_words, Prompts{{}});
+  for (double value : {-100.1, 101.0, nan, inf}) {
+    refuse("logit_bias", &SamplingParams::logit_bias, std::map<int32_t, double>{{5, value}});
+  }
+  std::map<int32_t, double> many;
+  for (int32_t token = 0; token <= kMaxLogitBiases; ++token) many[token] = 1.0;
+  refuse("logit_bias", &SamplingParams::logit_bias, many);
 }
 
 TEST_P(DecoderErrors, LogitsOfPositionsThatAreNot) {

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 
+#include "decode/token_rules.h"
 #include "reference.h"
 #include "tidal/decoder.h"
 #include "tiny_model.h"
@@ -49,27 +51,43 @@ class VerifiedDecoding : public DecoderTest {
     if (params.temperature > 0) bound /= params.temperature;
 
     const auto vocab = static_cast<size_t>(model_.vocab_size);
-    std::vector<uint8_t> seen(vocab, 0);
-    for (int32_t token : prompt) seen[static_cast<size_t>(token)] = 1;
+    Ints history(vocab, 0);
+    for (int32_t token : prompt) history[static_cast<size_t>(token)] = 1;
+    const TokenRules rules(params, model_.vocab_size);
+    Values biases(vocab, 0.0);
+    for (const TokenBias& bias : rules.biases()) biases[bias.token_id] = bias.bias;
     for (size_t i = 0; i < tokens.size(); ++i) {
+      const auto before = std::span(text).first(prompt.size() + i);
       const auto row = logits.begin() + static_cast<std::ptrdiff_t>(i * vocab);
       const auto token = static_cast<size_t>(tokens[i]);
       const Values scores =
           reference::DrawScores({.logits = {row, row + static_cast<std::ptrdiff_t>(vocab)},
-                                 .seen = seen,
+                                 .history = history,
+                                 .biases = biases,
+                                 .banned = Banned(rules.MaskAfter(before, prompt_len)),
                                  .temperature = params.temperature,
                                  .top_k = params.top_k,
                                  .top_p = params.top_p,
                                  .min_p = params.min_p,
                                  .repetition_penalty = penalty,
+                                 .frequency_penalty = params.frequency_penalty,
+                                 .presence_penalty = params.presence_penalty,
                                  .seed = params.seed,
                                  .position = static_cast<uint32_t>(prompt.size() + i)});
       const double best = *std::max_element(scores.begin(), scores.end());
       EXPECT_LE(best - scores[token], bound) << "token " << i;
       num_judged_ += 1;
       num_best_ += best == scores[token];
-      seen[token] = 1;
+      history[token] += 2;
     }
+  }
+
+  static Ints Banned(const std::vector<uint32_t>& mask) {
+    Ints banned;
+    for (int32_t id = 0; id < static_cast<int32_t>(32 * mask.size()); ++id) {
+      if ((mask[static_cast<size_t>(id / 32)] >> (id % 32) & 1) == 0) banned.push_back(id);
+    }
+    return banned;
   }
 
   // The same call, verified and dense.
@@ -178,6 +196,24 @@ TEST_P(VerifiedDecoding, PenalisesTokensOnlyOnceTheyStand) {
   params[1].repetition_penalty = 3.0;  // beside it rows without one
   params[3].repetition_penalty = 0.7;
   for (int64_t draft_tokens : {0, 1, 9}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+}
+
+TEST_P(VerifiedDecoding, HoldsToEveryRuleOfItsTokens) {
+  const Prompts prompts = MakePrompts({80, 90, 100, 20});
+  std::vector<SamplingParams> params = {Greedy(60), Drawn(60, 1), Drawn(60, 2), Greedy(60)};
+  for (int32_t id = 0; id < 320; id += 3) params[0].allowed_token_ids.push_back(id);
+  params[0].no_repeat_ngram_size = 2;
+  params[1].frequency_penalty = 1.2;
+  params[1].presence_penalty = 0.5;
+  params[1].logit_bias = {{17, 3.0}, {200, 4.0}, {5, -100.0}};
+  params[2].bad_words = {{3}, {200, 7}, {17, 17}, {200, 200}};
+  params[2].logit_bias = {{17, 4.0}, {200, 4.0}};
+  for (int32_t id = 0; id < 316; ++id) params[3].stop_token_ids.push_back(id);
+  params[3].min_new_tokens = 25;
+  params[3].repetition_penalty = 0.7;
+  params[3].suppress_tokens = {317};
+  for (int64_t draft_tokens : {0, 1, 9}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+  for (size_t i = 0; i < 4; ++i) ExpectDenseTokens(Verified(), {prompts[i]}, {params[i]});
 }
 
 TEST_P(VerifiedDecoding, StopTokensEndWhereTheyStand) {

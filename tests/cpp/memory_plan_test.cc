@@ -96,12 +96,14 @@ void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
   sequences.reserve(prompts.size());
   SamplingParams params;
   params.repetition_penalty = 1.1;
+  params.logit_bias = {{1, 0.5}};
+  params.no_repeat_ngram_size = 40;
   for (const Ints& prompt : prompts) {
     const auto slot = static_cast<int32_t>(sequences.size());
-    sequences.push_back(
-        maker.Make(prompt, runner.config().max_seq_len, MakeSamplingRow(params, slot)));
+    sequences.push_back(maker.Make(prompt, runner.config().max_seq_len, runner.ScratchSampling()));
     Sequence& sequence = sequences.back();
-    step.rows.push_back({.sequence = &sequence});
+    SetSampling(params, runner.model().vocab_size, slot, sequence);
+    step.rows.push_back({.sequence = &sequence, .num_logprobs = kMaxLogprobs});
     Drawn drawn;
     while (!sequence.prefilled()) {
       BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
@@ -127,7 +129,7 @@ void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
   Batch check;
   for (Sequence& sequence : sequences) {
     for (int64_t i = 0; i < drafts; ++i) sequence.tokens.push_back(3);
-    check.rows.push_back({&sequence, drafts + 1, drafts + 1});
+    check.rows.push_back({&sequence, drafts + 1, drafts + 1, 0, kMaxLogprobs});
   }
   runner.Run(check);
 }

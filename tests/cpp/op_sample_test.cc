@@ -21,8 +21,13 @@ SamplingRow Greedy(int32_t slot) {
           .top_p = 1.0f,
           .min_p = 0.0f,
           .repetition_penalty = 1.0f,
+          .frequency_penalty = 0.0f,
+          .presence_penalty = 0.0f,
           .top_k = 0,
           .slot = slot,
+          .num_biases = 0,
+          .has_mask = 0,
+          .keeps_logits = 0,
           .seed = 0};
 }
 
@@ -38,14 +43,18 @@ struct Batch {
   Values logits;  // [B, V]
   std::vector<SamplingRow> rows;
   Ints seq_lens;
-  Bytes seen;  // [num_slots, V]
+  Ints history;                                  // [num_slots, V]
+  std::vector<std::vector<TokenBias>> biases{};  // by slot, up to kMaxBiases each
+  std::vector<Ints> banned{};                    // by row
 };
 
 struct Outcome {
   Ints token_ids;
-  Bytes seen;
+  Ints history;
   Values logits;
 };
+
+constexpr int64_t kMaxBiases = 40;
 
 class OpSample : public BackendTest {
  protected:
@@ -58,6 +67,7 @@ class OpSample : public BackendTest {
 
   Outcome Run(const Batch& batch) {
     const int64_t rows = static_cast<int64_t>(batch.rows.size()), vocab = batch.vocab_size;
+    const int64_t slots = static_cast<int64_t>(batch.history.size()) / vocab;
     Bytes row_bytes(batch.rows.size() * sizeof(SamplingRow));
     std::memcpy(row_bytes.data(), batch.rows.data(), row_bytes.size());
     const Shape rows_shape = {rows, static_cast<int64_t>(sizeof(SamplingRow))};
@@ -65,11 +75,37 @@ class OpSample : public BackendTest {
         .logits = Put(batch.logits, DType::kFloat32, {rows, vocab}),
         .rows = PutBytes(row_bytes, DType::kUInt8, rows_shape),
         .seq_lens = PutInts(batch.seq_lens, {rows}),
-        .seen = PutBytes(batch.seen, DType::kUInt8,
-                         {static_cast<int64_t>(batch.seen.size()) / vocab, vocab}),
+        .history = PutInts(batch.history, {slots, vocab}),
+        .biases = PutBytes(Biases(batch, slots), DType::kUInt8,
+                           {slots, kMaxBiases * static_cast<int64_t>(sizeof(TokenBias))}),
+        .masks = PutInts(Masks(batch), {rows, NumMaskWords(vocab)}),
+        .copies = Output(DType::kFloat32, {rows, vocab}),
         .token_ids = Output(DType::kInt32, {rows})};
     backend().Sample(args);
-    return {GetInts(args.token_ids), GetBytes(args.seen), Get(args.logits)};
+    return {GetInts(args.token_ids), GetInts(args.history), Get(args.logits)};
+  }
+
+  // Every bit past those of the vocabulary is set, as if more tokens were allowed.
+  static Ints Masks(const Batch& batch) {
+    const int64_t num_words = NumMaskWords(batch.vocab_size);
+    Ints masks(batch.rows.size() * static_cast<size_t>(num_words), -1);
+    for (size_t b = 0; b < batch.banned.size(); ++b) {
+      for (int32_t id : batch.banned[b]) {
+        int32_t& word = masks[b * static_cast<size_t>(num_words) + static_cast<size_t>(id / 32)];
+        word = static_cast<int32_t>(static_cast<uint32_t>(word) & ~(1u << (id % 32)));
+      }
+    }
+    return masks;
+  }
+
+  static Bytes Biases(const Batch& batch, int64_t num_slots) {
+    Bytes bytes(static_cast<size_t>(num_slots * kMaxBiases) * sizeof(TokenBias), 0xff);
+    for (size_t slot = 0; slot < batch.biases.size(); ++slot) {
+      const std::vector<TokenBias>& own = batch.biases[slot];
+      std::memcpy(bytes.data() + slot * kMaxBiases * sizeof(TokenBias), own.data(),
+                  own.size() * sizeof(TokenBias));
+    }
+    return bytes;
   }
 
   // `copies` rows of the same logits, at positions first_position, + 1, ...
@@ -83,7 +119,7 @@ class OpSample : public BackendTest {
       batch.rows.push_back(row);
       batch.seq_lens.push_back(first_position + static_cast<int32_t>(i));
     }
-    batch.seen.assign(batch.logits.size(), 0);
+    batch.history.assign(batch.logits.size(), 0);
     return batch;
   }
 
@@ -100,14 +136,23 @@ class OpSample : public BackendTest {
   static reference::SampleProblem RowProblem(const Batch& batch, size_t b) {
     const SamplingRow& row = batch.rows[b];
     const auto logits = batch.logits.begin() + b * batch.vocab_size;
-    const auto seen = batch.seen.begin() + row.slot * batch.vocab_size;
+    const auto history = batch.history.begin() + row.slot * batch.vocab_size;
+    Values biases(static_cast<size_t>(batch.vocab_size), 0.0);
+    for (int32_t i = 0; i < row.num_biases; ++i) {
+      const TokenBias& bias = batch.biases[static_cast<size_t>(row.slot)][static_cast<size_t>(i)];
+      biases[static_cast<size_t>(bias.token_id)] = bias.bias;
+    }
     return {.logits = std::vector<float>(logits, logits + batch.vocab_size),
-            .seen = Bytes(seen, seen + batch.vocab_size),
+            .history = Ints(history, history + batch.vocab_size),
+            .biases = biases,
+            .banned = row.has_mask != 0 ? batch.banned[b] : Ints{},
             .temperature = row.temperature,
             .top_k = row.top_k,
             .top_p = row.top_p,
             .min_p = row.min_p,
             .repetition_penalty = row.repetition_penalty,
+            .frequency_penalty = row.frequency_penalty,
+            .presence_penalty = row.presence_penalty,
             .seed = row.seed,
             .position = static_cast<uint32_t>(batch.seq_lens[b])};
   }
@@ -128,20 +173,20 @@ TEST_P(OpSample, GreedyTakesTheLowestIdOfTheHighestLogit) {
                          logits,
                          {Greedy(0), Greedy(1), Greedy(2), Greedy(3)},
                          {9, 1, 5, 70},
-                         Bytes(4 * vocab, 0)};
+                         Ints(4 * vocab, 0)};
     const Outcome outcome = Run(batch);
     EXPECT_EQ(outcome.token_ids,
               (Ints{static_cast<int32_t>(late), static_cast<int32_t>(early), 0, 2}));
-    Bytes want_seen(4 * vocab, 0);
-    for (int64_t row = 0; row < 4; ++row) want_seen[row * vocab + outcome.token_ids[row]] = 1;
-    EXPECT_EQ(outcome.seen, want_seen) << "the draw, and only it, is marked";
+    EXPECT_EQ(outcome.history, Ints(4 * vocab, 0)) << "nobody looks at it";
   }
 }
 
 TEST_P(OpSample, UnusableRowsGiveMinusOneAndNeighboursAreUnchanged) {
   constexpr int64_t kVocab = 1000;
   OpenOn(GetParam(), kVocab);
-  Batch batch = Repeat(Random(2).Normal(kVocab, DType::kFloat32), Draw(0, 5), 8, 40);
+  SamplingRow settings = Draw(0, 5);
+  settings.presence_penalty = 0.5f;
+  Batch batch = Repeat(Random(2).Normal(kVocab, DType::kFloat32), settings, 8, 40);
   const Outcome clean = Run(batch);
   for (double temperature : {0.0, 1.0}) {
     SCOPED_TRACE(temperature);
@@ -153,39 +198,106 @@ TEST_P(OpSample, UnusableRowsGiveMinusOneAndNeighboursAreUnchanged) {
     std::fill_n(bad.logits.begin() + 6 * kVocab, kVocab, kNan);
     const Outcome outcome = Run(bad);
     Ints want = clean.token_ids;
-    Bytes want_seen = clean.seen;
+    Ints want_history = clean.history;
     for (int64_t row : {1, 3, 5, 6}) {
       want[row] = -1;
-      want_seen[row * kVocab + clean.token_ids[row]] = 0;  // an unusable row marks nothing
+      want_history[row * kVocab + clean.token_ids[row]] = 0;  // an unusable row marks nothing
     }
     EXPECT_EQ(outcome.token_ids, want);
-    EXPECT_EQ(outcome.seen, want_seen);
+    EXPECT_EQ(outcome.history, want_history);
   }
 }
 
 TEST_P(OpSample, IdleRowGivesZeroAndMarksNothing) {
   constexpr int64_t kVocab = 64;
   OpenOn(GetParam(), kVocab);
-  Batch batch = Repeat(Random(3).Normal(kVocab, DType::kFloat32), Greedy(0), 3, 5);
+  SamplingRow settings = Greedy(0);
+  settings.frequency_penalty = 0.5f;
+  Batch batch = Repeat(Random(3).Normal(kVocab, DType::kFloat32), settings, 3, 5);
   batch.seq_lens[1] = 0;
   std::fill_n(batch.logits.begin() + kVocab, kVocab, kNan);  // whatever it holds
   const Outcome outcome = Run(batch);
   EXPECT_EQ(outcome.token_ids[1], 0);
   EXPECT_EQ(outcome.token_ids[0], outcome.token_ids[2]);
-  const Bytes slot(outcome.seen.begin() + kVocab, outcome.seen.begin() + 2 * kVocab);
-  EXPECT_EQ(slot, Bytes(kVocab, 0));
+  const Ints slot(outcome.history.begin() + kVocab, outcome.history.begin() + 2 * kVocab);
+  EXPECT_EQ(slot, Ints(kVocab, 0));
+  EXPECT_EQ(outcome.history[outcome.token_ids[0]], kGeneratedMark);
 }
 
 TEST_P(OpSample, RepetitionPenaltyLowersSeenTokensOfEitherSign) {
   OpenOn(GetParam(), 4);
   // Positive logits are divided, negative ones multiplied; slot 0's sequence has seen nothing.
-  Batch batch = {4, {}, {Greedy(0), Greedy(1), Greedy(2)}, {3, 3, 3}, Bytes(12, 0)};
+  Batch batch = {4, {}, {Greedy(0), Greedy(1), Greedy(2)}, {3, 3, 3}, Ints(12, 0)};
   for (SamplingRow& row : batch.rows) row.repetition_penalty = 2.0f;
   batch.logits = {4.0,  3.0,  -1.0, -9.0,   // unseen: stays 0
                   4.0,  3.0,  -1.0, -9.0,   // 4 / 2 < 3
                   -1.0, -1.5, -4.0, -4.0};  // -1 x 2 < -1.5
-  batch.seen[1 * 4 + 0] = batch.seen[2 * 4 + 0] = 1;
+  batch.history[1 * 4 + 0] = kGivenMark;    // of the prompt or not: both count
+  batch.history[2 * 4 + 0] = kGeneratedMark;
   EXPECT_EQ(Run(batch).token_ids, (Ints{0, 1, 1}));
+}
+
+TEST_P(OpSample, PresenceAndFrequencyCountGeneratedTokensOnly) {
+  OpenOn(GetParam(), 4);
+  Batch batch = {4, {}, {}, {3, 3, 3, 3}, Ints(16, 0)};
+  for (int32_t row = 0; row < 4; ++row) {
+    batch.rows.push_back(Greedy(row));
+    for (double logit : {4.0, 3.0, 2.0, -1.0}) batch.logits.push_back(logit);
+    batch.history[row * 4 + 0] = kGivenMark;
+    batch.history[row * 4 + 1] = 3 * kGeneratedMark + kGivenMark;
+  }
+  batch.rows[0].presence_penalty = batch.rows[0].frequency_penalty = 2.0f;  // 4: of the prompt
+  batch.rows[1].frequency_penalty = -0.5f;                                  // 3 + 3 * 0.5
+  batch.rows[2].presence_penalty = -1.5f;                                   // 3 + 1.5
+  batch.rows[3].presence_penalty = -0.5f;
+  const Outcome outcome = Run(batch);
+  EXPECT_EQ(outcome.token_ids, (Ints{0, 1, 1, 0}));
+  for (int32_t row = 0; row < 4; ++row) {
+    const int32_t drawn = outcome.token_ids[row];
+    EXPECT_EQ(outcome.history[row * 4 + drawn], batch.history[row * 4 + drawn] + kGeneratedMark);
+  }
+}
+
+TEST_P(OpSample, MaskedTokensAreNotDrawn) {
+  constexpr int64_t kVocab = 1001;
+  OpenOn(GetParam(), kVocab);
+  const Values logits = Random(21).Normal(kVocab, DType::kFloat32);
+  for (double temperature : {0.0, 1.0}) {
+    Batch batch = Repeat(logits, Draw(0, 6), 4, 30);
+    for (SamplingRow& row : batch.rows) row.temperature = static_cast<float>(temperature);
+    const Ints free = Run(batch).token_ids;
+    Ints all_but_last, all;
+    for (int32_t id = 0; id < kVocab; ++id) all.push_back(id);
+    all_but_last.assign(all.begin(), all.end() - 1);
+    batch.banned = {{free[0]}, all_but_last, all, {free[3]}};
+    for (size_t row : {0, 1, 2}) batch.rows[row].has_mask = 1;  // not the last
+    const Ints got = Run(batch).token_ids;
+    EXPECT_NE(got[0], free[0]);
+    EXPECT_EQ(got[1], kVocab - 1);
+    EXPECT_EQ(got[2], -1);
+    EXPECT_EQ(got[3], free[3]);
+  }
+}
+
+// So many tokens that a device spreads them over blocks.
+TEST_P(OpSample, RowsThatKeepTheirLogitsDrawTheSame) {
+  constexpr int64_t kVocab = 20011, kRows = 8;
+  OpenOn(GetParam(), kVocab);
+  Batch batch = Repeat(Random(22).Normal(kVocab, DType::kFloat32), Draw(0, 9), kRows, 7);
+  const Ints marks = Random(23).Below(kRows * kVocab, 6);
+  for (size_t i = 0; i < marks.size(); ++i) batch.history[i] = std::max(marks[i] - 2, 0);
+  for (int64_t b = 0; b < kRows; ++b) {
+    SamplingRow& row = batch.rows[b];
+    row.temperature = b & 1 ? 0.8f : 0.0f;
+    row.frequency_penalty = b & 2 ? 0.3f : 0.0f;
+    row.num_biases = b & 4 ? 2 : 0;
+    batch.biases.push_back({{static_cast<int32_t>(kVocab - 1), 3.5f}, {17, 3.6f}});
+  }
+  const Ints want = Run(batch).token_ids;
+  for (SamplingRow& row : batch.rows) row.keeps_logits = 1;
+  const Outcome outcome = Run(batch);
+  EXPECT_EQ(outcome.token_ids, want);
+  EXPECT_EQ(outcome.logits, batch.logits);
 }
 
 TEST_P(OpSample, DrawsEqualTheReference) {
@@ -194,8 +306,9 @@ TEST_P(OpSample, DrawsEqualTheReference) {
   Random random(4);
   Batch batch = Repeat(Values(kVocab, 0.0), Draw(0, 0), kRows, 1000);
   batch.logits = random.Normal(kRows * kVocab, DType::kFloat32, 3.0);
-  const Ints seen = random.Below(kRows * kVocab, 4);
-  for (size_t i = 0; i < seen.size(); ++i) batch.seen[i] = seen[i] == 0 ? 1 : 0;
+  const Ints marks = random.Below(kRows * kVocab, 8);
+  for (size_t i = 0; i < marks.size(); ++i) batch.history[i] = std::max(marks[i] - 3, 0);
+  batch.banned.resize(kRows);
   for (int64_t b = 0; b < kRows; ++b) {  // every mixture of settings
     SamplingRow& row = batch.rows[b];
     row.seed = 0x123456789abcdefull * static_cast<uint64_t>(b + 1);
@@ -204,6 +317,15 @@ TEST_P(OpSample, DrawsEqualTheReference) {
     row.top_p = b & 2 ? 0.9f : 1.0f;
     row.min_p = b & 4 ? 0.02f : 0.0f;
     row.repetition_penalty = b & 8 ? 1.3f : 1.0f;
+    row.frequency_penalty = b & 16 ? 0.4f : 0.0f;
+    row.presence_penalty = b & 32 ? -0.7f : 0.0f;
+    row.has_mask = b % 5 == 0;
+    batch.banned[b] = random.Subset(kVocab / 3, kVocab);
+    row.num_biases = b % 7 == 0 ? kMaxBiases : 0;
+    batch.biases.emplace_back();
+    for (int32_t id : random.Subset(kMaxBiases, kVocab)) {
+      batch.biases.back().push_back({id, static_cast<float>(id % 9) - 4.0f});
+    }
   }
   const Ints got = Run(batch).token_ids;
   int64_t compared = 0;
@@ -311,7 +433,7 @@ TEST_P(OpSample, GreedyLeavesTheLogitsOfARowWithoutPenalty) {
   constexpr int64_t kVocab = 5003;
   OpenOn(GetParam(), kVocab);
   const Values logits = Random(14).Normal(2 * kVocab, DType::kFloat32);
-  Batch batch = {kVocab, logits, {Greedy(0), Draw(1, 3)}, {4, 4}, Bytes(2 * kVocab, 0)};
+  Batch batch = {kVocab, logits, {Greedy(0), Draw(1, 3)}, {4, 4}, Ints(2 * kVocab, 0)};
   batch.rows[1].temperature = 0.5f;
   const Values after = Run(batch).logits;
   EXPECT_TRUE(std::equal(logits.begin(), logits.begin() + kVocab, after.begin()));
@@ -347,13 +469,16 @@ TEST_P(OpSample, DrawsEqualTheCpus) {
   if (GetParam().is_cpu()) GTEST_SKIP() << "compares another device with the CPU";
   constexpr int64_t kVocab = 32001, kRows = 64;
   Batch batch = Repeat(Random(11).Normal(kVocab, DType::kFloat32, 2.0), Draw(0, 3), kRows, 100);
-  for (int64_t b = 0; b < kRows; ++b) batch.rows[b].top_k = b & 1 ? 50 : 0;
+  for (int64_t b = 0; b < kRows; ++b) {
+    batch.rows[b].top_k = b & 1 ? 50 : 0;
+    batch.rows[b].presence_penalty = b & 2 ? 0.5f : 0.0f;
+  }
   OpenOn(GetParam(), kVocab);
   const Outcome device = Run(batch);
   OpenOn({DeviceType::kCpu, DType::kFloat32}, kVocab);
   const Outcome cpu = Run(batch);
   EXPECT_EQ(device.token_ids, cpu.token_ids);
-  EXPECT_EQ(device.seen, cpu.seen);
+  EXPECT_EQ(device.history, cpu.history);
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpSample, ::testing::ValuesIn(EachDevice()),

@@ -242,12 +242,17 @@ Values FilterLogits(const SampleProblem& problem) {
   const size_t vocab = problem.logits.size();
   Values logits(problem.logits.begin(), problem.logits.end());
   for (size_t i = 0; i < vocab; ++i) {
-    if (problem.seen[i]) {
+    if (!problem.biases.empty()) logits[i] += problem.biases[i];
+    const int32_t marks = problem.history.empty() ? 0 : problem.history[i];
+    if (marks != 0) {
       logits[i] = logits[i] > 0 ? logits[i] / problem.repetition_penalty
                                 : logits[i] * problem.repetition_penalty;
     }
-    if (problem.temperature > 0) logits[i] /= problem.temperature;
+    const int32_t times = marks / 2;
+    logits[i] -= problem.frequency_penalty * times + (times > 0 ? problem.presence_penalty : 0.0);
   }
+  for (int32_t id : problem.banned) logits[id] = -kInf;
+  for (double& logit : logits) logit /= problem.temperature > 0 ? problem.temperature : 1.0;
   if (problem.temperature == 0) return logits;
   Ints order(vocab);
   std::iota(order.begin(), order.end(), 0);
@@ -303,6 +308,15 @@ Draw Sample(const SampleProblem& problem) {
   *best = -kInf;
   draw.margin = top - *std::max_element(values.begin(), values.end());
   return draw;
+}
+
+Values LogSoftmax(const std::vector<float>& logits) {
+  double sum = 0.0;
+  const double top = *std::max_element(logits.begin(), logits.end());
+  for (float logit : logits) sum += std::exp(logit - top);
+  Values result;
+  for (float logit : logits) result.push_back(logit - top - std::log(sum));
+  return result;
 }
 
 }  // namespace tidal::test::reference

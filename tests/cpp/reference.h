@@ -87,17 +87,22 @@ std::vector<Ints> SelectTopK(const SelectProblem& problem, double* margin = null
 
 struct SampleProblem {
   std::vector<float> logits;
-  std::vector<uint8_t> seen;
+  Ints history;     // [V] marks as in op_args.h; empty: none
+  Values biases{};  // [V]; empty: none
+  Ints banned{};    // ids
   double temperature = 0.0;
   int64_t top_k = 0;
   double top_p = 1.0;
   double min_p = 0.0;
   double repetition_penalty = 1.0;
+  double frequency_penalty = 0.0;
+  double presence_penalty = 0.0;
   uint64_t seed = 0;
   uint32_t position = 0;
 };
 
-// Log-probability-like values after penalty and temperature, -inf where top-k, top-p or min-p cut.
+// Log-probability-like values after biases, penalties, bans and temperature, -inf where top-k,
+// top-p or min-p cut.
 Values FilterLogits(const SampleProblem& problem);
 
 // First word of Philox4x32-10 (Salmon et al., SC 2011) for key `seed`, counter (c0, c1, c2, c3).
@@ -114,5 +119,7 @@ struct Draw {
 
 // The highest of DrawScores.
 Draw Sample(const SampleProblem& problem);
+
+Values LogSoftmax(const std::vector<float>& logits);
 
 }  // namespace tidal::test::reference

@@ -18,6 +18,16 @@ namespace {
 
 class SchedulerRunner : public DecoderTest {
  protected:
+  // Draws go by the tokens before them.
+  static SamplingParams Params(int64_t max_new_tokens) {
+    SamplingParams params = Greedy(max_new_tokens);
+    params.repetition_penalty = 1.1;
+    params.frequency_penalty = 0.4;
+    params.no_repeat_ngram_size = 3;
+    params.logit_bias = {{40, 1.5}};
+    return params;
+  }
+
   // A decoder as it will be: a runner, the prefixes it knows, and who decides.
   struct Machine {
     Machine(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights)
@@ -41,9 +51,12 @@ class SchedulerRunner : public DecoderTest {
 
     RequestId Submit(const Ints& prompt, int64_t max_new_tokens, const DecodePolicy& policy) {
       Request request;
-      request.sampling = Greedy(max_new_tokens);
+      request.sampling = Params(max_new_tokens);
       request.decoding = policy;
-      return scheduler.Add(request, maker.Make(prompt, 0, runner.ScratchSampling()), now_ms);
+      Sequence sequence = maker.Make(prompt, 0, runner.ScratchSampling());
+      // The slot is the scheduler's choice.
+      SetSampling(request.sampling, runner.model().vocab_size, -1, sequence);
+      return scheduler.Add(request, std::move(sequence), now_ms);
     }
 
     bool Step() {
@@ -74,7 +87,7 @@ class SchedulerRunner : public DecoderTest {
   }
 
   Ints Alone(const DecodeConfig& config, const Ints& prompt, int64_t max_new_tokens) const {
-    return Generate(*Make(config), {prompt}, Greedy(max_new_tokens))[0].token_ids;
+    return Generate(*Make(config), {prompt}, Params(max_new_tokens))[0].token_ids;
   }
 
   static Ints Join(Ints one, const Ints& other) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,14 @@ VALID: dict[str, tuple[str, ...]] = {
     "top_p": ("1.0", "0.5"),
     "min_p": ("0.0", "0.1"),
     "repetition_penalty": ("1.0", "1.3"),
+    "frequency_penalty": ("0.0", "-2", "1.5"),
+    "presence_penalty": ("0.0", "2", "-0.5"),
+    "min_new_tokens": ("0", "1", "2"),
+    "no_repeat_ngram_size": ("0", "1", "3"),
+    "logit_bias": ("None", "{5: 2.5}", "{'7': -100, 8: 100}"),
+    "suppress_tokens": ("None", "[5]", "range(9)"),
+    "bad_words": ("None", "[[5], [1, 2]]", "['a', [3]]"),
+    "allowed_token_ids": ("None", "[5, 6, 7]", "range(200)"),
     "seed": ("0", "7", "2**64 - 1"),
     "stop": ("None", "'b'", "['x', 'yz']"),
     "stop_token_ids": ("None", "[5]", "(1, 2)"),
@@ -126,6 +134,11 @@ _ACCEPTABLE: dict[str, Callable[[Any], bool]] = {
     "top_p": _number_in(0.0, 1.0),
     "min_p": _number_in(0.0, 1.0),
     "repetition_penalty": _number_in(0.0),
+    "frequency_penalty": _number_in(-2.0, 2.0),
+    "presence_penalty": _number_in(-2.0, 2.0),
+    "min_new_tokens": _integer_in(0, 2**31 - 1),
+    "no_repeat_ngram_size": _integer_in(0, 2**31 - 1),
+    "logit_bias": lambda value: isinstance(value, Mapping),
     "ignore_eos": lambda value: isinstance(value, bool),
     "on_prefill": callable,
     "should_stop": callable,

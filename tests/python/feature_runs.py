@@ -116,6 +116,10 @@ def generate(bench: Bench) -> None:
         for _ in range(2)
     ]  # fmt: skip
     assert drawn[0].token_ids == drawn[1].token_ids
+    assert 14 in decoder.generate(
+        IDS, allowed_token_ids=[14, 15], min_new_tokens=2, max_new_tokens=8, frequency_penalty=1,
+        presence_penalty=1, no_repeat_ngram_size=3, logit_bias={14: 90}, suppress_tokens=[3],
+        bad_words=["w", [5, 6]]).token_ids  # fmt: skip
 
 
 @uses("Decoder.stream", "TextStream", "TextStream.close")

@@ -56,7 +56,9 @@ ABSURD = [
 SENSIBLE = [
     ("on_prefill", show(print)), ("should_stop", show(print)), ("temperature", show(2**70)),
     ("repetition_penalty", show(2**70)), ("stop_token_ids", show(np.array([1, 2]))),
-    ("stop_token_ids", show(np.array([]))),
+    ("stop_token_ids", show(np.array([]))), ("suppress_tokens", show(np.array([1, 2]))),
+    ("suppress_tokens", show(np.array([]))), ("allowed_token_ids", show(np.array([1, 2]))),
+    ("bad_words", show(np.array([]))),
 ]  # fmt: skip
 IDS = [f"{index} {type(value).__name__}" for index, value in enumerate(ABSURD)]
 
@@ -128,6 +130,8 @@ def test_a_word_that_was_put_together_is_the_default_too(folder: Path):
 @pytest.mark.parametrize(
     "name",
     ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+     "frequency_penalty", "presence_penalty", "min_new_tokens", "no_repeat_ngram_size",
+     "logit_bias", "suppress_tokens", "bad_words", "allowed_token_ids",
      "stop_token_ids", "ignore_eos", "on_prefill", "should_stop"],
 )  # fmt: skip
 def test_so_does_a_call(decoder: Decoder, name: str, value):
@@ -198,7 +202,9 @@ def test_lists_without_end_end(decoder: Decoder):
 
 @pytest.mark.parametrize("value", [np.bool_(True), np.array(True)], ids=show)
 def test_a_truth_value_of_numpy_is_no_number(decoder: Decoder, value):
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed",
+                 "frequency_penalty", "presence_penalty", "min_new_tokens",
+                 "no_repeat_ngram_size"):  # fmt: skip
         is_quiet(lambda name=name: decoder.generate([1, 2], **{name: value}), name)
 
 

@@ -55,6 +55,12 @@ def test_without_a_generation_config_decoding_is_greedy(tmp_path: Path):
         ({"eos_token_id": -1}, {"eos_token_ids": ()}),
         ({"eos_token_id": None}, {"eos_token_ids": ()}),
         ({"temperature": None, "transformers_version": "5.0"}, {"temperature": 0.0}),
+        ({"min_new_tokens": 3, "no_repeat_ngram_size": 2},
+         {"min_new_tokens": 3, "no_repeat_ngram_size": 2}),
+        ({"suppress_tokens": [19, -1, 64, 3]}, {"suppress_tokens": (19, 3)}),
+        ({"bad_words_ids": [[53], [1, 2], [4, 64]]}, {"bad_words": ((53,), (1, 2))}),
+        ({"min_new_tokens": None, "suppress_tokens": None, "bad_words_ids": None},
+         {"min_new_tokens": 0, "suppress_tokens": (), "bad_words": ()}),
     ],
     ids=str,
 )  # fmt: skip
@@ -78,6 +84,13 @@ def test_generation_defaults_are_read(tmp_path, fields, expected):
         ({"max_length": -1}, "max_length: got -1"),
         ({"eos_token_id": "</s>"}, "eos_token_id: got '</s>'"),
         ({"eos_token_id": [[1]]}, "eos_token_id: got"),
+        ({"min_new_tokens": -1}, "min_new_tokens: got -1"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size: got 2.5"),
+        ({"suppress_tokens": 3}, "suppress_tokens: got 3"),
+        ({"suppress_tokens": [True]}, "suppress_tokens: got True"),
+        ({"bad_words_ids": [3]}, "bad_words_ids: got"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids: got"),
+        ({"bad_words_ids": [["x"]]}, "bad_words_ids: got 'x'"),
     ],
     ids=str,
 )
@@ -92,9 +105,6 @@ def test_values_that_mean_nothing_are_named(tmp_path, fields, expected):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"no_repeat_ngram_size": 3},
-        {"suppress_tokens": [19]},
-        {"bad_words_ids": [[53]]},
         {"begin_suppress_tokens": [220]},
         {"forced_bos_token_id": 1},
         {"forced_eos_token_id": [2]},
@@ -103,7 +113,7 @@ def test_values_that_mean_nothing_are_named(tmp_path, fields, expected):
         {"sequence_bias": [[[4], -1.0]]},
         {"guidance_scale": 1.5},
         {"do_sample": True, "typical_p": 0.9},
-        {"no_repeat_ngram_size": 3, "num_beams": 4},
+        {"min_length": 3, "num_beams": 4},
     ],
     ids=str,
 )
@@ -118,6 +128,7 @@ def test_settings_that_would_change_the_text_are_noted_by_name(tmp_path, fields)
     "fields",
     [
         {"no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": [], "num_beams": 1},
+        {"no_repeat_ngram_size": 3, "suppress_tokens": [19], "bad_words_ids": [[53]]},  # applied
         {"typical_p": 1.0, "do_sample": True, "epsilon_cutoff": 0.0, "guidance_scale": 1.0},
         {"typical_p": 0.9, "eta_cutoff": 0.1},  # count only where tokens are drawn
         {"length_penalty": 2.0, "early_stopping": True},  # of beams, which there are none
@@ -132,7 +143,8 @@ def test_settings_that_are_off_or_change_nothing_are_not_noted(tmp_path, fields)
 
 # Settings of transformers that are applied here, or change no text of a model like these.
 APPLIED = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p",
-           "repetition_penalty", "eos_token_id"}  # fmt: skip
+           "repetition_penalty", "eos_token_id", "min_new_tokens", "no_repeat_ngram_size",
+           "suppress_tokens", "bad_words_ids"}  # fmt: skip
 WITHOUT_EFFECT = {
     # of beams, which are noted by num_beams
     "early_stopping", "length_penalty", "low_memory",
@@ -176,6 +188,11 @@ def test_every_setting_of_transformers_is_known():
         {"max_new_tokens": 4, "eos_token_id": 64},
         {"max_new_tokens": 12, "repetition_penalty": 1.3},
         {"max_new_tokens": 4, "top_p": 1.5, "temperature": -3, "top_k": -1},
+        {"max_new_tokens": 12, "no_repeat_ngram_size": 1},
+        {"max_new_tokens": 12, "no_repeat_ngram_size": 2, "repetition_penalty": 0.5},
+        {"max_new_tokens": 9, "suppress_tokens": [*range(0, 64, 2), 70]},
+        {"max_new_tokens": 9, "bad_words_ids": [[i] for i in range(40)] + [[50, 51], [7, 60]]},
+        {"max_new_tokens": 9, "min_new_tokens": 5, "eos_token_id": [*range(48)]},
     ],
     ids=str,
 )
@@ -213,9 +230,9 @@ def test_settings_in_config_json_count_where_there_is_no_file_of_their_own(
 
 def test_settings_of_an_older_config_json_are_noted_once(tmp_path: Path):
     folder = write_checkpoint(tmp_path, MODEL)
-    update_json(folder / "config.json", no_repeat_ngram_size=2, eos_token_id=[3, -1])
+    update_json(folder / "config.json", min_length=2, eos_token_id=[3, -1])
     end_tokens, unapplied = read_model_folder(folder).notes
-    assert "no token has the id -1" in end_tokens and "no_repeat_ngram_size" in unapplied
+    assert "no token has the id -1" in end_tokens and "min_length" in unapplied
 
 
 def test_a_prompt_beyond_max_length_gets_one_token(tmp_path: Path):
@@ -228,9 +245,9 @@ def test_a_prompt_beyond_max_length_gets_one_token(tmp_path: Path):
 
 def test_the_decoder_says_what_is_not_applied_once(tmp_path: Path, caplog):
     folder = write_checkpoint(tmp_path, MODEL)
-    update_json(folder / "generation_config.json", no_repeat_ngram_size=2, eos_token_id=[-1, 3])
+    update_json(folder / "generation_config.json", min_length=2, eos_token_id=[-1, 3])
     assert read_model_folder(folder).eos_token_ids == (3,)
     with caplog.at_level(logging.WARNING, logger="tidaldecode"):
         Decoder(folder, device="cpu", attention="full").close()
-    assert caplog.text.count("no_repeat_ngram_size") == 1
+    assert caplog.text.count("min_length") == 1
     assert caplog.text.count("no token has the id -1") == 1

@@ -161,7 +161,12 @@ def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
         return answers
 
     checked = check_sampling(
-        defaults=GenerationDefaults(), eos_token_ids=(), vocab_size=1000, stop=stop, **settings
+        defaults=GenerationDefaults(),
+        eos_token_ids=(),
+        vocab_size=1000,
+        encode_word=lambda word: [],
+        stop=stop,
+        **settings,
     )
     assembler = TextAssembler(detokenize, [[]], checked, special=["<end>", "<x>"])
     shown = [assembler.push([(0, token_id)]).get(0, "") for token_id in ids]

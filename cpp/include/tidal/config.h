@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -146,7 +147,14 @@ struct DecodeConfig : PlanConfig {
   int32_t num_threads = 0;  // CPU backend; 0: one per processor it may use
 };
 
-// How one sequence chooses its next tokens and when it ends.
+// Bounds of what is added to logits, of either sign, as in the OpenAI API.
+inline constexpr double kMaxPenalty = 2.0;  // of frequency and presence
+inline constexpr double kMaxLogitBias = 100.0;
+inline constexpr int64_t kMaxLogitBiases = 1024;
+inline constexpr int64_t kMaxLogprobs = 20;  // of the most likely tokens, beside the drawn one's
+
+// How one sequence chooses its next tokens and when it ends. "Generated" tokens are those after the
+// ones that the call was given.
 struct SamplingParams {
   int64_t max_new_tokens = 256;
   double temperature = 0.0;         // 0 = greedy: the highest logit, lowest id on ties
@@ -154,8 +162,16 @@ struct SamplingParams {
   double top_p = 1.0;               // (0, 1]
   double min_p = 0.0;               // [0, 1], relative to the most likely token
   double repetition_penalty = 1.0;  // > 0; applies to tokens of prompt and output
+  double frequency_penalty = 0.0;   // taken off a token's logit each time it was generated
+  double presence_penalty = 0.0;    // taken off it once it was generated
   uint64_t seed = 0;
-  std::vector<int32_t> stop_token_ids;  // ending ids, the model's own end-of-text ids included
+  std::vector<int32_t> stop_token_ids;   // ending ids, the model's own end-of-text ids included
+  int64_t min_new_tokens = 0;            // before so many, no ending id is drawn
+  int64_t no_repeat_ngram_size = 0;      // no n tokens in a row occur twice; 0 = off
+  std::map<int32_t, double> logit_bias;  // added to the logits; up to kMaxLogitBiases
+  std::vector<int32_t> suppress_tokens;  // are never drawn
+  std::vector<std::vector<int32_t>> bad_words;  // rows of tokens that are never completed
+  std::vector<int32_t> allowed_token_ids;       // all others are never drawn; empty = off
 };
 
 }  // namespace tidal

@@ -37,6 +37,15 @@ struct Verification {
   int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
 };
 
+// What the model held of a token: by the softmax of its logits as they came, before penalties,
+// biases, bans and temperature.
+struct TokenLogprobs {
+  float logprob = 0.0f;
+  int32_t rank = 0;                 // 1: the most likely token, or the first of equals
+  std::vector<int32_t> top_ids;     // of as many as were asked for, the most likely first
+  std::vector<float> top_logprobs;  // theirs
+};
+
 struct SequenceResult {
   std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
   FinishReason finish_reason = FinishReason::kNone;

@@ -133,6 +133,7 @@ class Backend {
   virtual void SiluMul(const SiluMulArgs& args) = 0;
   virtual void GatherRows(const GatherRowsArgs& args) = 0;
   virtual void Sample(const SampleArgs& args) = 0;
+  virtual void Logprobs(const LogprobsArgs& args) = 0;
 
   // --- several ops in one: the results of the parts in turn, to rounding. Here they are the parts
   // in turn; a backend does better where it can ---

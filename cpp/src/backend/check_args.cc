@@ -334,13 +334,28 @@ void Check(const GatherRowsArgs& args, std::optional<DType> act) {
 
 void Check(const SampleArgs& args, std::optional<DType> act) {
   OpCheck op("Sample", act);
-  Dim batch{"B"}, vocab{"V"}, num_slots{"num_slots"};
+  Dim batch{"B"}, vocab{"V"}, num_slots{"num_slots"}, bias_bytes{"M * sizeof(TokenBias)"};
+  Dim num_copies{"C"};
   Dim row_bytes{"sizeof(SamplingRow)", static_cast<int64_t>(sizeof(SamplingRow))};
   op.Tensor("logits", args.logits, {&batch, &vocab}, op.float32());
   op.Tensor("rows", args.rows, {&batch, &row_bytes}, op.uint8());
   op.Tensor("seq_lens", args.seq_lens, {&batch}, op.int32());
-  op.Tensor("seen", args.seen, {&num_slots, &vocab}, op.uint8());
+  op.Tensor("history", args.history, {&num_slots, &vocab}, op.int32());
+  op.Tensor("biases", args.biases, {&num_slots, &bias_bytes}, op.uint8());
+  Dim mask_words{"W", NumMaskWords(vocab.size)};
+  op.Tensor("masks", args.masks, {&batch, &mask_words}, op.int32());
+  op.Tensor("copies", args.copies, {&num_copies, &vocab}, op.float32());
   op.Tensor("token_ids", args.token_ids, {&batch}, op.int32());
+}
+
+void Check(const LogprobsArgs& args, std::optional<DType> act) {
+  OpCheck op("Logprobs", act);
+  Dim batch{"B"}, vocab{"V"}, rows{"R"}, num_given{"1 + K"};
+  op.Tensor("logits", args.logits, {&batch, &vocab}, op.float32());
+  op.Tensor("rows", args.rows, {&rows}, op.int32());
+  op.Tensor("token_ids", args.token_ids, {&rows}, op.int32());
+  op.Tensor("logprobs", args.logprobs, {&rows, &num_given}, op.float32());
+  op.Tensor("ids", args.ids, {&rows, &num_given}, op.int32());
 }
 
 void Check(const NormLinearArgs& args, std::optional<DType> act) {

@@ -28,6 +28,7 @@ void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::null
 void Check(const SiluMulArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GatherRowsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SampleArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const LogprobsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const NormLinearArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const QkvRopeAppendArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GateUpSiluMulArgs& args, std::optional<DType> act = std::nullopt);

@@ -50,6 +50,7 @@ class MemoryMeter : public Backend {
   void SiluMul(const SiluMulArgs&) override { Refuse(); }
   void GatherRows(const GatherRowsArgs&) override { Refuse(); }
   void Sample(const SampleArgs&) override { Refuse(); }
+  void Logprobs(const LogprobsArgs&) override { Refuse(); }
 
  protected:
   Buffer DoAllocate(int64_t, const std::string&) override { return Buffer(); }

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
 #include "core/tensor_view.h"
 #include "tidal/config.h"
 
@@ -217,23 +218,70 @@ struct SamplingRow {
   float top_p;               // 1 = off
   float min_p;               // 0 = off
   float repetition_penalty;  // 1 = off
+  float frequency_penalty;   // 0 = off
+  float presence_penalty;    // 0 = off
   int32_t top_k;             // 0 = off
-  int32_t slot;              // row of `seen`
+  int32_t slot;              // row of `history` and of `biases`
+  int32_t num_biases;        // of the slot
+  uint16_t has_mask;         // 1: draws only what the row's mask allows
+  uint16_t keeps_logits;     // 1: the row's logits stay as they are; it works on a copy
   uint64_t seed;
 };
-static_assert(sizeof(SamplingRow) == 32, "SamplingRow is copied to the device as bytes");
+static_assert(sizeof(SamplingRow) == 48, "SamplingRow is copied to the device as bytes");
 
-// Logits to the next token, in this order: repetition penalty, temperature, top-k, top-p, min-p,
-// draw. Greedy: highest logit, lowest id on ties. Otherwise the Gumbel-max rule with noise from
-// Philox4x32-10(key = seed, counter = (position of the new token, token id)): an exact draw that
-// depends on nothing else. Formulas: core/philox.h.
+// Returns whether the draw depends on the tokens before it, and marks its own.
+TIDAL_HOST_DEVICE inline bool UsesHistory(const SamplingRow& row) {
+  return row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
+         row.presence_penalty != 0.0f;
+}
+
+// An addition to the logit of a token.
+struct TokenBias {
+  int32_t token_id;
+  float bias;
+};
+static_assert(sizeof(TokenBias) == 8, "TokenBias is copied to the device as bytes");
+
+// What `history` holds of a token: 1 if it was given, and 2 for each time it was generated.
+inline constexpr int32_t kGivenMark = 1;
+inline constexpr int32_t kGeneratedMark = 2;
+
+// A mask has one bit for each token of the vocabulary, token i at bit i % 32 of word i / 32: 1 if
+// it may be drawn.
+inline constexpr int64_t kMaskWordBits = 32;
+inline int64_t NumMaskWords(int64_t vocab_size) {
+  return (vocab_size + kMaskWordBits - 1) / kMaskWordBits;
+}
+
+// Logits to the next token, in this order: biases; repetition penalty (a logit above 0 is divided,
+// any other multiplied), frequency and presence penalty (subtracted); mask; temperature, top-k,
+// top-p, min-p, draw. Greedy: highest logit, lowest id on ties. Otherwise the Gumbel-max rule with
+// noise from Philox4x32-10(key = seed, counter = (position of the new token, token id)): an exact
+// draw that depends on nothing else. Formulas: core/philox.h.
 struct SampleArgs {
-  TensorView logits;    // [B, V] float32; overwritten
-  TensorView rows;      // [B, sizeof(SamplingRow)] uint8
-  TensorView seq_lens;  // [B] int32: tokens before the new one, so also its position; 0 = idle row
-  TensorView seen;  // [num_slots, V] uint8: 1 if the token is in the sequence; the draw is added
-  TensorView token_ids;  // out [B] int32; -1 if the row holds a NaN or +inf, or nothing above -inf;
-                         // 0 if idle
+  TensorView logits;     // [B, V] float32; overwritten, but for rows that keep them
+  TensorView rows;       // [B, sizeof(SamplingRow)] uint8
+  TensorView seq_lens;   // [B] int32: tokens before the new one, so also its position; 0 = idle row
+  TensorView history;    // [num_slots, V] int32: marks of the sequence's tokens; a draw that uses
+                         // them adds its own
+  TensorView biases;     // [num_slots, M * sizeof(TokenBias)] uint8, no token twice in a row
+  TensorView masks;      // [B, W] int32, W = NumMaskWords(V)
+  TensorView copies;     // [C, V] float32: where rows below C work that keep their logits; none of
+                         // the others does
+  TensorView token_ids;  // out [B] int32; -1 if the row holds a NaN or +inf, or nothing above -inf
+                         // that may be drawn; 0 if idle
+};
+
+// Log-probabilities, log(softmax(logits)), of one token of a row and of its most likely ones. Of
+// equals the lower id comes first.
+struct LogprobsArgs {
+  TensorView logits;     // [B, V] float32
+  TensorView rows;       // [R] int32: which of the B rows
+  TensorView token_ids;  // [R] int32; -1 = none
+  TensorView logprobs;   // out [R, 1 + K] float32: of the token, -inf without one; then the K most
+                         // likely, -inf past those above -inf
+  TensorView ids;        // out [R, 1 + K] int32: the rank of the token, 1 = most likely, 0 without
+                         // one; then the K most likely, -1 past those above -inf
 };
 
 // How many sets of positions one selection has.

@@ -12,6 +12,11 @@ bool Batch::is_step() const {
                      [](const BatchRow& row) { return row.num_tokens == 1 && row.num_draws == 1; });
 }
 
+int64_t NumFollowed(const BatchRow& row) {
+  const auto length = static_cast<int64_t>(row.sequence->tokens.size());
+  return std::min(row.num_tokens, length - row.sequence->cached - 1);
+}
+
 void CheckBatch(const Batch& batch) {
   TIDAL_CHECK(!batch.rows.empty(), InvalidArgument, "batch: got no rows, expected at least one");
   std::vector<const Sequence*> sequences(batch.rows.size());
@@ -29,6 +34,12 @@ void CheckBatch(const Batch& batch) {
     TIDAL_CHECK(row.num_logits >= 0 && row.num_logits <= row.num_tokens, InvalidArgument,
                 "batch row ", i, ": got num_logits ", row.num_logits, ", expected 0 to ",
                 row.num_tokens);
+    TIDAL_CHECK(!row.num_logprobs || (*row.num_logprobs >= 0 && *row.num_logprobs <= kMaxLogprobs),
+                InvalidArgument, "batch row ", i, ": got num_logprobs ", *row.num_logprobs,
+                ", expected 0 to ", kMaxLogprobs);
+    const int64_t most = row.num_logprobs ? NumFollowed(row) : 0;
+    TIDAL_CHECK(row.num_scored >= 0 && row.num_scored <= most, InvalidArgument, "batch row ", i,
+                ": got num_scored ", row.num_scored, ", expected 0 to ", most);
     sequences[i] = row.sequence;
   }
   std::sort(sequences.begin(), sequences.end());
@@ -48,6 +59,8 @@ std::string ToString(const Batch& batch) {
     out << separator << row.sequence->cached << " +" << row.num_tokens;
     if (row.num_draws > 0) out << " draw " << row.num_draws;
     if (row.num_logits > 0) out << " logits " << row.num_logits;
+    if (row.num_logprobs) out << " logprobs " << *row.num_logprobs;
+    if (row.num_scored > 0) out << " scored " << row.num_scored;
     separator = ", ";
   }
   return out.str();

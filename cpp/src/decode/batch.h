@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "kv/sequence.h"
 #include "tidal/plan.h"
+#include "tidal/request.h"
 
 namespace tidal {
 
@@ -17,7 +19,19 @@ struct BatchRow {
   int64_t num_tokens = 1;  // its next uncached tokens, which the pass caches; >= 1
   int64_t num_draws = 1;   // successors to draw: of the last so many of those tokens
   int64_t num_logits = 0;  // logits to return: after the last so many of those tokens
+  // Log-probabilities to return of its draws, and beside each those of so many of the most likely
+  // tokens, 0 to kMaxLogprobs; nothing: none.
+  std::optional<int64_t> num_logprobs{};
+  // With num_logprobs: the same of tokens that the sequence has already, each after the one before
+  // it: after the last so many of those tokens that another one follows.
+  int64_t num_scored = 0;
+  // [num_draws, NumMaskWords(vocab_size)]: what each draw may give, beside what the sequence's
+  // parameters say; empty: anything.
+  std::vector<uint32_t> allowed{};
 };
+
+// Returns how many of the row's tokens another one of its sequence follows.
+int64_t NumFollowed(const BatchRow& row);
 
 // The rows of one pass, each sequence at most once. If every row has one token and one draw the
 // pass is a decode step through the plan; any other reads its tokens densely, so its plan must be
@@ -32,8 +46,10 @@ struct Batch {
 
 // What a pass gives, by row of its batch.
 struct Drawn {
-  std::vector<std::vector<int32_t>> tokens;  // [num_draws] each; -1: unusable logits
-  std::vector<std::vector<float>> logits;    // [num_logits, vocab_size] each
+  std::vector<std::vector<int32_t>> tokens;            // [num_draws] each; -1: unusable logits
+  std::vector<std::vector<float>> logits;              // [num_logits, vocab_size] each
+  std::vector<std::vector<TokenLogprobs>> logprobs{};  // [num_draws] each, if they were wanted
+  std::vector<std::vector<TokenLogprobs>> scored{};    // [num_scored] each
   // Whether layers of the plan attended to sets; a step is dense where all rows are short.
   bool is_sparse = false;
 };

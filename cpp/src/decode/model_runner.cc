@@ -35,7 +35,21 @@ int64_t LargestShare(const Batch& batch) {
 
 Drawn NothingDrawn(const Batch& batch) {
   return {.tokens = std::vector<std::vector<int32_t>>(batch.rows.size()),
-          .logits = std::vector<std::vector<float>>(batch.rows.size())};
+          .logits = std::vector<std::vector<float>>(batch.rows.size()),
+          .logprobs = std::vector<std::vector<TokenLogprobs>>(batch.rows.size()),
+          .scored = std::vector<std::vector<TokenLogprobs>>(batch.rows.size())};
+}
+
+// Returns the draws of a step of num_rows rows; those past the batch's are idle.
+std::vector<DrawRow> StepDraws(const Batch& batch, int64_t num_rows) {
+  std::vector<DrawRow> draws(static_cast<size_t>(num_rows));
+  for (size_t i = 0; i < batch.rows.size(); ++i) {
+    const BatchRow& row = batch.rows[i];
+    draws[i] = {.row = &row,
+                .index = 0,
+                .keeps_logits = row.num_logits > 0 || row.num_logprobs.has_value()};
+  }
+  return draws;
 }
 
 // The same settings but for the layers: none that chooses.
@@ -81,7 +95,6 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
-  seen_.resize(static_cast<size_t>(config_.max_batch_size + 1));  // and the scratch slot
   plans_.emplace(PlanId::kDense, MakePlan(PlanId::kDense, WithoutChoice(config_)));
   plans_.emplace(PlanId::kDecoder, MakePlan(PlanId::kDecoder, config_));
   Warm();
@@ -111,7 +124,7 @@ void ModelRunner::WarmStep(const StepKey& key) {
   }
   Pass pass = buffers_->passes.Take({key.batch_size, key.batch_size});
   buffers_->inputs.Write({}, pass);
-  buffers_->sampler.SetRows(std::vector(static_cast<size_t>(key.batch_size), ScratchSampling()));
+  buffers_->sampler.SetRows(StepDraws({}, key.batch_size));
   for (int run = 0; run < 2; ++run) RunStepPass(plan(key.plan), pass);
 }
 
@@ -143,36 +156,24 @@ Drawn ModelRunner::Run(const Batch& batch) {
   CheckBatch(batch);
   CheckFits(batch);
   CopyPages(batch.copies);
-  MarkSeen(batch);
+  PrepareDraws(batch);
   Drawn drawn = batch.is_step() ? RunStep(batch) : RunChunk(batch);
-  MarkDrawn(batch, drawn);
+  FinishDraws(batch, drawn);
   return drawn;
 }
 
-void ModelRunner::MarkSeen(const Batch& batch) {
+void ModelRunner::PrepareDraws(const Batch& batch) {
   for (const BatchRow& row : batch.rows) {
-    const Sequence& sequence = *row.sequence;
-    if (row.num_draws == 0 || sequence.sampling.repetition_penalty == 1.0f) continue;
-    const int64_t count = sequence.cached + row.num_tokens - row.num_draws + 1;
-    const auto tokens = std::span(sequence.tokens).first(static_cast<size_t>(count));
-    Seen& seen = seen_[static_cast<size_t>(sequence.sampling.slot)];
-    // What was drawn need not be what stands there now.
-    const bool is_marked = seen.sequence_id == sequence.id && seen.num_tokens == count &&
-                           seen.drawn.size() <= tokens.size() &&
-                           std::equal(seen.drawn.rbegin(), seen.drawn.rend(), tokens.rbegin());
-    if (is_marked) continue;
-    buffers_->seen.Set(sequence.sampling.slot, tokens);
-    seen = {.sequence_id = sequence.id, .num_tokens = count, .drawn = {}};
+    if (row.num_draws == 0) continue;
+    const int64_t length = row.sequence->cached + row.num_tokens;
+    buffers_->slots.Prepare(*row.sequence, length - row.num_draws + 1);
   }
 }
 
-void ModelRunner::MarkDrawn(const Batch& batch, const Drawn& drawn) {
+void ModelRunner::FinishDraws(const Batch& batch, const Drawn& drawn) {
   for (size_t i = 0; i < batch.rows.size(); ++i) {
-    const BatchRow& row = batch.rows[i];
-    if (row.num_draws == 0 || row.sequence->sampling.repetition_penalty == 1.0f) continue;
-    Seen& seen = seen_[static_cast<size_t>(row.sequence->sampling.slot)];
-    seen.num_tokens += row.num_draws;
-    seen.drawn = drawn.tokens[i];
+    if (batch.rows[i].num_draws == 0) continue;
+    buffers_->slots.MarkDrawn(*batch.rows[i].sequence, drawn.tokens[i]);
   }
 }
 
@@ -192,6 +193,10 @@ void ModelRunner::CheckFits(const Batch& batch) const {
     TIDAL_CHECK(length <= num_pages * config_.page_size, CapacityError, "batch row ", i,
                 ": its tokens need ", cache_->pool().PagesFor(length), " pages, it has ",
                 num_pages);
+    const auto num_words = static_cast<int64_t>(row.allowed.size());
+    const int64_t num_asked = row.num_draws * NumMaskWords(model_.vocab_size);
+    TIDAL_CHECK(num_words == 0 || num_words == num_asked, InvalidArgument, "batch row ", i,
+                ": got ", num_words, " words of masks, expected ", num_asked);
   }
   TIDAL_CHECK(num_tokens <= most.num_tokens, CapacityError, "batch: got ", num_tokens,
               " tokens, a pass has room for ", most.num_tokens);
@@ -211,25 +216,41 @@ Drawn ModelRunner::RunStep(const Batch& batch) {
   const auto count = static_cast<int64_t>(batch.rows.size());
   const int64_t b = StepSize(config_.device.type, count, config_.max_batch_size);
   Pass pass = buffers_->passes.Take({b, b});
-  std::vector<SamplingRow> sampling(static_cast<size_t>(b), ScratchSampling());
-  for (size_t i = 0; i < batch.rows.size(); ++i) sampling[i] = batch.rows[i].sequence->sampling;
   buffers_->inputs.Write(RowsOf(batch), pass);
-  buffers_->sampler.SetRows(sampling);
+  buffers_->sampler.SetRows(StepDraws(batch, b));
   RunStepPass(plan, pass);
+  TakeStep(batch, drawn);
 
-  const std::vector<int32_t> tokens = buffers_->sampler.Read(count);
   if (drawn.is_sparse) plan.last_rows.clear();
-  for (size_t i = 0; i < batch.rows.size(); ++i) {
-    drawn.tokens[i] = {tokens[i]};
-    if (batch.rows[i].num_logits > 0) {
-      buffers_->sampler.AppendLogits(static_cast<int64_t>(i), 1, drawn.logits[i]);
-    }
-    Sequence& sequence = *batch.rows[i].sequence;
+  for (const BatchRow& row : batch.rows) {
+    Sequence& sequence = *row.sequence;
     Advance(sequence, 1, plan.IsSparse(sequence.cached + 1));
     if (plan.shadow) sequence.shadowed = sequence.cached;
     if (drawn.is_sparse) plan.last_rows.push_back({sequence.id, sequence.cached});
   }
   return drawn;
+}
+
+void ModelRunner::TakeStep(const Batch& batch, Drawn& drawn) const {
+  const std::vector<int32_t> tokens =
+      buffers_->sampler.Read(static_cast<int64_t>(batch.rows.size()));
+  std::vector<LogprobsWanted> wanted;
+  std::vector<std::vector<TokenLogprobs>*> places;
+  for (size_t i = 0; i < batch.rows.size(); ++i) {
+    const BatchRow& row = batch.rows[i];
+    const auto index = static_cast<int64_t>(i);
+    drawn.tokens[i] = {tokens[i]};
+    if (row.num_logits > 0) buffers_->sampler.AppendLogits(index, 1, drawn.logits[i]);
+    if (!row.num_logprobs) continue;
+    wanted.push_back({.row = index, .token_id = tokens[i], .num_top = *row.num_logprobs});
+    places.push_back(&drawn.logprobs[i]);
+    if (row.num_scored == 0) continue;
+    wanted.push_back(wanted.back());
+    wanted.back().token_id = row.sequence->tokens[static_cast<size_t>(row.sequence->cached + 1)];
+    places.push_back(&drawn.scored[i]);
+  }
+  std::vector<TokenLogprobs> logprobs = buffers_->sampler.ReadLogprobs(wanted);
+  for (size_t i = 0; i < places.size(); ++i) places[i]->push_back(std::move(logprobs[i]));
 }
 
 void ModelRunner::RunStepPass(const ActivePlan& plan, const Pass& pass) {

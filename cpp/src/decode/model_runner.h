@@ -32,11 +32,10 @@ class ModelRunner {
   const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
   // Copies pages as asked, caches the batch's tokens, in order of its rows, and draws. Moves each
-  // sequence's `cached`, and
-  // what it says of the tokens before, past them; its tokens stay as they are. The logits of a
-  // decode step are those that its draw has worked on: the model's own for greedy rows without
-  // penalty. Throws InvalidArgument for a batch that CheckBatch refuses, CapacityError for one of
-  // more rows or tokens than a pass has room for, and for a row without pages for its tokens.
+  // sequence's `cached`, and what it says of the tokens before, past them; its tokens stay as they
+  // are. Each draw goes by the sequence's tokens before it, those that are not cached included. Throws InvalidArgument for
+  // a batch that CheckBatch refuses, CapacityError for one of more rows or tokens than a pass has
+  // room for, and for a row without pages for its tokens.
   Drawn Run(const Batch& batch);
 
   // Adds a plan beside the decoder's, or a user to the plan with these settings if there is one.
@@ -69,25 +68,18 @@ class ModelRunner {
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
 
  private:
-  // What a sampling slot has seen: the first num_tokens tokens of a sequence, the last of which are
-  // `drawn`.
-  struct Seen {
-    uint64_t sequence_id = 0;
-    int64_t num_tokens = 0;
-    std::vector<int32_t> drawn;
-  };
-
   void Warm();
   void WarmStep(const StepKey& key);
   void CheckFits(const Batch& batch) const;
 
-  // A penalty looks at the tokens before a draw: brings the slots of rows that ask for it up to
-  // date. A draw marks what it draws, as MarkDrawn notes.
-  void MarkSeen(const Batch& batch);
-  void MarkDrawn(const Batch& batch, const Drawn& drawn);
+  // Brings the slots of the rows that draw up to date; FinishDraws follows the draws.
+  void PrepareDraws(const Batch& batch);
+  void FinishDraws(const Batch& batch, const Drawn& drawn);
 
   Drawn RunStep(const Batch& batch);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
+  // Appends what the rows of a step have drawn, and what else they want of it.
+  void TakeStep(const Batch& batch, Drawn& drawn) const;
   Drawn RunChunk(const Batch& batch);
   Pass TakeChunk(const Batch& batch) const;
   void RunChunkPass(const Pass& pass, int64_t num_outputs);
@@ -117,7 +109,6 @@ class ModelRunner {
   std::unique_ptr<RunnerBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
-  std::vector<Seen> seen_;        // by slot
   ShadowBalance shadow_balance_;  // empty until a plan has a shadow
   std::map<PlanId, std::unique_ptr<ActivePlan>> plans_;
   PlanId next_plan_ = PlanId{2};

@@ -20,8 +20,11 @@ struct PassOutput {
   int64_t token = 0;    // index in the pass
   int64_t seq_len = 0;  // the sequence's tokens up to that one
   int64_t turn = 0;     // 0 for the first of its row, 1 for the second, ...
-  bool is_drawn = false;
+  int64_t draw = -1;    // which of its row's draws it is, from 0 on; -1: none
   bool wants_logits = false;
+  bool is_scored = false;
+
+  bool is_drawn() const { return draw >= 0; }
 };
 
 // All that a batch wants, turn by turn.
@@ -48,7 +51,11 @@ class PassOutputs {
 
  private:
   void TakeLogits(std::span<const PassOutput> outputs, Drawn& drawn) const;
-  void Draw(const Batch& batch, std::span<const PassOutput> outputs, int64_t num_rows) const;
+  void Draw(const Batch& batch, std::span<const PassOutput> outputs, int64_t num_rows,
+            Drawn& drawn) const;
+  void TakeScores(const Batch& batch, std::span<const PassOutput> outputs, Drawn& drawn) const;
+  void TakeLogprobs(const Batch& batch, std::span<const PassOutput> outputs, int64_t first,
+                    Drawn& drawn) const;
   // Of written_ for num_rows rows: the tokens, and how many precede each draw.
   TensorView TokensOf(int64_t num_rows) const { return written_.Rows(0, num_rows); }
   TensorView LensOf(int64_t num_rows) const { return written_.Rows(num_rows, num_rows); }

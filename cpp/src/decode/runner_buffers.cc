@@ -20,8 +20,8 @@ RunnerBuffers::RunnerBuffers(Backend& backend, const ModelConfig& model, const D
               .batch_size = config.max_batch_size},
              PagesOfLongest(config)),
       inputs(backend, config.max_batch_size),
-      seen(backend, model.vocab_size, config.max_batch_size),
-      sampler(backend, seen, MaxDraws(config, plan)),
+      slots(backend, model.vocab_size, config.max_batch_size),
+      sampler(backend, slots, MaxDraws(config, plan), config.max_batch_size),
       outputs(backend, sampler, model,
               Verifies(config, plan) ? "verification" : "activations of a step") {}
 

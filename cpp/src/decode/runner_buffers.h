@@ -8,6 +8,7 @@
 #include "decode/pass_inputs.h"
 #include "decode/pass_outputs.h"
 #include "decode/sampler.h"
+#include "decode/sampling_slots.h"
 #include "tidal/plan.h"
 
 namespace tidal {
@@ -21,7 +22,7 @@ struct RunnerBuffers {
 
   PassBuffers passes;
   PassInputs inputs;
-  SeenTokens seen;
+  SamplingSlots slots;
   Sampler sampler;
   PassOutputs outputs;
 };

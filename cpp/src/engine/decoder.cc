@@ -177,7 +177,7 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
               ", expected one per prompt (", prompts.size(), ")");
   for (size_t i = 0; i < prompts.size(); ++i) {
     CheckPrompt(prompts[i], model().vocab_size, i);
-    ValidateSamplingParams(params[i]);
+    ValidateSamplingParams(params[i], model().vocab_size);
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
   CheckFits(impl_->runner.config(), prompts, params);
@@ -188,7 +188,8 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
   if (!options.plan) generation->SetOptions(options);
   for (size_t i = 0; i < prompts.size(); ++i) {
-    generation->Add(impl_->sequences.Make(prompts[i], 0, MakeSamplingRow(params[i], 0)), params[i]);
+    generation->Add(impl_->sequences.Make(prompts[i], 0, impl_->runner.ScratchSampling()),
+                    params[i]);
   }
   impl_->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
@@ -228,7 +229,7 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
                                              int64_t max_new_tokens) {
   SamplingParams params;
   params.max_new_tokens = max_new_tokens;
-  ValidateSamplingParams(params);
+  ValidateSamplingParams(params, model().vocab_size);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
   auto pause = impl_->EnterBetweenPasses();
   CheckReplayFits(impl_->runner, prompts, max_new_tokens);

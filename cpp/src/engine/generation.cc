@@ -64,6 +64,7 @@ void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
     running.push_back({.id = 0, .num_cached = num_cached});
     return session->TakeBack(std::move(sequence), true, 0);
   }
+  SetSampling(params, decoder->runner.model().vocab_size, 0, sequence);
   Request request = common;
   request.sampling = params;
   const RequestId id = decoder->Add(std::move(request), std::move(sequence), *this, index);

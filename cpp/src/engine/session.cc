@@ -136,6 +136,7 @@ void Session::Impl::TakeBack(Sequence used, bool is_read, int64_t num_new) {
   GoBack(used, is_read ? turn_len + num_new : kept);
   if (is_read && num_new > 0) used.Rewind(Length(used) - 1);
   used.sampling = decoder->runner.ScratchSampling();
+  used.rules.reset();
   sequence.emplace(std::move(used));
 }
 
@@ -159,7 +160,7 @@ std::unique_ptr<Generation> Session::Append(const std::vector<int32_t>& token_id
 std::unique_ptr<Generation> Session::Start(const std::vector<int32_t>& token_ids,
                                            const SamplingParams& params,
                                            std::optional<int64_t> keep) {
-  ValidateSamplingParams(params);
+  ValidateSamplingParams(params, impl_->decoder->runner.model().vocab_size);
   return impl_->Begin(impl_, token_ids, params, keep);
 }
 
@@ -182,7 +183,6 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
   Extend(num_kept, token_ids);
   turn_len = Length(idle);
   idle.id = decoder->sequences.NextId();
-  idle.sampling = MakeSamplingRow(params, 0);
   generation->session = self;
   generation->SetOptions({});
   Sequence used = std::move(idle);

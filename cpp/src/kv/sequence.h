@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "backend/op_args.h"
@@ -11,6 +12,8 @@
 #include "tidal/plan.h"
 
 namespace tidal {
+
+class TokenRules;  // decode/token_rules.h
 
 struct Sequence {
   uint64_t id = 0;  // unique in the decoder's life, another one for each turn of a session
@@ -24,7 +27,10 @@ struct Sequence {
   int64_t shadowed = 0;
   SequencePages pages;          // for the longest the sequence, or its turn, can become
   std::vector<float> inv_freq;  // [head_dim / 2]; stays as it is
+  // How its next tokens are drawn: SetSampling (decode/sampler.h).
   SamplingRow sampling;
+  std::shared_ptr<const TokenRules> rules{};  // null: none
+  int64_t num_given = 0;  // tokens that do not count as generated, the first ones
 
   bool prefilled() const { return cached >= dense_len; }
 

@@ -16,6 +16,7 @@ from typing import Any
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_config import read_token_ids
+from tidaldecode.errors import ConfigError, show
 
 FALLBACK_MAX_NEW_TOKENS = 256
 _MAX_INT = 2**31 - 1
@@ -25,7 +26,6 @@ _ONE_TOKEN = 1e-9
 # Settings that change the text in transformers and are not applied here, with the values besides
 # null that mean "off".
 _UNAPPLIED: dict[str, tuple[Any, ...]] = {
-    "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
     "constraints": ([],),
     "diversity_penalty": (0,),
@@ -40,15 +40,12 @@ _UNAPPLIED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "max_time": (),
     "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
     "sequence_bias": ([], {}),
     "stop_strings": ([], ""),
-    "suppress_tokens": ([],),
     "token_healing": (False,),
     "watermarking_config": (),
 }
@@ -72,6 +69,10 @@ class GenerationDefaults:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands
 
@@ -96,6 +97,7 @@ def read_generation_defaults(path: Path, vocab_size: int) -> GenerationDefaults:
     if samples:
         temperature = read_float(raw, "temperature", where=where, default=1.0, low_is_allowed=True)
     max_new_tokens, max_length = _read_lengths(raw, where)
+    ngram_size = read_int(raw, "no_repeat_ngram_size", low=0, high=_MAX_INT, where=where, default=0)
     eos_token_ids, notes = read_token_ids(raw, "eos_token_id", vocab_size, where)
     top_p = read_float(raw, "top_p", where=where, default=1.0, low_is_allowed=True)
     return GenerationDefaults(
@@ -106,9 +108,40 @@ def read_generation_defaults(path: Path, vocab_size: int) -> GenerationDefaults:
         top_p=min(max(top_p, _ONE_TOKEN), 1.0),  # more than 1 is off in transformers
         min_p=read_float(raw, "min_p", where=where, default=0.0, high=1.0, low_is_allowed=True),
         repetition_penalty=read_float(raw, "repetition_penalty", where=where, default=1.0),
+        min_new_tokens=read_int(
+            raw, "min_new_tokens", low=0, high=_MAX_INT, where=where, default=0
+        ),
+        no_repeat_ngram_size=ngram_size,
+        suppress_tokens=_known(raw.get("suppress_tokens"), vocab_size, f"{where}: suppress_tokens"),
+        bad_words=_read_bad_words(raw, vocab_size, where),
         eos_token_ids=eos_token_ids,
         notes=(*notes, *_unapplied_notes(raw, samples, where)),
     )
+
+
+def _known(ids: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    """The ids of a list that a row of the vocabulary has; any other is never drawn anyhow."""
+    if ids is None:
+        return ()
+    if not isinstance(ids, list):
+        raise ConfigError(f"{where}: got {show(ids)}, expected a list of token ids")
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ConfigError(f"{where}: got {show(token_id)}, expected a list of token ids")
+    return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+
+
+def _read_bad_words(
+    raw: Mapping[str, Any], vocab_size: int, where: str
+) -> tuple[tuple[int, ...], ...]:
+    words = raw.get("bad_words_ids")
+    if words is None:
+        return ()
+    place = f"{where}: bad_words_ids"
+    if not isinstance(words, list) or not all(isinstance(w, list) and w for w in words):
+        raise ConfigError(f"{place}: got {show(words)}, expected a list of lists of token ids")
+    rows = [(word, _known(word, vocab_size, place)) for word in words]
+    return tuple(row for word, row in rows if len(row) == len(word))
 
 
 def _read_lengths(raw: Mapping[str, Any], where: str) -> tuple[int, int | None]:

@@ -84,6 +84,7 @@ class Frontend:
                 defaults=self._folder.generation,
                 eos_token_ids=self._folder.eos_token_ids,
                 vocab_size=self._folder.model.vocab_size,
+                encode_word=self._encode_word,
                 **sampling,
             )
         except TypeError as cause:  # an unknown setting, named by Python
@@ -94,6 +95,11 @@ class Frontend:
                 "verify=True keeps sampled text too"
             )
         return settings
+
+    def _encode_word(self, word: str) -> list[list[int]]:
+        """The tokens of a word in the midst of a text: glued to others, and after a space."""
+        word = word.lstrip(" ") or word
+        return [self.tokenizer.encode_following(prefix + word) for prefix in ("", " ")]
 
     def encode_prompts(
         self, prompt: Any, add_special_tokens: bool = True

@@ -95,6 +95,7 @@ class CpuBackend final : public Backend {
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
   void GatherRows(const GatherRowsArgs& args) override { Run(CpuGatherRows, args); }
   void Sample(const SampleArgs& args) override { Run(CpuSample, args); }
+  void Logprobs(const LogprobsArgs& args) override { Run(CpuLogprobs, args); }
 
  protected:
   Buffer DoAllocate(int64_t bytes, const std::string& what) override {

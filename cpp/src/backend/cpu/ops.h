@@ -23,6 +23,7 @@ void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
 void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);
 void CpuGatherRows(CpuContext& context, const GatherRowsArgs& args);
 void CpuSample(CpuContext& context, const SampleArgs& args);
+void CpuLogprobs(CpuContext& context, const LogprobsArgs& args);
 
 // Takes the scratch of every op at its largest, so that steps allocate nothing: ScratchBytes of it.
 void ReserveScratch(CpuContext& context, const StepLimits& limits);

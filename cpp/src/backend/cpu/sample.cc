@@ -44,10 +44,48 @@ int32_t ArgMax(const float* logits, int64_t vocab_size) {
   return usable ? static_cast<int32_t>(best_id) : -1;
 }
 
-void Penalise(float* logits, const uint8_t* seen, int64_t vocab_size, float penalty) {
+// What a row's draw goes by, beside its logits.
+struct RowInputs {
+  SamplingRow sampling;
+  const int32_t* history;  // [V], of the row's slot
+  const uint8_t* biases;   // of the row's slot
+  const int32_t* mask;     // [W]
+  int32_t position;
+};
+
+void AddBiases(float* logits, const uint8_t* biases, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    TokenBias bias;
+    std::memcpy(&bias, biases + i * static_cast<int64_t>(sizeof(bias)), sizeof(bias));
+    logits[bias.token_id] += bias.bias;
+  }
+}
+
+void Penalise(float* logits, int64_t vocab_size, const RowInputs& row) {
+  const SamplingRow& sampling = row.sampling;
   for (int64_t i = 0; i < vocab_size; ++i) {
-    if (seen[i] == 0) continue;
-    logits[i] = logits[i] > 0.0f ? logits[i] / penalty : logits[i] * penalty;
+    const int32_t marks = row.history[i];
+    if (marks == 0) continue;
+    float value = logits[i];
+    value =
+        value > 0.0f ? value / sampling.repetition_penalty : value * sampling.repetition_penalty;
+    const int32_t count = marks / kGeneratedMark;
+    if (count > 0) {
+      value -= sampling.frequency_penalty * static_cast<float>(count);
+      value -= sampling.presence_penalty;
+    }
+    logits[i] = value;
+  }
+}
+
+void Mask(float* logits, int64_t vocab_size, const int32_t* mask) {
+  for (int64_t first = 0; first < vocab_size; first += kMaskWordBits) {
+    const auto word = static_cast<uint32_t>(mask[first / kMaskWordBits]);
+    if (word == ~uint32_t{0}) continue;
+    const int64_t end = std::min(first + kMaskWordBits, vocab_size);
+    for (int64_t i = first; i < end; ++i) {
+      if ((word >> (i - first) & 1) == 0) logits[i] = kMinusInf;
+    }
   }
 }
 
@@ -94,11 +132,14 @@ int32_t Draw(const Candidate* candidates, int64_t count, uint64_t seed, int32_t 
   return best_id;
 }
 
-int32_t SampleRow(float* logits, int64_t vocab_size, const SamplingRow& row, const uint8_t* seen,
-                  int32_t position, Candidate* candidates) {
-  // Before the penalty as well: it could turn a +inf into a NaN or hide it.
+int32_t SampleRow(float* logits, int64_t vocab_size, const RowInputs& inputs,
+                  Candidate* candidates) {
+  const SamplingRow& row = inputs.sampling;
+  // Before the penalties as well: they could turn a +inf into a NaN or hide it.
   if (ArgMax(logits, vocab_size) < 0) return -1;
-  if (row.repetition_penalty != 1.0f) Penalise(logits, seen, vocab_size, row.repetition_penalty);
+  AddBiases(logits, inputs.biases, row.num_biases);
+  if (UsesHistory(row)) Penalise(logits, vocab_size, inputs);
+  if (row.has_mask != 0) Mask(logits, vocab_size, inputs.mask);
   const int32_t greedy = ArgMax(logits, vocab_size);
   if (greedy < 0 || row.temperature == 0.0f) return greedy;
   const float best = logits[greedy] / row.temperature;
@@ -115,7 +156,7 @@ int32_t SampleRow(float* logits, int64_t vocab_size, const SamplingRow& row, con
   }
   if (row.top_p < 1.0f) count = KeepTopP(candidates, count, row.top_p, best);
   if (row.min_p > 0.0f) count = KeepMinP(candidates, count, row.min_p, best);
-  return Draw(candidates, count, row.seed, position);
+  return Draw(candidates, count, row.seed, inputs.position);
 }
 
 }  // namespace
@@ -135,10 +176,21 @@ void CpuSample(CpuContext& context, const SampleArgs& args) {
     SamplingRow row;
     std::memcpy(&row, args.rows.data<uint8_t>() + b * static_cast<int64_t>(sizeof(row)),
                 sizeof(row));
-    uint8_t* seen = args.seen.data<uint8_t>() + row.slot * vocab_size;
-    token_id = SampleRow(args.logits.data<float>() + b * vocab_size, vocab_size, row, seen, seq_len,
-                         candidates + ThreadIndex() * vocab_size);
-    if (token_id >= 0) seen[token_id] = 1;
+    int32_t* history = args.history.data<int32_t>() + row.slot * vocab_size;
+    float* logits = args.logits.data<float>() + b * vocab_size;
+    const bool changes = row.num_biases > 0 || UsesHistory(row) || row.has_mask != 0;
+    if (changes && row.keeps_logits != 0) {
+      float* copy = args.copies.data<float>() + b * vocab_size;
+      std::copy_n(logits, vocab_size, copy);
+      logits = copy;
+    }
+    const RowInputs inputs = {.sampling = row,
+                              .history = history,
+                              .biases = args.biases.data<uint8_t>() + row.slot * args.biases.dim(1),
+                              .mask = args.masks.data<int32_t>() + b * args.masks.dim(1),
+                              .position = seq_len};
+    token_id = SampleRow(logits, vocab_size, inputs, candidates + ThreadIndex() * vocab_size);
+    if (token_id >= 0 && UsesHistory(row)) history[token_id] += kGeneratedMark;
   });
 }
 
