@@ -211,9 +211,7 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
   bytes.attention = AttentionScratchBytes(model.head_dim, num_sms_);
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
-    DType scores = limits.shadow == Shadow::kNone ? DType::kFloat32 : shadow_score_dtype();
-    bytes.selection = SelectTopKScratchBytes(PoolsFirst(limits.granularity, scores),
-                                             limits.max_batch_size, num_sets, limits.max_seq_len);
+    bytes.selection = SelectTopKScratchBytes(limits.max_batch_size * num_sets, limits.max_seq_len);
   }
   return bytes;
 }
@@ -225,7 +223,8 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   BackendMemory memory;
   memory.scratch = {{kAttentionPurpose, bytes.attention},
                     {kProductsPurpose, kLinearWorkspaceBytes}};
-  if (bytes.selection > 0) memory.scratch.push_back({kSelectionPurpose, bytes.selection});
+  int64_t selection = bytes.selection.keys + bytes.selection.first_digits;
+  if (selection > 0) memory.scratch.push_back({kSelectionPurpose, selection});
   int64_t launches = limits.model.num_layers * kLaunchesPerLayer + kLaunchesPerStep;
   memory.reserve_bytes = kCodeBytes + limits.num_recorded_steps * launches * kBytesPerLaunch;
   memory.host_bytes = 2 * (kWeightStagingBytes + kInputStagingBytes) + kDownloadBytes;
@@ -237,7 +236,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   EnterOutsideStep("reservation of scratch");
   ReserveBytes bytes = BytesToReserve(limits);
   Grow(attention_scratch_, bytes.attention, kAttentionPurpose);
-  Grow(select_scratch_, bytes.selection, kSelectionPurpose);
+  GrowSelection(bytes.selection);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;
   const ModelConfig& model = limits.model;
@@ -262,6 +261,11 @@ void* CudaBackend::Grow(Buffer& scratch, int64_t bytes, const char* what) {
   scratch = Buffer();
   scratch = Allocate(bytes, what);
   return scratch.data();
+}
+
+SelectTopKScratch CudaBackend::GrowSelection(const SelectTopKBytes& bytes) {
+  return {.keys = Grow(selection_keys_, bytes.keys, kSelectionPurpose),
+          .first_digits = Grow(selection_digits_, bytes.first_digits, kSelectionPurpose)};
 }
 
 AttentionScratch CudaBackend::ScratchFor(const TensorView& q) {
@@ -395,10 +399,9 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
 void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   Enter();
   Check(args);
-  int64_t bytes =
-      SelectTopKScratchBytes(PoolsFirst(args.granularity, args.scores.dtype), args.token_idx.dim(0),
-                             args.token_idx.dim(1), args.scores.dim(2));
-  LaunchSelectTopK(args, Grow(select_scratch_, bytes, kSelectionPurpose), stream());
+  int64_t num_sets = args.token_idx.dim(0) * args.token_idx.dim(1);
+  LaunchSelectTopK(args, GrowSelection(SelectTopKScratchBytes(num_sets, args.scores.dim(2))),
+                   stream());
   AllowEarlyReads(false);  // it writes sets
 }
 

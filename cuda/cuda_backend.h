@@ -19,6 +19,7 @@
 #include "cuda_linear.h"
 #include "cuda_memory.h"
 #include "cudnn_attention.h"
+#include "kernels/select_top_k.h"
 
 namespace tidal {
 
@@ -97,12 +98,14 @@ class CudaBackend final : public Backend {
   void EnterOutsideStep(const char* what) const;
   cudaStream_t stream() const { return stream_.get(); }
   struct ReserveBytes {
-    int64_t attention = 0, selection = 0;
+    int64_t attention = 0;
+    SelectTopKBytes selection;
   };
   ReserveBytes BytesToReserve(const StepLimits& limits) const;
   // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
   // zeros when it is new.
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
+  SelectTopKScratch GrowSelection(const SelectTopKBytes& bytes);
   // The scratch of a decode attention op with the queries q [B, Hq, D].
   AttentionScratch ScratchFor(const TensorView& q);
   // The norm that makes a product's inputs: handed on if the product takes it along, else done.
@@ -123,7 +126,8 @@ class CudaBackend final : public Backend {
   std::optional<CudnnAttention> cudnn_attention_;  // if prompts are to be read with it
   GraphCache graphs_;
   Buffer attention_scratch_;
-  Buffer select_scratch_;
+  Buffer selection_keys_;
+  Buffer selection_digits_;  // zeros between ops
   Buffer linear_workspace_;
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;

@@ -35,12 +35,16 @@ class BlockCluster {
     return group().map_shared_rank(shared, rank);
   }
 
-  // A barrier of all threads of the cluster, for their writes too; or its two halves.
+  // A barrier of all threads of the cluster, for their writes too; or its two halves, the first of
+  // them also for reads alone.
   __device__ void Sync() const {
     group().sync();
   }
   __device__ void Arrive() const {
     group().barrier_arrive();
+  }
+  __device__ void ArriveAfterReads() const {
+    __cluster_barrier_arrive_relaxed();
   }
   __device__ void Wait() const {
     group().barrier_wait();
@@ -65,6 +69,7 @@ class BlockCluster {
     __syncthreads();
   }
   __device__ void Arrive() const {}
+  __device__ void ArriveAfterReads() const {}
   __device__ void Wait() const {
     __syncthreads();
   }

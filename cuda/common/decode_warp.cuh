@@ -109,11 +109,12 @@ class DecodeWarp {
   }
 
   // Attends to those of the tokens [span.begin, span.end) that are this warp's: every
-  // kDecodeWarps-th tile of 16. late_row: the row that the kernel in front may be writing, or
-  // kNoRow. on_scores(first, scores, valid, key_tile): the finished scores of a tile, and its keys,
-  // which nobody needs any more. Returns after WaitForPreviousKernel.
-  template <typename OnScores>
-  __device__ __forceinline__ void Attend(const AttendedTokens<T>& tokens, SplitSpan span,
+  // kDecodeWarps-th tile of 16. tokens: AttendedTokens, or what has its functions. late_row: the
+  // row that the kernel in front may be writing, or kNoRow. on_scores(first, scores, valid,
+  // key_tile): the finished scores of a tile, and its keys, which nobody needs any more. Returns
+  // after WaitForPreviousKernel.
+  template <typename Tokens, typename OnScores>
+  __device__ __forceinline__ void Attend(const Tokens& tokens, SplitSpan span,
                                          const DecodeQuery<T>& query, int late_row,
                                          const OnScores& on_scores) {
     int begin = span.begin + static_cast<int>(threadIdx.x) / kWarpSize * kDecodeWarpTile;

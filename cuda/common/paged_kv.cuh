@@ -26,8 +26,16 @@ struct PagedKvView {
   // Row of k and v that holds `token` < seq_len. Fits 32 bits (checked by MakePagedKvView); its
   // element offset does not, so multiply as int64_t.
   __device__ __forceinline__ int Row(int batch, int kv_head, int token) const {
+    return RowInPage(Page(batch, token), kv_head, token);
+  }
+
+  // The same in two steps, between which the first one's latency can pass: the page...
+  __device__ __forceinline__ int Page(int batch, int token) const {
     // From L2: read before WaitForPreviousKernel, the L1 might still hold the last step's table.
-    int page = __ldcg(page_table + int64_t{batch} * max_pages + (token >> page_shift));
+    return __ldcg(page_table + int64_t{batch} * max_pages + (token >> page_shift));
+  }
+  // ...and the token's row in it.
+  __device__ __forceinline__ int RowInPage(int page, int kv_head, int token) const {
     int slot = token & ((1 << page_shift) - 1);
     return ((page * num_kv_heads + kv_head) << page_shift) + slot;
   }

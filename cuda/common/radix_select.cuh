@@ -33,6 +33,10 @@ __device__ __forceinline__ RadixDigit DigitOfPass(int pass) {
   return {pass == 0 ? 21 : pass == 1 ? 10 : 0, pass == kRadixPasses - 1 ? 0x3ffu : 0x7ffu};
 }
 
+__device__ __forceinline__ uint32_t FirstDigit(uint32_t key) {
+  return key >> DigitOfPass(0).shift;
+}
+
 // Unsigned order equals float order; -0 equals +0; NaN lowest, below -inf.
 __device__ __forceinline__ uint32_t OrderedKey(float value) {
   if (isnan(value)) return 0;
@@ -173,6 +177,14 @@ struct RadixSearch {
 
   __device__ bool Contains(uint32_t key) const { return (key & prefix_mask) == threshold.key; }
 
+  // Goes on with the keys of one bin of the next pass.
+  __device__ void Narrow(const RadixThreshold<Weight>& bin) {
+    RadixDigit digit = DigitOfPass(pass);
+    threshold = {threshold.key | bin.key << digit.shift, bin.above, bin.at};
+    prefix_mask |= digit.mask << digit.shift;
+    ++pass;
+  }
+
   // Counts (uint32_t) are found early if all keys of a bin are wanted: then `key` ends in zeros,
   // `above` and `at` are those of the bin, above + at == target, and the wanted keys are those >=
   // key.
@@ -201,8 +213,13 @@ __device__ __forceinline__ void AddUpCluster(const BlockCluster& cluster,
   ReadBins(owners_bins, offset, weights);
 }
 
-// The bin, from the highest down, in which `above` plus the bins' weights reaches `target`. The
-// first thread holds the highest bins.
+// The first of the thread's bins: the first thread has the highest.
+__device__ __forceinline__ int FirstBin() {
+  return kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
+}
+
+// The bin, from the highest down, in which `above` plus the bins' weights reaches `target`.
+// `first`: FirstBin(), of which on the thread has `weights`.
 template <typename Weight>
 __device__ __forceinline__ RadixThreshold<Weight> FindBin(RadixShared<Weight>& shared, int first,
                                                           const Weight (&weights)[kBinsPerThread],
@@ -244,17 +261,14 @@ __device__ __forceinline__ void FindDigit(const BlockCluster& cluster, RadixShar
     AddToBin(shared.block_bins, static_cast<int>((key >> digit.shift) & digit.mask), weight);
   });
   __syncthreads();
-  int first = kRadixBins - kBinsPerThread * (static_cast<int>(threadIdx.x) + 1);
+  int first = FirstBin();
   Weight weights[kBinsPerThread];
   TakeBins(shared.block_bins, first, weights);
   if constexpr (kElements == RadixElements::kOfThisBlock) {
     if (search.pass == 0) cluster.Wait();
     AddUpCluster(cluster, shared, search.pass, first, weights);
   }
-  RadixThreshold<Weight> bin = FindBin(shared, first, weights, search.threshold.above, target);
-  search.threshold = {search.threshold.key | bin.key << digit.shift, bin.above, bin.at};
-  search.prefix_mask |= digit.mask << digit.shift;
-  ++search.pass;
+  search.Narrow(FindBin(shared, first, weights, search.threshold.above, target));
 }
 
 // The threshold over all (key, weight) that the cluster's blocks name, the same in all of them.

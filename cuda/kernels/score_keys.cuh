@@ -12,6 +12,7 @@
 #include "common/merge_splits.cuh"
 #include "common/paged_kv.cuh"
 #include "common/score_writer.cuh"
+#include "common/split_tokens.cuh"
 #include "kernels/attention_run.h"
 
 namespace tidal {
@@ -34,11 +35,12 @@ using ScoreWarp =
 
 // grid (num_splits, num_kv_heads, batch_size), 4 warps: a block takes one split of one row's tokens
 // for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared: 24 KB a
-// warp.
+// warp, and 8 KB of pages.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     ScoreKeysKernel(const ScoreKeysParams<T> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
+  __shared__ SplitPages pages;
   using Warp = ScoreWarp<T, kHeadDim>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
@@ -58,11 +60,13 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   }
 
   Warp warp(shared_bytes, params.kv);
-  AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  SplitSpan span = splits.Span(work.split);
+  SplitTokens<T> tokens(params.kv, batch, kv_head, span, pages);
   DecodeQuery<T> query{params.q + first_row * kHeadDim, work.num_heads, params.sm_scale};
-  int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
+  bool has_late = params.reads == CacheReads::kEarly && span.end == seq_len;
+  int late_row = has_late ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   ScoreWriter scores(params.scores, first_row, work.num_heads);
-  warp.Attend(tokens, splits.Span(work.split), query, late_row,
+  warp.Attend(tokens, span, query, late_row,
               [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
                 scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
               });

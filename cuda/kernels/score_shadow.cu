@@ -19,6 +19,7 @@
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
 #include "common/shadow_code.cuh"
+#include "common/split_tokens.cuh"
 
 namespace tidal {
 namespace {
@@ -55,6 +56,7 @@ struct ScoreShadowParams {
 
 template <int kHeadDim>
 struct ScoreShadowShared {
+  SplitPages pages;
   ShadowQueryCodes<kHeadDim> queries[kMaxGroupSize];
   float2 states[kShadowWarps][kMaxGroupSize];  // of each warp: maximum and sum
 };
@@ -96,18 +98,15 @@ class ShadowWarp {
   // first products; it fills shared.queries.
   template <typename Prepare>
   __device__ __forceinline__ void Score(SplitSpan span, const Prepare& prepare) {
+    SplitTokens<T> tokens(params_.kv, batch_, kv_head_, span, shared_.pages);
     end_ = span.end;
     first_ = span.begin + warp_ * kShadowTile + lane_ / 4 * kQuad;
     int begin = span.begin + warp_ * kShadowTile;
     int num_tiles = begin < end_ ? (end_ - begin - 1) / kShadowBlockTile + 1 : 0;
-    int rows[kDepth];
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) rows[i] = RowOf(i);
-    int next_row = RowOf(kDepth);
     Tile tiles[kDepth];
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      if (i < num_tiles) Load(tiles[i], rows[i]);
+      if (i < num_tiles) Load(tiles[i], tokens.Row(FirstToken(i)));
     }
     prepare();
     LoadQueries();
@@ -117,9 +116,8 @@ class ShadowWarp {
         if (tile + i >= num_tiles) break;
         Consume(tiles[i], first_ + (tile + i) * kShadowBlockTile,
                 begin + (tile + i) * kShadowBlockTile + kShadowTile <= end_);
-        int row = next_row;
-        next_row = RowOf(tile + i + kDepth + 1);  // its latency overlaps the arithmetic
-        if (tile + i + kDepth < num_tiles) Load(tiles[i], row);
+        int next = tile + i + kDepth;
+        if (next < num_tiles) Load(tiles[i], tokens.Row(FirstToken(next)));
       }
     }
   }
@@ -186,13 +184,13 @@ class ShadowWarp {
     uint2 scales;  // four float16
   };
 
-  // The row of the first token of this lane's quad; past the end that of the last quad, of which
-  // nothing is kept.
-  __device__ __forceinline__ int RowOf(int tile) const {
-    int last_quad = max(end_ - 1, 0) / kQuad * kQuad;
-    return params_.kv.Row(batch_, kv_head_, min(first_ + tile * kShadowBlockTile, last_quad));
+  // The first token of this lane's quad; past the end that of the last quad, of which nothing is
+  // kept.
+  __device__ __forceinline__ int FirstToken(int tile) const {
+    return min(first_ + tile * kShadowBlockTile, (end_ - 1) / kQuad * kQuad);
   }
 
+  // `row`: of the first token.
   __device__ __forceinline__ void Load(Tile& tile, int row) const {
     const uint8_t* source =
         params_.codes + int64_t{row} * (kHeadDim / 2) + lane_ % 4 * (kHeadDim / 8);

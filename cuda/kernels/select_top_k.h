@@ -1,4 +1,4 @@
-// SelectTopK on the GPU: from the scores of a select layer to the sets of the sparse layers.
+// SelectTopK on the GPU: from the scores of a layer that chooses to sets of positions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,16 +7,21 @@
 
 namespace tidal {
 
-// Whether the keys that positions are ranked by are made before, in scratch: of one set for all
-// heads, and of scores of 16 bits.
-bool PoolsFirst(Granularity granularity, DType score_dtype);
+// What LaunchSelectTopK works on, in device memory.
+struct SelectTopKScratch {
+  void* keys;
+  void* first_digits;  // zeros before and afterwards
+};
 
-// Scratch for LaunchSelectTopK on the current device: the keys, if they are made before, and those
-// of rows that are too long for the shared memory of a cluster of blocks. Grows with the numbers.
-int64_t SelectTopKScratchBytes(bool pools_first, int64_t batch_size, int64_t num_sets,
-                               int64_t max_len);
+struct SelectTopKBytes {
+  int64_t keys = 0;
+  int64_t first_digits = 0;
+};
 
-// `scratch`: SelectTopKScratchBytes bytes of device memory.
-void LaunchSelectTopK(const SelectTopKArgs& args, void* scratch, cudaStream_t stream);
+// Grows with the numbers.
+SelectTopKBytes SelectTopKScratchBytes(int64_t num_sets_in_all, int64_t max_len);
+
+void LaunchSelectTopK(const SelectTopKArgs& args, const SelectTopKScratch& scratch,
+                      cudaStream_t stream);
 
 }  // namespace tidal

@@ -12,29 +12,24 @@
 #include "common/dependent_launch.cuh"
 #include "common/radix_select.cuh"
 #include "core/mass.h"
-#include "kernels/pooled_scores.cuh"
+#include "kernels/ranking.cuh"
 
 namespace tidal {
 namespace {
 
 using Mass = unsigned long long;
 
-// Keys that are kept in shared memory; those beyond them are made anew each time.
+// Keys that are kept in shared memory; those beyond them are looked up each time.
 constexpr int64_t kMaxCachedKeys = 16384;
 
 struct TrimParams {
-  const float* scores;      // [B, num_q_heads, max_len]
-  const uint32_t* pooled;   // [B, num_sets, max_len]: the keys, if they were made before; or null
+  RankedKeys ranked;
   const float* lse;         // [B, num_q_heads]
   const int32_t* seq_lens;  // [B]
   int32_t* token_idx;       // [B, num_sets, token_budget]
   int32_t* num_selected;    // [B, num_sets]
   Mass target;              // of a set
-  int64_t max_len;
-  int heads_per_set;
-  int token_budget;
-  int sink_tokens;
-  int recent_tokens;
+  SetPlaces places;
   int min_tokens;
   int num_cached_keys;
 };
@@ -47,46 +42,43 @@ struct TrimShared {
   Mass warp_sums[kMaxWarps];
 };
 
-// The best positions of a set, by place in its list.
-template <KeySource kSource>
+// The best positions of a set, by place in its list. kRawScores: the keys are those of scores, not
+// of weights.
+template <bool kRawScores>
 class BestPositions {
  public:
-  __device__ BestPositions(const SetScores<float>& scores, const uint32_t* pooled,
-                           const int32_t* token_idx, uint32_t* cached_keys, int num_cached)
-      : scores_(scores),
-        pooled_(pooled),
+  // `lse`: of the only head, with raw scores.
+  __device__ BestPositions(const uint32_t* keys, const float* lse, const int32_t* token_idx,
+                           uint32_t* cached_keys, int num_cached)
+      : keys_(keys),
         token_idx_(token_idx),
         cached_keys_(cached_keys),
         num_cached_(num_cached),
-        log2_lse_(Log2Lse(scores.lse[0])) {}
+        log2_lse_(kRawScores ? Log2Lse(*lse) : 0.0f) {}
 
   // Before Key, by all threads of the block.
   __device__ void CacheKeys(int count) const {
     for (int i = threadIdx.x; i < min(count, num_cached_); i += kRadixThreads) {
-      cached_keys_[i] = MakeKey(i);
+      cached_keys_[i] = keys_[token_idx_[i]];
     }
     __syncthreads();
   }
-  __device__ uint32_t Key(int i) const { return i < num_cached_ ? cached_keys_[i] : MakeKey(i); }
+  __device__ uint32_t Key(int i) const {
+    return i < num_cached_ ? cached_keys_[i] : keys_[token_idx_[i]];
+  }
 
   __device__ Mass MassOf(uint32_t key) const {
     if (key == 0) return 0;  // NaN
     float value = KeyToFloat(key);
-    return ToMass(kSource == KeySource::kRawScores ? Weight(value, log2_lse_) : value);
+    return ToMass(kRawScores ? Weight(value, log2_lse_) : value);
   }
 
  private:
-  __device__ uint32_t MakeKey(int i) const {
-    if (pooled_ != nullptr) return pooled_[token_idx_[i]];
-    return OrderedKey(PoolHeads<kSource, 1>(scores_, token_idx_[i]).elements[0]);
-  }
-
-  SetScores<float> scores_;
-  const uint32_t* pooled_;
+  const uint32_t* keys_;
   const int32_t* token_idx_;
   uint32_t* cached_keys_;
   int num_cached_;
-  float log2_lse_;  // of the only head, with raw scores
+  float log2_lse_;
 };
 
 // Which of the places [begin, end) are kept: keys above `key`, and the first num_ties at it.
@@ -96,8 +88,8 @@ struct Cut {
 };
 
 // The cut that keeps `count` places.
-template <KeySource kSource>
-__device__ Cut CutAtCount(TrimShared& shared, const BestPositions<kSource>& best, int begin,
+template <bool kRawScores>
+__device__ Cut CutAtCount(TrimShared& shared, const BestPositions<kRawScores>& best, int begin,
                           int end, uint32_t count) {
   auto visit = [&](auto&& add) {
     for (int i = begin + threadIdx.x; i < end; i += kRadixThreads) add(best.Key(i), 1u);
@@ -107,9 +99,9 @@ __device__ Cut CutAtCount(TrimShared& shared, const BestPositions<kSource>& best
 }
 
 // The cut that keeps as few places as reach `target`, if all do, and at least `least`.
-template <KeySource kSource>
-__device__ Cut CutAtMass(TrimShared& shared, const BestPositions<kSource>& best, int begin, int end,
-                         Mass target, int least) {
+template <bool kRawScores>
+__device__ Cut CutAtMass(TrimShared& shared, const BestPositions<kRawScores>& best, int begin,
+                         int end, Mass target, int least) {
   Cut cut = {~0u, 0};  // nothing
   Mass num_kept = 0;
   if (target > 0) {
@@ -135,9 +127,9 @@ __device__ Cut CutAtMass(TrimShared& shared, const BestPositions<kSource>& best,
 
 // Moves what the cut keeps of the places [begin, end), and all places up to `count`, to the front;
 // fills up with -1. Returns how many places are kept in all.
-template <KeySource kSource>
-__device__ int KeepInPlace(TrimShared& shared, const BestPositions<kSource>& best, const Cut& cut,
-                           int begin, int end, int count, int32_t* token_idx) {
+template <bool kRawScores>
+__device__ int KeepInPlace(TrimShared& shared, const BestPositions<kRawScores>& best,
+                           const Cut& cut, int begin, int end, int count, int32_t* token_idx) {
   // Counts of the places before: kept for sure in the upper half, ties in the lower.
   Mass done = 0;
   auto num_kept = [&](Mass before) {
@@ -165,7 +157,7 @@ __device__ int KeepInPlace(TrimShared& shared, const BestPositions<kSource>& bes
 }
 
 // grid (num_sets, B). Dynamic shared memory: num_cached_keys keys.
-template <KeySource kSource>
+template <bool kRawScores>
 __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimParams p) {
   extern __shared__ uint4 dynamic_shared[];
   __shared__ TrimShared shared;
@@ -174,18 +166,13 @@ __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimP
   int row = static_cast<int>(blockIdx.y);
   int64_t set = static_cast<int64_t>(row) * gridDim.x + blockIdx.x;
   int num_tokens = p.seq_lens[row];
-  int count = min(num_tokens, p.token_budget);
+  int count = min(num_tokens, p.places.token_budget);
   if (count <= p.min_tokens) return;
-  int32_t* token_idx = p.token_idx + set * p.token_budget;
-  SetScores<float> scores = {.scores = p.scores + set * p.heads_per_set * p.max_len,
-                             .lse = p.lse + set * p.heads_per_set,
-                             .max_len = p.max_len,
-                             .num_heads = p.heads_per_set};
-  const uint32_t* pooled = p.pooled == nullptr ? nullptr : p.pooled + set * p.max_len;
-  BestPositions<kSource> best(scores, pooled, token_idx,
-                              reinterpret_cast<uint32_t*>(dynamic_shared), p.num_cached_keys);
+  int32_t* token_idx = p.token_idx + set * p.places.token_budget;
+  BestPositions<kRawScores> best(p.ranked.keys + set * p.ranked.row_length, p.lse + set, token_idx,
+                                 reinterpret_cast<uint32_t*>(dynamic_shared), p.num_cached_keys);
   best.CacheKeys(count);
-  int begin = p.sink_tokens, end = count - p.recent_tokens;
+  int begin = p.places.sink_tokens, end = count - p.places.recent_tokens;
   Mass forced = 0, others = 0;
   for (int i = threadIdx.x; i < count; i += kRadixThreads) {
     (i < begin || i >= end ? forced : others) += best.MassOf(best.Key(i));
@@ -194,7 +181,7 @@ __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimP
   others = BlockScan(others, shared.warp_sums).total;
   Mass target = p.target - min(p.target, forced);
   if (others < target) return;  // all of them do not reach it
-  int least = max(p.min_tokens - p.sink_tokens - p.recent_tokens, 0);
+  int least = max(p.min_tokens - p.places.sink_tokens - p.places.recent_tokens, 0);
   __syncthreads();
   Cut cut = CutAtMass(shared, best, begin, end, target, least);
   int num_kept = KeepInPlace(shared, best, cut, begin, end, count, token_idx);
@@ -203,26 +190,20 @@ __global__ void __launch_bounds__(kRadixThreads, 1) TrimToMassKernel(const TrimP
 
 }  // namespace
 
-void LaunchTrimToMass(const SelectTopKArgs& args, const uint32_t* pooled, cudaStream_t stream) {
+void LaunchTrimToMass(const SelectTopKArgs& args, const RankedKeys& ranked, cudaStream_t stream) {
   int64_t batch_size = args.token_idx.dim(0), num_sets = args.token_idx.dim(1);
-  int64_t token_budget = args.token_idx.dim(2);
-  TrimParams p = {};
-  p.scores = pooled == nullptr ? args.scores.data<float>() : nullptr;
-  p.pooled = pooled;
-  p.lse = args.lse.data<float>();
-  p.seq_lens = args.seq_lens.data<int32_t>();
-  p.token_idx = args.token_idx.data<int32_t>();
-  p.num_selected = args.num_selected.data<int32_t>();
-  p.max_len = args.scores.dim(2);
-  p.heads_per_set = static_cast<int>(args.scores.dim(1) / num_sets);
-  p.target = TargetMass(args.top_p_mass, p.heads_per_set);
-  p.token_budget = static_cast<int>(token_budget);
-  p.sink_tokens = static_cast<int>(args.sink_tokens);
-  p.recent_tokens = static_cast<int>(args.recent_tokens);
-  p.min_tokens = static_cast<int>(args.min_tokens);
-  p.num_cached_keys = static_cast<int>(std::min(token_budget, kMaxCachedKeys));
-  auto kernel = args.granularity == Granularity::kHead ? TrimToMassKernel<KeySource::kRawScores>
-                                                       : TrimToMassKernel<KeySource::kSumOfWeights>;
+  TrimParams p = {
+      .ranked = ranked,
+      .lse = args.lse.data<float>(),
+      .seq_lens = args.seq_lens.data<int32_t>(),
+      .token_idx = args.token_idx.data<int32_t>(),
+      .num_selected = args.num_selected.data<int32_t>(),
+      .target = TargetMass(args.top_p_mass, args.scores.dim(1) / num_sets),
+      .places = SetPlaces(args),
+      .min_tokens = static_cast<int>(args.min_tokens),
+      .num_cached_keys = static_cast<int>(std::min(args.token_idx.dim(2), kMaxCachedKeys))};
+  auto kernel =
+      args.granularity == Granularity::kHead ? TrimToMassKernel<true> : TrimToMassKernel<false>;
   size_t shared_bytes = static_cast<size_t>(p.num_cached_keys) * sizeof(uint32_t);
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));

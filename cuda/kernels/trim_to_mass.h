@@ -5,11 +5,11 @@
 #include <cuda_runtime.h>
 
 #include "backend/op_args.h"
+#include "kernels/pool_scores.h"
 
 namespace tidal {
 
-// After the best token_budget positions of each set were written to args.token_idx. `pooled`
-// [B, num_sets, max_len]: the keys, if they were made before (PoolsFirst), or null.
-void LaunchTrimToMass(const SelectTopKArgs& args, const uint32_t* pooled, cudaStream_t stream);
+// After the best token_budget positions of each set were written to args.token_idx.
+void LaunchTrimToMass(const SelectTopKArgs& args, const RankedKeys& ranked, cudaStream_t stream);
 
 }  // namespace tidal

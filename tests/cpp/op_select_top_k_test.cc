@@ -12,7 +12,7 @@ namespace tidal::test {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kNumQHeads = 6, kNumKvHeads = 2;
+constexpr int64_t kNumQHeads = 18, kNumKvHeads = 2;
 // Two exp() in float32 differ by less than this, relatively, even after pooling.
 constexpr double kSafeMargin = 1e-5;
 
@@ -163,6 +163,13 @@ TEST_P(OpSelectTopK, TakesTheBestOfRandomScores) {
   RunAndCheck(problem);
 }
 
+TEST_P(OpSelectTopK, RowsThatAreReadInWholeVectors) {
+  Problem problem{.seq_lens = {13, 66, 1027, 5001, 0, 4099}, .sink_tokens = 3};
+  ASSERT_EQ(problem.max_len() % 4, 0);
+  FillSeparated(problem);
+  RunAndCheck(problem);
+}
+
 // Scores as a shadow gives them.
 TEST_P(OpSelectTopK, ScoresOfAShadowChooseAlike) {
   for (float top_p_mass : {1.0f, 0.8f}) {
@@ -211,6 +218,23 @@ TEST_P(OpSelectTopK, SinksAndRecentsAreAlwaysIn) {
       return always ? -9.0f : 0.02f * static_cast<float>((t * 7 + head) % 500);
     });
     RunAndCheck(problem);
+  }
+}
+
+// What a backend keeps from one op to the next must not depend on what that op had to do.
+TEST_P(OpSelectTopK, LeavesNothingBehindForTheNextChoice) {
+  Problem best{.seq_lens = {5000, 300, 2048}};
+  FillSeparated(best);
+  Problem nothing_to_choose{.seq_lens = {4000, 21, 5000}, .sink_tokens = 4};
+  nothing_to_choose.recent_tokens = nothing_to_choose.token_budget - 4;
+  FillSeparated(nothing_to_choose);
+  Problem ties{.seq_lens = {5000, 4999, 100}};
+  Fill(ties, [](int64_t, int64_t, int32_t) { return 0.5f; });
+  OpenFor(best);
+  const Ints want = GetInts(RunOp(best).token_idx);
+  for (const Problem* between : {&nothing_to_choose, &ties}) {
+    RunOp(*between);
+    EXPECT_EQ(GetInts(RunOp(best).token_idx), want);
   }
 }
 

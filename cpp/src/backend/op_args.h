@@ -139,7 +139,7 @@ struct ScoreKeysArgs {
 // positions: the first sink_tokens, the last recent_tokens, and the best-scoring others; equal
 // scores: the lower position. A position's score: kKvHead: exp(score - lse) pooled over the group's
 // G query heads in ascending order; kHead: the raw score; kLayer: exp(score - lse) pooled over all
-// query heads in ascending order. NaN scores rank below -inf.
+// query heads in ascending order; weights below 2^-126 may count as 0. NaN scores rank below -inf.
 // With top_p_mass < 1 a set has fewer of them: the smallest number whose weights, exp(score - lse)
 // summed over the query heads that share the set, reach top_p_mass x those heads, but at least
 // min(min_tokens, n). Weights count in whole units of 2^-40 (core/mass.h), NaN and smaller ones as
