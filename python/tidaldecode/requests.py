@@ -17,7 +17,7 @@ from tidaldecode.config import DecodeConfig, PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
 from tidaldecode.errors import ConfigError
 from tidaldecode.plans import choose_plan
-from tidaldecode.sampling import check_bool, check_integer
+from tidaldecode.sampling import check_bool, check_integer, check_seconds
 from tidaldecode.stream import TextStream
 
 if TYPE_CHECKING:
@@ -87,13 +87,24 @@ class Request:
 
         Raises: TimeoutError, the request going on; else what Decoder.generate() does while it runs.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + check_seconds("timeout", timeout)
         while self._stream.result is None:
             left = 0.1 if deadline is None else deadline - time.monotonic()
             if left < 0:
                 raise TimeoutError(f"request: it is {self.status} after {timeout} s")
             self._stream.read(min(left, 0.1))
         return self._stream.result
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens that have been read so far."""
+        return list(self._stream.token_ids)
+
+    def read(self, timeout: float) -> str:
+        """The next piece of text, as TextStream.read()."""
+        return self._stream.read(timeout)
 
     def cancel(self) -> None:
         """Ends it where it is (finish_reason "abort"); no effect if it has ended."""

@@ -188,6 +188,14 @@ def check_integer(name: str, value: Any, *, low: int, high: int = 2**31 - 1) -> 
     return number
 
 
+def check_seconds(name: str, value: Any) -> float:
+    """`value` as a finite number of seconds, at least 0.
+
+    Raises: InvalidArgument naming the setting.
+    """
+    return _number(name, value, 0.0, low=0.0)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """`value`, if it is one of the words.
 

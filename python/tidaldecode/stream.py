@@ -9,6 +9,7 @@ from tidaldecode import _core
 from tidaldecode.batch import Callbacks, Request
 from tidaldecode.call_lock import CallLock
 from tidaldecode.results import GenerationResult, make_result
+from tidaldecode.sampling import check_seconds
 from tidaldecode.text.detokenizer import TextAssembler
 
 
@@ -52,8 +53,11 @@ class TextStream(Iterator[str]):
     def read(self, timeout: float) -> str:
         """The next piece of text, if there is one within so many seconds; else an empty one.
 
-        Once the text has ended, `result` is set. Whatever is raised ends the stream.
+        Once the text has ended, `result` is set. Whatever is raised while it runs ends the stream.
+
+        Raises: InvalidArgument for what is no number of seconds; else as Decoder.generate().
         """
+        timeout = check_seconds("timeout", timeout)
         try:
             if self._is_closing:
                 return ""

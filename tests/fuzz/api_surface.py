@@ -58,6 +58,16 @@ def _stream(host: Decoder, state: str) -> Any:
     return stream
 
 
+def _request(host: Decoder, state: str) -> Any:
+    request = host.submit([1, 2, 3], max_new_tokens=4)
+    if state == "ended":
+        request.result()
+    if state == "cancelled":
+        request.cancel()
+    _close(host, request, state)
+    return request
+
+
 def _replay(host: Decoder, state: str) -> Any:
     replay = host.replay([[1, 2, 3], [4, 5]], max_new_tokens=4)
     _close(host, replay, state)
@@ -81,6 +91,7 @@ RECEIVERS = {
         ("empty", "with tokens", "turn running", "closed", "decoder closed"), _session
     ),
     "TextStream": Receiver(("fresh", "ended", "closed", "decoder closed"), _stream),
+    "Request": Receiver(("fresh", "ended", "cancelled", "decoder closed"), _request),
     "Replay": Receiver(("fresh", "closed", "decoder closed"), _replay),
     "GenerationResult": Receiver(("made",), _result),
     "Timings": Receiver(("made",), lambda host, state: _result(host, state).timings),
@@ -94,10 +105,11 @@ RECEIVERS = {
         ),
     ),
 }
-# The first three are handed out by methods: their constructors take the engine's own objects. The
+# The first four are handed out by methods: their constructors take the engine's own objects. The
 # others are plain values, which hold whatever they are given.
 _NOT_CONSTRUCTED = (
-    "Session", "TextStream", "Replay", "GenerationResult", "MemoryPlan", "Timings", "Verification",
+    "Session", "TextStream", "Request", "Replay", "GenerationResult", "MemoryPlan", "Timings",
+    "Verification",
 )  # fmt: skip
 
 

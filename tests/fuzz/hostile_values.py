@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+import tidaldecode
+
 
 class CallersError(Exception):
     """Raised by a caller's own objects and callbacks; it may come out of a call as it is."""
@@ -65,6 +67,7 @@ class Number(int):
 
 
 NAMES: dict[str, Any] = {
+    "tidaldecode": tidaldecode,
     "np": np,
     "itertools": itertools,
     "decimal": decimal,

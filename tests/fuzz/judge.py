@@ -63,6 +63,8 @@ def judge(error: BaseException | None) -> Outcome:
             what = f"message of a {name}: not one printable line"
             return Outcome("nonsense", what, _place(error), text)
         return Outcome("refused", name)
+    if isinstance(error, TimeoutError):  # as asked
+        return Outcome("refused", name)
     if isinstance(error, TypeError) and _CALL_SHAPE.search(text):
         return Outcome("usage", name)
     return Outcome("untyped", getattr(error, "what", name), _place(error), text)

@@ -8,6 +8,16 @@ import tidaldecode
 from feature_runs import IDS, PLAN, Bench, uses
 
 
+@uses("Request.read", "Request.token_ids")
+def read_a_request(bench: Bench) -> None:
+    request = bench.open().submit(IDS, max_new_tokens=8, ignore_eos=True)
+    text = ""
+    while request.status != "finished" or len(request.token_ids) < 8:
+        text += request.read(timeout=0.05)
+    assert text == request.result().text
+    assert tuple(request.token_ids) == request.result().token_ids
+
+
 @uses("Decoder.submit", "Request", "Request.status", "Request.result", "Decoder.stats")
 def submit(bench: Bench) -> None:
     decoder = bench.open()

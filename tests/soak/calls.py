@@ -91,6 +91,18 @@ def stream_dropped(decoder: Decoder, variant: int) -> Any:
     return [next(stream, None) for _ in range(variant % 3)]
 
 
+def submitted(decoder: Decoder, variant: int) -> Any:
+    requests = [decoder.submit(_ids((variant + i) % VARIANTS), **_greedy()) for i in range(3)]
+    return [request.result(60).token_ids for request in reversed(requests)]
+
+
+def submitted_and_left(decoder: Decoder, variant: int) -> Any:
+    request = decoder.submit(_ids(variant), **_greedy())
+    if variant % 2:
+        request.cancel()
+    return None
+
+
 def session_turns(decoder: Decoder, variant: int) -> Any:
     with decoder.session() as session:
         session.append(_ids(variant))
@@ -178,8 +190,9 @@ def bad_argument(decoder: Decoder, variant: int) -> Any:
 
 CALLS: tuple[Call, ...] = (
     generate_ids, generate_text, generate_batch, sample, stop_string, should_stop, stream_read,
-    stream_closed, stream_dropped, session_turns, session_fork, session_stream, chat, session_chat,
-    logits, step_logits, selection, encode_decode, look_inside, bad_argument,
+    stream_closed, stream_dropped, submitted, submitted_and_left, session_turns, session_fork,
+    session_stream, chat, session_chat, logits, step_logits, selection, encode_decode,
+    look_inside, bad_argument,
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ MAX_GROWTH_BYTES = 48 * 1024 * 1024
 MAX_SHOWN_FAILURES = 10
 PROGRESS_CALLS = 2_000
 _TASKS = Path("/proc/self/task")
+WAYS = ("waiting", "reading", "decoding", "paused")  # that a request may be on
 
 
 def _resident_bytes() -> int:
@@ -48,7 +49,7 @@ class Resources:
     threads: int
     children: int  # processes
     free_pages: int
-    free_rows: int
+    requests: int  # that have not ended
 
     @classmethod
     def now(cls, decoder: Decoder) -> Resources:
@@ -62,14 +63,14 @@ class Resources:
             threads=len(os.listdir(_TASKS)),
             children=sum(map(len, children)),
             free_pages=core.num_free_pages,
-            free_rows=core.num_free_rows,
+            requests=sum(core.stats()[f"num_{at}"] for at in WAYS),
         )
 
     def leaks_since(self, start: Resources) -> list[str]:
         """What has not come back, in words."""
         leaks = [
             f"{name}: {getattr(start, name)} at the start, {getattr(self, name)} at the end"
-            for name in ("files", "threads", "children", "free_pages", "free_rows")
+            for name in ("files", "threads", "children", "free_pages", "requests")
             if getattr(start, name) != getattr(self, name)
         ]
         growth = self.memory_bytes - start.memory_bytes
