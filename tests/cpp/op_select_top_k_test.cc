@@ -12,7 +12,7 @@ namespace tidal::test {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kNumQHeads = 18, kNumKvHeads = 2;
+constexpr int64_t kNumQHeads = 16, kNumKvHeads = 2;
 // Two exp() in float32 differ by less than this, relatively, even after pooling.
 constexpr double kSafeMargin = 1e-5;
 

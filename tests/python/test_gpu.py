@@ -409,3 +409,21 @@ def test_the_demo_model_verified_writes_what_it_writes_densely(demo_model: Path)
         assert counts.accepted_tokens + counts.dense_passes == new_tokens - 1
         assert counts.accepted_tokens <= counts.drafted_tokens <= 16 * counts.dense_passes
         assert counts.acceptance_rate > 0.5
+
+
+def test_a_prompt_is_cut_by_time_while_others_decode(demo_model: Path):
+    prompt = [5 + i % 900 for i in range(16_000)]
+    options = {"device": "cuda", "max_batch_size": 2, "prefix_cache": False}
+    num_chunks = {}
+    for max_chunk_ms in (1e9, 1.0):
+        with tidaldecode.Decoder(demo_model, max_chunk_ms=max_chunk_ms, **options) as decoder:
+            decoder.generate(prompt, max_new_tokens=1)  # chunks have been measured
+            stream = decoder.submit(prompt[:8], max_new_tokens=16_000, ignore_eos=True)
+            while stream.status != "decoding":
+                stream.read(0.01)
+            before = decoder.stats()["num_chunks"]
+            decoder.generate(prompt, max_new_tokens=1)
+            num_chunks[max_chunk_ms] = decoder.stats()["num_chunks"] - before
+            assert stream.status == "decoding"
+            stream.cancel()
+    assert num_chunks[1.0] > 2 * num_chunks[1e9]

@@ -322,6 +322,8 @@ Drawn ModelRunner::RunChunk(const Batch& batch) {
     outputs.Write(batch, group, num_rows);
     outputs.Logits(*transformer_, pass, num_rows);
   }
+  // Nothing was waited for; the scheduler cuts chunks by the time that they take.
+  if (wanted.empty()) buffers_->sampler.Read(1);
   for (const BatchRow& row : batch.rows) Advance(*row.sequence, row.num_tokens, false);
   return drawn;
 }
