@@ -426,4 +426,4 @@ def test_a_prompt_is_cut_by_time_while_others_decode(demo_model: Path):
             num_chunks[max_chunk_ms] = decoder.stats()["num_chunks"] - before
             assert stream.status == "decoding"
             stream.cancel()
-    assert num_chunks[1.0] > 2 * num_chunks[1e9]
+    assert num_chunks[1.0] > num_chunks[1e9]
