@@ -109,6 +109,8 @@ class type_caster<tidal::WeightFileEntry> : public tidal::FilledCaster<tidal::We
 template <>
 class type_caster<tidal::Verification> : public tidal::FilledCaster<tidal::Verification> {};
 template <>
+class type_caster<tidal::TokenLogprobs> : public tidal::FilledCaster<tidal::TokenLogprobs> {};
+template <>
 class type_caster<tidal::SequenceResult> : public tidal::FilledCaster<tidal::SequenceResult> {};
 template <>
 class type_caster<tidal::PyGeneration> : public tidal::FilledCaster<tidal::PyGeneration> {};

@@ -120,14 +120,21 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
           "start",
           [](const PyDecoder& self, const TokenLists& prompts,
              const std::vector<SamplingParams>& params, std::optional<PlanConfig> plan,
-             std::optional<bool> verify, int32_t priority) {
-            CallOptions options = {.plan = plan, .verify = verify, .priority = priority};
+             std::optional<bool> verify, int32_t priority, std::optional<int64_t> logprobs,
+             std::optional<int64_t> prompt_logprobs) {
+            CallOptions options;
+            options.plan = std::move(plan);
+            options.verify = verify;
+            options.priority = priority;
+            options.logprobs = logprobs;
+            options.prompt_logprobs = prompt_logprobs;
             return std::make_unique<PyGeneration>(WithoutGil(self.get(), [&](Decoder& started) {
               return started.Start(prompts, params, options);
             }));
           },
           py::arg("prompts"), py::arg("params"), py::arg("plan") = py::none(),
-          py::arg("verify") = py::none(), py::arg("priority") = 0)
+          py::arg("verify") = py::none(), py::arg("priority") = 0, py::arg("logprobs") = py::none(),
+          py::arg("prompt_logprobs") = py::none())
       .def(
           "start_session",
           [](const PyDecoder& self, int64_t max_seq_len) {

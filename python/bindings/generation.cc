@@ -92,12 +92,20 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("accepted_tokens", &Verification::accepted_tokens)
       .def_readonly("dense_passes", &Verification::dense_passes);
 
+  py::class_<TokenLogprobs>(module, "TokenLogprobs")
+      .def_readonly("logprob", &TokenLogprobs::logprob)
+      .def_readonly("rank", &TokenLogprobs::rank)
+      .def_readonly("top_ids", &TokenLogprobs::top_ids)
+      .def_readonly("top_logprobs", &TokenLogprobs::top_logprobs);
+
   py::class_<SequenceResult>(module, "SequenceResult")
       .def_readonly("token_ids", &SequenceResult::token_ids)
       .def_property_readonly(
           "finish_reason",
           [](const SequenceResult& self) { return FinishReasonString(self.finish_reason); })
       .def_readonly("error", &SequenceResult::error)
+      .def_readonly("logprobs", &SequenceResult::logprobs)
+      .def_readonly("prompt_logprobs", &SequenceResult::prompt_logprobs)
       .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
       .def_readonly("cached_tokens", &SequenceResult::cached_tokens)
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)

@@ -202,6 +202,7 @@ def run_generation(
     return [
         make_result(
             core_result,
+            prompt_ids=requests[sequence].prompt_ids,
             text=texts.text(sequence) if texts is not None else None,
             matched_stop=texts.matched_stop(sequence) if texts is not None else None,
             stop_token_ids=settings.stop_token_ids,

@@ -168,6 +168,8 @@ class Decoder(TextMethods, MeasuringMethods):
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
         add_special_tokens: bool = True,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         on_prefill: PrefillProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> GenerationResult | list[GenerationResult]:
@@ -203,6 +205,9 @@ class Decoder(TextMethods, MeasuringMethods):
             skip_special_tokens: False shows special tokens in the text.
             include_stop_str_in_output: the text keeps the stop string or token that ended it.
             add_special_tokens: False puts nothing (no BOS) around texts.
+            logprobs: log-probabilities of the new tokens, each with those of so many of the most
+                likely, 0 to 20; None is none.
+            prompt_logprobs: the same of the prompts' tokens, which are then read whole.
             on_prefill: called with (tokens done, tokens in all) while prompts are read.
             should_stop: asked while the call runs, at least for every token; True ends it with
                 what there is (finish_reason "abort").
@@ -218,11 +223,14 @@ class Decoder(TextMethods, MeasuringMethods):
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
         settings = self._frontend.check_sampling(**sampling)
+        asked = CallOptions(logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        options = asked.for_core(self._settings, self._folder)
         prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
         requests = make_requests(prompts, settings, core)
         note_other_rotation(requests, self.model)
-        results = run_generation(start(requests, core), requests, make_text, callbacks)
+        generation = start(requests, core, **options)
+        results = run_generation(generation, requests, make_text, callbacks)
         if isinstance(prompt, str):
             self._frontend.hint_at_chat(results[0])
         return results if is_batch else results[0]
@@ -268,6 +276,8 @@ class Decoder(TextMethods, MeasuringMethods):
         plan: PlanConfig | None = None,
         verify: bool | None = None,
         priority: int = 0,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         add_special_tokens: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
@@ -280,6 +290,8 @@ class Decoder(TextMethods, MeasuringMethods):
                 while the request lives, if no other has the same.
             verify: whether sparse steps only draft; None is as the decoder.
             priority: requests with lower ones go first.
+            logprobs: as in generate().
+            prompt_logprobs: as in generate().
             add_special_tokens: as in generate().
             sampling: the settings of generate().
 
@@ -287,7 +299,10 @@ class Decoder(TextMethods, MeasuringMethods):
             OutOfMemoryError for one without room.
         """
         core = self._open_core()
-        asked = CallOptions(attention=attention, plan=plan, verify=verify, priority=priority)
+        asked = CallOptions(
+            attention=attention, plan=plan, verify=verify, priority=priority,
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+        )  # fmt: skip
         options = asked.for_core(self._settings, self._folder)
         settings = self._frontend.check_sampling(**sampling)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 class CallOptions:
     """What a request asks for beside its prompt and how it is drawn; None is as the decoder."""
 
-    attention: str | None
-    plan: PlanConfig | None
-    verify: bool | None
-    priority: int
+    attention: str | None = None
+    plan: PlanConfig | None = None
+    verify: bool | None = None
+    priority: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def for_core(self, settings: DecodeConfig, folder: ModelFolder) -> dict[str, Any]:
         """The arguments of the engine's start().
@@ -44,6 +46,9 @@ class CallOptions:
             "priority": check_integer("priority", self.priority, low=-(2**31)),
             "verify": self.verify,
         }
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                options[name] = check_integer(name, count, low=0, high=20)
         if self.verify is not None:
             check_bool("verify", self.verify)
         if self.attention is not None:

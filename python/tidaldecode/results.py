@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,16 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """What the model held of a token: by the softmax of its logits, before any sampling setting."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most likely token, or the first of equals
+    top: tuple[tuple[int, float], ...]  # the most likely ids, best first, with theirs
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """One continued prompt."""
 
@@ -53,11 +63,32 @@ class GenerationResult:
     cached_tokens: int = 0  # of the prompt_tokens, those in the cache before: a session's
     error: str | None = None  # what went wrong if finish_reason is "error"
     verification: Verification | None = None  # None: nothing was verified
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one a new token, if they were asked for
+    # One a token of the prompt but the first, each after those before it, if they were asked for.
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+def token_logprobs(
+    token_ids: Sequence[int], logprobs: Sequence[_core.TokenLogprobs]
+) -> tuple[TokenLogprobs, ...] | None:
+    """The engine's log-probabilities of tokens; None for none."""
+    if not logprobs:
+        return None
+    return tuple(
+        TokenLogprobs(
+            token_id=token_id,
+            logprob=each.logprob,
+            rank=each.rank,
+            top=tuple(zip(each.top_ids, each.top_logprobs, strict=True)),
+        )
+        for token_id, each in zip(token_ids, logprobs, strict=False)
+    )
 
 
 def make_result(
     core: _core.SequenceResult,
     *,
+    prompt_ids: Sequence[int],
     text: str | None,
     matched_stop: str | None,
     stop_token_ids: Collection[int],
@@ -83,6 +114,8 @@ def make_result(
             total_s=core.time_to_first_token_s + core.decode_s,
         ),
         error=core.error or None,
+        logprobs=token_logprobs(token_ids, core.logprobs),
+        prompt_logprobs=token_logprobs(prompt_ids[1:], core.prompt_logprobs),
         verification=Verification(
             drafted_tokens=counts.drafted_tokens,
             accepted_tokens=counts.accepted_tokens,

@@ -32,6 +32,7 @@ class TextStream(Iterator[str]):
         """Takes over a generation of one sequence; Decoder.stream and Session.stream make these."""
         self.result: GenerationResult | None = None
         self.token_ids: list[int] = []  # the tokens so far
+        self._prompt_ids = request.prompt_ids
         self._stop_token_ids = frozenset(request.settings.stop_token_ids)
         self._assembler = assembler
         self._callbacks = callbacks
@@ -102,6 +103,7 @@ class TextStream(Iterator[str]):
         assembler = self._assembler
         self.result = make_result(
             generation.results()[0],
+            prompt_ids=self._prompt_ids,
             text="".join(self._pieces) + last_piece if assembler is not None else None,
             matched_stop=assembler.matched_stop(0) if assembler is not None else None,
             stop_token_ids=self._stop_token_ids,

@@ -80,6 +80,22 @@ def own_plans(bench: Bench) -> None:
     assert results[3].verification.dense_passes > 0
 
 
+@uses()
+def log_probabilities(bench: Bench) -> None:
+    for options in ({}, PLAN, {**PLAN, "verify": True}):
+        decoder = bench.open(**options)
+        prompts = [IDS * 4, IDS[:7]]
+        results = decoder.generate(
+            prompts, max_new_tokens=6, ignore_eos=True, temperature=0, logprobs=3, prompt_logprobs=0
+        )
+        for prompt, result in zip(prompts, results, strict=True):
+            assert len(result.logprobs) == 6 and len(result.prompt_logprobs) == len(prompt) - 1
+            for each, token_id in zip(result.logprobs, result.token_ids, strict=True):
+                assert each.token_id == token_id and each.rank == 1
+                assert each.top[0] == (token_id, each.logprob) and len(each.top) == 3
+            assert [each.token_id for each in result.prompt_logprobs] == prompt[1:]
+
+
 @uses("prefix_cache")
 def prefix_cache(bench: Bench) -> None:
     prompt = IDS * 5

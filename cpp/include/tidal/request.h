@@ -17,7 +17,11 @@ struct CallOptions {
   std::optional<PlanConfig> plan{};
   std::optional<bool> verify{};  // as DecodeConfig::verify; none is the decoder's
   int32_t priority = 0;          // calls with lower ones go first
-  std::string cache_salt{};      // only calls with the same one find each other's prompts
+  // Log-probabilities of new tokens, and of the tokens of the prompts, each with those of so many
+  // of the most likely, 0 to kMaxLogprobs; nothing: none. A prompt that is scored is read whole.
+  std::optional<int64_t> logprobs{};
+  std::optional<int64_t> prompt_logprobs{};
+  std::string cache_salt{};  // only calls with the same one find each other's prompts
 };
 
 enum class RequestStatus : int32_t { kQueued, kReading, kDecoding, kPaused, kFinished };
@@ -49,18 +53,21 @@ struct TokenLogprobs {
 struct SequenceResult {
   std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
   FinishReason finish_reason = FinishReason::kNone;
-  std::string error;                   // non-empty iff finish_reason is kError
-  int64_t prompt_tokens = 0;           // of a session's turn: all tokens it follows
-  int64_t cached_tokens = 0;           // of those, in the cache before the call
-  double time_to_first_token_s = 0.0;  // from the start of the call
-  double decode_s = 0.0;               // from the first to the last token
-  Verification verification{};         // zeros unless the decoder verifies
+  std::string error;                             // non-empty iff finish_reason is kError
+  int64_t prompt_tokens = 0;                     // of a session's turn: all tokens it follows
+  int64_t cached_tokens = 0;                     // of those, in the cache before the call
+  double time_to_first_token_s = 0.0;            // from the start of the call
+  double decode_s = 0.0;                         // from the first to the last token
+  Verification verification{};                   // zeros unless the decoder verifies
+  std::vector<TokenLogprobs> logprobs{};         // of each of token_ids, if they were asked for
+  std::vector<TokenLogprobs> prompt_logprobs{};  // of each token of the prompt but the first
 };
 
 // A new token of a sequence.
 struct TokenEvent {
   int64_t sequence = 0;  // index into the prompts of the call
   int32_t token_id = 0;
+  std::optional<TokenLogprobs> logprobs{};  // if they were asked for
 };
 
 struct PrefillProgress {

@@ -87,7 +87,7 @@ struct Decoder::Impl {
   // engine_loop.cc: the thread that runs passes while there are requests.
   void Loop();
   bool RunPass();
-  void Tell(std::span<const RequestId> in_flight, const std::exception_ptr& error);
+  void Tell(std::span<const RequestId> in_flight, Drawn& drawn, const std::exception_ptr& error);
   double NowMs() const;
 
   struct Listener {
@@ -210,7 +210,8 @@ struct Generation::Impl {
   // engine_loop.cc tells these, in this order: how far each sequence is, what has happened to it,
   // and that the pass is over. The caller holds the decoder's mutex.
   void HearProgress(int64_t index, const RequestState& request);
-  void Hear(int64_t index, const RequestEvent& event);
+  void HearScored(int64_t index, std::vector<TokenLogprobs>& scored);
+  void Hear(int64_t index, const RequestEvent& event, TokenLogprobs* logprobs);
   void HearEnd(int64_t index, RequestState left, std::vector<LayerSelection> selection);
   void HearPassEnd(const std::exception_ptr& error);
 

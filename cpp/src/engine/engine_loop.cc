@@ -41,12 +41,13 @@ bool Decoder::Impl::RunPass() {
   if (is_closed) return false;
   std::exception_ptr error;
   std::vector<RequestId> in_flight;
+  Drawn drawn;
   try {
     const Batch batch = scheduler.Next(NowMs());
     in_flight = scheduler.InFlight();
     if (!batch.rows.empty()) {
       lock.unlock();
-      const Drawn drawn = runner.Run(batch);
+      drawn = runner.Run(batch);
       lock.lock();
       scheduler.Commit(batch, drawn, NowMs());
     }
@@ -56,25 +57,34 @@ bool Decoder::Impl::RunPass() {
     in_flight = scheduler.InFlight();
     scheduler.Fail(NowMs());
   }
-  Tell(in_flight, error);
+  Tell(in_flight, drawn, error);
   return !in_flight.empty();
 }
 
 // The caller holds both locks.
-void Decoder::Impl::Tell(std::span<const RequestId> in_flight, const std::exception_ptr& error) {
+void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
+                         const std::exception_ptr& error) {
   std::vector<Generation::Impl*> told;
   auto listener_of = [&](RequestId id) {
     const Listener listener = listeners.at(id);
     told.push_back(listener.generation);
     return listener;
   };
-  for (RequestId id : in_flight) {
-    const Listener listener = listener_of(id);
-    listener.generation->HearProgress(listener.index, scheduler.Get(id));
+  for (size_t row = 0; row < in_flight.size(); ++row) {
+    const Listener listener = listener_of(in_flight[row]);
+    listener.generation->HearProgress(listener.index, scheduler.Get(in_flight[row]));
+    if (row < drawn.scored.size()) {
+      listener.generation->HearScored(listener.index, drawn.scored[row]);
+    }
   }
   for (const RequestEvent& event : scheduler.TakeEvents()) {
     const Listener listener = listener_of(event.id);
-    listener.generation->Hear(listener.index, event);
+    TokenLogprobs* logprobs = nullptr;
+    const auto row = static_cast<size_t>(event.row), draw = static_cast<size_t>(event.draw);
+    if (row < drawn.logprobs.size() && draw < drawn.logprobs[row].size()) {
+      logprobs = &drawn.logprobs[row][draw];
+    }
+    listener.generation->Hear(listener.index, event, logprobs);
     if (event.finish_reason == FinishReason::kNone) continue;
     RequestState left = scheduler.Remove(event.id);
     std::vector<LayerSelection> selection;
@@ -104,7 +114,8 @@ RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Imp
 void Decoder::Impl::Cancel(RequestId id, FinishReason reason) {
   if (!listeners.contains(id)) return;
   scheduler.Cancel(id, reason, NowMs());
-  Tell({}, nullptr);
+  Drawn nothing;
+  Tell({}, nothing, nullptr);
 }
 
 }  // namespace tidal

@@ -14,6 +14,18 @@ namespace {
 // How often a caller that waits looks whether the process ends.
 constexpr double kLookSeconds = 0.1;
 
+// A row has one number for its draws and for the tokens before them.
+void KeepTop(int64_t num_top, TokenLogprobs& logprobs) {
+  const auto count = std::min(static_cast<size_t>(num_top), logprobs.top_ids.size());
+  logprobs.top_ids.resize(count);
+  logprobs.top_logprobs.resize(count);
+}
+
+void CheckNumLogprobs(const char* name, std::optional<int64_t> count) {
+  TIDAL_CHECK(!count || (*count >= 0 && *count <= kMaxLogprobs), InvalidArgument, name, ": got ",
+              count.value_or(0), ", expected 0 to ", kMaxLogprobs);
+}
+
 }  // namespace
 
 Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
@@ -29,6 +41,8 @@ Generation::Impl::~Impl() {
 }
 
 void Generation::Impl::SetOptions(const CallOptions& options) {
+  CheckNumLogprobs("logprobs", options.logprobs);
+  CheckNumLogprobs("prompt_logprobs", options.prompt_logprobs);
   ModelRunner& runner = decoder->runner;
   PlanId plan = PlanId::kDecoder;
   if (options.plan) {
@@ -40,6 +54,8 @@ void Generation::Impl::SetOptions(const CallOptions& options) {
   common.decoding = decoder->PolicyOf(plan, options.verify.value_or(runner.config().verify));
   common.priority = options.priority;
   common.cache_salt = options.cache_salt;
+  common.logprobs = options.logprobs;
+  common.prompt_logprobs = options.prompt_logprobs;
   common.keeps_pages = session != nullptr;
 }
 
@@ -85,7 +101,18 @@ void Generation::Impl::HearProgress(int64_t index, const RequestState& request) 
   if (heard.empty()) heard.emplace_back();
 }
 
-void Generation::Impl::Hear(int64_t index, const RequestEvent& event) {
+void Generation::Impl::HearScored(int64_t index, std::vector<TokenLogprobs>& scored) {
+  std::vector<TokenLogprobs>& all = results[static_cast<size_t>(index)].prompt_logprobs;
+  if (!common.prompt_logprobs) return;
+  const auto num_prompt = static_cast<size_t>(results[static_cast<size_t>(index)].prompt_tokens);
+  for (TokenLogprobs& each : scored) {
+    if (all.size() + 1 >= num_prompt) break;  // who was paused reads what it generated as well
+    KeepTop(*common.prompt_logprobs, each);
+    all.push_back(std::move(each));
+  }
+}
+
+void Generation::Impl::Hear(int64_t index, const RequestEvent& event, TokenLogprobs* logprobs) {
   auto has_token = [&](const News& each) {
     return std::any_of(each.tokens.begin(), each.tokens.end(),
                        [&](const TokenEvent& token) { return token.sequence == index; });
@@ -96,7 +123,15 @@ void Generation::Impl::Hear(int64_t index, const RequestEvent& event) {
     turn = turn > 0 ? turn - 1 : 0;
   }
   if (turn == heard.size()) heard.emplace_back();
-  if (event.token_id >= 0) heard[turn].tokens.push_back({index, event.token_id});
+  if (event.token_id >= 0) {
+    TokenEvent& token = heard[turn].tokens.emplace_back();
+    token.sequence = index;
+    token.token_id = event.token_id;
+    if (common.logprobs && logprobs != nullptr) {
+      KeepTop(*common.logprobs, *logprobs);
+      token.logprobs = std::move(*logprobs);
+    }
+  }
   if (event.finish_reason != FinishReason::kNone) heard[turn].ended.push_back(index);
 }
 
@@ -152,6 +187,7 @@ std::vector<TokenEvent> Generation::Impl::Take(News next) {
       results[i].time_to_first_token_s = (next.time_ms - start_ms) * 1e-3;
     }
     results[i].token_ids.push_back(event.token_id);
+    if (event.logprobs) results[i].logprobs.push_back(*event.logprobs);
   }
   std::string no_room;
   for (int64_t index : next.ended) {

@@ -55,7 +55,8 @@ bool RequestState::is_sparse() const {
 }
 
 bool RequestState::reads_prefixes() const {
-  return !request.keeps_pages && request.logits != LogitsWanted::kAll && sequence.cached == 0;
+  bool scores_prompt = request.logits == LogitsWanted::kAll || request.prompt_logprobs;
+  return !request.keeps_pages && !scores_prompt && sequence.cached == 0;
 }
 
 bool RequestState::HasPriorityOver(const RequestState& other) const {

@@ -48,6 +48,9 @@ struct Request {
   // The first tokens after the prompt, in place of those drawn; at most max_new_tokens.
   std::vector<int32_t> forced;
   LogitsWanted logits = LogitsWanted::kNone;
+  // Log-probabilities of new tokens, and of the prompt's, with those of so many of the most likely.
+  std::optional<int64_t> logprobs{};
+  std::optional<int64_t> prompt_logprobs{};
   int32_t priority = 0;  // lower ones go first
   // Only requests with the same salt find each other's prompts.
   std::string cache_salt;

@@ -164,11 +164,18 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
   } else if (request.request.logits == LogitsWanted::kGenerated && draws) {
     num_logits = 1;
   }
-  AddRow(batch, request, RowKind::kRead,
-         {.sequence = &request.sequence,
-          .num_tokens = count,
-          .num_draws = draws ? 1 : 0,
-          .num_logits = num_logits});
+  BatchRow row = {.sequence = &request.sequence,
+                  .num_tokens = count,
+                  .num_draws = draws ? 1 : 0,
+                  .num_logits = num_logits};
+  if (draws) row.num_logprobs = request.request.logprobs;
+  if (request.request.prompt_logprobs) {
+    row.num_logprobs = std::max(row.num_logprobs, request.request.prompt_logprobs);
+    int64_t num_followed = NumFollowed(row);
+    row.num_scored =
+        num_followed - std::clamp<int64_t>(request.num_scored - begin, 0, num_followed);
+  }
+  AddRow(batch, request, RowKind::kRead, row);
   room.work.Add(count, begin);
   room.num_tokens -= count;
   room.num_draws -= std::max<int64_t>(num_logits, 1);
@@ -315,8 +322,9 @@ void Scheduler::TakeStep(RequestState& request, Batch& batch) {
   }
   request.last_turn = turn_;
   bool wants_logits = request.request.logits != LogitsWanted::kNone && !is_draft;
-  AddRow(batch, request, is_draft ? RowKind::kDraft : RowKind::kStep,
-         {.sequence = &request.sequence, .num_logits = wants_logits ? 1 : 0});
+  BatchRow row = {.sequence = &request.sequence, .num_logits = wants_logits ? 1 : 0};
+  if (!is_draft) row.num_logprobs = request.request.logprobs;
+  AddRow(batch, request, is_draft ? RowKind::kDraft : RowKind::kStep, row);
 }
 
 bool Scheduler::PlanChecks(Batch& batch) {
@@ -342,7 +350,8 @@ bool Scheduler::PlanChecks(Batch& batch) {
            {.sequence = &request->sequence,
             .num_tokens = count,
             .num_draws = count,
-            .num_logits = wants_logits ? count : 0});
+            .num_logits = wants_logits ? count : 0,
+            .num_logprobs = request->request.logprobs});
     tokens_left -= count;
   }
   return !batch.rows.empty();
