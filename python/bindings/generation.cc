@@ -58,9 +58,16 @@ std::string StatusString(const PyGeneration& self, int64_t sequence) {
   return "finished";
 }
 
-void NotifyAt(const PyGeneration& self, int fd) {
-  if (self.is_closed()) return;
+// Returns whether there may be news.
+bool NotifyAt(const PyGeneration& self, int fd) {
+  if (self.is_closed()) return false;
   WithoutGil(self.get(), [&](Generation& generation) { generation.NotifyAt(fd); });
+  return true;
+}
+
+void ForgetFd(const PyGeneration& self, int fd) {
+  if (self.is_closed()) return;
+  WithoutGil(self.get(), [&](Generation& generation) { generation.ForgetFd(fd); });
 }
 
 void Stop(const PyGeneration& self, int64_t sequence, const std::string& reason) {
@@ -106,6 +113,8 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("error", &SequenceResult::error)
       .def_readonly("logprobs", &SequenceResult::logprobs)
       .def_readonly("prompt_logprobs", &SequenceResult::prompt_logprobs)
+      .def_readonly("has_logprobs", &SequenceResult::has_logprobs)
+      .def_readonly("has_prompt_logprobs", &SequenceResult::has_prompt_logprobs)
       .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
       .def_readonly("cached_tokens", &SequenceResult::cached_tokens)
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
@@ -117,6 +126,7 @@ void RegisterGeneration(py::module_& module) {
       .def("advance", &Advance, py::arg("timeout_s") = 0.1)
       .def("status", &StatusString, py::arg("sequence"))
       .def("notify_at", &NotifyAt, py::arg("event_fd"))
+      .def("forget_fd", &ForgetFd, py::arg("event_fd"))
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
       .def("results", &PyGeneration::results)
       .def("close", &PyGeneration::Close)

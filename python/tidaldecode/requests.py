@@ -7,6 +7,7 @@ waited for, read piece by piece, by threads or by an event loop, or given up.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -77,7 +78,6 @@ class Request:
         """Takes over a stream and the generation that it reads; Decoder.submit makes these."""
         self._stream = stream
         self._generation = generation
-        self._wakeup: _Wakeup | None = None
 
     @property
     def status(self) -> str:
@@ -90,17 +90,19 @@ class Request:
         Args:
             timeout: seconds to wait at most; None is for as long as it takes.
 
-        Raises: TimeoutError, the request going on; else what Decoder.generate() does while it runs.
+        Raises: TimeoutError, the request going on; else what Decoder.generate() does while it runs,
+            each time that it is asked.
         """
-        deadline = None
+        deadline = math.inf
         if timeout is not None:
             deadline = time.monotonic() + check_seconds("timeout", timeout)
         while self._stream.result is None:
-            left = 0.1 if deadline is None else deadline - time.monotonic()
-            if left < 0:
+            left, num_tokens = deadline - time.monotonic(), len(self._stream.token_ids)
+            self._stream.read(min(max(left, 0.0), 0.1))
+            is_late = left <= 0 and len(self._stream.token_ids) == num_tokens
+            if is_late and self._stream.result is None:
                 raise TimeoutError(f"request: it is {self.status} after {timeout} s")
-            self._stream.read(min(left, 0.1))
-        return self._stream.result
+        return self._ended()
 
     @property
     def token_ids(self) -> list[int]:
@@ -127,7 +129,7 @@ class Request:
             if piece:
                 return piece
             if self._stream.result is not None:
-                self._stop_listening()
+                self._ended()
                 raise StopAsyncIteration
             await self._news()
 
@@ -137,50 +139,31 @@ class Request:
     async def _finish(self) -> GenerationResult:
         async for _ in self:
             pass
+        return self._ended()
+
+    def _ended(self) -> GenerationResult:
+        """The result, or what the request has failed with."""
+        if self._stream.error is not None:
+            raise self._stream.error
         assert self._stream.result is not None
         return self._stream.result
 
     async def _news(self) -> None:
         """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
-        if self._wakeup is None:
-            self._wakeup = _Wakeup(self._generation)
+        loop = asyncio.get_running_loop()
+        news = asyncio.Event()
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(fd, news.set)
         try:
-            await self._wakeup.wait()
+            if self._generation.notify_at(fd):
+                await news.wait()
         except asyncio.CancelledError:
-            self._stop_listening()
             await asyncio.to_thread(self.cancel)
             raise
-
-    def _stop_listening(self) -> None:
-        wakeup, self._wakeup = self._wakeup, None
-        if wakeup is not None:
-            wakeup.close()
+        finally:
+            self._generation.forget_fd(fd)
+            loop.remove_reader(fd)
+            os.close(fd)
 
     def __repr__(self) -> str:
         return f"Request({self.status})"
-
-
-class _Wakeup:
-    """Tells the running event loop that a generation has news, by an eventfd."""
-
-    def __init__(self, generation: _core.Generation) -> None:
-        self._generation = generation
-        self._loop = asyncio.get_running_loop()
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._news = asyncio.Event()
-        self._loop.add_reader(self._fd, self._hear)
-        generation.notify_at(self._fd)
-
-    def _hear(self) -> None:
-        os.eventfd_read(self._fd)
-        self._news.set()
-
-    async def wait(self) -> None:
-        """Returns once there has been news since the last time, or there may have been."""
-        await self._news.wait()
-        self._news.clear()
-
-    def close(self) -> None:
-        self._generation.notify_at(-1)
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Timings:
     """How long a sequence took."""
 
-    time_to_first_token_s: float  # from the start of its call (of its wave, in a large batch)
+    time_to_first_token_s: float  # from the start of its call
     decode_tokens_per_s: float  # from the first token to the last; 0 for a single token
     total_s: float
 
@@ -60,7 +60,7 @@ class GenerationResult:
     stop_reason: str | int | None  # the stop string or token id if finish_reason is "stop"
     prompt_tokens: int  # of a session's turn: all tokens it follows
     timings: Timings
-    cached_tokens: int = 0  # of the prompt_tokens, those in the cache before: a session's
+    cached_tokens: int = 0  # of the prompt_tokens, those that were in the cache before
     error: str | None = None  # what went wrong if finish_reason is "error"
     verification: Verification | None = None  # None: nothing was verified
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a new token, if they were asked for
@@ -70,10 +70,8 @@ class GenerationResult:
 
 def token_logprobs(
     token_ids: Sequence[int], logprobs: Sequence[_core.TokenLogprobs]
-) -> tuple[TokenLogprobs, ...] | None:
-    """The engine's log-probabilities of tokens; None for none."""
-    if not logprobs:
-        return None
+) -> tuple[TokenLogprobs, ...]:
+    """The engine's log-probabilities, with the tokens that they belong to."""
     return tuple(
         TokenLogprobs(
             token_id=token_id,
@@ -114,8 +112,10 @@ def make_result(
             total_s=core.time_to_first_token_s + core.decode_s,
         ),
         error=core.error or None,
-        logprobs=token_logprobs(token_ids, core.logprobs),
-        prompt_logprobs=token_logprobs(prompt_ids[1:], core.prompt_logprobs),
+        logprobs=token_logprobs(token_ids, core.logprobs) if core.has_logprobs else None,
+        prompt_logprobs=token_logprobs(prompt_ids[1:], core.prompt_logprobs)
+        if core.has_prompt_logprobs
+        else None,
         verification=Verification(
             drafted_tokens=counts.drafted_tokens,
             accepted_tokens=counts.accepted_tokens,

@@ -109,15 +109,15 @@ class Session:
             core, _ = self._open()
             generation = core.append(self._encode(prompt, add_special_tokens) or [])
             try:
-                while not callbacks.wants_stop():
-                    self._open()  # a callback may have closed it
-                    if generation.done:
-                        return True
+                while not generation.done:
+                    if callbacks.wants_stop():
+                        return False
                     generation.advance()
                     callbacks.report(*generation.prefill_progress)
+                    self._open()  # a callback may have closed it
             finally:
                 generation.close()
-        return False
+        return True
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on.

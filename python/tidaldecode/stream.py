@@ -31,6 +31,7 @@ class TextStream(Iterator[str]):
     ) -> None:
         """Takes over a generation of one sequence; Decoder.stream and Session.stream make these."""
         self.result: GenerationResult | None = None
+        self.error: Exception | None = None  # that the stream has ended with
         self.token_ids: list[int] = []  # the tokens so far
         self._prompt_ids = request.prompt_ids
         self._stop_token_ids = frozenset(request.settings.stop_token_ids)
@@ -60,15 +61,15 @@ class TextStream(Iterator[str]):
         """
         timeout = check_seconds("timeout", timeout)
         try:
-            if self._is_closing:
-                return ""
-            with self._lock:
-                if self._generation is None:
+            with self._lock:  # who closes it has made the result by then
+                if self._is_closing or self._generation is None:
                     return ""
                 piece = self._advance(self._generation, timeout)
                 self._pieces.append(piece)
                 return piece
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and self.result is None:
+                self.error = error
             self.close()
             raise
 

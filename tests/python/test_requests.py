@@ -187,7 +187,7 @@ class TestSubmit:
             while request.status != "finished" and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert decoder.stats()["num_finished"] == 1
-            assert len(request.result().token_ids) == 9
+            assert len(request.result(timeout=0).token_ids) == 9
 
     def test_timeouts_and_cancelling(self, folder: Path):
         with open_decoder(folder, max_seq_len=20_000) as decoder:
@@ -196,6 +196,8 @@ class TestSubmit:
             with pytest.raises(TimeoutError, match="after 0.05 s"):
                 request.result(timeout=0.05)
             assert waiting.status == "waiting"
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0)
             request.cancel()
             request.cancel()
             result = request.result()
@@ -274,6 +276,80 @@ class TestSubmit:
         with open_decoder(folder, max_batch_size=4, max_seq_len=20_000, num_pages=2000) as decoder:
             asyncio.run(ask(decoder))
         assert len(os.listdir("/proc/self/fd")) <= num_files
+
+
+class TestAsync:
+    """Waiting in an event loop ends, however and wherever the request does."""
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+    @pytest.mark.parametrize("has_text", [True, False])
+    def test_the_engine_may_be_ahead(self, folder: Path, tmp_path: Path, has_text: bool):
+        model = folder if has_text else write_checkpoint(tmp_path, TINY)  # without a tokenizer
+
+        async def late(decoder: Decoder) -> None:
+            for prompt, new_tokens in ((PROMPT, 300), (PROMPT, 8), ([5, 6, 7, 8] * 40, 1)):
+                request = decoder.submit(prompt, max_new_tokens=new_tokens, **GREEDY)
+                if new_tokens < 100:
+                    await asyncio.sleep(0.2)
+                assert len((await request).token_ids) == new_tokens
+
+        with open_decoder(model, max_seq_len=512, prefill_chunk=16) as decoder:
+            self.run(late(decoder))
+
+    def test_another_thread_cancels_or_closes(self, folder: Path):
+        async def cancelled(decoder: Decoder) -> None:
+            request = decoder.submit(PROMPT, max_new_tokens=19_000, ignore_eos=True)
+            threading.Timer(0.02, request.cancel).start()
+            assert (await request).finish_reason == "abort"
+
+        async def closed(decoder: Decoder) -> None:
+            request = decoder.submit(PROMPT, max_new_tokens=19_000, ignore_eos=True)
+            threading.Timer(0.02, decoder.close).start()
+            try:
+                assert (await request).finish_reason == "abort"
+            except InvalidArgument as error:
+                assert "closed" in str(error)
+
+        for end in (cancelled, closed) * 3:
+            with open_decoder(folder, max_seq_len=20_000) as decoder:
+                self.run(end(decoder))
+
+    def test_several_tasks_and_loops_wait_for_one_request(self, folder: Path):
+        async def several(decoder: Decoder) -> None:
+            request = decoder.submit(PROMPT, max_new_tokens=200, **GREEDY)
+            results = await asyncio.gather(*[wait(request) for _ in range(3)])
+            assert results[0] is results[1] is results[2]
+
+        async def wait(request: Request) -> Any:
+            return await request
+
+        async def first_piece(request: Request) -> str:
+            return await anext(aiter(request))
+
+        num_files = len(os.listdir("/proc/self/fd"))
+        with open_decoder(folder, max_seq_len=512) as decoder:
+            self.run(several(decoder))
+            request = decoder.submit(PROMPT, max_new_tokens=200, **GREEDY)
+            piece = self.run(first_piece(request))
+            assert self.run(wait(request)).text.startswith(piece)
+        assert len(os.listdir("/proc/self/fd")) <= num_files
+
+    def test_an_error_is_raised_to_everybody(self, folder: Path):
+        async def wait(request: Request) -> None:
+            await request
+
+        with open_decoder(folder, num_pages=2) as decoder:
+            session = decoder.session()
+            session.append([9] * 20)
+            request = decoder.submit(PROMPT, max_new_tokens=3)
+            for _ in range(2):
+                with pytest.raises(CapacityError, match="close sessions"):
+                    self.run(wait(request))
+                with pytest.raises(CapacityError, match="close sessions"):
+                    request.result()
+            assert request.status == "finished"
 
 
 class TestPrefixCache:

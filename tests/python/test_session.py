@@ -415,6 +415,14 @@ def test_a_stopped_stream_ends_with_what_it_has(scripted: Decoder):
     assert result.finish_reason == "abort"
 
 
+def test_append_says_whether_its_tokens_stay(decoder: Decoder):
+    for prompt in ([5], [5, 6, 7], prompts(100)[0]):
+        for asked in range(8):
+            session = decoder.session()
+            stays = session.append(prompt, should_stop=StopAfter(asked))
+            assert len(session) == (len(prompt) if stays else 0)
+
+
 def test_an_answer_to_should_stop_may_be_an_error(decoder: Decoder):
     free = decoder.num_free_pages
 

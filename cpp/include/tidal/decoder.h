@@ -41,8 +41,10 @@ class Generation {
   // Where a sequence is, which may be ahead of what has been handed out.
   RequestStatus Status(int64_t sequence) const;
 
-  // From now on adds 1 to this eventfd whenever Advance() has something to return; -1: no more.
+  // From now on adds 1 to this eventfd whenever there is news for Advance(), or its end; at once if
+  // there is already. ForgetFd ends that, before the fd is closed.
   void NotifyAt(int fd);
+  void ForgetFd(int fd);
 
   // Whether all ends have been handed out. Neither of these waits.
   bool done() const;
@@ -172,8 +174,8 @@ class Decoder {
   using LoadProgress = tidal::LoadProgress;
 
   // Plans its memory, loads the weights onto the device and allocates everything a step needs:
-  // nothing is allocated on the device afterwards, but for a Replay's plans. Throws ConfigError,
-  // WeightsError, InvalidArgument, UnsupportedError, OutOfMemoryError, BackendError.
+  // nothing is allocated on the device afterwards, but for plans of a Replay or of a call. Throws
+  // ConfigError, WeightsError, InvalidArgument, UnsupportedError, OutOfMemoryError, BackendError.
   Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
           const LoadProgress& progress = nullptr);
   ~Decoder();

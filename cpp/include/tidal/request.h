@@ -31,7 +31,7 @@ enum class FinishReason : int32_t {
   kStop,    // a stop token, or Generation::Stop
   kLength,  // max_new_tokens reached
   kAbort,   // cancelled
-  kError,   // the model gave no usable logits (NaN, or all -inf)
+  kError,   // unusable logits (NaN, or all -inf), a pass that failed, or no room
 };
 
 // What verified decoding did for a sequence.
@@ -59,8 +59,10 @@ struct SequenceResult {
   double time_to_first_token_s = 0.0;            // from the start of the call
   double decode_s = 0.0;                         // from the first to the last token
   Verification verification{};                   // zeros unless the decoder verifies
-  std::vector<TokenLogprobs> logprobs{};         // of each of token_ids, if they were asked for
+  std::vector<TokenLogprobs> logprobs{};         // of each of token_ids
   std::vector<TokenLogprobs> prompt_logprobs{};  // of each token of the prompt but the first
+  bool has_logprobs = false;                     // they were asked for
+  bool has_prompt_logprobs = false;
 };
 
 // A new token of a sequence.
@@ -72,7 +74,7 @@ struct TokenEvent {
 
 struct PrefillProgress {
   int64_t tokens_done = 0;
-  int64_t tokens_total = 0;  // over all prompts of the call; only what was not yet cached
+  int64_t tokens_total = 0;  // over all prompts of the call; without what a session had cached
 };
 
 // What a decoder is at, and what it has done since it began.

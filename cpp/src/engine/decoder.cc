@@ -1,4 +1,4 @@
-// The front door: checks a call, reserves what it needs, and hands it to Generation.
+// The front door: checks a call and hands it to Generation.
 #include "tidal/decoder.h"
 
 #include <algorithm>
@@ -95,6 +95,7 @@ void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>
 Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
                     const WeightSource& weights, const LoadProgress& progress)
     : runner(model, config, weights, progress),
+      own_plan(runner.plan(PlanId::kDecoder)),
       sequences(runner),
       prefixes(runner.pool()),
       scheduler(runner.pool(), config.prefix_cache ? &prefixes : nullptr,
@@ -144,10 +145,9 @@ Decoder::Impl::Pause Decoder::Impl::PauseToEnd() const {
   return {std::move(device_lock), Lock(mutex)};
 }
 
-DecodePolicy Decoder::Impl::PolicyOf(PlanId id, bool verifies) const {
-  const ActivePlan& plan = runner.plan(id);
+DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) const {
   if (plan.plan.is_dense()) return {};
-  return {.plan = id,
+  return {.plan = plan.id,
           .dense_len = plan.selection.dense_len(),
           .correction_interval = verifies ? 0 : plan.config.correction_interval,
           .verifies = verifies,
@@ -166,7 +166,7 @@ void Decoder::Close() {
   if (impl_->process.IsForeign()) return;
   auto pause = impl_->PauseToEnd();
   impl_->is_closed = true;
-  for (const auto& [id, listener] : impl_->listeners) listener.generation->has_news.notify_all();
+  for (const auto& [id, listener] : impl_->listeners) listener.generation->Wake();
 }
 
 std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t>>& prompts,
@@ -257,7 +257,7 @@ std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
               ", expected an index into the ", count, " prompts of the last call");
   auto index = static_cast<size_t>(sequence);
   if (!record->running[index]) return record->selections[index];
-  return impl_->runner.ReadSelection(PlanId::kDecoder, *record->running[index]);
+  return impl_->runner.ReadSelection(record->plan, *record->running[index]);
 }
 
 const ModelConfig& Decoder::model() const {
@@ -267,7 +267,7 @@ const DecodeConfig& Decoder::config() const {
   return impl_->runner.config();
 }
 const DecodePlan& Decoder::plan() const {
-  return impl_->runner.plan(PlanId::kDecoder).plan;
+  return impl_->own_plan.plan;
 }
 const MemoryPlan& Decoder::memory_plan() const {
   return impl_->runner.memory_plan();

@@ -35,6 +35,7 @@ namespace tidal {
 // The last sets of the sequences of one call; outlives the Generation so that they can be looked
 // at.
 struct SelectionRecord {
+  PlanId plan = PlanId::kDecoder;                       // that the call's steps go through
   std::vector<std::optional<uint64_t>> running;         // ids of sequences that still run
   std::vector<std::vector<LayerSelection>> selections;  // of those that ended
 };
@@ -76,8 +77,10 @@ struct Decoder::Impl {
   void CheckOpen() const;
 
   // How a plan makes tokens, with drafts that are checked or without.
-  DecodePolicy PolicyOf(PlanId plan, bool verifies) const;
+  DecodePolicy PolicyOf(const ActivePlan& plan, bool verifies) const;
 
+  // Starts the loop's thread with the first request. The caller holds `mutex`. Throws BackendError.
+  void StartLoop();
   // Takes a request in, whose listener hears of it until it has ended. The caller holds `mutex`.
   // Throws as Scheduler::Add.
   RequestId Add(Request request, Sequence sequence, Generation::Impl& listener, int64_t index);
@@ -87,6 +90,7 @@ struct Decoder::Impl {
   // engine_loop.cc: the thread that runs passes while there are requests.
   void Loop();
   bool RunPass();
+  void EndAll();
   void Tell(std::span<const RequestId> in_flight, Drawn& drawn, const std::exception_ptr& error);
   double NowMs() const;
 
@@ -97,13 +101,15 @@ struct Decoder::Impl {
 
   ProcessMark process;
   ModelRunner runner;
+  const ActivePlan& own_plan;  // the decoder's: others come and go
   SequenceMaker sequences;
   PrefixCache prefixes;
   Scheduler scheduler;
   std::map<RequestId, Listener> listeners;
-  std::shared_ptr<SelectionRecord> last_call;  // of the newest Generation
-  std::atomic<bool> is_closed = false;         // set between passes
-  bool is_ending = false;                      // the loop is to return
+  std::vector<std::unique_ptr<PlanUse>> left_plans;  // of calls that are gone
+  std::shared_ptr<SelectionRecord> last_call;        // of the newest Generation
+  std::atomic<bool> is_closed = false;               // set between passes
+  bool is_ending = false;                            // the loop is to return
   mutable FairMutex device;
   mutable std::mutex mutex;
   std::condition_variable has_work;  // or is_ending
@@ -189,6 +195,9 @@ struct Generation::Impl {
   std::vector<SequenceResult> Results() const;
   RequestStatus Status(int64_t sequence) const;
   void NotifyAt(int fd);
+  void ForgetFd(int fd);
+  // Wakes whoever waits for news.
+  void Wake();
 
   // What a pass gave that is not yet in the results.
   struct News {
@@ -222,7 +231,7 @@ struct Generation::Impl {
 
   std::shared_ptr<Decoder::Impl> decoder;
   std::shared_ptr<Session::Impl> session;  // whose turn this is; null: prompts of a call
-  std::optional<PlanUse> plan_use;         // of a call with a plan of its own
+  std::unique_ptr<PlanUse> plan_use;       // of a call with a plan of its own
   Request common;                          // what its requests are made from
   std::vector<Running> running;
   std::vector<SequenceResult> results;
@@ -230,7 +239,7 @@ struct Generation::Impl {
   std::deque<News> news;
   std::vector<News> heard;  // of the pass that is being told
   std::condition_variable has_news;
-  int event_fd = -1;  // to be written when there is news
+  std::vector<int> event_fds;  // to be written when there is news
   double start_ms;
   // What is read without a lock.
   std::atomic<int64_t> num_alive{0};  // sequences whose end has not been given out

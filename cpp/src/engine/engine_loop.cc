@@ -2,9 +2,11 @@
 // thread of their own, and whoever asked for them hears what came of it.
 #include <algorithm>
 #include <chrono>
+#include <system_error>
 #include <utility>
 
 #include "engine/decoder_impl.h"
+#include "tidal/error.h"
 
 namespace tidal {
 
@@ -17,7 +19,9 @@ void Decoder::Impl::Loop() {
   while (true) {
     {
       Lock lock(mutex);
-      has_work.wait(lock, [&] { return is_ending || (scheduler.HasWork() && !is_closed); });
+      has_work.wait(lock, [&] {
+        return is_ending || (!is_closed && (scheduler.HasWork() || !left_plans.empty()));
+      });
       if (is_ending) return;
     }
     // Once the process ends nobody may be in the engine's libraries.
@@ -39,6 +43,7 @@ bool Decoder::Impl::RunPass() {
   std::unique_lock<FairMutex> device_lock(device);
   Lock lock(mutex);
   if (is_closed) return false;
+  left_plans.clear();
   std::exception_ptr error;
   std::vector<RequestId> in_flight;
   Drawn drawn;
@@ -56,9 +61,17 @@ bool Decoder::Impl::RunPass() {
     if (!lock.owns_lock()) lock.lock();
     in_flight = scheduler.InFlight();
     scheduler.Fail(NowMs());
+    if (in_flight.empty()) EndAll();  // nothing could be planned
   }
   Tell(in_flight, drawn, error);
   return !in_flight.empty();
+}
+
+// Ends all requests. The caller holds both locks.
+void Decoder::Impl::EndAll() {
+  for (const auto& [id, listener] : listeners) {
+    scheduler.Cancel(id, FinishReason::kAbort, NowMs());
+  }
 }
 
 // The caller holds both locks.
@@ -102,9 +115,19 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
   for (Generation::Impl* generation : told) generation->HearPassEnd(error);
 }
 
+void Decoder::Impl::StartLoop() {
+  if (loop.joinable()) return;
+  try {
+    loop = std::thread([this] { Loop(); });
+  } catch (const std::system_error& error) {
+    throw BackendError(Concat("decoder: cannot start its thread (", error.what(),
+                              "); end other threads, or raise the limit of processes"));
+  }
+}
+
 RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Impl& listener,
                              int64_t index) {
-  if (!loop.joinable()) loop = std::thread([this] { Loop(); });
+  StartLoop();
   const RequestId id = scheduler.Add(std::move(request), std::move(sequence), NowMs());
   listeners.emplace(id, Listener{&listener, index});
   has_work.notify_all();

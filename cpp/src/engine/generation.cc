@@ -36,22 +36,25 @@ Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
 Generation::Impl::~Impl() {
   Close();
   if (!plan_use) return;
-  auto pause = decoder->PauseToEnd();
-  plan_use.reset();
+  // The loop drops it between two passes.
+  auto lock = decoder->EnterToEnd();
+  decoder->left_plans.push_back(std::move(plan_use));
+  decoder->has_work.notify_all();
 }
 
 void Generation::Impl::SetOptions(const CallOptions& options) {
   CheckNumLogprobs("logprobs", options.logprobs);
   CheckNumLogprobs("prompt_logprobs", options.prompt_logprobs);
   ModelRunner& runner = decoder->runner;
-  PlanId plan = PlanId::kDecoder;
+  const ActivePlan* plan = &decoder->own_plan;
   if (options.plan) {
     const bool is_dense =
         options.plan->select_layers.empty() && options.plan->scored_layers.empty();
-    if (!is_dense) plan_use.emplace(runner, *options.plan);
-    plan = is_dense ? PlanId::kDense : plan_use->id();
+    if (!is_dense) plan_use = std::make_unique<PlanUse>(runner, *options.plan);
+    plan = &runner.plan(is_dense ? PlanId::kDense : plan_use->id());
   }
-  common.decoding = decoder->PolicyOf(plan, options.verify.value_or(runner.config().verify));
+  record->plan = plan->id;
+  common.decoding = decoder->PolicyOf(*plan, options.verify.value_or(runner.config().verify));
   common.priority = options.priority;
   common.cache_salt = options.cache_salt;
   common.logprobs = options.logprobs;
@@ -71,6 +74,8 @@ void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
                      .error = {},
                      .prompt_tokens = num_tokens,
                      .cached_tokens = num_cached});
+  results.back().has_logprobs = common.logprobs.has_value();
+  results.back().has_prompt_logprobs = common.prompt_logprobs.has_value();
   record->running.push_back(sequence_id);
   record->selections.emplace_back();
   running.reserve(running.size() + 1);
@@ -154,10 +159,15 @@ void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
   }
   news.back().error = error;
   heard.clear();
+  Wake();
+}
+
+void Generation::Impl::Wake() {
   has_news.notify_all();
-  const uint64_t one = 1;
-  // A counter that is full wakes its reader as well.
-  if (event_fd >= 0 && write(event_fd, &one, sizeof(one)) < 0) return;
+  for (int fd : event_fds) {
+    const uint64_t one = 1;
+    if (write(fd, &one, sizeof(one)) < 0) continue;  // a counter that is full wakes as well
+  }
 }
 
 // --- what the caller asks ---
@@ -250,6 +260,7 @@ void Generation::Impl::Close() {
     End(static_cast<int64_t>(i), FinishReason::kAbort, decoder->NowMs());
   }
   news.clear();
+  Wake();
 }
 
 RequestStatus Generation::Impl::Status(int64_t index) const {
@@ -262,9 +273,13 @@ RequestStatus Generation::Impl::Status(int64_t index) const {
 
 void Generation::Impl::NotifyAt(int fd) {
   auto lock = decoder->EnterToEnd();
-  event_fd = fd;
-  const uint64_t one = 1;
-  if (fd >= 0 && !news.empty() && write(fd, &one, sizeof(one)) < 0) event_fd = -1;
+  event_fds.push_back(fd);
+  if (!news.empty() || num_alive == 0 || decoder->is_closed) Wake();
+}
+
+void Generation::Impl::ForgetFd(int fd) {
+  auto lock = decoder->EnterToEnd();
+  std::erase(event_fds, fd);
 }
 
 std::vector<SequenceResult> Generation::Impl::Results() const {
@@ -297,6 +312,9 @@ RequestStatus Generation::Status(int64_t sequence) const {
 }
 void Generation::NotifyAt(int fd) {
   impl_->NotifyAt(fd);
+}
+void Generation::ForgetFd(int fd) {
+  impl_->ForgetFd(fd);
 }
 std::vector<SequenceResult> Generation::results() const {
   return impl_->Results();

@@ -17,7 +17,8 @@
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
 // it have room beside what others were let in for; a session's turn takes all that it may need.
 // When pages run out nevertheless, the newest request is paused: its pages are given back, and it
-// reads its tokens again when there is room; what the prefix cache still has is not read twice.
+// reads its tokens again when there is room, densely, those too that it had decoded sparsely; what
+// the prefix cache still has is not read twice.
 #pragma once
 
 #include <cstdint>

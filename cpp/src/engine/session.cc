@@ -180,6 +180,7 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
   const auto num_added = static_cast<int64_t>(token_ids.size());
   CheckFits(num_kept, num_added, params.max_new_tokens);
   if (!decoder->scheduler.HasWork()) CheckFitsNow(num_kept, num_added, params.max_new_tokens);
+  decoder->StartLoop();  // what may throw comes before any change
   Extend(num_kept, token_ids);
   turn_len = Length(idle);
   idle.id = decoder->sequences.NextId();
