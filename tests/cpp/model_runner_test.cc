@@ -256,7 +256,7 @@ class PassInputsTest : public ::testing::Test {
   CountingUploads backend_{*cpu_};
   PagePool pool_{64, 10};
   PassBuffers passes_{backend_, TinyConfig(), DType::kFloat32, {kRows, kRows}, 16};
-  PassInputs inputs_{backend_, kRows};
+  PassInputs inputs_{backend_};
   Sequence a_ = Make(1), b_ = Make(2), c_ = Make(3);
 };
 

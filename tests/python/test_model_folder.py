@@ -17,7 +17,7 @@ from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import ConfigError
 from tiny_models import FAMILIES, ROPE_TYPES, TinyModel, config_json, write_checkpoint
 
-REMOVED = object()
+REMOVED = ...
 
 
 def read(folder: Path, family: str = "llama", **changes: Any) -> CheckpointConfig:

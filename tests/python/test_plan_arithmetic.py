@@ -54,6 +54,12 @@ DECODERS = st.fixed_dictionaries(
 )
 
 
+SMALL = {
+    "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 2, "num_q_heads": 2,
+    "num_kv_heads": 1, "head_dim": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
 def fill(target: Any, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         setattr(target, name, value)
@@ -91,6 +97,12 @@ def test_a_plan_is_exact_or_has_a_problem(model_values, values):
     assert (sum(parts) > plan["usable_bytes"]) == (plan["problem"] != "")
 
 
+def test_a_plan_for_very_many_rows_takes_no_room_itself():
+    model = fill(_core.ModelConfig(), SMALL)
+    plan = _core.plan_memory(model, fill(_core.DecodeConfig(), {"max_batch_size": 2**31 - 1}))
+    assert plan["max_batch_size"] == 2**31 - 1 and "max_batch_size" in plan["problem"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -99,13 +111,7 @@ def test_a_plan_is_exact_or_has_a_problem(model_values, values):
     ],
 )  # fmt: skip
 def test_what_is_32_bit_on_the_device_is_refused_beyond(name: str):
-    model = fill(
-        _core.ModelConfig(),
-        {
-            "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 2,
-            "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 4, "max_position_embeddings": 64,
-        },
-    )  # fmt: skip
+    model = fill(_core.ModelConfig(), SMALL)
     for value in (2**31, 2**32, 2**63 - 1):
         config = fill(_core.DecodeConfig(), {name: value, "token_budget": 2**63 - 1})
         with pytest.raises(TidalError, match=f"{name}: got {value}"):

@@ -69,7 +69,10 @@ def should_stop(decoder: Decoder, variant: int) -> Any:
     asked = iter(range(variant))
     stopped = _greedy(should_stop=lambda: next(asked, None) is None)
     result = decoder.generate(_ids(variant), **stopped)
-    return result.token_ids, result.finish_reason
+    # It is asked at least for every token, so the call may end sooner: with what it had by then.
+    count = len(result.token_ids)
+    is_known = result.token_ids == generate_ids(decoder, variant)[:count]
+    return is_known, count <= variant, result.finish_reason
 
 
 def stream_read(decoder: Decoder, variant: int) -> Any:

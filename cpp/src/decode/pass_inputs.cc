@@ -4,8 +4,7 @@
 
 namespace tidal {
 
-PassInputs::PassInputs(Backend& backend, int64_t max_batch_size)
-    : backend_(backend), owners_(static_cast<size_t>(max_batch_size)) {}
+PassInputs::PassInputs(Backend& backend) : backend_(backend) {}
 
 void PassInputs::Write(std::span<const PassRow> rows, const Pass& pass) {
   WriteTokens(rows, pass);
@@ -43,7 +42,9 @@ void PassInputs::WriteTokens(std::span<const PassRow> rows, const Pass& pass) {
 }
 
 void PassInputs::WriteOwner(int64_t row, const Sequence& sequence, const Pass& pass) {
-  std::optional<Owner>& owner = owners_[static_cast<size_t>(row)];
+  const auto index = static_cast<size_t>(row);
+  if (index >= owners_.size()) owners_.resize(index + 1);
+  std::optional<Owner>& owner = owners_[index];
   const bool is_same_sequence = owner && owner->sequence_id == sequence.id;
   if (is_same_sequence && owner->pages_version == sequence.pages.version()) return;
   owner.reset();  // should an upload fail

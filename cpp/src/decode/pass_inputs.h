@@ -24,8 +24,8 @@ struct PassRow {
 
 class PassInputs {
  public:
-  // For passes that are taken of one PassBuffers, with rows for max_batch_size sequences.
-  PassInputs(Backend& backend, int64_t max_batch_size);
+  // For passes that are taken of one PassBuffers.
+  explicit PassInputs(Backend& backend);
 
   // Uploads the inputs of a pass whose rows are `rows`. Batch rows past them are idle, and so are
   // tokens past theirs.
@@ -42,7 +42,7 @@ class PassInputs {
   void WriteOwner(int64_t row, const Sequence& sequence, const Pass& pass);
 
   Backend& backend_;
-  std::vector<std::optional<Owner>> owners_;
+  std::vector<std::optional<Owner>> owners_;  // by row, to the last used; nothing: not known
   Mirror<int32_t> seq_idx_;
   Mirror<int32_t> q_starts_;
 };

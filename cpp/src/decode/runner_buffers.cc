@@ -19,7 +19,7 @@ RunnerBuffers::RunnerBuffers(Backend& backend, const ModelConfig& model, const D
              {.num_tokens = std::max(config.prefill_chunk, MaxDraws(config, plan)),
               .batch_size = config.max_batch_size},
              PagesOfLongest(config)),
-      inputs(backend, config.max_batch_size),
+      inputs(backend),
       slots(backend, model.vocab_size, config.max_batch_size),
       sampler(backend, slots, MaxDraws(config, plan), config.max_batch_size),
       outputs(backend, sampler, model,

@@ -95,8 +95,7 @@ Sampler::Sampler(Backend& backend, const SamplingSlots& slots, int64_t max_rows,
     : backend_(backend),
       slots_(slots),
       scratch_row_(MakeSamplingRow(SamplingParams{}, slots.scratch_slot())),
-      tensors_(backend, "sampling"),
-      written_masks_(static_cast<size_t>(max_rows)) {
+      tensors_(backend, "sampling") {
   const int64_t vocab_size = slots.history().dim(1);
   const int64_t num_logprobs = max_batch_size * (1 + kMaxLogprobs);
   logits_ = tensors_.Make(DType::kFloat32, {max_rows, vocab_size});
@@ -144,7 +143,9 @@ SamplingRow Sampler::RowOf(const DrawRow& draw, int64_t index) {
 }
 
 void Sampler::SetMask(int64_t index, std::vector<uint32_t> mask) {
-  std::vector<uint32_t>& written = written_masks_[static_cast<size_t>(index)];
+  const auto row = static_cast<size_t>(index);
+  if (row >= written_masks_.size()) written_masks_.resize(row + 1);
+  std::vector<uint32_t>& written = written_masks_[row];
   if (written == mask) return;
   written.clear();  // should the upload fail
   backend_.Upload(masks_.Rows(index, 1), mask.data());

@@ -89,7 +89,7 @@ class Sampler {
   TensorView logprobs_;     // [max_batch_size * (1 + kMaxLogprobs)] float32
   TensorView logprob_ids_;  // [max_batch_size * (1 + kMaxLogprobs)] int32
   Mirror<SamplingRow> written_;
-  std::vector<std::vector<uint32_t>> written_masks_;  // by row; empty: not known
+  std::vector<std::vector<uint32_t>> written_masks_;  // by row, to the last used; empty: not known
 };
 
 }  // namespace tidal

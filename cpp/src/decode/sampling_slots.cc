@@ -9,9 +9,7 @@
 namespace tidal {
 
 SamplingSlots::SamplingSlots(Backend& backend, int64_t vocab_size, int64_t max_batch_size)
-    : backend_(backend),
-      tensors_(backend, "sampling"),
-      contents_(static_cast<size_t>(max_batch_size) + 1) {
+    : backend_(backend), tensors_(backend, "sampling") {
   const auto bias_bytes = kMaxLogitBiases * static_cast<int64_t>(sizeof(TokenBias));
   history_ = tensors_.Make(DType::kInt32, {max_batch_size + 1, vocab_size});
   biases_ = tensors_.Make(DType::kUInt8, {max_batch_size + 1, bias_bytes});
@@ -27,7 +25,9 @@ void SamplingSlots::Prepare(const Sequence& sequence, int64_t num_tokens) {
     history.given = tokens.first(static_cast<size_t>(std::min(sequence.num_given, num_tokens)));
     history.generated = tokens.subspan(history.given.size());
   }
-  std::optional<Content>& content = contents_[static_cast<size_t>(sequence.sampling.slot)];
+  const auto slot = static_cast<size_t>(sequence.sampling.slot);
+  if (slot >= contents_.size()) contents_.resize(slot + 1);
+  std::optional<Content>& content = contents_[slot];
   const bool is_same_sequence = content && content->sequence_id == sequence.id;
   const bool has_history = is_same_sequence && !content->is_drawing &&
                            content->num_given == history.given.size() &&

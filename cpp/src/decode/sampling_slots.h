@@ -51,7 +51,7 @@ class SamplingSlots {
   DeviceTensors tensors_;
   TensorView history_;  // [max_batch_size + 1, V] int32
   TensorView biases_;   // [max_batch_size + 1, kMaxLogitBiases * sizeof(TokenBias)] uint8
-  std::vector<std::optional<Content>> contents_;  // by slot; nothing: not known
+  std::vector<std::optional<Content>> contents_;  // by slot, to the last used; nothing: not known
 };
 
 }  // namespace tidal
