@@ -33,9 +33,9 @@ class ModelRunner {
 
   // Copies pages as asked, caches the batch's tokens, in order of its rows, and draws. Moves each
   // sequence's `cached`, and what it says of the tokens before, past them; its tokens stay as they
-  // are. Each draw goes by the sequence's tokens before it, those that are not cached included. Throws InvalidArgument for
-  // a batch that CheckBatch refuses, CapacityError for one of more rows or tokens than a pass has
-  // room for, and for a row without pages for its tokens.
+  // are. Each draw goes by the sequence's tokens before it, those that are not cached included.
+  // Throws InvalidArgument for a batch that CheckBatch refuses, CapacityError for one of more rows
+  // or tokens than a pass has room for, and for a row without pages for its tokens.
   Drawn Run(const Batch& batch);
 
   // Adds a plan beside the decoder's, or a user to the plan with these settings if there is one.
