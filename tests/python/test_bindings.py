@@ -31,6 +31,14 @@ def params():
 def generation():
     return decoder.start([[5, 6]], [params()])
 
+def scored():
+    params = _core.SamplingParams()
+    params.max_new_tokens = 1
+    made = new_decoder().start([[5, 6]], [params], logprobs=2)
+    while not made.done:
+        made.advance()
+    return made.results()[0].logprobs[0]
+
 def finished():
     made = generation()
     while not made.done:
@@ -55,6 +63,7 @@ MAKERS = {
     "WeightFileEntry": [lambda: core_weights(folder)[0]],
     "Verification": [lambda: finished().results()[0].verification],
     "SequenceResult": [lambda: finished().results()[0]],
+    "TokenLogprobs": [scored],
     "Generation": [generation, finished, lambda: closed(generation)],
     "Session": [session, lambda: closed(session)],
     "Replay": [lambda: decoder.start_replay([[5, 6]], 4),
