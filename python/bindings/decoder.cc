@@ -121,20 +121,21 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
           [](const PyDecoder& self, const TokenLists& prompts,
              const std::vector<SamplingParams>& params, std::optional<PlanConfig> plan,
              std::optional<bool> verify, int32_t priority, std::optional<int64_t> logprobs,
-             std::optional<int64_t> prompt_logprobs) {
+             std::optional<int64_t> prompt_logprobs, std::string cache_salt) {
             CallOptions options;
             options.plan = std::move(plan);
             options.verify = verify;
             options.priority = priority;
             options.logprobs = logprobs;
             options.prompt_logprobs = prompt_logprobs;
+            options.cache_salt = std::move(cache_salt);
             return std::make_unique<PyGeneration>(WithoutGil(self.get(), [&](Decoder& started) {
               return started.Start(prompts, params, options);
             }));
           },
           py::arg("prompts"), py::arg("params"), py::arg("plan") = py::none(),
           py::arg("verify") = py::none(), py::arg("priority") = 0, py::arg("logprobs") = py::none(),
-          py::arg("prompt_logprobs") = py::none())
+          py::arg("prompt_logprobs") = py::none(), py::arg("cache_salt") = "")
       .def(
           "start_session",
           [](const PyDecoder& self, int64_t max_seq_len) {

@@ -27,7 +27,7 @@ from tidaldecode.errors import (
 )
 from tidaldecode.memory_plan import MemoryPlan, plan_memory
 from tidaldecode.requests import Request
-from tidaldecode.results import GenerationResult, Timings, Verification
+from tidaldecode.results import GenerationResult, Timings, TokenLogprobs, Verification
 from tidaldecode.session import Session
 from tidaldecode.stream import TextStream
 
@@ -49,6 +49,7 @@ __all__ = [
     "TextStream",
     "TidalError",
     "Timings",
+    "TokenLogprobs",
     "UnsupportedError",
     "Verification",
     "WeightsError",

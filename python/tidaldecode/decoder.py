@@ -35,7 +35,7 @@ from tidaldecode.measuring import MeasuringMethods
 from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.plans import Plan, choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
-from tidaldecode.requests import CallOptions, Request
+from tidaldecode.requests import MAX_CHOICES, CallOptions, Request
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingOptions, check_callback, check_integer
 from tidaldecode.session import Session, SessionHost
@@ -278,6 +278,8 @@ class Decoder(TextMethods, MeasuringMethods):
         priority: int = 0,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        n: int = 1,
+        cache_salt: str = "",
         add_special_tokens: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
@@ -292,6 +294,10 @@ class Decoder(TextMethods, MeasuringMethods):
             priority: requests with lower ones go first.
             logprobs: as in generate().
             prompt_logprobs: as in generate().
+            n: answers to the prompt, which is read once if there is a prefix cache:
+                Request.choices. With a seed, they are drawn with seed, seed + 1 and so on.
+            cache_salt: only requests with the same one find each other's prompts in the prefix
+                cache.
             add_special_tokens: as in generate().
             sampling: the settings of generate().
 
@@ -301,19 +307,24 @@ class Decoder(TextMethods, MeasuringMethods):
         core = self._open_core()
         asked = CallOptions(
             attention=attention, plan=plan, verify=verify, priority=priority,
-            logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs, cache_salt=cache_salt,
         )  # fmt: skip
+        check_integer("n", n, low=1, high=MAX_CHOICES)
         options = asked.for_core(self._settings, self._folder)
         settings = self._frontend.check_sampling(**sampling)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
-        requests = make_requests([prompt_ids], settings, core)
-        note_other_rotation(requests, self.model)
-        generation = start(requests, core, **options)
-        text = make_text([prompt_ids]) if make_text else None
-        stream = TextStream(generation, requests[0], text, Callbacks(None, None))
-        self._holders.add(stream)
-        return Request(stream, generation)
+        choices: list[Request] = []
+        for index in range(n):
+            requests = make_requests([prompt_ids], settings.for_choice(index), core)
+            if index == 0:
+                note_other_rotation(requests, self.model)
+            generation = start(requests, core, **options)
+            text = make_text([prompt_ids]) if make_text else None
+            stream = TextStream(generation, requests[0], text, Callbacks(None, None))
+            self._holders.add(stream)
+            choices.append(Request(stream, generation))
+        return Request.with_choices(choices)
 
     def session(self, *, max_seq_len: int | None = None) -> Session:
         """A conversation whose tokens stay in the cache from one turn to the next.

@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,15 @@ from tidaldecode.errors import ConfigError
 from tidaldecode.plans import choose_plan
 from tidaldecode.sampling import check_bool, check_integer, check_seconds
 from tidaldecode.stream import TextStream
+from tidaldecode.text.chat import check_text
 
 if TYPE_CHECKING:
     from tidaldecode import _core
     from tidaldecode.checkpoint.model_folder import ModelFolder
     from tidaldecode.results import GenerationResult
+
+
+MAX_CHOICES = 128  # answers to one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class CallOptions:
     priority: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_salt: str = ""
 
     def for_core(self, settings: DecodeConfig, folder: ModelFolder) -> dict[str, Any]:
         """The arguments of the engine's start().
@@ -46,6 +51,7 @@ class CallOptions:
         options: dict[str, Any] = {
             "priority": check_integer("priority", self.priority, low=-(2**31)),
             "verify": self.verify,
+            "cache_salt": check_text(self.cache_salt, "cache_salt"),
         }
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
@@ -71,6 +77,7 @@ class Request:
 
     Iterate over it, with `for` or `async for`, for pieces of text as they come; call result() or
     `await` it for the whole. Pieces that were read are not given again; the result has them all.
+    With `n` above 1 these are of the first answer, and choices has all.
     Stop strings end the text when it is read.
     """
 
@@ -78,6 +85,20 @@ class Request:
         """Takes over a stream and the generation that it reads; Decoder.submit makes these."""
         self._stream = stream
         self._generation = generation
+        self._others: tuple[Request, ...] = ()
+
+    @classmethod
+    def with_choices(cls, choices: Sequence[Request]) -> Request:
+        """The first of the answers to a prompt, which knows of the others."""
+        first, *others = choices
+        first._others = tuple(others)
+        return first
+
+    @property
+    def choices(self) -> tuple[Request, ...]:
+        """The answers to the prompt, each a request of its own: this one, and those after it if
+        `n` were asked for."""
+        return (self, *self._others)
 
     @property
     def status(self) -> str:
@@ -114,8 +135,10 @@ class Request:
         return self._stream.read(timeout)
 
     def cancel(self) -> None:
-        """Ends it where it is (finish_reason "abort"); no effect if it has ended."""
-        self._stream.close()
+        """Ends all its choices where they are (finish_reason "abort"), but for those that have
+        ended."""
+        for choice in self.choices:
+            choice._stream.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stream)

@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -57,6 +57,12 @@ class SamplingSettings:
     max_length: int | None  # of prompt and output; of a default max_new_tokens only
     skip_special_tokens: bool  # their text is not shown
     include_stop_str_in_output: bool  # what ended the text belongs to it
+
+    def for_choice(self, index: int) -> SamplingSettings:
+        """The settings of one of several answers to a prompt, with another seed for each."""
+        if self.seed is None or index == 0:
+            return self
+        return replace(self, seed=(self.seed + index) % 2**64)
 
     def draw_seed(self) -> int:
         """The seed of one sequence, from the system's randomness unless one was given."""

@@ -253,49 +253,6 @@ TEST(Scheduler, ShortRowsOfAnyPlanShareTheDenseStep) {
   EXPECT_EQ(rig.passes[1], "plan 0: 10 +1 draw 1, 10 +1 draw 1");
 }
 
-TEST(Scheduler, OnlyCleanPagesAreShared) {
-  Rig rig;
-  const RequestId tidal = rig.Submit(MakePrompt(1, 9), TidalRequest(12, 13));
-  rig.StepUntilDone();
-  Tokens all = MakePrompt(1, 9);
-  const Tokens generated = rig.Generated(tidal);
-  all.insert(all.end(), generated.begin(), generated.end());
-  const std::string salt = rig.scheduler.Get(tidal).salt;
-  // 9 tokens of the prompt and 4 that were decoded densely; the sparse ones never.
-  EXPECT_EQ(rig.prefixes.Peek(all, salt).num_pages, 3);
-
-  const RequestId dense = rig.Submit(all, 8);
-  rig.StepUntilDone();
-  EXPECT_EQ(rig.scheduler.Get(dense).cached_tokens, 12);
-  EXPECT_EQ(rig.Generated(dense), FakeModel::Continue(all, 8));
-  Tokens longer = all;
-  const Tokens answer = rig.Generated(dense);
-  longer.insert(longer.end(), answer.begin(), answer.end());
-  EXPECT_EQ(rig.prefixes.Peek(longer, salt).num_pages, 7) << "21 + 7 cached tokens, all dense";
-  EXPECT_EQ(rig.scheduler.stats().cached_tokens, 12);
-}
-
-TEST(Scheduler, SaltsAndRotaryFrequenciesShareNothing) {
-  Rig rig;
-  Request one, two;
-  one.sampling.max_new_tokens = two.sampling.max_new_tokens = 1;
-  two.cache_salt = "two";
-  rig.Submit(MakePrompt(1, 20), one);
-  rig.StepUntilDone();
-  for (const Request& request : {one, two}) {
-    const RequestId id = rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 20), 2.0f), 0.0);
-    rig.StepUntilDone();
-    EXPECT_EQ(rig.scheduler.Get(id).cached_tokens, 0);
-    EXPECT_EQ(rig.Generated(id), FakeModel::Continue(MakePrompt(1, 20), 1, 2.0f));
-  }
-  const RequestId again = rig.Submit(MakePrompt(1, 20), two);
-  rig.StepUntilDone();
-  EXPECT_EQ(rig.scheduler.Get(again).cached_tokens, 0);
-  const RequestId same = rig.Submit(MakePrompt(1, 20), one);
-  rig.StepUntilDone();
-  EXPECT_EQ(rig.scheduler.Get(same).cached_tokens, 16);
-}
-
 TEST(Scheduler, CorrectionsReadAgainWhatWasDecodedSparsely) {
   Rig rig;
   Request request = TidalRequest(8, 4);

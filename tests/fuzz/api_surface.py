@@ -98,6 +98,10 @@ RECEIVERS = {
     "MemoryPlan": Receiver(("made",), lambda host, state: host.memory_plan()),
     "DecodeConfig": Receiver(("made",), lambda host, state: host.config),
     "PlanConfig": Receiver(("made",), lambda host, state: tidaldecode.PlanConfig()),
+    "TokenLogprobs": Receiver(
+        ("made",),
+        lambda host, state: tidaldecode.TokenLogprobs(token_id=1, logprob=-1.0, rank=1, top=()),
+    ),
     "Verification": Receiver(
         ("made",),
         lambda host, state: tidaldecode.Verification(
@@ -109,7 +113,7 @@ RECEIVERS = {
 # others are plain values, which hold whatever they are given.
 _NOT_CONSTRUCTED = (
     "Session", "TextStream", "Request", "Replay", "GenerationResult", "MemoryPlan", "Timings",
-    "Verification",
+    "TokenLogprobs", "Verification",
 )  # fmt: skip
 
 

@@ -66,6 +66,8 @@ VALID: dict[str, tuple[str, ...]] = {
     "revision": ("None", "'main'"),
     "plan": ("None", "tidaldecode.PlanConfig(scored_layers=[1], token_budget=8)"),
     "priority": ("0", "-3", "7"),
+    "n": ("1", "2"),
+    "cache_salt": ("''", "'a caller'"),
     "logprobs": ("None", "0", "5"),
     "prompt_logprobs": ("None", "0", "20"),
     "timeout": ("5.0", "30"),

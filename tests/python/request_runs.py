@@ -60,6 +60,20 @@ def async_requests(bench: Bench) -> None:
     assert len(texts) == 6 and all(texts)
 
 
+@uses("Request.choices", "n", "cache_salt")
+def several_answers(bench: Bench) -> None:
+    with bench.open() as decoder:
+        options = {"max_new_tokens": 6, "temperature": 1.0}
+        first = decoder.submit(IDS, n=3, cache_salt="one", seed=5, **options)
+        answers = [choice.result().token_ids for choice in first.choices]
+        alone = [
+            decoder.submit(IDS, cache_salt="two", seed=5 + i, **options).result() for i in range(3)
+        ]
+        assert len(answers) == 3
+        assert bench.device == "cuda" or answers == [answer.token_ids for answer in alone]
+        assert alone[1].cached_tokens > 0 or len(IDS) <= decoder.config.page_size
+
+
 @uses("a plan of a request", "verify of a request", "priority")
 def own_plans(bench: Bench) -> None:
     decoder = bench.open(**PLAN)
@@ -80,7 +94,7 @@ def own_plans(bench: Bench) -> None:
     assert results[3].verification.dense_passes > 0
 
 
-@uses()
+@uses("logprobs", "prompt_logprobs", "TokenLogprobs")
 def log_probabilities(bench: Bench) -> None:
     for options in ({}, PLAN, {**PLAN, "verify": True}):
         decoder = bench.open(**options)

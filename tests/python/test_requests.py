@@ -403,3 +403,49 @@ class TestPrefixCache:
             answer = decoder.generate(prompt, max_new_tokens=40, **GREEDY).token_ids
             again = decoder.generate(prompt + list(answer), max_new_tokens=3, **GREEDY)
             assert again.cached_tokens == 16, "the prompt's whole pages, and none of the answer's"
+
+
+def test_several_answers_to_a_prompt_read_it_once(folder: Path):
+    prompt = random_prompt(TINY, 200, seed=3)
+    options = {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+    with open_decoder(folder, max_batch_size=8, max_seq_len=256) as decoder:
+        first = decoder.submit(prompt, n=4, seed=11, **options)
+        assert first.choices[0] is first and len(first.choices) == 4
+        answers = [choice.result() for choice in first.choices]
+        # Twelve whole pages are found by the three others.
+        assert [answer.cached_tokens for answer in answers] == [0, 192, 192, 192]
+        assert decoder.stats()["read_tokens"] == 200 + 3 * 8
+    with open_decoder(folder, max_seq_len=256, prefix_cache=False) as decoder:
+        for i, answer in enumerate(answers):
+            alone = decoder.generate(prompt, seed=11 + i, **options)
+            assert alone.token_ids == answer.token_ids
+        unlike = decoder.submit(prompt, n=3, **options)
+        assert len({choice.result().token_ids for choice in unlike.choices}) == 3
+
+
+def test_cancelling_a_request_ends_all_its_choices(folder: Path):
+    with open_decoder(folder, max_seq_len=4096) as decoder:
+        first = decoder.submit(PROMPT, n=3, max_new_tokens=4000, **GREEDY)
+        first.choices[2].cancel()
+        assert first.status != "finished"
+        first.cancel()
+        assert {choice.result().finish_reason for choice in first.choices} == {"abort"}
+        assert decoder.stats()["pages_held"] == 0
+    with open_decoder(folder) as decoder:
+        for bad in (0, -1, 129, 1.5, True, "2", None):
+            with pytest.raises(InvalidArgument, match=r"^n: got .*expected"):
+                decoder.submit(PROMPT, n=bad)
+
+
+def test_a_salt_keeps_prompts_apart(folder: Path):
+    prompt = random_prompt(TINY, 50, seed=4)
+    with open_decoder(folder) as decoder:
+
+        def found(**options: Any) -> int:
+            return decoder.submit(prompt, max_new_tokens=2, **options).result().cached_tokens
+
+        assert [found(cache_salt="one"), found(cache_salt="one")] == [0, 48]
+        assert [found(cache_salt=salt) for salt in ("two", "", "", "\u00e9")] == [0, 0, 48, 0]
+        for bad in (None, 3, b"x", "\ud800"):
+            with pytest.raises(InvalidArgument, match="^cache_salt: "):
+                decoder.submit(prompt, cache_salt=bad)

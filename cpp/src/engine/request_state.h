@@ -145,8 +145,12 @@ class RequestState {
   double arrived_ms;
   double first_token_ms = 0.0;  // once there is one
   double finished_ms = 0.0;
-  int64_t cached_tokens = 0;   // of the prompt, in the cache when it began to read
-  int64_t known_tokens = 0;    // cached, or likely to be found when it begins to read
+  int64_t cached_tokens = 0;  // of the prompt, in the cache when it began to read
+  int64_t known_tokens = 0;   // cached, or likely to be found when it begins to read
+  // Another that came before and whose prompt begins with the same whole pages, and how many tokens
+  // those are: once they are read, both have them.
+  std::optional<RequestId> follows{};
+  int64_t followed_tokens = 0;
   int64_t reserve_tokens = 0;  // it was let in with room for so many
   int64_t num_scored = 0;      // tokens after which logits have been given, if they are wanted
   int64_t num_overtaken = 0;   // times a later one was let in because this one did not fit

@@ -79,10 +79,35 @@ RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
   if (prefixes_ != nullptr && added.reads_prefixes()) {
     int64_t num_pages = prefixes_->Peek(added.sequence.tokens, added.salt).num_pages;
     added.known_tokens = num_pages * pool_.page_size();
+    Follow(added);
   }
   waiting_.push_back(&added);
   may_admit_ = true;
   return next_id_++;
+}
+
+// Looks for a prompt that is to be read and begins as this one does, for at least half of what this
+// one would read.
+void Scheduler::Follow(RequestState& request) const {
+  const std::vector<int32_t>& tokens = request.sequence.tokens;
+  int64_t least = (request.num_tokens() + request.known_tokens) / 2;
+  for (const auto& [id, other] : requests_) {
+    if (request.followed_tokens + pool_.page_size() >= request.num_tokens()) return;
+    bool is_read = other.status == RequestStatus::kReading;
+    bool comes_first = other.status == RequestStatus::kQueued && !other.follows &&
+                       other.num_tokens() <= request.num_tokens();
+    if (id == request.id || !(is_read || comes_first) || other.request.keeps_pages) continue;
+    if (other.request.priority > request.request.priority || other.salt != request.salt) continue;
+    const std::vector<int32_t>& theirs = other.sequence.tokens;
+    int64_t length = std::mismatch(tokens.begin(), tokens.end() - 1, theirs.begin(),
+                                   theirs.begin() + other.read_to())
+                         .first -
+                     tokens.begin();
+    length -= length % pool_.page_size();
+    if (length < std::max(least, request.followed_tokens + 1)) continue;
+    request.follows = id;
+    request.followed_tokens = length;
+  }
 }
 
 std::vector<RequestId> Scheduler::InFlight() const {

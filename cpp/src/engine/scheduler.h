@@ -8,7 +8,8 @@
 // max_chunk_ms, and after it decoding gets its share of the time before the next chunk. The prompt
 // with the highest (waited + work) / work is read next, so that a short one soon goes before a long
 // one, and a long one waits no longer than in proportion. A quarter of the time is of whoever came
-// first, so that nobody waits without end.
+// first, so that nobody waits without end. Of prompts that begin alike one is read, and the others
+// find its pages: several answers to one prompt, or many questions about one document.
 //
 // Decoding goes in turns: in a turn each decoding request takes one step, by plan, or one draft,
 // after the correction of its cache if that is due. A round of drafts is checked once all have been
@@ -133,6 +134,7 @@ class Scheduler {
   const RequestState* Oldest() const;
   void PromoteOldest(const Room& room, std::vector<Candidate>& candidates);
   const RequestState* HeldUp() const;
+  bool WaitsForPrefix(RequestState& request);
   static bool IsLater(const Candidate& one, const Candidate& other);
   bool ReadNext(RequestState& request, Room& room, Batch& batch);
   bool PlanTurn(Batch& batch);
@@ -166,6 +168,7 @@ class Scheduler {
 
   // scheduler.cc
   void CheckFits(const Request& request, const Sequence& sequence) const;
+  void Follow(RequestState& request) const;
   void ShareOut(double elapsed_ms) noexcept;
   void CommitRow(int64_t index, std::span<const int32_t> draws) noexcept;
   void AcceptDraws(int64_t index, std::span<const int32_t> draws) noexcept;

@@ -127,6 +127,21 @@ const RequestState* Scheduler::HeldUp() const {
   return first;
 }
 
+// Whether another is about to read what this one would read as well.
+bool Scheduler::WaitsForPrefix(RequestState& request) {
+  if (!request.follows) return false;
+  auto leader = requests_.find(*request.follows);
+  bool will_read = leader != requests_.end() &&
+                   (leader->second.status == RequestStatus::kQueued ||
+                    leader->second.status == RequestStatus::kReading) &&
+                   leader->second.sequence.cached < request.followed_tokens;
+  if (will_read) return true;
+  request.follows.reset();
+  int64_t num_pages = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
+  request.known_tokens = num_pages * pool_.page_size();
+  return false;
+}
+
 // Says how many tokens behind `begin` cached ones a chunk of the request takes in; 0: none.
 int64_t Scheduler::ChunkTokens(const RequestState& request, int64_t begin, const Room& room) const {
   int64_t unread = request.read_to() - begin;
@@ -199,6 +214,7 @@ bool Scheduler::PlanChunk(Batch& batch) {
       // It was paused just now, or somebody waits for the room that it would take.
       if (!next.is_waiting || free_rows_.empty()) continue;
       if (held_up != nullptr && held_up->HasPriorityOver(request)) continue;
+      if (WaitsForPrefix(request)) continue;
       int64_t unread = request.read_to() - request.known_tokens;
       if (!batch.rows.empty() && ChunkTokens(request, request.known_tokens, room) < unread) break;
       if (!Admit(request)) {
