@@ -93,6 +93,15 @@ std::vector<SequenceResult> PyGeneration::results() const {
   return WithoutGil(get(), [](Generation& generation) { return generation.results(); });
 }
 
+// Those of a sequence's tokens from `first` on that have been handed out.
+std::vector<TokenLogprobs> LogprobsFrom(const PyGeneration& self, size_t sequence, size_t first) {
+  const std::vector<SequenceResult> results = self.results();
+  TIDAL_CHECK(sequence < results.size(), InvalidArgument, "sequence: got ", sequence,
+              ", expected 0 to ", results.size() - 1);
+  const std::vector<TokenLogprobs>& all = results[sequence].logprobs;
+  return {all.begin() + static_cast<int64_t>(std::min(first, all.size())), all.end()};
+}
+
 void RegisterGeneration(py::module_& module) {
   py::class_<Verification>(module, "Verification")
       .def_readonly("drafted_tokens", &Verification::drafted_tokens)
@@ -129,8 +138,16 @@ void RegisterGeneration(py::module_& module) {
       .def("forget_fd", &ForgetFd, py::arg("event_fd"))
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
       .def("results", &PyGeneration::results)
+      .def("logprobs", &LogprobsFrom, py::arg("sequence"), py::arg("first"))
       .def("close", &PyGeneration::Close)
       .def_property_readonly("done", &PyGeneration::done)
+      .def_property_readonly("has_news",
+                             [](const PyGeneration& self) {
+                               if (self.is_closed()) return true;
+                               return WithoutGil(self.get(), [](const Generation& generation) {
+                                 return generation.has_news();
+                               });
+                             })
       .def_property_readonly("prefill_progress", [](const PyGeneration& self) {
         PrefillProgress progress = self.prefill_progress();
         return std::pair(progress.tokens_done, progress.tokens_total);

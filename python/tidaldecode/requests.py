@@ -18,6 +18,7 @@ from tidaldecode.config import DecodeConfig, PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
 from tidaldecode.errors import ConfigError
 from tidaldecode.plans import choose_plan
+from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
 from tidaldecode.sampling import check_bool, check_integer, check_seconds
 from tidaldecode.stream import TextStream
 from tidaldecode.text.chat import check_text
@@ -25,7 +26,6 @@ from tidaldecode.text.chat import check_text
 if TYPE_CHECKING:
     from tidaldecode import _core
     from tidaldecode.checkpoint.model_folder import ModelFolder
-    from tidaldecode.results import GenerationResult
 
 
 MAX_CHOICES = 128  # answers to one prompt
@@ -86,6 +86,7 @@ class Request:
         self._stream = stream
         self._generation = generation
         self._others: tuple[Request, ...] = ()
+        self._bell: _Bell | None = None  # while an event loop waits for it
 
     @classmethod
     def with_choices(cls, choices: Sequence[Request]) -> Request:
@@ -134,6 +135,18 @@ class Request:
         """The next piece of text, as TextStream.read()."""
         return self._stream.read(timeout)
 
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that have been read, and that there are to read: without those that
+        a session or the prefix cache had."""
+        return self._generation.prefill_progress
+
+    def new_logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:
+        """Those of the tokens from index `first` on that have been read so far; none unless they
+        were asked for."""
+        found = self._generation.logprobs(0, first)
+        return token_logprobs(self._stream.token_ids[first : first + len(found)], found)
+
     def cancel(self) -> None:
         """Ends all its choices where they are (finish_reason "abort"), but for those that have
         ended."""
@@ -148,7 +161,11 @@ class Request:
 
     async def __anext__(self) -> str:
         while True:
-            piece = self._stream.read(0.0)
+            try:
+                piece = self._stream.read(0.0)
+            finally:
+                if self._stream.result is not None or self._stream.error is not None:
+                    self._silence()
             if piece:
                 return piece
             if self._stream.result is not None:
@@ -173,20 +190,48 @@ class Request:
 
     async def _news(self) -> None:
         """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
-        loop = asyncio.get_running_loop()
-        news = asyncio.Event()
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.add_reader(fd, news.set)
+        if self._bell is None:
+            self._bell = _Bell(self._generation)
         try:
-            if self._generation.notify_at(fd):
-                await news.wait()
+            await self._bell.ring()
         except asyncio.CancelledError:
+            self._silence()
             await asyncio.to_thread(self.cancel)
             raise
-        finally:
-            self._generation.forget_fd(fd)
-            loop.remove_reader(fd)
-            os.close(fd)
+
+    def _silence(self) -> None:
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.close()
 
     def __repr__(self) -> str:
         return f"Request({self.status})"
+
+
+class _Bell:
+    """Tells an event loop that the engine has news of a request, by an eventfd of its own."""
+
+    def __init__(self, generation: _core.Generation) -> None:
+        self._generation = generation
+        self._loop = asyncio.get_running_loop()
+        self._rings = asyncio.Event()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._fd, self._hear)
+        if not generation.notify_at(self._fd):
+            self._rings.set()
+
+    def _hear(self) -> None:
+        os.eventfd_read(self._fd)
+        self._rings.set()
+
+    async def ring(self) -> None:
+        """Waits until there is something to read."""
+        while not self._generation.has_news:
+            await self._rings.wait()
+            self._rings.clear()
+
+    def close(self) -> None:
+        self._generation.forget_fd(self._fd)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        os.close(self._fd)

@@ -8,13 +8,16 @@ import tidaldecode
 from feature_runs import IDS, PLAN, Bench, uses
 
 
-@uses("Request.read", "Request.token_ids")
+@uses("Request.read", "Request.token_ids", "Request.prefill_progress", "Request.new_logprobs")
 def read_a_request(bench: Bench) -> None:
-    request = bench.open().submit(IDS, max_new_tokens=8, ignore_eos=True)
-    text = ""
+    request = bench.open().submit(IDS, max_new_tokens=8, ignore_eos=True, logprobs=1)
+    text, logprobs = "", []
     while request.status != "finished" or len(request.token_ids) < 8:
         text += request.read(timeout=0.05)
+        logprobs += request.new_logprobs(len(logprobs))
     assert text == request.result().text
+    assert tuple(logprobs) == request.result().logprobs
+    assert request.prefill_progress == (len(IDS), len(IDS))
     assert tuple(request.token_ids) == request.result().token_ids
 
 

@@ -449,3 +449,21 @@ def test_a_salt_keeps_prompts_apart(folder: Path):
         for bad in (None, 3, b"x", "\ud800"):
             with pytest.raises(InvalidArgument, match="^cache_salt: "):
                 decoder.submit(prompt, cache_salt=bad)
+
+
+def test_an_event_loop_hears_every_token_of_drafts_that_were_kept(folder: Path):
+    """Several tokens of one pass are read one after the other, and nobody waits for a next pass."""
+    plan = {"attention": "tidal", "scored_layers": (1, 2), "token_budget": 16, "verify": True}
+
+    async def run(decoder: Decoder) -> list[str]:
+        requests = [decoder.submit([5 + i] * 40, max_new_tokens=30, **GREEDY) for i in range(3)]
+
+        async def whole(request: Request) -> str:
+            return "".join([piece async for piece in request])
+
+        return await asyncio.wait_for(asyncio.gather(*map(whole, requests)), 60)
+
+    with open_decoder(folder, max_batch_size=4, max_seq_len=128, **plan) as decoder:
+        texts = asyncio.run(run(decoder))
+        expected = decoder.generate([[5 + i] * 40 for i in range(3)], max_new_tokens=30, **GREEDY)
+        assert texts == [result.text for result in expected]

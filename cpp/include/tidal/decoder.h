@@ -41,6 +41,9 @@ class Generation {
   // Where a sequence is, which may be ahead of what has been handed out.
   RequestStatus Status(int64_t sequence) const;
 
+  // Whether Advance() would return at once.
+  bool has_news() const;
+
   // From now on adds 1 to this eventfd whenever there is news for Advance(), or its end; at once if
   // there is already. ForgetFd ends that, before the fd is closed.
   void NotifyAt(int fd);

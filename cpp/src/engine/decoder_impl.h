@@ -194,6 +194,7 @@ struct Generation::Impl {
   void Close();
   std::vector<SequenceResult> Results() const;
   RequestStatus Status(int64_t sequence) const;
+  bool HasNews() const;  // the caller holds the decoder's mutex
   void NotifyAt(int fd);
   void ForgetFd(int fd);
   // Wakes whoever waits for news.

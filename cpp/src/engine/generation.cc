@@ -271,10 +271,14 @@ RequestStatus Generation::Impl::Status(int64_t index) const {
   return decoder->scheduler.Get(running[i].id).status;
 }
 
+bool Generation::Impl::HasNews() const {
+  return !news.empty() || num_alive == 0 || decoder->is_closed;
+}
+
 void Generation::Impl::NotifyAt(int fd) {
   auto lock = decoder->EnterToEnd();
   event_fds.push_back(fd);
-  if (!news.empty() || num_alive == 0 || decoder->is_closed) Wake();
+  if (HasNews()) Wake();
 }
 
 void Generation::Impl::ForgetFd(int fd) {
@@ -309,6 +313,10 @@ void Generation::Close() {
 }
 RequestStatus Generation::Status(int64_t sequence) const {
   return impl_->Status(sequence);
+}
+bool Generation::has_news() const {
+  auto lock = impl_->decoder->EnterToEnd();
+  return impl_->HasNews();
 }
 void Generation::NotifyAt(int fd) {
   impl_->NotifyAt(fd);
