@@ -134,6 +134,7 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("gpu_memory_utilization", &DecodeConfig::gpu_memory_utilization)
       .def_readwrite("prefix_cache", &DecodeConfig::prefix_cache)
       .def_readwrite("prefill_chunk", &DecodeConfig::prefill_chunk)
+      .def_readwrite("host_kv_gib", &DecodeConfig::host_kv_gib)
       .def_readwrite("max_chunk_ms", &DecodeConfig::max_chunk_ms)
       .def_readwrite("decode_share", &DecodeConfig::decode_share)
       .def_readwrite("cuda_graphs", &DecodeConfig::cuda_graphs)

@@ -88,6 +88,7 @@ py::dict StatsDict(const PyDecoder& self) {
   result["pages_free"] = stats.pages_free;
   result["pages_held"] = stats.pages_held;
   result["pages_cached"] = stats.pages_cached;
+  result["pages_on_host"] = stats.pages_on_host;
   result["num_chunks"] = stats.num_chunks;
   result["num_steps"] = stats.num_steps;
   result["num_pauses"] = stats.num_pauses;

@@ -76,6 +76,7 @@ class DecodeConfig(PlanConfig):
     page_size: int
     num_pages: int
     gpu_memory_utilization: float
+    host_kv_gib: float
     prefix_cache: bool
     prefill_chunk: int
     max_chunk_ms: float

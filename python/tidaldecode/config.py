@@ -51,6 +51,7 @@ _INT_RANGES = {
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "gpu_memory_utilization": (lambda share: 0 < share <= 1, "a number in (0, 1]"),
+    "host_kv_gib": (lambda gib: 0 <= gib <= 65536, "a number in [0, 65536]"),
     "max_chunk_ms": (lambda ms: 0 < ms <= 1e9, "a number in (0, 1e9]"),
     "decode_share": (lambda share: 0 <= share < 1, "a number in [0, 1)"),
 }
@@ -170,6 +171,9 @@ class DecodeConfig(PlanConfig):
         gpu_memory_utilization: share of the memory that weights, cache and everything else may take
             in all, in (0, 1]; 0.9 if None. On a GPU of its whole memory, as far as that is free; on
             the CPU of the memory that is free.
+        host_kv_gib: GiB of host memory for the pages of requests that are paused to make room for
+            others; they go on from them. Without room there, 0 if None, what they had read is read
+            again, and what they had decoded sparsely becomes dense.
         prefix_cache: False reads every prompt whole; else pages that an earlier call has read are
             found again by their tokens (GenerationResult.cached_tokens). None is True.
         prefill_chunk: prompt tokens per pass; None is the backend's choice.
@@ -197,6 +201,7 @@ class DecodeConfig(PlanConfig):
     page_size: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float | None = None
+    host_kv_gib: float | None = None
     prefix_cache: bool | None = None
     prefill_chunk: int | None = None
     max_chunk_ms: float | None = None

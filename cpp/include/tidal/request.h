@@ -82,10 +82,11 @@ struct DecoderStats {
   int64_t num_waiting = 0;  // requests that have not begun
   int64_t num_reading = 0;
   int64_t num_decoding = 0;
-  int64_t num_paused = 0;    // they gave their pages to others, and go on when there is room
-  int64_t pages_free = 0;    // these three are all pages
-  int64_t pages_held = 0;    // that belong to requests and sessions
-  int64_t pages_cached = 0;  // that the prefix cache knows and nobody owns: room as well
+  int64_t num_paused = 0;     // they gave their pages to others, and go on when there is room
+  int64_t pages_free = 0;     // these three are all pages
+  int64_t pages_held = 0;     // that belong to requests and sessions
+  int64_t pages_on_host = 0;  // in host memory: of requests that are paused
+  int64_t pages_cached = 0;   // that the prefix cache knows and nobody owns: room as well
   // Since the start:
   int64_t num_chunks = 0;  // passes that read prompts, corrected or checked drafts
   int64_t num_steps = 0;   // passes that decoded a token of each row

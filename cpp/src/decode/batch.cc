@@ -18,7 +18,8 @@ int64_t NumFollowed(const BatchRow& row) {
 }
 
 void CheckBatch(const Batch& batch) {
-  TIDAL_CHECK(!batch.rows.empty(), InvalidArgument, "batch: got no rows, expected at least one");
+  TIDAL_CHECK(!batch.rows.empty() || !batch.saves.empty(), InvalidArgument,
+              "batch: got no rows, expected at least one");
   std::vector<const Sequence*> sequences(batch.rows.size());
   for (size_t i = 0; i < batch.rows.size(); ++i) {
     const BatchRow& row = batch.rows[i];

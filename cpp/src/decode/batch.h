@@ -39,7 +39,11 @@ int64_t NumFollowed(const BatchRow& row);
 struct Batch {
   std::vector<BatchRow> rows;
   PlanId plan = PlanId::kDense;
-  std::vector<PageCopy> copies{};  // of whole pages, before anything else
+  // Of whole pages, before anything else and in this order: from the cache to host pages, from host
+  // pages to the cache, within the cache. A batch without rows may have some.
+  std::vector<PageCopy> saves{};
+  std::vector<PageCopy> restores{};
+  std::vector<PageCopy> copies{};
 
   bool is_step() const;
 };

@@ -52,6 +52,8 @@ std::vector<DrawRow> StepDraws(const Batch& batch, int64_t num_rows) {
   return draws;
 }
 
+constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+
 // The same settings but for the layers: none that chooses.
 DecodeConfig WithoutChoice(DecodeConfig config) {
   config.select_layers.clear();
@@ -92,6 +94,9 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   buffers_ = std::make_unique<RunnerBuffers>(*backend_, model_, config_, plan_);
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
+  num_host_pages_ = static_cast<int64_t>(config_.host_kv_gib * kGiB) /
+                    PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
+  host_pages_ = std::make_unique<HostPages>(*cache_, num_host_pages_);
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);
@@ -155,7 +160,10 @@ Drawn ModelRunner::Run(const Batch& batch) {
   CheckProcessRuns();
   CheckBatch(batch);
   CheckFits(batch);
+  host_pages_->Save(*backend_, batch.saves);
+  host_pages_->Restore(*backend_, batch.restores);
   CopyPages(batch.copies);
+  if (batch.rows.empty()) return {};
   PrepareDraws(batch);
   Drawn drawn = batch.is_step() ? RunStep(batch) : RunChunk(batch);
   FinishDraws(batch, drawn);

@@ -12,6 +12,7 @@
 #include "decode/batch.h"
 #include "decode/runner_buffers.h"
 #include "decode/transformer.h"
+#include "kv/host_pages.h"
 #include "kv/paged_kv_cache.h"
 #include "kv/shadow_cache.h"
 #include "model/weights.h"
@@ -64,6 +65,9 @@ class ModelRunner {
   // Whole pages, as SequencePages::Own asks for.
   void CopyPages(const std::vector<PageCopy>& copies);
 
+  // Pages in host memory that a batch may name.
+  int64_t num_host_pages() const { return num_host_pages_; }
+
   // Puts random K and V into pages of the sequences that never had any, for measuring.
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
 
@@ -108,6 +112,8 @@ class ModelRunner {
   ModelWeights weights_;
   std::unique_ptr<RunnerBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
+  int64_t num_host_pages_;
+  std::unique_ptr<HostPages> host_pages_;
   std::unique_ptr<Transformer> transformer_;
   ShadowBalance shadow_balance_;  // empty until a plan has a shadow
   std::map<PlanId, std::unique_ptr<ActivePlan>> plans_;

@@ -56,6 +56,8 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
   CheckAtLeast("num_threads", c.num_threads, 0);
   TIDAL_CHECK(c.max_chunk_ms > 0.0, InvalidArgument, "max_chunk_ms: got ", c.max_chunk_ms,
               ", expected > 0");
+  TIDAL_CHECK(c.host_kv_gib >= 0.0 && c.host_kv_gib <= kMaxHostKvGib, InvalidArgument,
+              "host_kv_gib: got ", c.host_kv_gib, ", expected 0 to ", kMaxHostKvGib);
   TIDAL_CHECK(c.decode_share >= 0.0 && c.decode_share < 1.0, InvalidArgument, "decode_share: got ",
               c.decode_share, ", expected 0 <= share < 1");
   // Positions, rows and page ids are 32-bit on the device.

@@ -106,6 +106,7 @@ Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
                  .max_seq_len = runner.config().max_seq_len,
                  .max_chunk_ms = config.max_chunk_ms,
                  .decode_share = config.decode_share,
+                 .max_host_pages = runner.num_host_pages(),
                  .max_stuck_ms = kMaxStuckMs}) {}
 
 Decoder::Impl::~Impl() {

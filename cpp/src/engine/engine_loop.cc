@@ -50,7 +50,7 @@ bool Decoder::Impl::RunPass() {
   try {
     const Batch batch = scheduler.Next(NowMs());
     in_flight = scheduler.InFlight();
-    if (!batch.rows.empty()) {
+    if (!batch.rows.empty() || !batch.saves.empty()) {
       lock.unlock();
       drawn = runner.Run(batch);
       lock.lock();

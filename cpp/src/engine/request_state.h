@@ -147,6 +147,14 @@ class RequestState {
   double finished_ms = 0.0;
   int64_t cached_tokens = 0;  // of the prompt, in the cache when it began to read
   int64_t known_tokens = 0;   // cached, or likely to be found when it begins to read
+  // What was in the cache when it was paused, in host memory.
+  struct OnHost {
+    std::vector<int32_t> pages;  // host pages of its cached tokens
+    int64_t cached = 0;
+    int64_t num_sparse = 0;
+    int64_t clean_len = 0;
+  };
+  std::optional<OnHost> on_host{};
   // Another that came before and whose prompt begins with the same whole pages, and how many tokens
   // those are: once they are read, both have them.
   std::optional<RequestId> follows{};

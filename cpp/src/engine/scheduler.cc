@@ -19,7 +19,10 @@ constexpr double kOldestShare = 0.25;
 }  // namespace
 
 Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits)
-    : pool_(pool), prefixes_(prefixes), limits_(limits) {
+    : pool_(pool),
+      prefixes_(prefixes),
+      limits_(limits),
+      host_pool_(limits.max_host_pages, pool.page_size()) {
   TIDAL_CHECK(limits.max_rows >= 1 && limits.max_pass_tokens >= 1 && limits.max_pass_draws >= 1 &&
                   limits.max_check_tokens >= 1 && limits.max_seq_len >= 1,
               InvalidArgument, "scheduler: got ", limits.max_rows, " rows, passes of ",
@@ -222,6 +225,7 @@ void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexc
 void Scheduler::EndPass() noexcept {
   auto end = [this](RequestState& request) {
     request.is_in_flight = false;
+    if (request.status != RequestStatus::kPaused) ForgetSaved(request);  // it has been restored
     FinishReason reason = request.finish_reason;
     if (reason == FinishReason::kNone) reason = request.ends_as;
     bool has_ended = request.status == RequestStatus::kFinished;
@@ -231,6 +235,7 @@ void Scheduler::EndPass() noexcept {
   for (const Copying& copying : copying_) end(*copying.request);
   in_flight_.clear();
   copying_.clear();
+  saving_.clear();
   num_events_in_flight_ = 0;
   work_ = {};
 }
@@ -251,6 +256,12 @@ void Scheduler::Fail(double now_ms) noexcept {
     copying.request->failure = RequestFailure::kPassFailed;
     copying.request->sequence.Rewind(copying.first);
   }
+  for (RequestId id : saving_) {
+    auto paused = requests_.find(id);
+    if (paused != requests_.end()) ForgetSaved(paused->second);
+  }
+  saves_.clear();
+  restores_.clear();
   copies_.clear();
   EndPass();
 }
@@ -276,6 +287,7 @@ void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
   if (request.is_running()) LeaveRow(request);
   std::erase(waiting_, &request);
   if (!request.request.keeps_pages) ReleasePages(request);
+  ForgetSaved(request);
   request.status = RequestStatus::kFinished;
   request.finish_reason = reason;
   request.finished_ms = now_ms_;
@@ -336,6 +348,7 @@ DecoderStats Scheduler::stats() const {
   }
   stats.pages_cached = pool_.num_idle();
   stats.pages_free = pool_.num_free() - pool_.num_idle();
+  stats.pages_on_host = host_pool_.num_pages() - host_pool_.num_free();
   stats.pages_held = pool_.num_pages() - pool_.num_free();
   return stats;
 }

@@ -17,9 +17,10 @@
 //
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
 // it have room beside what others were let in for; a session's turn takes all that it may need.
-// When pages run out nevertheless, the newest request is paused: its pages are given back, and it
-// reads its tokens again when there is room, densely, those too that it had decoded sparsely; what
-// the prefix cache still has is not read twice.
+// When pages run out nevertheless, the newest request is paused: its pages are given back. Where
+// host memory has room for them they are kept there, and it goes on from them. Otherwise it reads
+// its tokens again when there is room, densely, those too that it had decoded sparsely; what the
+// prefix cache still has is not read twice.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +46,7 @@ struct SchedulerLimits {
   double max_chunk_ms = 60.0;      // of a pass over prompts while anybody decodes
   double decode_share = 0.25;      // of the time, in [0, 1)
   int64_t output_reserve = 1024;   // tokens to generate that must have room at admission
+  int64_t max_host_pages = 0;      // pages of paused requests in host memory
   int64_t max_overtakes = 8;       // of a request that does not fit, by others that do
   // How long the first in line waits, while nothing runs, for pages of sequences that the scheduler
   // does not know.
@@ -155,6 +157,10 @@ class Scheduler {
 
   // scheduler_room.cc: rows and pages.
   bool Admit(RequestState& request);
+  void Save(RequestState& request);
+  void Restore(RequestState& request);
+  void UndoRestore(RequestState& request) noexcept;
+  void ForgetSaved(RequestState& request) noexcept;
   int64_t PromisedPages() const;
   int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);
@@ -193,8 +199,13 @@ class Scheduler {
     RequestState* request;
     int64_t first;
   };
-  std::vector<PageCopy> copies_;  // that the next batch has to make
-  std::vector<Copying> copying_;
+  PagePool host_pool_;  // room for pages of paused requests
+  // That the next batch has to make, as Batch says.
+  std::vector<PageCopy> saves_;
+  std::vector<PageCopy> restores_;
+  std::vector<PageCopy> copies_;
+  std::vector<Copying> copying_;   // restored ones are among them
+  std::vector<RequestId> saving_;  // paused by the pass in flight
   std::vector<RowInFlight> in_flight_;
   size_t num_events_in_flight_ = 0;  // that the pass in flight may cause: room is reserved
   ChunkWork work_;           // of the pass in flight, if it is one over prompts or corrections

@@ -26,16 +26,20 @@ Batch Scheduler::Next(double now_ms) {
     is_planned = PlanChunk(batch) || PlanTurn(batch);
     if (is_planned || !running_.empty() || waiting_.empty()) break;
     if (!stuck_since_ms_) stuck_since_ms_ = now_ms;
-    if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) return batch;
+    if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) break;
     EndStuck();
   }
-  stuck_since_ms_.reset();
+  if (is_planned || !running_.empty() || waiting_.empty()) stuck_since_ms_.reset();
   num_events_in_flight_ = in_flight_.size() + copying_.size();
   for (const BatchRow& row : batch.rows) {
     num_events_in_flight_ += static_cast<size_t>(row.num_draws);
   }
   ReserveEvents(num_events_in_flight_);
-  if (!batch.rows.empty()) batch.copies = std::exchange(copies_, {});
+  if (!batch.rows.empty() || !saves_.empty()) {
+    batch.saves = std::exchange(saves_, {});
+    batch.restores = std::exchange(restores_, {});
+    batch.copies = std::exchange(copies_, {});
+  }
   return batch;
 }
 

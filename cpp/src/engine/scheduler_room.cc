@@ -27,7 +27,7 @@ bool Scheduler::Admit(RequestState& request) {
   Sequence& sequence = request.sequence;
   int64_t output = std::min(limits_.output_reserve, request.max_tokens() - request.num_tokens());
   int64_t reserve = request.num_tokens() + output;
-  bool finds = prefixes_ != nullptr && request.reads_prefixes();
+  bool finds = prefixes_ != nullptr && request.reads_prefixes() && !request.on_host;
   int64_t missing;
   if (request.request.keeps_pages) {
     missing =
@@ -40,6 +40,7 @@ bool Scheduler::Admit(RequestState& request) {
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
   if (request.request.keeps_pages) Own(request, request.max_tokens(), request.first_written());
+  if (request.on_host) Restore(request);
   if (finds) {
     sequence.pages.Adopt(prefixes_->Find(sequence.tokens, request.salt));
     auto num_pages = static_cast<int64_t>(sequence.pages.pages().size());
@@ -103,19 +104,72 @@ RequestState& Scheduler::NewestToPause(RequestState& otherwise) const {
 }
 
 void Scheduler::Pause(RequestState& request) {
-  waiting_.push_back(&request);  // which may throw, before anything has changed
   request.DropDrafts();
+  // What may throw comes before any change.
+  if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+  request.on_host ? UndoRestore(request) : Save(request);
+  waiting_.push_back(&request);
   Publish(request);
   LeaveRow(request);
   ReleasePages(request);
   request.status = RequestStatus::kPaused;
-  request.known_tokens = 0;
-  if (prefixes_ != nullptr) {
+  request.known_tokens = request.on_host ? request.on_host->cached : 0;
+  if (prefixes_ != nullptr && !request.on_host) {
     int64_t known = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
     request.known_tokens = known * pool_.page_size();
   }
   ++request.num_pauses;
   ++counts_.num_pauses;
+}
+
+// Has the next pass bring what is cached of a request to host memory, if there is room.
+void Scheduler::Save(RequestState& request) {
+  const Sequence& sequence = request.sequence;
+  const std::vector<int32_t>& pages = sequence.pages.pages();
+  auto count = static_cast<size_t>(pool_.PagesFor(sequence.cached));
+  if (count == 0 || static_cast<int64_t>(count) > host_pool_.num_free()) return;
+  saves_.reserve(saves_.size() + count);
+  saving_.reserve(saving_.size() + 1);
+  request.on_host = {.pages = host_pool_.Take(static_cast<int64_t>(count)),
+                     .cached = sequence.cached,
+                     .num_sparse = sequence.num_sparse,
+                     .clean_len = sequence.clean_len};
+  for (size_t i = 0; i < count; ++i) saves_.push_back({pages[i], request.on_host->pages[i]});
+  saving_.push_back(request.id);
+}
+
+// Gives the request pages of its own, into which the next pass brings what it has in host memory.
+// The host pages are free once that has happened.
+void Scheduler::Restore(RequestState& request) {
+  Sequence& sequence = request.sequence;
+  const RequestState::OnHost& saved = *request.on_host;
+  restores_.reserve(restores_.size() + saved.pages.size());
+  copying_.reserve(copying_.size() + 1);
+  sequence.pages.Own(saved.cached, 0, 0);
+  for (size_t i = 0; i < saved.pages.size(); ++i) {
+    restores_.push_back({saved.pages[i], sequence.pages.pages()[i]});
+  }
+  sequence.cached = saved.cached;
+  sequence.num_sparse = saved.num_sparse;
+  sequence.clean_len = saved.clean_len;
+  copying_.push_back({&request, 0});
+  request.is_in_flight = true;
+}
+
+// For whoever was let in by the pass that is being planned, and has no room to go on.
+void Scheduler::UndoRestore(RequestState& request) noexcept {
+  std::erase_if(restores_, [&](const PageCopy& copy) {
+    const std::vector<int32_t>& pages = request.on_host->pages;
+    return std::find(pages.begin(), pages.end(), copy.from) != pages.end();
+  });
+  std::erase_if(copying_, [&](const Copying& copying) { return copying.request == &request; });
+  request.is_in_flight = false;
+}
+
+void Scheduler::ForgetSaved(RequestState& request) noexcept {
+  if (!request.on_host) return;
+  host_pool_.Release(request.on_host->pages);
+  request.on_host.reset();
 }
 
 void Scheduler::LeaveRow(RequestState& request) noexcept {
@@ -143,6 +197,7 @@ void Scheduler::CheckIntegrity() const {
     if (!holds) throw std::logic_error(what);
   };
   std::vector<int32_t> rows = free_rows_;
+  int64_t num_saved = 0;
   size_t num_listed = running_.size() + waiting_.size();
   for (const auto& [id, request] : requests_) {
     const Sequence& sequence = request.sequence;
@@ -159,8 +214,12 @@ void Scheduler::CheckIntegrity() const {
       expect(request.finish_reason != FinishReason::kNone, "a request ended without a reason");
     }
     if (request.is_running()) rows.push_back(sequence.sampling.slot);
+    if (request.on_host) num_saved += static_cast<int64_t>(request.on_host->pages.size());
+    bool may_be_saved = request.status == RequestStatus::kPaused || request.is_in_flight;
+    expect(may_be_saved || !request.on_host, "a request that is not paused is in host memory");
   }
   std::sort(rows.begin(), rows.end());
+  expect(num_saved == host_pool_.num_pages() - host_pool_.num_free(), "host pages were lost");
   expect(num_listed == requests_.size(), "a request is in no list, or in two");
   expect(static_cast<int64_t>(rows.size()) == limits_.max_rows, "rows were lost, or made");
   for (size_t i = 0; i < rows.size(); ++i) {

@@ -9,8 +9,8 @@ namespace tidal {
 
 PagePool::PagePool(int64_t num_pages, int64_t page_size)
     : num_pages_(num_pages), page_size_(page_size) {
-  TIDAL_CHECK(num_pages > 0 && page_size > 0, InvalidArgument, "page pool: got ", num_pages,
-              " pages of ", page_size, " tokens, expected both >= 1");
+  TIDAL_CHECK(num_pages >= 0 && page_size > 0, InvalidArgument, "page pool: got ", num_pages,
+              " pages of ", page_size, " tokens, expected >= 0 and >= 1");
   num_owners_.assign(static_cast<size_t>(num_pages), 0);
   is_held_.assign(static_cast<size_t>(num_pages), false);
   free_.reserve(static_cast<size_t>(num_pages));

@@ -50,6 +50,12 @@ PagedKv PagedKvCache::Layer(int64_t layer, const TensorView& page_table,
           .seq_lens = seq_lens};
 }
 
+std::vector<TensorView> PagedKvCache::halves() const {
+  std::vector<TensorView> halves = k_pages_;
+  halves.insert(halves.end(), v_pages_.begin(), v_pages_.end());
+  return halves;
+}
+
 void PagedKvCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
   for (const PageCopy& copy : copies) {
     for (const std::vector<TensorView>* layers : {&k_pages_, &v_pages_}) {

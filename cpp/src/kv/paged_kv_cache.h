@@ -24,6 +24,9 @@ class PagedKvCache {
   // The layer's pages with a pass's page_table and seq_lens.
   PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
 
+  // The K and the V pages of every layer: [num_pages, num_kv_heads, page_size, head_dim] each.
+  std::vector<TensorView> halves() const;
+
   // K and V of whole pages, in every layer.
   void Copy(Backend& backend, const std::vector<PageCopy>& copies);
 
