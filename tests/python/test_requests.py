@@ -491,3 +491,30 @@ def test_paused_requests_go_on_from_host_memory(folder: Path, is_sparse: bool):
     again, stats = run(**limits)
     assert stats["num_pauses"] > 0 and stats["read_tokens"] > 1000
     assert is_sparse or again == expected
+
+
+@pytest.mark.parametrize("kind", ["logits", "step_logits", "replay"])
+def test_others_decode_while_tokens_are_scored(folder: Path, kind: str):
+    ids = random_prompt(TINY, 1000, seed=5)
+
+    def replay(decoder: Decoder) -> Any:
+        with decoder.replay([ids[:16]], max_new_tokens=1000) as held:
+            return held.step_logits([ids[:900]], token_budget=16, scored_layers=(1, 2))[0]
+
+    scores = {
+        "logits": lambda decoder: decoder.logits(ids, last=1000),
+        "step_logits": lambda decoder: decoder.step_logits(ids, prefill=16),
+        "replay": replay,
+    }[kind]
+    options = {"max_batch_size": 2, "max_seq_len": 4096, "prefill_chunk": 16}
+    with open_decoder(folder, **options) as decoder, ThreadPoolExecutor() as pool:
+        expected = scores(decoder)
+        request = decoder.submit(PROMPT, max_new_tokens=4000, **GREEDY)
+        request.read(5.0)
+        scored = pool.submit(scores, decoder)
+        num_tokens = len(request.token_ids)
+        while not scored.done():
+            request.read(0.1)
+        assert len(request.token_ids) - num_tokens > 20, "it was held up"
+        request.cancel()
+        assert (scored.result() == expected).all()

@@ -34,19 +34,6 @@ void CheckScored(const std::vector<int32_t>& token_ids, int64_t vocab_size, int6
               " tokens, have max_seq_len ", max_seq_len, "; raise max_seq_len");
 }
 
-// Prefills the sequence; logits after its tokens from index `first` on.
-std::vector<float> PrefillAndScore(ModelRunner& runner, Sequence& sequence, int64_t first) {
-  std::vector<float> logits;
-  while (!sequence.prefilled()) {
-    BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
-    row.num_logits =
-        std::clamp<int64_t>(sequence.cached + row.num_tokens - first, 0, row.num_tokens);
-    const Drawn drawn = runner.Run({.rows = {row}});
-    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
-  }
-  return logits;
-}
-
 void CheckLength(const DecodeConfig& config, size_t index, size_t prompt_len,
                  int64_t max_new_tokens) {
   // Unsigned: max_new_tokens may be as large as int64 holds.
@@ -140,10 +127,30 @@ Decoder::Impl::Pause Decoder::Impl::EnterBetweenPasses() const {
   return pause;
 }
 
+std::unique_lock<FairMutex> Decoder::Impl::EnterForAPass() const {
+  process.Check("decoder");
+  std::unique_lock<FairMutex> lock(device);
+  CheckOpen();
+  return lock;
+}
+
 Decoder::Impl::Pause Decoder::Impl::PauseToEnd() const {
   process.Check("decoder");
   std::unique_lock<FairMutex> device_lock(device);
   return {std::move(device_lock), Lock(mutex)};
+}
+
+std::vector<float> Decoder::Impl::PrefillAndScore(Sequence& sequence, int64_t first) {
+  std::vector<float> logits;
+  while (!sequence.prefilled()) {
+    BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
+    row.num_logits =
+        std::clamp<int64_t>(sequence.cached + row.num_tokens - first, 0, row.num_tokens);
+    auto pass = EnterForAPass();
+    const Drawn drawn = runner.Run({.rows = {row}});
+    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
+  }
+  return logits;
 }
 
 DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) const {
@@ -199,25 +206,25 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
 std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
                                           int64_t num_positions) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
-  auto pause = impl_->EnterBetweenPasses();
-  ModelRunner& runner = impl_->runner;
+  auto lock = impl_->Enter();
   auto length = static_cast<int64_t>(token_ids.size());
-  Sequence sequence = impl_->sequences.Make(token_ids, length, runner.ScratchSampling());
-  Impl::Unlocked unlocked(pause);
-  return PrefillAndScore(runner, sequence, length - num_positions);
+  Sequence sequence = impl_->sequences.Make(token_ids, length, impl_->runner.ScratchSampling());
+  Impl::Unlocked unlocked(lock);
+  return impl_->PrefillAndScore(sequence, length - num_positions);
 }
 
 std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
                                          int64_t num_prefill) {
   CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
-  auto pause = impl_->EnterBetweenPasses();
+  auto lock = impl_->Enter();
   ModelRunner& runner = impl_->runner;
   auto length = static_cast<int64_t>(token_ids.size());
   std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
   Sequence sequence = impl_->sequences.Make(prompt, length, runner.ScratchSampling());
-  Impl::Unlocked unlocked(pause);
-  std::vector<float> logits = PrefillAndScore(runner, sequence, num_prefill - 1);
+  Impl::Unlocked unlocked(lock);
+  std::vector<float> logits = impl_->PrefillAndScore(sequence, num_prefill - 1);
   for (int64_t i = num_prefill; i < length; ++i) {
+    auto pass = impl_->EnterForAPass();
     sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
     CorrectCache(runner, sequence, config().correction_interval);
     const Drawn drawn = runner.Run({{{.sequence = &sequence, .num_logits = 1}}, PlanId::kDecoder});
@@ -232,7 +239,7 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   params.max_new_tokens = max_new_tokens;
   ValidateSamplingParams(params, model().vocab_size);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
-  auto pause = impl_->EnterBetweenPasses();
+  auto lock = impl_->Enter();
   CheckReplayFits(impl_->runner, prompts, max_new_tokens);
   auto replay = std::make_unique<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));

@@ -53,10 +53,10 @@ struct Decoder::Impl {
     std::unique_lock<FairMutex> device;
     Lock state;
   };
-  // Lets others look at requests while the device is busy with something that is none.
+  // Lets others look at requests meanwhile.
   class Unlocked {
    public:
-    explicit Unlocked(Pause& pause) : state_(pause.state) { state_.unlock(); }
+    explicit Unlocked(Lock& state) : state_(state) { state_.unlock(); }
     ~Unlocked() { state_.lock(); }
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
@@ -69,12 +69,18 @@ struct Decoder::Impl {
   // UnsupportedError in a forked child. Enter() takes `mutex`, during a pass too.
   Lock Enter() const;
   Pause EnterBetweenPasses() const;
+  // For one pass that is nobody's request. The caller must not hold `mutex`.
+  std::unique_lock<FairMutex> EnterForAPass() const;
   // To look at what has ended or to give it back. Throw UnsupportedError in a forked child.
   Lock EnterToEnd() const;
   Pause PauseToEnd() const;
 
   // Throws as Enter does.
   void CheckOpen() const;
+
+  // Prefills the sequence, between passes of others, and returns the logits after its tokens from
+  // index `first` on.
+  std::vector<float> PrefillAndScore(Sequence& sequence, int64_t first);
 
   // How a plan makes tokens, with drafts that are checked or without.
   DecodePolicy PolicyOf(const ActivePlan& plan, bool verifies) const;
@@ -121,14 +127,15 @@ struct Replay::Impl {
        int64_t max_new_tokens);
   ~Impl();
 
+  class PlannedSteps;
   struct Prompt {
     Sequence sequence;
     std::vector<float> logits;  // [vocab_size], after the prompt; empty until it has been read
     int32_t first_token = -1;   // the most likely one
   };
 
-  // Throws InvalidArgument once the replay is closed.
-  Decoder::Impl::Pause Enter() const;
+  // One call after the other. Throws InvalidArgument once the replay is closed.
+  std::unique_lock<std::mutex> Enter() const;
   // Gives the pages back.
   void Close();
 
@@ -138,6 +145,7 @@ struct Replay::Impl {
   std::vector<Sequence*> Rewind();
 
   std::shared_ptr<Decoder::Impl> decoder;
+  mutable std::mutex calls;  // before the decoder's locks; guards what follows
   int64_t max_new_tokens;
   std::vector<Prompt> prompts;
   bool is_closed = false;

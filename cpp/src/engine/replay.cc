@@ -1,6 +1,8 @@
 // Replay: prompts read once, their continuations decoded through one plan after the other. The
 // prompts' keys and values stay; those of a continuation are written over by the next.
 #include <algorithm>
+#include <mutex>
+#include <optional>
 #include <utility>
 
 #include "engine/decoder_impl.h"
@@ -9,24 +11,34 @@
 #include "tidal/error.h"
 
 namespace tidal {
-namespace {
 
-// Decode steps through a plan beside the decoder's.
-class PlannedSteps {
+// Decode steps through a plan beside the decoder's, between passes of others.
+class Replay::Impl::PlannedSteps {
  public:
-  PlannedSteps(ModelRunner& runner, const PlanConfig& plan) : runner_(runner), use_(runner, plan) {}
+  PlannedSteps(Decoder::Impl& decoder, const PlanConfig& plan)
+      : decoder_(decoder), runner_(decoder.runner) {
+    auto pause = decoder.EnterBetweenPasses();
+    use_.emplace(runner_, plan);
+  }
+  ~PlannedSteps() {
+    auto pause = decoder_.PauseToEnd();
+    use_.reset();
+  }
+  PlannedSteps(const PlannedSteps&) = delete;
+  PlannedSteps& operator=(const PlannedSteps&) = delete;
 
   // Runs a decode step, with the plan's own cache correction before it.
   Drawn Step(std::vector<BatchRow> rows) {
-    const ActivePlan& plan = runner_.plan(use_.id());
+    auto pass = decoder_.EnterForAPass();
+    const ActivePlan& plan = runner_.plan(use_->id());
     for (const BatchRow& row : rows) {
       CorrectCache(runner_, *row.sequence, plan.config.correction_interval);
     }
     const auto num_rows = static_cast<int64_t>(rows.size());
-    Drawn drawn = runner_.Run({std::move(rows), use_.id()});
+    Drawn drawn = runner_.Run({std::move(rows), use_->id()});
     if (drawn.is_sparse) {
       num_sets_ += plan.selection.CountSets(num_rows);
-      num_positions_ += runner_.CountPositions(use_.id(), num_rows);
+      num_positions_ += runner_.CountPositions(use_->id(), num_rows);
     }
     return drawn;
   }
@@ -38,13 +50,12 @@ class PlannedSteps {
   }
 
  private:
+  Decoder::Impl& decoder_;
   ModelRunner& runner_;
-  PlanUse use_;
+  std::optional<PlanUse> use_;
   int64_t num_sets_ = 0;
   int64_t num_positions_ = 0;
 };
-
-}  // namespace
 
 Replay::Impl::Impl(std::shared_ptr<Decoder::Impl> owner,
                    const std::vector<std::vector<int32_t>>& token_ids, int64_t room)
@@ -63,15 +74,18 @@ Replay::Impl::~Impl() {
 }
 
 void Replay::Impl::Close() {
-  auto pause = decoder->PauseToEnd();
+  std::lock_guard call(calls);
+  auto lock = decoder->EnterToEnd();
   is_closed = true;
   prompts.clear();
 }
 
-Decoder::Impl::Pause Replay::Impl::Enter() const {
-  auto pause = decoder->EnterBetweenPasses();
+std::unique_lock<std::mutex> Replay::Impl::Enter() const {
+  decoder->process.Check("decoder");
+  std::unique_lock call(calls);
+  decoder->CheckOpen();
   TIDAL_CHECK(!is_closed, InvalidArgument, "replay: it is closed; start a new one");
-  return pause;
+  return call;
 }
 
 bool Replay::Impl::ReadNext() {
@@ -82,6 +96,7 @@ bool Replay::Impl::ReadNext() {
     BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
     const bool is_last = sequence.cached + row.num_tokens == sequence.dense_len;
     if (is_last) row.num_draws = row.num_logits = 1;
+    auto pass = decoder->EnterForAPass();
     Drawn drawn = runner.Run({.rows = {row}});
     if (is_last) {
       prompt.logits = std::move(drawn.logits[0]);
@@ -118,13 +133,12 @@ void Replay::Close() {
 }
 
 bool Replay::ReadNext() {
-  auto pause = impl_->Enter();
-  Decoder::Impl::Unlocked unlocked(pause);
+  auto call = impl_->Enter();
   return impl_->ReadNext();
 }
 
 PrefillProgress Replay::prefill_progress() const {
-  auto pause = impl_->Enter();
+  auto call = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
     progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.dense_len);
@@ -135,8 +149,7 @@ PrefillProgress Replay::prefill_progress() const {
 
 std::vector<std::vector<float>> Replay::StepLogits(
     const PlanConfig& settings, const std::vector<std::vector<int32_t>>& continuations) {
-  auto pause = impl_->Enter();
-  Decoder::Impl::Unlocked unlocked(pause);
+  auto call = impl_->Enter();
   size_t count = impl_->prompts.size();
   TIDAL_CHECK(continuations.size() == count, InvalidArgument, "continuations: got ",
               continuations.size(), ", expected one per prompt (", count, ")");
@@ -152,7 +165,7 @@ std::vector<std::vector<float>> Replay::StepLogits(
   TIDAL_CHECK(static_cast<int64_t>(longest) <= impl_->max_new_tokens, CapacityError,
               "continuations: ", longest, " tokens, have room for max_new_tokens ",
               impl_->max_new_tokens);
-  PlannedSteps plan(impl_->decoder->runner, settings);
+  Impl::PlannedSteps plan(*impl_->decoder, settings);
   impl_->ReadAll();
   std::vector<Sequence*> sequences = impl_->Rewind();
   std::vector<std::vector<float>> logits;
@@ -182,9 +195,8 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& settings, int
               ", expected >= 1");
   TIDAL_CHECK(max_new_tokens <= impl_->max_new_tokens, CapacityError, "max_new_tokens: got ",
               max_new_tokens, ", have room for ", impl_->max_new_tokens);
-  auto pause = impl_->Enter();
-  Decoder::Impl::Unlocked unlocked(pause);
-  PlannedSteps plan(impl_->decoder->runner, settings);
+  auto call = impl_->Enter();
+  Impl::PlannedSteps plan(*impl_->decoder, settings);
   impl_->ReadAll();
   std::vector<Sequence*> rows = impl_->Rewind();
   std::vector<std::vector<int32_t>> outputs(rows.size());
@@ -226,7 +238,7 @@ std::vector<std::vector<int32_t>> Replay::Greedy(const PlanConfig& settings, int
 }
 
 double Replay::mean_set_size() const {
-  auto pause = impl_->Enter();
+  auto call = impl_->Enter();
   return impl_->mean_set_size;
 }
 
