@@ -62,6 +62,8 @@ class Tokenizer:
             raise self._error(cause, "the tokenizer cannot be loaded") from cause
         self.num_tokens: int = about["num_tokens"]
         self.has_chat_template: bool = about["has_chat_template"]
+        # The one that conversations with tools go through.
+        self.chat_template: str | None = about["chat_template"]
         # Tokens that decoding leaves out, as they are written.
         self.special_tokens: frozenset[str] = frozenset(about["special_tokens"])
 

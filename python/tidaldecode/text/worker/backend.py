@@ -80,6 +80,7 @@ class Backend:
         return {
             "num_tokens": self._tokenizer.get_vocab_size(with_added_tokens=True),
             "has_chat_template": self._templates.exists,
+            "chat_template": self._templates.with_tools,
             "special_tokens": [
                 token.content
                 for token_id, token in self._added.items()

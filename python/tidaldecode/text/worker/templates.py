@@ -49,6 +49,12 @@ class ChatTemplates:
         """True if the folder defines how a conversation becomes a prompt."""
         return bool(self._texts) or self._error is not None
 
+    @property
+    def with_tools(self) -> str | None:
+        """The template that conversations with tools go through, to be looked at."""
+        text = self._texts.get("tool_use", self._texts.get("default"))
+        return None if text is None else text.encode(errors="replace").decode()
+
     def render(
         self,
         conversations: Sequence[Conversation],
