@@ -13,12 +13,14 @@
 #include "closable.h"
 #include "tidal/config.h"
 #include "tidal/decoder.h"
+#include "tidal/guide.h"
 #include "tidal/weights.h"
 
 namespace tidal {
 
 void RegisterErrors();
 void RegisterConfig(pybind11::module_& module);
+void RegisterGuideDesk(pybind11::module_& module);
 void RegisterGeneration(pybind11::module_& module);
 void RegisterSession(pybind11::module_& module);
 void RegisterReplay(pybind11::module_& module);
@@ -53,6 +55,11 @@ class PyGeneration : public Closable<Generation> {
 class PySession : public Closable<Session> {
  public:
   explicit PySession(std::unique_ptr<Session> session) : Closable("session", std::move(session)) {}
+};
+
+class PyGuideDesk : public Closable<GuideDesk> {
+ public:
+  explicit PyGuideDesk(std::shared_ptr<GuideDesk> desk) : Closable("guide desk", std::move(desk)) {}
 };
 
 class PyReplay : public Closable<Replay> {
@@ -116,6 +123,8 @@ template <>
 class type_caster<tidal::PyGeneration> : public tidal::FilledCaster<tidal::PyGeneration> {};
 template <>
 class type_caster<tidal::PySession> : public tidal::FilledCaster<tidal::PySession> {};
+template <>
+class type_caster<tidal::PyGuideDesk> : public tidal::FilledCaster<tidal::PyGuideDesk> {};
 template <>
 class type_caster<tidal::PyReplay> : public tidal::FilledCaster<tidal::PyReplay> {};
 template <>

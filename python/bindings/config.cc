@@ -162,7 +162,8 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("logit_bias", &SamplingParams::logit_bias)
       .def_readwrite("suppress_tokens", &SamplingParams::suppress_tokens)
       .def_readwrite("bad_words", &SamplingParams::bad_words)
-      .def_readwrite("allowed_token_ids", &SamplingParams::allowed_token_ids);
+      .def_readwrite("allowed_token_ids", &SamplingParams::allowed_token_ids)
+      .def_readwrite("guide", &SamplingParams::guide);
 }
 
 }  // namespace

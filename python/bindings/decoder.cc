@@ -144,6 +144,10 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
                 self.get(), [&](Decoder& started) { return started.StartSession(max_seq_len); }));
           },
           py::arg("max_seq_len"))
+      .def("guide_desk",
+           [](const PyDecoder& self) {
+             return std::make_unique<PyGuideDesk>(self.get()->guide_desk());
+           })
       .def(
           "start_replay",
           [](const PyDecoder& self, const TokenLists& prompts, int64_t max_new_tokens) {

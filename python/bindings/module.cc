@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, module) {
   tidal::RegisterErrors();
   tidal::RegisterConfig(module);
   tidal::RegisterGeneration(module);
+  tidal::RegisterGuideDesk(module);
   tidal::RegisterSession(module);
   tidal::RegisterReplay(module);
   tidal::RegisterDecoder(module);

@@ -30,6 +30,7 @@ from tidaldecode.requests import Request
 from tidaldecode.results import GenerationResult, Timings, TokenLogprobs, Verification
 from tidaldecode.session import Session
 from tidaldecode.stream import TextStream
+from tidaldecode.text.guide import Guide
 
 __version__: str = _core.version()
 
@@ -40,6 +41,7 @@ __all__ = [
     "DecodeConfig",
     "Decoder",
     "GenerationResult",
+    "Guide",
     "InvalidArgument",
     "MemoryPlan",
     "OutOfMemoryError",

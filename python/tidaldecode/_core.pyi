@@ -102,6 +102,7 @@ class SamplingParams:
     suppress_tokens: list[int]
     bad_words: list[list[int]]
     allowed_token_ids: list[int]
+    guide: int
     def __init__(self) -> None: ...
 
 class WeightFileEntry:
@@ -189,6 +190,18 @@ class Session:
     @property
     def max_seq_len(self) -> int: ...
 
+class GuideDesk:
+    def wait(  # at most a second
+        self, timeout_s: float = 0.1
+    ) -> list[tuple[int, int, int, int, list[int], bool]]: ...  # as GuideQuestion in tidal/guide.h
+    def answer(
+        self,
+        answers: list[tuple[int, int, bytes, bool, str]],  # as GuideAnswer
+    ) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def is_closed(self) -> bool: ...
+
 class Replay:
     def read_next(self) -> bool: ...
     @property
@@ -223,6 +236,7 @@ class Decoder:
         cache_salt: str = "",
     ) -> Generation: ...
     def start_session(self, max_seq_len: int) -> Session: ...
+    def guide_desk(self) -> GuideDesk: ...
     def start_replay(self, prompts: list[list[int]], max_new_tokens: int) -> Replay: ...
     def prefill_logits(
         self, token_ids: list[int], num_positions: int

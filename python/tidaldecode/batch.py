@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
@@ -17,6 +17,9 @@ from tidaldecode.errors import CapacityError
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.sampling import SamplingSettings, check_callback
 from tidaldecode.text.detokenizer import TextAssembler
+
+if TYPE_CHECKING:
+    from tidaldecode.text.guiding import GuidedCall
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -66,6 +69,7 @@ class Request:
     prompt_ids: list[int]  # in a session all tokens before the new ones
     max_new_tokens: int
     settings: SamplingSettings
+    guide: GuidedCall | None = None  # what it follows, which must live as long as it runs
 
     @property
     def num_tokens(self) -> int:
@@ -79,11 +83,15 @@ class Request:
         for name in _CORE_SETTINGS:
             setattr(params, name, getattr(self.settings, name))
         params.seed = self.settings.draw_seed()
+        params.guide = 0 if self.guide is None else self.guide.key
         return params
 
 
 def make_requests(
-    prompts: Sequence[list[int]], settings: SamplingSettings, core: _core.Decoder
+    prompts: Sequence[list[int]],
+    settings: SamplingSettings,
+    core: _core.Decoder,
+    guide: GuidedCall | None = None,
 ) -> list[Request]:
     """Fits the prompts to the decoder, before any work is done.
 
@@ -93,7 +101,7 @@ def make_requests(
     """
     config = core.config
     most = min(config.max_seq_len, config.num_pages * config.page_size)
-    requests = [make_request(prompt_ids, settings, most) for prompt_ids in prompts]
+    requests = [make_request(prompt_ids, settings, most, guide) for prompt_ids in prompts]
     for index, request in enumerate(requests):
         if request.num_tokens > config.max_seq_len:
             raise CapacityError(
@@ -112,13 +120,17 @@ def make_requests(
     return requests
 
 
-def make_request(prompt_ids: list[int], settings: SamplingSettings, room: int) -> Request:
+def make_request(
+    prompt_ids: list[int], settings: SamplingSettings, room: int, guide: GuidedCall | None = None
+) -> Request:
     """A request where prompt and continuation have `room` positions together, if they fit."""
     max_new_tokens = settings.max_new_tokens
     if not settings.max_new_tokens_is_explicit:
         room = min(room, settings.max_length or room)
         max_new_tokens = max(1, min(max_new_tokens, room - len(prompt_ids)))
-    return Request(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings)
+    return Request(
+        prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, settings=settings, guide=guide
+    )
 
 
 def note_other_rotation(requests: Sequence[Request], model: ModelConfig) -> None:

@@ -41,6 +41,7 @@ from tidaldecode.sampling import SamplingOptions, check_callback, check_integer
 from tidaldecode.session import Session, SessionHost
 from tidaldecode.stream import TextStream
 from tidaldecode.text.frontend import Frontend, Prompt
+from tidaldecode.text.guide import Guide
 from tidaldecode.text.methods import TextMethods
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class Decoder(TextMethods, MeasuringMethods):
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
+        guide: Guide | None = None,
         add_special_tokens: bool = True,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -205,6 +207,7 @@ class Decoder(TextMethods, MeasuringMethods):
             ignore_eos: go on after the model's end-of-text tokens.
             skip_special_tokens: False shows special tokens in the text.
             include_stop_str_in_output: the text keeps the stop string or token that ended it.
+            guide: what the text must be: Guide.json_schema(), json_object(), regex() or grammar().
             add_special_tokens: False puts nothing (no BOS) around texts.
             logprobs: log-probabilities of the new tokens, each with those of so many of the most
                 likely, 0 to 20; None is none.
@@ -224,11 +227,12 @@ class Decoder(TextMethods, MeasuringMethods):
         core = self._open_core()
         callbacks = Callbacks(on_prefill, should_stop)
         settings = self._frontend.check_sampling(**sampling)
+        guide_call = self._frontend.guided_call(settings, core)
         asked = CallOptions(logprobs=logprobs, prompt_logprobs=prompt_logprobs)
         options = asked.for_core(self._settings, self._folder)
         prompts, is_batch = self._frontend.encode_prompts(prompt, add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
-        requests = make_requests(prompts, settings, core)
+        requests = make_requests(prompts, settings, core, guide_call)
         note_other_rotation(requests, self.model)
         generation = start(requests, core, **options)
         results = run_generation(generation, requests, make_text, callbacks)
@@ -260,9 +264,10 @@ class Decoder(TextMethods, MeasuringMethods):
         hint = self._frontend.hint_at_chat if isinstance(prompt, str) else None
         callbacks = Callbacks(on_prefill, should_stop, hint)
         settings = self._frontend.check_sampling(**sampling)
+        guide_call = self._frontend.guided_call(settings, core)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=True)
-        requests = make_requests([prompt_ids], settings, core)
+        requests = make_requests([prompt_ids], settings, core, guide_call)
         note_other_rotation(requests, self.model)
         generation = start(requests, core)
         stream = TextStream(generation, requests[0], make_text([prompt_ids]), callbacks)
@@ -313,11 +318,12 @@ class Decoder(TextMethods, MeasuringMethods):
         check_integer("n", n, low=1, high=MAX_CHOICES)
         options = asked.for_core(self._settings, self._folder)
         settings = self._frontend.check_sampling(**sampling)
+        guide_call = self._frontend.guided_call(settings, core)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
         choices: list[Request] = []
         for index in range(n):
-            requests = make_requests([prompt_ids], settings.for_choice(index), core)
+            requests = make_requests([prompt_ids], settings.for_choice(index), core, guide_call)
             if index == 0:
                 note_other_rotation(requests, self.model)
             generation = start(requests, core, **options)

@@ -95,7 +95,8 @@ def make_result(
     token_ids = tuple(core.token_ids)
     finish_reason = "stop" if matched_stop is not None else core.finish_reason or "abort"
     stop_reason: str | int | None = matched_stop
-    if finish_reason == "stop" and stop_reason is None and token_ids[-1] in stop_token_ids:
+    is_stopped = finish_reason == "stop" and stop_reason is None
+    if is_stopped and token_ids and token_ids[-1] in stop_token_ids:
         stop_reason = token_ids[-1]
     counts = core.verification
     steps = len(token_ids) - 1

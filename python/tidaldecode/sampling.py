@@ -19,6 +19,7 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.chat import check_text
+from tidaldecode.text.guide import Guide, check_guide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,6 +58,7 @@ class SamplingSettings:
     max_length: int | None  # of prompt and output; of a default max_new_tokens only
     skip_special_tokens: bool  # their text is not shown
     include_stop_str_in_output: bool  # what ended the text belongs to it
+    guide: Guide | None = None  # what the text must be
 
     def for_choice(self, index: int) -> SamplingSettings:
         """The settings of one of several answers to a prompt, with another seed for each."""
@@ -92,6 +94,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     skip_special_tokens: bool
     include_stop_str_in_output: bool
+    guide: Guide | None
 
 
 def check_sampling(
@@ -158,6 +161,7 @@ def check_sampling(
         max_length=defaults.max_length,
         skip_special_tokens=flag("skip_special_tokens", True),
         include_stop_str_in_output=flag("include_stop_str_in_output", False),
+        guide=check_guide(asked.get("guide")),
     )
 
 

@@ -304,7 +304,8 @@ class Session:
         self, prompt: list[int] | None, settings: SamplingSettings, is_whole: bool
     ) -> tuple[Request, _core.Generation]:
         """Starts a turn; is_whole: the prompt takes the place of the session's tokens."""
-        core, _ = self._open()
+        core, host = self._open()
+        guide = host.frontend.guided_call(settings, host.core)
         tokens = core.token_ids()
         ids = prompt or []
         keep = len(tokens)
@@ -312,7 +313,7 @@ class Session:
             keep = min(_common_length(tokens, ids), len(ids) - 1)  # the last is always read
             tokens, ids = tokens[:keep], ids[keep:]
         room = core.most_tokens(keep, bool(ids))
-        request = make_request(tokens + ids, settings, room)
+        request = make_request(tokens + ids, settings, room, guide)
         return request, core.start(ids, request.core_params(), keep)
 
 

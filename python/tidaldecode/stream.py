@@ -34,6 +34,7 @@ class TextStream(Iterator[str]):
         self.error: Exception | None = None  # that the stream has ended with
         self.token_ids: list[int] = []  # the tokens so far
         self._prompt_ids = request.prompt_ids
+        self._guide = request.guide
         self._stop_token_ids = frozenset(request.settings.stop_token_ids)
         self._assembler = assembler
         self._callbacks = callbacks

@@ -95,6 +95,7 @@ RECEIVERS = {
     "Replay": Receiver(("fresh", "closed", "decoder closed"), _replay),
     "GenerationResult": Receiver(("made",), _result),
     "Timings": Receiver(("made",), lambda host, state: _result(host, state).timings),
+    "Guide": Receiver(("made",), lambda host, state: tidaldecode.Guide.regex("[ab]{2}")),
     "MemoryPlan": Receiver(("made",), lambda host, state: host.memory_plan()),
     "DecodeConfig": Receiver(("made",), lambda host, state: host.config),
     "PlanConfig": Receiver(("made",), lambda host, state: tidaldecode.PlanConfig()),
@@ -164,6 +165,9 @@ def _members(kind: type) -> list[Call]:
         name = f"{kind.__name__}.{attribute}"
         if isinstance(value, property):
             found.append(Call(name, kind.__name__, attribute, None))
+        elif isinstance(inspect.getattr_static(kind, attribute), staticmethod):
+            if kind.__name__ not in _NOT_CONSTRUCTED:  # what it makes, methods hand out
+                found.append(Call(name, "", attribute, value))
         elif callable(value):
             found.append(Call(name, kind.__name__, attribute, value))
     return found

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+
+import pytest
 
 import tidaldecode
 from feature_runs import IDS, PLAN, Bench, uses
+from tidaldecode import Guide
+from tidaldecode.text.reasoning import THINK
 
 
 @uses("Request.read", "Request.token_ids", "Request.prefill_progress", "Request.new_logprobs")
@@ -75,6 +81,38 @@ def several_answers(bench: Bench) -> None:
         assert len(answers) == 3
         assert bench.device == "cuda" or answers == [answer.token_ids for answer in alone]
         assert alone[1].cached_tokens > 0 or len(IDS) <= decoder.config.page_size
+
+
+@uses("Guide", "guide", "guide with verify", "Guide.after_reasoning")
+def guides(bench: Bench) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    kinds = [
+        Guide.json_schema(schema | {"additionalProperties": False}),
+        Guide.regex("(red|green){2}"),
+        Guide.grammar('start: "[" ("a" | "b") "]"'),
+        Guide.regex("yes").after_reasoning(THINK),
+    ]
+    for options in ({}, PLAN, PLAN | {"verify": True}):
+        decoder = bench.open(max_batch_size=6, **options)
+        asked = [(guide, seed) for guide in [*kinds, None] for seed in range(3)]
+        requests = [
+            decoder.submit(IDS, guide=guide, seed=seed, temperature=1.0, max_new_tokens=300)
+            for guide, seed in asked
+        ]
+        for (guide, _), request in zip(asked, requests, strict=True):
+            text = request.result(timeout=60).text
+            if guide is kinds[0]:
+                assert isinstance(json.loads(text)["ok"], bool)
+            elif guide is kinds[1]:
+                assert re.fullmatch("(red|green){2}", text)
+            elif guide is kinds[2]:
+                assert text in ("[a]", "[b]")
+            elif guide is not None:
+                assert text == "yes" or text.startswith("<think>")
+        with decoder.session() as session:
+            session.append(IDS)
+            assert session.generate(guide=Guide.regex("(red|green){2}")).finish_reason == "stop"
 
 
 @uses("a plan of a request", "verify of a request", "priority")

@@ -138,7 +138,7 @@ def test_a_word_that_was_put_together_is_the_default_too(folder: Path):
     ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
      "frequency_penalty", "presence_penalty", "min_new_tokens", "no_repeat_ngram_size",
      "logit_bias", "suppress_tokens", "bad_words", "allowed_token_ids",
-     "stop_token_ids", "ignore_eos", "on_prefill", "should_stop"],
+     "stop_token_ids", "ignore_eos", "guide", "on_prefill", "should_stop"],
 )  # fmt: skip
 def test_so_does_a_call(decoder: Decoder, name: str, value):
     if (name, show(value)) in SENSIBLE:

@@ -110,7 +110,7 @@ def test_sampling_defaults_are_the_engines():
     for name, value in ours.items():
         assert comparable(core[name]) == value, name
     of_calls = {"seed", "stop_token_ids", "frequency_penalty", "presence_penalty", "logit_bias"}
-    assert set(core) - set(ours) == of_calls | {"allowed_token_ids"}
+    assert set(core) - set(ours) == of_calls | {"allowed_token_ids", "guide"}
 
 
 @pytest.mark.parametrize(

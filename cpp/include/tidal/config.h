@@ -178,6 +178,7 @@ struct SamplingParams {
   std::vector<int32_t> suppress_tokens;  // are never drawn
   std::vector<std::vector<int32_t>> bad_words;  // rows of tokens that are never completed
   std::vector<int32_t> allowed_token_ids;       // all others are never drawn; empty = off
+  int64_t guide = 0;  // who is asked before each draw (tidal/guide.h); 0: nobody
 };
 
 }  // namespace tidal

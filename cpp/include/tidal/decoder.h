@@ -10,6 +10,7 @@
 
 #include "tidal/config.h"
 #include "tidal/device.h"
+#include "tidal/guide.h"
 #include "tidal/memory_plan.h"
 #include "tidal/plan.h"
 #include "tidal/request.h"
@@ -230,6 +231,9 @@ class Decoder {
 
   DecoderStats stats() const;
 
+  // Where guided requests ask.
+  std::shared_ptr<GuideDesk> guide_desk() const;
+
   const ModelConfig& model() const;
   const DecodeConfig& config() const;  // with automatic values filled in
   const DecodePlan& plan() const;
@@ -239,6 +243,7 @@ class Decoder {
 
  private:
   friend class Generation;
+  friend class GuideDesk;
   friend class Replay;
   friend class Session;
   struct Impl;

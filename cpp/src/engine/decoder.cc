@@ -97,6 +97,7 @@ Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
                  .max_stuck_ms = kMaxStuckMs}) {}
 
 Decoder::Impl::~Impl() {
+  desk->Close();
   {
     Lock lock(mutex);
     is_ending = true;
@@ -164,7 +165,9 @@ DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) cons
 
 Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
                  const LoadProgress& progress)
-    : impl_(std::make_shared<Impl>(model, config, weights, progress)) {}
+    : impl_(std::make_shared<Impl>(model, config, weights, progress)) {
+  impl_->desk->decoder = impl_;
+}
 
 Decoder::~Decoder() {
   if (impl_->process.IsForeign()) Leak(impl_);
@@ -174,6 +177,7 @@ void Decoder::Close() {
   if (impl_->process.IsForeign()) return;
   auto pause = impl_->PauseToEnd();
   impl_->is_closed = true;
+  impl_->desk->Close();
   for (const auto& [id, listener] : impl_->listeners) listener.generation->Wake();
 }
 
@@ -279,6 +283,10 @@ const DecodePlan& Decoder::plan() const {
 }
 const MemoryPlan& Decoder::memory_plan() const {
   return impl_->runner.memory_plan();
+}
+
+std::shared_ptr<GuideDesk> Decoder::guide_desk() const {
+  return std::make_shared<GuideDesk>(impl_->desk);
 }
 
 void EndAllCalls() {

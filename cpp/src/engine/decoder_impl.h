@@ -32,6 +32,18 @@
 
 namespace tidal {
 
+// What a desk shares with its decoder.
+struct GuideDesk::Impl {
+  void Put(std::vector<GuideQuestion> questions);
+  void Close();
+
+  std::weak_ptr<Decoder::Impl> decoder;
+  std::mutex mutex;  // of what follows; nothing else is locked while it is held
+  std::condition_variable has_questions;
+  std::vector<GuideQuestion> waiting;
+  bool is_closed = false;
+};
+
 // The last sets of the sequences of one call; outlives the Generation so that they can be looked
 // at.
 struct SelectionRecord {
@@ -98,6 +110,12 @@ struct Decoder::Impl {
   bool RunPass();
   void EndAll();
   void Tell(std::span<const RequestId> in_flight, Drawn& drawn, const std::exception_ptr& error);
+
+  // guide_desk.cc: questions of guided requests, and answers, to which TakeAnswers() locks `mutex`.
+  // The caller of the others holds it.
+  void AskGuides();
+  void TakeAnswers(std::vector<GuideAnswer> answers);
+  void AwaitMasks(Lock& lock);
   double NowMs() const;
 
   struct Listener {
@@ -112,10 +130,12 @@ struct Decoder::Impl {
   PrefixCache prefixes;
   Scheduler scheduler;
   std::map<RequestId, Listener> listeners;
+  std::shared_ptr<GuideDesk::Impl> desk = std::make_shared<GuideDesk::Impl>();
   std::vector<std::unique_ptr<PlanUse>> left_plans;  // of calls that are gone
   std::shared_ptr<SelectionRecord> last_call;        // of the newest Generation
   std::atomic<bool> is_closed = false;               // set between passes
   bool is_ending = false;                            // the loop is to return
+  bool is_woken = false;                             // something has come since the last pass
   mutable FairMutex device;
   mutable std::mutex mutex;
   std::condition_variable has_work;  // or is_ending

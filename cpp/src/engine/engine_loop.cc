@@ -32,9 +32,9 @@ void Decoder::Impl::Loop() {
       has_run = RunPass();
     }
     if (has_run) continue;
-    // Who waits needs pages of sessions, which may be closed.
+    // Who waits needs pages of sessions, which may be closed, or the answer of a guide.
     Lock lock(mutex);
-    has_work.wait_for(lock, std::chrono::milliseconds(5), [&] { return is_ending; });
+    has_work.wait_for(lock, std::chrono::milliseconds(5), [&] { return is_ending || is_woken; });
   }
 }
 
@@ -42,7 +42,9 @@ void Decoder::Impl::Loop() {
 bool Decoder::Impl::RunPass() {
   std::unique_lock<FairMutex> device_lock(device);
   Lock lock(mutex);
+  AwaitMasks(lock);
   if (is_closed) return false;
+  is_woken = false;
   left_plans.clear();
   std::exception_ptr error;
   std::vector<RequestId> in_flight;
@@ -64,6 +66,7 @@ bool Decoder::Impl::RunPass() {
     if (in_flight.empty()) EndAll();  // nothing could be planned
   }
   Tell(in_flight, drawn, error);
+  AskGuides();
   return !in_flight.empty();
 }
 
@@ -108,6 +111,7 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
       // the same.
     }
     listeners.erase(event.id);
+    if (left.guidance) desk->Put({{.request = event.id, .is_over = true}});
     listener.generation->HearEnd(listener.index, std::move(left), std::move(selection));
   }
   std::sort(told.begin(), told.end());
@@ -130,6 +134,8 @@ RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Imp
   StartLoop();
   const RequestId id = scheduler.Add(std::move(request), std::move(sequence), NowMs());
   listeners.emplace(id, Listener{&listener, index});
+  AskGuides();
+  is_woken = true;
   has_work.notify_all();
   return id;
 }

@@ -33,7 +33,9 @@ RequestState::RequestState(RequestId new_id, Request asked, Sequence given, doub
       known_tokens(sequence.cached),
       num_given_(num_tokens()),
       draft_tokens_(request.decoding.draft_tokens == 0 ? kFirstDraftTokens
-                                                       : request.decoding.draft_tokens) {}
+                                                       : request.decoding.draft_tokens) {
+  if (request.sampling.guide != 0) guidance.emplace();
+}
 
 int64_t RequestState::read_to() const {
   bool draws_at_end = generates() && sequence.dense_len == num_tokens();
@@ -47,6 +49,10 @@ int64_t RequestState::max_tokens() const {
 int64_t RequestState::first_written() const {
   bool corrects = request.decoding.correction_interval > 0;
   return sequence.cached - (corrects ? sequence.num_sparse : 0);
+}
+
+std::vector<uint32_t> RequestState::Masks(int64_t num_drafts, int64_t count) const {
+  return guidance ? guidance->Masks(num_drafts, count) : std::vector<uint32_t>{};
 }
 
 bool RequestState::is_sparse() const {
@@ -108,6 +114,10 @@ void RequestState::MarkCached(int64_t begin, int64_t end, bool is_dense) {
 bool RequestState::Accept(int32_t token) {
   auto index = static_cast<size_t>(num_new());
   if (index < request.forced.size()) token = request.forced[index];
+  if (token < 0 && guidance && guidance->is_complete()) {
+    ends_as = FinishReason::kStop;  // what could end the text is not allowed by other settings
+    return true;
+  }
   if (token < 0) {
     finish_reason = FinishReason::kError;
     failure = RequestFailure::kUnusableLogits;
@@ -163,6 +173,12 @@ std::string RequestState::ErrorText() const {
     case RequestFailure::kNone:
       return {};
     case RequestFailure::kUnusableLogits:
+      if (guidance) {
+        return Concat("guide: of the tokens that it allows after ", num_new(), " new ones, other ",
+                      "settings (allowed_token_ids, suppress_tokens, bad_words, min_new_tokens, ",
+                      "no_repeat_ngram_size) leave none, or the logits are not finite; change one ",
+                      "of them");
+      }
       return Concat("the logits after token ", num_tokens() - 1,
                     " hold a NaN or infinity, or nothing above -inf; expected finite values; "
                     "check the weights, or try dtype float32");
@@ -173,6 +189,8 @@ std::string RequestState::ErrorText() const {
       return Concat("KV cache: a request of ", num_tokens(), " tokens needs more pages than are ",
                     "free, and nothing runs that would give some back; close sessions, or raise ",
                     "num_pages");
+    case RequestFailure::kGuide:
+      return guidance->error();
   }
   return {};
 }

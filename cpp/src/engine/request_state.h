@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/guidance.h"
 #include "kv/sequence.h"
 #include "tidal/config.h"
 #include "tidal/decoder.h"
@@ -65,6 +66,7 @@ enum class RequestFailure : int32_t {
   kUnusableLogits,  // a NaN or infinity, or nothing above -inf
   kPassFailed,      // the device, or memory, while it was in a pass
   kNoRoom,          // nothing runs, and sequences outside of the scheduler own the pages it needs
+  kGuide,           // its guide does not go on
 };
 
 // Tokens that sparse steps drafted, until a dense pass has decided on them.
@@ -94,6 +96,15 @@ class RequestState {
   // Tokens that have been generated, without unchecked drafts.
   int64_t num_new() const { return num_tokens() - num_given_ - num_unchecked(); }
   int64_t num_unchecked() const { return round ? round->num_drafted : 0; }
+  // Those tokens, and the drafts behind them.
+  std::span<const int32_t> generated() const {
+    return std::span(sequence.tokens).subspan(static_cast<size_t>(num_given_));
+  }
+  // Whether its next draw has to wait for its guide.
+  bool LacksMask() const { return guidance && !guidance->HasMask(num_unchecked()); }
+  // Returns what its guide allows in `count` draws, of which the first follows so many drafts;
+  // empty if it has no guide.
+  std::vector<uint32_t> Masks(int64_t num_drafts, int64_t count) const;
   // The most tokens it may ever have.
   int64_t max_tokens() const;
   // The first token whose K and V it may write, before it has begun.
@@ -167,6 +178,7 @@ class RequestState {
   bool is_in_flight = false;
   FinishReason ends_as = FinishReason::kNone;  // after the pass in flight: it was cancelled
   std::optional<DraftRound> round;
+  std::optional<Guidance> guidance;  // if it is guided
 
  private:
   int64_t num_given_;       // tokens of the prompt, or of a session so far

@@ -76,6 +76,7 @@ RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
   RequestId id = next_id_;
   // What may throw comes before any change.
   if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+  if (guided_.size() == guided_.capacity()) guided_.reserve(2 * guided_.size() + 1);
   auto place = requests_.try_emplace(requests_.end(), id, id, std::move(request),
                                      std::move(sequence), now_ms);
   RequestState& added = place->second;
@@ -85,6 +86,7 @@ RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
     Follow(added);
   }
   waiting_.push_back(&added);
+  if (added.guidance) guided_.push_back(&added);
   may_admit_ = true;
   return next_id_++;
 }
@@ -165,7 +167,8 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
   sequence.num_sparse = row.num_sparse;
   switch (row.kind) {
     case RowKind::kDraft:
-      sequence.cached = end;  // until it is checked
+      // Until it is checked. Without a draft no token follows the one that was read.
+      sequence.cached = draws.front() >= 0 ? end : row.begin;
       return request.AddDraft(draws.front());
     case RowKind::kCheck:
       // The drafts leave; those that were kept come back as draws.
@@ -275,6 +278,7 @@ void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
   request.DropDrafts();
   switch (request.failure) {
     case RequestFailure::kNone:
+    case RequestFailure::kGuide:
       Publish(request);
       break;
     case RequestFailure::kUnusableLogits:  // what it has made known may be as unusable
@@ -286,6 +290,7 @@ void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
   }
   if (request.is_running()) LeaveRow(request);
   std::erase(waiting_, &request);
+  std::erase(guided_, &request);
   if (!request.request.keeps_pages) ReleasePages(request);
   ForgetSaved(request);
   request.status = RequestStatus::kFinished;

@@ -93,6 +93,12 @@ class Scheduler {
   // What has happened since the last call, in order.
   std::vector<RequestEvent> TakeEvents();
 
+  // scheduler_guides.cc: what guided requests have to ask since the last call; an answer; and when
+  // somebody was asked last, if there is anybody who waits for a mask.
+  std::vector<GuideQuestion> AskGuides(double now_ms);
+  void TakeAnswer(GuideAnswer answer);
+  std::optional<double> MasksAskedAt() const;
+
   // Throws InvalidArgument if there is none of this id.
   const RequestState& Get(RequestId id) const;
 
@@ -155,6 +161,9 @@ class Scheduler {
   void AddRow(Batch& batch, RequestState& request, RowKind kind, const BatchRow& row);
   void EndStuck();
 
+  // scheduler_guides.cc
+  void EndGuided();
+
   // scheduler_room.cc: rows and pages.
   bool Admit(RequestState& request);
   void Save(RequestState& request);
@@ -191,6 +200,7 @@ class Scheduler {
   std::map<RequestId, RequestState> requests_;
   std::vector<RequestState*> running_;  // in order of priority
   std::vector<RequestState*> waiting_;
+  std::vector<RequestState*> guided_;  // of both
   std::vector<int32_t> free_rows_;
   std::vector<RequestEvent> events_;
 
@@ -218,7 +228,8 @@ class Scheduler {
   bool is_turn_open_ = false;
   bool has_corrected_ = false;  // in this turn
   uint64_t turn_ = 0;
-  double owed_ms_ = 0.0;  // to decoding, before the next chunk
+  double owed_ms_ = 0.0;   // to decoding, before the next chunk
+  double asked_ms_ = 0.0;  // when a guide was asked last
   DecoderStats counts_;
 };
 

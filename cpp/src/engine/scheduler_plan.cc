@@ -19,17 +19,20 @@ Batch Scheduler::Next(double now_ms) {
               "scheduler: a batch is in flight; commit it before the next one");
   now_ms_ = started_ms_ = now_ms;
   work_ = {};
+  EndGuided();
   Batch batch;
   bool is_planned = is_turn_open_ && PlanTurn(batch);
   if (!is_planned && owed_ms_ > 0.0 && AnyDecoding()) is_planned = PlanTurn(batch);
   while (!is_planned) {
     is_planned = PlanChunk(batch) || PlanTurn(batch);
-    if (is_planned || !running_.empty() || waiting_.empty()) break;
+    if (is_planned || !running_.empty() || waiting_.empty() || MasksAskedAt()) break;
     if (!stuck_since_ms_) stuck_since_ms_ = now_ms;
     if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) break;
     EndStuck();
   }
-  if (is_planned || !running_.empty() || waiting_.empty()) stuck_since_ms_.reset();
+  if (is_planned || !running_.empty() || waiting_.empty() || MasksAskedAt()) {
+    stuck_since_ms_.reset();
+  }
   num_events_in_flight_ = in_flight_.size() + copying_.size();
   for (const BatchRow& row : batch.rows) {
     num_events_in_flight_ += static_cast<size_t>(row.num_draws);
@@ -85,13 +88,13 @@ bool Scheduler::IsLater(const Candidate& one, const Candidate& other) {
 std::vector<Scheduler::Candidate> Scheduler::Candidates() const {
   std::vector<Candidate> candidates;
   for (RequestState* request : running_) {
-    if (request->status != RequestStatus::kReading) continue;
+    if (request->status != RequestStatus::kReading || request->LacksMask()) continue;
     candidates.push_back({request, Urgency(*request), false});
   }
   if (waiting_.empty() || free_rows_.empty()) return candidates;
   if (!may_admit_ && !running_.empty() && UnpromisedPages() <= room_when_full_) return candidates;
   for (RequestState* request : waiting_) {
-    candidates.push_back({request, Urgency(*request), true});
+    if (!request->LacksMask()) candidates.push_back({request, Urgency(*request), true});
   }
   return candidates;
 }
@@ -138,7 +141,8 @@ bool Scheduler::WaitsForPrefix(RequestState& request) {
   bool will_read = leader != requests_.end() &&
                    (leader->second.status == RequestStatus::kQueued ||
                     leader->second.status == RequestStatus::kReading) &&
-                   leader->second.sequence.cached < request.followed_tokens;
+                   leader->second.sequence.cached < request.followed_tokens &&
+                   !leader->second.LacksMask();
   if (will_read) return true;
   request.follows.reset();
   int64_t num_pages = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
@@ -187,7 +191,10 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
                   .num_tokens = count,
                   .num_draws = draws ? 1 : 0,
                   .num_logits = num_logits};
-  if (draws) row.num_logprobs = request.request.logprobs;
+  if (draws) {
+    row.num_logprobs = request.request.logprobs;
+    row.allowed = request.Masks(0, 1);
+  }
   if (request.request.prompt_logprobs) {
     row.num_logprobs = std::max(row.num_logprobs, request.request.prompt_logprobs);
     int64_t num_followed = NumFollowed(row);
@@ -288,7 +295,8 @@ bool Scheduler::PlanCorrections(Batch& batch) {
 // Whether a step of this turn is still to be made.
 bool Scheduler::IsDue(const RequestState& request) const {
   return request.status == RequestStatus::kDecoding && request.last_turn != turn_ &&
-         !request.is_correcting() && (!request.round || request.round->is_drafting());
+         !request.is_correcting() && (!request.round || request.round->is_drafting()) &&
+         !request.LacksMask();
 }
 
 // The plans through which somebody's next step attends to chosen positions.
@@ -344,17 +352,18 @@ void Scheduler::TakeStep(RequestState& request, Batch& batch) {
   bool wants_logits = request.request.logits != LogitsWanted::kNone && !is_draft;
   BatchRow row = {.sequence = &request.sequence, .num_logits = wants_logits ? 1 : 0};
   if (!is_draft) row.num_logprobs = request.request.logprobs;
+  row.allowed = request.Masks(request.num_unchecked(), 1);
   AddRow(batch, request, is_draft ? RowKind::kDraft : RowKind::kStep, row);
 }
 
 bool Scheduler::PlanChecks(Batch& batch) {
   auto is_drafting = [](const RequestState* request) {
-    return request->round && request->round->is_drafting();
+    return request->round && request->round->is_drafting() && !request->LacksMask();
   };
   if (std::any_of(running_.begin(), running_.end(), is_drafting)) return false;
   int64_t tokens_left = limits_.max_check_tokens;
   for (RequestState* request : running_) {
-    if (!request->round) continue;
+    if (!request->round || request->round->is_drafting() || request->LacksMask()) continue;
     int64_t count = request->round->num_drafted + 1;
     if (!batch.rows.empty() && count > tokens_left) break;
     request->sequence.cached = request->round->begin;
@@ -371,7 +380,8 @@ bool Scheduler::PlanChecks(Batch& batch) {
             .num_tokens = count,
             .num_draws = count,
             .num_logits = wants_logits ? count : 0,
-            .num_logprobs = request->request.logprobs});
+            .num_logprobs = request->request.logprobs,
+            .allowed = request->Masks(0, count)});
     tokens_left -= count;
   }
   return !batch.rows.empty();

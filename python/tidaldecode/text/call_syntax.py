@@ -184,11 +184,6 @@ class Syntax:
     marker: str  # calls stand behind it; empty: there is none
     may_be_bare: bool  # an answer that begins with JSON may be a call
     read: Callable[[CallReader], Reading[None]]  # what stands behind the marker, or bare
-    # Around and between the calls of an answer that is to hold nothing else.
-    begin: str
-    between: str
-    end: str
-    arguments: str = "arguments"  # the key of a call's arguments
 
 
 def _read_call(reader: CallReader) -> Reading[None]:
@@ -299,11 +294,8 @@ def _read_word(tape: Tape) -> Reading[str]:
 
 
 SYNTAXES = {
-    "hermes": Syntax(
-        "<tool_call>", False, _read_hermes, "<tool_call>\n", "\n</tool_call>\n<tool_call>\n",
-        "\n</tool_call>",
-    ),
-    "llama3": Syntax("<|python_tag|>", True, _read_bare, "", "; ", "", "parameters"),
-    "mistral": Syntax("[TOOL_CALLS]", False, _read_mistral, "[TOOL_CALLS][", ", ", "]"),
-    "json": Syntax("", True, _read_bare, "", "\n", ""),
-}  # fmt: skip
+    "hermes": Syntax("<tool_call>", False, _read_hermes),
+    "llama3": Syntax("<|python_tag|>", True, _read_bare),
+    "mistral": Syntax("[TOOL_CALLS]", False, _read_mistral),
+    "json": Syntax("", True, _read_bare),
+}

@@ -7,6 +7,7 @@ are; what is wrong with it is an error when text is wanted, and not before: ids 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ from tidaldecode.text.tokenizer import Tokenizer, start_tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from tidaldecode import _core
     from tidaldecode.results import GenerationResult
+    from tidaldecode.text.guiding import GuidedCall, GuideWorker
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -43,6 +46,8 @@ class Frontend:
         self._tokenizer: Tokenizer | None = None
         self._problem: TidalError | None = None
         self._has_hinted = False
+        self._guides: GuideWorker | None = None  # from the first guided call on
+        self._guide_lock = threading.Lock()
         try:
             self._process = start_tokenizer(folder.path)
         except TidalError as cause:
@@ -95,6 +100,24 @@ class Frontend:
                 "verify=True keeps sampled text too"
             )
         return settings
+
+    def guided_call(self, settings: SamplingSettings, core: _core.Decoder) -> GuidedCall | None:
+        """What the requests of a call follow, if it has a guide.
+
+        Raises: InvalidArgument for a guide that cannot be kept to; UnsupportedError without
+            llguidance; ConfigError without a tokenizer.
+        """
+        if settings.guide is None:
+            return None
+        from tidaldecode.text.guiding import Ends, GuideWorker, Vocabulary  # numpy among them
+
+        with self._guide_lock:
+            if self._guides is None:
+                text = self.tokenizer.tokenizer_json()
+                vocabulary = Vocabulary(text, self._folder.model.vocab_size)
+                self._guides = GuideWorker(core.guide_desk(), vocabulary)
+        ends = Ends(settings.stop_token_ids, self._folder.eos_token_ids)
+        return self._guides.open(settings.guide, ends)
 
     def _encode_word(self, word: str) -> list[list[int]]:
         """The tokens of a word in the midst of a text: glued to others, and after a space."""

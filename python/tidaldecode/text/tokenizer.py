@@ -108,6 +108,14 @@ class Tokenizer:
         text: str = self._call("decode", arguments, self._id_limits(len(ids)))
         return text
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer with all its added tokens, as a tokenizer.json would have it.
+
+        Raises: ConfigError.
+        """
+        text: str = self._call("tokenizer_json", {}, self._text_limits(_SECONDS, []))
+        return text
+
     def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What new tokens of several sequences add to their texts: worker/backend.py."""
         num_ids = sum(len(row["ids"]) for row in rows)

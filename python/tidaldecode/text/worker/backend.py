@@ -112,6 +112,10 @@ class Backend:
             tokenizer.normalizer, tokenizer.pre_tokenizer = parts
         return ids + (self._encode(text[start:], False) if start < len(text) else [])
 
+    def tokenizer_json(self) -> str:
+        """The whole tokenizer, as a tokenizer.json would have it."""
+        return self._tokenizer.to_str()
+
     def token_of(self, token_id: int) -> str | None:
         """The token with this id."""
         return self._tokenizer.id_to_token(token_id)

@@ -1,0 +1,58 @@
+#include "engine/guidance.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace tidal {
+
+std::vector<uint32_t> Guidance::Masks(int64_t num_drafts, int64_t count) const {
+  std::vector<uint32_t> masks;
+  for (int64_t i = num_drafts; i < num_drafts + count; ++i) {
+    const std::vector<uint32_t>& mask = masks_.at(static_cast<size_t>(i));
+    masks.insert(masks.end(), mask.begin(), mask.end());
+  }
+  return masks;
+}
+
+std::optional<GuideQuestion> Guidance::Ask(std::span<const int32_t> generated, int64_t num_drafts) {
+  const int64_t num_decided = static_cast<int64_t>(generated.size()) - num_drafts;
+  if (num_decided != num_decided_) {
+    masks_.clear();
+    num_decided_ = num_decided;
+    is_complete_ = has_ended_ = false;
+  }
+  const auto num_known = std::min(masks_.size(), static_cast<size_t>(num_drafts) + 1);
+  masks_.resize(num_known);
+  const auto mismatch =
+      std::mismatch(told_.begin(), told_.end(), generated.begin(), generated.end());
+  const bool is_told = mismatch.first == told_.end() && mismatch.second == generated.end();
+  if (!is_told || HasMask(num_drafts)) is_asking_ = false;
+  if (is_asking_ || HasMask(num_drafts) || has_ended_ || !error_.empty()) return std::nullopt;
+  GuideQuestion question = {.number = ++number_,
+                            .keep = mismatch.first - told_.begin(),
+                            .tokens = {mismatch.second, generated.end()}};
+  told_.erase(mismatch.first, told_.end());
+  told_.insert(told_.end(), question.tokens.begin(), question.tokens.end());
+  num_drafts_asked_ = num_drafts;
+  is_asking_ = true;
+  return question;
+}
+
+void Guidance::Take(GuideAnswer answer) {
+  if (!is_asking_ || answer.number != number_) return;
+  is_asking_ = false;
+  const bool is_dead = std::all_of(answer.allowed.begin(), answer.allowed.end(),
+                                   [](uint32_t word) { return !word; });
+  if (num_drafts_asked_ > 0) {
+    // A draft may lead where the text never gets: no draw there is kept.
+    if (answer.allowed.empty()) answer.allowed.assign(masks_.front().size(), 0);
+  } else {
+    error_ = std::move(answer.error);
+    is_complete_ = answer.is_complete;
+    has_ended_ = is_complete_ && is_dead;
+    if (has_ended_ || !error_.empty()) return;
+  }
+  masks_.push_back(std::move(answer.allowed));
+}
+
+}  // namespace tidal
