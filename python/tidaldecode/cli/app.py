@@ -1,4 +1,4 @@
-"""The command line: tidaldecode generate, chat, info, demo, calibrate and eval.
+"""The command line: tidaldecode generate, chat, serve, info, demo, calibrate and eval.
 
 A command imports what it needs when it runs, for importing takes longer than opening a small model.
 Text goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 something failed
@@ -51,6 +51,7 @@ _ROOMS = {
     "chat": ("tidaldecode.cli.chat", "chat"),
     "calibrate": ("tidaldecode.calibration.command", "calibrate"),
     "eval": ("tidaldecode.evaluation.command", "evaluate"),
+    "serve": ("tidaldecode.server.command", "serve"),
 }
 
 

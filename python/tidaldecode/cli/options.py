@@ -132,6 +132,23 @@ GpuMemoryUtilization = Annotated[
 ]
 PageSize = Annotated[int | None, _engine_option("Tokens per KV page.", "page_size")]
 PrefillChunk = Annotated[int | None, _engine_option("Prompt tokens per pass.", "prefill_chunk")]
+MaxChunkMs = Annotated[
+    float | None,
+    _engine_option("Of a pass over prompts while others decode, at most.", "max_chunk_ms"),
+]
+DecodeShare = Annotated[
+    float | None,
+    _engine_option("Of the time that decoding has while prompts wait.", "decode_share"),
+]
+PrefixCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Find again what earlier prompts had in common. [dim]\\[default: yes][/dim]",
+        rich_help_panel=_ENGINE,
+    ),
+]
+LoadFormat = Annotated[str, _engine_option("auto, or dummy: random weights, to measure speed.")]
 NumThreads = Annotated[int | None, _engine_option("CPU threads.", "num_threads")]
 
 MaxNewTokens = Annotated[

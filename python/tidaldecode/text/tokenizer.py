@@ -61,6 +61,7 @@ class Tokenizer:
             self._process.close()
             raise self._error(cause, "the tokenizer cannot be loaded") from cause
         self.num_tokens: int = about["num_tokens"]
+        self._token_bytes: dict[int, bytes] = {}  # those that were asked for
         self.has_chat_template: bool = about["has_chat_template"]
         # The one that conversations with tools go through.
         self.chat_template: str | None = about["chat_template"]
@@ -115,6 +116,15 @@ class Tokenizer:
         """
         text: str = self._call("tokenizer_json", {}, self._text_limits(_SECONDS, []))
         return text
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each token stands for in the midst of a text; they may be no character."""
+        missing = [i for i in dict.fromkeys(token_ids) if i not in self._token_bytes]
+        if missing:
+            arguments = {"token_ids": _check_ids(missing)}
+            found = self._call("token_bytes", arguments, self._id_limits(len(missing)))
+            self._token_bytes.update(zip(missing, map(bytes.fromhex, found), strict=True))
+        return [self._token_bytes[token_id] for token_id in token_ids]
 
     def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What new tokens of several sequences add to their texts: worker/backend.py."""

@@ -7,6 +7,7 @@ padding and truncation are off.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -45,6 +46,18 @@ _CLEAN_UPS = (
 )
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level encodings write bytes as: GPT-2's."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {chr(byte): byte for byte in shown}
+    return alphabet | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
 class Backend:
     """The tokenizer and the chat templates of one folder."""
 
@@ -72,6 +85,10 @@ class Backend:
             and type(self._tokenizer.model).__name__ != "BPE"
         )
         self._added = self._tokenizer.get_added_tokens_decoder()
+        # A text is what the bytes of its tokens are together.
+        self.joins_bytes = (
+            type(self._tokenizer.decoder).__name__ == "ByteLevel" and not self._cleans_up
+        )
         self._unprefixed = without_prefix(self._tokenizer)
         self._templates = ChatTemplates(folder, config, self._named)
 
@@ -116,6 +133,10 @@ class Backend:
         """The whole tokenizer, as a tokenizer.json would have it."""
         return self._tokenizer.to_str()
 
+    def token_bytes(self, token_ids: Sequence[int]) -> list[str]:
+        """The bytes that each token stands for in the midst of a text, as hexadecimal digits."""
+        return [self._token_bytes(token_id).hex() for token_id in token_ids]
+
     def token_of(self, token_id: int) -> str | None:
         """The token with this id."""
         return self._tokenizer.id_to_token(token_id)
@@ -156,6 +177,25 @@ class Backend:
                 raise TextError("failed", f"gave a lone surrogate at {cause.start}") from cause
             rendered.append(self._encode(text, False))
         return rendered
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.joins_bytes:
+            values = [_BYTE_OF.get(character) for character in token]
+            return token.encode() if None in values else bytes(values)  # type: ignore[arg-type]
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        # At the beginning of a text some decoders take a space away.
+        before = self.decode([self._anchor], False)
+        return self.decode([self._anchor, token_id], False)[len(before) :].encode()
+
+    @functools.cached_property
+    def _anchor(self) -> int:
+        """A token whose text is the same whatever follows."""
+        count = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return next((i for i in range(count) if self.decode([i], False).isalnum()), 0)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The fast form leaves out where in the text each token was.

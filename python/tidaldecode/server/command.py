@@ -1,0 +1,197 @@
+"""tidaldecode serve: the command."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidaldecode.checkpoint.model_folder import at_revision
+from tidaldecode.cli import options as opt
+from tidaldecode.cli.terminal import Bars, is_watched, one_line
+from tidaldecode.decoder import Decoder
+from tidaldecode.errors import ConfigError
+from tidaldecode.server.settings import ServeConfig
+
+_PANEL = "Server"
+_DEFAULTS = ServeConfig()
+_LISTS = {"api_key": "api_keys", "served_model_name": "served_model_names"}
+_LISTS |= {"cors_origin": "cors_origins"}
+
+# The server's own options: type and help of each.
+_SERVER: dict[str, tuple[Any, str]] = {
+    "host": (str, "Address to listen at."),
+    "port": (int, "0 is any that is free."),
+    "uds": (str, "A Unix socket instead of host and port."),
+    "api_key": (list[str], "Requests need one of these; may be repeated."),
+    "api_key_file": (Path, "A file with a key a line."),
+    "served_model_name": (list[str], "What clients call the model; default: its folder's name."),
+    "prefix_cache_scope": (str, "key: requests with other keys share no pages; or shared."),
+    "max_queued_requests": (int, "More are refused (503)."),
+    "max_queued_tokens": (int, "Prompt tokens that may wait; more are refused (503)."),
+    "max_body_mb": (int, "MiB of a request."),
+    "max_n": (int, "Answers to a prompt."),
+    "max_stop": (int, "Stop strings."),
+    "max_logprobs": (int, "Alternatives of a token."),
+    "max_tools": (int, "Tools of a chat."),
+    "default_max_tokens": (int, "Of a chat that does not say; default: to the context's end."),
+    "queue_timeout_s": (float, "Longest wait for a row; 0 is for ever."),
+    "request_timeout_s": (float, "Longest answer; 0 is for ever."),
+    "shutdown_timeout_s": (float, "For answers under way, at the end."),
+    "sse_keep_alive_s": (float, "A stream that is silent so long gets a comment."),
+    "stream_interval": (int, "Tokens per event of a stream."),
+    "step_timeout_s": (float, "An engine that does nothing for so long is dead."),
+    "slow_client_timeout_s": (float, "A client that reads nothing for so long is dropped."),
+    "header_timeout_s": (float, "For the head of a request."),
+    "cors_origin": (list[str], "Web origins that may use the server; may be repeated."),
+    "ssl_certfile": (str, "For TLS."),
+    "ssl_keyfile": (str, "Its private key."),
+    "metrics_alias": (str, "vllm: metrics under vLLM's names as well."),
+}
+# The decoder's, as the other commands have them.
+_ENGINE: dict[str, tuple[Any, Any]] = {
+    "revision": (opt.Revision, None),
+    "device": (opt.Device, "auto"),
+    "dtype": (opt.DType, "auto"),
+    "kv_dtype": (opt.KvDType, "auto"),
+    "load_format": (opt.LoadFormat, "auto"),
+    "attention": (opt.Attention, "auto"),
+    "token_budget": (opt.TokenBudget, None),
+    "top_p_mass": (opt.TopPMass, None),
+    "min_token_budget": (opt.MinTokenBudget, None),
+    "select_layers": (opt.SelectLayers, None),
+    "scored_layers": (opt.ScoredLayers, None),
+    "full_layers": (opt.FullLayers, None),
+    "granularity": (opt.Granularity, None),
+    "pooling": (opt.Pooling, None),
+    "shadow": (opt.Shadow, None),
+    "sink_tokens": (opt.SinkTokens, None),
+    "recent_tokens": (opt.RecentTokens, None),
+    "sparse_min_context": (opt.SparseMinContext, None),
+    "correction_interval": (opt.CorrectionInterval, None),
+    "verify": (opt.Verify, False),
+    "draft_tokens": (opt.DraftTokens, None),
+    "max_seq_len": (opt.MaxSeqLen, None),
+    "max_batch_size": (opt.MaxBatchSize, None),
+    "num_pages": (opt.NumPages, None),
+    "page_size": (opt.PageSize, None),
+    "gpu_memory_utilization": (opt.GpuMemoryUtilization, None),
+    "prefix_cache": (opt.PrefixCache, None),
+    "prefill_chunk": (opt.PrefillChunk, None),
+    "max_chunk_ms": (opt.MaxChunkMs, None),
+    "decode_share": (opt.DecodeShare, None),
+    "num_threads": (opt.NumThreads, None),
+    "debug": (opt.Debug, False),
+}
+
+
+def _server_option(name: str) -> Any:
+    kind, words = _SERVER[name]
+    default = getattr(_DEFAULTS, name, None)
+    if default not in (None, ()):
+        words += f" [dim]\\[default: {default}][/dim]"
+    return Annotated[
+        kind | None, typer.Option(help=words, rich_help_panel=_PANEL, show_default=False)
+    ]
+
+
+def _signature() -> inspect.Signature:
+    """Of serve(): the folder, the server's options, the decoder's."""
+    kinds: dict[str, tuple[Any, Any]] = {"model_dir": (opt.ModelDir, inspect.Parameter.empty)}
+    kinds |= {name: (_server_option(name), None) for name in _SERVER}
+    web = typer.Option("--web/--no-web", help="The page.", rich_help_panel=_PANEL)
+    kinds |= {"web": (Annotated[bool, web], True)} | _ENGINE
+    word = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, word, annotation=kind, default=default)
+            for name, (kind, default) in kinds.items()
+        ]
+    )
+
+
+def serve(**values: Any) -> None:
+    """Serve a model to clients of OpenAI's API, over HTTP."""
+    settings = _settings(values)
+    options = {"max_batch_size": 64} | opt.engine_options(values)
+    _check_installed()
+    from tidaldecode.server.run import Run
+
+    bars, model_dir, revision = Bars(is_watched()), values["model_dir"], values["revision"]
+
+    def load(progress: Any) -> Decoder:
+        model = at_revision(model_dir, revision)
+        with bars.loading(f"Loading {model_dir.name}") as on_load:
+
+            def on_progress(done: int, total: int) -> None:
+                progress(done, total)
+                on_load(done, total)
+
+            return Decoder(model, **options, progress=on_progress)
+
+    run = Run(load, settings)
+    run.on_ready = lambda: print(start_line(run), file=sys.stderr, flush=True)
+    code = run.run()
+    problem = run.service.problem
+    if problem is not None and run.service.loaded is None:
+        raise problem
+    raise typer.Exit(code)
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]
+serve.__annotations__ = {
+    name: parameter.annotation for name, parameter in _signature().parameters.items()
+}
+
+
+def _check_installed() -> None:
+    """Raises: ConfigError naming what the server needs and is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import orjson  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+        import uvloop  # noqa: F401
+    except ImportError as missing:
+        raise ConfigError(
+            f"serve: needs {missing.name}, which is not installed; pip install 'tidaldecode[serve]'"
+        ) from missing
+
+
+def _settings(values: dict[str, Any]) -> ServeConfig:
+    """The server's settings out of the command's arguments."""
+    names = {field.name for field in fields(ServeConfig)}
+    given = {k: v for k, v in values.items() if k in names and v is not None}
+    for option, field in _LISTS.items():
+        if values[option]:
+            given[field] = tuple(values[option])
+    if values["api_key_file"] is not None:
+        given["api_keys"] = (*given.get("api_keys", ()), *_read_keys(values["api_key_file"]))
+    return ServeConfig(**given)
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"api-key-file: {path}: cannot be read") from cause
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"api-key-file: {path}: has no key, expected one a line")
+    return keys
+
+
+def start_line(run: Any) -> str:
+    """What is served, how, and where."""
+    model = run.service.loaded
+    decoder = model.decoder
+    memory = decoder.memory_plan().total_bytes / 2**30
+    return one_line(
+        f"Serving {', '.join(run.service.names)} on {decoder.config.device}: plan {decoder.plan} "
+        f"({decoder.plan_source}), {memory:.2f} GiB, {decoder.config.max_batch_size} rows of up to "
+        f"{model.most_tokens:,} tokens, at {run.address}"
+    )

@@ -1,0 +1,99 @@
+"""A stream of server-sent events: what an exchange hears, written as it comes.
+
+A client that is gone is noticed at once, for somebody waits for just that; one that takes nothing
+gets its events later and in larger pieces, until it is dropped (guard.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+
+from tidaldecode.server.answer import Delta
+from tidaldecode.server.errors import ApiError, numeric_error
+from tidaldecode.server.exchange import Exchange
+from tidaldecode.server.service import Service
+
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies pass events on as they come
+]
+
+
+class EventWriter(Protocol):
+    """Turns what comes into events."""
+
+    def write(self, deltas: list[Delta]) -> bytes:
+        """Events of what has come.
+
+        Raises: ApiError for an answer that has failed.
+        """
+
+    def end(self) -> bytes:
+        """Events behind the last answer's end."""
+
+    def fail(self, error: ApiError) -> bytes:
+        """Events that end a stream which has failed."""
+
+
+def event(data: Any) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def check_delta(delta: Delta, service: Service) -> None:
+    """Raises: ApiError if the answer has failed."""
+    if delta.error is not None:
+        raise service.to_api_error(delta.error)
+    if delta.result is not None and delta.result.error is not None:
+        raise numeric_error(delta.result.error)
+
+
+@asynccontextmanager
+async def hearing(receive: Any, exchange: Exchange) -> AsyncIterator[None]:
+    """Ends the exchange when its client goes, and at the end of the block whatever happens."""
+    watch = asyncio.create_task(_watch(receive, exchange))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        exchange.close()
+
+
+async def _watch(receive: Any, exchange: Exchange) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    exchange.leave()
+
+
+class EventStream(Response):
+    """A response of events."""
+
+    def __init__(self, exchange: Exchange, writer: EventWriter) -> None:
+        """Streams what the exchange hears, as the writer puts it."""
+        super().__init__()
+        self._exchange = exchange
+        self._writer = writer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        exchange, writer = self._exchange, self._writer
+        async with hearing(receive, exchange):
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            body: dict[str, Any] = {"type": "http.response.body", "more_body": True}
+            try:
+                while not (exchange.has_ended and not exchange.has_news):
+                    deltas = await exchange.news()
+                    body["body"] = writer.write(deltas) if deltas else KEEP_ALIVE
+                    if body["body"]:
+                        await send(body)
+                last = writer.end()
+            except ApiError as error:
+                last = writer.fail(error)
+            await send({"type": "http.response.body", "body": last})

@@ -1,0 +1,100 @@
+"""The HTTP connection: uvicorn's, with limits on the head of a request that it lacks.
+
+A head may be so large, and take so long, and no more: without limits one client could fill the
+memory, and many could hold all descriptors, a byte a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from tidaldecode.server.errors import ApiError
+
+MAX_HEAD_BYTES = 64 * 1024
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    header_timeout_s = 30.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what uvicorn gives."""
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._start_timer()  # the first byte of a later request on the same connection
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
+            size = f"over {MAX_HEAD_BYTES} bytes"
+            self._refuse(ApiError(431, "head_too_large", f"the head of the request has {size}"))
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        super().on_message_begin()
+        self.scope["tidaldecode.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > MAX_HEAD_BYTES:
+            raise ValueError("the path is too long")
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._is_in_head = False
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_head = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "invalid_value", "this is no HTTP request"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers without the application, and closes."""
+        if self.transport.is_closing():
+            return
+        body = error.body()
+        self.transport.write(
+            STATUS_LINE[error.status]
+            + b"content-type: application/json\r\nconnection: close\r\n"
+            + b"content-length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        if self._head_timer is None and self.header_timeout_s:
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._on_timeout)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _on_timeout(self) -> None:
+        limit = f"the head of the request did not come within {self.header_timeout_s:g} s"
+        self._refuse(ApiError(408, "request_timeout", limit))
+
+
+def protocol_with(header_timeout_s: float) -> type[BoundedProtocol]:
+    """The protocol with a limit of its own."""
+    return type("Protocol", (BoundedProtocol,), {"header_timeout_s": header_timeout_s})

@@ -1,0 +1,79 @@
+"""The routes that say how the server is, and what it serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tidaldecode import _core
+from tidaldecode.server.errors import ApiError
+from tidaldecode.server.openapi import plain
+from tidaldecode.server.routing import service_of
+
+router = APIRouter()
+
+
+def _json(fields: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(fields), status, media_type="application/json")
+
+
+@router.get("/live", **plain())
+async def live() -> Response:
+    """Whether the process lives."""
+    return _json({"status": "live"})
+
+
+@router.get("/health", **plain(unready=True))
+async def health(request: Request) -> Response:
+    """Whether requests are taken: 503 while loading, while draining, and once dead."""
+    service = service_of(request)
+    if service.state == "ready":
+        return _json({"status": "ready"})
+    refusal = service.refusal()
+    done, total = service.progress
+    fields = {"status": service.state, "error": refusal.fields()}
+    if service.state == "loading":
+        fields["progress"] = {"bytes_done": done, "bytes_total": total}
+    response = _json(fields, 503)
+    response.headers.update(refusal.headers)
+    return response
+
+
+@router.get("/version", **plain())
+async def version() -> Response:
+    """The version of this package."""
+    return _json({"version": _core.version()})
+
+
+@router.get("/v1/models", **plain(unready=True))
+async def models(request: Request) -> Response:
+    """What may be asked for as "model"."""
+    service = service_of(request)
+    _ = service.model
+    return _json({"object": "list", "data": [_card(service, name) for name in service.names]})
+
+
+@router.get("/v1/models/{name:path}", **plain(unready=True, missing=True))
+async def model(request: Request, name: str) -> Response:
+    """One of them."""
+    service = service_of(request)
+    _ = service.model
+    if name not in service.names:
+        raise ApiError(404, "model_not_found", f"there is no model {name[:100]!r}", "model")
+    return _json(_card(service, name))
+
+
+def _card(service: Any, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.model.loaded_at,
+        "owned_by": "tidaldecode",
+        "root": service.names[0],
+        "parent": None,
+        "max_model_len": service.model.most_tokens,
+    }

@@ -1,0 +1,64 @@
+"""The routes from texts to token ids and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tidaldecode.server.asking import chat_options
+from tidaldecode.server.bodies import DetokenizeBody, TokenizeBody
+from tidaldecode.server.errors import invalid
+from tidaldecode.server.logprobs import TokenNames
+from tidaldecode.server.openapi import described
+from tidaldecode.server.routing import body_of, service_of
+
+router = APIRouter()
+
+
+@router.post("/tokenize", **described(TokenizeBody))
+async def tokenize(request: Request) -> Response:
+    """Token ids of a prompt, or of a conversation through the chat template."""
+    body = await body_of(request, TokenizeBody)
+    service = service_of(request)
+    texts = service.model.texts
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt", "expected one of prompt and messages")
+    options = chat_options(body) if body.messages is not None else {}
+
+    def encode() -> tuple[list[int], list[str] | None]:
+        if body.messages is not None:
+            messages = [each.model_dump(exclude_none=True) for each in body.messages]
+            ids = texts.tokenizer.render_chat(messages, **options)
+        else:
+            adds = body.add_special_tokens is not False
+            ids = texts.tokenizer.encode(body.prompt or "", add_special_tokens=adds)
+        names = TokenNames(texts.tokenizer)
+        return ids, [names.text_of(i) for i in ids] if body.return_token_strs else None
+
+    ids, strings = await service.in_text_worker(encode)
+    fields: dict[str, Any] = {
+        "count": len(ids),
+        "max_model_len": service.model.most_tokens,
+        "tokens": ids,
+        "token_strs": strings,
+    }
+    return Response(orjson.dumps(fields), media_type="application/json")
+
+
+@router.post("/detokenize", **described(DetokenizeBody))
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    body = await body_of(request, DetokenizeBody)
+    service = service_of(request)
+    texts = service.model.texts
+    skips = body.skip_special_tokens is True
+
+    def decode() -> str:
+        return texts.tokenizer.decode(body.tokens, skip_special_tokens=skips)
+
+    text = await service.in_text_worker(decode)
+    return Response(orjson.dumps({"prompt": text}), media_type="application/json")

@@ -1,0 +1,106 @@
+"""What answers have cost: OpenAI's usage, and what only this engine can say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tidaldecode.config import PLAN_FIELDS, PlanConfig
+from tidaldecode.plan_bytes import VALUE_BYTES, kv_bytes_per_step, most_positions
+from tidaldecode.results import GenerationResult
+
+if TYPE_CHECKING:
+    from tidaldecode.decoder import Decoder
+    from tidaldecode.server.asking import Asked
+
+
+class Accounts:
+    """Counts what the answers to one request cost."""
+
+    def __init__(self, decoder: Decoder, asked: Asked) -> None:
+        """Takes the decoder that answers, and what it was asked for."""
+        config = decoder.config
+        self._model = decoder.model
+        self._value_bytes = VALUE_BYTES[config.kv_dtype]
+        is_dense = asked.options.get("attention", config.attention) == "full"
+        plan = PlanConfig(**{name: getattr(config, name) for name in PLAN_FIELDS})
+        if (budget := asked.options.get("token_budget")) is not None:
+            values = {name: getattr(plan, name) for name in PLAN_FIELDS}
+            plan = PlanConfig(**values | {"token_budget": budget, "min_token_budget": None})
+        self._plan = PlanConfig() if is_dense or not plan.choosing_layers else plan
+        self._asked = asked
+
+    def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """Of answers that have ended, the n of a prompt beside each other."""
+        firsts = results[:: self._asked.n]
+        wants_tokens = self._asked.max_tokens != 0
+        prompt = sum(result.prompt_tokens for result in firsts)
+        completion = sum(len(result.token_ids) for result in results) if wants_tokens else 0
+        usage = counts(prompt, completion)
+        usage["prompt_tokens_details"] = {
+            "cached_tokens": sum(result.cached_tokens for result in firsts)
+        }
+        usage["completion_tokens_details"] = {"reasoning_tokens": 0}
+        usage["tidaldecode"] = self._ours(results)
+        return usage
+
+    def _ours(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        checks = [result.verification for result in results if result.verification is not None]
+        ours: dict[str, Any] = {
+            "attention": "tidal" if self._plan.choosing_layers else "full",
+            "kv_bytes_read": sum(self._bytes_read(result) for result in results),
+        }
+        if checks:
+            drafted = sum(check.drafted_tokens for check in checks)
+            accepted = sum(check.accepted_tokens for check in checks)
+            ours |= {
+                "attention": "verified",
+                "drafted_tokens": drafted,
+                "accepted_tokens": accepted,
+                "acceptance_rate": round(accepted / drafted, 4) if drafted else 0.0,
+                "dense_passes": sum(check.dense_passes for check in checks),
+            }
+        return ours
+
+    def _bytes_read(self, result: GenerationResult) -> int:
+        """Keys and values that the answer's steps have read, as plan_bytes.py counts them."""
+        first, count = result.prompt_tokens, len(result.token_ids) - 1
+        if count <= 0:
+            return 0
+        checks = result.verification
+        if checks is None:
+            return self._between(self._plan, first + 1, first + count)
+        # Drafts and checks are spread evenly over the lengths the answer had.
+        dense = self._between(PlanConfig(), first + 1, first + count) / count
+        sparse = self._between(self._plan, first + 1, first + count) / count
+        return round(checks.dense_passes * dense + checks.drafted_tokens * sparse)
+
+    def _between(self, plan: PlanConfig, first: int, last: int) -> int:
+        """Bytes of one step at each length from the first to the last."""
+
+        def bytes_at(seq_len: int) -> int:
+            return kv_bytes_per_step(self._model, plan, seq_len, self._value_bytes)
+
+        if not plan.choosing_layers:
+            return _sum_of_line(bytes_at, first, last)
+        # Up to some length all is read; from there on the bytes grow along another line.
+        least = plan.sparse_min_context if isinstance(plan.sparse_min_context, int) else 0
+        bend = max(most_positions(plan), least)
+        if plan.granularity == "head":  # heads may choose the same, until there is enough for all
+            bend = max(bend, most_positions(plan) * self._model.group_size)
+        dense = self._between(PlanConfig(), first, min(last, bend)) if first <= bend else 0
+        return dense + (_sum_of_line(bytes_at, max(first, bend + 1), last) if last > bend else 0)
+
+
+def counts(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """The three numbers that every usage has."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def _sum_of_line(value: Callable[[int], int], first: int, last: int) -> int:
+    """The sum of a linear function over whole numbers."""
+    return (value(first) + value(last)) * (last - first + 1) // 2 if first <= last else 0
