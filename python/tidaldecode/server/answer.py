@@ -47,6 +47,7 @@ class Answer:
         self.generation = request._generation
         self.index = index
         self.submitted_at = time.monotonic()
+        self.begun_at = 0.0  # to read its prompt, as far as was heard
         self.first_token_at = 0.0
         self.last_token_at = 0.0
         self.token_ids: list[int] = []

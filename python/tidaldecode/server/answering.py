@@ -107,6 +107,12 @@ class Answering:
         async with hearing(receive, exchange):
             return orjson.dumps(await self._hear(exchange))
 
+    def account(self, results: list[GenerationResult]) -> dict[str, Any]:
+        """The usage of answers that have ended; counts it, too."""
+        usage = self.accounts.usage(results)
+        self.service.metrics.read_bytes(usage["tidaldecode"]["kv_bytes_read"])
+        return usage
+
     async def _hear(self, exchange: Exchange) -> dict[str, Any]:
         results: dict[int, GenerationResult] = {}
         while not (exchange.has_ended and not exchange.has_news):
@@ -115,7 +121,7 @@ class Answering:
                 if delta.result is not None:
                     results[delta.index] = delta.result
         ordered = [results[index] for index in range(len(results))]
-        usage = {"usage": self.accounts.usage(ordered)}
+        usage = {"usage": self.account(ordered)}
         return self.head(self.kind) | self.whole(ordered) | usage
 
 
@@ -191,10 +197,9 @@ class AnswerEvents:
 
     def end(self) -> bytes:
         """Events behind the last answer's end."""
+        usage = self.of.account([result for result in self._results if result is not None])
         if not self._wants_usage:
             return DONE
-        results = [result for result in self._results if result is not None]
-        usage = self.of.accounts.usage(results)
         return self.event({"choices": [], "usage": usage}) + DONE
 
     def fail(self, error: ApiError) -> bytes:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from tidaldecode import _core
 from tidaldecode.server.errors import ApiError
+from tidaldecode.server.metrics import CONTENT_TYPE
 from tidaldecode.server.openapi import plain
 from tidaldecode.server.routing import service_of
 
@@ -47,6 +48,29 @@ async def health(request: Request) -> Response:
 async def version() -> Response:
     """The version of this package."""
     return _json({"version": _core.version()})
+
+
+@router.api_route("/metrics", methods=["GET", "HEAD"], **plain())
+async def metrics(request: Request) -> Response:
+    """Counters in Prometheus' form."""
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
+
+
+@router.get("/server_info", **plain(unready=True))
+async def server_info(request: Request) -> Response:
+    """What routers ask for: the model, its limits, how it is decoded."""
+    service = service_of(request)
+    decoder = service.model.decoder
+    fields = {
+        "model_id": service.names[0],
+        "served_model_name": service.names[0],
+        "max_model_len": service.model.most_tokens,
+        "device": decoder.config.device,
+        "plan": decoder.plan,
+        "plan_source": decoder.plan_source,
+        "stats": decoder.stats(),
+    }
+    return _json(fields)
 
 
 @router.get("/v1/models", **plain(unready=True))

@@ -44,11 +44,15 @@ class Accounts:
         usage["tidaldecode"] = self._ours(results)
         return usage
 
+    def bytes_read(self, results: Sequence[GenerationResult]) -> int:
+        """Keys and values that the answers' steps have read."""
+        return sum(self._bytes_read(result) for result in results)
+
     def _ours(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
         checks = [result.verification for result in results if result.verification is not None]
         ours: dict[str, Any] = {
             "attention": "tidal" if self._plan.choosing_layers else "full",
-            "kv_bytes_read": sum(self._bytes_read(result) for result in results),
+            "kv_bytes_read": self.bytes_read(results),
         }
         if checks:
             drafted = sum(check.drafted_tokens for check in checks)
