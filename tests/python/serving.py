@@ -96,8 +96,9 @@ def serving(folder: Path, *, engine: dict[str, Any] | None = None, **settings: A
 class Command:
     """`tidaldecode serve` as a process."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "tidaldecode", "serve", *arguments, "--device", "cpu"]
+    def __init__(self, *arguments: str, program: str = "") -> None:
+        runs = ["-c", program] if program else ["-m", "tidaldecode"]
+        command = [sys.executable, *runs, "serve", *arguments, "--device", "cpu"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
