@@ -215,10 +215,13 @@ class AnswerEvents:
     def chunk(self, index: int, text: str | None, **more: Any) -> bytes:
         """The event of one choice."""
         choice = self.choice(index, text) | {"logprobs": None, "finish_reason": None} | more
-        fields: dict[str, Any] = {"choices": [choice]}
-        if self._counts_usage:
-            fields["usage"] = counts(len(self.of.prompt_of(index)), self._num_tokens[index])
-        return self.event(fields)
+        return self.event({"choices": [choice]} | self.usage_so_far(index))
+
+    def usage_so_far(self, index: int) -> dict[str, Any]:
+        """The field of an event that says it, if it is wanted."""
+        if not self._counts_usage:
+            return {}
+        return {"usage": counts(len(self.of.prompt_of(index)), self._num_tokens[index])}
 
     def _hold(self, delta: Delta, events: list[bytes]) -> None:
         """Gathers pieces until there are enough tokens for an event, and text to show."""

@@ -86,7 +86,7 @@ class _Events(AnswerEvents):
         delta_fields = {"role": "assistant", "content": ""}
         choice = {"index": delta.index, "delta": delta_fields}
         choice |= {"logprobs": None, "finish_reason": None}
-        fields: dict[str, Any] = {"choices": [choice]}
+        fields: dict[str, Any] = {"choices": [choice]} | self.usage_so_far(delta.index)
         if self._chat.body.return_token_ids:
             fields["prompt_token_ids"] = self._chat.prompt_ids[0]
         events = [self.event(fields)]

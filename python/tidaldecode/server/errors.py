@@ -44,7 +44,7 @@ _PARAMS = {
     "min_new_tokens": "min_tokens",
     "plan": "token_budget",
 }
-_PARAM = re.compile(r"([a-z_]+(?:\[\d+\])?): ")
+_PARAM = re.compile(r"((?:[a-z_]+(?:\[\d+\])?\.?)+): ")
 _MAX_MESSAGE = 2000
 
 

@@ -45,7 +45,7 @@ class Feed:
         """Ends answers at the next end of a pass; each delivers its end, as any other."""
         for answer in answers:
             if not answer.has_ended:
-                self._ender.submit(answer.generation.stop, 0, "abort")
+                self._ender.submit(self._stop, answer, "abort")
 
     async def close(self) -> None:
         """Ends everything."""
@@ -70,7 +70,18 @@ class Feed:
         if answer.has_ended:
             self._forget(fd)
         elif answer.is_stopping and not was_stopping:
-            self._ender.submit(answer.generation.stop, 0, "stop")
+            self._ender.submit(self._stop, answer, "stop")
+
+    def _stop(self, answer: Answer, reason: str) -> None:
+        """Ends an answer when the pass under way has ended; in the ender's thread."""
+        answer.generation.stop(0, reason)
+        # The engine says nothing of one that had ended by itself meanwhile.
+        self._loop.call_soon_threadsafe(self._on_stopped, answer)
+
+    def _on_stopped(self, answer: Answer) -> None:
+        fd = next((fd for fd, each in self._answers.items() if each is answer), None)
+        if fd is not None:
+            self._read(fd, answer)
 
     def _forget(self, fd: int) -> None:
         answer = self._answers.pop(fd, None)

@@ -107,6 +107,8 @@ class Metrics:
                 answer.first_token_at = now
                 since = now - answer.submitted_at
                 self._histograms["time_to_first_token_seconds"].add(since)
+                for _ in delta.token_ids[1:]:
+                    self._between.add(0.0)
             answer.last_token_at = now
         elif delta.progress is not None and not answer.begun_at:
             answer.begun_at = time.monotonic()

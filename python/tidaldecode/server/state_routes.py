@@ -50,7 +50,8 @@ async def version() -> Response:
     return _json({"version": _core.version()})
 
 
-@router.api_route("/metrics", methods=["GET", "HEAD"], **plain())
+@router.head("/metrics", include_in_schema=False)
+@router.get("/metrics", **plain())
 async def metrics(request: Request) -> Response:
     """Counters in Prometheus' form."""
     return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)

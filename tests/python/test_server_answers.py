@@ -1,0 +1,289 @@
+"""What the server's answers hold, field by field, beside what the decoder itself says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
+
+import httpx  # noqa: E402
+
+from serving import Served, events_of, serving  # noqa: E402
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TEXT = "The sky over the harbour was"
+MESSAGES = [{"role": "user", "content": TEXT}]
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def served(demo_model: Path) -> Iterator[Served]:
+    with serving(demo_model, engine={"sparse_min_context": 0, "token_budget": 24}) as served:
+        yield served
+
+
+def complete(served: Served, **body: Any) -> dict[str, Any]:
+    response = served.post(COMPLETIONS, {"prompt": TEXT} | GREEDY | body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(served: Served, route: str, **body: Any) -> list[dict[str, Any]]:
+    events = events_of(served.post(route, GREEDY | {"stream": True} | body).text)
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    "penalties": {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3},
+    "bias": {"logit_bias": {"300": 30}},
+    "bans": {"allowed_token_ids": [*range(300, 320)], "no_repeat_ngram_size": 1},
+    "dense": {"attention": "full"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_reach_the_engine(served: Served, name: str):
+    settings = SETTINGS[name]
+    answer = complete(served, max_tokens=8, return_token_ids=True, **settings)
+    request = served.decoder.submit(TEXT, max_new_tokens=8, **(GREEDY | settings))
+    expected = request.result()
+    assert answer["choices"][0]["token_ids"] == list(expected.token_ids)
+    assert answer["choices"][0]["text"] == expected.text
+    assert answer["choices"][0]["prompt_token_ids"] == served.decoder.encode(TEXT)
+
+
+def test_n_answers_have_seeds_of_their_own(served: Served):
+    answer = complete(served, max_tokens=8, n=3, temperature=1.0, seed=5)
+    alone = [complete(served, max_tokens=8, temperature=1.0, seed=5 + i) for i in range(3)]
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [each["choices"][0]["text"] for each in alone] and len(set(texts)) == 3
+    assert answer["usage"]["prompt_tokens"] == len(served.decoder.encode(TEXT))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_stop_strings(served: Served, keeps: bool):
+    whole = complete(served, max_tokens=30)["choices"][0]["text"]
+    stop = whole[10:13]
+    expected = whole[: whole.find(stop) + (len(stop) if keeps else 0)]
+    body = {"max_tokens": 30, "stop": [stop], "include_stop_str_in_output": keeps}
+    choice = complete(served, **body)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (expected, "stop")
+    assert choice["stop_reason"] == stop
+    chunks = stream(served, COMPLETIONS, prompt=TEXT, **body)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["choices"][0]["stop_reason"] == stop
+
+
+def test_stop_token_ids_and_min_tokens(served: Served):
+    ids = complete(served, max_tokens=12, return_token_ids=True)["choices"][0]["token_ids"]
+    choice = complete(served, max_tokens=12, stop_token_ids=[ids[3]])["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["stop_reason"] == ids[3]
+    later = complete(
+        served, max_tokens=12, stop_token_ids=[ids[3]], min_tokens=9, return_token_ids=True
+    )
+    assert len(later["choices"][0]["token_ids"]) >= 9
+
+
+def test_completion_logprobs_and_echo(served: Served):
+    ids = served.decoder.encode(TEXT)
+    expected = served.decoder.generate(
+        ids, max_new_tokens=4, logprobs=2, prompt_logprobs=2, **GREEDY
+    )
+    choice = complete(served, max_tokens=4, logprobs=2, echo=True)["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"] == TEXT + expected.text
+    scored = [*expected.prompt_logprobs, *expected.logprobs]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert found["token_logprobs"][1:] == pytest.approx([each.logprob for each in scored])
+    assert "".join(found["tokens"][1:]) == TEXT + expected.text  # the first is BOS
+    assert len(found["text_offset"]) == len(ids) + 4
+    for each, top in zip(scored, found["top_logprobs"][1:], strict=True):
+        assert len(top) in (2, 3) and max(top.values()) == pytest.approx(each.top[0][1])
+
+
+def test_scoring_alone(served: Served):
+    """lm_eval's loglikelihood: token ids, echo, and one token or none beside."""
+    ids = served.decoder.encode(TEXT)
+    one = complete(served, prompt=[ids, ids[:4]], max_tokens=1, logprobs=1, echo=True)
+    none = complete(served, prompt=[ids, ids[:4]], max_tokens=0, logprobs=1, echo=True)
+    for full, bare, prompt in zip(one["choices"], none["choices"], (ids, ids[:4]), strict=True):
+        assert len(bare["logprobs"]["tokens"]) == len(prompt)
+        assert full["logprobs"]["token_logprobs"][:-1] == bare["logprobs"]["token_logprobs"]
+        assert bare["text"] == served.decoder.decode(prompt)
+        assert bare["finish_reason"] == "length"
+    assert none["usage"]["completion_tokens"] == 0 and one["usage"]["completion_tokens"] == 2
+
+
+def test_streamed_logprobs_are_those_of_the_whole(served: Served):
+    body = {"prompt": TEXT, "max_tokens": 9, "logprobs": 2, "echo": True, "return_token_ids": True}
+    whole = complete(served, **body)["choices"][0]
+    chunks = [chunk["choices"][0] for chunk in stream(served, COMPLETIONS, **body)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [item for chunk in chunks for item in (chunk["logprobs"] or {name: []})[name]]
+        assert parts == whole["logprobs"][name], name
+    assert [t for c in chunks for t in c.get("token_ids", [])] == whole["token_ids"]
+
+
+def test_chat_logprobs(served: Served):
+    body = {"messages": MESSAGES, "max_tokens": 5, "logprobs": True, "top_logprobs": 3}
+    answer = served.post(CHAT, GREEDY | body).json()["choices"][0]
+    content = answer["logprobs"]["content"]
+    assert len(content) == 5
+    assert "".join(bytes(c["bytes"]).decode() for c in content) == answer["message"]["content"]
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 3 and math.isfinite(entry["logprob"])
+        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"]
+    chunks = [chunk["choices"][0] for chunk in stream(served, CHAT, **body)]
+    streamed = [c for chunk in chunks for c in (chunk["logprobs"] or {"content": []})["content"]]
+    assert streamed == content
+
+
+def test_prompt_logprobs(served: Served):
+    ids = served.decoder.encode(TEXT)
+    expected = served.decoder.generate(ids, max_new_tokens=1, prompt_logprobs=1, **GREEDY)
+    rows = complete(served, max_tokens=1, prompt_logprobs=1)["choices"][0]["prompt_logprobs"]
+    assert rows[0] is None and len(rows) == len(ids)
+    for token_id, row, each in zip(ids[1:], rows[1:], expected.prompt_logprobs, strict=True):
+        assert row[str(token_id)]["logprob"] == pytest.approx(each.logprob)
+        assert row[str(token_id)]["rank"] == each.rank
+    body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "prompt_logprobs": 0}
+    assert len(served.post(CHAT, body).json()["prompt_logprobs"]) > 5
+
+
+def test_messages_that_go_on(served: Served):
+    messages = [*MESSAGES, {"role": "assistant", "content": "It was very"}]
+    body = GREEDY | {"messages": messages, "max_tokens": 4, "return_token_ids": True}
+    body |= {"continue_final_message": True, "add_generation_prompt": False}
+    answer = served.post(CHAT, body).json()
+    expected = served.decoder.chat(
+        messages, continue_final_message=True, max_new_tokens=4, **GREEDY
+    )
+    assert answer["choices"][0]["message"]["content"] == expected.text
+    ids = served.decoder.render_chat(messages, continue_final_message=True)
+    assert answer["prompt_token_ids"] == ids
+    echoed = served.post(CHAT, body | {"echo": True}).json()["choices"][0]["message"]["content"]
+    assert echoed == "It was very" + expected.text
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tools", "messages"])
+def test_what_is_no_template_variable(served: Served, name: str):
+    body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
+    assert served.post(CHAT, body).json()["error"]["param"] == "chat_template_kwargs"
+
+
+def test_a_variable_that_the_template_does_not_use(served: Served):
+    body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {"mood": 1}}
+    response = served.post(CHAT, body)
+    assert response.status_code == 400 and "mood" in response.json()["error"]["message"]
+
+
+def test_text_parts(served: Served):
+    parts = [{"type": "text", "text": "Hello"}]
+    response = served.post(CHAT, {"messages": [{"role": "user", "content": parts}]})
+    assert response.status_code in (200, 400)  # as the template can
+    image = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
+    error = served.post(CHAT, {"messages": [{"role": "user", "content": image}]}).json()["error"]
+    assert error["param"].startswith("messages[0].content")
+
+
+def test_cached_tokens(served: Served):
+    prompt = list(range(500, 600))
+    counts = [
+        complete(served, prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]
+        for _ in range(2)
+    ]
+    assert [each["cached_tokens"] for each in counts] == [0, 96]
+
+
+def test_ours(served: Served):
+    prompt = list(range(600, 700))
+    dense = complete(served, prompt=prompt, max_tokens=20, attention="full", return_token_ids=True)
+    sparse = complete(served, prompt=prompt, max_tokens=20)
+    smaller = complete(served, prompt=prompt, max_tokens=20, token_budget=8)
+    checked = complete(
+        served, prompt=prompt, max_tokens=20, attention="verified", return_token_ids=True
+    )
+    read = [each["usage"]["tidaldecode"]["kv_bytes_read"] for each in (dense, sparse, smaller)]
+    assert read[0] > read[1] > read[2] > 0
+    names = [each["usage"]["tidaldecode"]["attention"] for each in (dense, sparse, checked)]
+    assert names == ["full", "tidal", "verified"]
+    assert checked["choices"][0]["token_ids"] == dense["choices"][0]["token_ids"]
+    ours = checked["usage"]["tidaldecode"]
+    assert ours["accepted_tokens"] <= ours["drafted_tokens"] and ours["dense_passes"] > 0
+
+
+def test_usage_in_every_chunk(served: Served):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = stream(served, CHAT, messages=MESSAGES, max_tokens=6, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["choices"]]
+    assert counts[-1] == 6 and counts == sorted(counts)
+
+
+def test_prompt_progress(served: Served):
+    prompt = list(range(700, 1100))
+    chunks = stream(served, COMPLETIONS, prompt=prompt, max_tokens=2, return_progress=True)
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert all(each["total"] == 400 and 0 < each["processed"] <= 400 for each in told)
+
+
+def test_keep_alive(demo_model: Path):
+    with serving(demo_model, sse_keep_alive_s=0.3, engine={"max_batch_size": 1}) as served:
+        long = GREEDY | {"prompt": [5, 6, 7], "max_tokens": 500, "stream": True}
+        hold = served.decoder.session()
+        with httpx.stream("POST", served.url + COMPLETIONS, json=long) as first:
+            next(first.iter_raw())
+            text = served.post(COMPLETIONS, long | {"max_tokens": 2, "n": 1}).text
+        hold.close()
+        assert events_of(text.replace(": keep-alive\n\n", ""))[-1] == "[DONE]"
+
+
+def test_stream_interval(demo_model: Path):
+    with serving(demo_model, stream_interval=4) as served:
+        chunks = stream(served, COMPLETIONS, prompt=TEXT, max_tokens=16)
+        whole = complete(served, max_tokens=16)["choices"][0]["text"]
+        pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+        assert "".join(pieces) == whole and len(pieces) <= 6
+
+
+def test_tokenize_and_back(served: Served):
+    found = served.post("/tokenize", {"prompt": TEXT, "return_token_strs": True}).json()
+    ids = served.decoder.encode(TEXT)
+    assert found["tokens"] == ids and found["count"] == len(ids) and found["max_model_len"] == 512
+    assert "".join(found["token_strs"][1:]) == TEXT
+    back = served.post("/detokenize", {"tokens": ids, "skip_special_tokens": True}).json()
+    assert back == {"prompt": TEXT}
+    chat = served.post("/tokenize", {"messages": MESSAGES}).json()
+    assert chat["tokens"] == served.decoder.render_chat(MESSAGES)
+    bare = served.post("/tokenize", {"prompt": TEXT, "add_special_tokens": False}).json()
+    assert bare["tokens"] == ids[1:]
+    assert served.post("/tokenize", {}).json()["error"]["param"] == "prompt"
+    assert served.post("/detokenize", {"tokens": [-1]}).status_code == 400
+
+
+def test_metrics(demo_model: Path):
+    with serving(demo_model, metrics_alias="vllm") as served:
+        complete(served, max_tokens=7)
+        assert httpx.head(served.url + "/metrics").status_code == 200
+        text = httpx.get(served.url + "/metrics").text
+        labels = '{engine="0",model_name="tidal-demo"}'
+        for prefix in ("tidaldecode", "vllm"):
+            assert f"{prefix}:generation_tokens_total{labels} 7.0" in text
+            assert f"{prefix}:inter_token_latency_seconds_count{labels} 6.0" in text
+            assert f"{prefix}:num_requests_running{labels} 0.0" in text
+        assert 'request_success_total{engine="0",finished_reason="length"' in text
+
+
+def test_the_schema_names_every_field(served: Served):
+    schema = httpx.get(served.url + "/openapi.json").json()
+    body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]["properties"]
+    assert {"messages", "stream", "token_budget", "logprobs"} <= fields.keys()
