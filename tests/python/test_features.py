@@ -18,6 +18,7 @@ import typer.main
 
 import feature_runs
 import request_runs  # noqa: F401  adds its runs
+import server_runs  # noqa: F401  adds its runs
 import tidaldecode
 from feature_runs import NAMES, RUNS, Bench
 from tidaldecode import _core

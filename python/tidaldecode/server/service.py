@@ -122,7 +122,8 @@ class Service:
             return
         self.state = "dead"
         self.problem = problem
-        _logger.error("server: the engine has failed: %s", problem)
+        if self._model is not None:
+            _logger.error("server: the engine has failed: %s", problem)
         for exchange in list(self.exchanges):
             exchange.fail(self.refusal())
         self.on_change()
