@@ -83,7 +83,17 @@ def serve_command(bench: Bench) -> None:
     ]  # fmt: skip
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         address = ["--host", "127.0.0.1", "--port", port]
-        _serve(bench, client, str(bench.model), *address, *sizes, *times, *others, *engine, *PLAN_OPTIONS)
+        _serve(
+            bench,
+            client,
+            str(bench.model),
+            *address,
+            *sizes,
+            *times,
+            *others,
+            *engine,
+            *PLAN_OPTIONS,
+        )
 
 
 @uses("serve at other sockets")

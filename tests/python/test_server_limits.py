@@ -263,6 +263,20 @@ def test_a_full_queue(demo_model: Path):
         assert b'reason="queue_full"} 1.0' in httpx.get(served.url + "/metrics").content
 
 
+def test_a_line_with_too_many_tokens(demo_model: Path):
+    engine = {"max_batch_size": 1}
+    with serving(demo_model, engine=engine, max_queued_tokens=150) as served:
+        url, body = served.url + COMPLETIONS, LONG | {"stream": True}
+        prompt = list(range(10, 110))
+        with httpx.stream("POST", url, json=body):
+            until(lambda: served.decoder.stats()["num_decoding"] == 1)
+            with httpx.stream("POST", url, json=body | {"prompt": prompt, "max_tokens": 9}):
+                until(lambda: served.decoder.stats()["num_waiting"] == 1)
+                response = served.post(COMPLETIONS, {"prompt": prompt})
+                assert response.status_code == 503
+                assert error_of(response)["code"] == "queue_full"
+
+
 def test_an_answer_that_takes_too_long(demo_model: Path):
     with serving(demo_model, request_timeout_s=0.3, engine={"max_seq_len": 8192}) as served:
         body = LONG | {"max_tokens": 8000}

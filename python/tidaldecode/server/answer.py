@@ -47,6 +47,7 @@ class Answer:
         self.generation = request._generation
         self.index = index
         self.submitted_at = time.monotonic()
+        self.prompt_ids = request._stream._prompt_ids
         self.begun_at = 0.0  # to read its prompt, as far as was heard
         self.first_token_at = 0.0
         self.last_token_at = 0.0
@@ -111,7 +112,7 @@ class Answer:
         core = self.generation.results()[0]
         delta.result = make_result(
             core,
-            prompt_ids=self._stream._prompt_ids,
+            prompt_ids=self.prompt_ids,
             text="".join(self._pieces) if self._assembler is not None else None,
             matched_stop=self._assembler.matched_stop(0) if self._assembler is not None else None,
             stop_token_ids=self._stream._stop_token_ids,
@@ -126,5 +127,4 @@ class Answer:
         delta.logprobs = token_logprobs(tokens, self.generation.logprobs(0, first))
         if first == 0:
             core = self.generation.results()[0]
-            prompt_ids = self._stream._prompt_ids
-            delta.scored = token_logprobs(prompt_ids[1:], core.prompt_logprobs)
+            delta.scored = token_logprobs(self.prompt_ids[1:], core.prompt_logprobs)

@@ -15,7 +15,7 @@ from tidaldecode.server.errors import ApiError, invalid
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
-    from tidaldecode.server.service import Model
+    from tidaldecode.server.service import Model, Service
     from tidaldecode.server.settings import ServeConfig
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
@@ -44,11 +44,13 @@ class Asked:
     logprobs: int | None  # of new tokens
     prompt_logprobs: int | None
 
-    def submit(self, model: Model, prompts: list[list[int]]) -> list[Request]:
+    def submit(self, service: Service, prompts: list[list[int]]) -> list[Request]:
         """Submits prompts of token ids; gives n requests for each, one prompt after the other.
 
-        Raises: as Decoder.submit(); then none is left running.
+        Raises: as Decoder.submit(), ApiError if too many tokens wait; then none is left running.
         """
+        model = service.model
+        service.check_tokens(sum(map(len, prompts)))
         requests: list[Request] = []
         try:
             for ids in prompts:

@@ -38,7 +38,7 @@ class ChatCompletion(Answering):
     def submit(self) -> list[Request]:
         ids = self.model.texts.tokenizer.render_chat(self._messages, **self._options)
         self.prompt_ids = [ids]
-        return self.asked.submit(self.model, self.prompt_ids)
+        return self.asked.submit(self.service, self.prompt_ids)
 
     def events(self) -> AnswerEvents:
         return _Events(self)

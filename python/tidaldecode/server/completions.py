@@ -54,7 +54,7 @@ class Completion(Answering):
             raise invalid("prompt", "has no tokens, expected at least one")
         if self.body.echo:
             self._echoed = [self._text_of(each) for each in self._prompts]
-        return self.asked.submit(self.model, self.prompt_ids)
+        return self.asked.submit(self.service, self.prompt_ids)
 
     def _text_of(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):

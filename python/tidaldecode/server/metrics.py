@@ -110,7 +110,7 @@ class Metrics:
                 for _ in delta.token_ids[1:]:
                     self._between.add(0.0)
             answer.last_token_at = now
-        elif delta.progress is not None and not answer.begun_at:
+        if not answer.begun_at:
             answer.begun_at = time.monotonic()
         if delta.result is not None:
             self._hear_end(answer, delta)

@@ -189,6 +189,19 @@ class Service:
             wait = min(120, max(1, waiting // max(1, running)))
             raise unavailable("queue_full", f"{waiting} requests wait already", wait)
 
+    def check_tokens(self, num_tokens: int) -> None:
+        """Whether the line has room for so many tokens of prompts more. A text worker may ask.
+
+        Raises: ApiError.
+        """
+        most = self.settings.max_queued_tokens
+        if most is None:
+            return
+        waiting = sum(len(answer.prompt_ids) for answer in self.feed.answers if not answer.begun_at)
+        if waiting and waiting + num_tokens > most:
+            self.metrics.rejected("queue_full")
+            raise unavailable("queue_full", f"{waiting} tokens of prompts wait already", 5)
+
     async def prepare(self, work: Callable[[], list[Request]]) -> list[Request]:
         """Lets a text worker make requests; if nobody waits for them any more, they are ended.
 
