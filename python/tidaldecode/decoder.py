@@ -321,7 +321,7 @@ class Decoder(TextMethods, MeasuringMethods):
         guide_call = self._frontend.guided_call(settings, core)
         prompt_ids = self._frontend.encode_prompt(prompt, add_special_tokens=add_special_tokens)
         make_text = self._frontend.text_maker(settings, needed=False)
-        choices: list[Request] = []
+        parts: list[tuple[TextStream, _core.Generation]] = []
         for index in range(n):
             requests = make_requests([prompt_ids], settings.for_choice(index), core, guide_call)
             if index == 0:
@@ -330,8 +330,8 @@ class Decoder(TextMethods, MeasuringMethods):
             text = make_text([prompt_ids]) if make_text else None
             stream = TextStream(generation, requests[0], text, Callbacks(None, None))
             self._holders.add(stream)
-            choices.append(Request(stream, generation))
-        return Request.with_choices(choices)
+            parts.append((stream, generation))
+        return Request(*parts[0], [Request(*part) for part in parts[1:]])
 
     def session(self, *, max_seq_len: int | None = None) -> Session:
         """A conversation whose tokens stay in the cache from one turn to the next.

@@ -81,19 +81,15 @@ class Request:
     Stop strings end the text when it is read.
     """
 
-    def __init__(self, stream: TextStream, generation: _core.Generation) -> None:
-        """Takes over a stream and the generation that it reads; Decoder.submit makes these."""
+    def __init__(
+        self, stream: TextStream, generation: _core.Generation, others: Sequence[Request] = ()
+    ) -> None:
+        """Takes over a stream and the generation that it reads, and the other answers to the
+        prompt; Decoder.submit makes these."""
         self._stream = stream
         self._generation = generation
-        self._others: tuple[Request, ...] = ()
+        self._others = tuple(others)
         self._bell: _Bell | None = None  # while an event loop waits for it
-
-    @classmethod
-    def with_choices(cls, choices: Sequence[Request]) -> Request:
-        """The first of the answers to a prompt, which knows of the others."""
-        first, *others = choices
-        first._others = tuple(others)
-        return first
 
     @property
     def choices(self) -> tuple[Request, ...]:
@@ -144,6 +140,7 @@ class Request:
     def new_logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:
         """Those of the tokens from index `first` on that have been read so far; none unless they
         were asked for."""
+        first = check_integer("first", first, low=0)
         found = self._generation.logprobs(0, first)
         return token_logprobs(self._stream.token_ids[first : first + len(found)], found)
 

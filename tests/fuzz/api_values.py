@@ -86,6 +86,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "cache_salt": ("''", "'a caller'"),
     "logprobs": ("None", "0", "5"),
     "prompt_logprobs": ("None", "0", "20"),
+    "first": ("0", "2"),
     "timeout": ("5.0", "30"),
     "on_prefill": _CALLBACKS,
     "should_stop": (*_CALLBACKS, "lambda: True", "lambda: False"),
