@@ -148,6 +148,21 @@ def test_an_engine_that_stands_still_is_dead(demo_model: Path):
         del served.decoder.stats
 
 
+def test_an_engine_whose_first_pass_runs_is_alive(demo_model: Path):
+    with serving(demo_model) as served:
+        stats = served.decoder.stats()
+        busy = stats | {"num_reading": 1}
+        served.decoder.stats = lambda: busy  # type: ignore[method-assign]
+        deaths: list[BaseException] = []
+        served.service.die = deaths.append
+        for seconds in (0, 70, 500):
+            served.service._watch_engine(time.monotonic() + seconds)
+        assert not deaths
+        served.service._watch_engine(time.monotonic() + 700)
+        assert deaths
+        del served.decoder.stats
+
+
 def test_a_model_that_cannot_be_loaded(tmp_path: Path):
     with Command(str(tmp_path), *COMMAND) as command:
         assert command.code() in (1, 2)

@@ -29,6 +29,7 @@ LoadProgress = Callable[[int, int], None]
 T = TypeVar("T")
 
 _TICK_S = 0.25
+_READING_FACTOR = 10  # times step_timeout_s that a pass may take while prompts are read
 _SAID = {
     "loading": "the model is being loaded",
     "draining": "the server is about to end",
@@ -76,7 +77,7 @@ class Service:
         self.drop_slow_clients: Callable[[float], int] = lambda _: 0
         self._load = load
         self._model: Model | None = None
-        self._engine_at = (0, 0.0)  # passes so far, and when that was seen first
+        self._engine_at = (-1, 0.0)  # passes so far, and when that was seen first
         self._ticking: asyncio.Task[None] | None = None
         self._loading: asyncio.Task[None] | None = None
 
@@ -278,6 +279,9 @@ class Service:
         is_busy = stats["num_decoding"] + stats["num_reading"] > 0
         if passes != self._engine_at[0] or not is_busy:
             self._engine_at = (passes, now)
-        elif now - self._engine_at[1] > self.settings.step_timeout_s:
-            seconds = now - self._engine_at[1]
+            return
+        seconds = now - self._engine_at[1]
+        # A pass over a long prompt takes what it takes, on a CPU minutes.
+        factor = _READING_FACTOR if stats["num_reading"] else 1
+        if seconds > self.settings.step_timeout_s * factor:
             self.die(BackendError(f"engine: no pass has ended for {seconds:.0f} s"))

@@ -60,7 +60,8 @@ class ServeConfig:
         shutdown_timeout_s: how long requests may go on once the server is told to end.
         sse_keep_alive_s: a stream that has been silent so long gets a comment.
         stream_interval: tokens per event of a stream.
-        step_timeout_s: the engine counts as dead if it does nothing for so long.
+        step_timeout_s: the engine counts as dead if no pass ends for so long; while prompts are
+            read, for ten times as long.
         slow_client_timeout_s: a client that takes nothing for so long is dropped.
         header_timeout_s: a client has so long to send the head of a request, and between two pieces
             of its body.
