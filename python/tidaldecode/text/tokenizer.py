@@ -16,6 +16,7 @@ from typing import Any
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.errors import ConfigError, InvalidArgument, TidalError, show
 from tidaldecode.sampling import as_index
+from tidaldecode.text.byte_text import detokenize_bytes
 from tidaldecode.text.chat import Chat, check_text
 from tidaldecode.text.prompts import MAX_PROMPT_ITEMS
 from tidaldecode.text.text_process import Limits, TextProcess, TextProcessError
@@ -35,6 +36,7 @@ _MEMORY_PER_BYTE = 512
 _MEMORY_PER_FILE_BYTE = 40
 _CONVERT_MEMORY_BYTES = 16 << 30  # transformers and what it imports
 _IDS_PER_SECOND = 20_000
+_BLOCK = 256  # tokens whose bytes are asked for together
 _LARGEST_ID = 2**32 - 1  # of the tokenizers library
 
 
@@ -67,6 +69,8 @@ class Tokenizer:
         self.chat_template: str | None = about["chat_template"]
         # Tokens that decoding leaves out, as they are written.
         self.special_tokens: frozenset[str] = frozenset(about["special_tokens"])
+        self._special_ids: frozenset[int] = frozenset(about["special_ids"])
+        self._joins_bytes: bool = about["joins_bytes"]
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -119,15 +123,25 @@ class Tokenizer:
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """The bytes that each token stands for in the midst of a text; they may be no character."""
-        missing = [i for i in dict.fromkeys(token_ids) if i not in self._token_bytes]
-        if missing:
-            arguments = {"token_ids": _check_ids(missing)}
-            found = self._call("token_bytes", arguments, self._id_limits(len(missing)))
-            self._token_bytes.update(zip(missing, map(bytes.fromhex, found), strict=True))
-        return [self._token_bytes[token_id] for token_id in token_ids]
+        known = self._token_bytes
+        try:
+            return [known[token_id] for token_id in token_ids]
+        except KeyError:
+            self._learn_bytes(token_ids)
+        return [known[token_id] for token_id in token_ids]
+
+    def _learn_bytes(self, token_ids: Sequence[int]) -> None:
+        """Asks for tokens and for those beside them, which will be wanted soon."""
+        blocks = {token_id // _BLOCK for token_id in _check_ids(token_ids)}
+        for block in blocks:
+            ids = list(range(block * _BLOCK, (block + 1) * _BLOCK))
+            found = self._call("token_bytes", {"token_ids": ids}, self._id_limits(len(ids)))
+            self._token_bytes.update(zip(ids, map(bytes.fromhex, found), strict=True))
 
     def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What new tokens of several sequences add to their texts: worker/backend.py."""
+        if self._joins_bytes:
+            return detokenize_bytes(rows, self.token_bytes, self._special_ids)
         num_ids = sum(len(row["ids"]) for row in rows)
         return self._call("detokenize", {"rows": list(rows)}, self._id_limits(num_ids))
 

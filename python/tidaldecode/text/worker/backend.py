@@ -94,15 +94,18 @@ class Backend:
 
     def describe(self) -> dict[str, Any]:
         """What the parent wants to know before any text comes."""
+        special = {
+            token_id: token.content
+            for token_id, token in self._added.items()
+            if self.decode([token_id], True) == "" != self.decode([token_id], False)
+        }
         return {
             "num_tokens": self._tokenizer.get_vocab_size(with_added_tokens=True),
             "has_chat_template": self._templates.exists,
             "chat_template": self._templates.with_tools,
-            "special_tokens": [
-                token.content
-                for token_id, token in self._added.items()
-                if self.decode([token_id], True) == "" != self.decode([token_id], False)
-            ],
+            "special_tokens": list(special.values()),
+            "special_ids": list(special),
+            "joins_bytes": self.joins_bytes,
         }
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
