@@ -86,13 +86,15 @@ class EventStream(Response):
         exchange, writer = self._exchange, self._writer
         async with hearing(receive, exchange):
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            # The framework's layers have seen the beginning; each would cost every event a call.
+            write = scope.get("tidaldecode.send", send)
             body: dict[str, Any] = {"type": "http.response.body", "more_body": True}
             try:
                 while not (exchange.has_ended and not exchange.has_news):
                     deltas = await exchange.news()
                     body["body"] = writer.write(deltas) if deltas else KEEP_ALIVE
                     if body["body"]:
-                        await send(body)
+                        await write(body)
                 last = writer.end()
             except ApiError as error:
                 last = writer.fail(error)

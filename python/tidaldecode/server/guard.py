@@ -73,6 +73,7 @@ class Guard:
         scope["state"]["request_number"] = uuid.uuid4().hex
         scope["state"]["salt"] = ""
         send = self._timed(scope, send)
+        scope["tidaldecode.send"] = send
         try:
             if scope["path"] not in OPEN_ROUTES and scope["method"] != "OPTIONS":
                 salt = self._keys.check(headers)
