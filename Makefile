@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan fuzz fuzz-short soak \
+.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan fuzz fuzz-short soak soak-server \
         gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
@@ -62,6 +62,10 @@ fuzz-short: $(VENV)/.test-deps $(VENV)/.installed
 # Very many calls from several threads on one decoder; SOAK="--calls N --shared-streams" changes it.
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak/soak.py $(SOAK)
+
+# The same over HTTP, a third of the requests left by their clients; SOAK="--requests N" changes it.
+soak-server: $(VENV)/.test-deps $(VENV)/.installed
+	$(BIN)/python tests/soak/server_soak.py $(SOAK)
 
 # Compiles and links the CUDA backend and its tests; needs nvcc, but no GPU. In the folder of another
 # release build (CUDA_BUILD=build/cpu-release) the core and the tests are not compiled again.
