@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,26 @@ def test_a_full_queue(demo_model: Path):
                 assert {r.status_code for r in (first, second, third)} == {200}
         until(served.is_idle)
         assert b'reason="queue_full"} 1.0' in httpx.get(served.url + "/metrics").content
+
+
+def test_ten_thousand_in_line(demo_model: Path):
+    """A full line slows nobody who is served, and is gone as soon as its clients are."""
+    engine = {"max_batch_size": 2, "max_seq_len": 64, "page_size": 16}
+    with serving(demo_model, engine=engine, max_queued_requests=10_000) as served:
+        prompts = [[5, 6, 7 + i] for i in range(250)]
+        body = {"prompt": prompts, "max_tokens": 40, "ignore_eos": True, "stream": True}
+        with ExitStack() as stack:
+            client = stack.enter_context(httpx.Client(timeout=60, limits=httpx.Limits()))
+            for _ in range(40):
+                streams = client.stream("POST", served.url + COMPLETIONS, json=body)
+                assert stack.enter_context(streams).status_code == 200
+            until(lambda: served.decoder.stats()["num_waiting"] > 5_000)
+            assert served.decoder.stats()["num_finished"] < 5_000
+            began = time.monotonic()
+            assert httpx.get(served.url + "/health").status_code == 200
+            assert time.monotonic() - began < 1
+        until(served.is_idle, 30)
+        assert served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_a_line_with_too_many_tokens(demo_model: Path):

@@ -46,6 +46,7 @@ class Answer:
         self.request = request
         self.generation = request._generation
         self.index = index
+        self.fd = -1  # that the engine writes to, while somebody listens (feed.py)
         self.submitted_at = time.monotonic()
         self.prompt_ids = request._stream._prompt_ids
         self.begun_at = 0.0  # to read its prompt, as far as was heard

@@ -37,6 +37,7 @@ class Feed:
         """Hears an answer from now on until it has ended."""
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._answers[fd] = answer
+        answer.fd = fd
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
         if not answer.generation.notify_at(fd):
             self._read(fd, answer)
@@ -79,9 +80,8 @@ class Feed:
         self._loop.call_soon_threadsafe(self._on_stopped, answer)
 
     def _on_stopped(self, answer: Answer) -> None:
-        fd = next((fd for fd, each in self._answers.items() if each is answer), None)
-        if fd is not None:
-            self._read(fd, answer)
+        if self._answers.get(answer.fd) is answer:
+            self._read(answer.fd, answer)
 
     def _forget(self, fd: int) -> None:
         answer = self._answers.pop(fd, None)
