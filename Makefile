@@ -107,7 +107,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0' 'llguidance>=1.9,<2' 'fastapi>=0.165' 'uvicorn[standard]>=0.54' 'orjson>=3.11' \
-	  'prometheus-client>=0.22' 'openai>=2'
+	  'prometheus-client>=0.22' 'openai>=2' 'httpx>=0.27'
 	touch $@
 
 $(VENV)/.public-deps: $(BIN)/python pyproject.toml

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
 import request_runs  # noqa: E402, F401  adds its runs
+import server_runs  # noqa: E402, F401  adds its runs
 from feature_runs import NAMES  # noqa: E402
 
 COLUMNS = {"cpu float32": "CPU", "cuda bfloat16": "CUDA bf16", "cuda float16": "CUDA fp16"}

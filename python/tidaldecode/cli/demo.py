@@ -117,6 +117,8 @@ def ask(decoder: Decoder, prompt: HiddenKey, on_prefill: PrefillProgress) -> Run
                 # Of the steps that write the answer, the one that saw the key makes the picture.
                 selection = max(selection, decoder.selection(0), key=hits)
             started = time.perf_counter()
+    if not selection:  # the engine was ahead each time
+        selection = decoder.selection(0)
     result = stream.result
     text = result.text if result and result.text else ""
     return Run(
