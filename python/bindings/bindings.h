@@ -46,6 +46,7 @@ class PyGeneration : public Closable<Generation> {
     return is_closed() ? prefill_ : get()->prefill_progress();
   }
   std::vector<SequenceResult> results() const;
+  std::vector<TokenLogprobs> Logprobs(size_t sequence, size_t first) const;
 
  private:
   std::vector<SequenceResult> results_;  // once closed

@@ -93,13 +93,15 @@ std::vector<SequenceResult> PyGeneration::results() const {
   return WithoutGil(get(), [](Generation& generation) { return generation.results(); });
 }
 
-// Those of a sequence's tokens from `first` on that have been handed out.
-std::vector<TokenLogprobs> LogprobsFrom(const PyGeneration& self, size_t sequence, size_t first) {
-  const std::vector<SequenceResult> results = self.results();
-  TIDAL_CHECK(sequence < results.size(), InvalidArgument, "sequence: got ", sequence,
-              ", expected 0 to ", results.size() - 1);
-  const std::vector<TokenLogprobs>& all = results[sequence].logprobs;
-  return {all.begin() + static_cast<int64_t>(std::min(first, all.size())), all.end()};
+std::vector<TokenLogprobs> PyGeneration::Logprobs(size_t sequence, size_t first) const {
+  const auto index = static_cast<int64_t>(sequence), begin = static_cast<int64_t>(first);
+  if (!is_closed()) {
+    return WithoutGil(
+        get(), [&](const Generation& generation) { return generation.Logprobs(index, begin); });
+  }
+  TIDAL_CHECK(sequence < results_.size(), InvalidArgument, "sequence: got ", sequence,
+              ", expected 0 to ", results_.size() - 1);
+  return results_[sequence].LogprobsFrom(begin);
 }
 
 void RegisterGeneration(py::module_& module) {
@@ -138,7 +140,7 @@ void RegisterGeneration(py::module_& module) {
       .def("forget_fd", &ForgetFd, py::arg("event_fd"))
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
       .def("results", &PyGeneration::results)
-      .def("logprobs", &LogprobsFrom, py::arg("sequence"), py::arg("first"))
+      .def("logprobs", &PyGeneration::Logprobs, py::arg("sequence"), py::arg("first"))
       .def("close", &PyGeneration::Close)
       .def_property_readonly("done", &PyGeneration::done)
       .def_property_readonly("has_news",

@@ -14,13 +14,6 @@
 namespace tidal::test {
 namespace {
 
-RigOptions Small(int64_t num_pages, int64_t output_reserve = 0) {
-  RigOptions options;
-  options.num_pages = num_pages;
-  options.limits.output_reserve = output_reserve;
-  return options;
-}
-
 // A random life of requests and sessions of every kind.
 class RandomLife {
  public:

@@ -12,13 +12,6 @@
 namespace tidal::test {
 namespace {
 
-RigOptions Small(int64_t num_pages, int64_t output_reserve = 0) {
-  RigOptions options;
-  options.num_pages = num_pages;
-  options.limits.output_reserve = output_reserve;
-  return options;
-}
-
 TEST(SchedulerMemory, PagesAreTakenAsTokensCome) {
   Rig rig(Small(64));
   const RequestId id = rig.Submit(MakePrompt(1, 10), 30);

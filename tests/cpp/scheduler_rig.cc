@@ -135,6 +135,13 @@ Tokens FakeModel::Continue(Tokens tokens, int64_t count, float rotary) {
   return generated;
 }
 
+RigOptions Small(int64_t num_pages, int64_t output_reserve) {
+  RigOptions options;
+  options.num_pages = num_pages;
+  options.limits.output_reserve = output_reserve;
+  return options;
+}
+
 Rig::Rig(const RigOptions& options)
     : pool(options.num_pages, options.page_size),
       prefixes(pool),

@@ -79,6 +79,9 @@ struct RigOptions {
                          .output_reserve = 8};
 };
 
+// A scheduler that soon has no pages left.
+RigOptions Small(int64_t num_pages, int64_t output_reserve = 0);
+
 class Rig {
  public:
   explicit Rig(const RigOptions& options = {});

@@ -62,6 +62,9 @@ class Generation {
   void Close();
 
   std::vector<SequenceResult> results() const;
+  // Those of a sequence's tokens from index `first` on that have been handed out; none unless they
+  // were asked for.
+  std::vector<TokenLogprobs> Logprobs(int64_t sequence, int64_t first) const;
 
  private:
   friend class Decoder;

@@ -2,6 +2,7 @@
 // and at its end. Plain values.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -63,6 +64,12 @@ struct SequenceResult {
   std::vector<TokenLogprobs> prompt_logprobs{};  // of each token of the prompt but the first
   bool has_logprobs = false;                     // they were asked for
   bool has_prompt_logprobs = false;
+
+  // Those of its tokens from index `first` on, >= 0.
+  std::vector<TokenLogprobs> LogprobsFrom(int64_t first) const {
+    const auto count = static_cast<int64_t>(logprobs.size());
+    return {logprobs.begin() + std::min(first, count), logprobs.end()};
+  }
 };
 
 // A new token of a sequence.

@@ -94,9 +94,9 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   buffers_ = std::make_unique<RunnerBuffers>(*backend_, model_, config_, plan_);
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
-  num_host_pages_ = static_cast<int64_t>(config_.host_kv_gib * kGiB) /
-                    PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size);
-  host_pages_ = std::make_unique<HostPages>(*cache_, num_host_pages_);
+  host_pages_ = std::make_unique<HostPages>(
+      *cache_, static_cast<int64_t>(config_.host_kv_gib * kGiB) /
+                   PagedKvCache::BytesPerPage(model_, config_.kv_dtype, config_.page_size));
   transformer_ =
       std::make_unique<Transformer>(*backend_, model_, weights_, *cache_,
                                     ComputeRope(model_, config_.max_seq_len).attention_scaling);

@@ -66,7 +66,7 @@ class ModelRunner {
   void CopyPages(const std::vector<PageCopy>& copies);
 
   // Pages in host memory that a batch may name.
-  int64_t num_host_pages() const { return num_host_pages_; }
+  int64_t num_host_pages() const { return host_pages_->num_pages(); }
 
   // Puts random K and V into pages of the sequences that never had any, for measuring.
   void FillCache(const std::vector<Sequence>& sequences, uint64_t seed);
@@ -112,7 +112,6 @@ class ModelRunner {
   ModelWeights weights_;
   std::unique_ptr<RunnerBuffers> buffers_;
   std::unique_ptr<PagedKvCache> cache_;
-  int64_t num_host_pages_;
   std::unique_ptr<HostPages> host_pages_;
   std::unique_ptr<Transformer> transformer_;
   ShadowBalance shadow_balance_;  // empty until a plan has a shadow

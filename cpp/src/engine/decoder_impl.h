@@ -221,6 +221,7 @@ struct Generation::Impl {
   void Stop(int64_t sequence, FinishReason reason);
   void Close();
   std::vector<SequenceResult> Results() const;
+  std::vector<TokenLogprobs> Logprobs(int64_t sequence, int64_t first) const;
   RequestStatus Status(int64_t sequence) const;
   bool HasNews() const;  // the caller holds the decoder's mutex
   void NotifyAt(int fd);

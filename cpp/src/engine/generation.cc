@@ -291,6 +291,12 @@ std::vector<SequenceResult> Generation::Impl::Results() const {
   return results;
 }
 
+std::vector<TokenLogprobs> Generation::Impl::Logprobs(int64_t index, int64_t first) const {
+  auto lock = decoder->EnterToEnd();
+  CheckIndex(index);
+  return results[static_cast<size_t>(index)].LogprobsFrom(first);
+}
+
 Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Generation::~Generation() {
   if (impl_->decoder->process.IsForeign()) Leak(impl_);
@@ -326,6 +332,9 @@ void Generation::ForgetFd(int fd) {
 }
 std::vector<SequenceResult> Generation::results() const {
   return impl_->Results();
+}
+std::vector<TokenLogprobs> Generation::Logprobs(int64_t sequence, int64_t first) const {
+  return impl_->Logprobs(sequence, first);
 }
 
 }  // namespace tidal

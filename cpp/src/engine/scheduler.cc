@@ -75,20 +75,30 @@ RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
   now_ms_ = now_ms;
   RequestId id = next_id_;
   // What may throw comes before any change.
-  if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+  ReserveWaiting();
   if (guided_.size() == guided_.capacity()) guided_.reserve(2 * guided_.size() + 1);
   auto place = requests_.try_emplace(requests_.end(), id, id, std::move(request),
                                      std::move(sequence), now_ms);
   RequestState& added = place->second;
   if (prefixes_ != nullptr && added.reads_prefixes()) {
-    int64_t num_pages = prefixes_->Peek(added.sequence.tokens, added.salt).num_pages;
-    added.known_tokens = num_pages * pool_.page_size();
+    added.known_tokens = KnownTokens(added);
     Follow(added);
   }
   waiting_.push_back(&added);
   if (added.guidance) guided_.push_back(&added);
   may_admit_ = true;
   return next_id_++;
+}
+
+// Makes room for one more that waits, so that adding it cannot throw.
+void Scheduler::ReserveWaiting() {
+  if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+}
+
+// Returns how many of its first tokens the request would find in the prefix cache.
+int64_t Scheduler::KnownTokens(const RequestState& request) const {
+  if (prefixes_ == nullptr) return 0;
+  return prefixes_->Peek(request.sequence.tokens, request.salt).num_pages * pool_.page_size();
 }
 
 // Looks for a prompt that is to be read and begins as this one does, for at least half of what this

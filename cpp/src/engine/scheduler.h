@@ -184,6 +184,8 @@ class Scheduler {
   // scheduler.cc
   void CheckFits(const Request& request, const Sequence& sequence) const;
   void Follow(RequestState& request) const;
+  int64_t KnownTokens(const RequestState& request) const;
+  void ReserveWaiting();
   void ShareOut(double elapsed_ms) noexcept;
   void CommitRow(int64_t index, std::span<const int32_t> draws) noexcept;
   void AcceptDraws(int64_t index, std::span<const int32_t> draws) noexcept;

@@ -23,16 +23,16 @@ Batch Scheduler::Next(double now_ms) {
   Batch batch;
   bool is_planned = is_turn_open_ && PlanTurn(batch);
   if (!is_planned && owed_ms_ > 0.0 && AnyDecoding()) is_planned = PlanTurn(batch);
+  bool is_stuck = false;
   while (!is_planned) {
     is_planned = PlanChunk(batch) || PlanTurn(batch);
-    if (is_planned || !running_.empty() || waiting_.empty() || MasksAskedAt()) break;
+    is_stuck = !is_planned && running_.empty() && !waiting_.empty() && !MasksAskedAt();
+    if (!is_stuck) break;
     if (!stuck_since_ms_) stuck_since_ms_ = now_ms;
     if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) break;
     EndStuck();
   }
-  if (is_planned || !running_.empty() || waiting_.empty() || MasksAskedAt()) {
-    stuck_since_ms_.reset();
-  }
+  if (!is_stuck) stuck_since_ms_.reset();
   num_events_in_flight_ = in_flight_.size() + copying_.size();
   for (const BatchRow& row : batch.rows) {
     num_events_in_flight_ += static_cast<size_t>(row.num_draws);
@@ -145,8 +145,7 @@ bool Scheduler::WaitsForPrefix(RequestState& request) {
                    !leader->second.LacksMask();
   if (will_read) return true;
   request.follows.reset();
-  int64_t num_pages = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
-  request.known_tokens = num_pages * pool_.page_size();
+  request.known_tokens = KnownTokens(request);
   return false;
 }
 

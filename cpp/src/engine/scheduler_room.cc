@@ -106,18 +106,14 @@ RequestState& Scheduler::NewestToPause(RequestState& otherwise) const {
 void Scheduler::Pause(RequestState& request) {
   request.DropDrafts();
   // What may throw comes before any change.
-  if (waiting_.size() == waiting_.capacity()) waiting_.reserve(2 * waiting_.size() + 1);
+  ReserveWaiting();
   request.on_host ? UndoRestore(request) : Save(request);
   waiting_.push_back(&request);
   Publish(request);
   LeaveRow(request);
   ReleasePages(request);
   request.status = RequestStatus::kPaused;
-  request.known_tokens = request.on_host ? request.on_host->cached : 0;
-  if (prefixes_ != nullptr && !request.on_host) {
-    int64_t known = prefixes_->Peek(request.sequence.tokens, request.salt).num_pages;
-    request.known_tokens = known * pool_.page_size();
-  }
+  request.known_tokens = request.on_host ? request.on_host->cached : KnownTokens(request);
   ++request.num_pauses;
   ++counts_.num_pauses;
 }

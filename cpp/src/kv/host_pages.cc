@@ -23,7 +23,7 @@ void ForEachRun(const std::vector<PageCopy>& copies, const Visit& visit) {
 
 }  // namespace
 
-HostPages::HostPages(const PagedKvCache& cache, int64_t num_pages) {
+HostPages::HostPages(const PagedKvCache& cache, int64_t num_pages) : num_pages_(num_pages) {
   for (const TensorView& pages : cache.halves()) {
     const int64_t bytes = Product({num_pages, pages.Rows(0, 1).bytes()});
     auto* memory = new (std::nothrow) char[static_cast<size_t>(bytes)];

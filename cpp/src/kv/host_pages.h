@@ -17,6 +17,8 @@ class HostPages {
   // is first written. Throws OutOfMemoryError.
   HostPages(const PagedKvCache& cache, int64_t num_pages);
 
+  int64_t num_pages() const { return num_pages_; }
+
   // K and V of whole pages, in every layer. `from` is a page of the cache and `to` one of these,
   // or the other way round.
   void Save(Backend& backend, const std::vector<PageCopy>& copies);
@@ -29,6 +31,7 @@ class HostPages {
     std::unique_ptr<char[]> memory;  // [num_pages] of them
   };
 
+  int64_t num_pages_;
   std::vector<Half> halves_;
 };
 
