@@ -142,6 +142,11 @@ LAYER_FIELDS = ("select_layers", "scored_layers")
 PLAN_SETTINGS = tuple(name for name in PLAN_FIELDS if name not in LAYER_FIELDS)
 
 
+def plan_part(settings: PlanConfig, **changes: Any) -> PlanConfig:
+    """The settings of a plan alone, out of a DecodeConfig too, with some of them changed."""
+    return PlanConfig(**{name: getattr(settings, name) for name in PLAN_FIELDS} | changes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(PlanConfig):
     """Settings of a Decoder: those of a PlanConfig and these. Immutable; checked on construction.

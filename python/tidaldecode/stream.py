@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from tidaldecode import _core
@@ -102,16 +102,20 @@ class TextStream(Iterator[str]):
         if generation is None:
             return
         generation.close()
+        self.result = self._result_of(generation.results()[0], [*self._pieces, last_piece])
+        if self._callbacks.on_result is not None:
+            self._callbacks.on_result(self.result)
+
+    def _result_of(self, core: _core.SequenceResult, pieces: Iterable[str]) -> GenerationResult:
+        """The result of a sequence that has ended, whose text came in these pieces."""
         assembler = self._assembler
-        self.result = make_result(
-            generation.results()[0],
+        return make_result(
+            core,
             prompt_ids=self._prompt_ids,
-            text="".join(self._pieces) + last_piece if assembler is not None else None,
+            text="".join(pieces) if assembler is not None else None,
             matched_stop=assembler.matched_stop(0) if assembler is not None else None,
             stop_token_ids=self._stop_token_ids,
         )
-        if self._callbacks.on_result is not None:
-            self._callbacks.on_result(self.result)
 
     def close(self) -> None:
         """Ends the sequence where it is (finish_reason "abort") and frees its pages.

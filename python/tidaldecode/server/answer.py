@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tidaldecode.results import GenerationResult, TokenLogprobs, make_result, token_logprobs
+from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
@@ -111,13 +111,7 @@ class Answer:
             delta.text = self._assembler.finish({0: tokens}).get(0, "")
             self._pieces.append(delta.text)
         core = self.generation.results()[0]
-        delta.result = make_result(
-            core,
-            prompt_ids=self.prompt_ids,
-            text="".join(self._pieces) if self._assembler is not None else None,
-            matched_stop=self._assembler.matched_stop(0) if self._assembler is not None else None,
-            stop_token_ids=self._stream._stop_token_ids,
-        )
+        delta.result = self._stream._result_of(core, self._pieces)
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)
         self._deliver(delta)

@@ -6,6 +6,7 @@ chat.py and completions.py say how their answers look; other routes may do the s
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Caller:
     salt: str  # of the prefix cache
 
 
-class Answering:
+class Answering(ABC):
     """One request for answers. Subclasses have `submit`, `whole` and `events`."""
 
     kind = ""  # what the answer calls itself, whole
@@ -72,17 +73,17 @@ class Answering:
         """The token ids that a choice answers to."""
         return self.prompt_ids[index // self.asked.n]
 
+    @abstractmethod
     def submit(self) -> list[Request]:
         """Makes token ids and submits them; runs in a text worker."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, results: list[GenerationResult]) -> dict[str, Any]:
         """The answer, but for what all have in common."""
-        raise NotImplementedError
 
+    @abstractmethod
     def events(self) -> AnswerEvents:
         """Writes the answer as a stream."""
-        raise NotImplementedError
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every answer and every piece of it begins with."""
@@ -125,7 +126,7 @@ class Answering:
         return self.head(self.kind) | self.whole(ordered) | usage
 
 
-class AnswerEvents:
+class AnswerEvents(ABC):
     """The events of the answers to one request. Subclasses say how a choice looks."""
 
     def __init__(self, answering: Answering, opening: bytes, tail: bytes) -> None:
@@ -155,17 +156,17 @@ class AnswerEvents:
 
     # What a route says
 
+    @abstractmethod
     def choice(self, index: int, text: str | None) -> dict[str, Any]:
         """A choice with a piece of text, or with none behind the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, index: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """Those of a choice's next tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, delta: Delta) -> list[bytes]:
         """Events in front of a choice's first piece."""
-        raise NotImplementedError
 
     # What the stream asks
 

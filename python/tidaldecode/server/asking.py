@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.config import PLAN_FIELDS, PlanConfig
+from tidaldecode.config import plan_part
 from tidaldecode.errors import CapacityError
 from tidaldecode.server.bodies import MAX_PROMPTS, ChatBody, CompletionBody, SamplingBody
 from tidaldecode.server.errors import ApiError, invalid
@@ -71,7 +71,8 @@ class Asked:
             )
         options = dict(self.options)
         if (budget := options.pop("token_budget", None)) is not None:
-            options["plan"] = _plan_with_budget(model.decoder, budget)
+            asked = model.decoder._settings
+            options["plan"] = plan_part(asked, token_budget=budget, min_token_budget=None)
         return model.decoder.submit(ids, n=self.n, max_new_tokens=count, **options).choices
 
 
@@ -211,9 +212,3 @@ def _attention_of(body: SamplingBody) -> dict[str, Any]:
             raise invalid("token_budget", 'means nothing with attention "full"; leave one out')
         options["token_budget"] = body.token_budget
     return options
-
-
-def _plan_with_budget(decoder: Any, token_budget: int | str) -> PlanConfig:
-    """The plan that a decoder was asked for, with another budget."""
-    asked = {name: getattr(decoder._settings, name) for name in PLAN_FIELDS}
-    return PlanConfig(**asked | {"token_budget": token_budget, "min_token_budget": None})

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tidaldecode.server.errors import ApiError, api_error
+from tidaldecode.server.errors import ApiError
 from tidaldecode.server.settings import ServeConfig
 
 OPEN_ROUTES = ("/live", "/health")
@@ -180,8 +180,3 @@ async def send_error(error: ApiError, send: Any) -> None:
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error that no route has foreseen."""
-    return api_error(error)

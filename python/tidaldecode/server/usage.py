@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tidaldecode.config import PLAN_FIELDS, PlanConfig
+from tidaldecode.config import PlanConfig, plan_part
 from tidaldecode.plan_bytes import VALUE_BYTES, kv_bytes_per_step, most_positions
 from tidaldecode.results import GenerationResult
 
@@ -23,10 +23,9 @@ class Accounts:
         self._model = decoder.model
         self._value_bytes = VALUE_BYTES[config.kv_dtype]
         is_dense = asked.options.get("attention", config.attention) == "full"
-        plan = PlanConfig(**{name: getattr(config, name) for name in PLAN_FIELDS})
+        plan = plan_part(config)
         if (budget := asked.options.get("token_budget")) is not None:
-            values = {name: getattr(plan, name) for name in PLAN_FIELDS}
-            plan = PlanConfig(**values | {"token_budget": budget, "min_token_budget": None})
+            plan = plan_part(plan, token_budget=budget, min_token_budget=None)
         self._plan = PlanConfig() if is_dense or not plan.choosing_layers else plan
         self._asked = asked
 

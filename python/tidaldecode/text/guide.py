@@ -14,6 +14,8 @@ from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.chat import check_text, plain_data
 from tidaldecode.text.reasoning import ReasoningTags
 
+# llguidance's, of JSON. A model that likes spaces would otherwise never come to an end.
+JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
 _MAX_CHARS = 1 << 20
 _KINDS = ("json_schema", "regex", "grammar")
 

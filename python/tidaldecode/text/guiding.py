@@ -25,10 +25,8 @@ import numpy.typing as npt
 
 from tidaldecode import _core
 from tidaldecode.errors import InvalidArgument, UnsupportedError, show
-from tidaldecode.text.guide import Guide
+from tidaldecode.text.guide import JSON_OPTIONS, Guide
 
-# Between two parts of JSON; a model that likes spaces would otherwise never come to an end.
-_JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
 _MAX_COMPILED = 64
 _WORD_BITS = 32
 _END_SECONDS = 10.0
@@ -189,7 +187,7 @@ def compile_guide(guide: Guide, vocabulary: Vocabulary) -> Any:
     matcher_class = vocabulary.library.LLMatcher
     try:
         if guide.kind == "json_schema":
-            grammar = matcher_class.grammar_from_json_schema(guide.source, defaults=_JSON_OPTIONS)
+            grammar = matcher_class.grammar_from_json_schema(guide.source, defaults=JSON_OPTIONS)
         elif guide.kind == "regex":
             grammar = matcher_class.grammar_from_regex(guide.source)
         else:

@@ -68,7 +68,7 @@ def read_value(tape: Tape, depth: int = 0) -> Reading[None]:
     if first == "{":
         yield from read_object(tape, depth)
     elif first == "[":
-        yield from _read_array(tape, depth)
+        yield from _read_items(tape, depth, "[]")
     elif first == '"':
         yield from _read_string(tape)
     elif first in "tfn":
@@ -79,22 +79,7 @@ def read_value(tape: Tape, depth: int = 0) -> Reading[None]:
 
 def read_object(tape: Tape, depth: int = 0) -> Reading[None]:
     """Reads an object."""
-    if depth == _MAX_DEPTH:
-        raise Broken
-    yield from tape.take("{")
-    if (yield from tape.skip_space()) == "}":
-        tape.at += 1
-        return
-    while True:
-        yield from tape.skip_space()
-        yield from _read_string(tape)
-        yield from tape.skip_space()
-        yield from tape.take(":")
-        yield from tape.skip_space()
-        yield from read_value(tape, depth + 1)
-        yield from tape.skip_space()
-        if (yield from tape.take(",}")) == "}":
-            return
+    yield from _read_items(tape, depth, "{}")
 
 
 def read_text(tape: Tape) -> Reading[str]:
@@ -105,18 +90,25 @@ def read_text(tape: Tape) -> Reading[str]:
     return text
 
 
-def _read_array(tape: Tape, depth: int) -> Reading[None]:
+def _read_items(tape: Tape, depth: int, brackets: str) -> Reading[None]:
+    """Reads what stands in brackets, "{}" or "[]", with commas between."""
+    begin, end = brackets
     if depth == _MAX_DEPTH:
         raise Broken
-    yield from tape.take("[")
-    if (yield from tape.skip_space()) == "]":
+    yield from tape.take(begin)
+    if (yield from tape.skip_space()) == end:
         tape.at += 1
         return
     while True:
         yield from tape.skip_space()
+        if begin == "{":
+            yield from _read_string(tape)
+            yield from tape.skip_space()
+            yield from tape.take(":")
+            yield from tape.skip_space()
         yield from read_value(tape, depth + 1)
         yield from tape.skip_space()
-        if (yield from tape.take(",]")) == "]":
+        if (yield from tape.take("," + end)) == end:
             return
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.chat import plain_data
-from tidaldecode.text.guide import Guide
+from tidaldecode.text.guide import JSON_OPTIONS, Guide
 from tidaldecode.text.tool_calls import check_tool_format
 
 _MAX_TOOLS = 128
 _WORDS = ("none", "auto", "required")
-# As guiding.py has it for schemas: else a model may write white space for ever.
-_JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
 # What stands before, between and behind calls.
 _AROUND = {
     "hermes": ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
@@ -167,6 +165,6 @@ def _read_tools(tools: Any) -> list[tuple[str, dict[str, Any]]]:
             raise InvalidArgument(
                 f"{where}.parameters: got {show(schema)}, expected a JSON schema of an object"
             )
-        fixed = {"type": "object", "x-guidance": _JSON_OPTIONS}
+        fixed = {"type": "object", "x-guidance": JSON_OPTIONS}
         read[name] = schema | fixed
     return list(read.items())
