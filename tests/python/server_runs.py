@@ -51,8 +51,11 @@ def _serve(bench: Bench, client: httpx.Client, model: str, *arguments: str) -> N
     """Runs the command in this thread, as signals want it, and visits it from another."""
     visitor = _Visitor(client)
     visitor.start()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     bench.command("serve", model, "--served-model-name", "served", *arguments)
     visitor.join()
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert after == handlers, "Ctrl-C would do nothing any more"
     assert visitor.answer is not None and visitor.answer.status_code == 200
     assert visitor.answer.json()["usage"]["completion_tokens"] == 8
 

@@ -33,6 +33,7 @@ from tidaldecode.server.settings import ServeConfig
 EXIT_ABORTED = 1
 EXIT_ENGINE_DEAD = 70
 _BACKLOG = 2048
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # How long clients have to read what they are told of an engine that has failed.
 _LAST_WORDS_S = 1.0
 
@@ -100,7 +101,10 @@ class Run:
             self._server.config.load()
         except OSError as cause:  # certificates
             raise ConfigError(f"ssl_certfile: cannot be used: {cause}") from cause
-        with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+        with (
+            _same_handlers_after(),
+            asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner,
+        ):
             runner.run(self._serve())
         if self._settings.uds is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -111,7 +115,7 @@ class Run:
         loop = asyncio.get_running_loop()
         self.service.on_change = self._on_change
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _END_SIGNALS:
                 loop.add_signal_handler(number, self.end)
         await self._server.serve(sockets=[self.socket])
 
@@ -160,6 +164,21 @@ class Run:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.code)
+
+
+@contextlib.contextmanager
+def _same_handlers_after() -> Iterator[None]:
+    """Puts back what handled signals before: a loop that is closed leaves its own in place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that Python has set
+                signal.signal(number, handler)
 
 
 def listen(settings: ServeConfig) -> socket.socket:
