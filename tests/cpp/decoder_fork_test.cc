@@ -130,11 +130,11 @@ TEST_P(Forks, NeedAPageForEveryPageTheyWriteTo) {
   const auto child = parent->Fork(), other = parent->Fork();
   // The 31st is copied, and 497 tokens need a 32nd.
   EXPECT_TRUE(
-      Throws<CapacityError>([&] { child->Start({}, Greedy(1)); }, {"2 pages", "1 free of 32"}));
+      Throws<CapacityError>([&] { Turn(*child, {}, Greedy(1)); }, {"2 pages", "1 free of 32"}));
   child->Truncate(490);
   EXPECT_EQ(Turn(*child, {}, Greedy(6)).size(), 6u);
   EXPECT_TRUE(
-      Throws<CapacityError>([&] { other->Start({}, Greedy(1)); }, {"2 pages", "0 free of 32"}));
+      Throws<CapacityError>([&] { Turn(*other, {}, Greedy(1)); }, {"2 pages", "0 free of 32"}));
   EXPECT_EQ(other->token_ids(), parent->token_ids());
 }
 

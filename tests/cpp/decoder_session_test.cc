@@ -330,8 +330,8 @@ TEST_P(Sessions, RefuseWhatDoesNotFitAndStayUsable) {
   EXPECT_EQ(other->max_seq_len(), 200);
   EXPECT_TRUE(Throws<CapacityError>([&] { decoder->StartSession(513); }, {"513", "512"}));
   Read(*other, Ints(100, 1));  // nobody runs that would give its pages back
-  refuse([&] { session->Start(Ints(150, 1), Greedy(1)); }, {"10 pages", "6 free of 20"});
-  refuse([&] { session->Append(Ints(150, 1)); }, {"10 pages", "6 free of 20"});
+  refuse([&] { Turn(*session, Ints(150, 1), Greedy(1)); }, {"10 pages", "6 free of 20"});
+  refuse([&] { Read(*session, Ints(150, 1)); }, {"10 pages", "6 free of 20"});
   EXPECT_EQ(Turn(*session, {}, Greedy(16)).size(), 16u);
 }
 

@@ -27,6 +27,10 @@ class RandomLife {
       }
       if (!ids_.empty() && Chance(4)) EndSome();
       if (!sessions_.empty() && Chance(30)) sessions_.pop_back();
+      if (!ids_.empty()) {
+        const RequestState& heard = rig_.scheduler.Get(ids_[random_() % ids_.size()]);
+        rig_.scheduler.MarkHeard(heard.id, heard.num_new());
+      }
       Chance(200) ? FailOne() : static_cast<void>(rig_.Step());
       rig_.scheduler.CheckIntegrity();
       if (::testing::Test::HasFatalFailure()) return;

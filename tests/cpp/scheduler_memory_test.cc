@@ -330,7 +330,8 @@ TEST(SchedulerMemory, WhatNothingCanMakeRoomForEnds) {
   EXPECT_FALSE(rig.Step());
   EXPECT_EQ(rig.Reason(id), FinishReason::kError);
   EXPECT_EQ(rig.scheduler.Get(id).failure, RequestFailure::kNoRoom);
-  EXPECT_NE(rig.scheduler.Get(id).ErrorText().find("close sessions"), std::string::npos);
+  EXPECT_NE(rig.scheduler.Get(id).ErrorText().find("pages, have 2 free of 16"),
+            std::string::npos);
   ASSERT_EQ(rig.events.size(), 2u);
   EXPECT_EQ(rig.events.back().finish_reason, FinishReason::kError);
   EXPECT_EQ(rig.events.back().token_id, -1);

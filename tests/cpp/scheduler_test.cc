@@ -404,6 +404,27 @@ TEST(Scheduler, ASessionKeepsItsPages) {
       {"21 pages", "have 20"}));
 }
 
+// Whoever stops a turn keeps what he has heard, which is not to be read again before.
+TEST(Scheduler, ASessionsCorrectionWaitsUntilItsTokensAreHeard) {
+  Rig rig;
+  Request request = TidalRequest(9, 4);
+  request.keeps_pages = true;
+  request.decoding.correction_interval = 4;
+  rig.model.dense_len[kTidal] = 4;
+  const RequestId turn = rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 10)), 0.0);
+  request.keeps_pages = false;
+  const RequestId other = rig.Submit(MakePrompt(1, 10), request);
+  for (int i = 0; i < 30; ++i) rig.Step();
+  EXPECT_EQ(rig.Generated(other).size(), 9u) << "it waits for nobody";
+  EXPECT_EQ(rig.scheduler.Get(turn).num_new(), 5);
+  EXPECT_EQ(rig.scheduler.Get(turn).sequence.num_sparse, 4);
+  rig.scheduler.MarkHeard(turn, 4);
+  EXPECT_FALSE(rig.Step());
+  rig.scheduler.MarkHeard(turn, 5);
+  rig.StepUntilDone();
+  EXPECT_EQ(rig.Generated(turn), rig.Generated(other));
+}
+
 // Two that began as one write to pages of their own; the copies go with the first pass.
 TEST(Scheduler, ForksCopyThePagesThatTheyWriteTo) {
   Rig rig;

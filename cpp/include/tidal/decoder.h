@@ -135,9 +135,9 @@ class Session {
   // A turn: keeps the first `keep` tokens (none given: all), adds token_ids, which may be empty,
   // and generates after them; without token_ids it goes on as if the last turn had not ended.
   // Waits in line for a row, and for pages for all that it can need. Throws InvalidArgument, and
-  // CapacityError for what could never fit or lacks pages that nobody will give back, the session
-  // being as before. A turn that ends before its tokens have
-  // been read takes them back; any other leaves them and what was generated.
+  // CapacityError for what could never fit, the session being as before. A turn that ends before
+  // its tokens have been read takes them back, as when it lacks pages that nobody gives back; any
+  // other leaves them and what was generated.
   std::unique_ptr<Generation> Start(const std::vector<int32_t>& token_ids,
                                     const SamplingParams& params,
                                     std::optional<int64_t> keep = std::nullopt);

@@ -102,6 +102,8 @@ struct Decoder::Impl {
   // Takes a request in, whose listener hears of it until it has ended. The caller holds `mutex`.
   // Throws as Scheduler::Add.
   RequestId Add(Request request, Sequence sequence, Generation::Impl& listener, int64_t index);
+  // The caller of a request has so many of its tokens; it has not ended. The caller holds `mutex`.
+  void MarkHeard(RequestId id, int64_t num_tokens);
   // Ends a request at once; no effect if it has ended. The caller holds both locks.
   void Cancel(RequestId id, FinishReason reason);
 
@@ -181,9 +183,8 @@ struct Session::Impl {
   // Throws InvalidArgument while a turn runs, and once the session is closed.
   Sequence& Idle();
   // Throws CapacityError if its first `keep` tokens, num_added more and max_new_tokens after them
-  // could never fit, or have no pages at this time.
+  // could never fit.
   void CheckFits(int64_t keep, int64_t num_added, int64_t max_new_tokens) const;
-  void CheckFitsNow(int64_t keep, int64_t num_added, int64_t max_new_tokens) const;
   // Begins a turn, as Session::Start; max_new_tokens 0 is one that only reads.
   std::unique_ptr<Generation> Begin(const std::shared_ptr<Impl>& self,
                                     const std::vector<int32_t>& token_ids,

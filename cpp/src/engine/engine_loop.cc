@@ -140,6 +140,12 @@ RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Imp
   return id;
 }
 
+void Decoder::Impl::MarkHeard(RequestId id, int64_t num_tokens) {
+  scheduler.MarkHeard(id, num_tokens);
+  is_woken = true;
+  has_work.notify_all();
+}
+
 void Decoder::Impl::Cancel(RequestId id, FinishReason reason) {
   if (!listeners.contains(id)) return;
   scheduler.Cancel(id, reason, NowMs());

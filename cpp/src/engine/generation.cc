@@ -198,6 +198,9 @@ std::vector<TokenEvent> Generation::Impl::Take(News next) {
     }
     results[i].token_ids.push_back(event.token_id);
     if (event.logprobs) results[i].logprobs.push_back(*event.logprobs);
+    if (session && !running[i].left) {
+      decoder->MarkHeard(running[i].id, static_cast<int64_t>(results[i].token_ids.size()));
+    }
   }
   std::string no_room;
   for (int64_t index : next.ended) {

@@ -69,10 +69,14 @@ bool RequestState::HasPriorityOver(const RequestState& other) const {
   return std::pair(request.priority, id) < std::pair(other.request.priority, other.id);
 }
 
-void RequestState::MaybeCorrect() {
+bool RequestState::OwesCorrection() const {
   const DecodePolicy& policy = request.decoding;
-  if (policy.verifies || policy.correction_interval == 0 || is_correcting()) return;
-  if (sequence.num_sparse < policy.correction_interval) return;
+  if (policy.verifies || policy.correction_interval == 0 || is_correcting()) return false;
+  return sequence.num_sparse >= policy.correction_interval;
+}
+
+void RequestState::MaybeCorrect() {
+  if (!OwesCorrection() || (request.keeps_pages && num_heard < num_new())) return;
   sequence.cached -= sequence.num_sparse;
   sequence.num_sparse = 0;
 }
@@ -186,9 +190,10 @@ std::string RequestState::ErrorText() const {
       return "the pass through the model that this request was part of failed; send it again, or "
              "look for the error of the device that came before";
     case RequestFailure::kNoRoom:
-      return Concat("KV cache: a request of ", num_tokens(), " tokens needs more pages than are ",
-                    "free, and nothing runs that would give some back; close sessions, or raise ",
-                    "num_pages");
+      return Concat("KV cache: a request of ", num_tokens(), " tokens needs ", shortage.missing,
+                    " pages, have ", shortage.free, " free of ", shortage.total,
+                    ", and nothing runs that would give some back; close sessions, raise ",
+                    "num_pages, or lower max_new_tokens");
     case RequestFailure::kGuide:
       return guidance->error();
   }

@@ -69,6 +69,13 @@ enum class RequestFailure : int32_t {
   kGuide,           // its guide does not go on
 };
 
+// Pages, when there was no room.
+struct PageShortage {
+  int64_t missing = 0;  // to the request
+  int64_t free = 0;
+  int64_t total = 0;
+};
+
 // Tokens that sparse steps drafted, until a dense pass has decided on them.
 struct DraftRound {
   int64_t begin = 0;       // cached tokens before it; the draft of index i is token begin + 1 + i
@@ -119,7 +126,10 @@ class RequestState {
   bool generates() const { return request.sampling.max_new_tokens > 0; }
   bool HasPriorityOver(const RequestState& other) const;
 
-  // Begins to read again what was decoded sparsely, if it is time to.
+  // Whether what was decoded sparsely is to be read again before the next step.
+  bool OwesCorrection() const;
+  // Begins to, unless tokens that a session may be left with would be read again: whoever stops a
+  // turn keeps the tokens that he has heard of, as they were then.
   void MaybeCorrect();
   // Begins a round of at most `most` drafts, if it has any to make.
   void MaybeDraft(int64_t most);
@@ -152,6 +162,7 @@ class RequestState {
   RequestStatus status = RequestStatus::kQueued;
   FinishReason finish_reason = FinishReason::kNone;
   RequestFailure failure = RequestFailure::kNone;
+  PageShortage shortage{};  // of kNoRoom
   Verification verification{};
   double arrived_ms;
   double first_token_ms = 0.0;  // once there is one
@@ -172,6 +183,7 @@ class RequestState {
   int64_t followed_tokens = 0;
   int64_t reserve_tokens = 0;  // it was let in with room for so many
   int64_t num_scored = 0;      // tokens after which logits have been given, if they are wanted
+  int64_t num_heard = 0;       // tokens generated that whoever asked has been given
   int64_t num_overtaken = 0;   // times a later one was let in because this one did not fit
   int64_t num_pauses = 0;
   uint64_t last_turn = 0;  // the decode turn that it last took part in

@@ -326,6 +326,11 @@ void Scheduler::Cancel(RequestId id, FinishReason reason, double now_ms) {
   Finish(request, reason);
 }
 
+void Scheduler::MarkHeard(RequestId id, int64_t num_tokens) {
+  Get(id);  // throws if there is none
+  requests_.find(id)->second.num_heard = num_tokens;
+}
+
 // Makes room for `count` more, and twice as much as before if there is not enough.
 void Scheduler::ReserveEvents(size_t count) {
   size_t need = events_.size() + count;

@@ -90,6 +90,10 @@ class Scheduler {
   // Ends a request, after the pass in flight if it is part of one. No effect if it has ended.
   void Cancel(RequestId id, FinishReason reason, double now_ms);
 
+  // Whoever asked for a request has been given so many of its tokens: a session's corrections wait
+  // for that.
+  void MarkHeard(RequestId id, int64_t num_tokens);
+
   // What has happened since the last call, in order.
   std::vector<RequestEvent> TakeEvents();
 
@@ -170,6 +174,9 @@ class Scheduler {
   void Restore(RequestState& request);
   void UndoRestore(RequestState& request) noexcept;
   void ForgetSaved(RequestState& request) noexcept;
+  int64_t ReserveTokens(const RequestState& request) const;
+  bool FindsPrefix(const RequestState& request) const;
+  int64_t MissingPages(const RequestState& request) const;
   int64_t PromisedPages() const;
   int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);

@@ -294,8 +294,8 @@ bool Scheduler::PlanCorrections(Batch& batch) {
 // Whether a step of this turn is still to be made.
 bool Scheduler::IsDue(const RequestState& request) const {
   return request.status == RequestStatus::kDecoding && request.last_turn != turn_ &&
-         !request.is_correcting() && (!request.round || request.round->is_drafting()) &&
-         !request.LacksMask();
+         !request.is_correcting() && !request.OwesCorrection() && !request.LacksMask() &&
+         (!request.round || request.round->is_drafting());
 }
 
 // The plans through which somebody's next step attends to chosen positions.
@@ -393,6 +393,9 @@ void Scheduler::EndStuck() {
   auto first = std::max_element(candidates.begin(), candidates.end(), IsLater);
   ReserveEvents(1);
   first->request->failure = RequestFailure::kNoRoom;
+  first->request->shortage = {.missing = MissingPages(*first->request),
+                              .free = pool_.num_free(),
+                              .total = pool_.num_pages()};
   Finish(*first->request, FinishReason::kError);
 }
 

@@ -21,27 +21,38 @@ int64_t Scheduler::UnpromisedPages() const {
   return pool_.num_free() - PromisedPages();
 }
 
+// Tokens that a request is let in with room for.
+int64_t Scheduler::ReserveTokens(const RequestState& request) const {
+  int64_t output = std::min(limits_.output_reserve, request.max_tokens() - request.num_tokens());
+  return request.num_tokens() + output;
+}
+
+bool Scheduler::FindsPrefix(const RequestState& request) const {
+  return prefixes_ != nullptr && request.reads_prefixes() && !request.on_host;
+}
+
+// Pages that a waiting request takes when it is let in.
+int64_t Scheduler::MissingPages(const RequestState& request) const {
+  const Sequence& sequence = request.sequence;
+  if (request.request.keeps_pages) {
+    return sequence.pages.NumMissing(request.max_tokens(), request.first_written(),
+                                     sequence.cached);
+  }
+  PrefixMatch match;
+  if (FindsPrefix(request)) match = prefixes_->Peek(sequence.tokens, request.salt);
+  return pool_.PagesFor(ReserveTokens(request)) - match.num_pages + match.num_idle;
+}
+
 // Gives a waiting request a row and what is known of its tokens, if there is room for the others.
 bool Scheduler::Admit(RequestState& request) {
   if (free_rows_.empty()) return false;
   Sequence& sequence = request.sequence;
-  int64_t output = std::min(limits_.output_reserve, request.max_tokens() - request.num_tokens());
-  int64_t reserve = request.num_tokens() + output;
-  bool finds = prefixes_ != nullptr && request.reads_prefixes() && !request.on_host;
-  int64_t missing;
-  if (request.request.keeps_pages) {
-    missing =
-        sequence.pages.NumMissing(request.max_tokens(), request.first_written(), sequence.cached);
-  } else {
-    PrefixMatch match = finds ? prefixes_->Peek(sequence.tokens, request.salt) : PrefixMatch{};
-    missing = pool_.PagesFor(reserve) - match.num_pages + match.num_idle;
-  }
-  if (missing > UnpromisedPages()) return false;
+  if (MissingPages(request) > UnpromisedPages()) return false;
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
   if (request.request.keeps_pages) Own(request, request.max_tokens(), request.first_written());
   if (request.on_host) Restore(request);
-  if (finds) {
+  if (FindsPrefix(request)) {
     sequence.pages.Adopt(prefixes_->Find(sequence.tokens, request.salt));
     auto num_pages = static_cast<int64_t>(sequence.pages.pages().size());
     sequence.cached = sequence.clean_len = num_pages * pool_.page_size();
@@ -49,7 +60,7 @@ bool Scheduler::Admit(RequestState& request) {
   }
   if (request.status == RequestStatus::kQueued) request.cached_tokens = sequence.cached;
   request.known_tokens = sequence.cached;
-  request.reserve_tokens = reserve;
+  request.reserve_tokens = ReserveTokens(request);
   request.status = RequestStatus::kReading;
   sequence.sampling.slot = free_rows_.back();
   free_rows_.pop_back();

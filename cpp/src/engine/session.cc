@@ -95,19 +95,6 @@ void Session::Impl::CheckFits(int64_t keep, int64_t num_added, int64_t max_new_t
               " in all; raise num_pages, or lower max_new_tokens");
 }
 
-void Session::Impl::CheckFitsNow(int64_t keep, int64_t num_added, int64_t max_new_tokens) const {
-  ModelRunner& runner = decoder->runner;
-  bool corrects = runner.config().correction_interval > 0;
-  CacheUse use = UseAfter(*sequence, keep, num_added > 0, corrects);
-  int64_t missing = sequence->pages.NumMissing(keep + num_added + max_new_tokens,
-                                               FirstWritten(use, corrects), use.cached);
-  TIDAL_CHECK(missing <= runner.pool().num_free(), CapacityError, "KV cache: a session of ", keep,
-              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ",
-              missing, " pages of ", runner.config().page_size, " tokens, have ",
-              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
-              "; close other sessions, raise num_pages, or lower max_new_tokens");
-}
-
 void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids) {
   bool corrects = decoder->runner.config().correction_interval > 0;
   auto num_added = static_cast<int64_t>(token_ids.size());
@@ -179,7 +166,6 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
               "session: it has no tokens to generate after; append a prompt");
   const auto num_added = static_cast<int64_t>(token_ids.size());
   CheckFits(num_kept, num_added, params.max_new_tokens);
-  if (!decoder->scheduler.HasWork()) CheckFitsNow(num_kept, num_added, params.max_new_tokens);
   decoder->StartLoop();  // what may throw comes before any change
   Extend(num_kept, token_ids);
   turn_len = Length(idle);
