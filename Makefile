@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan fuzz fuzz-short soak soak-server \
-        gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz fuzz-short \
+        soak soak-server gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -28,6 +28,11 @@ test-python: $(VENV)/.test-deps $(VENV)/.installed
 test-public: $(VENV)/.test-deps $(VENV)/.public-deps $(VENV)/.installed \
              build/public-models/SmolLM2-135M-Instruct build/public-models/gemma-3-270m
 	$(BIN)/python -m pytest -m public
+
+# Programs of others against the server, with more cases than in the suite.
+conformance: $(VENV)/.test-deps $(VENV)/.conformance-deps $(VENV)/.installed
+	$(BIN)/python -m pytest -m "conformance or not conformance" tests/python/test_conformance_*.py \
+	  tests/python/test_server_messages.py
 
 build/public-models/SmolLM2-135M-Instruct: | $(BIN)/python $(VENV)/.test-deps
 	$(BIN)/python tools/public_models.py smollm2
@@ -107,11 +112,15 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0' 'llguidance>=1.9,<2' 'fastapi>=0.165' 'uvicorn[standard]>=0.54' 'orjson>=3.11' \
-	  'prometheus-client>=0.22' 'openai>=2' 'httpx>=0.27'
+	  'prometheus-client>=0.22' 'openai>=2' 'anthropic>=2' 'httpx>=0.27'
 	touch $@
 
 $(VENV)/.public-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'gguf>=0.17' 'accelerate>=1.1'
+	touch $@
+
+$(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet 'anthropic>=2' 'schemathesis>=4.32' 'vllm-router>=0.1.17'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

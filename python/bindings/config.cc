@@ -103,6 +103,7 @@ void RegisterDecodeConfig(py::module_& module) {
   module.attr("MAX_LOGIT_BIASES") = kMaxLogitBiases;
   module.attr("MAX_LOGIT_BIAS") = kMaxLogitBias;
   module.attr("MAX_PENALTY") = kMaxPenalty;
+  module.attr("MAX_REPETITION_PENALTY") = kMaxRepetitionPenalty;
   module.attr("AUTOMATIC") = kAutomatic;
   module.attr("AUTOMATIC_BUDGET") = kAutomaticBudget;
   module.attr("AUTOMATIC_MASS") = kAutomaticMass;

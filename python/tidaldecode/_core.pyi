@@ -47,6 +47,7 @@ AUTOMATIC_BUDGET: int
 MAX_LOGIT_BIAS: float  # of either sign
 MAX_LOGIT_BIASES: int
 MAX_PENALTY: float  # of frequency and presence, of either sign
+MAX_REPETITION_PENALTY: float  # and at least 1 / it
 AUTOMATIC_MASS: float
 AUTOMATIC_MIN_BUDGET: int
 

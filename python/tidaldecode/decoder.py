@@ -191,7 +191,7 @@ class Decoder(TextMethods, MeasuringMethods):
             top_k: keep the k most likely tokens; 0 or -1 is off.
             top_p: keep the most likely tokens up to this probability, in (0, 1].
             min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
-            repetition_penalty: > 0; 1 is off. Counts tokens of prompt and output.
+            repetition_penalty: 1e-6 to 1e6; 1 is off. Counts tokens of prompt and output.
             frequency_penalty: taken off a token's logit each time it was generated, in [-2, 2].
             presence_penalty: taken off it once it was generated, in [-2, 2].
             seed: of the draws, in [0, 2**64); None is a fresh one for every sequence.

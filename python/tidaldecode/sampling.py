@@ -138,6 +138,7 @@ def check_sampling(
     stop_token_ids.update(() if flag("ignore_eos", False) else ends)
     words = _bad_words(asked.get("bad_words"), vocab_size, encode_word, defaults.bad_words)
     penalties = {"low": -_core.MAX_PENALTY, "high": _core.MAX_PENALTY}
+    repetition = {"low": 1 / _core.MAX_REPETITION_PENALTY, "high": _core.MAX_REPETITION_PENALTY}
     return SamplingSettings(
         max_new_tokens=integer("max_new_tokens", low=1),
         max_new_tokens_is_explicit=asked.get("max_new_tokens") is not None,
@@ -145,7 +146,7 @@ def check_sampling(
         top_k=min(max(0, integer("top_k", low=-1)), vocab_size),
         top_p=number("top_p", low=0.0, high=1.0, open_low=True),
         min_p=number("min_p", low=0.0, high=1.0),
-        repetition_penalty=number("repetition_penalty", low=0.0, open_low=True),
+        repetition_penalty=number("repetition_penalty", **repetition),
         frequency_penalty=number("frequency_penalty", **penalties),
         presence_penalty=number("presence_penalty", **penalties),
         seed=None if asked.get("seed") is None else integer("seed", low=0, high=2**64 - 1),

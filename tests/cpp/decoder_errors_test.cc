@@ -88,7 +88,7 @@ TEST_P(DecoderErrors, SamplingParametersOutOfRange) {
   refuse("top_k", &SamplingParams::top_k, int64_t{-1});
   for (double value : {0.0, -0.5, 1.1, nan}) refuse("top_p", &SamplingParams::top_p, value);
   for (double value : {-0.1, 1.1, nan}) refuse("min_p", &SamplingParams::min_p, value);
-  for (double value : {0.0, -1.0, nan, inf}) {
+  for (double value : {0.0, -1.0, 5e-324, 9e-7, 1.1e6, nan, inf}) {
     refuse("repetition_penalty", &SamplingParams::repetition_penalty, value);
   }
   for (double value : {-2.1, 2.1, nan, inf}) {

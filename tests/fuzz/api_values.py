@@ -158,7 +158,7 @@ _ACCEPTABLE: dict[str, Callable[[Any], bool]] = {
     "temperature": _number_in(0.0),
     "top_p": _number_in(0.0, 1.0),
     "min_p": _number_in(0.0, 1.0),
-    "repetition_penalty": _number_in(0.0),
+    "repetition_penalty": _number_in(1e-6, 1e6),
     "frequency_penalty": _number_in(-2.0, 2.0),
     "presence_penalty": _number_in(-2.0, 2.0),
     "min_new_tokens": _integer_in(0, 2**31 - 1),

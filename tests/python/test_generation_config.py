@@ -80,6 +80,8 @@ def test_generation_defaults_are_read(tmp_path, fields, expected):
         ({"top_k": "all"}, "top_k: got 'all'"),
         ({"min_p": 2}, "min_p: got 2"),
         ({"repetition_penalty": 0}, "repetition_penalty: got 0"),
+        ({"repetition_penalty": 1e-7}, "repetition_penalty: got 1e-07"),
+        ({"repetition_penalty": 1e7}, "repetition_penalty: got"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_length": -1}, "max_length: got -1"),
         ({"eos_token_id": "</s>"}, "eos_token_id: got '</s>'"),

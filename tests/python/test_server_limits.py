@@ -81,6 +81,8 @@ TOO_MUCH: list[tuple[str, dict[str, Any], str]] = [
     ("an empty list", {"prompt": []}, "prompt"),
     ("one of them empty", {"prompt": ["a", ""]}, "prompt[1]"),
     ("infinity", {"temperature": float("inf")}, "temperature"),
+    ("a penalty that float32 lacks", {"repetition_penalty": 5e-324}, "repetition_penalty"),
+    ("one that leaves no logit", {"repetition_penalty": 1e300}, "repetition_penalty"),
     ("both ways", {"attention": "full", "token_budget": 64}, "token_budget"),
     ("min over max", {"min_tokens": 9, "max_tokens": 2}, "min_tokens"),
 ]
@@ -101,6 +103,29 @@ def test_a_value_out_of_range_is_named(served: Served, change: dict[str, Any], p
 def test_what_the_server_does_not_do_is_refused_by_name(served: Served, name: str):
     error = error_of(served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1, name: "x"}))
     assert error["code"] == "unsupported_parameter" and error["param"] == name
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_a_budget_that_no_cache_has_is_named(served: Served, route: str):
+    body = {"messages": MESSAGES, "prompt": "Hello", "max_tokens": 1, "token_budget": 2**40}
+    response = served.post(route, body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "token_budget"
+
+
+@pytest.mark.parametrize("route", ["/server_info", "/v1/models"])
+def test_a_mistake_of_the_server_has_the_form_of_errors(
+    served: Served, monkeypatch: pytest.MonkeyPatch, route: str
+):
+    def fail(_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(type(served.service), "model", property(fail))
+    response = httpx.get(served.url + route)
+    assert response.status_code == 500
+    error = error_of(response)
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "secret" not in response.text
 
 
 def test_unknown_fields_are_ignored(served: Served):

@@ -156,6 +156,8 @@ inline constexpr double kMaxHostKvGib = 65536.0;
 // Bounds of what is added to logits, of either sign, as in the OpenAI API.
 inline constexpr double kMaxPenalty = 2.0;  // of frequency and presence
 inline constexpr double kMaxLogitBias = 100.0;
+// Logits are divided by it, or multiplied, in float32: beyond this hardly one would stay finite.
+inline constexpr double kMaxRepetitionPenalty = 1e6;  // and 1 / it at least
 inline constexpr int64_t kMaxLogitBiases = 1024;
 inline constexpr int64_t kMaxLogprobs = 20;  // of the most likely tokens, beside the drawn one's
 
@@ -167,7 +169,7 @@ struct SamplingParams {
   int64_t top_k = 0;                // 0 = off
   double top_p = 1.0;               // (0, 1]
   double min_p = 0.0;               // [0, 1], relative to the most likely token
-  double repetition_penalty = 1.0;  // > 0; applies to tokens of prompt and output
+  double repetition_penalty = 1.0;  // 1 = off; applies to tokens of prompt and output
   double frequency_penalty = 0.0;   // taken off a token's logit each time it was generated
   double presence_penalty = 0.0;    // taken off it once it was generated
   uint64_t seed = 0;

@@ -57,8 +57,10 @@ void ValidateSamplingParams(const SamplingParams& p, int64_t vocab_size) {
               ", expected in (0, 1]");
   TIDAL_CHECK(p.min_p >= 0.0 && p.min_p <= 1.0, InvalidArgument, "min_p: got ", p.min_p,
               ", expected in [0, 1]");
-  TIDAL_CHECK(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0.0, InvalidArgument,
-              "repetition_penalty: got ", p.repetition_penalty, ", expected a finite number > 0");
+  TIDAL_CHECK(p.repetition_penalty >= 1.0 / kMaxRepetitionPenalty &&
+                  p.repetition_penalty <= kMaxRepetitionPenalty,
+              InvalidArgument, "repetition_penalty: got ", p.repetition_penalty, ", expected ",
+              1.0 / kMaxRepetitionPenalty, " to ", kMaxRepetitionPenalty, " (1 = off)");
   CheckPenalty("frequency_penalty", p.frequency_penalty);
   CheckPenalty("presence_penalty", p.presence_penalty);
   ValidateTokenRules(p, vocab_size);

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tidaldecode._core import MAX_REPETITION_PENALTY
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.model_config import read_token_ids
@@ -107,7 +108,15 @@ def read_generation_defaults(path: Path, vocab_size: int) -> GenerationDefaults:
         top_k=max(0, read_int(raw, "top_k", low=-_MAX_INT, high=_MAX_INT, where=where, default=0)),
         top_p=min(max(top_p, _ONE_TOKEN), 1.0),  # more than 1 is off in transformers
         min_p=read_float(raw, "min_p", where=where, default=0.0, high=1.0, low_is_allowed=True),
-        repetition_penalty=read_float(raw, "repetition_penalty", where=where, default=1.0),
+        repetition_penalty=read_float(
+            raw,
+            "repetition_penalty",
+            where=where,
+            default=1.0,
+            low=1 / MAX_REPETITION_PENALTY,
+            high=MAX_REPETITION_PENALTY,
+            low_is_allowed=True,
+        ),
         min_new_tokens=read_int(
             raw, "min_new_tokens", low=0, high=_MAX_INT, where=where, default=0
         ),

@@ -19,7 +19,7 @@ from tidaldecode.server.answer import Delta
 from tidaldecode.server.asking import Asked
 from tidaldecode.server.bodies import SamplingBody
 from tidaldecode.server.errors import ApiError
-from tidaldecode.server.event_stream import EventStream, check_delta, event, hearing
+from tidaldecode.server.event_stream import EventStream, EventWriter, check_delta, event, hearing
 from tidaldecode.server.exchange import Exchange
 from tidaldecode.server.logprobs import TokenNames
 from tidaldecode.server.service import Model, Service
@@ -82,7 +82,7 @@ class Answering(ABC):
         """The answer, but for what all have in common."""
 
     @abstractmethod
-    def events(self) -> AnswerEvents:
+    def events(self) -> EventWriter:
         """Writes the answer as a stream."""
 
     def head(self, kind: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tidaldecode import _core
-from tidaldecode.server import generation_routes, state_routes, token_routes
+from tidaldecode.errors import TidalError
+from tidaldecode.server import generation_routes, messages_routes, state_routes, token_routes
+from tidaldecode.server.error_forms import form_of
 from tidaldecode.server.errors import ApiError
 from tidaldecode.server.guard import Guard
 from tidaldecode.server.openapi import complete_schema
@@ -34,10 +36,13 @@ def make_app(service: Service) -> Guard:
         redoc_url=None, openapi_url="/openapi.json",
     )  # fmt: skip
     app.state.service = service
-    for routes in (state_routes, generation_routes, token_routes):
+    for routes in (state_routes, generation_routes, messages_routes, token_routes):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    # What no route has foreseen: the engine's own refusals, and mistakes of the server.
+    app.add_exception_handler(TidalError, _answer_other_error)
+    app.add_exception_handler(Exception, _answer_other_error)
     origins = service.settings.cors_origins
     if origins:
         app.add_middleware(
@@ -50,11 +55,16 @@ def make_app(service: Service) -> Guard:
     return guard
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    form = form_of(request.url.path)
     return Response(
-        error.body(), error.status, headers=error.headers, media_type="application/json"
+        form.body(error), form.status(error), headers=error.headers, media_type="application/json"
     )
+
+
+async def _answer_other_error(request: Request, error: Exception) -> Response:
+    return await _answer_error(request, request.app.state.service.to_api_error(error))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

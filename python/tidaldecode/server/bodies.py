@@ -6,7 +6,7 @@ means is checked where it is used: asking.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -39,24 +39,43 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(Body):
-    """The fields that chats and completions share."""
+class AskingBody(Body):
+    """The fields that all routes share which generate."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
+    # Fields of one route that ask for what it does not do, with why.
+    refused: ClassVar[dict[str, str]] = {}
+
     model: str | None = None
-    n: Annotated[Int, Field(ge=1)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[Int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    request_id: Annotated[str, Field(max_length=128)] | None = None
+    # Ours.
+    attention: Literal["tidal", "full", "verified"] | None = None
+    token_budget: Annotated[Int, Field(ge=1)] | Literal["auto"] | None = None
+    verify: bool | None = None
+
+
+# Fields of other forms of a chat that become those of a ChatBody as they are.
+PASSED_ON = {*AskingBody.model_fields, "chat_template_kwargs"}
+
+
+class SamplingBody(AskingBody):
+    """The fields that chats and completions share."""
+
+    n: Annotated[Int, Field(ge=1)] | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -68,16 +87,9 @@ class SamplingBody(Body):
     allowed_token_ids: list[TokenId] | None = None
     prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = None
-    priority: Annotated[Int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     user: str | None = None
-    request_id: Annotated[str, Field(max_length=128)] | None = None
     return_token_ids: bool | None = None
     return_progress: bool | None = None
-    # Ours.
-    attention: Literal["tidal", "full", "verified"] | None = None
-    token_budget: Annotated[Int, Field(ge=1)] | Literal["auto"] | None = None
-    verify: bool | None = None
 
 
 class Message(Body):
@@ -152,7 +164,12 @@ REFUSED = {
 # Values of those fields that ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto", {"type": "none"}, {"type": "auto"}),
+    "thinking": ({"type": "disabled"}, {"type": "adaptive"}),
+    "store": (False,),
+    "background": (False,),
+    "include": ([],),
+    "top_logprobs": (0,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "functions": ([],),
@@ -165,6 +182,8 @@ _EXPECTED = {
     "prompt": "a text, a list of token ids, or a list of those",
     "stop": "a text or a list of texts",
     "content": "a text or a list of parts",
+    "system": "a text or a list of text blocks",
+    "input": "a text or a list of messages",
     "token_budget": 'an integer of at least 1, or "auto"',
 }
 
@@ -179,10 +198,11 @@ def read_body(kind: type[B], data: bytes) -> B:
     except ValidationError as error:
         raise _to_api_error(error) from None
     fields = body.model_extra or {}
-    for name in REFUSED.keys() & fields.keys():
+    refused = REFUSED | getattr(kind, "refused", {})
+    for name in refused.keys() & fields.keys():
         value = fields[name]
         if value is not None and value not in _ASKS_NOTHING.get(name, ()):
-            raise unsupported(name, f"{REFUSED[name]}; leave it out")
+            raise unsupported(name, f"{refused[name]}; leave it out")
     return body
 
 

@@ -11,6 +11,7 @@ from tidaldecode.server.answer import Delta
 from tidaldecode.server.answering import AnswerEvents, Answering, Caller
 from tidaldecode.server.asking import asked_for_chat, chat_options
 from tidaldecode.server.bodies import ChatBody
+from tidaldecode.server.event_stream import EventWriter
 from tidaldecode.server.logprobs import chat_logprobs, prompt_logprobs
 from tidaldecode.server.service import Service
 
@@ -40,7 +41,7 @@ class ChatCompletion(Answering):
         self.prompt_ids = [ids]
         return self.asked.submit(self.service, self.prompt_ids)
 
-    def events(self) -> AnswerEvents:
+    def events(self) -> EventWriter:
         return _Events(self)
 
     def whole(self, results: list[GenerationResult]) -> dict[str, Any]:

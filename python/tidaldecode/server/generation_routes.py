@@ -13,6 +13,7 @@ from tidaldecode.server.bodies import ChatBody, CompletionBody
 from tidaldecode.server.chat import ChatCompletion
 from tidaldecode.server.completions import Completion
 from tidaldecode.server.openapi import described
+from tidaldecode.server.responses import ResponseAnswer, ResponsesBody
 from tidaldecode.server.routing import body_of, caller_of, service_of
 
 router = APIRouter()
@@ -30,6 +31,13 @@ async def completions(request: Request) -> Any:
     """Prompts, gone on with."""
     body = await body_of(request, CompletionBody)
     return await answer(request, Completion(service_of(request), body, caller_of(request)))
+
+
+@router.post("/v1/responses", **described(ResponsesBody, streams=True))
+async def responses(request: Request) -> Any:
+    """An answer to a conversation, in OpenAI's newer form."""
+    body = await body_of(request, ResponsesBody)
+    return await answer(request, ResponseAnswer(service_of(request), body, caller_of(request)))
 
 
 async def answer(request: Request, answering: Answering) -> Any:

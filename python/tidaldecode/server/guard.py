@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tidaldecode.server.error_forms import form_of
 from tidaldecode.server.errors import ApiError
 from tidaldecode.server.settings import ServeConfig
 
@@ -80,7 +81,8 @@ class Guard:
                 scope["state"]["salt"] = "" if self._shares else salt
             self._check_length(headers)
         except ApiError as error:
-            await refuse(error, receive, send, self._settings.max_body_bytes * _DRAINED_BODIES)
+            await _drain(receive, self._settings.max_body_bytes * _DRAINED_BODIES)
+            await send_error(error, scope["path"], send)
             return
         await self._app(scope, receive, send)
 
@@ -154,14 +156,8 @@ async def read_all(receive: Any, settings: ServeConfig) -> bytes:
             return b"".join(parts)
 
 
-async def refuse(error: ApiError, receive: Any, send: Any, most_bytes: int) -> None:
-    """Answers with an error; a body that is on its way is read first, or the client would not
-    see it."""
-    await _drain(receive, most_bytes)
-    await send_error(error, send)
-
-
 async def _drain(receive: Any, most_bytes: int) -> None:
+    """Reads a body that is on its way: its client would not see what it is refused with."""
     size, ends_at = 0, time.monotonic() + 10
     while size < most_bytes and time.monotonic() < ends_at:
         try:
@@ -173,10 +169,11 @@ async def _drain(receive: Any, most_bytes: int) -> None:
             return
 
 
-async def send_error(error: ApiError, send: Any) -> None:
-    """Sends an error as the whole response."""
-    body = error.body()
+async def send_error(error: ApiError, path: str, send: Any) -> None:
+    """Sends an error as the whole response of a route."""
+    form = form_of(path)
+    body = form.body(error)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": form.status(error), "headers": headers})
     await send({"type": "http.response.body", "body": body})

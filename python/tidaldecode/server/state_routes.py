@@ -51,7 +51,7 @@ async def version() -> Response:
 
 
 @router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", **plain())
+@router.get("/metrics", **plain(media="text/plain"))
 async def metrics(request: Request) -> Response:
     """Counters in Prometheus' form."""
     return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
