@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,8 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 
@@ -23,13 +26,62 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-class _Visitor(threading.Thread):
-    """Asks the server for an answer once it is ready, and then has it end."""
+def _post(client: httpx.Client, route: str, **body: Any) -> Any:
+    """What a route answers, which must be an answer."""
+    body |= {"model": "served"}
+    answer = client.post(route, json=body, headers=KEY, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json() if "json" in answer.headers["content-type"] else answer.text
 
-    def __init__(self, client: httpx.Client) -> None:
+
+def _complete(client: httpx.Client) -> None:
+    answer = _post(client, "/v1/completions", prompt="The sky", max_tokens=8, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 8
+
+
+def _ask_all_routes(client: httpx.Client) -> None:
+    """One answer of each route and kind, in whole or in a stream."""
+    chat, ask = "/v1/chat/completions", [{"role": "user", "content": "Where?"}]
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}}
+    schema |= {"required": ["city"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    for more in ({}, {"verify": True}, {"attention": "full"}):
+        answer = _post(client, chat, messages=ask, response_format=form, max_tokens=60, **more)
+        assert json.loads(answer["choices"][0]["message"]["content"])["city"] in ("Oslo", "Rome")
+    tools = [{"type": "function", "function": {"name": "place", "parameters": schema}}]
+    answer = _post(
+        client, chat, messages=ask, tools=tools, tool_choice="required",
+        parallel_tool_calls=False, max_tokens=99,
+    )  # fmt: skip
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    few = {"max_tokens": 5, "temperature": 0}
+    text = _post(client, chat, messages=ask, **few)["choices"][0]["message"]["content"]
+    streamed = _post(client, chat, messages=ask, stream=True, **few)
+    assert streamed.endswith("data: [DONE]\n\n")
+    message = _post(client, "/v1/messages", messages=ask, **few)
+    assert "".join(block["text"] for block in message["content"]) == text
+    assert "message_stop" in _post(client, "/v1/messages", messages=ask, stream=True, **few)
+    assert _post(client, "/v1/messages/count_tokens", messages=ask)["input_tokens"] > 0
+    few["max_output_tokens"] = few.pop("max_tokens")
+    response = _post(client, "/v1/responses", input="Where?", **few)
+    assert response["output"][0]["content"][0]["text"] == text
+    streamed = _post(client, "/v1/responses", input="Where?", stream=True, **few)
+    assert "response.output_text.done" in streamed
+    ids = _post(client, "/tokenize", prompt=text)["tokens"]
+    assert _post(client, "/detokenize", tokens=ids, skip_special_tokens=True)["prompt"] == text
+    for route in ("/live", "/health", "/metrics", "/v1/models", "/version", "/server_info"):
+        assert client.get(route, headers=KEY).status_code == 200, route
+
+
+class _Visitor(threading.Thread):
+    """Visits the server once it is ready, and then has it end."""
+
+    def __init__(self, client: httpx.Client, visit: Callable[[httpx.Client], None]) -> None:
         super().__init__()
-        self.answer: httpx.Response | None = None
+        self.problem: Exception | None = None
         self._client = client
+        self._visit = visit
 
     def run(self) -> None:
         deadline = time.monotonic() + 120
@@ -40,24 +92,31 @@ class _Visitor(threading.Thread):
             except httpx.TransportError:
                 pass
             time.sleep(0.05)
-        body = {"prompt": "The sky", "max_tokens": 8, "ignore_eos": True, "model": "served"}
         try:
-            self.answer = self._client.post("/v1/completions", json=body, headers=KEY, timeout=60)
+            self._visit(self._client)
+        except Exception as problem:
+            self.problem = problem
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _serve(bench: Bench, client: httpx.Client, model: str, *arguments: str) -> None:
+def _serve(
+    bench: Bench,
+    client: httpx.Client,
+    model: str,
+    *arguments: str,
+    visit: Callable[[httpx.Client], None] = _complete,
+) -> None:
     """Runs the command in this thread, as signals want it, and visits it from another."""
-    visitor = _Visitor(client)
+    visitor = _Visitor(client, visit)
     visitor.start()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     bench.command("serve", model, "--served-model-name", "served", *arguments)
     visitor.join()
     after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert after == handlers, "Ctrl-C would do nothing any more"
-    assert visitor.answer is not None and visitor.answer.status_code == 200
-    assert visitor.answer.json()["usage"]["completion_tokens"] == 8
+    if visitor.problem is not None:
+        raise visitor.problem
 
 
 @uses("tidaldecode serve")
@@ -98,6 +157,16 @@ def serve_command(bench: Bench) -> None:
             *engine,
             *PLAN_OPTIONS,
         )
+
+
+@uses("every route of serve")
+def serve_routes(bench: Bench) -> None:
+    port = _free_port()
+    small = ["--max-batch-size", "2", "--max-seq-len", "512", "--num-threads", "1"]
+    small += ["--token-budget", "32", "--scored-layers", "2,5", "--tool-call-parser", "json"]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        _serve(bench, client, str(bench.model), "--port", port, *small,
+               "--reasoning-parser", "none", visit=_ask_all_routes)  # fmt: skip
 
 
 @uses("serve at other sockets")

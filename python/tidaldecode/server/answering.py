@@ -16,6 +16,7 @@ import orjson
 from tidaldecode.requests import Request
 from tidaldecode.results import GenerationResult, TokenLogprobs
 from tidaldecode.server.answer import Delta
+from tidaldecode.server.answer_parts import AnswerForm
 from tidaldecode.server.asking import Asked
 from tidaldecode.server.bodies import SamplingBody
 from tidaldecode.server.errors import ApiError
@@ -42,6 +43,7 @@ class Answering(ABC):
     kind = ""  # what the answer calls itself, whole
     piece_kind = ""  # and in a stream
     prefix = ""  # of its id
+    form = AnswerForm()  # of its answers, once it is submitted
 
     def __init__(self, service: Service, body: SamplingBody, asked: Asked, caller: Caller) -> None:
         """Takes a request that has been checked.
@@ -144,8 +146,10 @@ class AnswerEvents(ABC):
         self._wants_usage = bool(options and options.include_usage)
         self._counts_usage = bool(options and options.continuous_usage_stats)
         self._interval = answering.service.settings.stream_interval
-        has_more = self._counts_usage or body.return_token_ids or answering.wants_logprobs
-        self._is_plain = not has_more and self._interval == 1
+        self._has_more = bool(
+            self._counts_usage or body.return_token_ids or answering.wants_logprobs
+        )
+        self._is_plain = answering.form.is_plain and not self._has_more and self._interval == 1
         self._num_tokens = [0] * count
         self._has_begun = [False] * count
         self._held: list[list[Delta]] = [[] for _ in range(count)]
@@ -159,6 +163,14 @@ class AnswerEvents(ABC):
     @abstractmethod
     def choice(self, index: int, text: str | None) -> dict[str, Any]:
         """A choice with a piece of text, or with none behind the last."""
+
+    def shown(self, index: int, text: str, *, is_last: bool) -> dict[str, Any] | None:
+        """A choice with what a piece of text adds; None if that is nothing yet."""
+        return self.choice(index, text) if text else None
+
+    def finish_reason(self, index: int, result: GenerationResult) -> str:
+        """Why a choice has ended."""
+        return result.finish_reason
 
     @abstractmethod
     def logprobs(self, index: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -215,8 +227,11 @@ class AnswerEvents(ABC):
 
     def chunk(self, index: int, text: str | None, **more: Any) -> bytes:
         """The event of one choice."""
-        choice = self.choice(index, text) | {"logprobs": None, "finish_reason": None} | more
-        return self.event({"choices": [choice]} | self.usage_so_far(index))
+        return self._chunk_of(self.choice(index, text), more)
+
+    def _chunk_of(self, choice: dict[str, Any], more: dict[str, Any]) -> bytes:
+        choice = choice | {"logprobs": None, "finish_reason": None} | more
+        return self.event({"choices": [choice]} | self.usage_so_far(choice["index"]))
 
     def usage_so_far(self, index: int) -> dict[str, Any]:
         """The field of an event that says it, if it is wanted."""
@@ -230,10 +245,16 @@ class AnswerEvents(ABC):
         held.append(delta)
         count = sum(len(each.token_ids or ()) for each in held)
         text = "".join(each.text for each in held)
-        if delta.result is None and (count < self._interval or not text):
+        is_last = delta.result is not None
+        if count < self._interval and not is_last:
+            return
+        choice = self.shown(delta.index, text, is_last=is_last)
+        if choice is None and not is_last:
+            for each in held:  # their text is held elsewhere
+                each.text = ""
             return
         self._held[delta.index] = []
-        if not count and not text:
+        if choice is None and not (count and self._has_more):
             return
         more: dict[str, Any] = {}
         if self.of.wants_logprobs:
@@ -241,11 +262,12 @@ class AnswerEvents(ABC):
             more["logprobs"] = self.logprobs(delta.index, logprobs)
         if self.of.body.return_token_ids:
             more["token_ids"] = [token for part in held for token in part.token_ids or ()]
-        events.append(self.chunk(delta.index, text, **more))
+        events.append(self._chunk_of(choice or self.choice(delta.index, ""), more))
 
     def _finish(self, index: int, result: GenerationResult, events: list[bytes]) -> None:
         self._results[index] = result
-        reasons = {"finish_reason": result.finish_reason, "stop_reason": result.stop_reason}
+        reason = self.finish_reason(index, result)
+        reasons = {"finish_reason": reason, "stop_reason": result.stop_reason}
         if self.of.asked.max_tokens == 0:  # the token that it ended with was not asked for
             reasons = {"finish_reason": "length", "stop_reason": None}
         events.append(self.chunk(index, None, **reasons))

@@ -5,18 +5,22 @@ asked() is quick and runs in the event loop; what it returns tokenises and submi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.config import plan_part
-from tidaldecode.errors import CapacityError
-from tidaldecode.server.bodies import MAX_PROMPTS, ChatBody, CompletionBody, SamplingBody
+from tidaldecode.errors import CapacityError, InvalidArgument
+from tidaldecode.server.answer_formats import guide_of
+from tidaldecode.server.bodies import MAX_PROMPTS, ChatBody, CompletionBody, Message, SamplingBody
 from tidaldecode.server.errors import ApiError, invalid
+from tidaldecode.server.tool_use import for_template
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
     from tidaldecode.server.service import Model, Service
     from tidaldecode.server.settings import ServeConfig
+    from tidaldecode.text.guide import Guide
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
 
@@ -43,6 +47,11 @@ class Asked:
     max_tokens: int | None  # None: to the end of the context
     logprobs: int | None  # of new tokens
     prompt_logprobs: int | None
+    guide_field: str = "response_format"  # that has asked for the guide, if there is one
+
+    def guided(self, guide: Guide, field: str) -> Asked:
+        """The same, with an answer that keeps to a guide, which a field has asked for."""
+        return replace(self, options=self.options | {"guide": guide}, guide_field=field)
 
     def submit(self, service: Service, prompts: list[list[int]]) -> list[Request]:
         """Submits prompts of token ids; gives n requests for each, one prompt after the other.
@@ -55,9 +64,12 @@ class Asked:
         try:
             for ids in prompts:
                 requests += self._submit_one(model, ids)
-        except BaseException:
+        except BaseException as error:
             for request in requests:
                 request.cancel()
+            name, _, rest = str(error).partition(": ")
+            if isinstance(error, InvalidArgument) and name == "guide":
+                raise invalid(self.guide_field, rest) from None
             raise
         return requests
 
@@ -132,6 +144,11 @@ def check_prompts(body: CompletionBody, settings: ServeConfig) -> list[str | lis
     return prompts
 
 
+def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them."""
+    return [for_template(each.model_dump(exclude_none=True)) for each in messages]
+
+
 def chat_options(body: Any) -> dict[str, Any]:
     """The options of a chat template.
 
@@ -149,8 +166,11 @@ def chat_options(body: Any) -> dict[str, Any]:
         options["add_generation_prompt"] = body.add_generation_prompt
     if body.continue_final_message:
         options["continue_final_message"] = True
-    if getattr(body, "documents", None) is not None:
-        options["documents"] = body.documents
+    for name in ("documents", "tools"):
+        if value := getattr(body, name, None):
+            options[name] = value
+    if getattr(body, "reasoning_effort", None) is not None:
+        options.setdefault("reasoning_effort", body.reasoning_effort)
     return options
 
 
@@ -185,10 +205,14 @@ def _asked(
     if body.seed is not None:
         options["seed"] = body.seed % 2**64  # clients send negative ones too
     options |= _attention_of(body)
+    guide = guide_of(body)
+    if guide is not None:
+        options["guide"] = guide
     options["cache_salt"] = f"{salt}/{body.cache_salt}" if body.cache_salt else salt
     return Asked(
         options=options, n=n, max_tokens=most, logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        guide_field="structured_outputs" if body.structured_outputs else "response_format",
     )  # fmt: skip
 
 

@@ -88,6 +88,8 @@ class SamplingBody(AskingBody):
     prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = None
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = None
     return_progress: bool | None = None
 
@@ -113,10 +115,21 @@ class ChatBody(SamplingBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
 
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
+
+    refused: ClassVar[dict[str, str]] = {
+        "tools": "completions have no tools; use a chat",
+        "tool_choice": "completions have no tools; use a chat",
+    }
 
     prompt: Annotated[
         str | list[TokenId] | list[str] | list[list[TokenId]], Field(union_mode="left_to_right")
@@ -133,6 +146,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -157,21 +171,16 @@ REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "audio": "answers are texts",
-    "tools": "this server has no tools yet",
-    "tool_choice": "this server has no tools yet",
-    "response_format": "this server gives plain texts only",
 }
 # Values of those fields that ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
-    "tool_choice": ("none", "auto", {"type": "none"}, {"type": "auto"}),
-    "thinking": ({"type": "disabled"}, {"type": "adaptive"}),
+    "tool_choice": ("none", "auto"),
     "store": (False,),
     "background": (False,),
     "include": ([],),
     "top_logprobs": (0,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
@@ -182,6 +191,7 @@ _EXPECTED = {
     "prompt": "a text, a list of token ids, or a list of those",
     "stop": "a text or a list of texts",
     "content": "a text or a list of parts",
+    "tool_choice": '"none", "auto", "required", or the name of a function',
     "system": "a text or a list of text blocks",
     "input": "a text or a list of messages",
     "token_budget": 'an integer of at least 1, or "auto"',

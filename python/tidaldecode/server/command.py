@@ -38,6 +38,8 @@ _SERVER: dict[str, tuple[Any, str]] = {
     "max_stop": (int, "Stop strings."),
     "max_logprobs": (int, "Alternatives of a token."),
     "max_tools": (int, "Tools of a chat."),
+    "tool_call_parser": (str, "How the model writes calls of tools; none: it has no tools."),
+    "reasoning_parser": (str, "none: reasoning is not told from content."),
     "default_max_tokens": (int, "Of a chat that does not say; default: to the context's end."),
     "queue_timeout_s": (float, "Longest wait for a row; 0 is for ever."),
     "request_timeout_s": (float, "Longest answer; 0 is for ever."),

@@ -64,9 +64,21 @@ class MessagesErrorForm(ErrorForm):
 
 
 OPENAI_FORM = ErrorForm()
-MESSAGES_FORM = MessagesErrorForm(names={"stop": "stop_sequences"})
+MESSAGES_FORM = MessagesErrorForm(
+    names={
+        "stop": "stop_sequences",
+        "response_format": "output_config.format",
+        "response_format.json_schema.schema": "output_config.format.schema",
+    }
+)
 RESPONSES_FORM = ErrorForm(
-    names={"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
+    names={
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "response_format.type": "text.format.type",
+        "response_format.json_schema.schema": "text.format.schema",
+    }
 )
 
 

@@ -13,7 +13,8 @@ from tidaldecode.server.bodies import ChatBody, CompletionBody
 from tidaldecode.server.chat import ChatCompletion
 from tidaldecode.server.completions import Completion
 from tidaldecode.server.openapi import described
-from tidaldecode.server.responses import ResponseAnswer, ResponsesBody
+from tidaldecode.server.responses import ResponseAnswer
+from tidaldecode.server.responses_body import ResponsesBody
 from tidaldecode.server.routing import body_of, caller_of, service_of
 
 router = APIRouter()

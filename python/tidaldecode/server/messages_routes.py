@@ -9,10 +9,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tidaldecode.server.asking import chat_options
+from tidaldecode.server.asking import chat_messages, chat_options
 from tidaldecode.server.bodies import ChatBody
 from tidaldecode.server.generation_routes import answer
-from tidaldecode.server.messages import CountBody, MessageAnswer, MessagesBody
+from tidaldecode.server.messages import MessageAnswer
+from tidaldecode.server.messages_body import CountBody, MessagesBody
 from tidaldecode.server.openapi import MessagesErrorBody, described
 from tidaldecode.server.routing import body_of, caller_of, service_of
 
@@ -32,8 +33,8 @@ async def count_tokens(request: Request) -> Response:
     body = await body_of(request, CountBody)
     service = service_of(request)
     texts = service.model.texts
-    chat = ChatBody.model_validate(body.chat_fields())
-    conversation = [each.model_dump(exclude_none=True) for each in chat.messages]
+    chat = ChatBody.model_validate(body.chat_fields(texts.chat_template))
+    conversation = chat_messages(chat.messages)
     options = chat_options(chat)
     ids = await service.in_text_worker(lambda: texts.tokenizer.render_chat(conversation, **options))
     return Response(orjson.dumps({"input_tokens": len(ids)}), media_type="application/json")

@@ -11,8 +11,8 @@ from pydantic.json_schema import models_json_schema
 
 from tidaldecode.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tidaldecode.server.error_forms import OVERLOADED
-from tidaldecode.server.messages import CountBody, MessagesBody
-from tidaldecode.server.responses import ResponsesBody
+from tidaldecode.server.messages_body import CountBody, MessagesBody
+from tidaldecode.server.responses_body import ResponsesBody
 
 _REFERENCE = "#/components/schemas/{model}"
 # All that described() is given.

@@ -1,110 +1,31 @@
 """POST /v1/responses: OpenAI's newer form of a chat, as far as it goes without a memory.
 
-A body becomes a ChatBody, is answered as any chat, and the answer is written in the other form.
-Nothing is kept: what would need an earlier response is refused by name.
+A body becomes a ChatBody (responses_body.py), is answered as any chat, and the answer is written in
+the other form.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any
 
-from pydantic import Field
-
-from tidaldecode.errors import show
 from tidaldecode.results import GenerationResult
 from tidaldecode.server.answering import Caller
-from tidaldecode.server.bodies import PASSED_ON, AskingBody, Body, ChatBody, Int
 from tidaldecode.server.chat import ChatCompletion
-from tidaldecode.server.errors import ApiError, invalid, unsupported
+from tidaldecode.server.errors import ApiError
 from tidaldecode.server.event_stream import EventWriter
+from tidaldecode.server.responses_body import ResponsesBody
 from tidaldecode.server.service import Service
-from tidaldecode.server.typed_events import TypedEvents, named_event
-
-_TEXT_PARTS = ("input_text", "output_text", "text")
-_KEEPS_NOTHING = "this server keeps nothing between requests"
-_NO_TOOLS = "this route has no tools yet"
-_NO_LOGPROBS = "this route gives no log-probabilities; /v1/chat/completions does"
-
-
-class TextOptions(Body):
-    """How the text of an answer is to be."""
-
-    format: dict[str, Any] | None = None
-
-
-class ResponsesBody(AskingBody):
-    """POST /v1/responses."""
-
-    refused: ClassVar[dict[str, str]] = {
-        "store": _KEEPS_NOTHING,
-        "previous_response_id": _KEEPS_NOTHING,
-        "conversation": _KEEPS_NOTHING,
-        "background": _KEEPS_NOTHING,
-        "prompt": _KEEPS_NOTHING,
-        "tools": _NO_TOOLS,
-        "tool_choice": _NO_TOOLS,
-        "include": _NO_LOGPROBS,
-        "top_logprobs": _NO_LOGPROBS,
-    }
-
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
-    metadata: dict[str, str] | None = None
-    text: TextOptions | None = None
-    truncation: Literal["disabled"] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def to_chat(self) -> ChatBody:
-        """The chat that it asks for.
-
-        Raises: ApiError for what is not of text.
-        """
-        if self.text is not None and (self.text.format or {}).get("type", "text") != "text":
-            raise unsupported("text", "this route gives plain texts only; leave the format out")
-        turns = _turns(self.input)
-        if self.instructions:
-            turns.insert(0, {"role": "system", "content": self.instructions})
-        if not turns:
-            raise invalid("input", "got no message, expected at least one")
-        fields: dict[str, Any] = {"messages": turns, "max_tokens": self.max_output_tokens}
-        fields |= self.model_dump(include=PASSED_ON, exclude_none=True)
-        return ChatBody.model_validate(fields)
-
-
-def _turns(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of an input."""
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    turns = []
-    for index, item in enumerate(given):
-        where = f"input[{index}]"
-        kind, role = item.get("type", "message"), item.get("role")
-        if kind != "message":
-            raise unsupported(where, f"got an item of type {show(kind)}, expected messages only")
-        if role not in ("user", "assistant", "system", "developer"):
-            expected = "user, assistant, system or developer"
-            raise invalid(f"{where}.role", f"got {show(role)}, expected {expected}")
-        text = _text_of(item.get("content"), f"{where}.content")
-        turns.append({"role": "system" if role == "developer" else role, "content": text})
-    return turns
-
-
-def _text_of(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid(where, f"got {show(content)}, expected a text or a list of parts")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind in _TEXT_PARTS else None
-        if not isinstance(text, str):
-            what = f"got {show(part)}, expected a part of type input_text or output_text"
-            raise unsupported(f"{where}[{index}]", what)
-        texts.append(text)
-    return "".join(texts)
+from tidaldecode.server.typed_events import (
+    CALL,
+    REASONING,
+    TEXT,
+    Block,
+    TypedEvents,
+    blocks_of,
+    named_event,
+)
 
 
 class ResponseAnswer(ChatCompletion):
@@ -120,7 +41,7 @@ class ResponseAnswer(ChatCompletion):
         super().__init__(service, body.to_chat(), caller)
         number = body.request_id or caller.number
         self.id = f"resp_{number}"
-        self.message_id = f"msg_{number}"
+        self.number = number
         self._asked_for = body
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -135,25 +56,33 @@ class ResponseAnswer(ChatCompletion):
             "metadata": body.metadata or {},
             "temperature": body.temperature,
             "top_p": body.top_p,
-            "text": {"format": {"type": "text"}},
-            "tools": [],
-            "tool_choice": "auto",
-            "parallel_tool_calls": True,
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "tools": body.tools or [],
+            "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
         }
 
     def whole(self, results: list[GenerationResult]) -> dict[str, Any]:
-        """The response that has ended, but for its usage."""
-        result = results[0]
+        blocks = blocks_of(self.form.read(results[0].text or ""))
+        return self.ended(results[0], blocks or [Block(TEXT, 0)])
+
+    def ended(self, result: GenerationResult, blocks: Sequence[Block]) -> dict[str, Any]:
+        """What a response says once it has ended, but for its usage."""
         is_cut = result.finish_reason != "stop"
+        status = "incomplete" if is_cut else "completed"
         return {
-            "status": "incomplete" if is_cut else "completed",
+            "status": status,
             "completed_at": None if is_cut else int(time.time()),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self.item(result)],
+            "output": [
+                # Only the last of them can have been cut.
+                self.item(block, status if block is blocks[-1] else "completed")
+                for block in blocks
+            ],
         }
 
     def begun(self) -> dict[str, Any]:
@@ -161,15 +90,23 @@ class ResponseAnswer(ChatCompletion):
         fields = {"status": "in_progress", "error": None, "incomplete_details": None}
         return self.head(self.kind) | fields | {"output": [], "usage": None}
 
-    def item(self, result: GenerationResult) -> dict[str, Any]:
-        """The message that is the answer."""
-        return {
-            "type": "message",
-            "id": self.message_id,
-            "status": "completed" if result.finish_reason == "stop" else "incomplete",
-            "role": "assistant",
-            "content": [text_part(result.text or "")],
-        }
+    def item_id(self, block: Block) -> str:
+        """The id of a block among the output."""
+        suffix = f"_{block.index}" if block.index else ""
+        return f"{_PREFIXES[block.kind]}_{self.number}{suffix}"
+
+    def item(self, block: Block, status: str) -> dict[str, Any]:
+        """A block as an item of the output; one in progress has no content yet."""
+        fields: dict[str, Any] = {"id": self.item_id(block), "status": status}
+        has_begun = status != "in_progress"
+        if block.kind == CALL:
+            fields |= {"type": "function_call", "call_id": block.call_id, "name": block.name}
+            return fields | {"arguments": block.text}
+        if block.kind == REASONING:
+            fields |= {"type": "reasoning", "summary": []}
+            return fields | {"content": [_part(block, block.text)] if has_begun else []}
+        fields |= {"type": "message", "role": "assistant"}
+        return fields | {"content": [_part(block, block.text)] if has_begun else []}
 
     def account(self, results: list[GenerationResult]) -> dict[str, Any]:
         usage = super().account(results)
@@ -187,8 +124,19 @@ class ResponseAnswer(ChatCompletion):
         return _Events(self)
 
 
-def text_part(text: str) -> dict[str, Any]:
-    """The part of a message that is its text."""
+_PREFIXES = {REASONING: "rs", TEXT: "msg", CALL: "fc"}
+# What the events of a block's text are called.
+_TEXT_EVENTS = {
+    REASONING: "reasoning_text",
+    TEXT: "output_text",
+    CALL: "function_call_arguments",
+}
+
+
+def _part(block: Block, text: str) -> dict[str, Any]:
+    """The one part of a message or of reasoning."""
+    if block.kind == REASONING:
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
@@ -197,35 +145,55 @@ class _Events(TypedEvents):
         super().__init__(answer)
         self._answer = answer
         self._number = 0  # of the next event
-        self._part = {"item_id": answer.message_id, "output_index": 0, "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return named_event({"type": f"response.{kind}", "sequence_number": number} | fields)
 
+    def _place(self, block: Block) -> dict[str, Any]:
+        """Where the text of a block stands."""
+        place = {"item_id": self._answer.item_id(block), "output_index": block.index}
+        return place if block.kind == CALL else place | {"content_index": 0}
+
     def opening(self) -> bytes:
         response = self._answer.begun()
-        item = {"type": "message", "id": self._answer.message_id, "status": "in_progress"}
-        item |= {"role": "assistant", "content": []}
-        return (
-            self._event("created", response=response)
-            + self._event("in_progress", response=response)
-            + self._event("output_item.added", output_index=0, item=item)
-            + self._event("content_part.added", part=text_part(""), **self._part)
+        return self._event("created", response=response) + self._event(
+            "in_progress", response=response
         )
 
-    def piece(self, text: str) -> bytes:
-        return self._event("output_text.delta", delta=text, logprobs=[], **self._part)
+    def begin(self, block: Block) -> bytes:
+        item = self._answer.item(block, "in_progress")
+        events = self._event("output_item.added", output_index=block.index, item=item)
+        if block.kind != CALL:
+            place = self._place(block)
+            events += self._event("content_part.added", part=_part(block, ""), **place)
+        return events
+
+    def piece(self, block: Block, text: str) -> bytes:
+        more = {"logprobs": []} if block.kind == TEXT else {}
+        return self._event(
+            _TEXT_EVENTS[block.kind] + ".delta", delta=text, **self._place(block), **more
+        )
+
+    def finish(self, block: Block) -> bytes:
+        place, kind = self._place(block), _TEXT_EVENTS[block.kind] + ".done"
+        if block.kind == CALL:
+            events = self._event(kind, arguments=block.text, name=block.name, **place)
+        else:
+            more = {"logprobs": []} if block.kind == TEXT else {}
+            events = self._event(kind, text=block.text, **place, **more)
+            part = _part(block, block.text)
+            events += self._event("content_part.done", part=part, **place)
+        is_cut = self.result is not None and self.result.finish_reason != "stop"
+        item = self._answer.item(block, "incomplete" if is_cut else "completed")
+        return events + self._event("output_item.done", output_index=block.index, item=item)
 
     def closing(self, result: GenerationResult, usage: dict[str, Any]) -> bytes:
-        answer, text = self._answer, result.text or ""
-        response = answer.head(answer.kind) | answer.whole([result]) | {"usage": usage}
-        return (
-            self._event("output_text.done", text=text, logprobs=[], **self._part)
-            + self._event("content_part.done", part=text_part(text), **self._part)
-            + self._event("output_item.done", output_index=0, item=answer.item(result))
-            + self._event(response["status"], response=response)
-        )
+        answer = self._answer
+        events = b"" if self.blocks else self.add_empty()
+        ended = answer.ended(result, self.blocks)
+        response = answer.head(answer.kind) | ended | {"usage": usage}
+        return events + self._event(response["status"], response=response)
 
     def fail(self, error: ApiError) -> bytes:
         said = {"code": "server_error", "message": error.message}

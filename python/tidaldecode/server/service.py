@@ -16,6 +16,7 @@ from typing import TypeVar
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import BackendError, InvalidArgument
 from tidaldecode.requests import Request
+from tidaldecode.server.answer_parts import AnswerForm, find_form
 from tidaldecode.server.errors import ApiError, api_error, unavailable
 from tidaldecode.server.exchange import Exchange
 from tidaldecode.server.feed import Feed
@@ -43,6 +44,7 @@ class Model:
 
     decoder: Decoder
     texts: TextWorkers
+    form: AnswerForm  # of chats
     loaded_at: int  # seconds since the epoch
 
     @property
@@ -93,9 +95,9 @@ class Service:
     async def _load_model(self) -> None:
         def load() -> Model:
             decoder = self._load(self._on_progress)
-            return Model(
-                decoder=decoder, texts=TextWorkers(decoder.folder), loaded_at=int(time.time())
-            )
+            texts = TextWorkers(decoder.folder)
+            form = find_form(texts, self.settings)
+            return Model(decoder=decoder, texts=texts, form=form, loaded_at=int(time.time()))
 
         try:
             self._model = await asyncio.to_thread(load)

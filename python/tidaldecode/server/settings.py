@@ -7,13 +7,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tidaldecode.errors import ConfigError, show
+from tidaldecode.text.tool_calls import TOOL_FORMATS
 
 PREFIX_CACHE_SCOPES = ("key", "shared")
 METRICS_ALIASES = ("vllm",)
+TOOL_CALL_PARSERS = ("auto", "none", *TOOL_FORMATS)
+REASONING_PARSERS = ("auto", "none")
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "prefix_cache_scope": PREFIX_CACHE_SCOPES,
     "metrics_alias": METRICS_ALIASES,
+    "tool_call_parser": TOOL_CALL_PARSERS,
+    "reasoning_parser": REASONING_PARSERS,
 }
 _INTEGERS = {
     "port": (0, 65535),
@@ -54,6 +59,10 @@ class ServeConfig:
         max_stop: most stop strings.
         max_logprobs: most alternatives for a token.
         max_tools: most tools.
+        tool_call_parser: how the model writes calls of tools; "auto": as its chat template says,
+            "none": it has no tools.
+        reasoning_parser: "auto" tells reasoning from content where the chat template has tags for
+            it; "none": all is content.
         default_max_tokens: of a chat that does not say; None: to the end of the context.
         queue_timeout_s: a request that has waited so long is refused (503).
         request_timeout_s: one that has taken so long is ended (408).
@@ -87,6 +96,8 @@ class ServeConfig:
     max_stop: int = 16
     max_logprobs: int = 20
     max_tools: int = 128
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     default_max_tokens: int | None = None
     queue_timeout_s: float = 600.0
     request_timeout_s: float = 0.0

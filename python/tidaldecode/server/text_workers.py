@@ -53,9 +53,14 @@ class TextWorkers:
         return self._own.tokenizer
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether the folder has one."""
-        return bool(self._tokenizers) and self._tokenizers[0].has_chat_template
+    def chat_template(self) -> str | None:
+        """The template that conversations with tools go through."""
+        return self._tokenizers[0].chat_template if self._tokenizers else None
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Tokens that decoding leaves out, as they are written."""
+        return self._tokenizers[0].special_tokens if self._tokenizers else frozenset()
 
     def run(self, work: Callable[[], T]) -> Future[T]:
         """Does the work in the next free thread."""

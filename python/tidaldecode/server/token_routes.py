@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tidaldecode.server.asking import chat_options
+from tidaldecode.server.asking import chat_messages, chat_options
 from tidaldecode.server.bodies import DetokenizeBody, TokenizeBody
 from tidaldecode.server.errors import invalid
 from tidaldecode.server.logprobs import TokenNames
@@ -31,8 +31,7 @@ async def tokenize(request: Request) -> Response:
 
     def encode() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            messages = [each.model_dump(exclude_none=True) for each in body.messages]
-            ids = texts.tokenizer.render_chat(messages, **options)
+            ids = texts.tokenizer.render_chat(chat_messages(body.messages), **options)
         else:
             adds = body.add_special_tokens is not False
             ids = texts.tokenizer.encode(body.prompt or "", add_special_tokens=adds)

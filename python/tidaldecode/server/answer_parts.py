@@ -1,0 +1,175 @@
+"""What an answer to a chat is made of: reasoning, content, and calls of tools.
+
+How a model writes them is known by its folder (text/reasoning.py, text/tool_calls.py), or set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from tidaldecode.text.reasoning import (
+    ReasoningSplitter,
+    ReasoningTags,
+    find_reasoning_tags,
+    split_reasoning,
+)
+from tidaldecode.text.tool_calls import (
+    ToolCall,
+    ToolCallDelta,
+    ToolCallParser,
+    find_tool_format,
+    has_special_marker,
+    new_call_id,
+    parse_tool_calls,
+)
+
+if TYPE_CHECKING:
+    from tidaldecode.server.settings import ServeConfig
+    from tidaldecode.server.text_workers import TextWorkers
+    from tidaldecode.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerForm:
+    """How a model writes what is no content. None: it does not, or nobody looks for it."""
+
+    tags: ReasoningTags | None = None
+    begins_inside: bool = False  # the prompt has opened the reasoning
+    tool_format: str | None = None
+    tool_names: tuple[str, ...] = ()
+    most_calls: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all is content."""
+        return self.tags is None and self.tool_format is None
+
+    def without(self, *, tags: bool = False, calls: bool = False) -> AnswerForm:
+        """The same, but nobody looks for tags, or for calls."""
+        form = replace(self, tags=None) if tags else self
+        return replace(form, tool_format=None) if calls else form
+
+    def read(self, text: str) -> AnswerParts:
+        """The parts of a whole text. A call that breaks off is content."""
+        parts = AnswerParts(content=text)
+        if self.tags is not None:
+            split = split_reasoning(text, self.tags, begins_inside=self.begins_inside)
+            parts.reasoning, parts.content = split.reasoning, split.content
+        if self.tool_format is not None:
+            found = parse_tool_calls(parts.content, self.tool_format, self.tool_names)
+            parts.content = found.content
+            parts.calls = [
+                NamedCall(new_call_id(self.tool_format), call)
+                for call in found.calls[: self.most_calls]
+            ]
+        return parts
+
+
+@dataclass(frozen=True)
+class NamedCall:
+    """A call with the id that its result will be sent back under."""
+
+    id: str
+    call: ToolCall
+
+
+@dataclass
+class AnswerParts:
+    """A whole answer."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[NamedCall] = field(default_factory=list)
+
+
+@dataclass
+class NewParts:
+    """What is new of an answer, in the order in which it was written."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[ToolCallDelta] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.reasoning or self.content or self.calls)
+
+
+class PartReader:
+    """Takes an answer piece by piece."""
+
+    def __init__(self, form: AnswerForm) -> None:
+        """Begins an answer of this form."""
+        self._form = form
+        self._splitter: ReasoningSplitter | None = None
+        self._parser: ToolCallParser | None = None
+        self.call_ids: list[str] = []  # of the calls that have begun
+        if form.tags is not None:
+            self._splitter = ReasoningSplitter(form.tags, begins_inside=form.begins_inside)
+        if form.tool_format is not None:
+            self._parser = ToolCallParser(form.tool_format, form.tool_names)
+
+    def read(self, text: str, *, is_last: bool) -> NewParts:
+        """Adds text; returns what is certain now, with the last piece everything."""
+        new = NewParts()
+        if self._splitter is not None:
+            parts = self._splitter.push(text)
+            rest = self._splitter.finish() if is_last else None
+            new.reasoning = parts.reasoning + (rest.reasoning if rest else "")
+            text = parts.content + (rest.content if rest else "")
+        new.content = text
+        if self._parser is not None:
+            self._find_calls(self._parser, text, is_last, new)
+        return new
+
+    def _find_calls(self, parser: ToolCallParser, text: str, is_last: bool, new: NewParts) -> None:
+        pieces = [parser.push(text)] + ([parser.finish()] if is_last else [])
+        new.content = "".join(piece.content for piece in pieces)
+        most = self._form.most_calls
+        for delta in (delta for piece in pieces for delta in piece.calls):
+            if most is not None and delta.index >= most:
+                continue
+            if delta.name is not None:
+                self.call_ids.append(new_call_id(self._form.tool_format or ""))
+            new.calls.append(delta)
+
+
+def find_form(texts: TextWorkers, settings: ServeConfig) -> AnswerForm:
+    """How a folder's model writes calls and reasoning, unless the settings say it."""
+    template, special = texts.chat_template, texts.special_tokens
+    tags = None if settings.reasoning_parser == "none" else find_reasoning_tags(template)
+    if settings.tool_call_parser == "auto":
+        tool_format = find_tool_format(template, special)
+    elif settings.tool_call_parser == "none":
+        tool_format = None
+    else:
+        tool_format = settings.tool_call_parser
+    return AnswerForm(tags=tags, tool_format=tool_format)
+
+
+def shows_special_tokens(form: AnswerForm, special_tokens: frozenset[str]) -> bool:
+    """Whether tags or markers of a form are special tokens: a text must show those to have them."""
+    is_marked = form.tool_format is not None and has_special_marker(
+        form.tool_format, special_tokens
+    )
+    return is_marked or (form.tags is not None and form.tags.end in special_tokens)
+
+
+def count_reasoning(token_ids: Sequence[int], form: AnswerForm, tokenizer: Tokenizer) -> int:
+    """How many tokens of an answer are its reasoning, tags included."""
+    if form.tags is None:
+        return 0
+    pieces = tokenizer.token_bytes(token_ids)
+    text = b"".join(pieces)
+    begin, end = form.tags.begin.encode(), form.tags.end.encode()
+    if not (form.begins_inside or text.lstrip().startswith(begin)):
+        return 0
+    last = text.find(end)
+    if last < 0:
+        return len(pieces)
+    size = count = 0
+    while size < last + len(end):
+        size += len(pieces[count])
+        count += 1
+    return count
