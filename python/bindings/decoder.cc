@@ -85,6 +85,7 @@ py::dict StatsDict(const PyDecoder& self) {
   result["num_reading"] = stats.num_reading;
   result["num_decoding"] = stats.num_decoding;
   result["num_paused"] = stats.num_paused;
+  result["num_unread"] = stats.num_unread;
   result["pages_free"] = stats.pages_free;
   result["pages_held"] = stats.pages_held;
   result["pages_cached"] = stats.pages_cached;
@@ -122,7 +123,7 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
           [](const PyDecoder& self, const TokenLists& prompts,
              const std::vector<SamplingParams>& params, std::optional<PlanConfig> plan,
              std::optional<bool> verify, int32_t priority, std::optional<int64_t> logprobs,
-             std::optional<int64_t> prompt_logprobs, std::string cache_salt) {
+             std::optional<int64_t> prompt_logprobs, std::string cache_salt, int64_t max_unread) {
             CallOptions options;
             options.plan = std::move(plan);
             options.verify = verify;
@@ -130,13 +131,15 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
             options.logprobs = logprobs;
             options.prompt_logprobs = prompt_logprobs;
             options.cache_salt = std::move(cache_salt);
+            options.max_unread = max_unread;
             return std::make_unique<PyGeneration>(WithoutGil(self.get(), [&](Decoder& started) {
               return started.Start(prompts, params, options);
             }));
           },
           py::arg("prompts"), py::arg("params"), py::arg("plan") = py::none(),
           py::arg("verify") = py::none(), py::arg("priority") = 0, py::arg("logprobs") = py::none(),
-          py::arg("prompt_logprobs") = py::none(), py::arg("cache_salt") = "")
+          py::arg("prompt_logprobs") = py::none(), py::arg("cache_salt") = "",
+          py::arg("max_unread") = 0)
       .def(
           "start_session",
           [](const PyDecoder& self, int64_t max_seq_len) {

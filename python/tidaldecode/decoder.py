@@ -286,6 +286,7 @@ class Decoder(TextMethods, MeasuringMethods):
         prompt_logprobs: int | None = None,
         n: int = 1,
         cache_salt: str = "",
+        max_unread: int | None = None,
         add_special_tokens: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
@@ -304,6 +305,8 @@ class Decoder(TextMethods, MeasuringMethods):
                 Request.choices. With a seed, they are drawn with seed, seed + 1 and so on.
             cache_salt: only requests with the same one find each other's prompts in the prefix
                 cache.
+            max_unread: with so many new tokens that nobody has read yet it does not go on, and
+                others may have its place meanwhile; None is any number.
             add_special_tokens: as in generate().
             sampling: the settings of generate().
 
@@ -314,6 +317,7 @@ class Decoder(TextMethods, MeasuringMethods):
         asked = CallOptions(
             attention=attention, plan=plan, verify=verify, priority=priority,
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, cache_salt=cache_salt,
+            max_unread=max_unread,
         )  # fmt: skip
         check_integer("n", n, low=1, high=MAX_CHOICES)
         options = asked.for_core(self._settings, self._folder)

@@ -42,6 +42,7 @@ class CallOptions:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    max_unread: int | None = None
 
     def for_core(self, settings: DecodeConfig, folder: ModelFolder) -> dict[str, Any]:
         """The arguments of the engine's start().
@@ -56,6 +57,8 @@ class CallOptions:
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 options[name] = check_integer(name, count, low=0, high=20)
+        if self.max_unread is not None:
+            options["max_unread"] = check_integer("max_unread", self.max_unread, low=1)
         if self.verify is not None:
             check_bool("verify", self.verify)
         if self.attention is not None:

@@ -94,6 +94,7 @@ class RandomLife {
     request.decoding.draft_tokens = Below(9);
     request.decoding.correction_interval = Below(6);
     request.priority = static_cast<int32_t>(Below(2));
+    if (Chance(4)) request.max_unread = 1 + Below(6);
     request.cache_salt = Chance(4) ? "other" : "";
     request.logits = static_cast<LogitsWanted>(Chance(4) ? Below(3) : 0);
     return request;
@@ -144,6 +145,7 @@ class RandomLife {
 
     Request request = RandomRequest();
     request.keeps_pages = true;
+    request.max_unread = 0;
     // What was decoded sparsely a session corrects before its turn.
     if (sequence->num_sparse > 0) request.decoding.verifies = false;
     if (sequence->cached + 1 < length && Chance(5)) request.sampling.max_new_tokens = 0;

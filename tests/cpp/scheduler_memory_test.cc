@@ -319,6 +319,62 @@ TEST(SchedulerMemory, WhoWaitsIsLetInOnceItsPrefixIsKnown) {
   EXPECT_EQ(rig.scheduler.Get(first).status, RequestStatus::kDecoding);
 }
 
+// Whoever is not read stops, holds up nobody, and goes on where it was.
+TEST(SchedulerMemory, WhoeverIsNotReadWaits) {
+  for (const bool verifies : {false, true}) {
+    Rig rig;
+    Request request = TidalRequest(20, 4);
+    request.max_unread = 5;
+    request.decoding.verifies = verifies;
+    request.decoding.plan = verifies ? kTidal : PlanId::kDense;
+    const RequestId slow = rig.Submit(MakePrompt(1, 10), request);
+    const RequestId other = rig.Submit(MakePrompt(2, 10), 30);
+    while (rig.Step()) {
+    }
+    EXPECT_EQ(rig.Generated(other), FakeModel::Continue(MakePrompt(2, 10), 30));
+    const auto num_new = static_cast<int64_t>(rig.Generated(slow).size());
+    EXPECT_GE(num_new, 5);
+    EXPECT_LE(num_new, verifies ? 5 + 8 : 5) << "a round of drafts that all were kept, at most";
+    EXPECT_EQ(rig.scheduler.stats().num_unread, 1);
+    EXPECT_EQ(rig.scheduler.stats().num_decoding, 1);
+    rig.scheduler.MarkHeard(slow, num_new);
+    EXPECT_EQ(rig.scheduler.stats().num_unread, 0);
+    EXPECT_TRUE(rig.Step());
+    while (rig.scheduler.HasWork()) {
+      rig.Step();
+      rig.scheduler.MarkHeard(slow, rig.scheduler.Get(slow).num_new());
+    }
+    EXPECT_EQ(rig.Generated(slow), FakeModel::Continue(MakePrompt(1, 10), 20));
+  }
+}
+
+// Its row and its pages are for those who wait; for want of a reader alone nobody is stuck.
+TEST(SchedulerMemory, WhoeverIsNotReadMakesWay) {
+  RigOptions options = Small(12, 4);
+  options.limits.max_rows = 1;
+  for (const int64_t max_rows : {1, 4}) {
+    options.limits.max_rows = max_rows;
+    Rig rig(options);
+    Request request;
+    request.sampling.max_new_tokens = 12;
+    request.max_unread = 3;
+    const RequestId slow = rig.Submit(MakePrompt(1, 20), request);
+    while (rig.Step()) {
+    }
+    const RequestId other = rig.Submit(MakePrompt(2, 30), 10);  // ten pages of twelve
+    while (rig.Step()) {
+    }
+    EXPECT_EQ(rig.Generated(other), FakeModel::Continue(MakePrompt(2, 30), 10));
+    EXPECT_EQ(rig.scheduler.Get(slow).status, RequestStatus::kPaused);
+    EXPECT_EQ(rig.scheduler.Get(slow).failure, RequestFailure::kNone);
+    while (rig.scheduler.HasWork()) {
+      rig.scheduler.MarkHeard(slow, rig.scheduler.Get(slow).num_new());
+      ASSERT_TRUE(rig.Step());
+    }
+    EXPECT_EQ(rig.Generated(slow), FakeModel::Continue(MakePrompt(1, 20), 12));
+  }
+}
+
 // Sessions hold all pages and nothing runs: a request would wait without end.
 TEST(SchedulerMemory, WhatNothingCanMakeRoomForEnds) {
   Rig rig(Small(16));
@@ -330,8 +386,7 @@ TEST(SchedulerMemory, WhatNothingCanMakeRoomForEnds) {
   EXPECT_FALSE(rig.Step());
   EXPECT_EQ(rig.Reason(id), FinishReason::kError);
   EXPECT_EQ(rig.scheduler.Get(id).failure, RequestFailure::kNoRoom);
-  EXPECT_NE(rig.scheduler.Get(id).ErrorText().find("pages, have 2 free of 16"),
-            std::string::npos);
+  EXPECT_NE(rig.scheduler.Get(id).ErrorText().find("pages, have 2 free of 16"), std::string::npos);
   ASSERT_EQ(rig.events.size(), 2u);
   EXPECT_EQ(rig.events.back().finish_reason, FinishReason::kError);
   EXPECT_EQ(rig.events.back().token_id, -1);

@@ -83,6 +83,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "plan": ("None", "tidaldecode.PlanConfig(scored_layers=[1], token_budget=8)"),
     "priority": ("0", "-3", "7"),
     "n": ("1", "2"),
+    "max_unread": ("1", "3", "None"),
     "cache_salt": ("''", "'a caller'"),
     "logprobs": ("None", "0", "5"),
     "prompt_logprobs": ("None", "0", "20"),

@@ -83,6 +83,18 @@ def several_answers(bench: Bench) -> None:
         assert alone[1].cached_tokens > 0 or len(IDS) <= decoder.config.page_size
 
 
+@uses("max_unread")
+def an_unread_answer(bench: Bench) -> None:
+    with bench.open(max_batch_size=1) as decoder:
+        options = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+        slow = decoder.submit(IDS, max_unread=4, **options)
+        other = decoder.submit(IDS, **options).result(timeout=60)  # in the only row
+        assert decoder.stats()["num_paused"] == 1
+        answer = slow.result(timeout=60)
+        assert len(answer.token_ids) == 12
+        assert bench.device == "cuda" or answer.token_ids == other.token_ids
+
+
 @uses("Guide", "guide", "guide with verify", "Guide.after_reasoning")
 def guides(bench: Bench) -> None:
     pytest.importorskip("llguidance")

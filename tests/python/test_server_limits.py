@@ -331,6 +331,31 @@ def test_an_answer_that_takes_too_long(demo_model: Path):
         assert json.loads(events[-1])["error"]["code"] == "request_timeout"
 
 
+def test_a_client_that_does_not_read_is_waited_for(demo_model: Path):
+    engine = {"max_seq_len": 16384, "max_batch_size": 1}
+    with serving(demo_model, engine=engine, sse_keep_alive_s=0, step_timeout_s=1) as served:
+        body = LONG | {"max_tokens": 16000, "stream": True, "logprobs": 20}
+        data = json.dumps(body).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(served.run.socket.getsockname())
+            client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data)
+            until(lambda: served.decoder.stats()["num_unread"] == 1, 30)
+            time.sleep(1.5)  # longer than a pass may take
+            made = served.decoder.stats()["generated_tokens"]
+            assert 256 < made < 16000
+            # It stands, and gives up the only row to whoever comes.
+            other = served.post(COMPLETIONS, {"prompt": "A", "max_tokens": 5, "ignore_eos": True})
+            assert other.json()["usage"]["completion_tokens"] == 5
+            assert served.decoder.stats()["generated_tokens"] == made + 5
+            assert served.service.state == "ready"
+            # It goes on when it is read.
+            while served.decoder.stats()["generated_tokens"] < made + 1000:
+                assert client.recv(1 << 20)
+        until(served.is_idle)
+
+
 def test_a_client_that_never_reads_is_dropped(demo_model: Path):
     settings: dict[str, Any] = {"slow_client_timeout_s": 0.5, "sse_keep_alive_s": 0}
     with serving(demo_model, engine={"max_seq_len": 16384}, **settings) as served:

@@ -23,6 +23,8 @@ struct CallOptions {
   std::optional<int64_t> logprobs{};
   std::optional<int64_t> prompt_logprobs{};
   std::string cache_salt{};  // only calls with the same one find each other's prompts
+  // A sequence goes on only while fewer new tokens than these wait to be read; 0: any number may.
+  int64_t max_unread = 0;
 };
 
 enum class RequestStatus : int32_t { kQueued, kReading, kDecoding, kPaused, kFinished };
@@ -90,6 +92,7 @@ struct DecoderStats {
   int64_t num_reading = 0;
   int64_t num_decoding = 0;
   int64_t num_paused = 0;     // they gave their pages to others, and go on when there is room
+  int64_t num_unread = 0;     // of those that decode: they wait for their reader
   int64_t pages_free = 0;     // these three are all pages
   int64_t pages_held = 0;     // that belong to requests and sessions
   int64_t pages_on_host = 0;  // in host memory: of requests that are paused

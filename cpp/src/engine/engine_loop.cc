@@ -141,7 +141,7 @@ RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Imp
 }
 
 void Decoder::Impl::MarkHeard(RequestId id, int64_t num_tokens) {
-  scheduler.MarkHeard(id, num_tokens);
+  if (!scheduler.MarkHeard(id, num_tokens)) return;
   is_woken = true;
   has_work.notify_all();
 }

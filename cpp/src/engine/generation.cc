@@ -55,7 +55,10 @@ void Generation::Impl::SetOptions(const CallOptions& options) {
   }
   record->plan = plan->id;
   common.decoding = decoder->PolicyOf(*plan, options.verify.value_or(runner.config().verify));
+  TIDAL_CHECK(options.max_unread >= 0, InvalidArgument, "max_unread: got ", options.max_unread,
+              ", expected >= 0");
   common.priority = options.priority;
+  common.max_unread = options.max_unread;
   common.cache_salt = options.cache_salt;
   common.logprobs = options.logprobs;
   common.prompt_logprobs = options.prompt_logprobs;
@@ -198,7 +201,7 @@ std::vector<TokenEvent> Generation::Impl::Take(News next) {
     }
     results[i].token_ids.push_back(event.token_id);
     if (event.logprobs) results[i].logprobs.push_back(*event.logprobs);
-    if (session && !running[i].left) {
+    if ((session || common.max_unread > 0) && !running[i].left) {
       decoder->MarkHeard(running[i].id, static_cast<int64_t>(results[i].token_ids.size()));
     }
   }

@@ -53,6 +53,8 @@ struct Request {
   std::optional<int64_t> logprobs{};
   std::optional<int64_t> prompt_logprobs{};
   int32_t priority = 0;  // lower ones go first
+  // It goes on only while fewer new tokens than these wait to be heard; 0: any number may.
+  int64_t max_unread = 0;
   // Only requests with the same salt find each other's prompts.
   std::string cache_salt;
   // Whether its sequence, a session's, keeps the pages that it comes with. It is let in with pages
@@ -124,6 +126,10 @@ class RequestState {
   }
   bool reads_prefixes() const;
   bool generates() const { return request.sampling.max_new_tokens > 0; }
+  // Whether so much of it is unread that it does not go on.
+  bool AwaitsReader() const {
+    return request.max_unread > 0 && num_new() - num_heard >= request.max_unread;
+  }
   bool HasPriorityOver(const RequestState& other) const;
 
   // Whether what was decoded sparsely is to be read again before the next step.

@@ -52,6 +52,9 @@ void Scheduler::CheckFits(const Request& request, const Sequence& sequence) cons
   TIDAL_CHECK(static_cast<int64_t>(request.forced.size()) <= max_new, InvalidArgument,
               "forced: got ", request.forced.size(), " tokens, expected at most max_new_tokens ",
               max_new);
+  TIDAL_CHECK(request.max_unread >= 0 && (request.max_unread == 0 || !request.keeps_pages),
+              InvalidArgument, "max_unread: got ", request.max_unread,
+              ", expected >= 0, and 0 for a session");
   TIDAL_CHECK(sequence.cached < num_tokens, InvalidArgument, "request: all of its ", num_tokens,
               " tokens are cached, expected one at least that is not");
   TIDAL_CHECK(sequence.dense_len <= num_tokens, InvalidArgument, "request: got dense_len ",
@@ -228,6 +231,7 @@ void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexc
     }
     if (has_ended) break;
   }
+  if (request.AwaitsReader()) may_admit_ = true;
   request.num_scored = std::max(request.num_scored, request.num_tokens() - 1);
   // A draft that ended the request was cached; the newest token never is.
   sequence.cached = std::min(sequence.cached, request.num_tokens() - 1);
@@ -326,9 +330,12 @@ void Scheduler::Cancel(RequestId id, FinishReason reason, double now_ms) {
   Finish(request, reason);
 }
 
-void Scheduler::MarkHeard(RequestId id, int64_t num_tokens) {
+bool Scheduler::MarkHeard(RequestId id, int64_t num_tokens) {
   Get(id);  // throws if there is none
-  requests_.find(id)->second.num_heard = num_tokens;
+  RequestState& request = requests_.find(id)->second;
+  bool waited = request.AwaitsReader() || request.OwesCorrection();
+  request.num_heard = num_tokens;
+  return waited;
 }
 
 // Makes room for `count` more, and twice as much as before if there is not enough.
@@ -365,6 +372,7 @@ DecoderStats Scheduler::stats() const {
   for (const RequestState* request : running_) {
     bool decodes = request->status == RequestStatus::kDecoding;
     ++(decodes ? stats.num_decoding : stats.num_reading);
+    if (decodes && request->AwaitsReader()) ++stats.num_unread;
   }
   stats.pages_cached = pool_.num_idle();
   stats.pages_free = pool_.num_free() - pool_.num_idle();

@@ -17,10 +17,11 @@
 //
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
 // it have room beside what others were let in for; a session's turn takes all that it may need.
-// When pages run out nevertheless, the newest request is paused: its pages are given back. Where
-// host memory has room for them they are kept there, and it goes on from them. Otherwise it reads
-// its tokens again when there is room, densely, those too that it had decoded sparsely; what the
-// prefix cache still has is not read twice.
+// When pages run out nevertheless, a request is paused: its pages are given back. That is one whose
+// reader is slow (max_unread), which gives up its row too where somebody waits, or the newest.
+// Where host memory has room for them they are kept there, and it goes on from them. Otherwise it
+// reads its tokens again when there is room, densely, those too that it had decoded sparsely; what
+// the prefix cache still has is not read twice.
 #pragma once
 
 #include <cstdint>
@@ -91,8 +92,8 @@ class Scheduler {
   void Cancel(RequestId id, FinishReason reason, double now_ms);
 
   // Whoever asked for a request has been given so many of its tokens: a session's corrections wait
-  // for that.
-  void MarkHeard(RequestId id, int64_t num_tokens);
+  // for that, and all of a request with max_unread. Returns whether it waited for this.
+  bool MarkHeard(RequestId id, int64_t num_tokens);
 
   // What has happened since the last call, in order.
   std::vector<RequestEvent> TakeEvents();
@@ -155,6 +156,7 @@ class Scheduler {
   bool PlanStep(Batch& batch);
   void TakeStep(RequestState& request, Batch& batch);
   bool PlanChecks(Batch& batch);
+  bool AnyWaiting() const;
   bool IsDue(const RequestState& request) const;
   std::vector<PlanId> SparsePlans() const;
   static PlanId StepPlan(const RequestState& request, const std::vector<PlanId>& sparse_plans);
@@ -174,6 +176,8 @@ class Scheduler {
   void Restore(RequestState& request);
   void UndoRestore(RequestState& request) noexcept;
   void ForgetSaved(RequestState& request) noexcept;
+  RequestState* OneThatAwaitsReader() const;
+  void MakeWay();
   int64_t ReserveTokens(const RequestState& request) const;
   bool FindsPrefix(const RequestState& request) const;
   int64_t MissingPages(const RequestState& request) const;

@@ -26,7 +26,7 @@ Batch Scheduler::Next(double now_ms) {
   bool is_stuck = false;
   while (!is_planned) {
     is_planned = PlanChunk(batch) || PlanTurn(batch);
-    is_stuck = !is_planned && running_.empty() && !waiting_.empty() && !MasksAskedAt();
+    is_stuck = !is_planned && running_.empty() && AnyWaiting() && !MasksAskedAt();
     if (!is_stuck) break;
     if (!stuck_since_ms_) stuck_since_ms_ = now_ms;
     if (now_ms - *stuck_since_ms_ < limits_.max_stuck_ms) break;
@@ -50,6 +50,12 @@ bool Scheduler::AnyDecoding() const {
   return std::any_of(running_.begin(), running_.end(), [](const RequestState* request) {
     return request->status == RequestStatus::kDecoding;
   });
+}
+
+// Whether somebody waits for a row, or for pages.
+bool Scheduler::AnyWaiting() const {
+  return std::any_of(waiting_.begin(), waiting_.end(),
+                     [](const RequestState* request) { return !request->AwaitsReader(); });
 }
 
 void Scheduler::AddRow(Batch& batch, RequestState& request, RowKind kind, const BatchRow& row) {
@@ -94,7 +100,8 @@ std::vector<Scheduler::Candidate> Scheduler::Candidates() const {
   if (waiting_.empty() || free_rows_.empty()) return candidates;
   if (!may_admit_ && !running_.empty() && UnpromisedPages() <= room_when_full_) return candidates;
   for (RequestState* request : waiting_) {
-    if (!request->LacksMask()) candidates.push_back({request, Urgency(*request), true});
+    if (request->LacksMask() || request->AwaitsReader()) continue;
+    candidates.push_back({request, Urgency(*request), true});
   }
   return candidates;
 }
@@ -104,7 +111,7 @@ const RequestState* Scheduler::Oldest() const {
   const RequestState* oldest = nullptr;
   for (const std::vector<RequestState*>* list : {&running_, &waiting_}) {
     for (const RequestState* request : *list) {
-      if (request->status == RequestStatus::kDecoding) continue;
+      if (request->status == RequestStatus::kDecoding || request->AwaitsReader()) continue;
       if (oldest == nullptr || request->HasPriorityOver(*oldest)) oldest = request;
     }
   }
@@ -128,7 +135,7 @@ void Scheduler::PromoteOldest(const Room& room, std::vector<Candidate>& candidat
 const RequestState* Scheduler::HeldUp() const {
   const RequestState* first = nullptr;
   for (const RequestState* request : waiting_) {
-    if (request->num_overtaken < limits_.max_overtakes) continue;
+    if (request->num_overtaken < limits_.max_overtakes || request->AwaitsReader()) continue;
     if (first == nullptr || request->HasPriorityOver(*first)) first = request;
   }
   return first;
@@ -208,6 +215,7 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
 }
 
 bool Scheduler::PlanChunk(Batch& batch) {
+  MakeWay();
   Room room = NewRoom();
   std::vector<Candidate> candidates = Candidates();
   oldest_ = Oldest();
@@ -258,7 +266,7 @@ void Scheduler::OpenTurn() {
   int64_t most_checked = limits_.max_check_tokens - 1;
   most = most == 0 ? most_checked : std::min(most, most_checked);
   for (RequestState* request : running_) {
-    if (request->status != RequestStatus::kDecoding) continue;
+    if (request->status != RequestStatus::kDecoding || request->AwaitsReader()) continue;
     request->MaybeCorrect();
     request->MaybeDraft(most);
   }
@@ -295,7 +303,7 @@ bool Scheduler::PlanCorrections(Batch& batch) {
 bool Scheduler::IsDue(const RequestState& request) const {
   return request.status == RequestStatus::kDecoding && request.last_turn != turn_ &&
          !request.is_correcting() && !request.OwesCorrection() && !request.LacksMask() &&
-         (!request.round || request.round->is_drafting());
+         !request.AwaitsReader() && (!request.round || request.round->is_drafting());
 }
 
 // The plans through which somebody's next step attends to chosen positions.

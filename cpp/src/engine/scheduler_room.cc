@@ -47,7 +47,11 @@ int64_t Scheduler::MissingPages(const RequestState& request) const {
 bool Scheduler::Admit(RequestState& request) {
   if (free_rows_.empty()) return false;
   Sequence& sequence = request.sequence;
-  if (MissingPages(request) > UnpromisedPages()) return false;
+  while (MissingPages(request) > UnpromisedPages()) {
+    RequestState* unread = OneThatAwaitsReader();
+    if (unread == nullptr) return false;
+    Pause(*unread);
+  }
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
   if (request.request.keeps_pages) Own(request, request.max_tokens(), request.first_written());
@@ -96,6 +100,21 @@ void Scheduler::Own(RequestState& request, int64_t num_tokens, int64_t first) {
   request.is_in_flight = true;
 }
 
+// Returns a request that may be paused and would not go on now anyhow, or null.
+RequestState* Scheduler::OneThatAwaitsReader() const {
+  for (RequestState* request : running_) {
+    if (request->AwaitsReader() && !request->is_in_flight) return request;
+  }
+  return nullptr;
+}
+
+// Takes a row from whoever waits for its reader, if somebody waits for one.
+void Scheduler::MakeWay() {
+  if (!free_rows_.empty() || !AnyWaiting()) return;
+  RequestState* unread = OneThatAwaitsReader();
+  if (unread != nullptr) Pause(*unread);
+}
+
 // As Grow, but makes room: the newest requests are paused, the one that grows in its turn. Returns
 // false if that was the one.
 bool Scheduler::GrowOrPause(RequestState& request, int64_t num_tokens) {
@@ -108,6 +127,8 @@ bool Scheduler::GrowOrPause(RequestState& request, int64_t num_tokens) {
 }
 
 RequestState& Scheduler::NewestToPause(RequestState& otherwise) const {
+  RequestState* unread = OneThatAwaitsReader();
+  if (unread != nullptr) return *unread;
   for (auto request = running_.rbegin(); request != running_.rend(); ++request) {
     if (!(*request)->is_in_flight && !(*request)->request.keeps_pages) return **request;
   }

@@ -56,6 +56,7 @@ class Answer:
         self.wants_logprobs = False
         self.has_ended = False
         self.is_stopping = False  # a stop string has come; the engine is being told
+        self.is_held = False  # what comes stays in the engine until the exchange has taken the rest
         self._stream = request._stream
         self._assembler = request._stream._assembler
         self._deliver = deliver
@@ -68,7 +69,7 @@ class Answer:
 
     def read(self) -> None:
         """Delivers all that has come."""
-        if self.has_ended:
+        if self.has_ended or self.is_held:
             return
         try:
             self._read()

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
 
+# Tokens of a stream that may wait for a client that does not read, in the engine; as many more wait
+# here. Then the engine goes on with others.
+MOST_UNREAD = 256
+
 # Fields that submit() calls by the same names.
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
@@ -205,6 +209,8 @@ def _asked(
     if body.seed is not None:
         options["seed"] = body.seed % 2**64  # clients send negative ones too
     options |= _attention_of(body)
+    if body.stream:
+        options["max_unread"] = MOST_UNREAD
     guide = guide_of(body)
     if guide is not None:
         options["guide"] = guide

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tidaldecode.server.answer import Answer, Delta
+from tidaldecode.server.asking import MOST_UNREAD
 from tidaldecode.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Exchange:
         self._heard_at = self.began_at
         self._service = service
         self._deltas: list[Delta] = []
+        self._num_unread = 0  # tokens of those
         self._waiter: asyncio.Future[None] | None = None
         service.exchanges.add(self)
 
@@ -69,7 +71,9 @@ class Exchange:
         if self.failure is not None:
             raise self.failure
         deltas, self._deltas = self._deltas, []
+        self._num_unread = 0
         self._heard_at = time.monotonic()
+        self._service.feed.resume(self.answers)
         return deltas
 
     def poke(self) -> None:
@@ -109,6 +113,10 @@ class Exchange:
             self._service.hear_error(delta.error)
         self._service.metrics.hear(answer, delta)
         self._deltas.append(delta)
+        self._num_unread += len(delta.token_ids or ())
+        if self._num_unread >= MOST_UNREAD and self.failure is None:
+            for each in self.answers:
+                each.is_held = not each.has_ended
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

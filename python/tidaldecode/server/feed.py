@@ -45,8 +45,16 @@ class Feed:
     def cancel(self, answers: list[Answer]) -> None:
         """Ends answers at the next end of a pass; each delivers its end, as any other."""
         for answer in answers:
+            answer.is_held = False
             if not answer.has_ended:
                 self._ender.submit(self._stop, answer, "abort")
+
+    def resume(self, answers: list[Answer]) -> None:
+        """Reads what has come meanwhile of answers that were held."""
+        for answer in answers:
+            if answer.is_held:
+                answer.is_held = False
+                self._read(answer.fd, answer)
 
     async def close(self) -> None:
         """Ends everything."""

@@ -203,6 +203,7 @@ class Metrics:
             "num_requests_paused": (
                 stats["num_paused"], "Requests that have given their pages to others.",
             ),
+            "num_requests_unread": (stats["num_unread"], "Requests that wait for their reader."),
             "kv_cache_usage_perc": (stats["pages_held"] / pages, "Share of pages held, 0 to 1."),
             "prefix_cache_pages": (stats["pages_cached"], "Pages that prompts may find again."),
         }  # fmt: skip

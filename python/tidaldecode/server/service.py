@@ -278,7 +278,7 @@ class Service:
             return
         stats = model.decoder.stats()
         passes = stats["num_steps"] + stats["num_chunks"] + stats["num_finished"]
-        is_busy = stats["num_decoding"] + stats["num_reading"] > 0
+        is_busy = stats["num_decoding"] - stats["num_unread"] + stats["num_reading"] > 0
         if passes != self._engine_at[0] or not is_busy:
             self._engine_at = (passes, now)
             return
