@@ -5,12 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
+SERVE_DEPS := 'fastapi>=0.165' 'uvicorn[standard]>=0.54' 'orjson>=3.11' 'prometheus-client>=0.22'
 
-.PHONY: demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz fuzz-short \
-        soak soak-server gpu-test cuda-build bench-cpu lint format clean
+.PHONY: demo serve-demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz \
+        fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
+
+# The server on the demo's model, with its page at the address that it says; Ctrl-C ends it.
+# SERVE="--port 8001" passes arguments.
+serve-demo: $(VENV)/.installed $(VENV)/.serve-deps
+	$(BIN)/python -m tidaldecode serve python/tidaldecode/models/tidal-demo $(SERVE)
 
 test: test-cpp test-python
 
@@ -111,8 +117,12 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
-	  'transformers>=5.0' 'llguidance>=1.9,<2' 'fastapi>=0.165' 'uvicorn[standard]>=0.54' 'orjson>=3.11' \
-	  'prometheus-client>=0.22' 'openai>=2' 'anthropic>=2' 'httpx>=0.27'
+	  'transformers>=5.0' 'llguidance>=1.9,<2' $(SERVE_DEPS) 'openai>=2' 'anthropic>=2' 'playwright>=1.50' \
+	  'httpx>=0.27'
+	touch $@
+
+$(VENV)/.serve-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(SERVE_DEPS)
 	touch $@
 
 $(VENV)/.public-deps: $(BIN)/python pyproject.toml

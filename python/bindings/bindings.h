@@ -84,6 +84,9 @@ pybind11::array_t<T> ToArray(std::vector<T> values, int64_t rows, int64_t column
   return pybind11::array_t<T>({rows, columns}, data, free);
 }
 
+// {layer: [num_sets, num_selected] int32}.
+pybind11::dict SelectionDict(std::vector<LayerSelection> layers);
+
 // Takes no object that its class's __new__ made and no __init__ has filled, which pybind11 would
 // give memory of anything.
 template <typename T>

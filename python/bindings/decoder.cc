@@ -46,15 +46,9 @@ std::unique_ptr<PyDecoder> MakeDecoder(const ModelConfig& model, const DecodeCon
   return std::make_unique<PyDecoder>(std::move(decoder));
 }
 
-py::dict SelectionDict(const PyDecoder& self, int64_t sequence) {
-  auto layers =
-      WithoutGil(self.get(), [&](Decoder& decoder) { return decoder.Selection(sequence); });
-  py::dict result;
-  for (LayerSelection& layer : layers) {
-    result[py::int_(layer.layer)] =
-        ToArray(std::move(layer.token_idx), layer.num_sets, layer.num_selected);
-  }
-  return result;
+py::dict LastSelection(const PyDecoder& self, int64_t sequence) {
+  return SelectionDict(
+      WithoutGil(self.get(), [&](Decoder& decoder) { return decoder.Selection(sequence); }));
 }
 
 py::dict PlanDict(const MemoryPlan& plan) {
@@ -182,7 +176,7 @@ void DefineMeasures(py::class_<PyDecoder>& decoder) {
           py::arg("token_ids"), py::arg("num_prefill"))
       .def("measure_steps", &MeasureSteps, py::arg("seq_lens"), py::arg("steps"), py::arg("warmup"),
            py::arg("attention") = "auto")
-      .def("selection", &SelectionDict, py::arg("sequence"));
+      .def("selection", &LastSelection, py::arg("sequence"));
 }
 
 // What it is.

@@ -70,12 +70,26 @@ void ForgetFd(const PyGeneration& self, int fd) {
   WithoutGil(self.get(), [&](Generation& generation) { generation.ForgetFd(fd); });
 }
 
+py::dict Selection(const PyGeneration& self, int64_t sequence) {
+  return SelectionDict(WithoutGil(
+      self.get(), [&](Generation& generation) { return generation.Selection(sequence); }));
+}
+
 void Stop(const PyGeneration& self, int64_t sequence, const std::string& reason) {
   FinishReason parsed = ParseFinishReason(reason);
   WithoutGil(self.get(), [&](Generation& generation) { generation.Stop(sequence, parsed); });
 }
 
 }  // namespace
+
+py::dict SelectionDict(std::vector<LayerSelection> layers) {
+  py::dict result;
+  for (LayerSelection& layer : layers) {
+    result[py::int_(layer.layer)] =
+        ToArray(std::move(layer.token_idx), layer.num_sets, layer.num_selected);
+  }
+  return result;
+}
 
 void PyGeneration::Close() {
   if (is_closed()) return;
@@ -136,6 +150,7 @@ void RegisterGeneration(py::module_& module) {
   py::class_<PyGeneration>(module, "Generation")
       .def("advance", &Advance, py::arg("timeout_s") = 0.1)
       .def("status", &StatusString, py::arg("sequence"))
+      .def("selection", &Selection, py::arg("sequence"))
       .def("notify_at", &NotifyAt, py::arg("event_fd"))
       .def("forget_fd", &ForgetFd, py::arg("event_fd"))
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")

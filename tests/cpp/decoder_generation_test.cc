@@ -321,6 +321,26 @@ TEST_P(Generations, SelectionShowsTheLastSets) {
   EXPECT_THROW(decoder->Selection(-1), InvalidArgument);
 }
 
+TEST_P(Generations, EachCallHasItsSelection) {
+  const auto decoder = Make(Tidal());
+  const auto first = decoder->Start(MakePrompts({100}), {Greedy(200)});
+  const auto second = decoder->Start(MakePrompts({10, 60}), {Greedy(10), Greedy(10)});
+  EXPECT_TRUE(second->Selection(0).empty());
+  Finish(*second);
+  EXPECT_EQ(second->Selection(1)[1].token_idx, decoder->Selection(1)[1].token_idx);
+  EXPECT_TRUE(second->Selection(0).empty()) << "never longer than the budget";
+  while (first->results()[0].token_ids.size() < 5) first->Advance();
+  const auto layers = first->Selection(0);
+  ASSERT_EQ(layers.size(), 2u);
+  const int32_t newest = layers[0].token_idx[31];
+  EXPECT_GE(newest, 100 + 3) << "of the newest step, or of one that has not been handed out";
+  EXPECT_LT(newest, 299);
+  Finish(*first);
+  EXPECT_EQ(first->Selection(0)[0].token_idx[31], 298);
+  EXPECT_THROW(first->Selection(1), InvalidArgument);
+  EXPECT_THROW(first->Selection(-1), InvalidArgument);
+}
+
 TEST_P(Generations, ACallMayFillTheDecoderExactly) {
   const auto decoder = Make(Tidal());  // 4 sequences of 512 tokens
   const auto results = Generate(*decoder, MakePrompts({500, 510, 511, 1}), Greedy(1));

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,9 @@ def test_heads_that_take_for_ever(served: Served):
     began = time.monotonic()
     for client in clients:
         client.sendall(b"a")
-        assert b" 408 " in client.recv(4096) and client.recv(10) == b""
+        assert b" 408 " in client.recv(4096)
+        with suppress(ConnectionResetError):  # the last byte came too late to be read
+            assert client.recv(10) == b""
         client.close()
     assert time.monotonic() - began < 5
 

@@ -42,6 +42,11 @@ class Generation {
   // Where a sequence is, which may be ahead of what has been handed out.
   RequestStatus Status(int64_t sequence) const;
 
+  // What each choosing layer chose for a sequence in its last sparse step; empty if it has had
+  // none, or if others have stepped since. While the sequence runs, this waits for the pass under
+  // way and holds up the next one: nothing to ask for after every token.
+  std::vector<LayerSelection> Selection(int64_t sequence) const;
+
   // Whether Advance() would return at once.
   bool has_news() const;
 

@@ -267,9 +267,7 @@ std::vector<LayerSelection> Decoder::Selection(int64_t sequence) const {
   auto count = record ? static_cast<int64_t>(record->running.size()) : 0;
   TIDAL_CHECK(sequence >= 0 && sequence < count, InvalidArgument, "sequence: got ", sequence,
               ", expected an index into the ", count, " prompts of the last call");
-  auto index = static_cast<size_t>(sequence);
-  if (!record->running[index]) return record->selections[index];
-  return impl_->runner.ReadSelection(record->plan, *record->running[index]);
+  return record->Read(impl_->runner, sequence);
 }
 
 const ModelConfig& Decoder::model() const {

@@ -47,6 +47,9 @@ struct GuideDesk::Impl {
 // The last sets of the sequences of one call; outlives the Generation so that they can be looked
 // at.
 struct SelectionRecord {
+  // Those of one sequence; no pass may run meanwhile.
+  std::vector<LayerSelection> Read(const ModelRunner& runner, int64_t sequence) const;
+
   PlanId plan = PlanId::kDecoder;                       // that the call's steps go through
   std::vector<std::optional<uint64_t>> running;         // ids of sequences that still run
   std::vector<std::vector<LayerSelection>> selections;  // of those that ended
@@ -224,6 +227,7 @@ struct Generation::Impl {
   std::vector<SequenceResult> Results() const;
   std::vector<TokenLogprobs> Logprobs(int64_t sequence, int64_t first) const;
   RequestStatus Status(int64_t sequence) const;
+  std::vector<LayerSelection> Selection(int64_t sequence) const;
   bool HasNews() const;  // the caller holds the decoder's mutex
   void NotifyAt(int fd);
   void ForgetFd(int fd);

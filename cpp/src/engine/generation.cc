@@ -277,6 +277,24 @@ RequestStatus Generation::Impl::Status(int64_t index) const {
   return decoder->scheduler.Get(running[i].id).status;
 }
 
+std::vector<LayerSelection> Generation::Impl::Selection(int64_t index) const {
+  {
+    auto lock = decoder->Enter();
+    CheckIndex(index);
+    const auto i = static_cast<size_t>(index);
+    if (!record->running[i]) return record->selections[i];  // no pass to wait for
+  }
+  auto pause = decoder->EnterBetweenPasses();
+  return record->Read(decoder->runner, index);
+}
+
+std::vector<LayerSelection> SelectionRecord::Read(const ModelRunner& runner,
+                                                  int64_t sequence) const {
+  const auto index = static_cast<size_t>(sequence);
+  if (!running[index]) return selections[index];
+  return runner.ReadSelection(plan, *running[index]);
+}
+
 bool Generation::Impl::HasNews() const {
   return !news.empty() || num_alive == 0 || decoder->is_closed;
 }
@@ -325,6 +343,9 @@ void Generation::Close() {
 }
 RequestStatus Generation::Status(int64_t sequence) const {
   return impl_->Status(sequence);
+}
+std::vector<LayerSelection> Generation::Selection(int64_t sequence) const {
+  return impl_->Selection(sequence);
 }
 bool Generation::has_news() const {
   auto lock = impl_->decoder->EnterToEnd();

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
 
@@ -28,6 +28,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of these tokens, if they were asked for
     scored: tuple[TokenLogprobs, ...] | None = None  # of the prompt's, with its first tokens
     progress: tuple[int, int] | None = None  # tokens of the prompt read, of those to read
+    extras: dict[str, Any] | None = None  # an event of ours (selection.py)
     result: GenerationResult | None = None  # the answer has ended
     error: Exception | None = None  # the answer has failed
 

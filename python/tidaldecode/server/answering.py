@@ -23,6 +23,7 @@ from tidaldecode.server.errors import ApiError
 from tidaldecode.server.event_stream import EventStream, EventWriter, check_delta, event, hearing
 from tidaldecode.server.exchange import Exchange
 from tidaldecode.server.logprobs import TokenNames
+from tidaldecode.server.selection import PromptBins, SelectionWatch
 from tidaldecode.server.service import Model, Service
 from tidaldecode.server.usage import Accounts, counts
 
@@ -60,6 +61,7 @@ class Answering(ABC):
         self.names = TokenNames(self.model.decoder._frontend._tokenizer)
         self.accounts = Accounts(self.model.decoder, asked)
         self.prompt_ids: list[list[int]] = []  # token ids of each prompt, once it is submitted
+        self.bins: PromptBins | None = None  # of the prompt, if the stream tells what is read of it
 
     @property
     def num_choices(self) -> int:
@@ -101,6 +103,10 @@ class Answering(ABC):
         try:
             self.service.check_room(self.num_choices)
             requests = await self.service.prepare(self.submit)
+            if self.bins is not None:
+                exchange.tell(Delta(0, extras={"selection_map": self._map(self.bins)}))
+                if self.accounts.may_choose:  # a look holds up everybody for a moment
+                    exchange.watch = SelectionWatch(self.service, exchange, self.bins)
             exchange.ask(requests, wants_logprobs=is_stream and self.wants_logprobs)
         except BaseException:
             exchange.close()
@@ -115,6 +121,9 @@ class Answering(ABC):
         usage = self.accounts.usage(results)
         self.service.metrics.read_bytes(usage["tidaldecode"]["kv_bytes_read"])
         return usage
+
+    def _map(self, bins: PromptBins) -> dict[str, Any]:
+        return bins.fields() | {"kv_bytes_per_token": self.accounts.bytes_per_token}
 
     async def _hear(self, exchange: Exchange) -> dict[str, Any]:
         results: dict[int, GenerationResult] = {}
@@ -192,6 +201,8 @@ class AnswerEvents(ABC):
             if delta.token_ids is None:
                 check_delta(delta, self.of.service)
                 self._tell_progress(delta, events)
+                if delta.extras is not None:
+                    events.append(self.event({"choices": [], "tidaldecode": delta.extras}))
                 continue
             index = delta.index
             if not self._has_begun[index]:

@@ -14,7 +14,13 @@ from starlette.responses import Response
 
 from tidaldecode import _core
 from tidaldecode.errors import TidalError
-from tidaldecode.server import generation_routes, messages_routes, state_routes, token_routes
+from tidaldecode.server import (
+    generation_routes,
+    messages_routes,
+    page_routes,
+    state_routes,
+    token_routes,
+)
 from tidaldecode.server.error_forms import form_of
 from tidaldecode.server.errors import ApiError
 from tidaldecode.server.guard import Guard
@@ -38,6 +44,8 @@ def make_app(service: Service) -> Guard:
     app.state.service = service
     for routes in (state_routes, generation_routes, messages_routes, token_routes):
         app.include_router(routes.router)
+    if service.settings.web:
+        app.include_router(page_routes.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     # What no route has foreseen: the engine's own refusals, and mistakes of the server.

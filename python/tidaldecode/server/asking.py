@@ -104,6 +104,8 @@ def asked_for_chat(body: ChatBody, settings: ServeConfig, salt: str) -> Asked:
         raise invalid("top_logprobs", "needs logprobs to be true")
     if body.echo:
         _check_echo(body)
+    if body.return_selection and not body.stream:
+        raise invalid("return_selection", "needs stream to be true")
     most = body.max_completion_tokens or body.max_tokens or settings.default_max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _asked(body, settings, salt, (most, logprobs))

@@ -121,6 +121,7 @@ class ChatBody(SamplingBody):
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
+    return_selection: bool | None = None  # ours
 
 
 class CompletionBody(SamplingBody):

@@ -21,6 +21,7 @@ from tidaldecode.server.bodies import ChatBody
 from tidaldecode.server.errors import invalid
 from tidaldecode.server.event_stream import EventWriter
 from tidaldecode.server.logprobs import chat_logprobs, prompt_logprobs
+from tidaldecode.server.selection import bins_of
 from tidaldecode.server.service import Service
 from tidaldecode.server.tool_use import tool_use_of
 from tidaldecode.text.reasoning import opens_reasoning
@@ -47,6 +48,7 @@ class ChatCompletion(Answering):
         super().__init__(service, body, asked, caller)
         self._messages = chat_messages(body.messages)
         self._options = chat_options(body)
+        self._tells_selection = bool(body.return_selection)
         self._tools = tool_use_of(body, self.model.form.tool_format, service.settings)
         if self._tools is None:
             self._options.pop("tools", None)
@@ -63,6 +65,9 @@ class ChatCompletion(Answering):
         tokenizer = self.model.texts.tokenizer
         ids = tokenizer.render_chat(self._messages, **self._options)
         self.prompt_ids = [ids]
+        if self._tells_selection:
+            contents = [each.get("content") for each in self._messages]
+            self.bins = bins_of(tokenizer.token_bytes(ids), contents)
         self.form = self._form_after(ids, tokenizer)
         return self._asked_in(self.form, tokenizer).submit(self.service, self.prompt_ids)
 

@@ -13,6 +13,7 @@ from tidaldecode.server.errors import ApiError
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
+    from tidaldecode.server.selection import SelectionWatch
     from tidaldecode.server.service import Service
 
 
@@ -25,6 +26,7 @@ class Exchange:
         self.answers: list[Answer] = []
         self.failure: ApiError | None = None
         self.num_ended = 0
+        self.watch: SelectionWatch | None = None  # of what its answers read
         self._heard_at = self.began_at
         self._service = service
         self._deltas: list[Delta] = []
@@ -44,7 +46,9 @@ class Exchange:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all answers have."""
+        """Whether all answers have, and all is known that was to be told of them."""
+        if self.watch is not None and self.watch.is_reading:
+            return False
         return self.num_ended == len(self.answers)
 
     @property
@@ -112,11 +116,15 @@ class Exchange:
         if delta.error is not None:
             self._service.hear_error(delta.error)
         self._service.metrics.hear(answer, delta)
+        if self.watch is not None:
+            self.watch.hear(answer, delta)
+        self.tell(delta)
+
+    def tell(self, delta: Delta) -> None:
+        """Adds to the news."""
         self._deltas.append(delta)
         self._num_unread += len(delta.token_ids or ())
         if self._num_unread >= MOST_UNREAD and self.failure is None:
             for each in self.answers:
                 each.is_held = not each.has_ended
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        self.poke()

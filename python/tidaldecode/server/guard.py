@@ -6,6 +6,8 @@ Plain ASGI, so that a client's leaving reaches the routes.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 from tidaldecode.server.error_forms import form_of
 from tidaldecode.server.errors import ApiError
+from tidaldecode.server.page_routes import is_page
 from tidaldecode.server.settings import ServeConfig
 
 OPEN_ROUTES = ("/live", "/health")
@@ -41,6 +44,8 @@ class Keys:
         key = headers.get(b"x-api-key", b"")
         if authorization[:7].lower() == b"bearer ":
             key = authorization[7:].strip()
+        elif authorization[:6].lower() == b"basic " and not _is_of_another_site(headers):
+            key = _password(authorization[6:])
         if not key:
             raise ApiError(
                 401, "invalid_api_key",
@@ -52,6 +57,25 @@ class Keys:
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise ApiError(401, "invalid_api_key", "the API key is not one of this server's")
         return hashlib.sha256(b"salt" + digest).hexdigest()
+
+
+def _is_of_another_site(headers: dict[bytes, bytes]) -> bool:
+    """Whether a browser says that a page of somewhere else has sent the request.
+
+    Without TLS, off this machine, it says so by the origin alone.
+    """
+    if (site := headers.get(b"sec-fetch-site")) is not None:
+        return site not in (b"none", b"same-origin")
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def _password(basic: bytes) -> bytes:
+    """The password that a browser has asked its user for; b"" for what is none."""
+    try:
+        return base64.b64decode(basic.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 class Guard:
@@ -81,6 +105,9 @@ class Guard:
                 scope["state"]["salt"] = "" if self._shares else salt
             self._check_length(headers)
         except ApiError as error:
+            if error.status == 401 and is_page(scope["path"]):
+                # A browser asks its user for the key, and sends it with all that the page does.
+                error.headers["www-authenticate"] = 'Basic realm="tidaldecode", charset="UTF-8"'
             await _drain(receive, self._settings.max_body_bytes * _DRAINED_BODIES)
             await send_error(error, scope["path"], send)
             return

@@ -29,6 +29,16 @@ class Accounts:
         self._plan = PlanConfig() if is_dense or not plan.choosing_layers else plan
         self._asked = asked
 
+    @property
+    def may_choose(self) -> bool:
+        """Whether there are layers that choose what the others read."""
+        return bool(self._plan.choosing_layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return kv_bytes_per_step(self._model, PlanConfig(), 1, self._value_bytes)
+
     def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
         """Of answers that have ended, the n of a prompt beside each other."""
         firsts = results[:: self._asked.n]
@@ -50,7 +60,7 @@ class Accounts:
     def _ours(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
         checks = [result.verification for result in results if result.verification is not None]
         ours: dict[str, Any] = {
-            "attention": "tidal" if self._plan.choosing_layers else "full",
+            "attention": "tidal" if self.may_choose else "full",
             "kv_bytes_read": self.bytes_read(results),
         }
         if checks:
