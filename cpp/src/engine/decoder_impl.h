@@ -68,6 +68,12 @@ struct Decoder::Impl {
     std::unique_lock<FairMutex> device;
     Lock state;
   };
+  // Who hears of a request.
+  struct Listener {
+    Generation::Impl* generation;
+    int64_t index;  // of the sequence in it
+  };
+
   // Lets others look at requests meanwhile.
   class Unlocked {
    public:
@@ -104,7 +110,7 @@ struct Decoder::Impl {
   void StartLoop();
   // Takes a request in, whose listener hears of it until it has ended. The caller holds `mutex`.
   // Throws as Scheduler::Add.
-  RequestId Add(Request request, Sequence sequence, Generation::Impl& listener, int64_t index);
+  RequestId Add(Request request, Sequence sequence, Listener listener);
   // The caller of a request has so many of its tokens; it has not ended. The caller holds `mutex`.
   void MarkHeard(RequestId id, int64_t num_tokens);
   // Ends a request at once; no effect if it has ended. The caller holds both locks.
@@ -122,11 +128,6 @@ struct Decoder::Impl {
   void TakeAnswers(std::vector<GuideAnswer> answers);
   void AwaitMasks(Lock& lock);
   double NowMs() const;
-
-  struct Listener {
-    Generation::Impl* generation;
-    int64_t index;  // of the sequence in it
-  };
 
   ProcessMark process;
   ModelRunner runner;

@@ -129,11 +129,12 @@ void Decoder::Impl::StartLoop() {
   }
 }
 
-RequestId Decoder::Impl::Add(Request request, Sequence sequence, Generation::Impl& listener,
-                             int64_t index) {
+RequestId Decoder::Impl::Add(Request request, Sequence sequence, Listener listener) {
   StartLoop();
-  const RequestId id = scheduler.Add(std::move(request), std::move(sequence), NowMs());
-  listeners.emplace(id, Listener{&listener, index});
+  // All of a call have come at once, however long it took to add them.
+  const double arrived_ms = listener.generation->start_ms;
+  const RequestId id = scheduler.Add(std::move(request), std::move(sequence), arrived_ms);
+  listeners.emplace(id, listener);
   AskGuides();
   is_woken = true;
   has_work.notify_all();

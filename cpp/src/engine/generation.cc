@@ -91,7 +91,7 @@ void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
   SetSampling(params, decoder->runner.model().vocab_size, 0, sequence);
   Request request = common;
   request.sampling = params;
-  const RequestId id = decoder->Add(std::move(request), std::move(sequence), *this, index);
+  const RequestId id = decoder->Add(std::move(request), std::move(sequence), {this, index});
   running.push_back({.id = id, .num_cached = num_cached});
   ++num_alive;
 }
