@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/launch_config.h"
+#include "cuda_dtypes.h"
 #include "kernels/append_shadow.h"
 #include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
@@ -25,7 +26,6 @@
 #include "kernels/score_shadow.h"
 #include "kernels/select_top_k.h"
 #include "kernels/silu_mul.h"
-#include "kernels/skinny_linear.h"
 
 namespace tidal {
 namespace {
@@ -35,7 +35,6 @@ constexpr int64_t kDownloadBytes = 4 << 20;      // logits come in pieces of thi
 // Purposes of memory.
 constexpr const char* kAttentionPurpose = "attention";
 constexpr const char* kSelectionPurpose = "selection";
-constexpr const char* kProductsPurpose = "matrix products";
 
 // What the device itself takes: at least the most kernels of a layer and around the layers in one
 // step, each with the driver's memory for a launch in a graph; and the code of kernels, ours and
@@ -71,30 +70,9 @@ int CheckDevice(int device) {
   return device;
 }
 
-void CheckDType(DType dtype, const char* what) {
-  TIDAL_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, UnsupportedError, what, ": ",
-              DTypeName(dtype),
-              " on CUDA; expected bfloat16 or float16: set dtype, or use device=\"cpu\"");
-}
-
-// Kernels are compiled for one 16-bit type in all the places where the seam says act, weight or kv.
-void CheckSameDType(const char* op, std::initializer_list<const TensorView*> tensors) {
-  const TensorView* first = *tensors.begin();
-  CheckDType(first->dtype, op);
-  for (const TensorView* tensor : tensors) {
-    TIDAL_CHECK(!*tensor || tensor->dtype == first->dtype, UnsupportedError, op, ": ",
-                DTypeName(tensor->dtype), " beside ", DTypeName(first->dtype),
-                "; on CUDA activations, weights and cache share one dtype");
-  }
-}
-
 void CheckShadowScores(const char* op, const TensorView& scores) {
   TIDAL_CHECK(scores.dtype == DType::kFloat16, UnsupportedError, op,
               ": scores: ", DTypeName(scores.dtype), " with a shadow on CUDA; expected float16");
-}
-
-void CheckSameDType(const char* op, const AttentionArgs& args) {
-  CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
 }
 
 void CheckLimits(const StepLimits& limits) {
@@ -131,9 +109,10 @@ CudaBackend::Stream::~Stream() {
 CudaBackend::CudaBackend(const BackendOptions& options)
     : device_(CheckDevice(options.device.index)),
       use_graphs_(options.cuda_graphs),
+      batch_invariant_(options.batch_invariant),
       num_sms_(Attribute(device_, cudaDevAttrMultiProcessorCount)),
       stream_(device_),
-      linear_(stream_.get()),
+      linear_(stream_.get(), options.batch_invariant),
       graphs_(stream_.get()),
       input_staging_(std::make_unique<PinnedStaging>(kInputStagingBytes, stream_.get(),
                                                      "staging of step inputs")),
@@ -208,7 +187,8 @@ Buffer CudaBackend::DoAllocate(int64_t bytes, const std::string& what) {
 CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) const {
   const ModelConfig& model = limits.model;
   ReserveBytes bytes;
-  bytes.attention = AttentionScratchBytes(model.head_dim, num_sms_);
+  bytes.attention = SizeOfAttentionScratch(splitting(), limits.max_batch_size, model.num_q_heads,
+                                           model.head_dim, num_sms_);
   if (limits.token_budget > 0) {
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     bytes.selection = SelectTopKScratchBytes(limits.max_batch_size * num_sets, limits.max_seq_len);
@@ -221,7 +201,7 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   Enter();
   ReserveBytes bytes = BytesToReserve(limits);
   BackendMemory memory;
-  memory.scratch = {{kAttentionPurpose, bytes.attention},
+  memory.scratch = {{kAttentionPurpose, bytes.attention.Total()},
                     {kProductsPurpose, kLinearWorkspaceBytes}};
   int64_t selection = bytes.selection.keys + bytes.selection.first_digits;
   if (selection > 0) memory.scratch.push_back({kSelectionPurpose, selection});
@@ -235,7 +215,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   CheckLimits(limits);
   EnterOutsideStep("reservation of scratch");
   ReserveBytes bytes = BytesToReserve(limits);
-  Grow(attention_scratch_, bytes.attention, kAttentionPurpose);
+  GrowAttention(bytes.attention);
   GrowSelection(bytes.selection);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;
@@ -268,10 +248,25 @@ SelectTopKScratch CudaBackend::GrowSelection(const SelectTopKBytes& bytes) {
           .first_digits = Grow(selection_digits_, bytes.first_digits, kSelectionPurpose)};
 }
 
-AttentionScratch CudaBackend::ScratchFor(const TensorView& q) {
-  int64_t bytes = AttentionScratchBytes(q.dim(2), num_sms_);
+// The room for counters never shrinks, or later ops would count where partial results lay. More of
+// it takes the place of partial results, so it comes with new memory, which is zeros.
+void* CudaBackend::GrowAttention(const AttentionScratchSize& size) {
+  const int64_t more = size.counter_bytes - attention_counter_bytes_;
+  int64_t bytes = size.Total() - std::min<int64_t>(more, 0);
+  if (more > 0) bytes = std::max(bytes, attention_scratch_.bytes() + more);
   void* memory = Grow(attention_scratch_, bytes, kAttentionPurpose);
-  return {memory, attention_scratch_.bytes(), num_sms_};
+  attention_counter_bytes_ += std::max<int64_t>(more, 0);
+  return memory;
+}
+
+AttentionScratch CudaBackend::ScratchFor(const TensorView& q, const PagedKv& kv) {
+  void* memory = GrowAttention(
+      SizeOfAttentionScratch(splitting(), kv.seq_lens.dim(0), q.dim(1), q.dim(2), num_sms_));
+  return {.memory = memory,
+          .bytes = attention_scratch_.bytes(),
+          .counter_bytes = attention_counter_bytes_,
+          .num_sms = num_sms_,
+          .splitting = splitting()};
 }
 
 // --- steps and ops ---
@@ -315,13 +310,6 @@ void CudaBackend::RmsNorm(const RmsNormArgs& args) {
   LaunchRmsNorm(args, LaunchNext::kAfterWait, stream());
 }
 
-void CudaBackend::Linear(const LinearArgs& args) {
-  Enter();
-  Check(args);
-  CheckSameDType("linear", {&args.x, &args.weight, &args.bias});
-  LinearAfter(nullptr, args);
-}
-
 void CudaBackend::RopeTable(const RopeTableArgs& args) {
   Enter();
   Check(args);
@@ -342,8 +330,8 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_prefill", {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
-  if (HasFewQueries(args)) {
-    LaunchAttentionFewQueries(args, ScratchFor(args.q), stream());
+  if (batch_invariant_ ? in_step_ : HasFewQueries(args)) {
+    LaunchAttentionFewQueries(args, ScratchFor(args.q, args.kv), stream());
   } else if (!PrefillByCudnn(args)) {
     LaunchAttentionPrefill(args, stream());
   }
@@ -361,7 +349,7 @@ void CudaBackend::AttentionFull(const AttentionArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_full", args);
-  LaunchAttentionFull(args, ScratchFor(args.q), attention_reads_, stream());
+  LaunchAttentionFull(args, ScratchFor(args.q, args.kv), attention_reads_, stream());
   AllowEarlyReads(args.q.dim(0) > 0);  // without rows nothing is launched
 }
 
@@ -369,7 +357,8 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_select", args.attention);
-  LaunchAttentionSelect(args, ScratchFor(args.attention.q), attention_reads_, stream());
+  LaunchAttentionSelect(args, ScratchFor(args.attention.q, args.attention.kv), attention_reads_,
+                        stream());
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
@@ -387,9 +376,10 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
   if (args.shadow.codes) {
     CheckShadowScores("score_keys", args.scores);
-    LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q), attention_reads_, stream());
+    LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q, args.kv), attention_reads_,
+                      stream());
   } else {
-    LaunchScoreKeys(args, ScratchFor(args.q), attention_reads_, stream());
+    LaunchScoreKeys(args, ScratchFor(args.q, args.kv), attention_reads_, stream());
   }
   // As after attention: this writes nothing that attention reads, and all its blocks wait for what
   // is in front. SelectTopK, which comes next in a scored layer, writes sets, and says so itself.
@@ -409,7 +399,8 @@ void CudaBackend::AttentionSparse(const AttentionSparseArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_sparse", args.attention);
-  LaunchAttentionSparse(args, ScratchFor(args.attention.q), attention_reads_, stream());
+  LaunchAttentionSparse(args, ScratchFor(args.attention.q, args.attention.kv), attention_reads_,
+                        stream());
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
@@ -426,66 +417,14 @@ void CudaBackend::GatherRows(const GatherRowsArgs& args) {
   LaunchGatherRows(args, stream());
 }
 
-// --- several ops in one ---
-
-const RmsNormArgs* CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
-  CheckSameDType("rms_norm", {&norm.out, &norm.weight});
-  CheckSameDType("linear", {&linear.x, &linear.weight, &linear.bias});
-  bool is_skinny = FitsSkinnyLinear(linear);
-  if (is_skinny && linear.output == LinearOutput::kStore && FitsNorm(norm)) return &norm;
-  LaunchRmsNorm(norm, is_skinny ? LaunchNext::kAtOnce : LaunchNext::kAfterWait, stream());
-  return nullptr;
-}
-
-void CudaBackend::LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear) {
-  if (FitsSkinnyLinear(linear)) {
-    LaunchSkinnyLinear(linear, norm, num_sms_, stream());
-  } else {
-    linear_.Run(linear, Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose));
-  }
-}
-
-void CudaBackend::NormLinear(const NormLinearArgs& args) {
-  Enter();
-  Check(args);
-  LinearAfter(NormBefore(args.linear, args.norm), args.linear);
-}
-
-void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
-  Enter();
-  Check(args);
-  CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
-                                     &args.append.kv.v_pages});
-  const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
-  if (!FitsLinearRopeAppend(args.linear, args.append)) {
-    LinearAfter(norm, args.linear);
-    RopeAppendKv(args.append);
-    return;
-  }
-  LaunchLinearRopeAppend(args.linear, norm, args.append, num_sms_, stream());
-  AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
-}
-
-void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
-  Enter();
-  Check(args);
-  CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
-  const RmsNormArgs* norm = NormBefore(args.linear, args.norm);
-  if (!FitsLinearSiluMul(args.linear, args.silu_mul)) {
-    LinearAfter(norm, args.linear);
-    SiluMul(args.silu_mul);
-    return;
-  }
-  LaunchLinearSiluMul(args.linear, norm, args.silu_mul, num_sms_, stream());
-}
-
 void CudaBackend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
   Enter();
   Check(args);
   const ScoreKeysArgs& score = args.score;
   CheckSameDType("append_shadow_score_keys", {&score.q, &score.kv.k_pages});
   CheckShadowScores("append_shadow_score_keys", score.scores);
-  LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q), attention_reads_, stream());
+  LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q, score.kv), attention_reads_,
+                    stream());
   AllowEarlyReads(score.q.dim(0) > 0);  // as after ScoreKeys
 }
 

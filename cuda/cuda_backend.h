@@ -20,6 +20,7 @@
 #include "cuda_memory.h"
 #include "cudnn_attention.h"
 #include "kernels/select_top_k.h"
+#include "kernels/skinny_linear.h"
 
 namespace tidal {
 
@@ -76,6 +77,7 @@ class CudaBackend final : public Backend {
   Buffer DoAllocate(int64_t bytes, const std::string& what) override;
 
  private:
+  static constexpr const char* kProductsPurpose = "matrix products";
   // Two of them: copy and file read overlap.
   static constexpr int64_t kWeightStagingBytes = 32 << 20;
 
@@ -98,7 +100,7 @@ class CudaBackend final : public Backend {
   void EnterOutsideStep(const char* what) const;
   cudaStream_t stream() const { return stream_.get(); }
   struct ReserveBytes {
-    int64_t attention = 0;
+    AttentionScratchSize attention;
     SelectTopKBytes selection;
   };
   ReserveBytes BytesToReserve(const StepLimits& limits) const;
@@ -106,11 +108,16 @@ class CudaBackend final : public Backend {
   // zeros when it is new.
   void* Grow(Buffer& scratch, int64_t bytes, const char* what);
   SelectTopKScratch GrowSelection(const SelectTopKBytes& bytes);
-  // The scratch of a decode attention op with the queries q [B, Hq, D].
-  AttentionScratch ScratchFor(const TensorView& q);
-  // The norm that makes a product's inputs: handed on if the product takes it along, else done.
-  const RmsNormArgs* NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
-  void LinearAfter(const RmsNormArgs* norm, const LinearArgs& linear);
+  Splitting splitting() const { return batch_invariant_ ? Splitting::kByRow : Splitting::kByBatch; }
+  void* GrowAttention(const AttentionScratchSize& size);
+  // The scratch of an attention op with the queries q [T, Hq, D] of the rows of kv.
+  AttentionScratch ScratchFor(const TensorView& q, const PagedKv& kv);
+  // Whether the product, with its number of tokens, is one for kernels/skinny_linear.h.
+  bool Streams(const LinearArgs& linear) const;
+  void* LinearWorkspace();
+  // The norm that makes a product's inputs: done, or left, wholly or in part, to the product.
+  SkinnyRun NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
+  void LinearAfter(const SkinnyRun& run, const LinearArgs& linear);
   // AttentionPrefill by cuDNN, if that is to do it and can; false: by the own kernel.
   bool PrefillByCudnn(const AttentionPrefillArgs& args);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
@@ -120,12 +127,14 @@ class CudaBackend final : public Backend {
 
   int device_;
   bool use_graphs_;
+  bool batch_invariant_;
   int num_sms_ = 0;
   Stream stream_;
   CudaLinear linear_;
   std::optional<CudnnAttention> cudnn_attention_;  // if prompts are to be read with it
   GraphCache graphs_;
   Buffer attention_scratch_;
+  int64_t attention_counter_bytes_ = 0;
   Buffer selection_keys_;
   Buffer selection_digits_;  // zeros between ops
   Buffer linear_workspace_;

@@ -25,6 +25,11 @@ void CheckCublas(cublasStatus_t status, const char* what, const char* file, int 
                             cublasLtGetStatusName(status), ": ", cublasLtGetStatusString(status)));
 }
 
+// Batch-invariant products of any number of tokens run as those of so many would: one tile after
+// the other along the inputs, by one block, whatever the tile's size; so a row's sum is the same.
+constexpr int64_t kInvariantTokens = 1024;
+constexpr uint32_t kInvariantAlignment = 16;
+
 #define TIDAL_CUBLAS_CHECK(call) CheckCublas((call), #call, __FILE__, __LINE__)
 
 cudaDataType_t CudaType(DType dtype) {
@@ -73,7 +78,8 @@ cublasLtMatrixLayout_t CreateLayout(DType dtype, int64_t rows, int64_t columns) 
 
 }  // namespace
 
-CudaLinear::CudaLinear(cudaStream_t stream) : stream_(stream), handle_(CreateHandle()) {}
+CudaLinear::CudaLinear(cudaStream_t stream, bool batch_invariant)
+    : stream_(stream), batch_invariant_(batch_invariant), handle_(CreateHandle()) {}
 
 std::string CudaLinear::LibraryVersion() {
   size_t version = cublasLtGetVersion();  // major x 10000 + minor x 100 + patch
@@ -136,23 +142,35 @@ CudaLinear::Plan CudaLinear::MakePlan(const Shape& shape, const void* bias) cons
   return plan;
 }
 
+// The algorithm for the plan's shape; of batch-invariant products the one for kInvariantTokens,
+// without partial sums, at addresses that suit every pass.
 void CudaLinear::ChooseAlgorithm(const Shape& shape, Plan& plan) const {
   cublasLtMatmulPreference_t created = nullptr;
   TIDAL_CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&created));
   Preference preference(created);
+  auto alignment = [this](uint32_t of_tensor) {
+    return batch_invariant_ ? std::min(of_tensor, kInvariantAlignment) : of_tensor;
+  };
   SetPreference(created, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 static_cast<uint64_t>(kLinearWorkspaceBytes));
-  SetPreference(created, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, kReductionSchemes);
-  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.weight_alignment);
-  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, shape.x_alignment);
-  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, shape.out_alignment);
-  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, shape.out_alignment);
+  SetPreference(created, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                batch_invariant_ ? uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE} : kReductionSchemes);
+  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                alignment(shape.weight_alignment));
+  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(shape.x_alignment));
+  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                alignment(shape.out_alignment));
+  SetPreference(created, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                alignment(shape.out_alignment));
 
+  const int64_t num_tokens = batch_invariant_ ? kInvariantTokens : shape.num_tokens;
+  const Layout x(CreateLayout(shape.in, shape.num_inputs, num_tokens));
+  const Layout out(CreateLayout(shape.out, shape.num_outputs, num_tokens));
   cublasLtMatmulHeuristicResult_t result = {};
   int num_results = 0;
   cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_.get(), plan.product.get(), plan.weight.get(), plan.x.get(), plan.out.get(),
-      plan.out.get(), preference.get(), 1, &result, &num_results);
+      handle_.get(), plan.product.get(), plan.weight.get(), x.get(), out.get(), out.get(),
+      preference.get(), 1, &result, &num_results);
   TIDAL_CHECK(
       status != CUBLAS_STATUS_NOT_SUPPORTED && (status != CUBLAS_STATUS_SUCCESS || num_results > 0),
       UnsupportedError, "linear: cuBLASLt has no algorithm for ", DTypeName(shape.in), " [",

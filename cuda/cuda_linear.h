@@ -20,7 +20,8 @@ inline constexpr int64_t kLinearWorkspaceBytes = 32 << 20;
 
 class CudaLinear {
  public:
-  explicit CudaLinear(cudaStream_t stream);
+  // batch_invariant: a row's results do not depend on the number of rows.
+  CudaLinear(cudaStream_t stream, bool batch_invariant);
 
   // Queues the product. Deterministic: the same shapes, alignments and contents give the same bits.
   // `workspace`: device memory of kLinearWorkspaceBytes.
@@ -65,6 +66,7 @@ class CudaLinear {
   void ChooseAlgorithm(const Shape& shape, Plan& plan) const;
 
   cudaStream_t stream_;
+  bool batch_invariant_;
   Handle handle_;
   std::map<Shape, Plan> plans_;
 };

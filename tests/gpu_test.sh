@@ -71,7 +71,9 @@ if [ "${SKIP_SANITIZER:-0}" = 0 ]; then
   sanitize racecheck "Backends/OpAttention*Match*cuda_bfloat16_group5_d64*:\
 Backends/OpAttention*Match*cuda_bfloat16_group2_d128*:Backends/OpR*cuda_bfloat16*:\
 Backends/OpSelectTopK.T*cuda_bfloat16_kv_head_sum:Backends/OpSample.DrawsEqualTheR*cuda_bfloat16:\
-Backends/OpFused*cuda_bfloat16_tokens3:Backends/OpFused*cuda_bfloat16_tokens2_long"
+Backends/OpFused*cuda_bfloat16_tokens3:Backends/OpFused*cuda_bfloat16_tokens2_long:\
+Backends/OpFused*cuda_bfloat16_tokens13*:Backends/OpFused*cuda_bfloat16_tokens16:\
+Backends/OpBatchInvariantAttention.Full*cuda_bfloat16_mha"
 fi
 
 echo "== benchmark"

@@ -103,7 +103,7 @@ void Measure(BenchDevice& bench, const Projection& row, int64_t batch_size) {
 }  // namespace
 
 void MeasureProjections(BenchDevice& bench, const std::string& filter) {
-  for (int64_t batch_size : {1, 4, 8, 16}) {
+  for (int64_t batch_size : {1, 4, 8, 16, 32, 64}) {
     for (const Projection& row : Projections()) {
       if (row.op.find(filter) != std::string::npos) Measure(bench, row, batch_size);
     }

@@ -11,16 +11,21 @@
 
 #include "common/attention_scratch.h"
 #include "common/check.h"
+#include "common/launch_config.h"
 
 namespace tidal {
 
-// Tokens of a split: whole tiles of a warp, as even as these allow, but no fewer than a block's
-// warps take at a time, since a split that is not needed costs a merge. num_tokens <=
-// kMaxAttendedTokens.
-__host__ __device__ __forceinline__ int SpanLength(int num_tokens, int num_splits) {
-  int num_tiles = (num_tokens + kDecodeWarpTile - 1) / kDecodeWarpTile;
-  int length = (num_tiles + num_splits - 1) / num_splits * kDecodeWarpTile;
-  return length < kDecodeTile ? kDecodeTile : length;
+// Tokens of a split: whole units, as even as these allow, but no fewer than the least, since a
+// split that is not needed costs a merge. num_tokens <= kMaxAttendedTokens.
+__host__ __device__ __forceinline__ int SpanLength(int num_tokens, const SplitRule& rule) {
+  int num_units = (num_tokens + rule.unit - 1) / rule.unit;
+  int length = (num_units + rule.num_splits - 1) / rule.num_splits * rule.unit;
+  return length < rule.least ? rule.least : length;
+}
+
+// Up to how many tokens the splits have this length, which is SpanLength of some number.
+__host__ __device__ __forceinline__ int64_t MostTokens(int length, const SplitRule& rule) {
+  return int64_t{rule.num_splits} * length;
 }
 
 // Tokens [begin, end) of the attended ones.
@@ -36,9 +41,11 @@ struct RowSplits {
   int length;
   int num_used;
 
-  __device__ __forceinline__ RowSplits(int num_tokens_in, int num_splits)
+  __device__ __forceinline__ RowSplits(int num_tokens_in, const SplitRule& rule)
+      : RowSplits(num_tokens_in, SpanLength(num_tokens_in, rule)) {}
+  __device__ __forceinline__ RowSplits(int num_tokens_in, int length_in)
       : num_tokens(num_tokens_in),
-        length(SpanLength(num_tokens, num_splits)),
+        length(length_in),
         num_used((num_tokens + length - 1) / length) {}
 
   __device__ __forceinline__ SplitSpan Span(int split) const {
@@ -54,12 +61,12 @@ struct PartialResults {
   uint32_t* counter;  // [B * blocks for the heads of a row]: splits that are written
 };
 
-// Cuts the scratch of one op for num_rows = batch_size x num_q_heads rows; it is an internal error
-// if it is too small.
+// Cuts the scratch of one op for num_rows = batch_size x num_q_heads rows, of which no more are
+// counted; it is an internal error if it is too small.
 inline PartialResults TakePartials(const char* op, const AttentionScratch& scratch,
                                    int64_t num_rows, int num_splits, int64_t head_dim) {
   if (num_splits == 1) return {};  // nothing to merge
-  int64_t counter_bytes = CounterBytes(scratch.num_sms);
+  int64_t counter_bytes = scratch.counter_bytes;
   int64_t needed = counter_bytes + PartialBytes(num_rows * num_splits, head_dim);
   TIDAL_CHECK(needed <= scratch.bytes, BackendError, op, ": needs ", needed,
               " bytes of attention scratch, has ", scratch.bytes,

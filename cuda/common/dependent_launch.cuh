@@ -3,11 +3,11 @@
 // before that).
 //
 // Rules of a kernel launched with LaunchOverlapped:
-// 1. Every block calls WaitForPreviousKernel, and LetNextKernelStart only after it. So when a
-//    kernel starts, all kernels in front of it but the last have ended, and their results are
-//    visible.
-//    One exception: RmsNorm in front of a product (rms_norm.h, LaunchNext::kAtOnce), so what a
-//    product reads early may be nothing but weights.
+// 1. Every block calls WaitForPreviousKernel, and LetNextKernelStart only after it; but for blocks
+//    that end at once, beside others. So when a kernel starts, all kernels in front of it but the
+//    last have ended, and their results are visible.
+//    One exception: RmsNorm in front of a product (rms_norm.h, LaunchNext::kAtOnce; folded_norm.h),
+//    so what a product reads early may be nothing but weights.
 // 2. Before WaitForPreviousKernel it writes no device memory, and reads only what the kernel right
 //    in front of it does not write: weights, say, or the cache of earlier tokens.
 #pragma once

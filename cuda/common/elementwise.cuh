@@ -1,5 +1,5 @@
-// The arithmetic of single elements that a kernel of its own and the epilogue of a product share,
-// so that both round alike.
+// The arithmetic of single elements that a kernel of its own and the epilogues of products share,
+// so that all round alike.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,11 +11,12 @@ __device__ __forceinline__ float SiluTimes(float gate, float up) {
   return gate / (1.0f + expf(-gate)) * up;
 }
 
-// Rotates element i of a head and its partner, element i + D / 2 (rotate-half layout).
+// Rotates element i of a head and its partner, element i + D / 2 (rotate-half layout). Intrinsics
+// keep the compiler from fusing the roundings in one kernel and not in another.
 __device__ __forceinline__ void RotatePair(float& low, float& high, float cosine, float sine) {
   float first = low;
-  low = first * cosine - high * sine;
-  high = high * cosine + first * sine;
+  low = __fmaf_rn(first, cosine, -__fmul_rn(high, sine));
+  high = __fmaf_rn(high, cosine, __fmul_rn(first, sine));
 }
 
 }  // namespace tidal

@@ -15,7 +15,8 @@ inline constexpr int kMaxGroupSize = 8;  // query heads of one KV head: the N of
 // take for one KV head and split (at a group of 8, two queries each).
 inline constexpr int kMaxFewQueries = 32;
 inline constexpr int kFewQueriesColumns = 16;
-inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns;
+// One more than the queries fill: those of two lengths of split do not share a block.
+inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns + 1;
 
 inline constexpr int kDecodeWarps = 4;      // of a block of a decode kernel
 inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: the M of one mma
@@ -43,9 +44,55 @@ inline int ChooseNumSplits(int64_t num_rows, int num_sms, int64_t max_tokens) {
   return static_cast<int>(std::max<int64_t>(num_splits, 1));
 }
 
-// The same for rows of very different lengths: shorter spans, more of them than run at once, so
-// that the long rows' are dealt out to the processors as the short ones' end. Spans that a row does
-// not need cost next to nothing.
+// How a row's tokens are cut into splits (SpanLength): at most num_splits of whole units, none but
+// the last shorter than `least`.
+struct SplitRule {
+  int num_splits;
+  int unit;
+  int least;
+};
+
+// Cuts as evenly as whole tiles of a warp allow.
+inline SplitRule EvenSplits(int num_splits) {
+  return {.num_splits = num_splits, .unit = kDecodeWarpTile, .least = kDecodeTile};
+}
+
+// What decides how rows are split: all of a call, so that their blocks fill the device; or each row
+// alone, so that its results do not depend on the others.
+enum class Splitting { kByBatch, kByRow };
+
+// Tokens of a split that is worth its merge even where other rows fill the device.
+inline constexpr int kRowSpan = 4 * kDecodeTile;
+
+// For attention to all tokens of a row. kByRow: the lengths of splits are whole tiles of a block,
+// so that rows whose lengths differ little have the same, and few queries of a row can share one.
+inline SplitRule ChooseSplits(Splitting splitting, int64_t batch_size, int64_t num_kv_heads,
+                              int num_sms) {
+  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
+  constexpr int64_t kAnyLength = INT32_MAX;
+  if (splitting == Splitting::kByRow) {
+    return {.num_splits = ChooseNumSplits(num_kv_heads, num_sms, kAnyLength),
+            .unit = kDecodeTile,
+            .least = kRowSpan};
+  }
+  return EvenSplits(ChooseNumSplits(batch_size * num_kv_heads, num_sms, kAnyLength));
+}
+
+// Blocks for the splits of each of num_rows (batch row, head) pairs. kByRow, where there may be
+// many times more than run at once, mostly for tokens that are not there, a block has several
+// splits.
+inline constexpr int kRowOversubscription = 8;
+inline int NumSplitBlocks(Splitting splitting, int num_splits, int64_t num_rows, int num_sms) {
+  if (splitting == Splitting::kByBatch) return num_splits;
+  int64_t at_once = int64_t{kDecodeBlocksPerSm} * num_sms;
+  int64_t most = std::max<int64_t>(kRowOversubscription * at_once / num_rows, 1);
+  int64_t of_block = (num_splits + most - 1) / most;
+  return static_cast<int>((num_splits + of_block - 1) / of_block);
+}
+
+// ChooseNumSplits for rows of very different lengths: shorter spans, more of them than run at once,
+// so that the long rows' are dealt out to the processors as the short ones' end. Spans that a row
+// does not need cost next to nothing.
 inline constexpr int kRaggedOversubscription = 8;  // at most kMaxBlocksOfRow: the scratch is enough
 inline constexpr int kRaggedSpan = 4 * kDecodeTile;
 inline int ChooseNumRaggedSplits(int64_t num_rows, int num_sms, int64_t max_tokens) {

@@ -161,7 +161,7 @@ struct BlockWork {
   int64_t first_partial;  // of the partial results, a row for each head
   int num_heads;
   int split;
-  int num_splits;     // of the grid
+  int num_splits;     // that a row has at most
   int num_used;       // of the row
   int counter_index;  // of the row and these heads
   // Where the heads are those of several queries that follow each other (DecodeQuery).
@@ -191,9 +191,9 @@ __device__ __forceinline__ void ForEachHead(int num_heads, int rank, int num_blo
 // Result: what `output` stores of a head.
 template <typename Result, typename Output>
 __device__ __forceinline__ void EndUnusedSplit(const BlockWork& work, const Output& output) {
+  if (work.split > 0) return;
   WaitForPreviousKernel();
   LetNextKernelStart();
-  if (work.split > 0) return;
   ForEachHead(work.num_heads, 0, 1,
               [&](int head) { output.Store(work.OutputRow(head), Result()); });
 }

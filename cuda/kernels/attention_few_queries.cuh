@@ -5,8 +5,8 @@
 // common/decode_warp.cuh.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "common/decode_warp.cuh"
 #include "common/dependent_launch.cuh"
@@ -26,6 +26,11 @@ struct AttentionFewQueriesParams {
   int num_q_heads;
   int group_size;
   int queries_per_block;
+  int first_batch;  // of the launch
+  int first_query;  // of each row: those before it are another launch's
+  int max_queries;  // of a row in this launch
+  SplitRule splits;
+  Splitting splitting;
   PartialResults partials;
   AttentionOutput<T> output;
 };
@@ -34,8 +39,48 @@ template <typename T, int kHeadDim>
 using FewQueriesWarp =
     DecodeWarp<T, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kMaxGroupSize>;
 
-// grid (num_splits, num_kv_heads x blocks for a row's queries, batch_size), 4 warps: a block
-// takes one split of one row's tokens for some of its queries and all query heads of one KV head.
+// What a block has of a row's queries in this launch, and the length of their splits.
+struct QueryShare {
+  int first;        // of those of the launch
+  int count;        // 0: nothing
+  int num_visible;  // tokens that the first of them sees
+  int span_length;
+};
+
+// The index-th block of a row with num_queries in this launch, of which the first sees num_visible
+// tokens. By row, each query's tokens are split as those of a decode step are, by their number; of
+// the neighbours here the first have one length of splits and the others, if any, the next, and a
+// block is for one length.
+template <typename T>
+__device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T>& params, int index,
+                                              int num_queries, int num_visible) {
+  int per_block = params.queries_per_block, first = index * per_block;
+  QueryShare share = {.first = first,
+                      .count = min(num_queries - first, per_block),
+                      .num_visible = num_visible + first,
+                      .span_length = 0};
+  if (params.splitting == Splitting::kByBatch) {
+    int last_visible = share.num_visible + max(share.count, 1) - 1;
+    share.span_length = SpanLength(last_visible, params.splits);
+    return share;
+  }
+  share.span_length = SpanLength(num_visible, params.splits);
+  int64_t most = MostTokens(share.span_length, params.splits) - num_visible + 1;
+  int num_alike = static_cast<int>(min(most, int64_t{num_queries}));
+  int num_blocks = (num_alike + per_block - 1) / per_block;
+  if (index < num_blocks) {
+    share.count = min(num_alike - first, per_block);
+    return share;
+  }
+  share.first = num_alike + (index - num_blocks) * per_block;
+  share.count = min(num_queries - share.first, per_block);
+  share.num_visible = num_visible + share.first;
+  share.span_length = SpanLength(num_visible + num_alike, params.splits);
+  return share;
+}
+
+// grid (NumSplitBlocks, num_kv_heads x blocks for a row's queries, batch_size), 4 warps: a block
+// takes splits of one row's tokens for some of its queries and all query heads of one KV head.
 // Shared: 24 KB a warp.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
@@ -43,23 +88,24 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   using Warp = FewQueriesWarp<T, kHeadDim>;
   WaitForPreviousKernel();
-  int batch = blockIdx.z, blocks_of_row = gridDim.y / params.kv.num_kv_heads;
+  int batch = params.first_batch + blockIdx.z, blocks_of_row = gridDim.y / params.kv.num_kv_heads;
   int kv_head = blockIdx.y / blocks_of_row;
-  int first_query = blockIdx.y % blocks_of_row * params.queries_per_block;
-  int first_token = __ldcg(params.q_starts + batch);
-  int queries_left = __ldcg(params.q_starts + batch + 1) - first_token - first_query;
+  int first_token = __ldcg(params.q_starts + batch) + params.first_query;
+  int queries_left = __ldcg(params.q_starts + batch + 1) - first_token;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
   if (queries_left <= 0 || seq_len <= 0) return;
-  int num_queries = min(queries_left, params.queries_per_block);
-  int num_visible = seq_len - queries_left + 1;  // to the block's first query
-  RowSplits splits(num_visible + num_queries - 1, gridDim.x);
-  int block = batch * gridDim.y + blockIdx.y;
-  BlockWork work{.first_row = int64_t{first_token + first_query} * params.num_q_heads +
+  QueryShare share = ShareOf(params, blockIdx.y % blocks_of_row,
+                             min(queries_left, params.max_queries), seq_len - queries_left + 1);
+  if (share.count <= 0) return;
+  int num_visible = share.num_visible;
+  RowSplits splits(num_visible + share.count - 1, share.span_length);
+  int block = blockIdx.z * gridDim.y + blockIdx.y;
+  BlockWork work{.first_row = int64_t{first_token + share.first} * params.num_q_heads +
                               kv_head * params.group_size,
                  .first_partial = int64_t{block} * kFewQueriesColumns,
-                 .num_heads = num_queries * params.group_size,
+                 .num_heads = share.count * params.group_size,
                  .split = static_cast<int>(blockIdx.x),
-                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
                  .counter_index = block,
                  .heads_per_query = params.group_size,
@@ -69,7 +115,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, params.kv);
   AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
   DecodeQuery<T> query{.rows = params.q + work.first_row * kHeadDim,
                        .num_heads = work.num_heads,
@@ -77,27 +122,46 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
                        .heads_per_query = work.heads_per_query,
                        .query_stride = work.query_stride,
                        .num_visible = num_visible};
-  warp.Attend(tokens, splits.Span(work.split), query, Warp::kNoRow,
-              [](int, const float(&)[4], unsigned, T*) {});
-  warp.FinishBlock();
-  MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
-                                [&](int head) { return warp.BlockResult(head); });
+  for (; work.split < work.num_used; work.split += gridDim.x) {
+    Warp warp(shared_bytes, params.kv);
+    warp.Attend(tokens, splits.Span(work.split), query, Warp::kNoRow,
+                [](int, const float(&)[4], unsigned, T*) {});
+    warp.FinishBlock();
+    MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
+                                  [&](int head) { return warp.BlockResult(head); });
+  }
 }
 
+// Makes one launch, for batch_size rows from params.first_batch on.
+template <typename T, int kHeadDim>
+void LaunchFewQueries(const AttentionFewQueriesParams<T>& params, int64_t blocks_of_row,
+                      int64_t batch_size, int num_sms, cudaStream_t stream) {
+  auto kernel = AttentionFewQueriesKernel<T, kHeadDim>;
+  constexpr int kSharedBytes = FewQueriesWarp<T, kHeadDim>::kSharedBytes;
+  TIDAL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  int64_t blocks_of_split = params.kv.num_kv_heads * blocks_of_row;
+  int num_blocks = NumSplitBlocks(params.splitting, params.splits.num_splits,
+                                  batch_size * blocks_of_split, num_sms);
+  dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(blocks_of_split),
+            static_cast<unsigned>(batch_size));
+  LaunchOverlapped("attention_few_queries", kernel,
+                   {.grid = grid, .block = kDecodeThreads, .shared_bytes = kSharedBytes}, stream,
+                   params);
+}
+
+// Split by batch all rows are one launch, which the scratch is enough for; by row as many as it is
+// enough for, and launch after launch where a row has more queries than one takes.
 template <typename T, int kHeadDim>
 void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                             cudaStream_t stream) {
   constexpr const char* kOp = "attention_few_queries";
   int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
   if (args.max_q_len == 0 || batch_size == 0) return;
+  const bool by_row = scratch.splitting == Splitting::kByRow;
   PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
   int64_t group_size = num_q_heads / kv.num_kv_heads;
   int64_t queries_per_block = kFewQueriesColumns / group_size;
-  int64_t num_blocks = kv.num_kv_heads * CeilDiv(args.max_q_len, queries_per_block);
-  // Whatever the bounds: neither they nor the table's capacity, which page_size rounds, may change
-  // results.
-  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
-                                   std::numeric_limits<int32_t>::max());
   AttentionFewQueriesParams<T> params{
       .q = static_cast<const T*>(args.q.ptr),
       .q_starts = args.q_starts.data<int32_t>(),
@@ -106,18 +170,32 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = static_cast<int>(group_size),
       .queries_per_block = static_cast<int>(queries_per_block),
-      .partials = TakePartials(kOp, scratch, batch_size * num_blocks * kFewQueriesColumns,
-                               num_splits, kHeadDim),
+      .first_batch = 0,
+      .first_query = 0,
+      .max_queries = 0,
+      .splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms),
+      .splitting = scratch.splitting,
+      .partials = {},
       .output = {.out = static_cast<T*>(args.out.ptr), .lse = nullptr}};
-
-  auto kernel = AttentionFewQueriesKernel<T, kHeadDim>;
-  constexpr int kSharedBytes = FewQueriesWarp<T, kHeadDim>::kSharedBytes;
-  TIDAL_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  dim3 grid(num_splits, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
-  LaunchOverlapped(kOp, kernel,
-                   {.grid = grid, .block = kDecodeThreads, .shared_bytes = kSharedBytes}, stream,
-                   params);
+  for (int64_t query = 0; query < args.max_q_len; query += kMaxFewQueries) {
+    int64_t max_queries = std::min<int64_t>(args.max_q_len - query, kMaxFewQueries);
+    int64_t blocks_of_row = CeilDiv(max_queries, queries_per_block) + (by_row ? 1 : 0);
+    int64_t rows_of_one = kv.num_kv_heads * blocks_of_row * kFewQueriesColumns;
+    int64_t bytes_of_one = PartialBytes(rows_of_one * params.splits.num_splits, kHeadDim);
+    int64_t counters_of_one = kv.num_kv_heads * blocks_of_row * int64_t{sizeof(uint32_t)};
+    int64_t most = std::min((scratch.bytes - scratch.counter_bytes) / bytes_of_one,
+                            scratch.counter_bytes / counters_of_one);
+    most = by_row ? std::max<int64_t>(most, 1) : batch_size;
+    params.first_query = static_cast<int>(query);
+    params.max_queries = static_cast<int>(max_queries);
+    for (int64_t row = 0; row < batch_size; row += most) {
+      int64_t count = std::min(batch_size - row, most);
+      params.first_batch = static_cast<int>(row);
+      params.partials =
+          TakePartials(kOp, scratch, count * rows_of_one, params.splits.num_splits, kHeadDim);
+      LaunchFewQueries<T, kHeadDim>(params, blocks_of_row, count, scratch.num_sms, stream);
+    }
+  }
 }
 
 }  // namespace tidal

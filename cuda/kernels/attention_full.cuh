@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "common/decode_warp.cuh"
 #include "common/dependent_launch.cuh"
@@ -22,15 +21,16 @@ struct AttentionFullParams {
   PagedKvView<T> kv;
   float sm_scale;
   int group_size;
+  SplitRule splits;
   CacheReads reads;
   PartialResults partials;
   AttentionOutput<T> output;
   ScoreRows scores;  // with kStore: sm_scale * q.k for positions < seq_len
 };
 
-// grid (num_splits, num_kv_heads, batch_size), 4 warps: a block takes one split of one row's tokens
-// for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared: 24 KB a
-// warp.
+// grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
+// tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
+// 24 KB a warp.
 template <typename T, int kHeadDim, ScoreOutput kScores>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionFullKernel(const AttentionFullParams<T> params) {
@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  RowSplits splits(seq_len, gridDim.x);
+  RowSplits splits(seq_len, params.splits);
   BlockWork work{.first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size,
                  .first_partial = int64_t{batch} * num_q_heads + kv_head * params.group_size,
                  .num_heads = params.group_size,
                  .split = static_cast<int>(blockIdx.x),
-                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
                  .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
   if (work.split >= work.num_used) {
@@ -52,20 +52,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, params.kv);
   AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
   DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   ScoreWriter scores(params.scores, work.first_row, work.num_heads);
-  warp.Attend(tokens, splits.Span(work.split), query, late_row,
-              [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
-                if constexpr (kScores == ScoreOutput::kStore) {
-                  scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
-                }
-              });
-  warp.FinishBlock();
-  MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
-                                [&](int head) { return warp.BlockResult(head); });
+  for (; work.split < work.num_used; work.split += gridDim.x) {
+    Warp warp(shared_bytes, params.kv);
+    warp.Attend(tokens, splits.Span(work.split), query, late_row,
+                [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
+                  if constexpr (kScores == ScoreOutput::kStore) {
+                    scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+                  }
+                });
+    warp.FinishBlock();
+    MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
+                                  [&](int head) { return warp.BlockResult(head); });
+  }
 }
 
 template <typename T, int kHeadDim, ScoreOutput kScores>
@@ -77,16 +79,15 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
   PagedKvView<T> kv = MakePagedKvView<T>(kOp, attention.kv);
-  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
-  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
-                                   std::numeric_limits<int32_t>::max());
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
   AttentionFullParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
       .sm_scale = attention.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .splits = splits,
       .reads = reads,
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr),
                  .lse = kStores ? args.lse.data<float>() : nullptr},
       .scores = {}};
@@ -96,7 +97,9 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   using Warp = DecodeWarp<T, kHeadDim>;
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         Warp::kSharedBytes));
-  dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
+                                  batch_size * kv.num_kv_heads, scratch.num_sms);
+  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, kernel,
                    {.grid = grid, .block = kDecodeThreads, .shared_bytes = Warp::kSharedBytes},
                    stream, params);

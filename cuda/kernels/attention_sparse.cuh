@@ -10,6 +10,7 @@
 
 #include "common/decode_warp.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/dispatch.h"
 #include "common/merge_splits.cuh"
 #include "common/paged_kv.cuh"
 #include "kernels/attention_run.h"
@@ -39,13 +40,16 @@ struct AttentionSparseParams {
   int dense_len;                // rows with seq_len <= dense_len attend to all positions
   const int32_t* token_idx;     // [B, num_sets, token_budget]
   const int32_t* num_selected;  // [B, num_sets]
+  SplitRule splits;             // of lists
+  SplitRule dense_splits;       // of rows that attend to all positions
+  int most_splits;              // of a row
   CacheReads reads;
   PartialResults partials;
   AttentionOutput<T> output;
 };
 
-// grid (num_splits, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes one split of
-// one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
+// grid (NumSplitBlocks, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes splits
+// of one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
 // positions. With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4
 // KB at head_dim 64).
 template <typename T, int kHeadDim, SplitMerge kMerge>
@@ -59,12 +63,13 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
   int num_selected = __ldcg(params.num_selected + set);
   bool is_dense = seq_len <= params.dense_len;
-  RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget), gridDim.x);
+  RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget),
+                   is_dense ? params.dense_splits : params.splits);
   BlockWork work{.first_row = int64_t{batch} * params.num_q_heads + first_head,
                  .first_partial = int64_t{batch} * params.num_q_heads + first_head,
                  .num_heads = params.heads_per_block,
                  .split = static_cast<int>(blockIdx.x),
-                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_splits = params.most_splits,
                  .num_used = splits.num_used,
                  .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
   if (work.split >= work.num_used) {
@@ -72,7 +77,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, params.kv);
   AttendedTokens<T> tokens{
       .kv = params.kv,
       .batch = batch,
@@ -81,14 +85,17 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
       .list = is_dense ? nullptr : params.token_idx + set * params.token_budget};
   DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
-  warp.Attend(tokens, splits.Span(work.split), query, late_row,
-              [](int, const float(&)[4], unsigned, T*) {});
-  warp.FinishBlock();
-  auto block_result = [&](int head) { return warp.BlockResult(head); };
-  if constexpr (kMerge == SplitMerge::kCluster) {
-    MergeInCluster<T, kHeadDim>(work, params.output, block_result);
-  } else {
-    MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
+  for (; work.split < work.num_used; work.split += gridDim.x) {
+    Warp warp(shared_bytes, params.kv);
+    warp.Attend(tokens, splits.Span(work.split), query, late_row,
+                [](int, const float(&)[4], unsigned, T*) {});
+    warp.FinishBlock();
+    auto block_result = [&](int head) { return warp.BlockResult(head); };
+    if constexpr (kMerge == SplitMerge::kCluster) {
+      MergeInCluster<T, kHeadDim>(work, params.output, block_result);  // the block's only split
+    } else {
+      MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output, block_result);
+    }
   }
 }
 
@@ -107,6 +114,50 @@ void LaunchSparse(const AttentionSparseParams<T>& params, const dim3& grid, cuda
                    stream, params);
 }
 
+// How the lists of a call are split, and who merges them.
+struct SparseSplits {
+  SplitRule of_lists;
+  SplitRule of_dense_rows;
+  int num_splits;  // of a row at most
+  SplitMerge merge;
+};
+
+// By row, lists are split as those of a row alone, and dense rows as AttentionFull splits them; who
+// merges changes no result.
+inline SparseSplits ChooseSparseSplits(const AttentionSparseArgs& args, int64_t num_blocks,
+                                       const AttentionScratch& scratch, bool has_clusters) {
+  const bool by_row = scratch.splitting == Splitting::kByRow;
+  int64_t batch_size = args.attention.q.dim(0), token_budget = args.token_idx.dim(2);
+  int64_t max_tokens = std::min(by_row ? token_budget : std::max(token_budget, args.dense_len),
+                                int64_t{kMaxAttendedTokens});
+  int64_t num_rows = (by_row ? 1 : batch_size) * num_blocks;
+  int num_splits = args.set_sizes == SetSizes::kRagged
+                       ? ChooseNumRaggedSplits(num_rows, scratch.num_sms, max_tokens)
+                       : ChooseNumSplits(num_rows, scratch.num_sms, max_tokens);
+  int cluster_splits = std::min(num_splits, kMaxClusterSplits);
+  bool in_cluster =
+      has_clusters && SpanLength(static_cast<int>(std::min<int64_t>(token_budget, max_tokens)),
+                                 EvenSplits(cluster_splits)) <= kMaxClusterSpan;
+  if (in_cluster) num_splits = cluster_splits;
+  SparseSplits chosen = {.of_lists = EvenSplits(num_splits),
+                         .of_dense_rows = EvenSplits(num_splits),
+                         .num_splits = num_splits,
+                         .merge = SplitMerge::kCluster};
+  if (by_row) {
+    int64_t num_kv_heads = args.attention.kv.k_pages.dim(1);
+    chosen.of_dense_rows =
+        ChooseSplits(scratch.splitting, batch_size, num_kv_heads, scratch.num_sms);
+    int64_t most = CeilDiv(std::max<int64_t>(args.dense_len, 0), chosen.of_dense_rows.least);
+    most = std::min<int64_t>(most, chosen.of_dense_rows.num_splits);
+    chosen.num_splits = std::max(num_splits, static_cast<int>(most));
+    int64_t at_once = int64_t{kDecodeBlocksPerSm} * scratch.num_sms;
+    in_cluster = in_cluster && chosen.num_splits <= kMaxClusterSplits &&
+                 batch_size * num_blocks * chosen.num_splits <= at_once;
+  }
+  if (!in_cluster) chosen.merge = SplitMerge::kLastBlock;
+  return chosen;
+}
+
 template <typename T, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                         CacheReads reads, cudaStream_t stream) {
@@ -119,17 +170,9 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t num_sets = args.token_idx.dim(1), token_budget = args.token_idx.dim(2);
   int heads_per_block = num_sets == num_q_heads ? 1 : group_size;
   int64_t num_blocks = num_q_heads / heads_per_block;
-  int64_t max_tokens =
-      std::min(std::max(token_budget, args.dense_len), int64_t{kMaxAttendedTokens});
-  int64_t num_rows = batch_size * num_blocks;
-  int num_splits = args.set_sizes == SetSizes::kRagged
-                       ? ChooseNumRaggedSplits(num_rows, scratch.num_sms, max_tokens)
-                       : ChooseNumSplits(num_rows, scratch.num_sms, max_tokens);
-  int cluster_splits = std::min(num_splits, kMaxClusterSplits);
-  bool in_cluster = SpanLength(static_cast<int>(std::min<int64_t>(token_budget, max_tokens)),
-                               cluster_splits) <= kMaxClusterSpan &&
-                    RunsHopperCode(AttentionSparseKernel<T, kHeadDim, SplitMerge::kCluster>);
-  if (in_cluster) num_splits = cluster_splits;
+  SparseSplits chosen =
+      ChooseSparseSplits(args, num_blocks, scratch,
+                         RunsHopperCode(AttentionSparseKernel<T, kHeadDim, SplitMerge::kCluster>));
   AttentionSparseParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
@@ -142,12 +185,19 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .dense_len = static_cast<int>(std::min<int64_t>(args.dense_len, kMaxAttendedTokens)),
       .token_idx = args.token_idx.data<int32_t>(),
       .num_selected = args.num_selected.data<int32_t>(),
+      .splits = chosen.of_lists,
+      .dense_splits = chosen.of_dense_rows,
+      .most_splits = chosen.num_splits,
       .reads = reads,
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, chosen.num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr), .lse = nullptr}};
 
-  dim3 grid(num_splits, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
-  if (in_cluster) {
+  int num_split_blocks = chosen.merge == SplitMerge::kCluster
+                             ? chosen.num_splits
+                             : NumSplitBlocks(scratch.splitting, chosen.num_splits,
+                                              batch_size * num_blocks, scratch.num_sms);
+  dim3 grid(num_split_blocks, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
+  if (chosen.merge == SplitMerge::kCluster) {
     LaunchSparse<T, kHeadDim, SplitMerge::kCluster>(params, grid, stream);
   } else {
     LaunchSparse<T, kHeadDim, SplitMerge::kLastBlock>(params, grid, stream);

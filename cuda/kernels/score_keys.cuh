@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "common/decode_warp.cuh"
 #include "common/dependent_launch.cuh"
@@ -23,6 +22,7 @@ struct ScoreKeysParams {
   PagedKvView<T> kv;
   float sm_scale;
   int group_size;
+  SplitRule splits;
   CacheReads reads;
   PartialResults partials;
   ScoreRows scores;
@@ -33,9 +33,9 @@ template <typename T, int kHeadDim>
 using ScoreWarp =
     DecodeWarp<T, kHeadDim, kDecodeStages<kHeadDim, DecodeReads::kKeys>, 1, DecodeReads::kKeys>;
 
-// grid (num_splits, num_kv_heads, batch_size), 4 warps: a block takes one split of one row's tokens
-// for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared: 24 KB a
-// warp, and 8 KB of pages.
+// grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
+// tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
+// 24 KB a warp, and 8 KB of pages.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     ScoreKeysKernel(const ScoreKeysParams<T> params) {
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  RowSplits splits(seq_len, gridDim.x);
+  RowSplits splits(seq_len, params.splits);
   int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
   BlockWork work{.first_row = first_row,
                  .first_partial = first_row,
                  .num_heads = params.group_size,
                  .split = static_cast<int>(blockIdx.x),
-                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
                  .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
   if (work.split >= work.num_used) {
@@ -59,20 +59,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  Warp warp(shared_bytes, params.kv);
-  SplitSpan span = splits.Span(work.split);
-  SplitTokens<T> tokens(params.kv, batch, kv_head, span, pages);
   DecodeQuery<T> query{params.q + first_row * kHeadDim, work.num_heads, params.sm_scale};
-  bool has_late = params.reads == CacheReads::kEarly && span.end == seq_len;
-  int late_row = has_late ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   ScoreWriter scores(params.scores, first_row, work.num_heads);
-  warp.Attend(tokens, span, query, late_row,
-              [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
-                scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
-              });
-  warp.FinishBlock();
-  MergeStatesInLastBlock(work, params.partials, params.output,
-                         [&](int head) { return warp.BlockState(head); });
+  for (; work.split < work.num_used; work.split += gridDim.x) {
+    Warp warp(shared_bytes, params.kv);
+    SplitSpan span = splits.Span(work.split);
+    SplitTokens<T> tokens(params.kv, batch, kv_head, span, pages);
+    bool has_late = params.reads == CacheReads::kEarly && span.end == seq_len;
+    int late_row = has_late ? tokens.Row(seq_len - 1) : Warp::kNoRow;
+    warp.Attend(tokens, span, query, late_row,
+                [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
+                  scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+                });
+    warp.FinishBlock();
+    MergeStatesInLastBlock(work, params.partials, params.output,
+                           [&](int head) { return warp.BlockState(head); });
+  }
 }
 
 template <typename T, int kHeadDim>
@@ -82,16 +84,15 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
   if (batch_size == 0) return;
   PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
-  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
-  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
-                                   std::numeric_limits<int32_t>::max());
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
   ScoreKeysParams<T> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
       .sm_scale = args.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .splits = splits,
       .reads = reads,
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
       .scores = MakeScoreRows(args.scores),
       .output = {.lse = args.lse.data<float>()}};
 
@@ -99,7 +100,9 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
   constexpr int kSharedBytes = ScoreWarp<T, kHeadDim>::kSharedBytes;
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
+                                  batch_size * kv.num_kv_heads, scratch.num_sms);
+  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, kernel,
                    {.grid = grid, .block = kDecodeThreads, .shared_bytes = kSharedBytes}, stream,
                    params);

@@ -10,8 +10,6 @@
 // four tokens for heads 2 t and 2 t + 1, which is a store of 8 bytes each.
 #include "kernels/score_shadow.h"
 
-#include <limits>
-
 #include "common/attention_dispatch.h"
 #include "common/decode_split.cuh"
 #include "common/dependent_launch.cuh"
@@ -48,6 +46,7 @@ struct ScoreShadowParams {
   float sm_scale;
   int group_size;
   NewestShadow newest;
+  SplitRule splits;
   CacheReads reads;
   PartialResults partials;
   HalfRows scores;
@@ -304,7 +303,7 @@ class ShadowWarp {
   float sum_[2] = {};
 };
 
-// grid (num_splits, num_kv_heads, batch_size), 8 warps: a block takes one split of one row's keys
+// grid (NumSplitBlocks, num_kv_heads, batch_size), 8 warps: a block takes splits of one row's keys
 // for all query heads of one KV head.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
@@ -313,13 +312,13 @@ __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  RowSplits splits(seq_len, gridDim.x);
+  RowSplits splits(seq_len, params.splits);
   int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
   BlockWork work{.first_row = first_row,
                  .first_partial = first_row,
                  .num_heads = params.group_size,
                  .split = static_cast<int>(blockIdx.x),
-                 .num_splits = static_cast<int>(gridDim.x),
+                 .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
                  .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
   if (work.split >= work.num_used) {
@@ -327,27 +326,29 @@ __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  ShadowWarp<T, kHeadDim> warp(params, shared, batch, kv_head, first_row);
-  SplitSpan span = splits.Span(work.split);
-  bool has_newest = params.newest == NewestShadow::kWrite && span.end == seq_len;
-  if (has_newest) --span.end;
-  warp.Score(span, [&] {
-    WaitForPreviousKernel();
-    LetNextKernelStart();
-    static_assert(kShadowWarps == kMaxGroupSize, "a warp for each head");
-    int head = static_cast<int>(threadIdx.x) / kWarpSize;
-    if (head < params.group_size) {
-      shared.queries[head].Encode(params.q + (first_row + head) * kHeadDim,
-                                  params.balance + kv_head * kHeadDim, params.sm_scale);
-    } else {
-      shared.queries[head].Clear();
-    }
-    __syncthreads();
-  });
-  if (has_newest && threadIdx.x / kWarpSize == kShadowWarps - 1) warp.AppendAndScore(seq_len - 1);
-  warp.FinishBlock();
-  MergeStatesInLastBlock(work, params.partials, params.output,
-                         [&](int head) { return warp.BlockState(head); });
+  for (; work.split < work.num_used; work.split += gridDim.x) {
+    ShadowWarp<T, kHeadDim> warp(params, shared, batch, kv_head, first_row);
+    SplitSpan span = splits.Span(work.split);
+    bool has_newest = params.newest == NewestShadow::kWrite && span.end == seq_len;
+    if (has_newest) --span.end;
+    warp.Score(span, [&] {
+      WaitForPreviousKernel();
+      LetNextKernelStart();
+      static_assert(kShadowWarps == kMaxGroupSize, "a warp for each head");
+      int head = static_cast<int>(threadIdx.x) / kWarpSize;
+      if (head < params.group_size) {
+        shared.queries[head].Encode(params.q + (first_row + head) * kHeadDim,
+                                    params.balance + kv_head * kHeadDim, params.sm_scale);
+      } else {
+        shared.queries[head].Clear();
+      }
+      __syncthreads();
+    });
+    if (has_newest && threadIdx.x / kWarpSize == kShadowWarps - 1) warp.AppendAndScore(seq_len - 1);
+    warp.FinishBlock();
+    MergeStatesInLastBlock(work, params.partials, params.output,
+                           [&](int head) { return warp.BlockState(head); });
+  }
 }
 
 template <typename T, int kHeadDim>
@@ -356,9 +357,7 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
   constexpr const char* kOp = "score_shadow";
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
   PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
-  // Not bounded by the table's capacity, which page_size rounds: it must not change results.
-  int num_splits = ChooseNumSplits(batch_size * kv.num_kv_heads, scratch.num_sms,
-                                   std::numeric_limits<int32_t>::max());
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
   ScoreShadowParams<T> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
@@ -368,13 +367,16 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
       .sm_scale = args.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .newest = newest,
+      .splits = splits,
       .reads = reads,
-      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, num_splits, kHeadDim),
+      .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
       .scores = {.first = static_cast<__half*>(args.scores.ptr),
                  .row_length = args.scores.dim(2),
                  .are_aligned = IsVectorizable(args.scores, args.scores.dim(2), kQuad)},
       .output = {.lse = args.lse.data<float>()}};
-  dim3 grid(num_splits, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
+                                  batch_size * kv.num_kv_heads, scratch.num_sms);
+  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, ScoreShadowKernel<T, kHeadDim>, {.grid = grid, .block = kShadowThreads},
                    stream, params);
 }

@@ -11,12 +11,17 @@
 
 namespace tidal {
 
-// Tokens of lane l: 2 (l % 4) and the next; weight rows l / 4 of both halves of a tile.
+// Tokens of lane l: 2 (l % 4) behind the first, and the next; weight rows l / 4 of both halves of a
+// tile.
 struct FinishLane {
+  // What Begin hands to Finish; an epilogue that reads nothing before has nothing to say.
+  struct Started {};
+
   int row;    // 0 to 7
   int token;  // the first of two
 
-  __device__ explicit FinishLane(int lane) : row(lane / 4), token(lane % 4 * 2) {}
+  __device__ FinishLane(int lane, int first_token)
+      : row(lane / 4), token(first_token + lane % 4 * 2) {}
 };
 
 template <typename T>
@@ -41,9 +46,10 @@ struct StoreEpilogue {
 
   struct Lane : FinishLane {
     const StoreEpilogue& e;
-    __device__ Lane(const StoreEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
-    __device__ void Begin(int) {}
-    __device__ void Finish(int tile, const float (&values)[4]) {
+    __device__ Lane(const StoreEpilogue& epilogue, int lane, int first_token)
+        : FinishLane(lane, first_token), e(epilogue) {}
+    __device__ Started Begin(int) const { return {}; }
+    __device__ void Finish(int tile, const Started&, const float (&values)[4]) const {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int output = tile * kTileRows + row + i / 2 * 8, t = token + i % 2;
@@ -66,28 +72,33 @@ struct AccumulateEpilogue {
   __device__ TileRows Rows(int tile) const { return RowsInTurn(tile); }
 
   struct Lane : FinishLane {
+    struct Started {
+      float residual[4];
+    };
     const AccumulateEpilogue& e;
-    float residual[4];
-    __device__ Lane(const AccumulateEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
+    __device__ Lane(const AccumulateEpilogue& epilogue, int lane, int first_token)
+        : FinishLane(lane, first_token), e(epilogue) {}
     __device__ float* Target(int tile, int i) const {
       int output = tile * kTileRows + row + i / 2 * 8, t = token + i % 2;
       return output < e.num_outputs && t < e.num_tokens
                  ? e.out + int64_t{t} * e.num_outputs + output
                  : nullptr;
     }
-    __device__ void Begin(int tile) {
+    __device__ Started Begin(int tile) const {
+      Started started;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* target = Target(tile, i);
-        residual[i] =
+        started.residual[i] =
             target == nullptr ? 0.0f : *target + BiasOf(e.bias, tile * kTileRows + row + i / 2 * 8);
       }
+      return started;
     }
-    __device__ void Finish(int tile, const float (&values)[4]) {
+    __device__ void Finish(int tile, const Started& started, const float (&values)[4]) const {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float* target = Target(tile, i);
-        if (target != nullptr) *target = residual[i] + values[i];
+        if (target != nullptr) *target = started.residual[i] + values[i];
       }
     }
   };
@@ -105,9 +116,10 @@ struct SiluMulEpilogue {
 
   struct Lane : FinishLane {
     const SiluMulEpilogue& e;
-    __device__ Lane(const SiluMulEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {}
-    __device__ void Begin(int) {}
-    __device__ void Finish(int tile, const float (&values)[4]) {
+    __device__ Lane(const SiluMulEpilogue& epilogue, int lane, int first_token)
+        : FinishLane(lane, first_token), e(epilogue) {}
+    __device__ Started Begin(int) const { return {}; }
+    __device__ void Finish(int tile, const Started&, const float (&values)[4]) const {
       int output = tile * 8 + row;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -152,7 +164,8 @@ struct RopeAppendEpilogue {
     int position[2];
     int64_t cache_row[2];  // of the token in the cache, for KV head 0
 
-    __device__ Lane(const RopeAppendEpilogue& epilogue, int lane) : FinishLane(lane), e(epilogue) {
+    __device__ Lane(const RopeAppendEpilogue& epilogue, int lane, int first_token)
+        : FinishLane(lane, first_token), e(epilogue) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = token + i < e.num_tokens ? e.positions[token + i] : -1;
@@ -162,8 +175,10 @@ struct RopeAppendEpilogue {
         cache_row[i] = PagedRow(pages, position[i], e.num_kv_heads, e.page_size);
       }
     }
-    __device__ void Begin(int) {}
-    __device__ void Finish(int tile, const float (&values)[4]) {
+    __device__ Started Begin(int) const {
+      return {};
+    }
+    __device__ void Finish(int tile, const Started&, const float (&values)[4]) const {
       TileRows rows = e.Rows(tile);
       int head = rows.first / e.head_dim, half = e.head_dim / 2;
       int dim = rows.first - head * e.head_dim + row;  // in the first half

@@ -9,84 +9,124 @@
 #include "kernels/skinny_epilogue.cuh"
 #include "kernels/skinny_linear.cuh"
 #include "kernels/skinny_run.h"
+#include "kernels/tiled_linear.cuh"
 
 namespace tidal {
 
 struct SkinnyGrid {
   int num_tiles;
   int max_stages;
-  int num_sms;
 };
 
-template <typename T, bool kNormed, typename Epilogue>
-void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
-                  cudaStream_t stream) {
+// Blocks of a cluster: so that the blocks of the last wave are many, and waves few, as each costs
+// as much again as a few hundredths of a product (estimated).
+inline unsigned TiledClusterSize(int64_t num_tiles, int num_sms) {
+  constexpr double kCostOfWave = 0.05;
+  unsigned best = 1;
+  double best_cost = 0.0;
+  for (unsigned size = 1; size <= kMultiplyWarps; size *= 2) {
+    auto waves = static_cast<double>(CeilDiv(num_tiles * size, num_sms));
+    double cost = waves * (1.0 / size + kCostOfWave);
+    if (size == 1 || cost < best_cost) {
+      best = size;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// As LaunchSkinny.
+template <typename T, typename Epilogue>
+void LaunchTiled(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                 const SkinnyRun& run) {
   params.num_tiles = grid.num_tiles;
-  params.layout = MakeSkinnyLayout(params.num_inputs, params.num_tokens, kNormed, grid.max_stages);
-  auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed>;
-  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(grid.num_sms, grid.num_tiles))),
-                       .block = dim3(kSkinnyThreads),
-                       .shared_bytes = static_cast<size_t>(params.layout.Total())};
-  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shape.shared_bytes)));
-  LaunchOverlapped("linear", kernel, shape, stream, params, epilogue);
+  int64_t token_tiles = CeilDiv(params.num_tokens, kBlockTokens);
+  int64_t row_tiles = CeilDiv(grid.num_tiles, kBlockTiles);
+  unsigned cluster = TiledClusterSize(token_tiles * row_tiles, run.num_sms);
+  auto kernel = TiledLinearKernel<T, Epilogue>;
+  LaunchShape shape = {
+      .grid = dim3(cluster * static_cast<unsigned>(token_tiles), static_cast<unsigned>(row_tiles)),
+      .block = dim3(kTiledThreads),
+      .shared_bytes = kTiledSharedBytes,
+      .cluster_size = cluster};
+  TIDAL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTiledSharedBytes));
+  LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue);
+}
+
+template <typename T, bool kNormed, int kTokens, typename Epilogue>
+void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                  const SkinnyRun& run) {
+  if constexpr (kTokens > kMaxSkinnyTokens) {
+    LaunchTiled(params, grid, epilogue, run);
+    return;
+  } else {
+    params.num_tiles = grid.num_tiles;
+    params.layout =
+        MakeSkinnyLayout<kTokens>(params.num_inputs, params.num_tokens, kNormed, grid.max_stages);
+    auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed, kTokens>;
+    LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(run.num_sms, grid.num_tiles))),
+                         .block = dim3(SkinnyShape<kTokens>::kThreads),
+                         .shared_bytes = static_cast<size_t>(params.layout.Total())};
+    TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shape.shared_bytes)));
+    LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue);
+  }
 }
 
 template <typename T>
-SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const RmsNormArgs* norm) {
+SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const SkinnyRun& run) {
   SkinnyParams<T> params = {};
   params.weight = static_cast<const T*>(linear.weight.ptr);
   params.num_outputs = static_cast<int>(linear.weight.dim(0));
   params.num_inputs = static_cast<int>(linear.weight.dim(1));
   params.num_tokens = static_cast<int>(linear.x.dim(0));
   params.x = static_cast<const T*>(linear.x.ptr);
-  if (norm != nullptr) {
-    params.hidden = norm->x.data<float>();
-    params.norm_weight = static_cast<const T*>(norm->weight.ptr);
-    params.norm_eps = norm->eps;
+  params.scales = run.scales;
+  if (run.norm != nullptr) {
+    params.hidden = run.norm->x.data<float>();
+    params.norm_weight = static_cast<const T*>(run.norm->weight.ptr);
+    params.norm_eps = run.norm->eps;
   }
   return params;
 }
 
-// With the norm in the kernel if there is one; bfloat16 only (FitsNorm).
-template <typename T, typename Epilogue>
-void LaunchSkinnyMaybeNormed(const LinearArgs& linear, const RmsNormArgs* norm,
-                             const SkinnyGrid& grid, const Epilogue& epilogue,
-                             cudaStream_t stream) {
-  SkinnyParams<T> params = MakeSkinnyParams<T>(linear, norm);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (norm != nullptr) {
-      LaunchSkinny<T, true>(params, grid, epilogue, stream);
+// With the norm in the kernel if there is one; bfloat16 and few tokens only (FitsNorm).
+template <typename T, int kTokens, typename Epilogue>
+void LaunchSkinnyMaybeNormed(const LinearArgs& linear, const SkinnyGrid& grid,
+                             const Epilogue& epilogue, const SkinnyRun& run) {
+  SkinnyParams<T> params = MakeSkinnyParams<T>(linear, run);
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kTokens == kTileTokens) {
+    if (run.norm != nullptr) {
+      LaunchSkinny<T, true, kTokens>(params, grid, epilogue, run);
       return;
     }
   }
-  LaunchSkinny<T, false>(params, grid, epilogue, stream);
+  LaunchSkinny<T, false, kTokens>(params, grid, epilogue, run);
 }
 
-template <typename T>
-void RunSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
-                     cudaStream_t stream) {
+template <typename T, int kTokens>
+void RunSkinnyLinear(const LinearArgs& args, const SkinnyRun& run) {
   int num_outputs = static_cast<int>(args.weight.dim(0));
   int num_tokens = static_cast<int>(args.x.dim(0));
   auto* bias = static_cast<const T*>(args.bias.ptr);
   SkinnyGrid grid = {.num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows)),
-                     .max_stages = kMaxStages,
-                     .num_sms = num_sms};
+                     .max_stages = kMaxStages};
   if (args.output == LinearOutput::kAccumulate) {
     AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    LaunchSkinny<T, false>(MakeSkinnyParams<T>(args, nullptr), grid, epilogue, stream);
+    LaunchSkinny<T, false, kTokens>(MakeSkinnyParams<T>(args, run), grid, epilogue, run);
   } else if (args.out.dtype == DType::kFloat32) {
     StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    LaunchSkinnyMaybeNormed<T>(args, norm, grid, epilogue, stream);
+    LaunchSkinnyMaybeNormed<T, kTokens>(args, grid, epilogue, run);
   } else {
     StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
-    LaunchSkinnyMaybeNormed<T>(args, norm, grid, epilogue, stream);
+    LaunchSkinnyMaybeNormed<T, kTokens>(args, grid, epilogue, run);
   }
 }
 
-template <typename T>
-void RunLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
-                         const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream) {
+template <typename T, int kTokens>
+void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
+                         const SkinnyRun& run) {
   RopeAppendEpilogue<T> epilogue = {};
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
   epilogue.cos_sin = append.cos_sin.data<float>();
@@ -105,23 +145,20 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
   // Few stages leave room for a block of the sparse attention that follows, which reads its keys
   // and values early.
   SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows),
-                     .max_stages = kStagesBeforeAttention,
-                     .num_sms = num_sms};
-  LaunchSkinnyMaybeNormed<T>(linear, norm, grid, epilogue, stream);
+                     .max_stages = kStagesBeforeAttention};
+  LaunchSkinnyMaybeNormed<T, kTokens>(linear, grid, epilogue, run);
 }
 
-template <typename T>
-void RunLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
-                      const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream) {
+template <typename T, int kTokens>
+void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, const SkinnyRun& run) {
   SiluMulEpilogue<T> epilogue = {};
   epilogue.out = static_cast<T*>(silu_mul.out.ptr);
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
   epilogue.intermediate_size = static_cast<int>(silu_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(silu_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),
-                     .max_stages = kMaxStages,
-                     .num_sms = num_sms};
-  LaunchSkinnyMaybeNormed<T>(linear, norm, grid, epilogue, stream);
+                     .max_stages = kMaxStages};
+  LaunchSkinnyMaybeNormed<T, kTokens>(linear, grid, epilogue, run);
 }
 
 }  // namespace tidal

@@ -1,6 +1,8 @@
 // Which products the skinny kernels take, and the way to their instantiations in cuda/inst.
 #include "kernels/skinny_linear.h"
 
+#include <type_traits>
+
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "kernels/skinny_layout.h"
@@ -27,57 +29,73 @@ bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
 
-}  // namespace
-
-bool FitsSkinnyLinear(const LinearArgs& args) {
-  int64_t num_tokens = args.x.dim(0), num_outputs = args.weight.dim(0);
-  int64_t num_inputs = args.weight.dim(1);
-  return num_tokens >= 1 && num_tokens <= kMaxSkinnyTokens && num_outputs >= 1 &&
-         num_outputs <= INT32_MAX - kTileRows && num_inputs >= kStepInputs &&
-         num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 && IsAligned(args.weight) &&
-         IsAligned(args.x) && RunsHopperCode(ProbeKernel) && DeviceHasRoom();
+// Short rows have so few parts that their buffers leave no room for the stages of 16 tokens.
+bool FitsSixteen(int64_t num_inputs) {
+  return MakeSkinnyLayout<kMaxSkinnyTokens>(num_inputs, kMaxSkinnyTokens, false, kMaxStages)
+             .Total() <= kMaxSharedBytes;
 }
 
-bool FitsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
+// Calls fn(dtype, width) for the narrowest kernel that takes the tokens; kAnyWidth takes any
+// number.
+template <typename Fn>
+void DispatchKernel(const char* op, const LinearArgs& linear, const Fn& fn) {
+  const int64_t num_tokens = linear.x.dim(0);
+  DispatchHalf(linear.weight.dtype, op, [&](auto tag) {
+    if (num_tokens <= kTileTokens) {
+      fn(tag, std::integral_constant<int, kTileTokens>());
+    } else if (num_tokens <= kMaxSkinnyTokens && FitsSixteen(linear.weight.dim(1))) {
+      fn(tag, std::integral_constant<int, static_cast<int>(kMaxSkinnyTokens)>());
+    } else {
+      fn(tag, std::integral_constant<int, kAnyWidth>());
+    }
+  });
+}
+
+}  // namespace
+
+bool StreamsLinear(const LinearArgs& args) {
+  int64_t num_outputs = args.weight.dim(0), num_inputs = args.weight.dim(1);
+  return args.x.dim(0) >= 1 && num_outputs >= 1 && num_outputs <= INT32_MAX - kTileRows &&
+         num_inputs >= kStepInputs && num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 &&
+         IsAligned(args.weight) && IsAligned(args.x) && RunsHopperCode(ProbeKernel) &&
+         DeviceHasRoom();
+}
+
+bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
   int64_t head_dim = append.q.dim(2);  // as LaunchRopeAppendKv takes
-  return FitsSkinnyLinear(linear) && !append.q_norm && !append.k_norm &&
+  return StreamsLinear(linear) && !append.q_norm && !append.k_norm &&
          (head_dim == 64 || head_dim == 128);
 }
 
-bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {
-  return FitsSkinnyLinear(linear) && silu_mul.out.dim(1) % (kTileRows / 2) == 0;
+bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {
+  return StreamsLinear(linear) && silu_mul.out.dim(1) % (kTileRows / 2) == 0;
 }
 
 bool FitsNorm(const RmsNormArgs& norm) {
-  int64_t num_tokens = norm.x.dim(0), num_inputs = norm.x.dim(1);
-  constexpr int64_t kEqualShares = int64_t{kChunk} * kMultiplyWarps;
-  if (num_tokens > kMaxNormedTokens || num_inputs % kEqualShares != 0) return false;
-  SkinnyLayout layout =
-      MakeSkinnyLayout(num_inputs, static_cast<int>(num_tokens), true, kMinStages);
-  // The products with the norm's weights are rounded before they are scaled: float16 could
-  // overflow.
-  return layout.Total() <= kMaxSharedBytes && norm.out.dtype == DType::kBFloat16 &&
-         IsAligned(norm.x) && IsAligned(norm.weight);
+  int64_t num_tokens = norm.x.dim(0);
+  if (num_tokens > kMaxNormedTokens) return false;
+  SkinnyLayout layout = MakeSkinnyLayout<kTileTokens>(norm.x.dim(1), static_cast<int>(num_tokens),
+                                                      true, SkinnyShape<kTileTokens>::kMinStages);
+  return layout.Total() <= kMaxSharedBytes;
 }
 
-void LaunchSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
-                        cudaStream_t stream) {
-  DispatchHalf(args.weight.dtype, "linear", [&](auto tag) {
-    RunSkinnyLinear<typename decltype(tag)::Type>(args, norm, num_sms, stream);
+void LaunchSkinnyLinear(const LinearArgs& args, const SkinnyRun& run) {
+  DispatchKernel("linear", args, [&](auto tag, auto width) {
+    RunSkinnyLinear<typename decltype(tag)::Type, width()>(args, run);
   });
 }
 
-void LaunchLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
-                            const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream) {
-  DispatchHalf(linear.weight.dtype, "qkv_rope_append", [&](auto tag) {
-    RunLinearRopeAppend<typename decltype(tag)::Type>(linear, norm, append, num_sms, stream);
+void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
+                            const SkinnyRun& run) {
+  DispatchKernel("qkv_rope_append", linear, [&](auto tag, auto width) {
+    RunLinearRopeAppend<typename decltype(tag)::Type, width()>(linear, append, run);
   });
 }
 
-void LaunchLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
-                         const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream) {
-  DispatchHalf(linear.weight.dtype, "gate_up_silu_mul", [&](auto tag) {
-    RunLinearSiluMul<typename decltype(tag)::Type>(linear, norm, silu_mul, num_sms, stream);
+void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul,
+                         const SkinnyRun& run) {
+  DispatchKernel("gate_up_silu_mul", linear, [&](auto tag, auto width) {
+    RunLinearSiluMul<typename decltype(tag)::Type, width()>(linear, silu_mul, run);
   });
 }
 

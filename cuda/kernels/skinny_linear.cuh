@@ -1,21 +1,28 @@
 // The product of a few tokens with a weight: bound by reading the weight once, at memory speed.
 //
-// One block for each SM. Eight warps multiply, each on stages of its own: 16 weight rows by kChunk
-// inputs, with the tokens' inputs beside them, copied asynchronously; the first weights before the
-// kernel in front has ended, since they do not depend on it. They use the tensor cores: weight rows
-// are the 16 rows of an mma, tokens its 8 columns. A ninth warp adds up their parts of a tile in a
-// fixed order and finishes it (the Epilogue: bias, residual, SiLU, rotation and append).
+// One block for each SM. Eight warps multiply, each on stages of its own: rows of the weight by a
+// chunk of inputs, with the tokens' inputs beside them, copied asynchronously; the first weights
+// before the kernel in front has ended, since they do not depend on it. They use the tensor cores:
+// weight rows are the 16 rows of an mma, tokens its 8 columns. Further warps add up their parts of
+// a tile and finish it (the Epilogue: bias, residual, SiLU, rotation and append).
+//
+// The sum behind an output is made in an order that the number of inputs alone decides: of every
+// eighth chunk a part (in two accumulators, over alternate inputs), and the eight parts by pairs
+// (AddTree). It does not depend on how many tokens there are, nor on which of them it is for;
+// tiled_linear.cuh has the same for more tokens.
 //
 // With kNormed the inputs are an RmsNorm of hidden states, made on the way through a block's first
 // tile: each hidden state is multiplied by the norm's weight and kept in shared memory for the
 // other tiles, where the same lane needs it again (a tile's chunks are a multiple of the warps);
-// the sums of squares fall off, and the results are scaled.
+// the sums of squares fall off, and the results are scaled. Of more tokens than find room for that,
+// folded_norm.cu makes the same inputs and scales.
 //
 // Inside an mma the order of the inputs does not matter as long as both sides agree: a lane takes 8
 // neighbouring inputs of a row with one 16-byte load, and they serve as the k of two mma.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "common/async_copy.cuh"
 #include "common/dependent_launch.cuh"
@@ -23,6 +30,7 @@
 #include "common/reduce.cuh"
 #include "common/shared_barrier.cuh"
 #include "common/vec.cuh"
+#include "kernels/folded_norm.cuh"
 #include "kernels/skinny_layout.h"
 
 namespace tidal {
@@ -32,12 +40,13 @@ struct SkinnyParams {
   const T* weight;       // [N, K]
   int num_outputs;       // N
   int num_inputs;        // K
-  int num_tokens;        // 1 to kMaxSkinnyTokens
+  int num_tokens;        // 1 to the kernel's kTokens
   int num_tiles;         // of all blocks together
   const T* x;            // [T, K]; with kNormed: RmsNorm of the next three
   const float* hidden;   // [T, K]
   const T* norm_weight;  // [K]
   float norm_eps;
+  const float* scales;  // [T]: of the tokens' results; null: 1
   SkinnyLayout layout;
 };
 
@@ -47,18 +56,76 @@ struct TileRows {
   int second;
 };
 
+__device__ __forceinline__ float4 AddFragments(const float4& a, const float4& b) {
+  return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z),
+                     __fadd_rn(a.w, b.w));
+}
+
+// Adds neighbours first, then their sums; a power of two of them. Zeros at the end change nothing.
+template <int kCount>
+__device__ __forceinline__ float4 AddTree(float4 (&parts)[kCount]) {
+#pragma unroll
+  for (int distance = 1; distance < kCount; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2 * distance) {
+      parts[i] = AddFragments(parts[i], parts[i + distance]);
+    }
+  }
+  return parts[0];
+}
+
+// Two sums of each output of a tile of 16 rows by 8 tokens, over alternate inputs.
+using TileSums = float[2][4];
+
+// Adds 32 inputs: of the weight's first 8 rows, of its second 8, and of the tokens.
+template <typename T>
+__device__ __forceinline__ void MultiplyStep(const uint4& low, const uint4& high, const uint4& x,
+                                             TileSums& sums) {
+  MultiplyAdd<T>(sums[0], {low.x, high.x, low.y, high.y}, x.x, x.y);
+  MultiplyAdd<T>(sums[1], {low.z, high.z, low.w, high.w}, x.z, x.w);
+}
+
+// Returns a part of a tile, whose sums start afresh.
+__device__ __forceinline__ float4 TakePart(TileSums& sums) {
+  float4 part = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
+                            sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
+  return part;
+}
+
+// Makes what the Epilogue finishes: a tile's sums, each times the scale of its token.
+__device__ __forceinline__ void ScaleSums(const float4& sums, const float (&scales)[2],
+                                          float (&values)[4]) {
+  values[0] = __fmul_rn(sums.x, scales[0]);
+  values[1] = __fmul_rn(sums.y, scales[1]);
+  values[2] = __fmul_rn(sums.z, scales[0]);
+  values[3] = __fmul_rn(sums.w, scales[1]);
+}
+
+// Returns the scale that another kernel left for a token, or 1.
+template <typename T>
+__device__ __forceinline__ float GivenScale(const SkinnyParams<T>& params, int token) {
+  return params.scales == nullptr || token >= params.num_tokens ? 1.0f : params.scales[token];
+}
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 // What an Epilogue offers:
 //   TileRows Rows(int tile) const;
-//   Lane: the finishing warp's state, made from (epilogue, lane) when the kernel in front has
-//   ended:
-//     Begin(tile): starts what can be read before the results are there, and
-//     Finish(tile, values): lane l holds rows l / 4 of the first and the second 8, for tokens
-//     2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
+//   Lane: the finishing warp's state for 8 tokens, made from (epilogue, lane, first token) when the
+//   kernel in front has ended:
+//     Started Begin(tile): starts what can be read before the results are there, and
+//     Finish(tile, started, values): lane l holds rows l / 4 of the first and the second 8, for
+//     tokens 2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
-template <typename T, typename Epilogue, bool kNormed>
-class SkinnyBlock {
+template <typename T, typename Epilogue, bool kNormed, int kTokens>
+class SkinnyBlock : SkinnyShape<kTokens> {
+  using Shape = SkinnyShape<kTokens>;
+  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kWeightBytes;
+  static_assert(!kNormed || kTokens == kTileTokens);
+  using Lane = typename Epilogue::Lane;
+
  public:
   __device__ SkinnyBlock(const SkinnyParams<T>& params, const Epilogue& epilogue,
                          unsigned char* shared)
@@ -66,24 +133,25 @@ class SkinnyBlock {
     num_chunks_ = (p_.num_inputs + kChunk - 1) / kChunk;
     int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     num_tiles_ = (p_.num_tiles - first + blocks - 1) / blocks;
-    tile_full_ = reinterpret_cast<SharedBarrier*>(shared + p_.layout.Barriers());
-    tile_empty_ = tile_full_ + p_.layout.num_tile_buffers;
+    num_groups_ = (num_tiles_ + kRowTiles - 1) / kRowTiles;
+    group_full_ = reinterpret_cast<SharedBarrier*>(shared + p_.layout.Barriers());
+    group_empty_ = group_full_ + p_.layout.num_buffers;
   }
 
   // By one thread.
   __device__ void InitBarriers() {
-    for (int buffer = 0; buffer < p_.layout.num_tile_buffers; ++buffer) {
-      InitBarrier(tile_full_ + buffer, static_cast<uint32_t>(p_.layout.num_parts) * kWarpSize);
-      InitBarrier(tile_empty_ + buffer, kWarpSize);
+    for (int buffer = 0; buffer < p_.layout.num_buffers; ++buffer) {
+      InitBarrier(group_full_ + buffer, static_cast<uint32_t>(p_.layout.num_parts) * kWarpSize);
+      InitBarrier(group_empty_ + buffer, kRowTiles * kWarpSize);
     }
   }
 
-  // A multiplying warp: every kMultiplyWarps-th chunk of the block's tiles, through stages of its
-  // own. Where its part of a tile stands among the others is given by its chunks alone, so sums do
+  // A multiplying warp: every kMultiplyWarps-th chunk of the block's groups, through stages of its
+  // own. Where its part of a group stands among the others is given by its chunks alone, so sums do
   // not depend on which warp had them.
   __device__ void Multiply() {
     int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    int num_stages = p_.layout.num_stages, stage_bytes = p_.layout.StageBytes();
+    int num_stages = p_.layout.num_stages, stage_bytes = p_.layout.stage_bytes;
     // Stages are named by pointers carried along: for an offset of stage x bytes, which is the same
     // in all threads, ptxas 13.0 encodes copies under an L2 policy as illegal instructions.
     unsigned char* const first_stage = shared_ + warp * num_stages * stage_bytes;
@@ -103,12 +171,13 @@ class SkinnyBlock {
       inputs.Next();
     }
 
-    float sums[2][4] = {}, sum_of_squares = 0.0f;
+    Sums sums = {};
+    float sum_of_squares = 0.0f;
     unsigned char* stage = first_stage;
-    for (Cursor at(num_chunks_, warp); at.tile < num_tiles_;) {
+    for (Cursor at(num_chunks_, warp); at.group < num_groups_;) {
       WaitOldest(num_stages);
       __syncwarp();  // for all lanes
-      if (kNormed && at.tile == 0) {
+      if (kNormed && at.group == 0) {
         sum_of_squares = __fadd_rn(sum_of_squares, MakeInputs(at, stage, lane));
       }
       MultiplyStage(at, stage, lane, sums);
@@ -117,54 +186,30 @@ class SkinnyBlock {
       CopyInputs(ahead, stage, lane);
       CommitCopies();
       ahead.Next();
-      int tile = at.tile, chunk = at.chunk;
+      int group = at.group, chunk = at.chunk;
       at.Next();
-      if (at.tile != tile) {
+      if (at.group != group) {
         int part = chunk % kMultiplyWarps;
-        if (kNormed && tile == 0) HandInSquares(part, lane, sum_of_squares);
-        HandIn(tile, part, lane, sums);
+        if (kNormed && group == 0) HandInSquares(part, lane, sum_of_squares);
+        HandIn(group, part, lane, sums);
       }
       stage += stage_bytes;
       if (stage == end_of_stages) stage = first_stage;
     }
   }
 
-  // The finishing warp.
-  __device__ void Finish() {
-    int lane = threadIdx.x % kWarpSize, num_buffers = p_.layout.num_tile_buffers;
-    WaitForPreviousKernel();
-    typename Epilogue::Lane finisher(epilogue_, lane);
-    float scales[2] = {1.0f, 1.0f};  // of this lane's two tokens
-    for (int i = 0; i < num_tiles_; ++i) {
-      int tile = static_cast<int>(blockIdx.x + i * gridDim.x), buffer = i % num_buffers;
-      finisher.Begin(tile);
-      WaitBarrier(tile_full_ + buffer, (i / num_buffers) & 1);
-      float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int part = 0; part < p_.layout.num_parts; ++part) {
-        float4 partial = *Partial(buffer, part, lane);
-        total.x = __fadd_rn(total.x, partial.x);
-        total.y = __fadd_rn(total.y, partial.y);
-        total.z = __fadd_rn(total.z, partial.z);
-        total.w = __fadd_rn(total.w, partial.w);
-      }
-      if (kNormed && i == 0) {
-        scales[0] = NormScale(lane % 4 * 2);
-        scales[1] = NormScale(lane % 4 * 2 + 1);
-      }
-      Arrive(tile_empty_ + buffer);
-      const float values[4] = {total.x * scales[0], total.y * scales[1], total.z * scales[0],
-                               total.w * scales[1]};
-      finisher.Finish(tile, values);
-    }
-  }
+  // A finishing warp.
+  __device__ void Finish() { FinishWith(std::make_integer_sequence<int, kTokenTiles>()); }
 
  private:
-  // A place in a warp's sequence of chunks. The block's chunks, tile by tile, are dealt to its
+  using Sums = TileSums[kRowTiles][kTokenTiles];
+
+  // A place in a warp's sequence of stages. The block's chunks, group by group, are dealt to its
   // warps in turn.
   struct Cursor {
-    int num_chunks;  // of a tile
-    int tile = 0;    // the block's tile-th
-    int chunk;       // of the tile
+    int num_chunks;  // of a group
+    int group = 0;   // the block's group-th
+    int chunk;       // of the group
 
     __device__ Cursor(int chunks, int warp) : num_chunks(chunks), chunk(warp) { Carry(); }
     __device__ void Next() {
@@ -174,69 +219,84 @@ class SkinnyBlock {
     __device__ void Carry() {
       while (chunk >= num_chunks) {
         chunk -= num_chunks;
-        ++tile;
+        ++group;
       }
     }
+    __device__ int FirstInput() const { return chunk * kChunk; }
   };
+
+  // The number of the block's index-th tile among all.
+  __device__ int TileOf(int index) const {
+    return static_cast<int>(blockIdx.x + index * gridDim.x);
+  }
 
   // Until the oldest of num_stages groups of copies has landed.
   __device__ static void WaitOldest(int num_stages) {
-    static_assert(kMinStages == 3 && kMaxStages == 6);
+    static_assert(Shape::kMinStages >= 2 && kMaxStages == 6);
     if (num_stages == 6) {
       WaitCopies<5>();
     } else if (num_stages == 5) {
       WaitCopies<4>();
     } else if (num_stages == 4) {
       WaitCopies<3>();
-    } else {
+    } else if (num_stages == 3) {
       WaitCopies<2>();
+    } else {
+      WaitCopies<1>();
     }
   }
 
   // One float for each part and token.
   __device__ float* SquaresOf(int part, int token) const {
-    return reinterpret_cast<float*>(shared_ + p_.layout.SumsOfSquares()) +
-           part * static_cast<int>(kMaxSkinnyTokens) + token;
+    return reinterpret_cast<float*>(shared_ + p_.layout.SumsOfSquares()) + part * kTileTokens +
+           token;
   }
-  __device__ float4* Partial(int buffer, int part, int lane) const {
-    return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) +
-           (buffer * p_.layout.num_parts + part) * kWarpSize + lane;
+  // A lane's fragment of a part of a group.
+  __device__ float4* Partial(int buffer, int part, int row_tile, int token_tile, int lane) const {
+    int fragment =
+        ((buffer * p_.layout.num_parts + part) * kRowTiles + row_tile) * kTokenTiles + token_tile;
+    return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) + fragment * kWarpSize + lane;
   }
 
-  // Starts the copies of a chunk of a tile's rows, two rows at a time: lane l has the l % 16-th 16
-  // bytes of a row; for a first tile with kNormed of the norm's weights, too. Zeros past the ends
-  // of rows and weight; nothing past the last tile.
+  // Starts the copies of a stage's part of a group's rows: a lane has 16 bytes of a row; for a
+  // first group with kNormed of the norm's weights, too. Zeros past the ends of rows and weight;
+  // nothing past the last tile, whose sums nobody takes.
   __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
-    if (at.tile >= num_tiles_) return;
-    TileRows rows = epilogue_.Rows(static_cast<int>(blockIdx.x + at.tile * gridDim.x));
-    int piece = lane % 16, odd = lane / 16, input = at.chunk * kChunk + piece * 8;
+    if (at.group >= num_groups_) return;
+    constexpr int kRowLanes = kChunkBytes / 16, kRows = kWarpSize / kRowLanes;
+    int piece = lane % kRowLanes, row = lane / kRowLanes, input = at.FirstInput() + piece * 8;
     bool inside = input < p_.num_inputs;
-    if (kNormed && at.tile == 0 && odd == 0) {
-      unsigned char* norm =
-          stage + kTileRows * kStageRowBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
+    if (kNormed && at.group == 0 && row == 0) {
+      unsigned char* norm = stage + kWeightBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
       CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
     }
-    unsigned char* target = stage + odd * kStageRowBytes + SwapHalves(odd, piece * 16);
+    unsigned char* target = stage + row * kChunkBytes + SwapHalves(row, piece * 16);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int first = (half == 0 ? rows.first : rows.second) + odd;
-      const T* source = p_.weight + int64_t{first} * p_.num_inputs + input;
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      int index = at.group * kRowTiles + tile;
+      if (kRowTiles > 1 && index >= num_tiles_) break;
+      TileRows rows = epilogue_.Rows(TileOf(index));
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        bool present = inside && first + 2 * pair < p_.num_outputs;
-        CopyAsync16(target + (half * 4 + pair) * 2 * kStageRowBytes,
-                    present ? source + int64_t{2 * pair} * p_.num_inputs : p_.weight, present,
-                    policy_);
+      for (int half = 0; half < 2; ++half) {
+        int first = (half == 0 ? rows.first : rows.second) + row;
+        const T* source = p_.weight + int64_t{first} * p_.num_inputs + input;
+#pragma unroll
+        for (int below = 0; below < kTileRows / 2; below += kRows) {
+          bool present = inside && first + below < p_.num_outputs;
+          CopyAsync16(target + (tile * kTileRows + half * kTileRows / 2 + below) * kChunkBytes,
+                      present ? source + int64_t{below} * p_.num_inputs : p_.weight, present,
+                      policy_);
+        }
       }
     }
   }
 
   // Likewise the inputs of all tokens, 16 bytes a lane.
   __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
-    if (at.tile >= num_tiles_ || (kNormed && at.tile > 0)) return;
-    unsigned char* target = stage + kTileRows * kStageRowBytes;
+    if (at.group >= num_groups_ || (kNormed && at.group > 0)) return;
+    unsigned char* target = stage + kWeightBytes;
     if constexpr (kNormed) {
-      int input = at.chunk * kChunk + lane * 4;
+      int input = at.FirstInput() + lane * 4;
       bool inside = input < p_.num_inputs;
       for (int token = 0; token < p_.num_tokens; ++token) {
         const float* source = p_.hidden + int64_t{token} * p_.num_inputs + input;
@@ -244,38 +304,50 @@ class SkinnyBlock {
                     inside);
       }
     } else {
-      int piece = lane % 16, input = at.chunk * kChunk + piece * 8;
+      constexpr int kRowLanes = kChunkBytes / 16, kRows = kWarpSize / kRowLanes;
+      int piece = lane % kRowLanes, input = at.FirstInput() + piece * 8;
       bool inside = input < p_.num_inputs;
-      for (int token = lane / 16; token < p_.num_tokens; token += 2) {
+      for (int token = lane / kRowLanes; token < p_.num_tokens; token += kRows) {
         const T* source = p_.x + int64_t{token} * p_.num_inputs + input;
-        CopyAsync16(target + token * kStageRowBytes + SwapHalves(token, piece * 16),
+        CopyAsync16(target + token * kChunkBytes + SwapHalves(token, piece * 16),
                     inside ? source : p_.x, inside);
       }
     }
   }
 
   __device__ void MultiplyStage(const Cursor& at, const unsigned char* stage, int lane,
-                                float (&sums)[2][4]) {
-    int group = lane / 4;  // weight row, and token
-    const unsigned char* weights = stage + group * kStageRowBytes;
+                                Sums& sums) const {
+    int row = lane / 4;  // of a tile's halves, and token of a tile
+    const unsigned char* weights = stage + row * kChunkBytes;
     const unsigned char* inputs =
-        kNormed ? NormedRow(group, at.chunk) : stage + (kTileRows + group) * kStageRowBytes;
-    bool present = group < p_.num_tokens;
+        kNormed ? NormedRow(row, at.chunk) : stage + kWeightBytes + row * kChunkBytes;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
-      int offset = SwapHalves(group, step * kStepInputs * 2 + lane % 4 * 16);
-      uint4 low = *reinterpret_cast<const uint4*>(weights + offset);
-      uint4 high = *reinterpret_cast<const uint4*>(weights + 8 * kStageRowBytes + offset);
-      uint4 b = make_uint4(0, 0, 0, 0);
-      if (present) b = *reinterpret_cast<const uint4*>(inputs + offset);
-      MultiplyAdd<T>(sums[0], {low.x, high.x, low.y, high.y}, b.x, b.y);
-      MultiplyAdd<T>(sums[1], {low.z, high.z, low.w, high.w}, b.z, b.w);
+      int offset = SwapHalves(row, step * kStepInputs * 2 + lane % 4 * 16);
+      uint4 b[kTokenTiles];
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        b[n] = make_uint4(0, 0, 0, 0);
+        if (n * kTileTokens + row < p_.num_tokens) {
+          b[n] = *reinterpret_cast<const uint4*>(inputs + n * kTileTokens * kChunkBytes + offset);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        const unsigned char* tile = weights + m * kTileRows * kChunkBytes + offset;
+        uint4 low = *reinterpret_cast<const uint4*>(tile);
+        uint4 high = *reinterpret_cast<const uint4*>(tile + kTileRows / 2 * kChunkBytes);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          MultiplyStep<T>(low, high, b[n], sums[m][n]);
+        }
+      }
     }
   }
 
   // The inputs of a token and chunk, made by MakeInputs.
   __device__ unsigned char* NormedRow(int token, int chunk) const {
-    return shared_ + p_.layout.Normed() + (token * num_chunks_ + chunk) * kStageRowBytes;
+    return shared_ + p_.layout.Normed() + (token * num_chunks_ + chunk) * kChunkBytes;
   }
 
   // Hidden states times norm weights, what this lane needs of them; what the norm divides by is the
@@ -283,81 +355,132 @@ class SkinnyBlock {
   __device__ float MakeInputs(const Cursor& at, const unsigned char* stage, int lane) {
     int token = lane / 4;
     if (token >= p_.num_tokens) return 0.0f;
-    const unsigned char* inputs = stage + kTileRows * kStageRowBytes;
+    const unsigned char* inputs = stage + kWeightBytes;
     const auto* hidden = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes);
     const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
     float squares = 0.0f;
 #pragma unroll
     for (int step = 0; step < kChunk / kStepInputs; ++step) {
       int first = step * kStepInputs + lane % 4 * 8;
-      float low[4], high[4], weights[8];
-      LoadFloats<4>(hidden + first, low);
-      LoadFloats<4>(hidden + first + 4, high);
-      LoadFloats<8>(norm + first, weights);
-      float products[8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        squares = __fmaf_rn(low[i], low[i], __fmaf_rn(high[i], high[i], squares));
-        products[i] = low[i] * weights[i];
-        products[i + 4] = high[i] * weights[i + 4];
-      }
       unsigned char* target = NormedRow(token, at.chunk) + SwapHalves(token, first * 2);
-      StoreFloats<8>(reinterpret_cast<T*>(target), products);
+      FoldNorm(hidden + first, norm + first, reinterpret_cast<T*>(target), squares);
     }
     return squares;
   }
 
   // Lanes 4 g to 4 g + 3 hold the squares of token g.
   __device__ void HandInSquares(int part, int lane, float squares) {
-    squares = __fadd_rn(squares, __shfl_xor_sync(kFullWarp, squares, 1));
-    squares = __fadd_rn(squares, __shfl_xor_sync(kFullWarp, squares, 2));
+    squares = AddSquaresOfLanes(squares);
     if (lane % 4 == 0) *SquaresOf(part, lane / 4) = squares;
   }
 
-  // 1 / sqrt(mean of squares + eps), once all parts of the first tile are handed in.
-  __device__ float NormScale(int token) const {
-    float sum = 0.0f;
-    for (int part = 0; part < p_.layout.num_parts; ++part) {
-      sum = __fadd_rn(sum, *SquaresOf(part, token));
+  // Of a token's results: of its norm, once all parts of the first group are handed in.
+  __device__ float ScaleOf(int token) const {
+    if constexpr (kNormed) {
+      float sum = 0.0f;
+      for (int part = 0; part < p_.layout.num_parts; ++part) {
+        sum = __fadd_rn(sum, *SquaresOf(part, token));
+      }
+      return NormScale(sum, p_.num_inputs, p_.norm_eps);
+    } else {
+      return GivenScale(p_, token);
     }
-    return 1.0f / sqrtf(sum / static_cast<float>(p_.num_inputs) + p_.norm_eps);
   }
 
-  // Leaves this warp's part of a tile to the finishing warp, and starts afresh.
-  __device__ void HandIn(int tile, int part, int lane, float (&sums)[2][4]) {
-    int num_buffers = p_.layout.num_tile_buffers;
-    int buffer = tile % num_buffers, round = tile / num_buffers;
-    if (round > 0) WaitBarrier(tile_empty_ + buffer, (round - 1) & 1);
-    *Partial(buffer, part, lane) = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
-                                               sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
-    Arrive(tile_full_ + buffer);
+  // Leaves this warp's part of a group to the finishing warp, and starts afresh.
+  __device__ void HandIn(int group, int part, int lane, Sums& sums) {
+    int num_buffers = p_.layout.num_buffers;
+    int buffer = group % num_buffers, round = group / num_buffers;
+    if (round > 0) WaitBarrier(group_empty_ + buffer, (round - 1) & 1);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        *Partial(buffer, part, m, n, lane) = TakePart(sums[m][n]);
+      }
+    }
+    Arrive(group_full_ + buffer);
+  }
+
+  template <int... kTiles>
+  __device__ void FinishWith(std::integer_sequence<int, kTiles...>) {
+    int lane = threadIdx.x % kWarpSize, num_buffers = p_.layout.num_buffers;
+    int row_tile = static_cast<int>(threadIdx.x) / kWarpSize - kMultiplyWarps;  // this warp's
+    WaitForPreviousKernel();
+    Lane finishers[] = {Lane(epilogue_, lane, kTiles * kTileTokens)...};
+    float scales[kTokenTiles][2];  // of this lane's two tokens of each tile
+    if constexpr (!kNormed) LoadScales(lane, scales);
+    for (int group = 0; group < num_groups_; ++group) {
+      int index = group * kRowTiles + row_tile, buffer = group % num_buffers;
+      bool present = index < num_tiles_;
+      typename Lane::Started started[kTokenTiles];
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        if (present) started[n] = finishers[n].Begin(TileOf(index));
+      }
+      WaitBarrier(group_full_ + buffer, (group / num_buffers) & 1);
+      if constexpr (kNormed) {
+        if (group == 0) LoadScales(lane, scales);
+      }
+      float4 totals[kTokenTiles];
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) totals[n] = AddParts(buffer, row_tile, n, lane);
+      Arrive(group_empty_ + buffer);
+      if (!present) continue;
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        float values[4];
+        ScaleSums(totals[n], scales[n], values);
+        finishers[n].Finish(TileOf(index), started[n], values);
+      }
+    }
+  }
+
+  __device__ void LoadScales(int lane, float (&scales)[kTokenTiles][2]) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scales[n][i] = ScaleOf(n * kTileTokens + lane % 4 * 2 + i);
+    }
+  }
+
+  // All parts of a tile.
+  __device__ float4 AddParts(int buffer, int row_tile, int token_tile, int lane) const {
+    float4 parts[kMultiplyWarps];
+#pragma unroll
+    for (int part = 0; part < kMultiplyWarps; ++part) {
+      parts[part] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (part < p_.layout.num_parts) {
+        parts[part] = *Partial(buffer, part, row_tile, token_tile, lane);
+      }
+    }
+    return AddTree(parts);
   }
 
   const SkinnyParams<T>& p_;
   const Epilogue& epilogue_;
   unsigned char* shared_;
   uint64_t policy_ = EvictFirstPolicy();  // what other kernels will want stays in the L2
-  SharedBarrier* tile_full_;              // [num_tile_buffers]: all parts of a tile are handed in
-  SharedBarrier* tile_empty_;             // [num_tile_buffers]: they have been added up
-  int num_chunks_;                        // of a tile
+  SharedBarrier* group_full_;             // [num_buffers]: all parts of a group are handed in
+  SharedBarrier* group_empty_;            // [num_buffers]: they have been added up
+  int num_chunks_;                        // of a group
   int num_tiles_;                         // of this block
+  int num_groups_;                        // of its tiles
 };
 
 #endif
 
 // grid: at most one block for each SM and tile; kSkinnyThreads threads.
-template <typename T, typename Epilogue, bool kNormed>
-__global__ void __launch_bounds__(kSkinnyThreads, 2)
+template <typename T, typename Epilogue, bool kNormed, int kTokens>
+__global__ void __launch_bounds__(SkinnyShape<kTokens>::kThreads, kTokens > kTileTokens ? 1 : 2)
     SkinnyLinearKernel(const __grid_constant__ SkinnyParams<T> params,
                        const __grid_constant__ Epilogue epilogue) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  SkinnyBlock<T, Epilogue, kNormed> block(params, epilogue, shared_bytes);
+  SkinnyBlock<T, Epilogue, kNormed, kTokens> block(params, epilogue, shared_bytes);
   if (threadIdx.x == 0) block.InitBarriers();
   __syncthreads();
-  if (threadIdx.x / kWarpSize == kFinishWarp) {
+  if (threadIdx.x / kWarpSize >= kMultiplyWarps) {
     block.Finish();
   } else {
     block.Multiply();

@@ -1,5 +1,6 @@
 // Matrix products of a decode step: a few tokens times a weight that is read once, with what stands
-// before and behind it in a layer. For more tokens there is cuda_linear.h.
+// before and behind it in a layer. Each token's results are the same bit for bit, whatever the
+// number of tokens. For many tokens there is cuda_linear.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,22 +9,27 @@
 
 namespace tidal {
 
-// Whether the kernels take the product of these arguments, alone or with what follows it; with
-// others they must not be launched.
-bool FitsSkinnyLinear(const LinearArgs& args);
-bool FitsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
-bool FitsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
+// Whether the kernels take the product of these arguments, alone or with what follows it, however
+// many tokens there are; with others they must not be launched.
+bool StreamsLinear(const LinearArgs& args);
+bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
+bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
 
-// Whether they also take the RmsNorm that makes the product's inputs, if they take the product and
-// it is stored.
+// Whether a kernel also makes the norm that FoldsNorm (folded_norm.h), if the product is stored.
 bool FitsNorm(const RmsNormArgs& norm);
 
-// `norm`: makes linear.x, which is then neither read nor written; null: linear.x is there.
-void LaunchSkinnyLinear(const LinearArgs& args, const RmsNormArgs* norm, int num_sms,
-                        cudaStream_t stream);
-void LaunchLinearRopeAppend(const LinearArgs& linear, const RmsNormArgs* norm,
-                            const RopeAppendKvArgs& append, int num_sms, cudaStream_t stream);
-void LaunchLinearSiluMul(const LinearArgs& linear, const RmsNormArgs* norm,
-                         const SiluMulArgs& silu_mul, int num_sms, cudaStream_t stream);
+// The norm in front of a product, if it is not done, and where the product runs.
+struct SkinnyRun {
+  const RmsNormArgs* norm = nullptr;  // makes linear.x, which is then neither read nor written
+  const float* scales = nullptr;      // [T]: what LaunchFoldedNorm left to do
+  int num_sms = 0;
+  cudaStream_t stream = nullptr;
+};
+
+void LaunchSkinnyLinear(const LinearArgs& args, const SkinnyRun& run);
+void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
+                            const SkinnyRun& run);
+void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul,
+                         const SkinnyRun& run);
 
 }  // namespace tidal

@@ -139,6 +139,7 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("max_chunk_ms", &DecodeConfig::max_chunk_ms)
       .def_readwrite("decode_share", &DecodeConfig::decode_share)
       .def_readwrite("cuda_graphs", &DecodeConfig::cuda_graphs)
+      .def_readwrite("batch_invariant", &DecodeConfig::batch_invariant)
       .def_readwrite("num_threads", &DecodeConfig::num_threads)
       .def_property(
           "device", [](const DecodeConfig& self) { return DeviceString(self.device); },

@@ -83,6 +83,7 @@ class DecodeConfig(PlanConfig):
     max_chunk_ms: float
     decode_share: float
     cuda_graphs: bool
+    batch_invariant: bool
     num_threads: int
     def __init__(self) -> None: ...
 

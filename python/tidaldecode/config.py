@@ -187,6 +187,12 @@ class DecodeConfig(PlanConfig):
         decode_share: share of the time that decoding has at least while prompts wait, in [0, 1);
             0.25 if None. 0 reads all prompts first.
         cuda_graphs: False launches every kernel of a step by itself (for debugging).
+        batch_invariant: True gives a call on CUDA the same tokens whatever else runs, and verified
+            decoding those of dense decoding. Not across a pause after which tokens are read again,
+            and where an answer comes back in a prompt only if both calls find it in the prefix
+            cache, or neither does. Costs up to 4 % of a step of up to 16 rows, and half of the
+            speed beyond (docs/performance.md). On the CPU, where steps of up to 64 rows are always
+            so and longer chunks of prompts to rounding, it changes nothing. None is False.
         num_threads: of the CPU backend; None is one per processor that the process, or its
             container, may use.
 
@@ -212,6 +218,7 @@ class DecodeConfig(PlanConfig):
     max_chunk_ms: float | None = None
     decode_share: float | None = None
     cuda_graphs: bool | None = None
+    batch_invariant: bool | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -231,7 +238,7 @@ class DecodeConfig(PlanConfig):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_right(value)):
                 raise ConfigError(f"{name}: got {show(value)}, expected {expected}")
-        for name in ("prefix_cache", "cuda_graphs"):
+        for name in ("prefix_cache", "cuda_graphs", "batch_invariant"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ConfigError(
                     f"{name}: got {show(getattr(self, name))}, expected True or False"

@@ -112,6 +112,7 @@ class Decoder(TextMethods, MeasuringMethods):
         max_chunk_ms: float | None = None,
         decode_share: float | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool | None = None,
         num_threads: int | None = None,
         revision: str | None = None,
         config: DecodeConfig | None = None,

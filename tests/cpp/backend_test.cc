@@ -39,6 +39,12 @@ std::vector<BackendCase> AllBackends() {
           {DeviceType::kCuda, DType::kFloat16}};
 }
 
+std::vector<BackendCase> CudaBackendsAndCpu() {
+  return {{DeviceType::kCpu, DType::kFloat32},
+          {DeviceType::kCuda, DType::kBFloat16},
+          {DeviceType::kCuda, DType::kFloat16}};
+}
+
 std::vector<BackendCase> EachDevice() {
   return {{DeviceType::kCpu, DType::kFloat32}, {DeviceType::kCuda, DType::kBFloat16}};
 }
@@ -141,14 +147,12 @@ StepLimits BackendFixture::SmallLimits(DType dtype) {
   return limits;
 }
 
-void BackendFixture::Open(const BackendCase& on, const StepLimits& limits,
-                          PrefillAttention prefill_attention) {
+void BackendFixture::Open(const BackendCase& on, const StepLimits& limits, BackendOptions options) {
   buffers_.clear();
   on_ = on;
-  backend_ = MakeBackend({.device = {on.device, 0},
-                          .num_threads = 2,
-                          .cuda_graphs = true,
-                          .prefill_attention = prefill_attention});
+  options.device = {on.device, 0};
+  options.num_threads = 2;
+  backend_ = MakeBackend(options);
   backend_->Reserve(limits);
   act_ = backend_->activation_dtype(on.dtype);
 }

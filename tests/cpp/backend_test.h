@@ -32,6 +32,8 @@ std::string CaseName(const BackendCase& on);  // "cpu_bfloat16"
 
 // Every backend with every dtype it runs: CPU float32, bfloat16, float16; CUDA bfloat16, float16.
 std::vector<BackendCase> AllBackends();
+// The same with the CPU once, for settings that it has no other way to follow.
+std::vector<BackendCase> CudaBackendsAndCpu();
 // Every device once, for ops that meet no weights.
 std::vector<BackendCase> EachDevice();
 
@@ -62,13 +64,14 @@ class BackendFixture : public ::testing::Test {
   // Limits that every op test fits in unless it says otherwise.
   static StepLimits SmallLimits(DType dtype);
 
-  // Makes the backend of `on` and reserves it for `limits`.
-  void Open(const BackendCase& on, const StepLimits& limits,
-            PrefillAttention prefill_attention = PrefillAttention::kOwn);
+  // Makes the backend of `on`, with these options else, and reserves it for `limits`.
+  void Open(const BackendCase& on, const StepLimits& limits, BackendOptions options = {});
 
   Backend& backend() { return *backend_; }
   DType act() const { return act_; }
   const BackendCase& on() const { return on_; }
+  // A step that was never recorded.
+  StepKey NewStep() { return {.batch_size = ++num_steps_}; }
 
   // Device tensors; they live until the test ends.
   TensorView Put(const Values& values, DType dtype, const Shape& shape);
@@ -84,6 +87,7 @@ class BackendFixture : public ::testing::Test {
  private:
   BackendCase on_;
   DType act_ = DType::kFloat32;
+  int64_t num_steps_ = 0;
   std::unique_ptr<Backend> backend_;
   std::vector<Buffer> buffers_;  // of the backend, so after it: freed first
 };

@@ -184,7 +184,7 @@ class OpAttentionPrefillCudnn : public OpAttentionPrefill {
   void SetUp() override {
     AttentionTest::SetUp();
     if (IsSkipped()) return;
-    Open(GetParam().on, Limits(), PrefillAttention::kCudnn);
+    Open(GetParam().on, Limits(), {.device = {}, .prefill_attention = PrefillAttention::kCudnn});
     const std::string with = backend().info().prefill_attention;
     if (with.rfind("cuDNN", 0) != 0) GTEST_SKIP() << "needs cuDNN: " << with;
   }

@@ -103,7 +103,7 @@ void AttentionTest::ExpectStepEqualsOps(const std::function<void()>& ops,
   for (const TensorView& tensor : changed) before.push_back(GetBytes(tensor));
   ops();
   for (const TensorView& tensor : changed) want.push_back(GetBytes(tensor));
-  const StepKey key = {.batch_size = ++num_steps_};
+  const StepKey key = NewStep();
   for (int round = 0; round < 5; ++round) {  // called, recorded, replayed
     SCOPED_TRACE(round);
     for (size_t i = 0; i < changed.size(); ++i) backend().Upload(changed[i], before[i].data());

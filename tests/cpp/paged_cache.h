@@ -45,9 +45,6 @@ class AttentionTest : public OpTest<HeadShape> {
   // `changed`, all the tensors that they write, as they are now: the same bits in `changed`.
   void ExpectStepEqualsOps(const std::function<void()>& ops,
                            const std::vector<TensorView>& changed);
-
- private:
-  int64_t num_steps_ = 0;  // that were recorded
 };
 
 }  // namespace tidal::test

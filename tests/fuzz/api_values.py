@@ -125,6 +125,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "max_chunk_ms": ("None", "0.5"),
     "decode_share": ("None", "0", "0.5"),
     "cuda_graphs": ("None", "False"),
+    "batch_invariant": ("None", "True"),
     "num_threads": ("1", "2"),
 }
 

@@ -194,3 +194,20 @@ def shared_time(bench: Bench) -> None:
         prompts = [IDS * (1 + i) for i in range(6)]
         results = decoder.generate(prompts, max_new_tokens=6, ignore_eos=True)
         assert [len(result.token_ids) for result in results] == [6] * 6
+
+
+@uses("batch_invariant")
+def batch_invariant(bench: Bench) -> None:
+    prompts = [IDS[: 5 + 3 * i] for i in range(4)]
+    texts = {}
+    for name, plan in {"dense": {"attention": "full"}, "verified": PLAN | {"verify": True}}.items():
+        decoder = bench.open(batch_invariant=True, **plan)
+        assert decoder.config.batch_invariant
+        for temperature in (0.0, 1.0):
+            options = {"max_new_tokens": 40, "temperature": temperature, "seed": 1}
+            alone = [decoder.generate(prompt, **options).token_ids for prompt in prompts]
+            requests = [decoder.submit(prompt, **options) for prompt in prompts]
+            assert [request.result().token_ids for request in requests] == alone
+            texts[name, temperature] = alone
+    assert texts["dense", 0.0] == texts["verified", 0.0]
+    assert texts["dense", 1.0] == texts["verified", 1.0]

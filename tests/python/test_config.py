@@ -91,6 +91,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"page_size": 0}, "page_size: got 0"),
         ({"num_threads": -1}, "num_threads: got -1"),
         ({"cuda_graphs": 1}, "cuda_graphs: got 1"),
+        ({"batch_invariant": "on"}, "batch_invariant: got 'on'"),
         ({"prefix_cache": "yes"}, "prefix_cache: got 'yes'"),
         ({"max_chunk_ms": 0}, "max_chunk_ms: got 0"),
         ({"max_chunk_ms": True}, "max_chunk_ms: got True"),

@@ -68,7 +68,7 @@ def test_settings_left_out_have_the_engines_defaults(tiny_folder):
     actual = decoder.config
     for name in (
         "full_layers", "granularity", "pooling", "sink_tokens",
-        "max_batch_size", "page_size", "cuda_graphs",
+        "max_batch_size", "page_size", "cuda_graphs", "batch_invariant",
     ):  # fmt: skip
         assert getattr(actual, name) == expected[name], name
     assert (actual.granularity, actual.sink_tokens, actual.recent_tokens) == ("layer", 1, 16)

@@ -181,6 +181,26 @@ def test_a_batch_row_equals_the_row_alone_to_rounding(make_folder, attention):
     assert greedy(cuda, prompts) == together  # the same call, the same tokens
 
 
+def test_batch_invariant_texts_depend_on_nothing_beside_them(make_folder):
+    folder = make_folder(BASE)
+    prompts = prompts_for(BASE)
+    dense = open_decoder(folder, "cuda", batch_invariant=True)
+    assert dense.config.batch_invariant
+    expected = greedy(dense, prompts)
+    assert [greedy(dense, [prompt])[0] for prompt in prompts] == expected
+    chunked = open_decoder(folder, "cuda", batch_invariant=True, prefill_chunk=32)
+    assert greedy(chunked, prompts) == expected
+    for options in ({}, {"draft_tokens": 3}, {"draft_tokens": 40}, {"cuda_graphs": False}):
+        verified = open_decoder(
+            folder, "cuda", batch_invariant=True, verify=True, **TIDAL, **options
+        )
+        assert greedy(verified, prompts) == expected
+        assert greedy(verified, prompts[:1]) == expected[:1]
+    tidal = open_decoder(folder, "cuda", batch_invariant=True, **TIDAL)
+    together = greedy(tidal, prompts)
+    assert [greedy(tidal, [prompt])[0] for prompt in prompts] == together
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("attention", [DENSE, TIDAL], ids=["dense", "tidal"])
 def test_page_size_changes_nothing(make_folder, attention, page_size):

@@ -148,6 +148,10 @@ struct DecodeConfig : PlanConfig {
   double max_chunk_ms = 60.0;
   double decode_share = 0.25;
   bool cuda_graphs = true;  // false: launch every kernel of a step by itself
+  // Whether on CUDA a text is the same token for token whatever else runs, and verified decoding
+  // that of dense decoding. Changes nothing on the CPU: its steps are always so, and chunks of more
+  // than 64 tokens of prompts to rounding.
+  bool batch_invariant = false;
   int32_t num_threads = 0;  // CPU backend; 0: one per processor it may use
 };
 

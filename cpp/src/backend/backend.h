@@ -165,6 +165,11 @@ struct BackendOptions {
   Device device;
   int32_t num_threads = 0;  // CPU; 0: one per processor it may use
   bool cuda_graphs = true;
+  // Whether what the ops give for a token, or a row, is the same bit for bit whatever else is in
+  // the call: in all ops that are called in steps (RunStep), be the token its row's only one or one
+  // of several, and in all that are not. Changes nothing on the CPU, where that is always so in
+  // calls of up to 64 tokens.
+  bool batch_invariant = false;
   PrefillAttention prefill_attention = PrefillAttention::kOwn;
 };
 

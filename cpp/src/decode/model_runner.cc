@@ -165,9 +165,16 @@ Drawn ModelRunner::Run(const Batch& batch) {
   CopyPages(batch.copies);
   if (batch.rows.empty()) return {};
   PrepareDraws(batch);
-  Drawn drawn = batch.is_step() ? RunStep(batch) : RunChunk(batch);
+  Drawn drawn = batch.is_step() && !ReadsPrompts(batch) ? RunStep(batch) : RunChunk(batch);
   FinishDraws(batch, drawn);
   return drawn;
+}
+
+bool ModelRunner::ReadsPrompts(const Batch& batch) const {
+  if (!config_.batch_invariant || config_.device.type == DeviceType::kCpu) return false;
+  return batch.plan == PlanId::kDense &&
+         std::any_of(batch.rows.begin(), batch.rows.end(),
+                     [](const BatchRow& row) { return !row.sequence->prefilled(); });
 }
 
 void ModelRunner::PrepareDraws(const Batch& batch) {
@@ -270,7 +277,7 @@ void ModelRunner::RunStepPass(const ActivePlan& plan, const Pass& pass) {
 // --- chunk passes ---
 
 bool ModelRunner::IsCheck(const Batch& batch) const {
-  if (config_.device.type == DeviceType::kCpu) return false;
+  if (config_.device.type == DeviceType::kCpu || ReadsPrompts(batch)) return false;
   const int64_t most = TokensPerRow(config_, plan_);
   return std::all_of(batch.rows.begin(), batch.rows.end(), [&](const BatchRow& row) {
     return row.num_draws == row.num_tokens && row.num_tokens <= most;

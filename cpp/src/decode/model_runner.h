@@ -80,6 +80,11 @@ class ModelRunner {
   void PrepareDraws(const Batch& batch);
   void FinishDraws(const Batch& batch, const Drawn& drawn);
 
+  // Whether the batch is a chunk of prompts even where it has one token a row, as the last of a
+  // prompt may be: steps round otherwise than chunks on some devices, and which of them reads a
+  // token must not depend on the others in the batch, if texts shall not.
+  bool ReadsPrompts(const Batch& batch) const;
+
   Drawn RunStep(const Batch& batch);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
   // Appends what the rows of a step have drawn, and what else they want of it.

@@ -78,7 +78,8 @@ void ValidateDecodeConfig(const DecodeConfig& c) {
 BackendOptions OptionsOf(const DecodeConfig& config) {
   return {.device = config.device,
           .num_threads = config.num_threads,
-          .cuda_graphs = config.cuda_graphs};
+          .cuda_graphs = config.cuda_graphs,
+          .batch_invariant = config.batch_invariant};
 }
 
 DecodePlan MakeDecodePlan(const ModelConfig& model, const PlanConfig& config) {

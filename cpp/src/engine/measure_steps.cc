@@ -27,7 +27,7 @@ void CheckBenchmark(const StepBenchmark& benchmark, const DecodeConfig& config) 
               ", expected >= 0");
 }
 
-// Sequences of random tokens, all but the last of which count as cached.
+// Sequences of random tokens, all but the last of which count as cached, and as a prompt.
 std::vector<Sequence> FilledSequences(ModelRunner& runner, SequenceMaker& maker,
                                       const std::vector<int64_t>& seq_lens) {
   std::vector<Sequence> sequences;
@@ -40,7 +40,7 @@ std::vector<Sequence> FilledSequences(ModelRunner& runner, SequenceMaker& maker,
       tokens[i] = static_cast<int32_t>(random % static_cast<uint64_t>(runner.model().vocab_size));
     }
     sequences.push_back(maker.Make(std::move(tokens), seq_len, runner.ScratchSampling()));
-    sequences.back().cached = seq_len - 1;
+    sequences.back().cached = sequences.back().dense_len = seq_len - 1;
   }
   runner.FillCache(sequences, kSeed);
   return sequences;
@@ -60,13 +60,13 @@ std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   std::vector<double> seconds;
   for (int64_t step = -benchmark.warmup; step < benchmark.steps; ++step) {
     // One token back, so that every step is the same step.
-    for (Sequence& sequence : sequences) sequence.Rewind(sequence.dense_len - 1);
+    for (Sequence& sequence : sequences) sequence.Rewind(sequence.dense_len);
     auto start = std::chrono::steady_clock::now();
     const Drawn drawn = impl_->runner.Run(batch);
     std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (step >= 0) seconds.push_back(elapsed.count());
     for (size_t i = 0; i < sequences.size(); ++i) {
-      TIDAL_CHECK(drawn.tokens[i][0] >= 0, WeightsError, "step at ", sequences[i].dense_len,
+      TIDAL_CHECK(drawn.tokens[i][0] >= 0, WeightsError, "step at ", sequences[i].tokens.size(),
                   " tokens: the logits hold a NaN or infinity, expected finite values; "
                   "check the weights, or try dtype float32");
       sequences[i].tokens.back() = drawn.tokens[i][0];

@@ -1,0 +1,32 @@
+// What the kernels ask of dtypes.
+#pragma once
+
+#include <initializer_list>
+
+#include "backend/op_args.h"
+#include "tidal/error.h"
+
+namespace tidal {
+
+inline void CheckDType(DType dtype, const char* what) {
+  TIDAL_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, UnsupportedError, what, ": ",
+              DTypeName(dtype),
+              " on CUDA; expected bfloat16 or float16: set dtype, or use device=\"cpu\"");
+}
+
+// Kernels are compiled for one 16-bit type in all the places where the seam says act, weight or kv.
+inline void CheckSameDType(const char* op, std::initializer_list<const TensorView*> tensors) {
+  const TensorView* first = *tensors.begin();
+  CheckDType(first->dtype, op);
+  for (const TensorView* tensor : tensors) {
+    TIDAL_CHECK(!*tensor || tensor->dtype == first->dtype, UnsupportedError, op, ": ",
+                DTypeName(tensor->dtype), " beside ", DTypeName(first->dtype),
+                "; on CUDA activations, weights and cache share one dtype");
+  }
+}
+
+inline void CheckSameDType(const char* op, const AttentionArgs& args) {
+  CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
+}
+
+}  // namespace tidal

@@ -1,0 +1,13 @@
+// The skinny products for __nv_bfloat16 and any number of tokens.
+#include "kernels/skinny_launch.cuh"
+
+namespace tidal {
+
+template void RunSkinnyLinear<__nv_bfloat16, kAnyWidth>(const LinearArgs&, const SkinnyRun&);
+template void RunLinearRopeAppend<__nv_bfloat16, kAnyWidth>(const LinearArgs&,
+                                                            const RopeAppendKvArgs&,
+                                                            const SkinnyRun&);
+template void RunLinearSiluMul<__nv_bfloat16, kAnyWidth>(const LinearArgs&, const SiluMulArgs&,
+                                                         const SkinnyRun&);
+
+}  // namespace tidal
