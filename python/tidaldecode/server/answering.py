@@ -69,6 +69,11 @@ class Answering(ABC):
         return self.asked.n
 
     @property
+    def likeness(self) -> int:
+        """A number that requests share whose prompts begin alike."""
+        return 0
+
+    @property
     def wants_logprobs(self) -> bool:
         """Whether new tokens come with theirs."""
         return self.asked.logprobs is not None
@@ -102,7 +107,7 @@ class Answering(ABC):
         is_stream = bool(self.body.stream)
         try:
             self.service.check_room(self.num_choices)
-            requests = await self.service.prepare(self.submit)
+            requests = await self.service.prepare(self.submit, self.likeness)
             if self.bins is not None:
                 exchange.tell(Delta(0, extras={"selection_map": self._map(self.bins)}))
                 if self.accounts.may_choose:  # a look holds up everybody for a moment

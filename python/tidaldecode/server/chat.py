@@ -61,6 +61,11 @@ class ChatCompletion(Answering):
         # The beginning of the last message, where the answer is to repeat it.
         self.echoed = content if isinstance(content, str) else ""
 
+    @property
+    def likeness(self) -> int:
+        # What comes first, and what tells conversations apart that share it.
+        return hash(tuple(str(each.get("content")) for each in self._messages[:2]))
+
     def submit(self) -> list[Request]:
         tokenizer = self.model.texts.tokenizer
         ids = tokenizer.render_chat(self._messages, **self._options)

@@ -205,14 +205,18 @@ class Service:
             self.metrics.rejected("queue_full")
             raise unavailable("queue_full", f"{waiting} tokens of prompts wait already", 5)
 
-    async def prepare(self, work: Callable[[], list[Request]]) -> list[Request]:
+    async def prepare(self, work: Callable[[], list[Request]], like: int) -> list[Request]:
         """Lets a text worker make requests; if nobody waits for them any more, they are ended.
+
+        Args:
+            work: makes them.
+            like: as for TextWorkers.run().
 
         Raises: ApiError for whatever the work raises.
         """
         texts = self.model.texts
         self.num_preparing += 1
-        future = asyncio.wrap_future(texts.run(work))
+        future = asyncio.wrap_future(texts.run(work, like))
         future.add_done_callback(self._one_less)
         try:
             return await asyncio.shield(future)

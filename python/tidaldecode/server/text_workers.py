@@ -20,6 +20,35 @@ NUM_WORKERS = 2
 T = TypeVar("T")
 
 
+class _Worker:
+    """A thread, with its tokenizer if there is one."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Tokenizer | None = None
+        self.num_waiting = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="text")
+
+    def run(self, work: Callable[[], T], own: threading.local) -> Future[T]:
+        """Does the work, for which `own` has the worker."""
+
+        def do() -> T:
+            own.worker = self
+            return work()
+
+        self.num_waiting += 1
+        future = self._pool.submit(do)
+        future.add_done_callback(self._one_less)
+        return future
+
+    def _one_less(self, _: object) -> None:
+        self.num_waiting -= 1
+
+    def close(self) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class TextWorkers:
     """Threads with a tokenizer each."""
 
@@ -30,15 +59,12 @@ class TextWorkers:
         """
         self._own = threading.local()
         self._problem: TidalError | None = None
-        self._tokenizers: list[Tokenizer] = []
-        self._free: list[Tokenizer] = []
+        self._workers = [_Worker() for _ in range(NUM_WORKERS)]
         try:
-            for _ in range(NUM_WORKERS):
-                self._tokenizers.append(Tokenizer(folder.path, folder.model.vocab_size))
+            for worker in self._workers:
+                worker.tokenizer = Tokenizer(folder.path, folder.model.vocab_size)
         except ConfigError as problem:
             self._problem = problem
-        self._free += self._tokenizers
-        self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="text")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -48,26 +74,34 @@ class TextWorkers:
         """
         if self._problem is not None:
             raise type(self._problem)(str(self._problem)) from self._problem
-        if not hasattr(self._own, "tokenizer"):
-            self._own.tokenizer = self._free.pop()
-        return self._own.tokenizer
+        tokenizer: Tokenizer = self._own.worker.tokenizer
+        return tokenizer
 
     @property
     def chat_template(self) -> str | None:
         """The template that conversations with tools go through."""
-        return self._tokenizers[0].chat_template if self._tokenizers else None
+        tokenizer = self._workers[0].tokenizer
+        return None if tokenizer is None else tokenizer.chat_template
 
     @property
     def special_tokens(self) -> frozenset[str]:
         """Tokens that decoding leaves out, as they are written."""
-        return self._tokenizers[0].special_tokens if self._tokenizers else frozenset()
+        tokenizer = self._workers[0].tokenizer
+        return frozenset() if tokenizer is None else tokenizer.special_tokens
 
-    def run(self, work: Callable[[], T]) -> Future[T]:
-        """Does the work in the next free thread."""
-        return self._pool.submit(work)
+    def run(self, work: Callable[[], T], like: int = 0) -> Future[T]:
+        """Does the work in the thread with the least to do.
+
+        Args:
+            work: what to do.
+            like: of equally free threads, equal numbers get the same one, whose tokenizer knows the
+                texts that came with this number before (text/worker/known_texts.py).
+        """
+        first = like % NUM_WORKERS
+        order = self._workers[first:] + self._workers[:first]
+        return min(order, key=lambda worker: worker.num_waiting).run(work, self._own)
 
     def close(self) -> None:
         """Ends the processes; work that still waits is not done."""
-        for tokenizer in self._tokenizers:
-            tokenizer.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()

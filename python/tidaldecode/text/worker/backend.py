@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from .detokenizer import IncrementalDetokenizer
 from .errors import TextError
 from .files import read_json
+from .known_texts import KnownTexts
 from .prefix import without_prefix
 from .templates import ChatTemplates, Conversation
 
@@ -91,6 +92,10 @@ class Backend:
         )
         self._unprefixed = without_prefix(self._tokenizer)
         self._templates = ChatTemplates(folder, config, self._named)
+        # Where something is put in front of a text, its rest is no text of its own.
+        self._known_texts = KnownTexts(
+            self._added if self._unprefixed is None else {}, lambda text: self._encode(text, False)
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the parent wants to know before any text comes."""
@@ -178,7 +183,7 @@ class Backend:
                 text.encode()
             except UnicodeEncodeError as cause:
                 raise TextError("failed", f"gave a lone surrogate at {cause.start}") from cause
-            rendered.append(self._encode(text, False))
+            rendered.append(self._known_texts.ids_of(text))
         return rendered
 
     def _token_bytes(self, token_id: int) -> bytes:
