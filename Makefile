@@ -130,7 +130,8 @@ $(VENV)/.public-deps: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet 'anthropic>=2' 'schemathesis>=4.32' 'vllm-router>=0.1.17'
+	$(BIN)/python -m pip install --quiet 'anthropic>=2' 'schemathesis>=4.32' 'vllm-router>=0.1.17' \
+	  'lm_eval[api]>=0.4.13' 'guidellm>=0.8.1'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

@@ -70,7 +70,8 @@ def _ask_all_routes(client: httpx.Client) -> None:
     assert "response.output_text.done" in streamed
     ids = _post(client, "/tokenize", prompt=text)["tokens"]
     assert _post(client, "/detokenize", tokens=ids, skip_special_tokens=True)["prompt"] == text
-    for route in ("/live", "/health", "/metrics", "/v1/models", "/version", "/server_info"):
+    about = ("/v1/models", "/version", "/server_info", "/tokenizer_info")
+    for route in ("/live", "/health", "/metrics", *about):
         assert client.get(route, headers=KEY).status_code == 200, route
 
 

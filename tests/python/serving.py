@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tidaldecode import Decoder
 from tidaldecode.server.run import Run
@@ -91,6 +93,20 @@ def serving(folder: Path, *, engine: dict[str, Any] | None = None, **settings: A
         until(served.is_idle)
     finally:
         served.end()
+
+
+def tls_files(folder: Path) -> dict[str, str]:
+    """Settings for TLS with a certificate of one's own; skips where none can be made."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here, to make a certificate with")
+    certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out",
+         certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
 class Command:

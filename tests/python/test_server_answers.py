@@ -15,6 +15,7 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 import httpx  # noqa: E402
 
 from serving import Served, events_of, serving  # noqa: E402
+from tiny_models import TinyModel, write_checkpoint  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "The sky over the harbour was"
@@ -265,8 +266,23 @@ def test_tokenize_and_back(served: Served):
     assert chat["tokens"] == served.decoder.render_chat(MESSAGES)
     bare = served.post("/tokenize", {"prompt": TEXT, "add_special_tokens": False}).json()
     assert bare["tokens"] == ids[1:]
+    info = httpx.get(served.url + "/tokenizer_info").json()
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    assert info.items() >= names.items() and "<|assistant|>" in info["chat_template"]
+    for name, token_id in (("bos_token", 0), ("eos_token", 6)):
+        asked = {"prompt": info[name], "add_special_tokens": False}
+        assert served.post("/tokenize", asked).json()["tokens"] == [token_id]
     assert served.post("/tokenize", {}).json()["error"]["param"] == "prompt"
     assert served.post("/detokenize", {"tokens": [-1]}).status_code == 400
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path: Path):
+    with serving(write_checkpoint(tmp_path / "model", TinyModel())) as served:
+        response = httpx.get(served.url + "/tokenizer_info")
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "tokenizer_not_found"
+        answer = served.post(COMPLETIONS, GREEDY | {"prompt": [5, 6, 7], "max_tokens": 2})
+        assert answer.json()["usage"]["completion_tokens"] == 2
 
 
 def test_metrics(demo_model: Path):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import ssl
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -17,14 +15,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 
 import httpx  # noqa: E402
-import numpy as np  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from serving import Command, Served, events_of, serving, until  # noqa: E402
+from serving import Command, Served, events_of, serving, tls_files, until  # noqa: E402
 from tidaldecode import BackendError, ConfigError  # noqa: E402
 from tidaldecode.server.run import Run, listen  # noqa: E402
 from tidaldecode.server.settings import ServeConfig  # noqa: E402
-from tiny_models import TinyModel, write_checkpoint, write_tokenizer  # noqa: E402
+from tiny_models import write_nan_model  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": [5, 6, 7], "max_tokens": 8000, "ignore_eos": True, "temperature": 0}
@@ -170,14 +166,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path):
 
 
 def test_a_model_of_nans(tmp_path: Path):
-    model = TinyModel(num_layers=2)
-    folder = write_tokenizer(write_checkpoint(tmp_path / "model", model), model.vocab_size)
-    file = next(folder.glob("*.safetensors"))
-    weights = load_file(file)
-    name = next(name for name in weights if "embed_tokens" in name)
-    weights[name] = np.full_like(weights[name], np.nan)
-    save_file(weights, file, metadata={"format": "pt"})
-    with serving(folder) as served:
+    with serving(write_nan_model(tmp_path / "model")) as served:
         body = {"prompt": [5, 6], "max_tokens": 4}
         response = served.post(COMPLETIONS, body)
         assert response.status_code == 500
@@ -198,19 +187,10 @@ def test_a_unix_socket(demo_model: Path, tmp_path: Path):
 
 
 def test_tls(demo_model: Path, tmp_path: Path):
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl here, to make a certificate with")
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out",
-         str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    files = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    files = tls_files(tmp_path)
     with serving(demo_model, **files) as served:
         assert served.url.startswith("https://")
-        context = ssl.create_default_context(cafile=str(certificate))
+        context = ssl.create_default_context(cafile=files["ssl_certfile"])
         assert httpx.get(served.url + "/health", verify=context).status_code == 200
 
 

@@ -186,8 +186,9 @@ def test_keys(demo_model: Path):
 
 
 def test_a_full_queue_is_529(demo_model: Path):
-    long = {"prompt": [5, 6, 7], "max_tokens": 490, "ignore_eos": True, "stream": True}
-    with serving(demo_model, engine={"max_batch_size": 1}, max_queued_requests=1) as served:
+    long = {"prompt": [5, 6, 7], "max_tokens": 16000, "ignore_eos": True, "stream": True}
+    engine = {"max_batch_size": 1, "max_seq_len": 16384}
+    with serving(demo_model, engine=engine, max_queued_requests=1) as served:
         url = served.url + "/v1/completions"
         client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
         with httpx.stream("POST", url, json=long):

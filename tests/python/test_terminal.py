@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import types
@@ -77,6 +78,30 @@ def test_ctrl_c_while_importing_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tidaldecode.cli.app", Interrupting("app"))
     assert entry.main() == 130
     assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
+NOTES = """
+import logging, sys
+from tidaldecode.cli import app
+def run(arguments):
+    for size in (9, 9000, 9):
+        logging.getLogger("tidaldecode").warning("x" * size)
+    print("done")
+    return 0
+app._run = run
+sys.exit(app.main([]))
+"""
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2> >(true)"])
+def test_a_stderr_that_takes_nothing_changes_nothing(stderr: str):
+    for arguments, code, said in (
+        (["-c", NOTES], 0, "done\n"),
+        (["-m", "tidaldecode", "generate", "/no/such", "x"], 2, ""),
+    ):
+        command = shlex.join([sys.executable, *arguments])
+        done = subprocess.run(["bash", "-c", f"{command} {stderr}"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, said)
 
 
 def test_python_m_has_the_exit_codes_of_the_commands():

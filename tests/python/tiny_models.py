@@ -252,6 +252,14 @@ def write_tokenizer(folder: Path, vocab_size: int) -> Path:
     return folder
 
 
+def write_nan_model(folder: Path) -> Path:
+    """A folder with a tokenizer, whose model's numbers are none from the first token on."""
+    model = TinyModel(num_layers=2)
+    weights = random_weights(model)
+    weights["model.embed_tokens.weight"][:] = np.nan
+    return write_tokenizer(write_checkpoint(folder, model, weights), model.vocab_size)
+
+
 def save_with_transformers(folder: Path, model: TinyModel, max_shard_size: str = "1GB") -> Path:
     """The same checkpoint, written by transformers: its config.json and its (sharded) files."""
     import torch

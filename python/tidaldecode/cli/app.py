@@ -26,7 +26,15 @@ from tidaldecode.checkpoint.model_folder import (
     read_model_folder,
 )
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.terminal import Bars, NoteHandler, is_watched, one_line, print_error
+from tidaldecode.cli.terminal import (
+    Bars,
+    NoteHandler,
+    drop_unsaid,
+    is_watched,
+    one_line,
+    print_error,
+    say,
+)
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import (
     BackendError,
@@ -297,12 +305,11 @@ def _stream_text(
 def _print_summary(decoder: Decoder, result: GenerationResult) -> None:
     timings, checks = result.timings, result.verification
     kept = f", {checks.tokens_per_dense_pass:.1f} tokens per dense pass" if checks else ""
-    print(
+    say(
         f"[{result.prompt_tokens} + {len(result.token_ids)} tokens, "
         f"first after {timings.time_to_first_token_s:.2f} s, "
         f"then {timings.decode_tokens_per_s:.1f} tokens/s{kept}; {decoder.config.device}, "
-        f"plan {decoder.plan}; {result.finish_reason}]",
-        file=sys.stderr,
+        f"plan {decoder.plan}; {result.finish_reason}]"
     )
 
 
@@ -317,11 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except BaseException as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            say(traceback.format_exc())
         return _explain(error)
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
+        drop_unsaid()
 
 
 def _run(arguments: list[str]) -> int:

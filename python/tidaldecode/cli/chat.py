@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tidaldecode.batch import PrefillProgress, ShouldStop
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.terminal import Bars, is_watched, print_error, print_note
+from tidaldecode.cli.terminal import Bars, is_watched, print_error, print_note, say
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import CapacityError, InvalidArgument, TidalError, show
 from tidaldecode.results import GenerationResult
@@ -315,7 +315,7 @@ def _run_command(conversation: _Conversation, text: str) -> bool:
     if name == "/exit":
         return False
     if name == "/help":
-        print(_HELP, file=sys.stderr)
+        say(_HELP)
     elif name == "/reset":
         conversation.reset()
     elif name == "/save":

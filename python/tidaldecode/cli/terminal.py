@@ -6,10 +6,11 @@ rich is imported by what shows something with it: that takes as long as opening 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from tidaldecode.batch import PrefillProgress
@@ -30,7 +31,8 @@ _WIDEST = 100_000  # columns; no table is wider
 
 def is_watched() -> bool:
     """True if a person sees both outputs: only then are bars and summaries worth writing."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    outputs = (sys.stdout, sys.stderr)  # None where a shell has closed them
+    return all(output is not None and output.isatty() for output in outputs)
 
 
 def one_line(message: str) -> str:
@@ -39,14 +41,33 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in joined)
 
 
+def say(line: str) -> None:
+    """Writes a line on stderr. What stderr does not take is lost, and nothing ends because of that.
+
+    A disk may be full, or a reader gone, and a server goes on all the same.
+    """
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def drop_unsaid() -> None:
+    """Throws away what stderr has not taken: at its end Python would make an error of it."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def print_error(message: str) -> None:
     """One line on stderr."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    say(f"error: {one_line(message)}")
 
 
 def print_note(message: str) -> None:
     """One line on stderr, for things worth knowing that are no errors."""
-    print(f"note: {one_line(message)}", file=sys.stderr)
+    say(f"note: {one_line(message)}")
 
 
 def whole_width(console: Console, table: Table) -> int:
@@ -114,7 +135,7 @@ class Bars:
             self._said_at = now
             left = (now - started) * (total - done) / done
             counted = f"{100 * done // total} %" if total > _MAX_COUNT else f"{done} of {total}"
-            print(f"{title}: {counted}, {_minutes(left)} left", file=sys.stderr, flush=True)
+            say(f"{title}: {counted}, {_minutes(left)} left")
 
         yield update
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from tidaldecode.checkpoint.model_folder import at_revision
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.terminal import Bars, is_watched, one_line
+from tidaldecode.cli.terminal import Bars, is_watched, one_line, say
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import ConfigError
 from tidaldecode.server.settings import ServeConfig
@@ -136,7 +135,7 @@ def serve(**values: Any) -> None:
             return Decoder(model, **options, progress=on_progress)
 
     run = Run(load, settings)
-    run.on_ready = lambda: print(start_line(run), file=sys.stderr, flush=True)
+    run.on_ready = lambda: say(start_line(run))
     code = run.run()
     problem = run.service.problem
     if problem is not None and run.service.loaded is None:

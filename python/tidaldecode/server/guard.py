@@ -13,6 +13,7 @@ import hmac
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from tidaldecode.server.error_forms import form_of
@@ -78,6 +79,16 @@ def _password(basic: bytes) -> bytes:
         return b""
 
 
+@dataclass
+class _Rest:
+    """The end of an answer that is written, as far as its client has not taken it."""
+
+    since: float  # when the client has last taken something
+    num_bytes: int  # that were left then
+    unsent: Callable[[], int]  # bytes that are left now
+    abort: Callable[[], None]  # closes the connection at once
+
+
 class Guard:
     """The outermost application."""
 
@@ -89,6 +100,7 @@ class Guard:
         self._shares = settings.prefix_cache_scope == "shared"
         # Clients that are being written to, with what closes their connection at once.
         self._writing: dict[int, tuple[float, Callable[[], None]]] = {}
+        self._rests: list[_Rest] = []
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -117,6 +129,14 @@ class Guard:
         """Closes the connections of clients that have taken nothing for too long; says how many."""
         limit = self._settings.slow_client_timeout_s
         slow = [abort for since, abort in self._writing.values() if limit and now - since > limit]
+        for rest in self._rests:
+            # More of them are of the connection's next answer, for which the last was taken.
+            if (count := rest.unsent()) != rest.num_bytes:
+                rest.num_bytes, rest.since = count, now
+            elif limit and now - rest.since > limit:
+                rest.num_bytes = 0
+                slow.append(rest.abort)
+        self._rests = [rest for rest in self._rests if rest.num_bytes]
         for abort in slow:
             abort()
         return len(slow)
@@ -133,6 +153,7 @@ class Guard:
     def _timed(self, scope: Scope, send: Any) -> Any:
         """A send() that is known to be under way while it is."""
         writing, abort = self._writing, scope.get("tidaldecode.abort", lambda: None)
+        unsent: Callable[[], int] = scope.get("tidaldecode.unsent", lambda: 0)
         number = id(scope)
 
         async def timed(message: dict[str, Any]) -> None:
@@ -141,6 +162,9 @@ class Guard:
                 await send(message)
             finally:
                 del writing[number]
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if is_last and (count := unsent()):
+                self._rests.append(_Rest(time.monotonic(), count, unsent, abort))
 
         return timed
 

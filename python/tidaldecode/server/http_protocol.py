@@ -7,6 +7,9 @@ memory, and many could hold all descriptors, a byte a minute.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -27,6 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._is_in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -34,7 +38,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._is_lost = True
         super().connection_lost(exc)
+
+    def unsent_bytes(self) -> int:
+        """Bytes of answers that the client's system has not taken.
+
+        With TLS those that wait in this process are not known, but the system's queue in front of
+        them is.
+        """
+        if self._is_lost:
+            return 0
+        try:
+            link = self.transport.get_extra_info("socket")
+            queued = fcntl.ioctl(link, termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError):  # it is being closed
+            return 0
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
@@ -49,6 +69,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = True
         super().on_message_begin()
         self.scope["tidaldecode.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope["tidaldecode.unsent"] = self.unsent_bytes  # type: ignore[typeddict-unknown-key]
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)

@@ -53,7 +53,7 @@ class MessagesErrorBody(BaseModel):
 _WORDS = {
     400: "a field is wrong, or the body is no JSON",
     401: "no key, or another one",
-    404: "no such model",
+    404: "no such model, or nothing of the kind in its folder",
     408: "the answer, or the body, took too long",
     413: "the body is too large",
     415: "the body is no application/json",

@@ -161,8 +161,10 @@ class Run:
             self._server.should_exit = True
             return
         await asyncio.sleep(_LAST_WORDS_S)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for output in (sys.stdout, sys.stderr):
+            if output is not None:
+                with contextlib.suppress(OSError):  # of a full disk
+                    output.flush()
         os._exit(self.code)
 
 

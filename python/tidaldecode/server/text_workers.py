@@ -89,6 +89,12 @@ class TextWorkers:
         tokenizer = self._workers[0].tokenizer
         return frozenset() if tokenizer is None else tokenizer.special_tokens
 
+    @property
+    def named_tokens(self) -> dict[str, str] | None:
+        """Special tokens by their names ("bos_token"); None without a tokenizer."""
+        tokenizer = self._workers[0].tokenizer
+        return None if tokenizer is None else tokenizer.named_tokens
+
     def run(self, work: Callable[[], T], like: int = 0) -> Future[T]:
         """Does the work in the thread with the least to do.
 

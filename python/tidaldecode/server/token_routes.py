@@ -11,12 +11,26 @@ from starlette.responses import Response
 
 from tidaldecode.server.asking import chat_messages, chat_options
 from tidaldecode.server.bodies import DetokenizeBody, TokenizeBody
-from tidaldecode.server.errors import invalid
+from tidaldecode.server.errors import ApiError, invalid
 from tidaldecode.server.logprobs import TokenNames
-from tidaldecode.server.openapi import described
+from tidaldecode.server.openapi import described, plain
 from tidaldecode.server.routing import body_of, service_of
 
 router = APIRouter()
+
+# Tokens that clients look for in /tokenizer_info; null where the folder names none.
+_NO_NAMES = {"bos_token": None, "eos_token": None, "pad_token": None}
+
+
+@router.get("/tokenizer_info", **plain(unready=True, missing=True))
+async def tokenizer_info(request: Request) -> Response:
+    """The named special tokens and the chat template."""
+    texts = service_of(request).model.texts
+    names = texts.named_tokens
+    if names is None:
+        raise ApiError(404, "tokenizer_not_found", "the model's folder has no tokenizer of use")
+    fields = _NO_NAMES | names | {"chat_template": texts.chat_template}
+    return Response(orjson.dumps(fields), media_type="application/json")
 
 
 @router.post("/tokenize", **described(TokenizeBody))

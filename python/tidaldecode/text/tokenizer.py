@@ -70,6 +70,8 @@ class Tokenizer:
         # Tokens that decoding leaves out, as they are written.
         self.special_tokens: frozenset[str] = frozenset(about["special_tokens"])
         self._special_ids: frozenset[int] = frozenset(about["special_ids"])
+        # Special tokens by their names ("bos_token"), as chat templates see them.
+        self.named_tokens: dict[str, str] = about["named_tokens"]
         self._joins_bytes: bool = about["joins_bytes"]
 
     @staticmethod

@@ -110,6 +110,7 @@ class Backend:
             "chat_template": self._templates.with_tools,
             "special_tokens": list(special.values()),
             "special_ids": list(special),
+            "named_tokens": self._named,
             "joins_bytes": self.joins_bytes,
         }
 
