@@ -118,7 +118,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0' 'llguidance>=1.9,<2' $(SERVE_DEPS) 'openai>=2' 'anthropic>=2' 'playwright>=1.50' \
-	  'httpx>=0.27'
+	  'httpx>=0.27' 'aiohttp>=3.10'
 	touch $@
 
 $(VENV)/.serve-deps: $(BIN)/python pyproject.toml
@@ -131,7 +131,7 @@ $(VENV)/.public-deps: $(BIN)/python pyproject.toml
 
 $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'anthropic>=2' 'schemathesis>=4.32' 'vllm-router>=0.1.17' \
-	  'lm_eval[api]>=0.4.13' 'guidellm>=0.8.1'
+	  'lm_eval[api]>=0.4.13' 'guidellm>=0.8.1' 'ray[serve]>=2.60,<3'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from feature_runs import PLAN_OPTIONS, Bench, uses
+from feature_runs import PLAN_OPTIONS, Bench, used_options, uses
+from tidaldecode.cli import app
 
 KEY = {"authorization": "Bearer other"}
 
@@ -191,3 +193,18 @@ def serve_at_other_sockets(bench: Bench) -> None:
     bench.cache_model("org/name")
     with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=False) as client:
         _serve(bench, client, "org/name", "--port", port, *small, *files)
+
+
+@uses()
+def serve_by_replicas(bench: Bench) -> None:
+    """Without a row of its own, for Ray may not be there; test_conformance_ray.py has the CPU."""
+    assert app.main(["serve", str(bench.model), "--ray", "0"]) == 2
+    assert "ray: got 0" in bench.capsys.readouterr().err
+    used_options.setdefault("serve", set()).add("--ray")
+    if bench.device == "cpu" or importlib.util.find_spec("ray") is None:
+        return
+    port = _free_port()
+    small = ["--max-batch-size", "2", "--max-seq-len", "512", "--tool-call-parser", "json"]
+    small += ["--ray", "1"]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        _serve(bench, client, str(bench.model), "--port", port, *small, visit=_ask_all_routes)

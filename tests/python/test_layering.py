@@ -54,6 +54,8 @@ ALLOWED_ENVIRONMENT = {
     "NO_COLOR": "plain output",
     "OPENBLAS_NUM_THREADS": "set while OpenBLAS is loaded, and put back",
     "XDG_CACHE_HOME": "place of the user's cache, by the platform's convention",
+    "RAY_USAGE_STATS_ENABLED": "set: Ray reports to nobody",
+    "RAY_AUTH_MODE": "set: Ray takes orders from who has its token only",
     "HF_HOME": "place of the hub's cache, by its library's convention",
     "HF_HUB_CACHE": "the same",
     "HUGGINGFACE_HUB_CACHE": "the same, by its older name",

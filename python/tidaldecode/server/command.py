@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tidaldecode.checkpoint.model_folder import at_revision
+from tidaldecode import _core
+from tidaldecode.checkpoint.model_folder import at_revision, read_model_folder
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import Bars, is_watched, one_line, say
+from tidaldecode.config import one_config
 from tidaldecode.decoder import Decoder
-from tidaldecode.errors import ConfigError
+from tidaldecode.errors import ConfigError, show
 from tidaldecode.server.settings import ServeConfig
 
 _PANEL = "Server"
@@ -52,6 +56,7 @@ _SERVER: dict[str, tuple[Any, str]] = {
     "ssl_certfile": (str, "For TLS."),
     "ssl_keyfile": (str, "Its private key."),
     "metrics_alias": (str, "vllm: metrics under vLLM's names as well."),
+    "ray": (int, "Replicas of the server on a Ray cluster of this machine, a GPU for each."),
 }
 # The decoder's, as the other commands have them.
 _ENGINE: dict[str, tuple[Any, Any]] = {
@@ -119,7 +124,24 @@ def serve(**values: Any) -> None:
     """Serve a model to clients of OpenAI's API, over HTTP."""
     settings = _settings(values)
     options = {"max_batch_size": 64} | opt.engine_options(values)
-    _check_installed()
+    _check_installed(settings)
+    make = _single if settings.ray is None else _replicated
+    run = make(values, options, settings)
+    code = run.run()
+    problem = run.service.problem
+    if problem is not None and run.service.loaded is None:
+        raise problem
+    raise typer.Exit(code)
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]
+serve.__annotations__ = {
+    name: parameter.annotation for name, parameter in _signature().parameters.items()
+}
+
+
+def _single(values: dict[str, Any], options: dict[str, Any], settings: ServeConfig) -> Any:
+    """A server in this process."""
     from tidaldecode.server.run import Run
 
     bars, model_dir, revision = Bars(is_watched()), values["model_dir"], values["revision"]
@@ -136,31 +158,67 @@ def serve(**values: Any) -> None:
 
     run = Run(load, settings)
     run.on_ready = lambda: say(start_line(run))
-    code = run.run()
-    problem = run.service.problem
-    if problem is not None and run.service.loaded is None:
-        raise problem
-    raise typer.Exit(code)
+    return run
 
 
-serve.__signature__ = _signature()  # type: ignore[attr-defined]
-serve.__annotations__ = {
-    name: parameter.annotation for name, parameter in _signature().parameters.items()
-}
+def _replicated(values: dict[str, Any], options: dict[str, Any], settings: ServeConfig) -> Any:
+    """A server in front of replicas."""
+    from tidaldecode.server.ray_front import RayFront
+    from tidaldecode.server.ray_replicas import RayReplicas, ReplicaSpec
+    from tidaldecode.server.run import ServerProcess
+
+    count = settings.ray or 1
+    options, num_gpus = placed(options, count)
+    # What is wrong with these is said before Ray starts.
+    config = one_config(None, options)
+    model = at_revision(values["model_dir"], values["revision"])
+    spec = ReplicaSpec(
+        model_dir=read_model_folder(model, config.load_format).path,
+        engine=options,
+        settings=settings,
+    )
+    front = RayFront(RayReplicas(spec, count, num_gpus), settings, options["max_batch_size"])
+    run = ServerProcess(front, front.app, settings)
+    run.on_ready = lambda: say(
+        one_line(f"Serving {front.loaded}, replicas: {count}, at {run.address}")
+    )
+    return run
 
 
-def _check_installed() -> None:
-    """Raises: ConfigError naming what the server needs and is not installed."""
-    try:
-        import fastapi  # noqa: F401
-        import orjson  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-        import uvloop  # noqa: F401
-    except ImportError as missing:
+def placed(options: dict[str, Any], count: int) -> tuple[dict[str, Any], int]:
+    """A replica's options, and the GPUs that all replicas share: one each, or none on the CPU.
+
+    Raises: ConfigError for a GPU by its number, and for more replicas than GPUs.
+    """
+    device = options.get("device", "auto")
+    if device.startswith("cuda:"):
         raise ConfigError(
-            f"serve: needs {missing.name}, which is not installed; pip install 'tidaldecode[serve]'"
-        ) from missing
+            f"device: got {show(device)} with ray, expected 'auto', 'cpu' or 'cuda': each replica "
+            "has a GPU of its own"
+        )
+    devices = [each["name"] for each in _core.list_devices() if each["available"]]
+    num_gpus = sum(name.startswith("cuda") for name in devices)
+    if device == "cpu" or (device == "auto" and not num_gpus):
+        cores = len(os.sched_getaffinity(0))
+        return {"num_threads": max(1, cores // count)} | options, 0
+    if count > num_gpus:
+        raise ConfigError(f"ray: got {count} replicas, expected at most {num_gpus}: a GPU each")
+    return options, num_gpus
+
+
+def _check_installed(settings: ServeConfig) -> None:
+    """Raises: ConfigError naming what the server needs and is not installed."""
+    names = ["fastapi", "orjson", "prometheus_client", "uvicorn", "uvloop"]
+    names += ["tidaldecode.server.ray_replicas", "aiohttp"] if settings.ray is not None else []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as missing:
+            extra = "serve" if name in names[:5] else "ray"
+            raise ConfigError(
+                f"serve: needs {missing.name}, which is not installed; "
+                f"pip install 'tidaldecode[{extra}]'"
+            ) from missing
 
 
 def _settings(values: dict[str, Any]) -> ServeConfig:
@@ -188,11 +246,4 @@ def _read_keys(path: Path) -> tuple[str, ...]:
 
 def start_line(run: Any) -> str:
     """What is served, how, and where."""
-    model = run.service.loaded
-    decoder = model.decoder
-    memory = decoder.memory_plan().total_bytes / 2**30
-    return one_line(
-        f"Serving {', '.join(run.service.names)} on {decoder.config.device}: plan {decoder.plan} "
-        f"({decoder.plan_source}), {memory:.2f} GiB, {decoder.config.max_batch_size} rows of up to "
-        f"{model.most_tokens:,} tokens, at {run.address}"
-    )
+    return one_line(f"Serving {run.service.in_words()}, at {run.address}")

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -36,6 +37,7 @@ _BACKLOG = 2048
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # How long clients have to read what they are told of an engine that has failed.
 _LAST_WORDS_S = 1.0
+_FORSAKE_S = 10.0
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -48,26 +50,49 @@ class _Server(uvicorn.Server):
         yield
 
 
-class Run:
+class Served(Protocol):
+    """What a process serves: a model of its own, or those of other processes (ray_front.py)."""
+
+    state: str  # as service.py has them
+    problem: BaseException | None  # why it is dead
+    exchanges: set[Any]  # with clients, under way
+    on_change: Callable[[], None]  # called when the state has changed
+
+    @property
+    def loaded(self) -> Any:
+        """What is served; None until it is there."""
+
+    def drain(self) -> None:
+        """Lets nobody in from now on."""
+
+    def abort(self) -> None:
+        """Ends whoever is still answered."""
+
+    def forsake(self) -> None:
+        """Ends what would outlive the process, which is about to end at once."""
+
+
+class ServerProcess:
     """One run of a server, from its sockets to its exit code."""
 
-    def __init__(self, load: Callable[[LoadProgress], Decoder], settings: ServeConfig) -> None:
+    def __init__(self, service: Served, app: Any, settings: ServeConfig) -> None:
         """Opens the socket.
 
         Args:
-            load: makes the decoder.
+            service: what is served.
+            app: its application.
             settings: of the server.
 
         Raises: ConfigError if it cannot listen there.
         """
-        self.service = Service(load, settings)
+        self.service = service
         self.on_ready: Callable[[], None] = lambda: None
         self.code = 0
         self._settings = settings
         self.socket = listen(settings)
         self._server = _Server(
             uvicorn.Config(
-                make_app(self.service),
+                app,
                 http=protocol_with(settings.header_timeout_s),
                 ws="none",
                 loop="uvloop",
@@ -112,14 +137,17 @@ class Run:
         return self.code
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         self.service.on_change = self._on_change
-        if threading.current_thread() is threading.main_thread():
-            for number in _END_SIGNALS:
-                loop.add_signal_handler(number, self.end)
+        self._hear_signals()
         await self._server.serve(sockets=[self.socket])
 
+    def _hear_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in _END_SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self.end)
+
     def _on_change(self) -> None:
+        self._hear_signals()  # a library that was loaded meanwhile may have taken them
         if self.service.state == "ready":
             self.on_ready()
         elif self.service.state == "dead" and self._ending is None:
@@ -149,6 +177,7 @@ class Run:
             service.abort()
             await asyncio.sleep(0.1)
         if was_loading and service.loaded is None:
+            service.forsake()
             os._exit(self.code)  # nothing interrupts what reads the weights, and nobody is answered
         self._server.should_exit = True
 
@@ -161,11 +190,31 @@ class Run:
             self._server.should_exit = True
             return
         await asyncio.sleep(_LAST_WORDS_S)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self.service.forsake), _FORSAKE_S)
         for output in (sys.stdout, sys.stderr):
             if output is not None:
                 with contextlib.suppress(OSError):  # of a full disk
                     output.flush()
         os._exit(self.code)
+
+
+class Run(ServerProcess):
+    """One that serves a model of its own."""
+
+    service: Service
+
+    def __init__(self, load: Callable[[LoadProgress], Decoder], settings: ServeConfig) -> None:
+        """Opens the socket.
+
+        Args:
+            load: makes the decoder.
+            settings: of the server.
+
+        Raises: ConfigError if it cannot listen there.
+        """
+        service = Service(load, settings)
+        super().__init__(service, make_app(service), settings)
 
 
 @contextlib.contextmanager

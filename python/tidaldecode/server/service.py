@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 _TICK_S = 0.25
 _READING_FACTOR = 10  # times step_timeout_s that a pass may take while prompts are read
-_SAID = {
+SAID = {
     "loading": "the model is being loaded",
     "draining": "the server is about to end",
     "engine_dead": "the engine has failed; the server is about to end",
@@ -136,6 +136,9 @@ class Service:
         for exchange in list(self.exchanges):
             exchange.fail(unavailable("draining", "the server has been ended"))
 
+    def forsake(self) -> None:
+        """Does nothing: all there is ends with the process."""
+
     async def close(self) -> None:
         """Ends everything and frees the model."""
         if self._ticking is not None:
@@ -155,7 +158,7 @@ class Service:
     def refusal(self) -> ApiError:
         """What is said to whom the state keeps out."""
         code = "engine_dead" if self.state == "dead" else self.state
-        return unavailable(code, _SAID[code], retry_after_s=5)
+        return unavailable(code, SAID[code], retry_after_s=5)
 
     @property
     def model(self) -> Model:
@@ -171,6 +174,18 @@ class Service:
     def loaded(self) -> Model | None:
         """What is served, in any state once it is there."""
         return self._model
+
+    def in_words(self) -> str:
+        """What is served, and how, once it is there."""
+        model = self._model
+        assert model is not None
+        decoder = model.decoder
+        memory = decoder.memory_plan().total_bytes / 2**30
+        return (
+            f"{', '.join(self.names)} on {decoder.config.device}: plan {decoder.plan} "
+            f"({decoder.plan_source}), {memory:.2f} GiB, {decoder.config.max_batch_size} rows of "
+            f"up to {model.most_tokens:,} tokens"
+        )
 
     def check_room(self, num_answers: int) -> None:
         """Whether so many answers more may wait in line.

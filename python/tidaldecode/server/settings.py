@@ -31,13 +31,14 @@ _INTEGERS = {
     "max_tools": (0, 4096),
     "stream_interval": (1, 4096),
     "default_max_tokens": (1, 2**31 - 1),
+    "ray": (1, 1024),
 }
 _SECONDS = (
     "queue_timeout_s", "request_timeout_s", "shutdown_timeout_s", "sse_keep_alive_s",
     "step_timeout_s", "slow_client_timeout_s", "header_timeout_s",
 )  # fmt: skip
 _MAY_BE_NONE = ("uds", "max_queued_tokens", "default_max_tokens", "metrics_alias")
-_MAY_BE_NONE += ("ssl_certfile", "ssl_keyfile")
+_MAY_BE_NONE += ("ssl_certfile", "ssl_keyfile", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class ServeConfig:
         ssl_keyfile: its private key.
         metrics_alias: "vllm" gives all metrics under vLLM's names too.
         web: whether the page is served.
+        ray: replicas of the server on a Ray cluster of this machine; None: one, without Ray.
 
     Raises: ConfigError naming the setting.
     """
@@ -112,6 +114,7 @@ class ServeConfig:
     ssl_keyfile: str | None = None
     metrics_alias: str | None = None
     web: bool = True
+    ray: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -122,6 +125,12 @@ class ServeConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError(
                 "ssl_certfile: got one of ssl_certfile and ssl_keyfile, expected both"
+            )
+
+        if self.ray is not None and self.uds is not None:
+            raise ConfigError(
+                f"uds: got {show(self.uds)} with ray, expected host and port: replicas listen at "
+                "ports of this machine, which a socket's permissions do not guard"
             )
 
     @property

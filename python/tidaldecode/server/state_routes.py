@@ -14,6 +14,7 @@ from tidaldecode.server.errors import ApiError
 from tidaldecode.server.metrics import CONTENT_TYPE
 from tidaldecode.server.openapi import plain
 from tidaldecode.server.routing import service_of
+from tidaldecode.server.service import Service
 
 router = APIRouter()
 
@@ -31,7 +32,11 @@ async def live() -> Response:
 @router.get("/health", **plain(unready=True))
 async def health(request: Request) -> Response:
     """Whether requests are taken: 503 while loading, while draining, and once dead."""
-    service = service_of(request)
+    return health_of(service_of(request))
+
+
+def health_of(service: Service) -> Response:
+    """The answer of /health."""
     if service.state == "ready":
         return _json({"status": "ready"})
     refusal = service.refusal()
