@@ -195,6 +195,10 @@ class TestSubmit:
             waiting = decoder.submit(PROMPT, max_new_tokens=5)
             with pytest.raises(TimeoutError, match="after 0.05 s"):
                 request.result(timeout=0.05)
+            while decoder.stats()["generated_tokens"] == 0:
+                time.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                request.result(timeout=0.05)  # hears of one at least
             assert waiting.status == "waiting"
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0)
