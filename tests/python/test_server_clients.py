@@ -204,6 +204,7 @@ def test_a_key_a_timeout_and_a_line_that_is_full(demo_model: Path):
         client = client_of(served, api_key="right")
         error = fails(client, openai.APIStatusError, **ENDLESS)
         assert (error.status_code, error.code) == (408, "request_timeout")
+        assert error.response.headers["x-should-retry"] == "false"  # it would take as long again
         with pytest.raises(openai.APIError) as ended:
             list(client.chat.completions.create(**ENDLESS, stream=True))
         assert ended.value.code == "request_timeout"

@@ -133,6 +133,16 @@ def api_error(error: BaseException, hidden: Mapping[str, str] | None = None) -> 
     return ApiError(500, "internal_error", "the server has made a mistake; its log says more")
 
 
+# Tells clients that the same request would end in the same way.
+_NO_RETRY = {"x-should-retry": "false"}
+
+
 def numeric_error(message: str) -> ApiError:
-    """An answer that the model's numbers have ended: the same request would end so again."""
-    return ApiError(500, "numeric_error", message, headers={"x-should-retry": "false"})
+    """An answer that the model's numbers have ended."""
+    return ApiError(500, "numeric_error", message, headers=_NO_RETRY)
+
+
+def took_too_long(seconds: float) -> ApiError:
+    """An answer that has not come to its end in time."""
+    message = f"the answer took over {seconds:.0f} s"
+    return ApiError(408, "request_timeout", message, headers=_NO_RETRY)

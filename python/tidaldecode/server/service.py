@@ -17,7 +17,7 @@ from tidaldecode.decoder import Decoder
 from tidaldecode.errors import BackendError, InvalidArgument
 from tidaldecode.requests import Request
 from tidaldecode.server.answer_parts import AnswerForm, find_form
-from tidaldecode.server.errors import ApiError, api_error, unavailable
+from tidaldecode.server.errors import ApiError, api_error, took_too_long, unavailable
 from tidaldecode.server.exchange import Exchange
 from tidaldecode.server.feed import Feed
 from tidaldecode.server.metrics import Metrics
@@ -282,7 +282,7 @@ class Service:
         for exchange in list(self.exchanges):
             age = now - exchange.began_at
             if settings.request_timeout_s and age > settings.request_timeout_s:
-                exchange.fail(ApiError(408, "request_timeout", f"the answer took over {age:.0f} s"))
+                exchange.fail(took_too_long(age))
             elif settings.queue_timeout_s and age > settings.queue_timeout_s and exchange.waits:
                 self.metrics.rejected("queue_timeout")
                 exchange.fail(unavailable("queue_timeout", f"no row was free for {age:.0f} s", 30))
