@@ -85,7 +85,15 @@ py::dict StatsDict(const PyDecoder& self) {
   result["pages_cached"] = stats.pages_cached;
   result["pages_on_host"] = stats.pages_on_host;
   result["num_chunks"] = stats.num_chunks;
+  result["num_checks"] = stats.num_checks;
   result["num_steps"] = stats.num_steps;
+  result["num_dense_steps"] = stats.num_dense_steps;
+  result["pass_tokens"] = stats.pass_tokens;
+  result["chunk_s"] = stats.chunk_s;
+  result["check_s"] = stats.check_s;
+  result["step_s"] = stats.step_s;
+  result["dense_step_s"] = stats.dense_step_s;
+  result["gap_s"] = stats.gap_s;
   result["num_pauses"] = stats.num_pauses;
   result["num_finished"] = stats.num_finished;
   result["read_tokens"] = stats.read_tokens;

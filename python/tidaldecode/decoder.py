@@ -385,9 +385,11 @@ class Decoder(TextMethods, MeasuringMethods):
         """KV pages that neither a running sequence nor a session holds."""
         return self._open_core().num_free_pages
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """What the decoder is at: requests that wait, read, decode or are paused, pages that are
-        free, held or cached; and what it has done since it began: passes, tokens, pauses."""
+        free, held or cached; and what it has done since it began: passes by kind and the seconds
+        (`..._s`) that they took, tokens, pauses. `gap_s` is from the end of a pass to the
+        beginning of the next, where one followed."""
         return self._open_core().stats()
 
     def memory_plan(self) -> MemoryPlan:

@@ -30,6 +30,7 @@ TEST(SchedulerMemory, PagesAreTakenAsTokensCome) {
   EXPECT_EQ(stats.generated_tokens, 30);
   EXPECT_EQ(stats.num_chunks, 1);
   EXPECT_EQ(stats.num_steps, 29);
+  EXPECT_EQ(stats.num_dense_steps, 29);
 }
 
 TEST(SchedulerMemory, TheNewestIsPausedWhileDecodingAndGoesOn) {

@@ -164,6 +164,27 @@ def test_calls_of_several_threads_share_their_steps(folder: Path):
         assert stats["num_steps"] < 2 * 400
 
 
+def test_passes_are_counted_by_kind(folder: Path):
+    tidal = {"select_layers": [1], "token_budget": 4, "sparse_min_context": 0, "draft_tokens": 4}
+    prompt = PROMPT * 5
+    with open_decoder(folder, max_seq_len=128, attention="tidal", **tidal) as decoder:
+        began = time.monotonic()
+        decoder.generate(prompt, max_new_tokens=30, **GREEDY)
+        took, stats = time.monotonic() - began, decoder.stats()
+        assert (stats["num_chunks"], stats["num_checks"]) == (1, 0)
+        assert (stats["num_steps"], stats["num_dense_steps"]) == (29, 0)
+        assert stats["pass_tokens"] == len(prompt) + 29
+        assert 0 < stats["chunk_s"] + stats["step_s"] + stats["gap_s"] <= took
+        dense = decoder.submit(prompt, attention="full", max_new_tokens=10, **GREEDY).result()
+        stats = decoder.stats()
+        assert stats["num_dense_steps"] == 9 and 0 < stats["dense_step_s"] < stats["step_s"]
+        verified = decoder.submit(prompt, verify=True, max_new_tokens=10, **GREEDY).result()
+        stats = decoder.stats()
+        assert verified.token_ids == dense.token_ids
+        assert 0 < stats["num_checks"] <= verified.verification.dense_passes
+        assert 0 < stats["check_s"] < stats["chunk_s"]
+
+
 class TestSubmit:
     def test_requests_answer_as_calls_do(self, folder: Path):
         prompts = [random_prompt(TINY, length, seed=length) for length in (3, 20, 33, 9, 40)]

@@ -98,8 +98,16 @@ struct DecoderStats {
   int64_t pages_on_host = 0;  // in host memory: of requests that are paused
   int64_t pages_cached = 0;   // that the prefix cache knows and nobody owns: room as well
   // Since the start:
-  int64_t num_chunks = 0;  // passes that read prompts, corrected or checked drafts
-  int64_t num_steps = 0;   // passes that decoded a token of each row
+  int64_t num_chunks = 0;       // passes that read prompts, corrected or checked drafts
+  int64_t num_checks = 0;       // of those: they checked drafts
+  int64_t num_steps = 0;        // passes that decoded a token of each row
+  int64_t num_dense_steps = 0;  // of those: nobody attended to chosen positions
+  int64_t pass_tokens = 0;      // of all rows of all passes
+  double chunk_s = 0.0;         // that those passes took
+  double check_s = 0.0;         // of chunk_s
+  double step_s = 0.0;
+  double dense_step_s = 0.0;  // of step_s
+  double gap_s = 0.0;         // from the end of a pass to the beginning of the next
   int64_t num_pauses = 0;
   int64_t num_finished = 0;
   int64_t read_tokens = 0;    // of prompts, by passes

@@ -138,14 +138,13 @@ void Scheduler::Commit(const Batch& batch, const Drawn& drawn, double now_ms) no
   now_ms_ = now_ms;
   double elapsed_ms = now_ms - started_ms_;
   RowKind kind = in_flight_.empty() ? RowKind::kStep : in_flight_.front().kind;
-  bool is_step = kind == RowKind::kStep || kind == RowKind::kDraft;
   if (kind == RowKind::kRead || kind == RowKind::kCorrect) cost_.Observe(work_, elapsed_ms);
   if (kind == RowKind::kRead) {
     ShareOut(elapsed_ms);
   } else {
     owed_ms_ -= elapsed_ms;
   }
-  if (!in_flight_.empty()) ++(is_step ? counts_.num_steps : counts_.num_chunks);
+  Count(kind, elapsed_ms);
   for (size_t i = 0; i < in_flight_.size(); ++i) {
     bool has_draws = i < batch.rows.size() && i < drawn.tokens.size();
     std::span<const int32_t> draws;
@@ -153,6 +152,31 @@ void Scheduler::Commit(const Batch& batch, const Drawn& drawn, double now_ms) no
     CommitRow(static_cast<int64_t>(i), draws);
   }
   EndPass();
+}
+
+// Counts the pass in flight, which took so long.
+void Scheduler::Count(RowKind kind, double elapsed_ms) noexcept {
+  if (in_flight_.empty()) return;
+  ended_ms_ = now_ms_;
+  double seconds = elapsed_ms * 1e-3;
+  bool is_sparse = false;
+  for (const RowInFlight& row : in_flight_) {
+    counts_.pass_tokens += row.num_tokens;
+    is_sparse = is_sparse || row.is_sparse;
+  }
+  if (kind == RowKind::kStep || kind == RowKind::kDraft) {
+    ++counts_.num_steps;
+    counts_.step_s += seconds;
+    if (is_sparse) return;
+    ++counts_.num_dense_steps;
+    counts_.dense_step_s += seconds;
+  } else {
+    ++counts_.num_chunks;
+    counts_.chunk_s += seconds;
+    if (kind != RowKind::kCheck) return;
+    ++counts_.num_checks;
+    counts_.check_s += seconds;
+  }
 }
 
 // After a chunk that took so long: what is owed to those who decode, and to whoever came first.

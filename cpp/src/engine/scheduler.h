@@ -197,6 +197,7 @@ class Scheduler {
   void Follow(RequestState& request) const;
   int64_t KnownTokens(const RequestState& request) const;
   void ReserveWaiting();
+  void Count(RowKind kind, double elapsed_ms) noexcept;
   void ShareOut(double elapsed_ms) noexcept;
   void CommitRow(int64_t index, std::span<const int32_t> draws) noexcept;
   void AcceptDraws(int64_t index, std::span<const int32_t> draws) noexcept;
@@ -233,6 +234,7 @@ class Scheduler {
   size_t num_events_in_flight_ = 0;  // that the pass in flight may cause: room is reserved
   ChunkWork work_;           // of the pass in flight, if it is one over prompts or corrections
   double started_ms_ = 0.0;  // the pass in flight
+  std::optional<double> ended_ms_;        // the last pass, if the next one may follow at once
   std::optional<double> stuck_since_ms_;  // nothing runs, and yet nobody who waits fits
   const RequestState* oldest_ = nullptr;  // when the newest chunk was planned
   double oldest_owed_ms_ = 0.0;           // to whoever came first of those that read or wait

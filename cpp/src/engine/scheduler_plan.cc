@@ -19,6 +19,7 @@ Batch Scheduler::Next(double now_ms) {
               "scheduler: a batch is in flight; commit it before the next one");
   now_ms_ = started_ms_ = now_ms;
   work_ = {};
+  std::optional<double> ended_ms = std::exchange(ended_ms_, std::nullopt);
   EndGuided();
   Batch batch;
   bool is_planned = is_turn_open_ && PlanTurn(batch);
@@ -38,6 +39,7 @@ Batch Scheduler::Next(double now_ms) {
     num_events_in_flight_ += static_cast<size_t>(row.num_draws);
   }
   ReserveEvents(num_events_in_flight_);
+  if (!batch.rows.empty() && ended_ms) counts_.gap_s += (now_ms - *ended_ms) * 1e-3;
   if (!batch.rows.empty() || !saves_.empty()) {
     batch.saves = std::exchange(saves_, {});
     batch.restores = std::exchange(restores_, {});

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -216,10 +216,21 @@ class Metrics:
             "num_preemptions": (stats["num_pauses"], "Times that a request was paused."),
             "prefix_cache_queries": (read + cached, "Tokens looked for in the prefix cache."),
             "prefix_cache_hits": (cached, "Tokens found there."),
-            "chunks": (stats["num_chunks"], "Passes that read prompts or checked drafts."),
-            "steps": (stats["num_steps"], "Passes that decoded a token of each row."),
-        }
+            "pass_tokens": (stats["pass_tokens"], "Tokens of all rows of all passes."),
+            "host_gap_seconds": (stats["gap_s"], "Between two passes that followed each other."),
+        }  # fmt: skip
         yield from _simple(CounterMetricFamily, counters, names)
+        checks, dense = stats["num_checks"], stats["num_dense_steps"]
+        passes = {
+            "chunk": stats["num_chunks"] - checks, "check": checks,
+            "dense": dense, "tidal": stats["num_steps"] - dense,
+        }  # fmt: skip
+        seconds = {
+            "chunk": stats["chunk_s"] - stats["check_s"], "check": stats["check_s"],
+            "dense": stats["dense_step_s"], "tidal": stats["step_s"] - stats["dense_step_s"],
+        }  # fmt: skip
+        yield _counted("passes", "Passes through the model.", "kind", passes, names)
+        yield _counted("pass_seconds", "What they took.", "kind", seconds, names)
         waiting = GaugeMetricFamily(
             "num_requests_waiting_by_reason", "Requests that wait.", labels=[*names, "reason"]
         )
@@ -244,7 +255,7 @@ def _simple(
 
 
 def _counted(
-    name: str, words: str, label: str, counts: Counter[str], names: dict[str, str]
+    name: str, words: str, label: str, counts: Mapping[str, float], names: dict[str, str]
 ) -> Metric:
     family = CounterMetricFamily(name, words, labels=[*names, label])
     for value, count in counts.items():
