@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
+import checkpoint_runs  # noqa: E402, F401  adds its runs
 import request_runs  # noqa: E402, F401  adds its runs
 import server_runs  # noqa: E402, F401  adds its runs
 from feature_runs import NAMES  # noqa: E402

@@ -14,6 +14,7 @@
 #include "tidal/config.h"
 #include "tidal/decoder.h"
 #include "tidal/guide.h"
+#include "tidal/quantized_weights.h"
 #include "tidal/weights.h"
 
 namespace tidal {
@@ -117,6 +118,8 @@ template <>
 class type_caster<tidal::SamplingParams> : public tidal::FilledCaster<tidal::SamplingParams> {};
 template <>
 class type_caster<tidal::WeightFileEntry> : public tidal::FilledCaster<tidal::WeightFileEntry> {};
+template <>
+class type_caster<tidal::QuantizedWeight> : public tidal::FilledCaster<tidal::QuantizedWeight> {};
 template <>
 class type_caster<tidal::Verification> : public tidal::FilledCaster<tidal::Verification> {};
 template <>

@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "tidal/error.h"
+#include "tidal/quantized_weights.h"
 #include "tidal/weights.h"
 
 namespace py = pybind11;
@@ -27,6 +28,17 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLongrope, "longrope"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
+// Of a tensor in a file: also those that only parts of quantised matrices have.
+constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
+                                            {DType::kBFloat16, "bfloat16"},
+                                            {DType::kFloat16, "float16"},
+                                            {DType::kInt32, "int32"},
+                                            {DType::kUInt8, "uint8"}}};
+constexpr Names<WeightFormat, 5> kWeightFormats = {{{WeightFormat::kFloat8, "float8"},
+                                                    {WeightFormat::kInt8, "int8"},
+                                                    {WeightFormat::kInt4Packed, "int4_packed"},
+                                                    {WeightFormat::kInt4Gptq, "int4_gptq"},
+                                                    {WeightFormat::kInt4Awq, "int4_awq"}}};
 constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},
                                                    {Granularity::kHead, "head"},
                                                    {Granularity::kLayer, "layer"}}};
@@ -168,6 +180,40 @@ void RegisterDecodeConfig(py::module_& module) {
       .def_readwrite("guide", &SamplingParams::guide);
 }
 
+void RegisterWeights(py::module_& module) {
+  py::class_<WeightFileEntry>(module, "WeightFileEntry")
+      .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
+                       std::string path, int64_t file_offset,
+                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity) {
+             const auto& [device, inode, size, mtime_ns] = identity;
+             return WeightFileEntry{
+                 .name = std::move(name),
+                 .info = {Parse(kStoredDTypes, "dtype", dtype), std::move(shape)},
+                 .path = std::move(path),
+                 .file_offset = file_offset,
+                 .identity = {device, inode, size, mtime_ns}};
+           }),
+           py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
+           py::arg("file_offset"), py::arg("identity"));
+  py::class_<QuantizedWeight>(module, "QuantizedWeight")
+      .def(py::init([](std::string name, std::vector<int64_t> shape, const std::string& format,
+                       const std::pair<int64_t, int64_t>& block, WeightFileEntry codes,
+                       WeightFileEntry scales, std::optional<WeightFileEntry> zeros,
+                       int32_t zero_offset) {
+             return QuantizedWeight{.name = std::move(name),
+                                    .shape = std::move(shape),
+                                    .format = Parse(kWeightFormats, "format", format),
+                                    .block_rows = block.first,
+                                    .block_columns = block.second,
+                                    .codes = std::move(codes),
+                                    .scales = std::move(scales),
+                                    .zeros = std::move(zeros),
+                                    .zero_offset = zero_offset};
+           }),
+           py::arg("name"), py::arg("shape"), py::arg("format"), py::arg("block"), py::arg("codes"),
+           py::arg("scales"), py::arg("zeros"), py::arg("zero_offset"));
+}
+
 }  // namespace
 
 DType ParseDType(const std::string& name) {
@@ -193,19 +239,7 @@ std::string DeviceString(const Device& device) {
 void RegisterConfig(py::module_& module) {
   RegisterModelConfig(module);
   RegisterDecodeConfig(module);
-  py::class_<WeightFileEntry>(module, "WeightFileEntry")
-      .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
-                       std::string path, int64_t file_offset,
-                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity) {
-             const auto& [device, inode, size, mtime_ns] = identity;
-             return WeightFileEntry{.name = std::move(name),
-                                    .info = {ParseDType(dtype), std::move(shape)},
-                                    .path = std::move(path),
-                                    .file_offset = file_offset,
-                                    .identity = {device, inode, size, mtime_ns}};
-           }),
-           py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
-           py::arg("file_offset"), py::arg("identity"));
+  RegisterWeights(module);
 }
 
 }  // namespace tidal

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <variant>
 
 #include "bindings.h"
 #include "tidal/error.h"
@@ -22,15 +23,27 @@ PlanId ParsePlan(const std::string& attention) {
       Concat("attention: got \"", attention, "\", expected \"auto\" or \"full\""));
 }
 
+using StoredWeight = std::variant<WeightFileEntry, QuantizedWeight>;
+
 // No weights: random ones.
 std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, DType dtype,
-                                               std::optional<std::vector<WeightFileEntry>> files) {
-  if (!files) return std::make_unique<RandomWeightSource>(model, dtype);
-  return std::make_unique<FileWeightSource>(std::move(*files));
+                                               std::optional<std::vector<StoredWeight>> weights) {
+  if (!weights) return std::make_unique<RandomWeightSource>(model, dtype);
+  std::vector<WeightFileEntry> plain;
+  std::vector<QuantizedWeight> quantized;
+  for (StoredWeight& weight : *weights) {
+    if (auto* matrix = std::get_if<QuantizedWeight>(&weight)) {
+      quantized.push_back(std::move(*matrix));
+    } else {
+      plain.push_back(std::move(std::get<WeightFileEntry>(weight)));
+    }
+  }
+  if (quantized.empty()) return std::make_unique<FileWeightSource>(std::move(plain));
+  return std::make_unique<QuantizedWeightSource>(std::move(plain), std::move(quantized), dtype);
 }
 
 std::unique_ptr<PyDecoder> MakeDecoder(const ModelConfig& model, const DecodeConfig& config,
-                                       std::optional<std::vector<WeightFileEntry>> weights,
+                                       std::optional<std::vector<StoredWeight>> weights,
                                        const py::object& progress) {
   std::unique_ptr<Decoder> decoder;
   {

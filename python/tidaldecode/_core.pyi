@@ -1,6 +1,6 @@
 """The C++ engine (cpp/include/tidal), as python/bindings show it. Internal to the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,19 @@ class WeightFileEntry:
         identity: tuple[int, int, int, int],  # device, inode, size and mtime_ns of the file
     ) -> None: ...
 
+class QuantizedWeight:
+    def __init__(
+        self,
+        name: str,
+        shape: list[int],
+        format: str,
+        block: tuple[int, int],
+        codes: WeightFileEntry,
+        scales: WeightFileEntry,
+        zeros: WeightFileEntry | None,
+        zero_offset: int,
+    ) -> None: ...
+
 class Verification:
     @property
     def drafted_tokens(self) -> int: ...
@@ -223,7 +236,7 @@ class Decoder:
         self,
         model: ModelConfig,
         config: DecodeConfig,
-        weights: list[WeightFileEntry] | None,  # None: random ones
+        weights: Sequence[WeightFileEntry | QuantizedWeight] | None,  # None: random ones
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
     def close(self) -> None: ...

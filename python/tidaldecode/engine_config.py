@@ -11,7 +11,8 @@ from dataclasses import fields
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES
+from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
+from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.plans import Plan
 
@@ -19,6 +20,8 @@ from tidaldecode.plans import Plan
 _ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "num_threads")
 # Fields whose value here is not simply the engine's.
 _TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "verify")
+# Types of tensors in files, and the engine's own; codes of 8 bits are bytes, whatever they mean.
+_STORED_DTYPES = WEIGHT_DTYPES | {"I32": "int32", "I8": "uint8", "F8_E4M3": "uint8"}
 
 
 def resolve_device(device: str) -> str:
@@ -85,21 +88,40 @@ def _set_plan(target: _core.PlanConfig, config: PlanConfig) -> None:
         setattr(target, name, _core.AUTOMATIC if value == "auto" else value)
 
 
-def core_weights(folder: ModelFolder) -> list[_core.WeightFileEntry] | None:
+def core_weights(
+    folder: ModelFolder,
+) -> list[_core.WeightFileEntry | _core.QuantizedWeight] | None:
     """Where the engine finds each tensor; None is random weights."""
     if folder.load_format == "dummy":
         return None
     return [
-        _core.WeightFileEntry(
-            entry.name,
-            WEIGHT_DTYPES[entry.dtype],
-            list(entry.shape),
-            os.fsencode(entry.path),
-            entry.file_offset,
-            entry.identity,
-        )
-        for entry in folder.weights
+        _quantized_weight(weight) if isinstance(weight, QuantizedTensor) else _file_entry(weight)
+        for weight in folder.weights
     ]
+
+
+def _file_entry(entry: TensorEntry) -> _core.WeightFileEntry:
+    return _core.WeightFileEntry(
+        entry.name,
+        _STORED_DTYPES[entry.dtype],
+        list(entry.shape),
+        os.fsencode(entry.path),
+        entry.file_offset,
+        entry.identity,
+    )
+
+
+def _quantized_weight(weight: QuantizedTensor) -> _core.QuantizedWeight:
+    return _core.QuantizedWeight(
+        weight.name,
+        list(weight.shape),
+        weight.scheme.format,
+        weight.block,
+        _file_entry(weight.codes),
+        _file_entry(weight.scales),
+        _file_entry(weight.zeros) if weight.zeros else None,
+        weight.scheme.zero_offset,
+    )
 
 
 def config_in_use(core: _core.DecodeConfig, settings: DecodeConfig) -> DecodeConfig:

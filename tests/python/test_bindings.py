@@ -23,6 +23,10 @@ def new_decoder():
 
 decoder = new_decoder()
 
+def quantized_weight():
+    entry = core_weights(folder)[0]
+    return _core.QuantizedWeight("a", [2, 2], "float8", (1, 2), entry, entry, None, 0)
+
 def params():
     made = _core.SamplingParams()
     made.max_new_tokens = 3
@@ -61,6 +65,7 @@ MAKERS = {
     "DecodeConfig": [_core.DecodeConfig],
     "SamplingParams": [params],
     "WeightFileEntry": [lambda: core_weights(folder)[0]],
+    "QuantizedWeight": [quantized_weight],
     "Verification": [lambda: finished().results()[0].verification],
     "SequenceResult": [lambda: finished().results()[0]],
     "TokenLogprobs": [scored],
@@ -173,6 +178,8 @@ RIGHT = {
     _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder)),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
     _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4)),
+    _core.QuantizedWeight: ("a", [2, 2], "float8", (1, 2), core_weights(folder)[0],
+                            core_weights(folder)[1], None, 0),
 }
 for call, arguments in RIGHT.items():
     for index in range(len(arguments)):

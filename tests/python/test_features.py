@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import checkpoint_runs  # noqa: F401  adds its runs
 import feature_runs
 import request_runs  # noqa: F401  adds its runs
 import server_runs  # noqa: F401  adds its runs

@@ -4,6 +4,7 @@
 
 #include "core/noise.h"
 #include "core/parallel.h"
+#include "core/shape.h"
 #include "model/model_config.h"
 #include "model/weights.h"
 #include "tidal/error.h"
@@ -30,8 +31,7 @@ RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, ui
                                    std::max(model.hidden_size, model.head_dim));
   int64_t offset = 0;  // of the next tensor: each begins where the one before it ended
   for (WeightShape& weight : ExpectedWeights(model)) {
-    int64_t bytes = DTypeBytes(dtype);
-    for (int64_t size : weight.shape) bytes *= size;
+    const int64_t bytes = NumElements(weight.shape) * DTypeBytes(dtype);
     const Noise* values = IsNorm(weight.name) ? norms_.get() : noise_.get();
     tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, values, offset};
     offset += bytes;

@@ -7,6 +7,7 @@
 
 #include "core/float16.h"
 #include "core/parallel.h"
+#include "core/shape.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -29,14 +30,6 @@ struct Placement {
 std::vector<int64_t> ShapeOf(const Placement& placement, size_t i) {
   if (placement.columns == 0) return {placement.rows[i]};
   return {placement.rows[i], placement.columns};
-}
-
-std::string ShapeString(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    text += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  return text + "]";
 }
 
 // Fills the table for one model; the targets are the tensors of `weights`.
@@ -256,9 +249,7 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
 int64_t WeightBytes(const ModelConfig& model, DType dtype) {
   int64_t bytes = 0;
   for (const WeightShape& weight : ExpectedWeights(model)) {
-    int64_t elements = 1;
-    for (int64_t size : weight.shape) elements *= size;
-    bytes += elements * DTypeBytes(dtype);
+    bytes += NumElements(weight.shape) * DTypeBytes(dtype);
   }
   return bytes;
 }

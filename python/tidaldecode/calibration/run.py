@@ -110,9 +110,9 @@ class Job:
         values = 2 * model.num_layers * model.num_kv_heads * model.head_dim * self.page_size
         names = (device, f"{device}:0")  # "cuda" is the first of them
         found = [d["free_bytes"] for d in _core.list_devices() if d["name"] in names]
-        room = max(0, sum(found) - 2 * self.folder.weight_bytes) * _CACHE_SHARE
+        room = max(0, sum(found) - 2 * self.folder.decoded_bytes) * _CACHE_SHARE
         if device == "cpu":
-            most = max(_CPU_CACHE_BYTES, _CPU_CACHE_WEIGHTS * self.folder.weight_bytes)
+            most = max(_CPU_CACHE_BYTES, _CPU_CACHE_WEIGHTS * self.folder.decoded_bytes)
             room = min(room, most)
         return int(room) // (values * (4 if is_wide else 2))
 

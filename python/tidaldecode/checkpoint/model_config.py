@@ -14,6 +14,8 @@ from typing import Any
 
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.quant_scheme import Quantization
+from tidaldecode.checkpoint.quantization import read_quantization
 from tidaldecode.checkpoint.rope_config import RopeConfig, read_rope
 from tidaldecode.errors import ConfigError, show
 
@@ -98,6 +100,7 @@ class CheckpointConfig:
     dtype: str | None  # "float32", "bfloat16", "float16"; None if the config does not say
     eos_token_ids: tuple[int, ...]
     model: ModelConfig
+    quantization: Quantization | None = None  # None: weights as they are
     notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands
 
 
@@ -114,6 +117,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     family = _read_family(raw, where)
     _refuse_unsupported_features(raw, where)
     model = _read_model(raw, family, where)
+    quantization = read_quantization(raw, where)
     name = raw.get("_name_or_path")
     eos_token_ids, notes = read_token_ids(raw, "eos_token_id", model.vocab_size, where)
     return CheckpointConfig(
@@ -122,7 +126,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
         dtype=_read_dtype(raw, where),
         eos_token_ids=eos_token_ids,
         model=model,
-        notes=notes,
+        quantization=quantization,
+        notes=notes + (quantization.notes if quantization else ()),
     )
 
 
@@ -176,13 +181,6 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
             "never done; if it is a plain model of its type, remove the field"
-        )
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ConfigError(
-            f"{where}: quantization_config: quantised weights ({show(method)}) are not supported; "
-            "use the float32, bfloat16 or float16 checkpoint"
         )
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):

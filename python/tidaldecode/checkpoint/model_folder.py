@@ -1,7 +1,8 @@
 """A Hugging Face model folder on disk, read and checked: the first stop from model_dir to text.
 
 decoder.py hands what is found here to the C++ engine. Nothing in a folder is executed, and no
-tensor is read yet, but for an output matrix beside tied embeddings (tensor_names.py). A model of
+tensor is read yet, but for an output matrix beside tied embeddings (tensor_names.py) and the small
+parts that say how a quantised matrix is stored (quantized_tensors.py). A model of
 the hub is found by hub.py.
 """
 
@@ -24,9 +25,11 @@ from tidaldecode.checkpoint.hub import (
     split_revision,
 )
 from tidaldecode.checkpoint.model_config import ModelConfig, read_checkpoint_config
+from tidaldecode.checkpoint.quant_scheme import Quantization
+from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.checkpoint.tensor_names import ModelTensors
-from tidaldecode.checkpoint.weight_files import WEIGHT_DTYPES, find_weights
+from tidaldecode.checkpoint.weight_files import find_weights
 from tidaldecode.errors import ConfigError, show
 
 _logger = logging.getLogger("tidaldecode")
@@ -44,7 +47,8 @@ class ModelFolder:
     generation: GenerationDefaults
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json, ascending
     load_format: str  # of DecodeConfig
-    weights: tuple[TensorEntry, ...]  # none for load_format "dummy"
+    weights: tuple[TensorEntry | QuantizedTensor, ...]  # none for load_format "dummy"
+    quantization: Quantization | None = None  # None: weights as they are
     notes: tuple[str, ...] = ()  # for the user: what was found and not taken as it stands
 
     @property
@@ -56,6 +60,14 @@ class ModelFolder:
     def weight_bytes(self) -> int:
         """Bytes of all tensors, as stored."""
         return sum(entry.num_bytes for entry in self.weights)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all tensors, the quantised ones decoded to 16 bits."""
+        return sum(
+            entry.decoded_bytes if isinstance(entry, QuantizedTensor) else entry.num_bytes
+            for entry in self.weights
+        )
 
     def log_notes(self, max_seq_len: int | None) -> None:
         """Logs what the user should know before the model is used with this max_seq_len."""
@@ -90,9 +102,10 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
     )
     tensors = ModelTensors(entries=[], model=checkpoint.model, notes=())
     if load_format != "dummy":
-        tensors = find_weights(path, checkpoint.model)
+        tensors = find_weights(path, checkpoint.model, checkpoint.quantization)
     # The config's word counts, as in transformers; files alone decide only where it is silent.
-    stored_dtype = WEIGHT_DTYPES[tensors.entries[0].dtype] if tensors.entries else "bfloat16"
+    plain = (entry.dtype for entry in tensors.entries if isinstance(entry, TensorEntry))
+    stored_dtype = WEIGHT_DTYPES[next(plain, "BF16")]
     return ModelFolder(
         path=path,
         family=checkpoint.family,
@@ -103,6 +116,7 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
         eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
         load_format=load_format,
         weights=tuple(tensors.entries),
+        quantization=checkpoint.quantization,
         # Once each: an older model's generation settings are in its config.json.
         notes=tuple(dict.fromkeys((*checkpoint.notes, *generation.notes, *tensors.notes))),
     )

@@ -14,6 +14,15 @@ from pathlib import Path
 
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT, Quantization
+from tidaldecode.checkpoint.quantized_tensors import (
+    QuantizedTensor,
+    Stored,
+    StoredParts,
+    is_all_zero,
+    join_parts,
+    resolve,
+)
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.errors import WeightsError, show
 
@@ -26,14 +35,15 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _OWN_MODULE = re.compile(r"(model\.embed_tokens|model\.norm|lm_head)\.")
 # Tables, masks and cache scales that other programs store inside of layers; they follow from the
 # config or belong to another way of computing.
+_CACHE_SCALE = re.compile(r".*\.self_attn\.([kqv]_(scale|zero_point)|[kv]_proj\.output_scale)")
 _BUFFER = re.compile(
     r"(.*\.)?rotary_emb\..*|.*\.(masked_bias|attn_bias|position_ids)"
-    r"|.*\.self_attn\.(bias|[kqv]_scale)"
+    rf"|.*\.self_attn\.bias|{_CACHE_SCALE.pattern}"
 )
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+# Parts of quantised weights of other kinds than quantized_tensors.py knows.
 _QUANTISED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(scale|zero_point|packed|shape)\w*|input_scale|SCB"
-    r"|weight\.(absmax|quant_\w+|nested_\w+)\S*)$"
+    r"\.((weight|input)_\w*(scale|zero_point)\w*|SCB|weight\.(absmax|quant_\w+|nested_\w+)\S*)$"
 )
 _MAX_NAMES_SHOWN = 5
 _CHUNK_BYTES = 1 << 24
@@ -43,7 +53,7 @@ _CHUNK_BYTES = 1 << 24
 class ModelTensors:
     """The tensors of a model, under the engine's names."""
 
-    entries: list[TensorEntry]  # in file order
+    entries: list[TensorEntry | QuantizedTensor]  # in file order
     model: ModelConfig  # untied where the checkpoint holds an output matrix of its own
     notes: tuple[str, ...]  # for the user: what was not taken as it stands
 
@@ -74,31 +84,54 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
     return names
 
 
-def select_tensors(entries: list[TensorEntry], model: ModelConfig, folder: Path) -> ModelTensors:
+def select_tensors(
+    entries: list[TensorEntry],
+    model: ModelConfig,
+    quantization: Quantization | None,
+    folder: Path,
+) -> ModelTensors:
     """Picks the tensors of the model out of all that are stored.
 
     Args:
         entries: of all files, in file order.
         model: as config.json says.
+        quantization: as config.json says; None without one.
         folder: for messages.
 
     Raises: WeightsError for tensors that are missing, or that would change what a layer computes.
     """
-    prefix = _find_prefix({entry.name for entry in entries}, model, folder)
-    found = _canonical_names(entries, prefix)
+    stored = join_parts(entries)
+    prefix = _find_prefix({entry.name for entry in stored}, model, folder)
+    found = _canonical_names(stored, prefix)
     notes: list[str] = []
     if model.tie_word_embeddings:
         model = _settle_head(found, model, folder, notes)
     needed = set(expected_tensor_names(model))
     left_over = {name: entry for name, entry in found.items() if name not in needed}
+    if quantization is not None and quantization.method == "gptq":
+        left_over = {name: e for name, e in left_over.items() if not _is_idle_bias(name, e)}
     _refuse_meaningful(left_over, model, folder)
     missing = needed.difference(found)
     if missing:
         hint = "; does config.json lack tie_word_embeddings: true?" if missing == {_HEAD} else ""
         raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
     notes += _notes_on(left_over, model, folder)
-    selected = [replace(entry, name=name) for name, entry in found.items() if name in needed]
+    selected = [
+        resolve(replace(entry, name=name), quantization)
+        for name, entry in found.items()
+        if name in needed
+    ]
     return ModelTensors(entries=selected, model=model, notes=tuple(notes))
+
+
+def _is_idle_bias(name: str, entry: Stored) -> bool:
+    """Whether a tensor is the bias of zeros that GPTQ's writers give to layers without one."""
+    return name.endswith("_proj.bias") and isinstance(entry, TensorEntry) and is_all_zero(entry)
+
+
+def _stored_name(entry: Stored) -> str:
+    """A name that is in a file."""
+    return entry.first.name if isinstance(entry, StoredParts) else entry.name
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -109,7 +142,7 @@ def list_names(names: Iterable[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def _canonical_names(entries: list[TensorEntry], prefix: str) -> dict[str, TensorEntry]:
+def _canonical_names(entries: list[Stored], prefix: str) -> dict[str, Stored]:
     """{name as if the model's prefix were "model.": entry}; names of other parts as they are.
 
     A base model is saved without a prefix, wrappers (torch.compile, DataParallel, the language
@@ -122,7 +155,7 @@ def _canonical_names(entries: list[TensorEntry], prefix: str) -> dict[str, Tenso
     around = ["".join(f"{step}." for step in steps[:depth]) for depth in range(len(steps), -1, -1)]
     names = {entry.name for entry in entries}
     head = next((p + _HEAD for p in around if p + _HEAD in names), None)
-    found: dict[str, TensorEntry] = {}
+    found: dict[str, Stored] = {}
     for entry in entries:
         if entry.name == head:
             name = _HEAD
@@ -157,7 +190,7 @@ def _find_prefix(names: set[str], model: ModelConfig, folder: Path) -> str:
 
 
 def _settle_head(
-    found: dict[str, TensorEntry], model: ModelConfig, folder: Path, notes: list[str]
+    found: dict[str, Stored], model: ModelConfig, folder: Path, notes: list[str]
 ) -> ModelConfig:
     """Decides about an output matrix that is stored although config.json ties it, as transformers.
 
@@ -173,14 +206,16 @@ def _settle_head(
         del found[_HEAD]
         return model
     notes.append(
-        f"{folder}: config.json says tie_word_embeddings, but the stored {head.name} differs from "
-        "the embedding, so it is used"
+        f"{folder}: config.json says tie_word_embeddings, but the stored {_stored_name(head)} "
+        "differs from the embedding, so it is used"
     )
     return replace(model, tie_word_embeddings=False)
 
 
-def _same_content(one: TensorEntry, other: TensorEntry) -> bool:
+def _same_content(one: Stored, other: Stored) -> bool:
     """Whether two tensors hold the same bytes; where they differ, that shows in the first chunk."""
+    if isinstance(one, StoredParts) or isinstance(other, StoredParts):
+        return False
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     descriptors = []
@@ -200,9 +235,7 @@ def _same_content(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
-def _refuse_meaningful(
-    left_over: Mapping[str, TensorEntry], model: ModelConfig, folder: Path
-) -> None:
+def _refuse_meaningful(left_over: Mapping[str, Stored], model: ModelConfig, folder: Path) -> None:
     """Refuses tensors without a place that say the model is not what config.json describes."""
     refused = [name for name in left_over if _has_meaning(name, model)]
     if not refused:
@@ -210,12 +243,12 @@ def _refuse_meaningful(
     if any(_ADAPTER.search(name) for name in refused):
         why = "an adapter that is not merged into the weights; merge it first (merge_and_unload)"
     elif any(_QUANTISED.search(name) for name in refused):
-        why = "quantised weights are not supported; use the float32, bfloat16 or float16 checkpoint"
+        why = f"parts of quantised weights of a kind that is not supported; {OTHER_CHECKPOINT}"
     elif all(name.endswith("_proj.bias") for name in refused):
         why = "config.json says that there are no such biases (attention_bias, mlp_bias)"
     else:
         why = "config.json and the weights do not belong together"
-    names = list_names(left_over[name].name for name in refused)
+    names = list_names(_stored_name(left_over[name]) for name in refused)
     raise WeightsError(f"{folder}: tensors the model has no place for: {names}: {why}")
 
 
@@ -230,16 +263,21 @@ def _has_meaning(name: str, model: ModelConfig) -> bool:
     return _OWN_MODULE.match(name) is not None
 
 
-def _notes_on(
-    left_over: Mapping[str, TensorEntry], model: ModelConfig, folder: Path
-) -> Iterable[str]:
-    unused = {name: entry.name for name, entry in left_over.items() if not _BUFFER.fullmatch(name)}
+def _notes_on(left_over: Mapping[str, Stored], model: ModelConfig, folder: Path) -> Iterable[str]:
+    stored = {name: _stored_name(entry) for name, entry in left_over.items()}
+    scales = [stored[name] for name in stored if _CACHE_SCALE.fullmatch(name)]
+    if scales:
+        yield (
+            f"{folder}: scales of a quantised KV cache are not applied, the cache is not "
+            f"quantised: {list_names(scales)}"
+        )
+    unused = {name: text for name, text in stored.items() if not _BUFFER.fullmatch(name)}
     layers = {name for name in unused if _LAYER.match(name)}
     if layers:
         yield (
             f"{folder}: config.json says {model.num_layers} layers; those behind them are not "
             f"used: {list_names(unused[name] for name in layers)}"
         )
-    others = [stored for name, stored in unused.items() if name not in layers]
+    others = [text for name, text in unused.items() if name not in layers]
     if others:
         yield f"{folder}: tensors that the model does not use: {list_names(others)}"

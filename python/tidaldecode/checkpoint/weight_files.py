@@ -13,6 +13,8 @@ from typing import Any
 
 from tidaldecode.checkpoint.json_file import list_folder, read_json_object
 from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.quant_scheme import Quantization
+from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
 from tidaldecode.checkpoint.safetensors_header import (
     MAX_HEADER_BYTES,
     TensorEntry,
@@ -24,9 +26,6 @@ from tidaldecode.errors import WeightsError, show
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# safetensors' names of the types the engine computes with, and the engine's own.
-WEIGHT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
 # A file of the folder itself: no separators, so no way out of it; links are left to the system
 # (the Hugging Face cache is made of them).
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
@@ -34,12 +33,15 @@ _USUAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth")
 
 
-def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
+def find_weights(
+    folder: Path, model: ModelConfig, quantization: Quantization | None = None
+) -> ModelTensors:
     """Where each tensor of the model lies.
 
     Args:
         folder: a Hugging Face model folder.
         model: decides which tensors are needed.
+        quantization: what the parts of quantised ones mean.
 
     Raises: WeightsError for files that are missing, damaged or only pickled, an index that does
         not fit them, or tensors that are missing, of another model or of another type.
@@ -51,7 +53,7 @@ def find_weights(folder: Path, model: ModelConfig) -> ModelTensors:
         entries = _read_shards(folder)
     else:
         raise WeightsError(_explain_no_weights(folder))
-    tensors = select_tensors(entries, model, folder)
+    tensors = select_tensors(entries, model, quantization, folder)
     _check_dtypes(tensors.entries)
     return tensors
 
@@ -146,9 +148,9 @@ def _check_index(path: Path, weight_map: dict[str, str], found: dict[str, Tensor
             )
 
 
-def _check_dtypes(entries: list[TensorEntry]) -> None:
+def _check_dtypes(entries: list[TensorEntry | QuantizedTensor]) -> None:
     for entry in entries:
-        if entry.dtype not in WEIGHT_DTYPES:
+        if isinstance(entry, TensorEntry) and entry.dtype not in WEIGHT_DTYPES:
             raise WeightsError(
                 f"{entry.path}: tensor {show(entry.name, 120)}: dtype {entry.dtype}, "
                 f"expected {', '.join(WEIGHT_DTYPES)}"

@@ -67,6 +67,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     model = folder.model
     num_weights = sum(_num_elements(entry.shape) for entry in folder.weights)
     num_files = len({entry.path for entry in folder.weights})
+    stored = "quantised" if folder.quantization else folder.dtype
     kv_values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     rope = model.rope
     scaling = "" if rope.type == "default" else f", {rope.type}"
@@ -85,9 +86,10 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
         ("parameters", f"{num_weights / 1e6:,.1f} million"),
         (
             "weights",
-            f"{folder.weight_bytes / 1e6:,.1f} MB, {folder.dtype}, "
+            f"{folder.weight_bytes / 1e6:,.1f} MB, {stored}, "
             f"{num_files} {'file' if num_files == 1 else 'files'}",
         ),
+        *_describe_quantization(folder),
         ("layers", f"{model.num_layers}, hidden {model.hidden_size}, "
                    f"MLP {model.intermediate_size}"),
         ("heads", f"{model.num_q_heads} query, {model.num_kv_heads} KV, size {model.head_dim}"),
@@ -99,6 +101,17 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
         ("sampling", _describe_sampling(folder)),
         ("plan", plan_text),
     ]  # fmt: skip
+
+
+def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
+    """What a quantised checkpoint is, and what the engine makes of it."""
+    quantization = folder.quantization
+    if quantization is None:
+        return []
+    text = f"{quantization.text}; decoded to {folder.dtype} (or the dtype asked for) while loaded"
+    if quantization.quantizes_activations:
+        text += "; activations are not quantised"
+    return [("quantised", text)]
 
 
 def _describe_sampling(folder: ModelFolder) -> str:

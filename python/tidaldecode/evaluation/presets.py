@@ -224,6 +224,8 @@ def _why_no_quest(folder: ModelFolder) -> str | None:
     """Why page-wise selection cannot run with this model; None if it can."""
     if folder.model.rope.type != "default":
         return f"no preset `quest`: it has no rotary positions of type {folder.model.rope.type}"
+    if folder.quantization is not None:
+        return "no preset `quest`: it runs in numpy, which reads no quantised weights"
     parameters = sum(prod(entry.shape) for entry in folder.weights)
     if parameters > QUEST_PARAMETERS:
         return (

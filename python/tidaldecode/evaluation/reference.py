@@ -42,7 +42,7 @@ class Cache:
 class ReferenceModel:
     """Llama, Mistral, Qwen2 or Qwen3 with plain rotary positions.
 
-    Raises: UnsupportedError for scaled ones.
+    Raises: UnsupportedError for scaled ones, and for quantised weights.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -52,7 +52,16 @@ class ReferenceModel:
             raise UnsupportedError(
                 f"rope: got type {rope.type!r}, expected 'default', the only one in numpy"
             )
-        self._weights = {entry.name: _read_tensor(entry) for entry in folder.weights}
+        if folder.quantization is not None:
+            raise UnsupportedError(
+                f"weights: got quantised ones ({folder.quantization.method}), expected float32, "
+                "bfloat16 or float16, which are what is read in numpy"
+            )
+        self._weights = {
+            entry.name: _read_tensor(entry)
+            for entry in folder.weights
+            if isinstance(entry, TensorEntry)
+        }
         half = np.arange(self.config.head_dim // 2)
         self._inv_freq = rope.theta ** (-2.0 * half / self.config.head_dim)
 

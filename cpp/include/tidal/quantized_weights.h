@@ -1,0 +1,90 @@
+// Quantised matrices of a checkpoint: how their parts are stored, and a source of what they mean.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "tidal/dtype.h"
+#include "tidal/weights.h"
+
+namespace tidal {
+
+class CopyThreads;
+struct DecodedBlocks;
+
+// How the codes of a matrix [out, in] are stored, and its scales and zeros with them.
+enum class WeightFormat : int32_t {
+  // Bytes [out, in], each a float8 e4m3fn; scales [row blocks, column blocks].
+  kFloat8,
+  // Bytes [out, in], each a signed integer; scales likewise.
+  kInt8,
+  // int32 [out, ceil(in / 8)], 8 codes along `in`, the first in the lowest bits; scales likewise,
+  // zeros int32 [ceil(out / 8), column blocks], 8 along `out`.
+  kInt4Packed,
+  // int32 [in / 8, out], 8 codes along `in`, the first in the lowest bits; scales [column blocks,
+  // out], zeros int32 [column blocks, out / 8], 8 along `out`.
+  kInt4Gptq,
+  // int32 [in, out / 8], 8 codes along `out`, those of rows 0, 2, 4, 6, 1, 3, 5, 7 from the lowest
+  // bits on; scales [column blocks, out], zeros as the codes.
+  kInt4Awq,
+};
+
+// One matrix. Its element (o, i) is (code(o, i) - zero) * scale, the product in float32; scale and
+// zero are those of its block.
+struct QuantizedWeight {
+  std::string name;            // of what the parts mean together: "….weight"
+  std::vector<int64_t> shape;  // [out, in]
+  WeightFormat format = WeightFormat::kFloat8;
+  int64_t block_rows = 1;     // of a block; the last blocks of a matrix may be smaller
+  int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in the int4 formats
+  WeightFileEntry codes;
+  WeightFileEntry scales;                // float32, bfloat16 or float16
+  std::optional<WeightFileEntry> zeros;  // of int4 formats, in blocks of one row; absent: 8
+  int32_t zero_offset = 0;               // added to every stored zero, modulo 16
+};
+
+// Tensors in files, the quantised ones decoded to a float type while they are read.
+class QuantizedWeightSource final : public WeightSource {
+ public:
+  // `plain`: the other tensors, shown as they are stored. `dtype`: that of the decoded ones, to
+  // which each element is rounded once.
+  // Throws WeightsError for parts whose shapes or types do not fit each other.
+  QuantizedWeightSource(std::vector<WeightFileEntry> plain, std::vector<QuantizedWeight> quantized,
+                        DType dtype);
+  ~QuantizedWeightSource() override;
+  QuantizedWeightSource(const QuantizedWeightSource&) = delete;
+  QuantizedWeightSource& operator=(const QuantizedWeightSource&) = delete;
+
+  const WeightInfo* Find(const std::string& name) const override;
+
+  // Of a quantised tensor whole elements only. Throws WeightsError also for a scale that is not
+  // finite.
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+  void CheckUnchanged() const override;
+
+ private:
+  struct Matrix {
+    QuantizedWeight stored;
+    WeightInfo info;  // of the decoded tensor
+  };
+
+  void Open(const Matrix& matrix) const;
+  void ReadCodes(const QuantizedWeight& weight, int64_t offset, int64_t bytes) const;
+  template <typename T>
+  void Decode(const QuantizedWeight& weight, int64_t begin, int64_t end, T* dst) const;
+
+  FileWeightSource files_;
+  std::unordered_map<std::string, Matrix> matrices_;
+  std::unique_ptr<CopyThreads> threads_;
+
+  // The matrix that was read last, for its next piece.
+  mutable const Matrix* open_ = nullptr;
+  mutable std::unique_ptr<DecodedBlocks> blocks_;
+  mutable std::vector<uint32_t> codes_;
+};
+
+}  // namespace tidal

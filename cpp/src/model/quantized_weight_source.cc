@@ -1,0 +1,228 @@
+// QuantizedWeightSource: reads the stored parts of a matrix and decodes them, a piece on several
+// threads. At most one matrix's codes are in memory, and only of formats whose rows interleave.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "core/float16.h"
+#include "core/parallel.h"
+#include "core/shape.h"
+#include "model/weight_format.h"
+#include "tidal/error.h"
+#include "tidal/quantized_weights.h"
+
+namespace tidal {
+namespace {
+
+// Of one thread at a time: enough to be worth the call, few enough that all threads have some.
+constexpr int64_t kDecodeElements = 1 << 18;
+
+std::string BlockString(const QuantizedWeight& weight) {
+  return Concat(weight.name, " is ", ShapeString(weight.shape), ", with a scale for every ",
+                weight.block_rows, " x ", weight.block_columns, " elements");
+}
+
+void CheckShape(const QuantizedWeight& weight, const WeightFileEntry& part,
+                const std::vector<int64_t>& expected) {
+  TIDAL_CHECK(part.info.shape == expected, WeightsError, part.name, ": shape ",
+              ShapeString(part.info.shape), ", expected ", ShapeString(expected), " (",
+              BlockString(weight),
+              "); the weights and quantization_config in config.json do not belong together");
+}
+
+// Whether a shape is `expected` without dimensions that are 1, as writers shorten it.
+bool IsVectorOf(const std::vector<int64_t>& shape, const std::vector<int64_t>& expected) {
+  if (NumElements(expected) == 1) {
+    return std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size == 1; });
+  }
+  return (expected[0] == 1 || expected[1] == 1) &&
+         shape == std::vector<int64_t>{NumElements(expected)};
+}
+
+void CheckDType(const WeightFileEntry& part, DType expected) {
+  TIDAL_CHECK(part.info.dtype == expected, WeightsError, part.name, ": dtype ",
+              DTypeName(part.info.dtype), ", expected ", DTypeName(expected));
+}
+
+void CheckMatrix(const QuantizedWeight& weight) {
+  TIDAL_CHECK(weight.shape.size() == 2 && weight.shape[0] > 0 && weight.shape[1] > 0, WeightsError,
+              weight.name, ": shape ", ShapeString(weight.shape), ", expected a matrix");
+  TIDAL_CHECK(weight.block_rows > 0 && weight.block_columns > 0, WeightsError, weight.name,
+              ": blocks of ", weight.block_rows, " x ", weight.block_columns,
+              ", expected positive sizes");
+}
+
+void CheckParts(const QuantizedWeight& weight) {
+  const bool is_bytes =
+      weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8;
+  const PartShapes expected = ExpectedParts(weight);
+  CheckShape(weight, weight.codes, expected.codes);
+  CheckDType(weight.codes, is_bytes ? DType::kUInt8 : DType::kInt32);
+  TIDAL_CHECK(is_bytes || weight.block_columns % 8 == 0 || weight.block_columns == weight.shape[1],
+              WeightsError, weight.name, ": groups of ", weight.block_columns,
+              " columns, expected a multiple of 8");
+  if (!IsVectorOf(weight.scales.info.shape, expected.scales)) {
+    CheckShape(weight, weight.scales, expected.scales);
+  }
+  const DType dtype = weight.scales.info.dtype;
+  TIDAL_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+              WeightsError, weight.scales.name, ": dtype ", DTypeName(dtype),
+              ", expected float32, bfloat16 or float16");
+  if (!weight.zeros) return;
+  TIDAL_CHECK(!is_bytes && weight.block_rows == 1, WeightsError, weight.zeros->name,
+              ": zero points of this format are not supported");
+  CheckShape(weight, *weight.zeros, expected.zeros);
+  CheckDType(*weight.zeros, DType::kInt32);
+}
+
+// All tensors that are read from files.
+std::vector<WeightFileEntry> AllEntries(std::vector<WeightFileEntry> entries,
+                                        const std::vector<QuantizedWeight>& quantized) {
+  for (const QuantizedWeight& weight : quantized) {
+    entries.push_back(weight.codes);
+    entries.push_back(weight.scales);
+    if (weight.zeros) entries.push_back(*weight.zeros);
+  }
+  return entries;
+}
+
+template <typename T>
+std::vector<float> Widen(const std::vector<char>& data) {
+  std::vector<float> values(data.size() / sizeof(T));
+  for (size_t i = 0; i < values.size(); ++i) {
+    T value;
+    std::memcpy(&value, data.data() + i * sizeof(T), sizeof(T));
+    values[i] = ToFloat(value);
+  }
+  return values;
+}
+
+std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEntry& entry) {
+  const int64_t count = NumElements(entry.info.shape);
+  std::vector<char> data(static_cast<size_t>(count * DTypeBytes(entry.info.dtype)));
+  files.Read(entry.name, 0, static_cast<int64_t>(data.size()), data.data());
+  std::vector<float> scales = entry.info.dtype == DType::kFloat32    ? Widen<float>(data)
+                              : entry.info.dtype == DType::kBFloat16 ? Widen<BFloat16>(data)
+                                                                     : Widen<Float16>(data);
+  for (float scale : scales) {
+    TIDAL_CHECK(std::isfinite(scale), WeightsError, entry.name, ": holds ", scale,
+                ", expected finite scales; is ", entry.path, " damaged?");
+  }
+  return scales;
+}
+
+}  // namespace
+
+QuantizedWeightSource::QuantizedWeightSource(std::vector<WeightFileEntry> plain,
+                                             std::vector<QuantizedWeight> quantized, DType dtype)
+    : files_(AllEntries(std::move(plain), quantized)), threads_(std::make_unique<CopyThreads>()) {
+  TIDAL_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+              InvalidArgument, "dtype of decoded weights: got ", DTypeName(dtype),
+              ", expected float32, bfloat16 or float16");
+  for (QuantizedWeight& weight : quantized) {
+    CheckMatrix(weight);
+    weight.block_rows = std::min(weight.block_rows, weight.shape[0]);
+    weight.block_columns = std::min(weight.block_columns, weight.shape[1]);
+    CheckParts(weight);
+    WeightInfo info{dtype, weight.shape};
+    std::string name = weight.name;
+    TIDAL_CHECK(!matrices_.contains(name), WeightsError, name, ": listed twice");
+    matrices_.emplace(std::move(name), Matrix{std::move(weight), std::move(info)});
+  }
+}
+
+QuantizedWeightSource::~QuantizedWeightSource() = default;
+
+const WeightInfo* QuantizedWeightSource::Find(const std::string& name) const {
+  auto found = matrices_.find(name);
+  return found == matrices_.end() ? files_.Find(name) : &found->second.info;
+}
+
+void QuantizedWeightSource::Read(const std::string& name, int64_t offset, int64_t bytes,
+                                 void* dst) const {
+  auto found = matrices_.find(name);
+  if (found == matrices_.end()) return files_.Read(name, offset, bytes, dst);
+  const Matrix& matrix = found->second;
+  const int64_t size = DTypeBytes(matrix.info.dtype);
+  const int64_t begin = offset / size, end = (offset + bytes) / size;
+  TIDAL_CHECK(offset >= 0 && bytes >= 0 && offset % size == 0 && bytes % size == 0 &&
+                  end <= NumElements(matrix.info.shape),
+              InvalidArgument, name, ": bytes ", offset, " to ", offset + bytes,
+              ", expected whole elements of ", ShapeString(matrix.info.shape), " in ",
+              DTypeName(matrix.info.dtype));
+  if (begin == end) return;
+  Open(matrix);
+  switch (matrix.info.dtype) {
+    case DType::kFloat32:
+      return Decode(matrix.stored, begin, end, static_cast<float*>(dst));
+    case DType::kBFloat16:
+      return Decode(matrix.stored, begin, end, static_cast<BFloat16*>(dst));
+    default:
+      return Decode(matrix.stored, begin, end, static_cast<Float16*>(dst));
+  }
+}
+
+void QuantizedWeightSource::CheckUnchanged() const {
+  files_.CheckUnchanged();
+}
+
+// Reads what all pieces of a matrix need.
+void QuantizedWeightSource::Open(const Matrix& matrix) const {
+  if (open_ == &matrix) return;
+  open_ = nullptr;
+  const QuantizedWeight& weight = matrix.stored;
+  const std::vector<float> scales = ReadScales(files_, weight.scales);
+  std::vector<uint32_t> zeros;
+  if (weight.zeros) {
+    zeros.resize(static_cast<size_t>(NumElements(weight.zeros->info.shape)));
+    files_.Read(weight.zeros->name, 0, static_cast<int64_t>(zeros.size() * sizeof(uint32_t)),
+                zeros.data());
+  }
+  blocks_ = std::make_unique<DecodedBlocks>(
+      DecodeBlocks(weight, scales.data(), weight.zeros ? zeros.data() : nullptr));
+  if (!RowsLieApart(weight.format)) {
+    ReadCodes(weight, 0,
+              NumElements(weight.codes.info.shape) * DTypeBytes(weight.codes.info.dtype));
+  }
+  open_ = &matrix;
+}
+
+void QuantizedWeightSource::ReadCodes(const QuantizedWeight& weight, int64_t offset,
+                                      int64_t bytes) const {
+  codes_.resize((static_cast<size_t>(bytes) + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+  files_.Read(weight.codes.name, offset, bytes, codes_.data());
+}
+
+// Decodes the elements [begin, end) of the open matrix.
+template <typename T>
+void QuantizedWeightSource::Decode(const QuantizedWeight& weight, int64_t begin, int64_t end,
+                                   T* dst) const {
+  const int64_t in = weight.shape[1];
+  const int64_t first = begin / in, last = (end + in - 1) / in;
+  int64_t codes_row = 0;
+  if (RowsLieApart(weight.format)) {
+    const int64_t row_bytes = weight.codes.info.shape[1] * DTypeBytes(weight.codes.info.dtype);
+    codes_row = first;
+    ReadCodes(weight, first * row_bytes, (last - first) * row_bytes);
+  }
+  auto decode = [&](int64_t from, int64_t to, T* out) {
+    DecodeRows(weight, *blocks_, CodedRows{codes_.data(), codes_row, from, to}, out);
+  };
+  auto decode_part = [&](int64_t row) {
+    std::vector<T> values(static_cast<size_t>(in));
+    decode(row, row + 1, values.data());
+    const int64_t from = std::max(begin, row * in), to = std::min(end, (row + 1) * in);
+    std::copy_n(values.data() + (from - row * in), to - from, dst + (from - begin));
+  };
+  const int64_t first_whole = (begin + in - 1) / in, last_whole = end / in;
+  if (first < first_whole) decode_part(first);
+  if (first_whole <= last_whole && last_whole < last) decode_part(last_whole);
+  if (first_whole >= last_whole) return;
+  const int64_t grain = std::max<int64_t>(8, kDecodeElements / in / 8 * 8);
+  threads_->ForPieces(last_whole - first_whole, grain, [&](int64_t from, int64_t to) {
+    decode(first_whole + from, first_whole + to, dst + ((first_whole + from) * in - begin));
+  });
+}
+
+}  // namespace tidal

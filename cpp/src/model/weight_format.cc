@@ -1,0 +1,246 @@
+// One decoder per format. All go block by block: under one scale a code has one value, so a block
+// needs a table of 16 or 256 values and a look-up per element.
+#include "model/weight_format.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <limits>
+
+#include "core/float16.h"
+
+namespace tidal {
+namespace {
+
+constexpr int64_t kCodesPerWord = 8;  // of 4 bits
+constexpr uint8_t kMiddle = 8;        // the code of zero in symmetric int4 formats
+
+// The place of row k of 8 in a word: from the lowest bits on.
+constexpr std::array<int, 8> kInOrder = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr std::array<int, 8> kAwqOrder = {0, 4, 1, 5, 2, 6, 3, 7};
+
+int64_t DivideUp(int64_t count, int64_t size) {
+  return count / size + (count % size != 0);
+}
+
+uint8_t CodeAt(uint32_t word, int place) {
+  return static_cast<uint8_t>((word >> (4 * place)) & 0xfu);
+}
+
+// The numbers that the 256 codes of a byte format stand for, before the scale.
+std::array<float, 256> ByteValues(WeightFormat format) {
+  std::array<float, 256> values;
+  for (size_t code = 0; code < values.size(); ++code) {
+    const auto byte = static_cast<uint8_t>(code);
+    values[code] = format == WeightFormat::kFloat8 ? Float8ToFloat(byte)
+                                                   : static_cast<float>(static_cast<int8_t>(byte));
+  }
+  return values;
+}
+
+// Below so many elements a table costs more than it saves.
+constexpr int64_t kMinTableElements = 1024;
+
+template <typename T>
+void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+                 T* out) {
+  const std::array<float, 256> values = ByteValues(weight.format);
+  const auto* codes = reinterpret_cast<const uint8_t*>(rows.codes);
+  const int64_t in = weight.shape[1];
+  std::array<T, 256> table;
+  int64_t last;
+  for (int64_t first = rows.begin; first < rows.end; first = last) {
+    const int64_t row_block = first / weight.block_rows;
+    last = std::min(rows.end, (row_block + 1) * weight.block_rows);
+    for (int64_t block = 0; block < blocks.columns; ++block) {
+      const float scale = blocks.scales[static_cast<size_t>(row_block * blocks.columns + block)];
+      const int64_t begin = block * weight.block_columns;
+      const int64_t count = std::min(in - begin, weight.block_columns);
+      const bool has_table = count * (last - first) >= kMinTableElements;
+      for (size_t i = 0; has_table && i < table.size(); ++i) {
+        table[i] = FromFloat<T>(values[i] * scale);
+      }
+      for (int64_t row = first; row < last; ++row) {
+        const uint8_t* from = codes + (row - rows.codes_row) * in + begin;
+        T* to = out + (row - rows.begin) * in + begin;
+        if (has_table) {
+          for (int64_t i = 0; i < count; ++i) to[i] = table[from[i]];
+        } else {
+          for (int64_t i = 0; i < count; ++i) to[i] = FromFloat<T>(values[from[i]] * scale);
+        }
+      }
+    }
+  }
+}
+
+// The values of the 16 codes in one block.
+template <typename T>
+std::array<T, 16> BlockTable(const QuantizedWeight& weight, const DecodedBlocks& blocks,
+                             int64_t row, int64_t block) {
+  const int64_t row_block = row / weight.block_rows;
+  const float scale = blocks.scales[static_cast<size_t>(row_block * blocks.columns + block)];
+  const int zero = blocks.zeros.empty()
+                       ? kMiddle
+                       : blocks.zeros[static_cast<size_t>(row * blocks.columns + block)];
+  std::array<T, 16> table;
+  for (int code = 0; code < 16; ++code) {
+    table[static_cast<size_t>(code)] = FromFloat<T>(static_cast<float>(code - zero) * scale);
+  }
+  return table;
+}
+
+// Writes `count` elements whose codes lie along `in`, 8 to a word.
+template <typename T>
+void LookUpWords(const uint32_t* words, int64_t count, const std::array<T, 16>& table, T* out) {
+  const int64_t whole = count / kCodesPerWord;
+  for (int64_t i = 0; i < whole; ++i) {
+    const uint32_t word = words[i];
+    for (int k = 0; k < kCodesPerWord; ++k) out[i * kCodesPerWord + k] = table[CodeAt(word, k)];
+  }
+  for (int64_t i = whole * kCodesPerWord; i < count; ++i) {
+    out[i] = table[CodeAt(words[whole], static_cast<int>(i % kCodesPerWord))];
+  }
+}
+
+template <typename T>
+void DecodePacked(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+                  T* out) {
+  const int64_t in = weight.shape[1], row_words = DivideUp(in, kCodesPerWord);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const uint32_t* words = rows.codes + (row - rows.codes_row) * row_words;
+    T* to = out + (row - rows.begin) * in;
+    for (int64_t block = 0; block < blocks.columns; ++block) {
+      const int64_t begin = block * weight.block_columns;
+      LookUpWords(words + begin / kCodesPerWord, std::min(in - begin, weight.block_columns),
+                  BlockTable<T>(weight, blocks, row, block), to + begin);
+    }
+  }
+}
+
+// Copies `count` words that lie `stride` apart.
+void Gather(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+template <typename T>
+void DecodeGptq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+                T* out) {
+  const int64_t num_rows = weight.shape[0], in = weight.shape[1];
+  std::vector<uint32_t> words(static_cast<size_t>(DivideUp(weight.block_columns, kCodesPerWord)));
+  // Neighbouring rows share the cache lines of a block's words.
+  for (int64_t block = 0; block < blocks.columns; ++block) {
+    const int64_t begin = block * weight.block_columns;
+    const int64_t count = std::min(in - begin, weight.block_columns);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      Gather(rows.codes + begin / kCodesPerWord * num_rows + row, num_rows, count / kCodesPerWord,
+             words.data());
+      LookUpWords(words.data(), count, BlockTable<T>(weight, blocks, row, block),
+                  out + (row - rows.begin) * in + begin);
+    }
+  }
+}
+
+template <typename T>
+void DecodeAwq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+               T* out) {
+  const int64_t row_words = weight.shape[0] / kCodesPerWord, in = weight.shape[1];
+  std::vector<uint32_t> words(static_cast<size_t>(weight.block_columns));
+  for (int64_t block = 0; block < blocks.columns; ++block) {
+    const int64_t begin = block * weight.block_columns;
+    const int64_t count = std::min(in - begin, weight.block_columns);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      if (row == rows.begin || row % kCodesPerWord == 0) {
+        Gather(rows.codes + begin * row_words + row / kCodesPerWord, row_words, count,
+               words.data());
+      }
+      const int place = kAwqOrder[static_cast<size_t>(row % kCodesPerWord)];
+      const std::array<T, 16> table = BlockTable<T>(weight, blocks, row, block);
+      T* to = out + (row - rows.begin) * in + begin;
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = table[CodeAt(words[static_cast<size_t>(i)], place)];
+    }
+  }
+}
+
+}  // namespace
+
+float Float8ToFloat(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
+  const uint32_t exponent = (code >> 3) & 0xfu, mantissa = code & 0x7u;
+  if ((code & 0x7fu) == 0x7fu) return BitsToFloat(sign | 0x7fc00000u);
+  if (exponent != 0) return BitsToFloat(sign | ((exponent + 120) << 23) | (mantissa << 20));
+  const float magnitude = static_cast<float>(mantissa) * 0.001953125f;  // subnormal: x 2^-9
+  return sign ? -magnitude : magnitude;
+}
+
+PartShapes ExpectedParts(const QuantizedWeight& weight) {
+  const int64_t out = weight.shape[0], in = weight.shape[1];
+  const int64_t blocks = DivideUp(in, weight.block_columns);
+  const int64_t row_blocks = DivideUp(out, weight.block_rows);
+  const int64_t out_words = DivideUp(out, kCodesPerWord), in_words = DivideUp(in, kCodesPerWord);
+  switch (weight.format) {
+    case WeightFormat::kInt4Packed:
+      return {{out, in_words}, {row_blocks, blocks}, {out_words, blocks}};
+    case WeightFormat::kInt4Gptq:
+      return {{in_words, out}, {blocks, row_blocks}, {blocks, out_words}};
+    case WeightFormat::kInt4Awq:
+      return {{in, out_words}, {blocks, row_blocks}, {blocks, out_words}};
+    default:
+      return {{out, in}, {row_blocks, blocks}, {}};
+  }
+}
+
+bool RowsLieApart(WeightFormat format) {
+  return format != WeightFormat::kInt4Gptq && format != WeightFormat::kInt4Awq;
+}
+
+DecodedBlocks DecodeBlocks(const QuantizedWeight& weight, const float* scales,
+                           const uint32_t* zeros) {
+  const int64_t out = weight.shape[0], columns = DivideUp(weight.shape[1], weight.block_columns);
+  const int64_t row_blocks = DivideUp(out, weight.block_rows);
+  const bool apart = RowsLieApart(weight.format);
+  DecodedBlocks blocks{.columns = columns, .scales = {}, .zeros = {}};
+  blocks.scales.resize(static_cast<size_t>(row_blocks * columns));
+  for (int64_t row = 0; row < row_blocks; ++row) {
+    for (int64_t block = 0; block < columns; ++block) {
+      blocks.scales[static_cast<size_t>(row * columns + block)] =
+          scales[apart ? row * columns + block : block * row_blocks + row];
+    }
+  }
+  if (zeros == nullptr) return blocks;
+  const std::array<int, 8>& order = weight.format == WeightFormat::kInt4Awq ? kAwqOrder : kInOrder;
+  const int64_t out_words = DivideUp(out, kCodesPerWord);
+  blocks.zeros.resize(static_cast<size_t>(out * columns));
+  for (int64_t row = 0; row < out; ++row) {
+    const int64_t word = row / kCodesPerWord;
+    const int place = order[static_cast<size_t>(row % kCodesPerWord)];
+    for (int64_t block = 0; block < columns; ++block) {
+      const uint32_t packed = zeros[apart ? word * columns + block : block * out_words + word];
+      blocks.zeros[static_cast<size_t>(row * columns + block)] = static_cast<uint8_t>(
+          (CodeAt(packed, place) + static_cast<uint32_t>(weight.zero_offset)) & 0xfu);
+    }
+  }
+  return blocks;
+}
+
+template <typename T>
+void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+                T* out) {
+  switch (weight.format) {
+    case WeightFormat::kFloat8:
+    case WeightFormat::kInt8:
+      return DecodeBytes(weight, blocks, rows, out);
+    case WeightFormat::kInt4Packed:
+      return DecodePacked(weight, blocks, rows, out);
+    case WeightFormat::kInt4Gptq:
+      return DecodeGptq(weight, blocks, rows, out);
+    case WeightFormat::kInt4Awq:
+      return DecodeAwq(weight, blocks, rows, out);
+  }
+}
+
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, float*);
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, BFloat16*);
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, Float16*);
+
+}  // namespace tidal

@@ -1,0 +1,56 @@
+// What the formats of quantised matrices mean: stored codes, scales and zeros in, numbers out.
+// A kernel that reads a format as it is stored must give these numbers.
+//
+// Sources: compressed-tensors 0.20 (compressors/pack_quantized, naive_quantized), AutoAWQ
+// (packing_utils.py), AutoGPTQ (qlinear_cuda.py); float8 e4m3fn: OCP 8-bit floating point, 2023.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tidal/quantized_weights.h"
+
+namespace tidal {
+
+// The value of a float8 e4m3fn: 1 sign, 4 exponent (bias 7) and 3 mantissa bits; no infinities,
+// NaN where all bits below the sign are set.
+float Float8ToFloat(uint8_t code);
+
+// Scales and zeros of a matrix in one layout for all formats.
+struct DecodedBlocks {
+  int64_t columns = 0;         // blocks beside each other
+  std::vector<float> scales;   // [row blocks, columns]
+  std::vector<uint8_t> zeros;  // [out, columns] of int4 formats; empty: every zero is 8
+};
+
+// The shapes that the parts of a matrix must have.
+struct PartShapes {
+  std::vector<int64_t> codes;
+  std::vector<int64_t> scales;
+  std::vector<int64_t> zeros;
+};
+PartShapes ExpectedParts(const QuantizedWeight& weight);
+
+// Whether the rows of a matrix lie apart in its stored codes, so that some can be read alone.
+bool RowsLieApart(WeightFormat format);
+
+// Brings scales (as float32, in stored order) and stored zeros (nullptr if there are none) into
+// the layout of DecodedBlocks.
+DecodedBlocks DecodeBlocks(const QuantizedWeight& weight, const float* scales,
+                           const uint32_t* zeros);
+
+// Rows of a matrix, and where their codes are.
+struct CodedRows {
+  const uint32_t* codes;  // from the row `codes_row` on; of all rows unless RowsLieApart
+  int64_t codes_row = 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// Writes the elements of rows [begin, end) to `out` [end - begin, in], each rounded once to T:
+// float, BFloat16 or Float16.
+template <typename T>
+void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+                T* out);
+
+}  // namespace tidal
