@@ -17,9 +17,14 @@ export async function streamChat(body, hear, signal) {
     }),
   );
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let isWhole = false;
   try {
+    // To the connection's own end: one that is left before would be as if its client had gone.
     for await (const data of dataOf(reader)) {
-      if (data === "[DONE]") return;
+      if (data === "[DONE]") {
+        isWhole = true;
+        continue;
+      }
       const parsed = JSON.parse(data);
       if (parsed.error) throw new Error(parsed.error.message);
       hear(parsed);
@@ -27,7 +32,7 @@ export async function streamChat(body, hear, signal) {
   } finally {
     reader.cancel().catch(() => {}); // an answer that nobody hears is not made to its end
   }
-  throw new Error("the connection ended before the answer did");
+  if (!isWhole) throw new Error("the connection ended before the answer did");
 }
 
 // The data of each event, without the comments that keep the connection open.
