@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "backend_test.h"
+#include "layer_sizes.h"
 
 namespace tidal::test {
 namespace {
@@ -38,12 +39,7 @@ class OpBatchInvariant : public OpTest<LayerShape> {
     OpTest::SetUp();
     if (IsSkipped()) return;
     StepLimits limits = SmallLimits(dtype());
-    limits.model.hidden_size = shape().hidden_size;
-    limits.model.intermediate_size = shape().intermediate_size;
-    limits.model.vocab_size = shape().intermediate_size;
-    limits.model.num_q_heads = shape().num_q_heads;
-    limits.model.num_kv_heads = shape().num_kv_heads;
-    limits.model.head_dim = shape().head_dim;
+    SetLayerSizes(shape(), limits.model);
     limits.max_batch_size = kMostTokens;
     Open(GetParam().on, limits, {.device = {}, .batch_invariant = true});
     const int64_t hidden = shape().hidden_size;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "backend_test.h"
+#include "layer_sizes.h"
 #include "tidal/error.h"
 
 namespace tidal::test {
@@ -48,12 +49,7 @@ class OpFused : public OpTest<LayerShape> {
     OpTest::SetUp();
     if (IsSkipped()) return;
     StepLimits limits = SmallLimits(dtype());
-    limits.model.hidden_size = shape().hidden_size;
-    limits.model.intermediate_size = shape().intermediate_size;
-    limits.model.vocab_size = shape().intermediate_size;
-    limits.model.num_q_heads = shape().num_q_heads;
-    limits.model.num_kv_heads = shape().num_kv_heads;
-    limits.model.head_dim = shape().head_dim;
+    SetLayerSizes(shape(), limits.model);
     limits.model.qk_norm = true;
     limits.max_batch_size = 16;
     limits.page_size = kPageSize;

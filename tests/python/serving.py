@@ -83,6 +83,22 @@ def until(is_so: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def stream_in_thread(url: str, body: dict[str, Any]) -> tuple[threading.Thread, list[str]]:
+    """Reads a stream to its end; gives the data of its events, once there are some."""
+    events: list[str] = []
+
+    def read() -> None:
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line:
+                    events.append(line.removeprefix("data: "))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    until(lambda: events)
+    return thread, events
+
+
 @contextmanager
 def serving(folder: Path, *, engine: dict[str, Any] | None = None, **settings: Any) -> Iterator:
     """A server for the length of a block; it must be idle in the end."""

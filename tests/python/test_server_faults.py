@@ -26,7 +26,7 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 
 import httpx  # noqa: E402
 
-from serving import Served, serving, tls_files, until  # noqa: E402
+from serving import Served, serving, stream_in_thread, tls_files, until  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = {"prompt": [5, 6, 7], "max_tokens": 2500, "ignore_eos": True, "temperature": 0}
@@ -64,20 +64,7 @@ def is_ready(url: str) -> bool:
 
 
 def stream(url: str, **body: Any) -> tuple[threading.Thread, list[str]]:
-    """Reads a stream in a thread; gives the data of its events, once there are some."""
-    events: list[str] = []
-
-    def read() -> None:
-        body_ = LONG | {"stream": True} | body
-        with httpx.stream("POST", url + COMPLETIONS, json=body_, timeout=60) as response:
-            for line in response.iter_lines():
-                if line:
-                    events.append(line.removeprefix("data: "))
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    until(lambda: events)
-    return thread, events
+    return stream_in_thread(url + COMPLETIONS, LONG | {"stream": True} | body)
 
 
 # A log that nothing can be written to

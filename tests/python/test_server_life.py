@@ -16,7 +16,7 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 
 import httpx  # noqa: E402
 
-from serving import Command, Served, events_of, serving, tls_files, until  # noqa: E402
+from serving import Command, Served, events_of, serving, stream_in_thread, tls_files, until  # noqa: E402
 from tidaldecode import BackendError, ConfigError  # noqa: E402
 from tidaldecode.server.run import Run, listen  # noqa: E402
 from tidaldecode.server.settings import ServeConfig  # noqa: E402
@@ -52,27 +52,11 @@ def test_it_listens_while_the_model_loads(demo_model: Path):
     assert served.exit_code == 0
 
 
-def stream_in_thread(url: str, body: dict[str, Any]) -> tuple[threading.Thread, list[str]]:
-    """Reads a stream to its end; gives the data of its events."""
-    events: list[str] = []
-
-    def read() -> None:
-        with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=60) as response:
-            for line in response.iter_lines():
-                if line:
-                    events.append(line.removeprefix("data: "))
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    until(lambda: events)
-    return thread, events
-
-
 def test_told_to_end_it_finishes_what_it_answers(demo_model: Path):
     with Command(str(demo_model), *COMMAND) as command:
         url = command.url()
         body = LONG | {"max_tokens": 2500, "stream": True}
-        thread, events = stream_in_thread(url, body)
+        thread, events = stream_in_thread(url + COMPLETIONS, body)
         command.tell()
         until(lambda: httpx.get(url + "/health").status_code == 503)
         assert httpx.get(url + "/health").json()["status"] == "draining"
@@ -88,7 +72,7 @@ def test_who_takes_too_long_is_aborted(demo_model: Path, is_told_twice: bool):
     seconds = "60" if is_told_twice else "0.5"
     with Command(str(demo_model), *COMMAND, "--shutdown-timeout-s", seconds) as command:
         thread, events = stream_in_thread(
-            command.url(), LONG | {"max_tokens": 15000, "stream": True}
+            command.url() + COMPLETIONS, LONG | {"max_tokens": 15000, "stream": True}
         )
         command.tell()
         if is_told_twice:
@@ -123,7 +107,7 @@ def test_a_dead_engine_is_said_and_ends_the_process(demo_model: Path):
     )
     with Command(str(demo_model), *COMMAND, program=program) as command:
         url = command.url()
-        thread, events = stream_in_thread(url, LONG | {"stream": True})
+        thread, events = stream_in_thread(url + COMPLETIONS, LONG | {"stream": True})
         thread.join(20)
         assert json.loads(events[-1])["error"]["code"] == "engine_dead"
         response = httpx.get(url + "/health")

@@ -58,20 +58,20 @@ def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
 
 
+def let_write(served: Served, monkeypatch: pytest.MonkeyPatch, guide: Guide) -> None:
+    """Lets a model write what a guide says, whatever it is asked."""
+    submit = type(served.decoder).submit
+    monkeypatch.setattr(
+        served.decoder,
+        "submit",
+        lambda ids, **options: submit(served.decoder, ids, **options | {"guide": guide}),
+    )
+
+
 @pytest.fixture
 def writes(served: Served, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Lets the model write a text, whatever it is asked."""
-    submit = served.decoder.submit
-
-    def write(text: str) -> None:
-        guide = Guide.regex(re.escape(text))
-        monkeypatch.setattr(
-            served.decoder,
-            "submit",
-            lambda ids, **options: submit(ids, **options | {"guide": guide}),
-        )
-
-    return write
+    return lambda text: let_write(served, monkeypatch, Guide.regex(re.escape(text)))
 
 
 def ask(client: openai.OpenAI, **more: Any) -> Any:
@@ -439,10 +439,7 @@ def test_markers_that_are_special_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text(path.read_text().replace("<x258>", "[TOOL_CALLS]"))
     text = json.dumps('[{"name": "now", "arguments": {}}]')
     with serving(folder, engine={"max_seq_len": 1024, "attention": "full"}) as served:
-        submit, guide = served.decoder.submit, Guide.grammar(f"start: <[258]> {text}")
-        monkeypatch.setattr(
-            served.decoder, "submit", lambda ids, **more: submit(ids, **more | {"guide": guide})
-        )
+        let_write(served, monkeypatch, Guide.grammar(f"start: <[258]> {text}"))
         choice = served.post(CHAT, {"messages": ASK, "tools": TOOLS}).json()["choices"][0]
         assert choice["message"]["content"] is None
         (call,) = choice["message"]["tool_calls"]
@@ -466,11 +463,7 @@ def test_parsers_can_be_switched_off(served: Served, monkeypatch: pytest.MonkeyP
     options = {"engine": {"attention": "full"}, "tool_call_parser": "none"}
     with serving(folder, **options, reasoning_parser="none") as plain:
         assert plain.post(CHAT, {"messages": ASK, "tools": TOOLS}).status_code == 400
-        submit = plain.decoder.submit
-        guide = Guide.regex("<think>So\\.</think>A")
-        monkeypatch.setattr(
-            plain.decoder, "submit", lambda ids, **more: submit(ids, **more | {"guide": guide})
-        )
+        let_write(plain, monkeypatch, Guide.regex("<think>So\\.</think>A"))
         message = plain.post(CHAT, {"messages": ASK}).json()["choices"][0]["message"]
         assert message == {
             "role": "assistant", "content": "<think>So.</think>A", "refusal": None

@@ -343,8 +343,7 @@ void Scheduler::Cancel(RequestId id, FinishReason reason, double now_ms) {
               "request ", id, ": got finish reason ", static_cast<int32_t>(reason),
               ", expected kStop or kAbort");
   now_ms_ = now_ms;
-  Get(id);  // throws if there is none
-  RequestState& request = requests_.find(id)->second;
+  RequestState& request = Find(id);
   if (request.status == RequestStatus::kFinished) return;
   if (request.is_in_flight) {
     request.ends_as = reason;
@@ -355,8 +354,7 @@ void Scheduler::Cancel(RequestId id, FinishReason reason, double now_ms) {
 }
 
 bool Scheduler::MarkHeard(RequestId id, int64_t num_tokens) {
-  Get(id);  // throws if there is none
-  RequestState& request = requests_.find(id)->second;
+  RequestState& request = Find(id);
   bool waited = request.AwaitsReader() || request.OwesCorrection();
   request.num_heard = num_tokens;
   return waited;
@@ -380,6 +378,11 @@ const RequestState& Scheduler::Get(RequestId id) const {
   TIDAL_CHECK(found != requests_.end(), InvalidArgument, "request ", id,
               ": there is none of this id; it was removed, or never added");
   return found->second;
+}
+
+// As Get, to change it.
+RequestState& Scheduler::Find(RequestId id) {
+  return const_cast<RequestState&>(Get(id));
 }
 
 RequestState Scheduler::Remove(RequestId id) {

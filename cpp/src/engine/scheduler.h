@@ -194,6 +194,7 @@ class Scheduler {
 
   // scheduler.cc
   void CheckFits(const Request& request, const Sequence& sequence) const;
+  RequestState& Find(RequestId id);
   void Follow(RequestState& request) const;
   int64_t KnownTokens(const RequestState& request) const;
   void ReserveWaiting();

@@ -75,9 +75,10 @@ class Exchange:
         if self.failure is not None:
             raise self.failure
         deltas, self._deltas = self._deltas, []
-        self._num_unread = 0
+        was_full, self._num_unread = self._num_unread >= MOST_UNREAD, 0
         self._heard_at = time.monotonic()
-        self._service.feed.resume(self.answers)
+        if was_full:
+            self._service.feed.resume(self.answers)
         return deltas
 
     def poke(self) -> None:
