@@ -35,6 +35,7 @@ from shapes import DEFAULT_SHAPES, NEARLY_EMPTY, SHAPES, Point
 from step_bytes import H200_READ_TB_PER_S, kv_bytes_per_token, loaded_bytes, step_bytes
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
+from tidaldecode.config import WEIGHT_FORMATS
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
 
@@ -72,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--select-layers", type=int, nargs="+", help="default: the model's plan")
     add("--device", default="auto")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--weight-format", default="auto", choices=WEIGHT_FORMATS)
     add("--steps", type=int, default=30, help="timed steps per row, at least")
     add("--warmup", type=int, default=4, help="untimed steps before every round of them")
     floors = f"TB/s for the floors; default: {H200_READ_TB_PER_S}, an H200's; none on a CPU"
@@ -128,13 +130,16 @@ def asked_points(args: argparse.Namespace) -> tuple[Point, ...]:
     return tuple((c, b) for b in args.batch_size or [1] for c in contexts)
 
 
-def fitting_points(target: Target, device: str, dtype: str) -> tuple[list[Point], list[str]]:
+def fitting_points(
+    target: Target, device: str, args: argparse.Namespace
+) -> tuple[list[Point], list[str]]:
     """The points whose cache fits beside the weights, and a line for each that does not."""
-    model = read_model_folder(target.folder, target.load_format).model
+    model, dtype = read_model_folder(target.folder, target.load_format).model, args.dtype
     kv_dtype = "float32" if device == "cpu" else dtype
     name = "cuda:0" if device == "cuda" else device
     free = next((d["free_bytes"] for d in _core.list_devices() if d["name"] == name), 0)
-    room = free - loaded_bytes(model, dtype) - (0 if device == "cpu" else CUDA_RESERVE_BYTES)
+    room = free - loaded_bytes(model, dtype, args.weight_format)
+    room -= 0 if device == "cpu" else CUDA_RESERVE_BYTES
     fits, lines = [], []
     for context, batch_size in target.points:
         needed = context * batch_size * kv_bytes_per_token(model, kv_dtype)
@@ -158,6 +163,7 @@ def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
         load_format=target.load_format,
         device=args.device,
         dtype=args.dtype,
+        weight_format=args.weight_format,
         select_layers=target.select_layers,
         token_budget=args.token_budget,
         max_seq_len=max(context for context, _ in points),
@@ -222,7 +228,7 @@ def measure_target(
     target: Target, args: argparse.Namespace, report: dict[str, Any], progress: Progress
 ) -> list[Point]:
     """Adds a model and its rows to the report; gives the points that were measured."""
-    points, lines = fitting_points(target, resolve_device(args.device), args.dtype)
+    points, lines = fitting_points(target, resolve_device(args.device), args)
     for line in lines:
         skip(report, line)
     if not points:
@@ -247,7 +253,15 @@ def measure_target(
 
 def describe(target: Target, decoder: tidaldecode.Decoder, load_s: float) -> dict[str, Any]:
     config = decoder.config
-    settings = ("dtype", "kv_dtype", "token_budget", "granularity", "page_size", "max_seq_len")
+    settings = (
+        "dtype",
+        "weight_format",
+        "kv_dtype",
+        "token_budget",
+        "granularity",
+        "page_size",
+        "max_seq_len",
+    )
     return {
         "model": target.folder.name,
         "plan": decoder.plan,

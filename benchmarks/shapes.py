@@ -129,6 +129,18 @@ _ALL = (
         with_peers=False,
     ),
     Shape(
+        name="llama-3.3-70b",
+        config=_config(
+            "llama", layers=80, hidden=8192, intermediate=28672, q_heads=64, kv_heads=8,
+            vocab=128256, positions=131072, theta=500000.0, rope_scaling=_llama3_rope(8.0),
+            eps=1e-5, tied=False, dtype="bfloat16",
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1)),
+        select_layers=(2, 31),
+        notes={"about": "no published plan: layers 2 and 31 stand for one; needs 8-bit weights"},
+        with_peers=False,
+    ),
+    Shape(
         name="tiny",
         config=_config(
             "llama", layers=8, hidden=256, intermediate=512, q_heads=8, kv_heads=2, head_dim=64,

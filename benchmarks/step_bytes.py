@@ -43,11 +43,28 @@ def step_bytes(
     hidden = model.hidden_size
     weights = model.num_layers * layer_elements(model)
     weights += hidden + model.vocab_size * hidden + batch_size * hidden
+    saved = saved_bytes(model, config.dtype, config.weight_format)
     read = layer_kv_bytes(model, config, context, VALUE_BYTES[config.kv_dtype])
     return StepBytes(
-        weights=weights * VALUE_BYTES[config.dtype],
+        weights=weights * VALUE_BYTES[config.dtype] - saved,
         kv=batch_size * sum(read[letter] for letter in plan),
     )
+
+
+# Of a matrix of random or rounded weights (weight_format), scales included: those of rows count for
+# next to nothing.
+_CODED_BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 128}
+
+
+def saved_bytes(model: ModelConfig, dtype: str, weight_format: str) -> int:
+    """What the layers' matrices take less in the codes of weight_format than in dtype."""
+    if weight_format not in _CODED_BYTES:
+        return 0
+    hidden, inner = model.hidden_size, model.intermediate_size
+    q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    matrices = hidden * (2 * q_size + 2 * kv_size + 3 * inner)
+    saved = matrices * (VALUE_BYTES[dtype] - _CODED_BYTES[weight_format])
+    return round(model.num_layers * saved)
 
 
 def layer_elements(model: ModelConfig) -> int:
@@ -62,11 +79,12 @@ def layer_elements(model: ModelConfig) -> int:
     return elements
 
 
-def loaded_bytes(model: ModelConfig, dtype: str) -> int:
+def loaded_bytes(model: ModelConfig, dtype: str, weight_format: str = "auto") -> int:
     """All weights in memory: those of a step, and the embedding table if it is one of its own."""
     tables = 1 if model.tie_word_embeddings else 2
     elements = model.num_layers * layer_elements(model) + model.hidden_size
-    return (elements + tables * model.vocab_size * model.hidden_size) * VALUE_BYTES[dtype]
+    elements += tables * model.vocab_size * model.hidden_size
+    return elements * VALUE_BYTES[dtype] - saved_bytes(model, dtype, weight_format)
 
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:

@@ -203,6 +203,7 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   BackendMemory memory;
   memory.scratch = {{kAttentionPurpose, bytes.attention.Total()},
                     {kProductsPurpose, kLinearWorkspaceBytes}};
+  if (limits.decoded_bytes > 0) memory.scratch.push_back({kDecodedPurpose, limits.decoded_bytes});
   int64_t selection = bytes.selection.keys + bytes.selection.first_digits;
   if (selection > 0) memory.scratch.push_back({kSelectionPurpose, selection});
   int64_t launches = limits.model.num_layers * kLaunchesPerLayer + kLaunchesPerStep;
@@ -218,6 +219,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   GrowAttention(bytes.attention);
   GrowSelection(bytes.selection);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
+  Grow(decoded_weight_, limits.decoded_bytes, kDecodedPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;
   const ModelConfig& model = limits.model;
   cudnn_attention_->Prepare({.dtype = limits.dtype,

@@ -36,6 +36,7 @@ class CudaBackend final : public Backend {
   // Codes of 4 bits are worth no more, and float32 would be a quarter of the traffic.
   DType shadow_score_dtype() const override { return DType::kFloat16; }
   int64_t SparseMinContext(int64_t token_budget) const override;
+  bool ReadsCodes(const Weight& weight) const override;
 
   BackendMemory PlanReserve(const StepLimits& limits) const override;
   void Reserve(const StepLimits& limits) override;
@@ -78,6 +79,7 @@ class CudaBackend final : public Backend {
 
  private:
   static constexpr const char* kProductsPurpose = "matrix products";
+  static constexpr const char* kDecodedPurpose = "weights decoded for prompts";
   // Two of them: copy and file read overlap.
   static constexpr int64_t kWeightStagingBytes = 32 << 20;
 
@@ -118,6 +120,7 @@ class CudaBackend final : public Backend {
   // The norm that makes a product's inputs: done, or left, wholly or in part, to the product.
   SkinnyRun NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   void LinearAfter(const SkinnyRun& run, const LinearArgs& linear);
+  void CodedLinear(const SkinnyRun& run, const LinearArgs& linear);
   // AttentionPrefill by cuDNN, if that is to do it and can; false: by the own kernel.
   bool PrefillByCudnn(const AttentionPrefillArgs& args);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
@@ -138,6 +141,7 @@ class CudaBackend final : public Backend {
   Buffer selection_keys_;
   Buffer selection_digits_;  // zeros between ops
   Buffer linear_workspace_;
+  Buffer decoded_weight_;                          // of one product at a time
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
   Buffer download_;       // pinned

@@ -95,8 +95,8 @@ void CudaLinear::Run(const LinearArgs& args, void* workspace) {
   }
   const float alpha = 1.0f, beta = args.output == LinearOutput::kAccumulate ? 1.0f : 0.0f;
   TIDAL_CUBLAS_CHECK(cublasLtMatmul(
-      handle_.get(), plan.product.get(), &alpha, args.weight.ptr, plan.weight.get(), args.x.ptr,
-      plan.x.get(), &beta, args.out.ptr, plan.out.get(), args.out.ptr, plan.out.get(),
+      handle_.get(), plan.product.get(), &alpha, args.weight.data.ptr, plan.weight.get(),
+      args.x.ptr, plan.x.get(), &beta, args.out.ptr, plan.out.get(), args.out.ptr, plan.out.get(),
       &plan.algorithm, workspace, static_cast<size_t>(kLinearWorkspaceBytes), stream_));
   if (args.bias && !shape.bias_epilogue) LaunchAddBias(args.bias, args.out, stream_);
 }
@@ -104,14 +104,14 @@ void CudaLinear::Run(const LinearArgs& args, void* workspace) {
 CudaLinear::Shape CudaLinear::ShapeOf(const LinearArgs& args) {
   Shape shape = {};
   shape.num_tokens = args.x.dim(0);
-  shape.num_outputs = args.weight.dim(0);
-  shape.num_inputs = args.weight.dim(1);
+  shape.num_outputs = args.weight.num_outputs();
+  shape.num_inputs = args.weight.num_inputs();
   shape.in = args.x.dtype;
   shape.out = args.out.dtype;
   shape.output = args.output;
   // The epilogue takes a bias of the output's dtype only (cublasLt.h).
   shape.bias_epilogue = args.bias && args.bias.dtype == args.out.dtype;
-  shape.weight_alignment = AlignmentOf(args.weight.ptr);
+  shape.weight_alignment = AlignmentOf(args.weight.data.ptr);
   shape.x_alignment = AlignmentOf(args.x.ptr);
   shape.out_alignment = AlignmentOf(args.out.ptr);
   shape.bias_alignment = shape.bias_epilogue ? AlignmentOf(args.bias.ptr) : 0;

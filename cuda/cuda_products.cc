@@ -1,8 +1,11 @@
 // The matrix products of a layer, with what stands before and behind them: few tokens by kernels
 // that stream the weight (kernels/skinny_linear.h), many by cuBLASLt (cuda_linear.h).
+#include <algorithm>
+
 #include "backend/check_args.h"
 #include "cuda_backend.h"
 #include "cuda_dtypes.h"
+#include "kernels/decode_weight.h"
 #include "kernels/folded_norm.h"
 #include "kernels/rms_norm.h"
 #include "kernels/silu_mul.h"
@@ -12,15 +15,31 @@ namespace {
 
 // Up to so many tokens streaming is the faster way (H200, docs/performance.md).
 constexpr int64_t kMaxStreamedTokens = 16;
+// Up to so many a weight in codes is streamed once for every 16 of them; more are worth decoding it
+// first (by its bytes: not measured).
+constexpr int64_t kMaxTokensInParts = 64;
+
+void CheckLinearDTypes(const LinearArgs& linear) {
+  if (linear.weight.is_coded()) {
+    CheckSameDType("linear", {&linear.x, &linear.bias});
+  } else {
+    CheckSameDType("linear", {&linear.x, &linear.weight.data, &linear.bias});
+  }
+}
 
 }  // namespace
 
 // In batch-invariant steps all products are streamed that can be, since those of cuBLASLt add up in
 // another order.
 bool CudaBackend::Streams(const LinearArgs& linear) const {
-  if (!StreamsLinear(linear)) return false;
+  if (!StreamsLinear(linear) || linear.x.dim(0) > MaxStreamedTokens(linear.weight)) return false;
   if (batch_invariant_) return in_step_;
   return linear.x.dim(0) <= kMaxStreamedTokens;
+}
+
+bool CudaBackend::ReadsCodes(const Weight& weight) const {
+  Enter();
+  return StreamsWeight(weight);
 }
 
 void* CudaBackend::LinearWorkspace() {
@@ -29,13 +48,13 @@ void* CudaBackend::LinearWorkspace() {
 
 SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
   CheckSameDType("rms_norm", {&norm.out, &norm.weight});
-  CheckSameDType("linear", {&linear.x, &linear.weight, &linear.bias});
+  CheckLinearDTypes(linear);
   SkinnyRun run = {.num_sms = num_sms_, .stream = stream()};
   if (!Streams(linear)) {
     LaunchRmsNorm(norm, LaunchNext::kAfterWait, stream());
   } else if (linear.output != LinearOutput::kStore || !FoldsNorm(norm)) {
     LaunchRmsNorm(norm, LaunchNext::kAtOnce, stream());
-  } else if (FitsNorm(norm)) {
+  } else if (FitsNorm(norm, linear.weight)) {
     run.norm = &norm;
   } else {
     auto* scales = static_cast<float*>(LinearWorkspace());
@@ -48,15 +67,43 @@ SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& n
 void CudaBackend::LinearAfter(const SkinnyRun& run, const LinearArgs& linear) {
   if (Streams(linear)) {
     LaunchSkinnyLinear(linear, run);
+  } else if (linear.weight.is_coded()) {
+    CodedLinear(run, linear);
   } else {
     linear_.Run(linear, LinearWorkspace());
+  }
+}
+
+// Of more tokens than the kernels take at once: in parts, or of the decoded weight. A weight larger
+// than those of the layers (lm_head) is not decoded: few tokens of a prompt ask for logits.
+void CudaBackend::CodedLinear(const SkinnyRun& run, const LinearArgs& linear) {
+  const Weight& weight = linear.weight;
+  const int64_t num_tokens = linear.x.dim(0);
+  const int64_t bytes = weight.num_outputs() * weight.num_inputs() * DTypeBytes(linear.x.dtype);
+  const bool decodes = num_tokens > kMaxTokensInParts && !(batch_invariant_ && in_step_) &&
+                       bytes <= decoded_weight_.bytes();
+  if (decodes || !StreamsLinear(linear)) {
+    LinearArgs plain = linear;
+    plain.weight = TensorView(Grow(decoded_weight_, bytes, kDecodedPurpose), linear.x.dtype,
+                              {weight.num_outputs(), weight.num_inputs()});
+    LaunchDecodeWeight(weight, plain.weight.data, stream());
+    linear_.Run(plain, LinearWorkspace());
+    return;
+  }
+  const int64_t most = MaxStreamedTokens(weight);
+  for (int64_t first = 0; first < num_tokens; first += most) {
+    LinearArgs part = linear;
+    const int64_t count = std::min(most, num_tokens - first);
+    part.x = linear.x.Rows(first, count);
+    part.out = linear.out.Rows(first, count);
+    LaunchSkinnyLinear(part, run);
   }
 }
 
 void CudaBackend::Linear(const LinearArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("linear", {&args.x, &args.weight, &args.bias});
+  CheckLinearDTypes(args);
   LinearAfter({.num_sms = num_sms_, .stream = stream()}, args);
 }
 
@@ -69,7 +116,7 @@ void CudaBackend::NormLinear(const NormLinearArgs& args) {
 void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("qkv_rope_append", {&args.linear.weight, &args.append.q, &args.append.kv.k_pages,
+  CheckSameDType("qkv_rope_append", {&args.linear.x, &args.append.q, &args.append.kv.k_pages,
                                      &args.append.kv.v_pages});
   SkinnyRun run = NormBefore(args.linear, args.norm);
   if (!Streams(args.linear) || !StreamsLinearRopeAppend(args.linear, args.append)) {
@@ -84,7 +131,7 @@ void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
 void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("gate_up_silu_mul", {&args.linear.weight, &args.silu_mul.out});
+  CheckSameDType("gate_up_silu_mul", {&args.linear.x, &args.silu_mul.out});
   SkinnyRun run = NormBefore(args.linear, args.norm);
   if (!Streams(args.linear) || !StreamsLinearSiluMul(args.linear, args.silu_mul)) {
     LinearAfter(run, args.linear);

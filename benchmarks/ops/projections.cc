@@ -25,7 +25,31 @@ std::vector<Projection> Projections() {
           {"norm_lm_head", kVocab, kHidden}};
 }
 
-std::function<void(const TensorView&)> OpOf(BenchDevice& bench, const Projection& row, int64_t b) {
+// How a weight is kept.
+struct Kept {
+  const char* name;
+  WeightCodes codes = WeightCodes::kNone;
+  int64_t group_size = 0;  // 0: all inputs
+};
+constexpr Kept kKept[] = {{"16 bit"},
+                          {"float8", WeightCodes::kFloat8},
+                          {"float8, groups of 128", WeightCodes::kFloat8, 128},
+                          {"int4, groups of 128", WeightCodes::kInt4, 128}};
+
+// A random weight: any bits are codes.
+Weight MakeWeight(BenchDevice& bench, const Projection& row, const Kept& kept) {
+  const int64_t outputs = row.num_outputs, inputs = row.num_inputs;
+  if (kept.codes == WeightCodes::kNone) return bench.RandomHalf({outputs, inputs});
+  const int64_t row_bytes = kept.codes == WeightCodes::kInt4 ? inputs / 2 : inputs;
+  const TensorView bits = bench.RandomHalf({outputs, row_bytes / 2});
+  Weight weight(TensorView(bits.ptr, DType::kUInt8, {outputs, row_bytes}));
+  weight.codes = kept.codes;
+  weight.group_size = kept.group_size == 0 ? inputs : kept.group_size;
+  weight.scales = bench.RandomHalf({inputs / weight.group_size, outputs});
+  return weight;
+}
+
+std::function<void(const Weight&)> OpOf(BenchDevice& bench, const Projection& row, int64_t b) {
   RmsNormArgs norm = {.x = bench.Tensor(DType::kFloat32, {b, kHidden}),
                       .weight = bench.RandomHalf({kHidden}),
                       .out = bench.RandomHalf({b, kHidden}),
@@ -35,7 +59,7 @@ std::function<void(const TensorView&)> OpOf(BenchDevice& bench, const Projection
     linear.x = bench.RandomHalf({b, row.num_inputs});
     linear.out = bench.Tensor(DType::kFloat32, {b, kHidden});
     linear.output = LinearOutput::kAccumulate;
-    return [=, &bench](const TensorView& weight) mutable {
+    return [=, &bench](const Weight& weight) mutable {
       linear.weight = weight;
       bench.backend().Linear(linear);
     };
@@ -43,14 +67,14 @@ std::function<void(const TensorView&)> OpOf(BenchDevice& bench, const Projection
   linear.out =
       bench.Tensor(row.op == "norm_lm_head" ? DType::kFloat32 : kDType, {b, row.num_outputs});
   if (row.op == "norm_lm_head") {
-    return [=, &bench](const TensorView& weight) mutable {
+    return [=, &bench](const Weight& weight) mutable {
       linear.weight = weight;
       bench.backend().NormLinear({norm, linear});
     };
   }
   if (row.op == "gate_up_silu_mul") {
     SiluMulArgs silu_mul = {.gate_up = linear.out, .out = bench.Tensor(kDType, {b, kIntermediate})};
-    return [=, &bench](const TensorView& weight) mutable {
+    return [=, &bench](const Weight& weight) mutable {
       linear.weight = weight;
       bench.backend().GateUpSiluMul({norm, linear, silu_mul});
     };
@@ -71,29 +95,29 @@ std::function<void(const TensorView&)> OpOf(BenchDevice& bench, const Projection
              .v_pages = bench.Tensor(kDType, {b, kKvHeads, kPageSize, kHeadDim}),
              .page_table = table,
              .seq_lens = ids}};
-  return [=, &bench](const TensorView& weight) mutable {
+  return [=, &bench](const Weight& weight) mutable {
     linear.weight = weight;
     bench.backend().QkvRopeAppend({norm, linear, append});
   };
 }
 
-void Measure(BenchDevice& bench, const Projection& row, int64_t batch_size) {
+void Measure(BenchDevice& bench, const Projection& row, const Kept& kept, int64_t batch_size) {
   bench.Clear();
-  int64_t bytes = row.num_outputs * row.num_inputs * 2;
+  const Weight first = MakeWeight(bench, row, kept);
+  const int64_t bytes = first.data.bytes() + (first.is_coded() ? first.scales.bytes() : 0);
   auto num_weights = static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(bytes)));
-  std::vector<TensorView> weights;
-  for (int64_t i = 0; i < num_weights; ++i) {
-    weights.push_back(bench.RandomHalf({row.num_outputs, row.num_inputs}));
-  }
-  std::function<void(const TensorView&)> op = OpOf(bench, row, batch_size);
+  std::vector<Weight> weights = {first};
+  for (int64_t i = 1; i < num_weights; ++i) weights.push_back(MakeWeight(bench, row, kept));
+  std::function<void(const Weight&)> op = OpOf(bench, row, batch_size);
   auto step = [&] {
-    for (const TensorView& weight : weights) op(weight);
+    for (const Weight& weight : weights) op(weight);
   };
   double us = bench.TimeOfStep(step, num_weights);
   std::printf(
-      "{\"op\": \"%s\", \"num_outputs\": %lld, \"num_inputs\": %lld, \"batch_size\": %lld, "
+      "{\"op\": \"%s\", \"weight\": \"%s\", \"num_outputs\": %lld, \"num_inputs\": %lld, "
+      "\"batch_size\": %lld, "
       "\"weights\": %lld, \"median_of\": %d, \"us\": %.2f, \"tb_per_s\": %.3f}\n",
-      row.op.c_str(), static_cast<long long>(row.num_outputs),
+      row.op.c_str(), kept.name, static_cast<long long>(row.num_outputs),
       static_cast<long long>(row.num_inputs), static_cast<long long>(batch_size),
       static_cast<long long>(num_weights), bench.samples(), us,
       static_cast<double>(bytes) / us * 1e-6);
@@ -105,7 +129,8 @@ void Measure(BenchDevice& bench, const Projection& row, int64_t batch_size) {
 void MeasureProjections(BenchDevice& bench, const std::string& filter) {
   for (int64_t batch_size : {1, 4, 8, 16, 32, 64}) {
     for (const Projection& row : Projections()) {
-      if (row.op.find(filter) != std::string::npos) Measure(bench, row, batch_size);
+      if (row.op.find(filter) == std::string::npos) continue;
+      for (const Kept& kept : kKept) Measure(bench, row, kept, batch_size);
     }
   }
 }

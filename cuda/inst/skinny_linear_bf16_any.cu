@@ -3,11 +3,12 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__nv_bfloat16, kAnyWidth>(const LinearArgs&, const SkinnyRun&);
-template void RunLinearRopeAppend<__nv_bfloat16, kAnyWidth>(const LinearArgs&,
-                                                            const RopeAppendKvArgs&,
-                                                            const SkinnyRun&);
-template void RunLinearSiluMul<__nv_bfloat16, kAnyWidth>(const LinearArgs&, const SiluMulArgs&,
-                                                         const SkinnyRun&);
+template void RunSkinnyLinear<__nv_bfloat16, kAnyWidth, WeightKind::kHalf>(const LinearArgs&,
+                                                                           const SkinnyRun&);
+template void RunLinearRopeAppend<__nv_bfloat16, kAnyWidth, WeightKind::kHalf>(
+    const LinearArgs&, const RopeAppendKvArgs&, const SkinnyRun&);
+template void RunLinearSiluMul<__nv_bfloat16, kAnyWidth, WeightKind::kHalf>(const LinearArgs&,
+                                                                            const SiluMulArgs&,
+                                                                            const SkinnyRun&);
 
 }  // namespace tidal

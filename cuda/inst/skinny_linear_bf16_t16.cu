@@ -3,10 +3,13 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__nv_bfloat16, 16>(const LinearArgs&, const SkinnyRun&);
-template void RunLinearRopeAppend<__nv_bfloat16, 16>(const LinearArgs&, const RopeAppendKvArgs&,
-                                                     const SkinnyRun&);
-template void RunLinearSiluMul<__nv_bfloat16, 16>(const LinearArgs&, const SiluMulArgs&,
-                                                  const SkinnyRun&);
+template void RunSkinnyLinear<__nv_bfloat16, 16, WeightKind::kHalf>(const LinearArgs&,
+                                                                    const SkinnyRun&);
+template void RunLinearRopeAppend<__nv_bfloat16, 16, WeightKind::kHalf>(const LinearArgs&,
+                                                                        const RopeAppendKvArgs&,
+                                                                        const SkinnyRun&);
+template void RunLinearSiluMul<__nv_bfloat16, 16, WeightKind::kHalf>(const LinearArgs&,
+                                                                     const SiluMulArgs&,
+                                                                     const SkinnyRun&);
 
 }  // namespace tidal

@@ -3,10 +3,13 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__half, kAnyWidth>(const LinearArgs&, const SkinnyRun&);
-template void RunLinearRopeAppend<__half, kAnyWidth>(const LinearArgs&, const RopeAppendKvArgs&,
-                                                     const SkinnyRun&);
-template void RunLinearSiluMul<__half, kAnyWidth>(const LinearArgs&, const SiluMulArgs&,
-                                                  const SkinnyRun&);
+template void RunSkinnyLinear<__half, kAnyWidth, WeightKind::kHalf>(const LinearArgs&,
+                                                                    const SkinnyRun&);
+template void RunLinearRopeAppend<__half, kAnyWidth, WeightKind::kHalf>(const LinearArgs&,
+                                                                        const RopeAppendKvArgs&,
+                                                                        const SkinnyRun&);
+template void RunLinearSiluMul<__half, kAnyWidth, WeightKind::kHalf>(const LinearArgs&,
+                                                                     const SiluMulArgs&,
+                                                                     const SkinnyRun&);
 
 }  // namespace tidal

@@ -3,9 +3,11 @@
 
 namespace tidal {
 
-template void RunSkinnyLinear<__half, 16>(const LinearArgs&, const SkinnyRun&);
-template void RunLinearRopeAppend<__half, 16>(const LinearArgs&, const RopeAppendKvArgs&,
-                                              const SkinnyRun&);
-template void RunLinearSiluMul<__half, 16>(const LinearArgs&, const SiluMulArgs&, const SkinnyRun&);
+template void RunSkinnyLinear<__half, 16, WeightKind::kHalf>(const LinearArgs&, const SkinnyRun&);
+template void RunLinearRopeAppend<__half, 16, WeightKind::kHalf>(const LinearArgs&,
+                                                                 const RopeAppendKvArgs&,
+                                                                 const SkinnyRun&);
+template void RunLinearSiluMul<__half, 16, WeightKind::kHalf>(const LinearArgs&, const SiluMulArgs&,
+                                                              const SkinnyRun&);
 
 }  // namespace tidal

@@ -16,6 +16,7 @@ namespace tidal {
 struct SkinnyGrid {
   int num_tiles;
   int max_stages;
+  int scale_bytes_per_row;
 };
 
 // Blocks of a cluster: so that the blocks of the last wave are many, and waves few, as each costs
@@ -54,7 +55,7 @@ void LaunchTiled(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue&
   LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue);
 }
 
-template <typename T, bool kNormed, int kTokens, typename Epilogue>
+template <typename T, bool kNormed, int kTokens, WeightKind kKind, typename Epilogue>
 void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
                   const SkinnyRun& run) {
   if constexpr (kTokens > kMaxSkinnyTokens) {
@@ -63,10 +64,14 @@ void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue
   } else {
     params.num_tiles = grid.num_tiles;
     params.layout =
-        MakeSkinnyLayout<kTokens>(params.num_inputs, params.num_tokens, kNormed, grid.max_stages);
-    auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed, kTokens>;
+        MakeSkinnyLayout<kTokens, kKind>({.num_inputs = params.num_inputs,
+                                          .num_tokens = params.num_tokens,
+                                          .normed = kNormed,
+                                          .max_stages = grid.max_stages,
+                                          .scale_bytes_per_row = grid.scale_bytes_per_row});
+    auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed, kTokens, kKind>;
     LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(run.num_sms, grid.num_tiles))),
-                         .block = dim3(SkinnyShape<kTokens>::kThreads),
+                         .block = dim3(SkinnyShape<kTokens, kKind>::kThreads),
                          .shared_bytes = static_cast<size_t>(params.layout.Total())};
     TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shape.shared_bytes)));
@@ -74,12 +79,24 @@ void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue
   }
 }
 
+// What the kernels are told of a coded weight's scales.
+inline WeightScales MakeWeightScales(const Weight& weight) {
+  auto chunks = [](int64_t inputs) { return static_cast<int>(CeilDiv(inputs, kChunk)); };
+  return {.scales = static_cast<const unsigned char*>(weight.scales.ptr),
+          .zeros = static_cast<const uint8_t*>(weight.zeros.ptr),
+          .dtype = weight.scales.dtype,
+          .num_groups = static_cast<int>(weight.scales.dim(0)),
+          .groups_per_chunk = GroupsPerChunk(weight),
+          .chunks_per_group = chunks(weight.group_size)};
+}
+
 template <typename T>
 SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const SkinnyRun& run) {
   SkinnyParams<T> params = {};
-  params.weight = static_cast<const T*>(linear.weight.ptr);
-  params.num_outputs = static_cast<int>(linear.weight.dim(0));
-  params.num_inputs = static_cast<int>(linear.weight.dim(1));
+  params.weight = static_cast<const unsigned char*>(linear.weight.data.ptr);
+  if (linear.weight.is_coded()) params.weight_scales = MakeWeightScales(linear.weight);
+  params.num_outputs = static_cast<int>(linear.weight.num_outputs());
+  params.num_inputs = static_cast<int>(linear.weight.num_inputs());
   params.num_tokens = static_cast<int>(linear.x.dim(0));
   params.x = static_cast<const T*>(linear.x.ptr);
   params.scales = run.scales;
@@ -92,39 +109,40 @@ SkinnyParams<T> MakeSkinnyParams(const LinearArgs& linear, const SkinnyRun& run)
 }
 
 // With the norm in the kernel if there is one; bfloat16 and few tokens only (FitsNorm).
-template <typename T, int kTokens, typename Epilogue>
+template <typename T, int kTokens, WeightKind kKind, typename Epilogue>
 void LaunchSkinnyMaybeNormed(const LinearArgs& linear, const SkinnyGrid& grid,
                              const Epilogue& epilogue, const SkinnyRun& run) {
   SkinnyParams<T> params = MakeSkinnyParams<T>(linear, run);
   if constexpr (std::is_same_v<T, __nv_bfloat16> && kTokens == kTileTokens) {
     if (run.norm != nullptr) {
-      LaunchSkinny<T, true, kTokens>(params, grid, epilogue, run);
+      LaunchSkinny<T, true, kTokens, kKind>(params, grid, epilogue, run);
       return;
     }
   }
-  LaunchSkinny<T, false, kTokens>(params, grid, epilogue, run);
+  LaunchSkinny<T, false, kTokens, kKind>(params, grid, epilogue, run);
 }
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, WeightKind kKind>
 void RunSkinnyLinear(const LinearArgs& args, const SkinnyRun& run) {
-  int num_outputs = static_cast<int>(args.weight.dim(0));
+  int num_outputs = static_cast<int>(args.weight.num_outputs());
   int num_tokens = static_cast<int>(args.x.dim(0));
   auto* bias = static_cast<const T*>(args.bias.ptr);
   SkinnyGrid grid = {.num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows)),
-                     .max_stages = kMaxStages};
+                     .max_stages = kMaxStages,
+                     .scale_bytes_per_row = ScaleBytesPerRow(args.weight)};
   if (args.output == LinearOutput::kAccumulate) {
     AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    LaunchSkinny<T, false, kTokens>(MakeSkinnyParams<T>(args, run), grid, epilogue, run);
+    LaunchSkinny<T, false, kTokens, kKind>(MakeSkinnyParams<T>(args, run), grid, epilogue, run);
   } else if (args.out.dtype == DType::kFloat32) {
     StoreEpilogue<T, float> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
-    LaunchSkinnyMaybeNormed<T, kTokens>(args, grid, epilogue, run);
+    LaunchSkinnyMaybeNormed<T, kTokens, kKind>(args, grid, epilogue, run);
   } else {
     StoreEpilogue<T, T> epilogue = {static_cast<T*>(args.out.ptr), bias, num_outputs, num_tokens};
-    LaunchSkinnyMaybeNormed<T, kTokens>(args, grid, epilogue, run);
+    LaunchSkinnyMaybeNormed<T, kTokens, kKind>(args, grid, epilogue, run);
   }
 }
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, WeightKind kKind>
 void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
                          const SkinnyRun& run) {
   RopeAppendEpilogue<T> epilogue = {};
@@ -144,12 +162,13 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
   epilogue.num_tokens = static_cast<int>(append.q.dim(0));
   // Few stages leave room for a block of the sparse attention that follows, which reads its keys
   // and values early.
-  SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.dim(0) / kTileRows),
-                     .max_stages = kStagesBeforeAttention};
-  LaunchSkinnyMaybeNormed<T, kTokens>(linear, grid, epilogue, run);
+  SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.num_outputs() / kTileRows),
+                     .max_stages = kStagesBeforeAttention,
+                     .scale_bytes_per_row = ScaleBytesPerRow(linear.weight)};
+  LaunchSkinnyMaybeNormed<T, kTokens, kKind>(linear, grid, epilogue, run);
 }
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, WeightKind kKind>
 void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, const SkinnyRun& run) {
   SiluMulEpilogue<T> epilogue = {};
   epilogue.out = static_cast<T*>(silu_mul.out.ptr);
@@ -157,8 +176,9 @@ void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, con
   epilogue.intermediate_size = static_cast<int>(silu_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(silu_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),
-                     .max_stages = kMaxStages};
-  LaunchSkinnyMaybeNormed<T, kTokens>(linear, grid, epilogue, run);
+                     .max_stages = kMaxStages,
+                     .scale_bytes_per_row = ScaleBytesPerRow(linear.weight)};
+  LaunchSkinnyMaybeNormed<T, kTokens, kKind>(linear, grid, epilogue, run);
 }
 
 }  // namespace tidal

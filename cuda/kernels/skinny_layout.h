@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <numeric>
 
+#include "backend/op_args.h"
+
 namespace tidal {
 
 inline constexpr int kTileTokens = 8;            // the N of one mma.m16n8k16
@@ -26,7 +28,22 @@ inline constexpr int kStagesBeforeAttention = 3;
 // between the kernels.
 inline constexpr int kMaxSharedBytes = 226 * 1024;
 
-inline constexpr int kChunkBytes = kChunk * 2;  // of one row
+inline constexpr int kChunkBytes = kChunk * 2;  // of a token's inputs, and of a 16-bit row
+
+// How a kernel finds the weight's numbers.
+enum class WeightKind : int32_t {
+  kHalf,           // as they are, in 16 bits
+  kFloat8,         // in 8 bits, with a scale for each row
+  kFloat8Grouped,  // in 8 bits, with scales for groups of inputs
+  kInt4,           // in 4 bits, likewise
+};
+
+__host__ __device__ constexpr int BitsOf(WeightKind kind) {
+  return kind == WeightKind::kHalf ? 16 : kind == WeightKind::kInt4 ? 4 : 8;
+}
+__host__ __device__ constexpr bool IsGrouped(WeightKind kind) {
+  return kind == WeightKind::kFloat8Grouped || kind == WeightKind::kInt4;
+}
 
 // The 16-byte loads of 8 lanes, 4 from each of two neighbouring rows, must not meet in a bank: odd
 // rows have the halves of every 128 bytes swapped.
@@ -34,18 +51,22 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
   return byte_offset ^ ((row & 1) * 64);
 }
 
-// What a block's warps work on at a time. The inputs of more tokens are shared by more tiles of
-// weight rows, a group of them, so that they stay the smaller part of what is copied; a group has a
-// finishing warp for each of its row tiles. Every output is the same sum, in the same order, for
-// every width.
-template <int kTokens>
+// What a block's warps work on at a time. The inputs of more tokens, and beside weights of fewer
+// bits, are shared by more tiles of weight rows, a group of them, so that they stay the smaller
+// part of what is copied; a group has a finishing warp for each of its row tiles. Every output is
+// the same sum, in the same order, for every width.
+template <int kTokens, WeightKind kKind = WeightKind::kHalf>
 struct SkinnyShape {
   static constexpr int kTokenTiles = kTokens / kTileTokens;
-  static constexpr int kRowTiles = kTokenTiles;                             // of a group
-  static constexpr int kWeightBytes = kRowTiles * kTileRows * kChunkBytes;  // of a stage
+  static constexpr int kRowTiles = std::min(kTokenTiles * 16 / BitsOf(kKind), 4);  // of a group
+  static constexpr int kRowBytes = kChunk * BitsOf(kKind) / 8;            // of a stage's rows
+  static constexpr int kWeightBytes = kRowTiles * kTileRows * kRowBytes;  // of a stage
+  static constexpr int kGroupRows = kRowTiles * kTileRows;
   static constexpr int kPartFloats = kRowTiles * kTokenTiles * kFragmentFloats;
   static constexpr int kThreads = (kMultiplyWarps + kRowTiles) * 32;
-  static constexpr int kMinStages = kTokens > kTileTokens ? 2 : 3;
+  static constexpr int kMinStages = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 2 : 3;
+  // Blocks that must find room for their registers in an SM.
+  static constexpr int kMinBlocks = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 1 : 2;
 };
 
 // The dynamic shared memory of a block, in bytes.
@@ -54,7 +75,8 @@ struct SkinnyShape {
 // So there are as many buffers for groups as bring each warp back to the buffers that it had.
 struct SkinnyLayout {
   int num_stages;    // of each multiplying warp
-  int stage_bytes;   // weight rows, and inputs behind them
+  int scale_bytes;   // of a stage: scales and zeros of its groups of inputs, behind weight rows
+  int stage_bytes;   // the inputs are last
   int normed_bytes;  // inputs made from hidden states, of all chunks and tokens
   int num_parts;     // of a group: chunks, but no more than warps
   int part_bytes;
@@ -77,16 +99,27 @@ inline int InputBytes(int num_tokens, bool normed) {
   return normed ? num_tokens * kHiddenRowBytes + kChunkBytes : num_tokens * kChunkBytes;
 }
 
+// What a product asks of a block's memory.
+struct SkinnyNeeds {
+  int64_t num_inputs;
+  int num_tokens;
+  bool normed;
+  int max_stages;
+  int scale_bytes_per_row;  // of a chunk: scales and zeros
+};
+
 // As many stages as fit, at most max_stages.
-template <int kTokens>
-SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens, bool normed, int max_stages) {
-  using Shape = SkinnyShape<kTokens>;
-  int num_chunks = static_cast<int>((num_inputs + kChunk - 1) / kChunk);
+template <int kTokens, WeightKind kKind = WeightKind::kHalf>
+SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
+  using Shape = SkinnyShape<kTokens, kKind>;
+  int num_chunks = static_cast<int>((needs.num_inputs + kChunk - 1) / kChunk);
   int num_parts = std::min(num_chunks, kMultiplyWarps);
+  int scale_bytes = Shape::kGroupRows * needs.scale_bytes_per_row;
   SkinnyLayout layout = {
-      .num_stages = max_stages,
-      .stage_bytes = Shape::kWeightBytes + InputBytes(num_tokens, normed),
-      .normed_bytes = normed ? num_tokens * num_chunks * kChunkBytes : 0,
+      .num_stages = needs.max_stages,
+      .scale_bytes = scale_bytes,
+      .stage_bytes = Shape::kWeightBytes + scale_bytes + InputBytes(needs.num_tokens, needs.normed),
+      .normed_bytes = needs.normed ? needs.num_tokens * num_chunks * kChunkBytes : 0,
       .num_parts = num_parts,
       .part_bytes = Shape::kPartFloats * 4,
       .num_buffers = num_parts == kMultiplyWarps
@@ -96,6 +129,24 @@ SkinnyLayout MakeSkinnyLayout(int64_t num_inputs, int num_tokens, bool normed, i
     --layout.num_stages;
   }
   return layout;
+}
+
+// Of a coded weight whose inputs have several groups.
+inline bool IsGrouped(const Weight& weight) {
+  return weight.is_coded() &&
+         (weight.codes == WeightCodes::kInt4 || weight.group_size < weight.num_inputs());
+}
+
+// Groups of inputs in a chunk; 1 if they are as long or longer.
+inline int GroupsPerChunk(const Weight& weight) {
+  return weight.group_size < kChunk ? static_cast<int>(kChunk / weight.group_size) : 1;
+}
+
+// Of scales and zeros that lie in a stage, for each weight row.
+inline int ScaleBytesPerRow(const Weight& weight) {
+  if (!IsGrouped(weight)) return 0;
+  auto bytes = static_cast<int>(DTypeBytes(weight.scales.dtype));
+  return GroupsPerChunk(weight) * (bytes + (weight.zeros ? 1 : 0));
 }
 
 // --- for more tokens: tiled_linear.cuh ---

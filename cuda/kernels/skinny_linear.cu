@@ -29,36 +29,82 @@ bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
 
-// Short rows have so few parts that their buffers leave no room for the stages of 16 tokens.
-bool FitsSixteen(int64_t num_inputs) {
-  return MakeSkinnyLayout<kMaxSkinnyTokens>(num_inputs, kMaxSkinnyTokens, false, kMaxStages)
+// Short rows have so few parts that their buffers may leave no room for the stages of many tokens.
+template <int kTokens, WeightKind kKind>
+bool FitsTokens(const Weight& weight) {
+  return MakeSkinnyLayout<kTokens, kKind>({.num_inputs = weight.num_inputs(),
+                                           .num_tokens = kTokens,
+                                           .normed = false,
+                                           .max_stages = SkinnyShape<kTokens, kKind>::kMinStages,
+                                           .scale_bytes_per_row = ScaleBytesPerRow(weight)})
              .Total() <= kMaxSharedBytes;
 }
 
-// Calls fn(dtype, width) for the narrowest kernel that takes the tokens; kAnyWidth takes any
-// number.
+template <typename Fn>
+void DispatchKind(const Weight& weight, const Fn& fn) {
+  if (!weight.is_coded()) {
+    fn(std::integral_constant<WeightKind, WeightKind::kHalf>());
+  } else if (weight.codes == WeightCodes::kInt4) {
+    fn(std::integral_constant<WeightKind, WeightKind::kInt4>());
+  } else if (IsGrouped(weight)) {
+    fn(std::integral_constant<WeightKind, WeightKind::kFloat8Grouped>());
+  } else {
+    fn(std::integral_constant<WeightKind, WeightKind::kFloat8>());
+  }
+}
+
+// Calls fn(dtype, width, kind) for the narrowest kernel that takes the tokens; kAnyWidth takes any
+// number, of plain weights.
 template <typename Fn>
 void DispatchKernel(const char* op, const LinearArgs& linear, const Fn& fn) {
+  constexpr int kSixteen = static_cast<int>(kMaxSkinnyTokens);
   const int64_t num_tokens = linear.x.dim(0);
-  DispatchHalf(linear.weight.dtype, op, [&](auto tag) {
-    if (num_tokens <= kTileTokens) {
-      fn(tag, std::integral_constant<int, kTileTokens>());
-    } else if (num_tokens <= kMaxSkinnyTokens && FitsSixteen(linear.weight.dim(1))) {
-      fn(tag, std::integral_constant<int, static_cast<int>(kMaxSkinnyTokens)>());
-    } else {
-      fn(tag, std::integral_constant<int, kAnyWidth>());
-    }
+  DispatchHalf(linear.x.dtype, op, [&](auto tag) {
+    DispatchKind(linear.weight, [&](auto kind) {
+      if (num_tokens <= kTileTokens) {
+        fn(tag, std::integral_constant<int, kTileTokens>(), kind);
+      } else if (kind() != WeightKind::kHalf ||
+                 (num_tokens <= kSixteen && FitsTokens<kSixteen, kind()>(linear.weight))) {
+        fn(tag, std::integral_constant<int, kSixteen>(), kind);
+      } else if constexpr (kind() == WeightKind::kHalf) {
+        fn(tag, std::integral_constant<int, kAnyWidth>(), kind);
+      }
+    });
   });
+}
+
+template <int kTokens>
+bool FitsTokens(const Weight& weight) {
+  bool fits = false;
+  DispatchKind(weight, [&](auto kind) { fits = FitsTokens<kTokens, kind()>(weight); });
+  return fits;
+}
+
+// Whether a weight in codes has what copies of 16 bytes, and groups of whole steps, ask of it.
+bool HasGoodCodes(const Weight& weight) {
+  if (!weight.is_coded()) return true;
+  int64_t group = weight.group_size;
+  bool divides = group == weight.num_inputs() || group == 32 || group == 64 || group % kChunk == 0;
+  return divides && weight.num_outputs() % (kTileRows / 2) == 0 && IsAligned(weight.scales) &&
+         (!weight.zeros || IsAligned(weight.zeros)) && FitsTokens<kTileTokens>(weight);
 }
 
 }  // namespace
 
+bool StreamsWeight(const Weight& weight) {
+  int64_t num_outputs = weight.num_outputs(), num_inputs = weight.num_inputs();
+  return num_outputs >= 1 && num_outputs <= INT32_MAX - kTileRows && num_inputs >= kStepInputs &&
+         num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 && IsAligned(weight.data) &&
+         HasGoodCodes(weight) && RunsHopperCode(ProbeKernel) && DeviceHasRoom();
+}
+
 bool StreamsLinear(const LinearArgs& args) {
-  int64_t num_outputs = args.weight.dim(0), num_inputs = args.weight.dim(1);
-  return args.x.dim(0) >= 1 && num_outputs >= 1 && num_outputs <= INT32_MAX - kTileRows &&
-         num_inputs >= kStepInputs && num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 &&
-         IsAligned(args.weight) && IsAligned(args.x) && RunsHopperCode(ProbeKernel) &&
-         DeviceHasRoom();
+  return args.x.dim(0) >= 1 && IsAligned(args.x) && StreamsWeight(args.weight);
+}
+
+int64_t MaxStreamedTokens(const Weight& weight) {
+  if (!weight.is_coded()) return INT64_MAX;
+  return FitsTokens<static_cast<int>(kMaxSkinnyTokens)>(weight) ? kMaxSkinnyTokens : kTileTokens;
 }
 
 bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
@@ -71,31 +117,39 @@ bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul)
   return StreamsLinear(linear) && silu_mul.out.dim(1) % (kTileRows / 2) == 0;
 }
 
-bool FitsNorm(const RmsNormArgs& norm) {
+bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
   int64_t num_tokens = norm.x.dim(0);
   if (num_tokens > kMaxNormedTokens) return false;
-  SkinnyLayout layout = MakeSkinnyLayout<kTileTokens>(norm.x.dim(1), static_cast<int>(num_tokens),
-                                                      true, SkinnyShape<kTileTokens>::kMinStages);
-  return layout.Total() <= kMaxSharedBytes;
+  bool fits = false;
+  DispatchKind(weight, [&](auto kind) {
+    fits = MakeSkinnyLayout<kTileTokens, kind()>(
+               {.num_inputs = norm.x.dim(1),
+                .num_tokens = static_cast<int>(num_tokens),
+                .normed = true,
+                .max_stages = SkinnyShape<kTileTokens, kind()>::kMinStages,
+                .scale_bytes_per_row = ScaleBytesPerRow(weight)})
+               .Total() <= kMaxSharedBytes;
+  });
+  return fits;
 }
 
 void LaunchSkinnyLinear(const LinearArgs& args, const SkinnyRun& run) {
-  DispatchKernel("linear", args, [&](auto tag, auto width) {
-    RunSkinnyLinear<typename decltype(tag)::Type, width()>(args, run);
+  DispatchKernel("linear", args, [&](auto tag, auto width, auto kind) {
+    RunSkinnyLinear<typename decltype(tag)::Type, width(), kind()>(args, run);
   });
 }
 
 void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
                             const SkinnyRun& run) {
-  DispatchKernel("qkv_rope_append", linear, [&](auto tag, auto width) {
-    RunLinearRopeAppend<typename decltype(tag)::Type, width()>(linear, append, run);
+  DispatchKernel("qkv_rope_append", linear, [&](auto tag, auto width, auto kind) {
+    RunLinearRopeAppend<typename decltype(tag)::Type, width(), kind()>(linear, append, run);
   });
 }
 
 void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul,
                          const SkinnyRun& run) {
-  DispatchKernel("gate_up_silu_mul", linear, [&](auto tag, auto width) {
-    RunLinearSiluMul<typename decltype(tag)::Type, width()>(linear, silu_mul, run);
+  DispatchKernel("gate_up_silu_mul", linear, [&](auto tag, auto width, auto kind) {
+    RunLinearSiluMul<typename decltype(tag)::Type, width(), kind()>(linear, silu_mul, run);
   });
 }
 

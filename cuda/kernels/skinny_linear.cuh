@@ -32,19 +32,21 @@
 #include "common/vec.cuh"
 #include "kernels/folded_norm.cuh"
 #include "kernels/skinny_layout.h"
+#include "kernels/weight_codes.cuh"
 
 namespace tidal {
 
 template <typename T>
 struct SkinnyParams {
-  const T* weight;       // [N, K]
-  int num_outputs;       // N
-  int num_inputs;        // K
-  int num_tokens;        // 1 to the kernel's kTokens
-  int num_tiles;         // of all blocks together
-  const T* x;            // [T, K]; with kNormed: RmsNorm of the next three
-  const float* hidden;   // [T, K]
-  const T* norm_weight;  // [K]
+  const unsigned char* weight;  // [N, K], as the kernel's WeightKind says
+  WeightScales weight_scales;   // unless kHalf
+  int num_outputs;              // N
+  int num_inputs;               // K
+  int num_tokens;               // 1 to the kernel's kTokens
+  int num_tiles;                // of all blocks together
+  const T* x;                   // [T, K]; with kNormed: RmsNorm of the next three
+  const float* hidden;          // [T, K]
+  const T* norm_weight;         // [K]
   float norm_eps;
   const float* scales;  // [T]: of the tokens' results; null: 1
   SkinnyLayout layout;
@@ -119,10 +121,11 @@ __device__ __forceinline__ float GivenScale(const SkinnyParams<T>& params, int t
 //     Finish(tile, started, values): lane l holds rows l / 4 of the first and the second 8, for
 //     tokens 2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
-template <typename T, typename Epilogue, bool kNormed, int kTokens>
-class SkinnyBlock : SkinnyShape<kTokens> {
-  using Shape = SkinnyShape<kTokens>;
-  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kWeightBytes;
+template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind>
+class SkinnyBlock : SkinnyShape<kTokens, kKind> {
+  using Shape = SkinnyShape<kTokens, kKind>;
+  using Reader = WeightReader<T, kKind>;
+  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kRowBytes, Shape::kWeightBytes;
   static_assert(!kNormed || kTokens == kTileTokens);
   using Lane = typename Epilogue::Lane;
 
@@ -172,6 +175,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
     }
 
     Sums sums = {};
+    Totals totals = {};
     float sum_of_squares = 0.0f;
     unsigned char* stage = first_stage;
     for (Cursor at(num_chunks_, warp); at.group < num_groups_;) {
@@ -180,7 +184,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
       if (kNormed && at.group == 0) {
         sum_of_squares = __fadd_rn(sum_of_squares, MakeInputs(at, stage, lane));
       }
-      MultiplyStage(at, stage, lane, sums);
+      MultiplyStage(at, stage, lane, sums, totals);
       __syncwarp();  // all are done with the stage
       CopyWeight(ahead, stage, lane);
       CopyInputs(ahead, stage, lane);
@@ -191,7 +195,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
       if (at.group != group) {
         int part = chunk % kMultiplyWarps;
         if (kNormed && group == 0) HandInSquares(part, lane, sum_of_squares);
-        HandIn(group, part, lane, sums);
+        HandIn(group, part, lane, sums, totals);
       }
       stage += stage_bytes;
       if (stage == end_of_stages) stage = first_stage;
@@ -202,7 +206,12 @@ class SkinnyBlock : SkinnyShape<kTokens> {
   __device__ void Finish() { FinishWith(std::make_integer_sequence<int, kTokenTiles>()); }
 
  private:
+  static constexpr bool kGrouped = IsGrouped(kKind);
+  static constexpr int kStepBytes = kStepInputs * BitsOf(kKind) / 8;  // of a row
+  static constexpr int kLaneBytes = kStepBytes / 4;                   // of a step
   using Sums = TileSums[kRowTiles][kTokenTiles];
+  using Totals = float4[kRowTiles][kTokenTiles];  // of groups of inputs, scaled; if kGrouped
+  using Zeros = uint32_t[kRowTiles][2];           // of a group of inputs: of rows in both halves
 
   // A place in a warp's sequence of stages. The block's chunks, group by group, are dealt to its
   // warps in turn.
@@ -263,14 +272,14 @@ class SkinnyBlock : SkinnyShape<kTokens> {
   // nothing past the last tile, whose sums nobody takes.
   __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
     if (at.group >= num_groups_) return;
-    constexpr int kRowLanes = kChunkBytes / 16, kRows = kWarpSize / kRowLanes;
-    int piece = lane % kRowLanes, row = lane / kRowLanes, input = at.FirstInput() + piece * 8;
+    if (kNormed && at.group == 0) CopyNormWeight(at, stage, lane);
+    if constexpr (kGrouped) CopyScales(at, stage, lane);
+    constexpr int kRowLanes = kRowBytes / 16, kRows = kWarpSize / kRowLanes;
+    int piece = lane % kRowLanes, row = lane / kRowLanes;
+    int input = at.FirstInput() + piece * (kChunk / kRowLanes);
     bool inside = input < p_.num_inputs;
-    if (kNormed && at.group == 0 && row == 0) {
-      unsigned char* norm = stage + kWeightBytes + p_.num_tokens * kHiddenRowBytes + piece * 16;
-      CopyAsync16(norm, inside ? p_.norm_weight + input : p_.norm_weight, inside);
-    }
-    unsigned char* target = stage + row * kChunkBytes + SwapHalves(row, piece * 16);
+    int64_t row_bytes = BytesOfInputs(p_.num_inputs);
+    unsigned char* target = stage + row * kRowBytes + Reader::Place(row, piece * 16);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       int index = at.group * kRowTiles + tile;
@@ -279,22 +288,67 @@ class SkinnyBlock : SkinnyShape<kTokens> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int first = (half == 0 ? rows.first : rows.second) + row;
-        const T* source = p_.weight + int64_t{first} * p_.num_inputs + input;
+        const unsigned char* source = p_.weight + first * row_bytes + BytesOfInputs(input);
 #pragma unroll
         for (int below = 0; below < kTileRows / 2; below += kRows) {
           bool present = inside && first + below < p_.num_outputs;
-          CopyAsync16(target + (tile * kTileRows + half * kTileRows / 2 + below) * kChunkBytes,
-                      present ? source + int64_t{below} * p_.num_inputs : p_.weight, present,
-                      policy_);
+          CopyAsync16(target + (tile * kTileRows + half * kTileRows / 2 + below) * kRowBytes,
+                      present ? source + below * row_bytes : p_.weight, present, policy_);
         }
       }
     }
   }
 
+  __device__ static int64_t BytesOfInputs(int inputs) {
+    return int64_t{inputs} * BitsOf(kKind) / 8;
+  }
+
+  // By the lanes that copy the first 16-bit row of a token's inputs.
+  __device__ void CopyNormWeight(const Cursor& at, unsigned char* stage, int lane) {
+    if (lane >= kChunkBytes / 16) return;
+    int input = at.FirstInput() + lane * 8;
+    bool inside = input < p_.num_inputs;
+    unsigned char* target = InputsOf(stage) + p_.num_tokens * kHiddenRowBytes + lane * 16;
+    CopyAsync16(target, inside ? p_.norm_weight + input : p_.norm_weight, inside);
+  }
+
+  // A stage's scales [groups_per_chunk, rows of the group of tiles], then its zeros likewise: runs
+  // of 8 rows, that is halves of tiles, which lie together in memory.
+  __device__ void CopyScales(const Cursor& at, unsigned char* stage, int lane) {
+    constexpr int kHalves = kRowTiles * 2, kHalfRows = kTileRows / 2;
+    const WeightScales& s = p_.weight_scales;
+    int size = s.scale_bytes(), first_group = FirstGroup(at.chunk);
+    unsigned char* scales = stage + kWeightBytes;
+    unsigned char* zeros = scales + s.groups_per_chunk * kHalves * kHalfRows * size;
+    for (int run = lane; run < s.groups_per_chunk * kHalves; run += kWarpSize) {
+      int half = run % kHalves, group = first_group + run / kHalves;
+      int index = at.group * kRowTiles + half / 2;
+      int row = 0;
+      bool present = index < num_tiles_ && group < s.num_groups;
+      if (present) {
+        TileRows rows = epilogue_.Rows(TileOf(index));
+        row = half % 2 == 0 ? rows.first : rows.second;
+        present = row < p_.num_outputs;
+      }
+      int64_t place = present ? int64_t{group} * p_.num_outputs + row : 0;
+      unsigned char* target = scales + run * kHalfRows * size;
+      for (int byte = 0; byte < kHalfRows * size; byte += 16) {
+        CopyAsync16(target + byte, s.scales + place * size + byte, present);
+      }
+      if (s.zeros != nullptr) CopyAsync8(zeros + run * kHalfRows, s.zeros + place, present);
+    }
+  }
+
+  // Of a chunk's inputs.
+  __device__ int FirstGroup(int chunk) const {
+    const WeightScales& s = p_.weight_scales;
+    return chunk * s.groups_per_chunk / s.chunks_per_group;
+  }
+
   // Likewise the inputs of all tokens, 16 bytes a lane.
   __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
     if (at.group >= num_groups_ || (kNormed && at.group > 0)) return;
-    unsigned char* target = stage + kWeightBytes;
+    unsigned char* target = InputsOf(stage);
     if constexpr (kNormed) {
       int input = at.FirstInput() + lane * 4;
       bool inside = input < p_.num_inputs;
@@ -315,34 +369,98 @@ class SkinnyBlock : SkinnyShape<kTokens> {
     }
   }
 
-  __device__ void MultiplyStage(const Cursor& at, const unsigned char* stage, int lane,
-                                Sums& sums) const {
+  __device__ void MultiplyStage(const Cursor& at, const unsigned char* stage, int lane, Sums& sums,
+                                Totals& totals) const {
+    constexpr int kSteps = kChunk / kStepInputs;
     int row = lane / 4;  // of a tile's halves, and token of a tile
-    const unsigned char* weights = stage + row * kChunkBytes;
+    const unsigned char* weights = stage + row * kRowBytes;
     const unsigned char* inputs =
-        kNormed ? NormedRow(row, at.chunk) : stage + kWeightBytes + row * kChunkBytes;
+        kNormed ? NormedRow(row, at.chunk) : InputsOf(stage) + row * kChunkBytes;
+    Zeros zeros = {};
 #pragma unroll
-    for (int step = 0; step < kChunk / kStepInputs; ++step) {
-      int offset = SwapHalves(row, step * kStepInputs * 2 + lane % 4 * 16);
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kGrouped) {
+        if (step * p_.weight_scales.groups_per_chunk % kSteps == 0) {
+          LoadZeros(stage, step * p_.weight_scales.groups_per_chunk / kSteps, row, zeros);
+        }
+      }
+      int input_offset = SwapHalves(row, step * kStepInputs * 2 + lane % 4 * 16);
       uint4 b[kTokenTiles];
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
         b[n] = make_uint4(0, 0, 0, 0);
         if (n * kTileTokens + row < p_.num_tokens) {
-          b[n] = *reinterpret_cast<const uint4*>(inputs + n * kTileTokens * kChunkBytes + offset);
+          b[n] = Reader::Order(*reinterpret_cast<const uint4*>(
+              inputs + n * kTileTokens * kChunkBytes + input_offset));
         }
       }
+      int offset = Reader::Place(row, step * kStepBytes + lane % 4 * kLaneBytes);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        const unsigned char* tile = weights + m * kTileRows * kChunkBytes + offset;
-        uint4 low = *reinterpret_cast<const uint4*>(tile);
-        uint4 high = *reinterpret_cast<const uint4*>(tile + kTileRows / 2 * kChunkBytes);
+        const unsigned char* tile = weights + m * kTileRows * kRowBytes + offset;
+        uint4 low = Reader::Load(tile, zeros[m][0]);
+        uint4 high = Reader::Load(tile + kTileRows / 2 * kRowBytes, zeros[m][1]);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           MultiplyStep<T>(low, high, b[n], sums[m][n]);
         }
       }
+      if constexpr (kGrouped) {
+        if ((step + 1) * p_.weight_scales.groups_per_chunk % kSteps == 0) {
+          AddGroup(stage, step * p_.weight_scales.groups_per_chunk / kSteps, row, sums, totals);
+        }
+      }
     }
+  }
+
+  // The index-th run of a stage's scales or zeros, of a row in its half of a tile.
+  __device__ static int RowOfRun(int group, int m, int half, int row) {
+    return ((group * kRowTiles + m) * 2 + half) * (kTileRows / 2) + row;
+  }
+
+  // Of a stage's group-th group of inputs.
+  __device__ void LoadZeros(const unsigned char* stage, int group, int row, Zeros& zeros) const {
+    if constexpr (kKind == WeightKind::kInt4) {
+      const WeightScales& s = p_.weight_scales;
+      const unsigned char* stored =
+          stage + kWeightBytes + s.groups_per_chunk * Shape::kGroupRows * s.scale_bytes();
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t zero = s.zeros == nullptr ? 8u : stored[RowOfRun(group, m, half, row)];
+          zeros[m][half] = PairOps<T>::kIntegers + zero * 0x00010001u;
+        }
+      }
+    }
+  }
+
+  // Adds what is summed up of a group of inputs to the totals, scaled, and starts afresh.
+  __device__ void AddGroup(const unsigned char* stage, int group, int row, Sums& sums,
+                           Totals& totals) const {
+    const WeightScales& s = p_.weight_scales;
+    const unsigned char* stored = stage + kWeightBytes;
+    int size = s.scale_bytes();
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      float low = ReadScale(stored + RowOfRun(group, m, 0, row) * size, s.dtype);
+      float high = ReadScale(stored + RowOfRun(group, m, 1, row) * size, s.dtype);
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        float4 part = TakePart(sums[m][n]);
+        float4& total = totals[m][n];
+        total = make_float4(__fmaf_rn(part.x, low, total.x), __fmaf_rn(part.y, low, total.y),
+                            __fmaf_rn(part.z, high, total.z), __fmaf_rn(part.w, high, total.w));
+      }
+    }
+  }
+
+  // Behind a stage's weights and their scales.
+  __device__ unsigned char* InputsOf(unsigned char* stage) const {
+    return stage + kWeightBytes + (kGrouped ? p_.layout.scale_bytes : 0);
+  }
+  __device__ const unsigned char* InputsOf(const unsigned char* stage) const {
+    return stage + kWeightBytes + (kGrouped ? p_.layout.scale_bytes : 0);
   }
 
   // The inputs of a token and chunk, made by MakeInputs.
@@ -355,7 +473,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
   __device__ float MakeInputs(const Cursor& at, const unsigned char* stage, int lane) {
     int token = lane / 4;
     if (token >= p_.num_tokens) return 0.0f;
-    const unsigned char* inputs = stage + kWeightBytes;
+    const unsigned char* inputs = InputsOf(stage);
     const auto* hidden = reinterpret_cast<const float*>(inputs + token * kHiddenRowBytes);
     const auto* norm = reinterpret_cast<const T*>(inputs + p_.num_tokens * kHiddenRowBytes);
     float squares = 0.0f;
@@ -388,7 +506,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
   }
 
   // Leaves this warp's part of a group to the finishing warp, and starts afresh.
-  __device__ void HandIn(int group, int part, int lane, Sums& sums) {
+  __device__ void HandIn(int group, int part, int lane, Sums& sums, Totals& totals) {
     int num_buffers = p_.layout.num_buffers;
     int buffer = group % num_buffers, round = group / num_buffers;
     if (round > 0) WaitBarrier(group_empty_ + buffer, (round - 1) & 1);
@@ -396,7 +514,12 @@ class SkinnyBlock : SkinnyShape<kTokens> {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
-        *Partial(buffer, part, m, n, lane) = TakePart(sums[m][n]);
+        if constexpr (kGrouped) {
+          *Partial(buffer, part, m, n, lane) = totals[m][n];
+          totals[m][n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        } else {
+          *Partial(buffer, part, m, n, lane) = TakePart(sums[m][n]);
+        }
       }
     }
     Arrive(group_full_ + buffer);
@@ -413,6 +536,7 @@ class SkinnyBlock : SkinnyShape<kTokens> {
     for (int group = 0; group < num_groups_; ++group) {
       int index = group * kRowTiles + row_tile, buffer = group % num_buffers;
       bool present = index < num_tiles_;
+      float2 row_scales = present ? RowScales(TileOf(index), lane) : float2();
       typename Lane::Started started[kTokenTiles];
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
@@ -424,7 +548,9 @@ class SkinnyBlock : SkinnyShape<kTokens> {
       }
       float4 totals[kTokenTiles];
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) totals[n] = AddParts(buffer, row_tile, n, lane);
+      for (int n = 0; n < kTokenTiles; ++n) {
+        totals[n] = ScaleRows(AddParts(buffer, row_tile, n, lane), row_scales);
+      }
       Arrive(group_empty_ + buffer);
       if (!present) continue;
 #pragma unroll
@@ -434,6 +560,25 @@ class SkinnyBlock : SkinnyShape<kTokens> {
         finishers[n].Finish(TileOf(index), started[n], values);
       }
     }
+  }
+
+  // Of a tile's rows that this lane finishes, if there is one for each row.
+  __device__ float2 RowScales(int tile, int lane) const {
+    if constexpr (kKind == WeightKind::kFloat8) {
+      const WeightScales& s = p_.weight_scales;
+      TileRows rows = epilogue_.Rows(tile);
+      int first = rows.first + lane / 4, second = rows.second + lane / 4;
+      auto scale = [&](int row) {
+        return row < p_.num_outputs ? ReadScale(s.scales + row * s.scale_bytes(), s.dtype) : 0.0f;
+      };
+      return make_float2(scale(first), scale(second));
+    }
+    return float2();
+  }
+  __device__ static float4 ScaleRows(const float4& sums, const float2& scales) {
+    if constexpr (kKind != WeightKind::kFloat8) return sums;
+    return make_float4(__fmul_rn(sums.x, scales.x), __fmul_rn(sums.y, scales.x),
+                       __fmul_rn(sums.z, scales.y), __fmul_rn(sums.w, scales.y));
   }
 
   __device__ void LoadScales(int lane, float (&scales)[kTokenTiles][2]) const {
@@ -471,13 +616,14 @@ class SkinnyBlock : SkinnyShape<kTokens> {
 #endif
 
 // grid: at most one block for each SM and tile; kSkinnyThreads threads.
-template <typename T, typename Epilogue, bool kNormed, int kTokens>
-__global__ void __launch_bounds__(SkinnyShape<kTokens>::kThreads, kTokens > kTileTokens ? 1 : 2)
+template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind>
+__global__ void __launch_bounds__(SkinnyShape<kTokens, kKind>::kThreads,
+                                  SkinnyShape<kTokens, kKind>::kMinBlocks)
     SkinnyLinearKernel(const __grid_constant__ SkinnyParams<T> params,
                        const __grid_constant__ Epilogue epilogue) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  SkinnyBlock<T, Epilogue, kNormed, kTokens> block(params, epilogue, shared_bytes);
+  SkinnyBlock<T, Epilogue, kNormed, kTokens, kKind> block(params, epilogue, shared_bytes);
   if (threadIdx.x == 0) block.InitBarriers();
   __syncthreads();
   if (threadIdx.x / kWarpSize >= kMultiplyWarps) {

@@ -9,14 +9,16 @@
 
 namespace tidal {
 
-// Whether the kernels take the product of these arguments, alone or with what follows it, however
-// many tokens there are; with others they must not be launched.
+// Whether the kernels take the product of these arguments, alone or with what follows it, of up to
+// MaxStreamedTokens; with others they must not be launched.
+bool StreamsWeight(const Weight& weight);
+int64_t MaxStreamedTokens(const Weight& weight);
 bool StreamsLinear(const LinearArgs& args);
 bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
 bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
 
 // Whether a kernel also makes the norm that FoldsNorm (folded_norm.h), if the product is stored.
-bool FitsNorm(const RmsNormArgs& norm);
+bool FitsNorm(const RmsNormArgs& norm, const Weight& weight);
 
 // The norm in front of a product, if it is not done, and where the product runs.
 struct SkinnyRun {

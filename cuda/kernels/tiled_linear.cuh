@@ -115,8 +115,9 @@ class TiledBlock {
       int weight_row = row < kHalf ? rows.first + row : rows.second + row - kHalf;
       bool present =
           input < p_.num_inputs && first_tile_ + tile < p_.num_tiles && weight_row < p_.num_outputs;
-      const T* source = p_.weight + int64_t{weight_row} * p_.num_inputs + input;
-      CopyAsync16(target + tile * kTileRows * kChunkBytes, present ? source : p_.weight, present);
+      const T* weight = reinterpret_cast<const T*>(p_.weight);
+      const T* source = weight + int64_t{weight_row} * p_.num_inputs + input;
+      CopyAsync16(target + tile * kTileRows * kChunkBytes, present ? source : weight, present);
     }
   }
 

@@ -71,7 +71,14 @@ class PyReplay : public Closable<Replay> {
 
 class PyDecoder : public Closable<Decoder> {
  public:
-  explicit PyDecoder(std::unique_ptr<Decoder> decoder) : Closable("decoder", std::move(decoder)) {}
+  PyDecoder(std::unique_ptr<Decoder> decoder, double rounding_error)
+      : Closable("decoder", std::move(decoder)), rounding_error_(rounding_error) {}
+
+  // Of the weights, if they were rounded to codes while they were loaded; else 0.
+  double rounding_error() const { return rounding_error_; }
+
+ private:
+  double rounding_error_;
 };
 
 // A numpy array [rows, columns] that takes over the vector's memory.

@@ -39,6 +39,10 @@ constexpr Names<WeightFormat, 5> kWeightFormats = {{{WeightFormat::kFloat8, "flo
                                                     {WeightFormat::kInt4Packed, "int4_packed"},
                                                     {WeightFormat::kInt4Gptq, "int4_gptq"},
                                                     {WeightFormat::kInt4Awq, "int4_awq"}}};
+constexpr Names<KeepWeights, 4> kKeepWeights = {{{KeepWeights::kAsStored, "auto"},
+                                                 {KeepWeights::kDecoded, "decoded"},
+                                                 {KeepWeights::kFloat8, "fp8"},
+                                                 {KeepWeights::kInt4, "int4"}}};
 constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},
                                                    {Granularity::kHead, "head"},
                                                    {Granularity::kLayer, "layer"}}};
@@ -158,6 +162,7 @@ void RegisterDecodeConfig(py::module_& module) {
           [](DecodeConfig& self, const std::string& text) { self.device = ParseDevice(text); });
   DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
   DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kDTypes);
+  DefEnum(config, "weight_format", &DecodeConfig::weight_format, kKeepWeights);
 
   py::class_<SamplingParams>(module, "SamplingParams")
       .def(py::init<>())

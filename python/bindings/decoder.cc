@@ -5,6 +5,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <variant>
 
@@ -25,13 +26,15 @@ PlanId ParsePlan(const std::string& attention) {
 
 using StoredWeight = std::variant<WeightFileEntry, QuantizedWeight>;
 
-// No weights: random ones.
-std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, DType dtype,
-                                               std::optional<std::vector<StoredWeight>> weights) {
-  if (!weights) return std::make_unique<RandomWeightSource>(model, dtype);
+WeightCodes CodesFor(KeepWeights format) {
+  if (format == KeepWeights::kFloat8) return WeightCodes::kFloat8;
+  return format == KeepWeights::kInt4 ? WeightCodes::kInt4 : WeightCodes::kNone;
+}
+
+std::unique_ptr<WeightSource> OpenFiles(DType dtype, std::vector<StoredWeight> weights) {
   std::vector<WeightFileEntry> plain;
   std::vector<QuantizedWeight> quantized;
-  for (StoredWeight& weight : *weights) {
+  for (StoredWeight& weight : weights) {
     if (auto* matrix = std::get_if<QuantizedWeight>(&weight)) {
       quantized.push_back(std::move(*matrix));
     } else {
@@ -42,21 +45,48 @@ std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, DType d
   return std::make_unique<QuantizedWeightSource>(std::move(plain), std::move(quantized), dtype);
 }
 
+using StoredWeights = std::optional<std::vector<StoredWeight>>;  // none: random ones
+
+std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, const DecodeConfig& config,
+                                               StoredWeights weights) {
+  const WeightCodes codes = CodesFor(config.weight_format);
+  if (!weights) return std::make_unique<RandomWeightSource>(model, config.dtype, 0, codes);
+  const bool has_codes = std::any_of(weights->begin(), weights->end(), [](const auto& weight) {
+    return std::holds_alternative<QuantizedWeight>(weight);
+  });
+  TIDAL_CHECK(codes == WeightCodes::kNone || !has_codes, ConfigError,
+              "weight_format: the checkpoint is quantised already; expected \"auto\" or "
+              "\"decoded\"");
+  auto source = OpenFiles(config.dtype, std::move(*weights));
+  if (codes != WeightCodes::kNone) {
+    return std::make_unique<QuantizingWeightSource>(std::move(source), codes);
+  }
+  if (!has_codes || config.weight_format == KeepWeights::kAsStored) return source;
+  return std::make_unique<DecodedWeightSource>(std::move(source));
+}
+
+// Says what a decoder's weights became, if they were rounded while they were loaded.
+double RoundingError(const WeightSource& source) {
+  const auto* quantizing = dynamic_cast<const QuantizingWeightSource*>(&source);
+  return quantizing == nullptr ? 0.0 : quantizing->relative_error();
+}
+
 std::unique_ptr<PyDecoder> MakeDecoder(const ModelConfig& model, const DecodeConfig& config,
-                                       std::optional<std::vector<StoredWeight>> weights,
-                                       const py::object& progress) {
+                                       StoredWeights weights, const py::object& progress) {
   std::unique_ptr<Decoder> decoder;
+  double rounding_error = 0.0;
   {
     NativeCall call;
-    auto source = MakeWeightSource(model, config.dtype, std::move(weights));
+    auto source = MakeWeightSource(model, config, std::move(weights));
     auto report = [&](int64_t done, int64_t total) {
       NativeCall::Callback callback(call);
       CheckSignals();
       if (!progress.is_none()) progress(done, total);
     };
     decoder = std::make_unique<Decoder>(model, config, *source, report);
+    rounding_error = RoundingError(*source);
   }
-  return std::make_unique<PyDecoder>(std::move(decoder));
+  return std::make_unique<PyDecoder>(std::move(decoder), rounding_error);
 }
 
 py::dict LastSelection(const PyDecoder& self, int64_t sequence) {
@@ -202,6 +232,7 @@ void DefineMeasures(py::class_<PyDecoder>& decoder) {
 
 // What it is.
 void DefineProperties(py::class_<PyDecoder>& cls) {
+  cls.def_property_readonly("rounding_error", &PyDecoder::rounding_error);
   cls.def("memory_plan", [](const PyDecoder& self) { return PlanDict(self.get()->memory_plan()); })
       .def_property_readonly("plan",
                              [](const PyDecoder& self) { return self.get()->plan().ToString(); })
@@ -245,15 +276,15 @@ void RegisterDecoder(py::module_& module) {
 
   module.def(
       "plan_memory",
-      [](const ModelConfig& model, const DecodeConfig& config) {
+      [](const ModelConfig& model, const DecodeConfig& config, StoredWeights weights) {
         MemoryPlan plan;
         {
           NativeCall call;
-          plan = PlanMemory(model, config);
+          plan = PlanMemory(model, config, *MakeWeightSource(model, config, std::move(weights)));
         }
         return PlanDict(plan);
       },
-      py::arg("model"), py::arg("config"));
+      py::arg("model"), py::arg("config"), py::arg("weights"));
   module.def("list_devices", &DeviceList);
   module.def("list_libraries", &ListLibraries);
   module.def("version", &VersionString);

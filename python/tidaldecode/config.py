@@ -18,6 +18,7 @@ from tidaldecode.errors import ConfigError, show
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
+WEIGHT_FORMATS = ("auto", "decoded", "fp8", "int4")
 GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 SHADOWS = ("none", "int4")
@@ -28,6 +29,7 @@ _CHOICES = {
     "kv_dtype": ("auto", *DTYPES),
     "attention": ATTENTION_KINDS,
     "load_format": LOAD_FORMATS,
+    "weight_format": WEIGHT_FORMATS,
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
     "shadow": SHADOWS,
@@ -159,6 +161,12 @@ class DecodeConfig(PlanConfig):
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.
+        weight_format: how the layers' matrices are kept. "auto" keeps the codes of a quantised
+            checkpoint (fp8, int4) on CUDA devices of compute capability 9.0, and decodes them to
+            dtype while loading elsewhere, as "decoded" does everywhere. "fp8" and "int4" round a
+            checkpoint of numbers to codes while loading: to the nearest float8 with a scale for
+            each row, or 4 bits with one for every 128 inputs; the log says by how much. On other
+            devices than those the rounded numbers are kept in dtype.
         attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
             token_budget are given or there is a plan for this model, else dense. Without layers and
             without a plan every layer chooses for itself, by shadow keys ("int4").
@@ -204,6 +212,7 @@ class DecodeConfig(PlanConfig):
     dtype: str = "auto"
     kv_dtype: str = "auto"
     load_format: str = "auto"
+    weight_format: str = "auto"
     attention: str = "auto"
     verify: bool | str | None = None
     draft_tokens: int | str | None = None
@@ -227,7 +236,7 @@ class DecodeConfig(PlanConfig):
             raise ConfigError(
                 f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
             )
-        for name in ("dtype", "kv_dtype", "load_format", "attention"):
+        for name in ("dtype", "kv_dtype", "load_format", "weight_format", "attention"):
             check_setting(name, getattr(self, name))
         if is_auto(self.draft_tokens):
             object.__setattr__(self, "draft_tokens", None)

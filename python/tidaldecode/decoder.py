@@ -29,7 +29,13 @@ from tidaldecode.batch import (
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder, at_revision, read_model_folder
 from tidaldecode.config import DecodeConfig, PlanConfig, one_config
-from tidaldecode.engine_config import config_in_use, core_config, core_model, core_weights
+from tidaldecode.engine_config import (
+    config_in_use,
+    core_config,
+    core_model,
+    core_weights,
+    log_rounding,
+)
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.measuring import MeasuringMethods
 from tidaldecode.memory_plan import MemoryPlan
@@ -85,6 +91,7 @@ class Decoder(TextMethods, MeasuringMethods):
         dtype: str = "auto",
         kv_dtype: str = "auto",
         load_format: str = "auto",
+        weight_format: str = "auto",
         attention: str = "auto",
         token_budget: int | str | None = None,
         top_p_mass: float | None = None,
@@ -138,6 +145,7 @@ class Decoder(TextMethods, MeasuringMethods):
         try:
             config = core_config(self._settings, plan, folder)
             core = _core.Decoder(core_model(folder.model), config, core_weights(folder), progress)
+            log_rounding(config.weight_format, core.rounding_error)
             self._frontend.finish_loading()
         except BaseException:
             self._frontend.close()

@@ -5,6 +5,7 @@ Called by decoder.py once per Decoder and by replay.py for every plan. Here "aut
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import fields
 
@@ -15,6 +16,8 @@ from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTen
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.plans import Plan
+
+_logger = logging.getLogger("tidaldecode")
 
 # Integers whose 0 means "chosen by the engine"; None in DecodeConfig.
 _ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "num_threads")
@@ -122,6 +125,16 @@ def _quantized_weight(weight: QuantizedTensor) -> _core.QuantizedWeight:
         _file_entry(weight.zeros) if weight.zeros else None,
         weight.scheme.zero_offset,
     )
+
+
+def log_rounding(weight_format: str, error: float) -> None:
+    """Logs the root mean square of what rounding to codes changed, over that of the weights."""
+    if error > 0:
+        _logger.warning(
+            "weight_format %s: the layers' matrices are rounded, by %.1f %% (root mean square)",
+            weight_format,
+            100 * error,
+        )
 
 
 def config_in_use(core: _core.DecodeConfig, settings: DecodeConfig) -> DecodeConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.config import DecodeConfig
-from tidaldecode.engine_config import core_config, core_model
+from tidaldecode.engine_config import core_config, core_model, core_weights
 from tidaldecode.plans import choose_plan
 
 
@@ -112,7 +112,7 @@ def plan_memory(model_dir: str | os.PathLike[str], **options: Any) -> MemoryPlan
     folder = read_model_folder(model_dir, settings.load_format)
     plan = choose_plan(settings, settings.attention, folder)
     config = core_config(settings, plan, folder)
-    return MemoryPlan(**_core.plan_memory(core_model(folder.model), config))
+    return MemoryPlan(**_core.plan_memory(core_model(folder.model), config, core_weights(folder)))
 
 
 def show_bytes(count: int) -> str:

@@ -67,7 +67,7 @@ TEST_P(MemoryPlanTest, IsWhatIsAllocated) {
 
 TEST_P(MemoryPlanTest, IsTheSameWithoutLoading) {
   for (const DecodeConfig& config : Configs()) {
-    const MemoryPlan plan = PlanMemory(model_, config);
+    const MemoryPlan plan = PlanMemory(model_, config, RandomWeightSource(model_, config.dtype));
     const std::unique_ptr<Decoder> decoder = Make(config);
     const MemoryPlan& held = decoder->memory_plan();
     EXPECT_TRUE(plan.problem.empty()) << plan.problem;
@@ -153,14 +153,14 @@ TEST_P(MemoryPlanTest, IsHeldWhateverRuns) {
 TEST_P(MemoryPlanTest, AnAutomaticLengthIsTheLongestThatFits) {
   DecodeConfig config = Tidal();
   config.max_batch_size = 1;
-  const MemoryPlan whole = PlanMemory(model_, config);
+  const MemoryPlan whole = PlanMemory(model_, config, RandomWeightSource(model_, config.dtype));
   config.max_seq_len = 0;
   model_.max_position_embeddings = int64_t{1} << 30;
   // So that some thousand tokens fit beside the rest.
   const int64_t all = whole.device.rfind("cpu", 0) == 0 ? whole.free_bytes : whole.device_bytes;
   const int64_t wanted = whole.total_bytes() + (int64_t{64} << 20);
   config.gpu_memory_utilization = static_cast<double>(wanted) / static_cast<double>(all);
-  const MemoryPlan fitted = PlanMemory(model_, config);
+  const MemoryPlan fitted = PlanMemory(model_, config, RandomWeightSource(model_, config.dtype));
   EXPECT_TRUE(fitted.problem.empty()) << fitted.problem;
   EXPECT_GT(fitted.max_seq_len, 512);
   EXPECT_LT(fitted.max_seq_len, model_.max_position_embeddings);
@@ -168,7 +168,8 @@ TEST_P(MemoryPlanTest, AnAutomaticLengthIsTheLongestThatFits) {
   EXPECT_LE(fitted.total_bytes(), fitted.usable_bytes);
   // Free memory of a machine in use moves; a tenth more must not fit all the same.
   config.max_seq_len = fitted.max_seq_len + fitted.max_seq_len / 10 + 64;
-  EXPECT_FALSE(PlanMemory(model_, config).problem.empty());
+  EXPECT_FALSE(
+      PlanMemory(model_, config, RandomWeightSource(model_, config.dtype)).problem.empty());
 }
 
 class MemoryProblem : public MemoryPlanTest {
@@ -184,7 +185,8 @@ class MemoryProblem : public MemoryPlanTest {
     };
     const NoWeights none;
     EXPECT_TRUE(Throws<OutOfMemoryError>([&] { Decoder(model_, config, none); }, parts));
-    const std::string problem = PlanMemory(model_, config).problem;
+    const std::string problem =
+        PlanMemory(model_, config, RandomWeightSource(model_, config.dtype)).problem;
     for (const std::string& part : parts) EXPECT_NE(problem.find(part), std::string::npos);
   }
 };
@@ -200,14 +202,15 @@ TEST_P(MemoryProblem, ACacheThatIsTooLong) {
 TEST_P(MemoryProblem, ALengthThatIsTakenAsAdvisedFits) {
   DecodeConfig config = Tidal();
   config.max_seq_len = int64_t{1} << 30;
-  const std::string problem = PlanMemory(model_, config).problem;
+  const std::string problem =
+      PlanMemory(model_, config, RandomWeightSource(model_, config.dtype)).problem;
   const std::string words = "lower max_seq_len to ";
   const size_t at = problem.find(words);
   ASSERT_NE(at, std::string::npos) << problem;
   // Less a tenth: free memory moves.
   config.max_seq_len = std::stoll(problem.substr(at + words.size())) / 10 * 9;
   EXPECT_GT(config.max_seq_len, 512);
-  EXPECT_EQ(PlanMemory(model_, config).problem, "");
+  EXPECT_EQ(PlanMemory(model_, config, RandomWeightSource(model_, config.dtype)).problem, "");
 }
 
 TEST_P(MemoryProblem, TooManyPages) {

@@ -62,6 +62,10 @@ class Stored {
     weight.zero_offset = zero_offset;
     const PartShapes parts = ExpectedParts(weight);
     codes = RandomBytes(Count(parts.codes) * (is_bytes ? 1 : 4));
+    for (char& code : codes) {  // NaN is refused
+      if (format == WeightFormat::kFloat8 && (code & 127) == 127)
+        code = static_cast<char>(code ^ 1);
+    }
     for (int64_t i = 0; i < Count(parts.scales); ++i) {
       scales.push_back(std::ldexp(static_cast<float>(random_() % 2001) - 1000.0f, -12));
     }
@@ -244,6 +248,68 @@ TEST(QuantizedWeights, EveryFormatMeansWhatItsDefinitionSays) {
         }
       }
     }
+  }
+}
+
+// Codes, scales and zeros as products read them mean what Read gives.
+TEST(QuantizedWeights, CodesMeanTheSameNumbers) {
+  std::mt19937 random(3);
+  for (WeightFormat format : kFormats) {
+    const bool is_float8 = format == WeightFormat::kFloat8;
+    const bool is_int4 = !is_float8 && format != WeightFormat::kInt8;
+    for (const Shape& shape : {Shape{16, 64, 1, 32}, {40, 24, 1, 24}, {72, 256, 8, 128}}) {
+      const bool has_zeros = is_int4 && shape.block_rows == 1;
+      SCOPED_TRACE(Concat("format ", static_cast<int>(format), ": ", shape.out, " x ", shape.in));
+      const Stored stored(format, shape, has_zeros, has_zeros);
+      const QuantizedWeightSource source({}, {stored.weight}, DType::kFloat32);
+      const CodedInfo* info = source.FindCodes("m.weight");
+      if (format == WeightFormat::kInt8) {
+        EXPECT_EQ(info, nullptr);
+        continue;
+      }
+      ASSERT_NE(info, nullptr);
+      EXPECT_EQ(info->codes, is_float8 ? WeightCodes::kFloat8 : WeightCodes::kInt4);
+      EXPECT_EQ(info->group_size, shape.block_columns);
+      EXPECT_EQ(info->has_zeros, has_zeros);
+      const int64_t groups = (shape.in + shape.block_columns - 1) / shape.block_columns;
+      for (int piece = 0; piece < 4; ++piece) {
+        const int64_t begin = piece == 0 ? 0 : random() % shape.out;
+        const int64_t rows = piece == 0 ? shape.out : random() % (shape.out - begin) + 1;
+        std::vector<uint8_t> codes(static_cast<size_t>(rows * shape.in / (is_float8 ? 1 : 2)));
+        std::vector<float> scales(static_cast<size_t>(rows * groups));
+        std::vector<uint8_t> zeros(scales.size(), 8);
+        source.ReadCodes("m.weight", begin, begin + rows,
+                         {codes.data(), scales.data(), has_zeros ? zeros.data() : nullptr});
+        for (int64_t i = 0; i < rows * shape.in; ++i) {
+          const int64_t row = i / shape.in, column = i % shape.in;
+          const auto place = static_cast<size_t>(row * groups + column / shape.block_columns);
+          const uint8_t code = codes[static_cast<size_t>(is_float8 ? i : i / 2)];
+          const float value = is_float8
+                                  ? Float8ToFloat(code)
+                                  : static_cast<float>(((code >> (i % 2 * 4)) & 15) - zeros[place]);
+          ASSERT_EQ(value * scales[place], stored.Value(begin + row, column)) << i;
+        }
+      }
+    }
+  }
+}
+
+TEST(QuantizedWeights, ANanAmongCodesIsRefused) {
+  Stored stored(WeightFormat::kFloat8, {16, 64, 1, 64}, false);
+  for (int code : {0x7f, 0xff}) {
+    stored.codes[700] = static_cast<char>(code);
+    stored.Write();
+    const QuantizedWeightSource source({}, {stored.weight}, DType::kBFloat16);
+    std::vector<uint8_t> codes(16 * 64);
+    std::vector<float> scales(16);
+    EXPECT_TRUE(Throws<WeightsError>(
+        [&] {
+          source.ReadCodes("m.weight", 0, 16, {codes.data(), scales.data(), nullptr});
+        },
+        {"m.codes", "NaN"}));
+    std::vector<uint16_t> numbers(16 * 64);
+    EXPECT_TRUE(Throws<WeightsError>(
+        [&] { source.Read("m.weight", 0, 16 * 64 * 2, numbers.data()); }, {"m.codes", "NaN"}));
   }
 }
 

@@ -31,7 +31,7 @@ TEST_P(LoadedWeights, OfAnyDtypeAndSizeArriveWhole) {
           last_total = total;
         });
     EXPECT_EQ(last_done, last_total);
-    EXPECT_EQ(last_total, WeightBytes(model, GetParam().dtype));
+    EXPECT_EQ(last_total, MeasureWeights(backend(), model, GetParam().dtype, source).bytes);
     Bytes raw(count * DTypeBytes(stored));
     source.Read(name, 0, static_cast<int64_t>(raw.size()), raw.data());
     const Bytes want = Encode(Decode(raw, stored), GetParam().dtype);
@@ -41,7 +41,7 @@ TEST_P(LoadedWeights, OfAnyDtypeAndSizeArriveWhole) {
     raw.resize(rows * model.hidden_size * DTypeBytes(stored));
     source.Read("model.layers.0.self_attn.v_proj.weight", 0, static_cast<int64_t>(raw.size()),
                 raw.data());
-    EXPECT_TRUE(GetBytes(weights.layers[0].qkv.Rows(first, rows)) ==
+    EXPECT_TRUE(GetBytes(weights.layers[0].qkv.data.Rows(first, rows)) ==
                 Encode(Decode(raw, stored), GetParam().dtype));
   }
 }

@@ -175,7 +175,7 @@ RIGHT = {
     session().truncate: (0,),
     decoder.start_replay([[5, 6]], 4).step_logits: (core_config(settings, None, folder), [[5]]),
     decoder.start_replay([[5, 6]], 4).greedy: (core_config(settings, None, folder), 3, [1]),
-    _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder)),
+    _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder), None),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
     _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4)),
     _core.QuantizedWeight: ("a", [2, 2], "float8", (1, 2), core_weights(folder)[0],
@@ -224,7 +224,8 @@ for name in classes:
         def __init__(self): pass
     refused(TypeError, Derived)
 refused(TypeError, lambda: decoder.start([[5]], [uninitialised("SamplingParams")]))
-refused(TypeError, lambda: _core.plan_memory(uninitialised("ModelConfig"), _core.DecodeConfig()))
+model = uninitialised("ModelConfig")
+refused(TypeError, lambda: _core.plan_memory(model, _core.DecodeConfig(), None))
 """
     )
 

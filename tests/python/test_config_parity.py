@@ -18,6 +18,7 @@ from tidaldecode.config import (
     DTYPES,
     GRANULARITIES,
     POOLINGS,
+    WEIGHT_FORMATS,
     DecodeConfig,
     PlanConfig,
 )
@@ -49,7 +50,14 @@ def test_decode_config_has_the_engines_fields():
 
 def test_decode_config_writes_no_default_of_its_own():
     for field in dataclasses.fields(DecodeConfig):
-        if field.name in ("device", "dtype", "kv_dtype", "load_format", "attention"):
+        if field.name in (
+            "device",
+            "dtype",
+            "kv_dtype",
+            "load_format",
+            "weight_format",
+            "attention",
+        ):
             assert field.default == "auto"
         else:
             assert field.default is None, f"{field.name}: the default belongs in config.h"
@@ -118,6 +126,7 @@ def test_sampling_defaults_are_the_engines():
     [
         (_core.DecodeConfig, "dtype", DTYPES),
         (_core.DecodeConfig, "kv_dtype", DTYPES),
+        (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
         (_core.DecodeConfig, "granularity", GRANULARITIES),
         (_core.DecodeConfig, "pooling", POOLINGS),
         (_core.DecodeConfig, "device", ("cpu", "cuda:0", "cuda:7")),

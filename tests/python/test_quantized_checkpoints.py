@@ -35,6 +35,7 @@ from scripted_model import update_json
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.checkpoint.quantized_tensors import QuantizedTensor
 from tidaldecode.cli import app
+from tidaldecode.errors import WeightsError
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 TINY = TinyModel(
@@ -116,11 +117,12 @@ def test_every_float8_code_is_exact(tmp_path: Path):
     assert_same(one, write_checkpoint(tmp_path / "other", model, meant), model, dtype="float32")
 
 
-def test_a_nan_of_the_file_is_one_as_in_plain_weights(tmp_path: Path):
+def test_a_nan_among_codes_is_refused_by_name(tmp_path: Path):
     stored, _ = quantized_tensors(SMALL, KINDS[0])
     stored[f"{UP}.weight"][1][0, 0] = 0x7F
-    with open_decoder(write_quantized(tmp_path, SMALL, KINDS[0], stored)) as decoder:
-        assert np.isnan(decoder.logits(random_prompt(SMALL, 4))).all()
+    folder = write_quantized(tmp_path, SMALL, KINDS[0], stored)
+    with pytest.raises(WeightsError, match=rf"{UP}\.weight: holds a NaN, expected numbers"):
+        open_decoder(folder)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

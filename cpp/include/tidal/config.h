@@ -115,10 +115,19 @@ struct PlanConfig {
   bool operator==(const PlanConfig&) const = default;
 };
 
+// How the matrices of a model's layers are kept.
+enum class KeepWeights : int32_t {
+  kAsStored,  // in the codes of the checkpoint, if it has some that the device's products read
+  kDecoded,   // as numbers
+  kFloat8,    // in codes (tidal/weights.h) to which a checkpoint's numbers are rounded
+  kInt4,
+};
+
 struct DecodeConfig : PlanConfig {
   Device device;
-  DType dtype = DType::kBFloat16;     // of the weights
-  DType kv_dtype = DType::kBFloat16;  // of the cache; on CUDA it must equal dtype
+  DType dtype = DType::kBFloat16;                      // of the weights that are numbers
+  KeepWeights weight_format = KeepWeights::kAsStored;  // as whoever makes the WeightSource heeds
+  DType kv_dtype = DType::kBFloat16;                   // of the cache; on CUDA it must equal dtype
 
   // Sparse steps only draft. One dense pass over the drafts of a sequence draws the tokens that
   // dense decoding would have, and keeps the drafts up to the first that differs.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "tidal/config.h"
+#include "tidal/weights.h"
 
 namespace tidal {
 
@@ -43,8 +44,9 @@ struct MemoryPlan {
 };
 
 // The plan that a Decoder with these arguments would hold. Nothing is loaded or allocated, but a
-// GPU is opened. Whether it fits is in MemoryPlan::problem. Throws ConfigError, InvalidArgument,
-// UnsupportedError, BackendError.
-MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config);
+// GPU is opened; no file of the weights is. Whether it fits is in MemoryPlan::problem. Throws
+// ConfigError, InvalidArgument, UnsupportedError, BackendError.
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config,
+                      const WeightSource& weights);
 
 }  // namespace tidal

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "tidal/dtype.h"
@@ -15,6 +16,7 @@ namespace tidal {
 
 class CopyThreads;
 struct DecodedBlocks;
+struct StoredRows;
 
 // How the codes of a matrix [out, in] are stored, and its scales and zeros with them.
 enum class WeightFormat : int32_t {
@@ -65,15 +67,23 @@ class QuantizedWeightSource final : public WeightSource {
   // finite.
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
   void CheckUnchanged() const override;
+  // Of float8 and int4 as they are stored, int4 with its codes along `in`.
+  const CodedInfo* FindCodes(const std::string& name) const override;
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override;
 
  private:
   struct Matrix {
     QuantizedWeight stored;
     WeightInfo info;  // of the decoded tensor
+    CodedInfo coded;
   };
 
   void Open(const Matrix& matrix) const;
-  void ReadCodes(const QuantizedWeight& weight, int64_t offset, int64_t bytes) const;
+  // Into codes_.
+  void ReadStored(const QuantizedWeight& weight, int64_t offset, int64_t bytes) const;
+  // Those of rows that lie apart, or finds those of the open matrix.
+  StoredRows ReadRows(const QuantizedWeight& weight, int64_t begin, int64_t end) const;
   template <typename T>
   void Decode(const QuantizedWeight& weight, int64_t begin, int64_t end, T* dst) const;
 
@@ -85,6 +95,54 @@ class QuantizedWeightSource final : public WeightSource {
   mutable const Matrix* open_ = nullptr;
   mutable std::unique_ptr<DecodedBlocks> blocks_;
   mutable std::vector<uint32_t> codes_;
+};
+
+// Rounds the matrices of a model's layers to codes while they are read: a float8 for each number,
+// with a scale for each row (its largest number over 448), or 4 bits, with a scale for every 128
+// inputs (their largest over 7.5, as compressed-tensors rounds). All else is as the source has it.
+class QuantizingWeightSource final : public WeightSource {
+ public:
+  // Throws InvalidArgument for no codes.
+  QuantizingWeightSource(std::unique_ptr<WeightSource> numbers, WeightCodes codes);
+  ~QuantizingWeightSource() override;
+  QuantizingWeightSource(const QuantizingWeightSource&) = delete;
+  QuantizingWeightSource& operator=(const QuantizingWeightSource&) = delete;
+
+  const WeightInfo* Find(const std::string& name) const override;
+  // What the codes stand for. Throws WeightsError also for a number that is not finite.
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+  const CodedInfo* FindCodes(const std::string& name) const override;
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override;
+  void CheckUnchanged() const override;
+
+  // Of all that was rounded: the root mean square of what rounding changed, over that of the
+  // numbers.
+  double relative_error() const;
+
+ private:
+  std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;
+
+  std::unique_ptr<WeightSource> numbers_;
+  CodedInfo coded_;  // but for the group's size
+  std::unique_ptr<CopyThreads> threads_;
+  mutable std::unordered_map<std::string, CodedInfo> infos_;
+  mutable double squared_error_ = 0.0, squared_size_ = 0.0;
+};
+
+// A source whose matrices in codes are only to be read as numbers.
+class DecodedWeightSource final : public WeightSource {
+ public:
+  explicit DecodedWeightSource(std::unique_ptr<WeightSource> source) : source_(std::move(source)) {}
+
+  const WeightInfo* Find(const std::string& name) const override { return source_->Find(name); }
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override {
+    source_->Read(name, offset, bytes, dst);
+  }
+  void CheckUnchanged() const override { source_->CheckUnchanged(); }
+
+ private:
+  std::unique_ptr<WeightSource> source_;
 };
 
 }  // namespace tidal

@@ -19,9 +19,33 @@ class Noise;
 // Told of the bytes that are on the device, of all that will be.
 using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
 
+// The codes in which a matrix is kept, by products that can read them.
+enum class WeightCodes : int32_t {
+  kNone,    // none: numbers of a float type
+  kFloat8,  // a byte each: float8 e4m3fn
+  kInt4,    // half a byte each, unsigned; the first of two in the lower bits
+};
+
 struct WeightInfo {
   DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
   std::vector<int64_t> shape;
+};
+
+// How a matrix can be had in codes: element (n, k) is (code - zero) * scale, with the scale and the
+// zero of row n and group k / group_size; a zero is 0 of kFloat8, 8 of kInt4 without zeros.
+struct CodedInfo {
+  WeightCodes codes = WeightCodes::kNone;
+  int64_t group_size = 0;               // at most the row's length
+  DType scale_dtype = DType::kFloat32;  // that holds every scale exactly
+  bool has_zeros = false;
+  bool operator==(const CodedInfo&) const = default;
+};
+
+// Where rows of a matrix in codes go.
+struct CodedRows {
+  void* codes;     // [rows, K] of kFloat8, [rows, K / 2] of kInt4
+  float* scales;   // [rows, groups]
+  uint8_t* zeros;  // likewise; nullptr unless has_zeros
 };
 
 class WeightSource {
@@ -34,6 +58,14 @@ class WeightSource {
   // Reads `bytes` bytes of the tensor's row-major data, from byte `offset` on, into `dst`.
   // Throws WeightsError if they cannot be read. Callable from one thread at a time.
   virtual void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const = 0;
+
+  // How a tensor's codes can be read; nullptr: only its numbers can. What both give is the same.
+  virtual const CodedInfo* FindCodes(const std::string&) const { return nullptr; }
+
+  // Reads rows [begin, end) of a tensor that FindCodes knows. Throws WeightsError as Read does, and
+  // for a code that stands for no number.
+  virtual void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                         const CodedRows& rows) const;
 
   // Called after the last Read. Throws WeightsError if what was read is not what was described.
   virtual void CheckUnchanged() const {}
@@ -88,25 +120,32 @@ class FileWeightSource final : public WeightSource {
 // around 1; equal arguments give equal weights.
 class RandomWeightSource final : public WeightSource {
  public:
-  // `dtype`: best the one the decoder computes with, which spares a conversion.
+  // `dtype`: best the one the decoder computes with, which spares a conversion. `codes`: those that
+  // the matrices of the layers can be had in, random ones of as large numbers.
   // Throws ConfigError for an impossible model, InvalidArgument for a dtype of no weights.
-  RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed = 0);
+  RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed = 0,
+                     WeightCodes codes = WeightCodes::kNone);
   ~RandomWeightSource() override;
   RandomWeightSource(const RandomWeightSource&) = delete;
   RandomWeightSource& operator=(const RandomWeightSource&) = delete;
 
   const WeightInfo* Find(const std::string& name) const override;
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+  const CodedInfo* FindCodes(const std::string& name) const override;
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override;
 
  private:
   struct Tensor {
     WeightInfo info;
     const Noise* values = nullptr;
     int64_t offset = 0;  // bytes into the noise
+    CodedInfo coded = {};
   };
 
   std::unique_ptr<Noise> noise_;  // of matrices and biases
   std::unique_ptr<Noise> norms_;
+  std::vector<uint8_t> random_codes_;  // repeated
   std::unordered_map<std::string, Tensor> tensors_;
   std::unique_ptr<CopyThreads> threads_;
 };

@@ -46,6 +46,7 @@ struct StepLimits {
   int64_t token_budget = 0;  // 0: dense only
   Granularity granularity = Granularity::kKvHead;
   Shadow shadow = Shadow::kNone;
+  int64_t decoded_bytes = 0;       // of the largest weight of a layer in codes, as numbers
   int64_t num_recorded_steps = 0;  // different StepKeys, at most max_recorded_steps
 };
 
@@ -85,6 +86,8 @@ class Backend {
   // The longest context at which a step is no faster for reading token_budget positions in its
   // sparse layers. The same on every device of a kind: it decides what is computed.
   virtual int64_t SparseMinContext(int64_t token_budget) const = 0;
+  // Whether products take such a weight in codes; its addresses do not matter.
+  virtual bool ReadsCodes(const Weight&) const { return false; }
 
   // --- memory; load time only ---
   // Zero-filled. `what` names the purpose, here and in the OutOfMemoryError.

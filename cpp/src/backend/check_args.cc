@@ -88,6 +88,24 @@ class OpCheck {
     if (view) Tensor(name, view, dims, kind);
   }
 
+  void Matrix(const char* name, const Weight& weight, Dim& out_features, Dim& in_features) {
+    if (!weight.is_coded()) {
+      Tensor(name, weight.data, {&out_features, &in_features}, weight_);
+      return;
+    }
+    const bool is_int4 = weight.codes == WeightCodes::kInt4;
+    const int64_t inputs = in_features.size, group = weight.group_size;
+    Dim codes{is_int4 ? "K / 2" : "K", is_int4 ? inputs / 2 : inputs};
+    Tensor(name, weight.data, {&out_features, &codes}, uint8_);
+    TIDAL_CHECK(weight.num_inputs() == inputs && group >= 1 && group <= inputs, InvalidArgument,
+                op_, ": ", name, ": got ", weight.num_inputs(), " inputs in groups of ", group,
+                ", expected K = ", inputs, " in groups of 1 to K");
+    Dim groups{"K / group_size", (inputs + group - 1) / group};
+    Kind scale{"scale", kFloats};
+    Tensor("weight.scales", weight.scales, {&groups, &out_features}, scale);
+    Optional("weight.zeros", weight.zeros, {&groups, &out_features}, uint8_);
+  }
+
   void Cache(const PagedKv& kv, Dim& batch, Dim& num_kv_heads, Dim& head_dim) {
     Dim num_pages{"num_pages"}, page_size{"page_size"}, max_pages{"max_pages"};
     Tensor("k_pages", kv.k_pages, {&num_pages, &num_kv_heads, &page_size, &head_dim}, kv_);
@@ -206,7 +224,7 @@ void Check(const LinearArgs& args, std::optional<DType> act) {
   OpCheck op("Linear", act);
   Dim tokens{"T"}, in_features{"K"}, out_features{"N"};
   op.Tensor("x", args.x, {&tokens, &in_features}, op.act());
-  op.Tensor("weight", args.weight, {&out_features, &in_features}, op.weight());
+  op.Matrix("weight", args.weight, out_features, in_features);
   op.Optional("bias", args.bias, {&out_features}, op.weight());
   const bool float_out =
       args.output == LinearOutput::kAccumulate || args.out.dtype == DType::kFloat32;

@@ -20,6 +20,7 @@ class MemoryMeter : public Backend {
   int64_t SparseMinContext(int64_t token_budget) const override {
     return measured_.SparseMinContext(token_budget);
   }
+  bool ReadsCodes(const Weight& weight) const override { return measured_.ReadsCodes(weight); }
   BackendMemory PlanReserve(const StepLimits& limits) const override {
     return measured_.PlanReserve(limits);
   }

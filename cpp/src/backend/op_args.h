@@ -13,8 +13,26 @@
 #include "core/host_device.h"
 #include "core/tensor_view.h"
 #include "tidal/config.h"
+#include "tidal/weights.h"
 
 namespace tidal {
+
+// A matrix [N, K] of a product: numbers, or codes that stand for them, (code - zero) * scale. A
+// scale, and a zero, belongs to some neighbouring inputs of one output, a group.
+struct Weight {
+  TensorView data;  // [N, K] weight; uint8 [N, K] of kFloat8, [N, K / 2] of kInt4
+  WeightCodes codes = WeightCodes::kNone;
+  int64_t group_size = 0;  // K, or 32, 64 or a multiple of 128; the last group may be smaller
+  TensorView scales;       // [K / group_size, N] float32, bfloat16 or float16
+  TensorView zeros;        // likewise uint8, of kInt4; absent: 8. 0 of kFloat8
+
+  Weight() = default;
+  Weight(const TensorView& numbers) : data(numbers) {}  // NOLINT: a plain matrix is one
+
+  int64_t num_outputs() const { return data.dim(0); }
+  int64_t num_inputs() const { return data.dim(1) * (codes == WeightCodes::kInt4 ? 2 : 1); }
+  bool is_coded() const { return codes != WeightCodes::kNone; }
+};
 
 // One layer's cache as a step sees it. Token t of row b lies in page page_table[b, t / page_size],
 // slot t % page_size.
@@ -44,10 +62,10 @@ enum class LinearOutput : int32_t {
 };
 
 struct LinearArgs {
-  TensorView x;       // [T, K] act
-  TensorView weight;  // [N, K] weight
-  TensorView bias;    // [N] weight, or absent
-  TensorView out;     // [T, N] act or float32; float32 if output is kAccumulate
+  TensorView x;     // [T, K] act
+  Weight weight;    // [N, K]
+  TensorView bias;  // [N] weight, or absent
+  TensorView out;   // [T, N] act or float32; float32 if output is kAccumulate
   LinearOutput output = LinearOutput::kStore;
 };
 

@@ -59,13 +59,13 @@ constexpr int64_t kMaxPages = std::numeric_limits<int32_t>::max();  // ids are 3
 class Planner {
  public:
   Planner(const Backend& backend, const ModelConfig& model, const DecodeConfig& asked,
-          const DecodePlan& plan)
+          const DecodePlan& plan, const WeightMemory& weights)
       : backend_(backend),
         model_(model),
         asked_(asked),
         plan_(plan),
         info_(backend.info()),
-        weight_bytes_(WeightBytes(model, asked.dtype)),
+        weights_(weights),
         page_bytes_(Sum({PagedKvCache::BytesPerPage(model, asked.kv_dtype, asked.page_size),
                          ShadowBytesPerPage(model, asked, plan)})),
         usable_bytes_(Usable(asked.gpu_memory_utilization)) {}
@@ -100,12 +100,14 @@ class Planner {
     RunnerBuffers buffers(meter, model_, config, plan_);
     Selection selection(meter, model_, config, plan_);
     if (config.shadow != Shadow::kNone) ShadowMemory(meter, config);
-    BackendMemory own = backend_.PlanReserve(LimitsFor(backend_, model_, config, plan_));
+    StepLimits limits = LimitsFor(backend_, model_, config, plan_);
+    limits.decoded_bytes = weights_.decoded_bytes;
+    BackendMemory own = backend_.PlanReserve(limits);
     MemoryPlan memory;
     memory.device = info_.name;
     memory.max_seq_len = config.max_seq_len;
     memory.max_batch_size = config.max_batch_size;
-    memory.weight_bytes = weight_bytes_;
+    memory.weight_bytes = weights_.bytes;
     memory.scratch = meter.allocated();
     for (const MemoryItem& item : own.scratch) AddItem(memory.scratch, item);
     memory.reserve_bytes = own.reserve_bytes;
@@ -216,7 +218,7 @@ class Planner {
   const DecodeConfig& asked_;
   const DecodePlan& plan_;
   BackendInfo info_;
-  int64_t weight_bytes_;
+  WeightMemory weights_;
   int64_t page_bytes_;
   int64_t usable_bytes_;
 };
@@ -245,8 +247,9 @@ int64_t MemoryPlan::total_bytes() const {
 }
 
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
-                                 const DecodeConfig& config, const DecodePlan& plan) {
-  return Planner(backend, model, config, plan).Resolve();
+                                 const DecodeConfig& config, const DecodePlan& plan,
+                                 const WeightMemory& weights) {
+  return Planner(backend, model, config, plan, weights).Resolve();
 }
 
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
@@ -302,11 +305,14 @@ int64_t AddedPlanBytes(const Backend& backend, const ModelConfig& model, const D
   return Sum({bytes, backend.PlanReserve(limits).reserve_bytes - without});
 }
 
-MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config) {
+MemoryPlan PlanMemory(const ModelConfig& model, const DecodeConfig& config,
+                      const WeightSource& weights) {
   ValidateModelConfig(model);
   ValidateDecodeConfig(config);
   std::unique_ptr<Backend> backend = MakeBackend(OptionsOf(config));
-  return ResolveSettings(*backend, model, config, MakeDecodePlan(model, config)).memory;
+  return ResolveSettings(*backend, model, config, MakeDecodePlan(model, config),
+                         MeasureWeights(*backend, model, config.dtype, weights))
+      .memory;
 }
 
 }  // namespace tidal

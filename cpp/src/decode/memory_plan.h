@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/weights.h"
 #include "tidal/config.h"
 #include "tidal/memory_plan.h"
 #include "tidal/plan.h"
@@ -20,9 +21,10 @@ struct ResolvedSettings {
 
 // Throws UnsupportedError for shapes that the backend does not run.
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
-                                 const DecodeConfig& config, const DecodePlan& plan);
+                                 const DecodeConfig& config, const DecodePlan& plan,
+                                 const WeightMemory& weights);
 
-// The largest step of these (resolved) settings.
+// The largest step of these (resolved) settings, but for decoded_bytes.
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan);
 

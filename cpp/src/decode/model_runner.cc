@@ -84,13 +84,16 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
       config_((ValidateDecodeConfig(config), config)),
       plan_(MakeDecodePlan(model, config)),
       backend_(MakeBackend(OptionsOf(config))) {
-  ResolvedSettings resolved = ResolveSettings(*backend_, model_, config_, plan_);
+  const WeightMemory memory = MeasureWeights(*backend_, model_, config_.dtype, weights);
+  ResolvedSettings resolved = ResolveSettings(*backend_, model_, config_, plan_, memory);
   TIDAL_CHECK(resolved.memory.problem.empty(), OutOfMemoryError, resolved.memory.problem);
   config_ = resolved.config;
   memory_plan_ = std::move(resolved.memory);
 
   weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
-  backend_->Reserve(LimitsFor(*backend_, model_, config_, plan_));
+  StepLimits limits = LimitsFor(*backend_, model_, config_, plan_);
+  limits.decoded_bytes = memory.decoded_bytes;
+  backend_->Reserve(limits);
   buffers_ = std::make_unique<RunnerBuffers>(*backend_, model_, config_, plan_);
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);

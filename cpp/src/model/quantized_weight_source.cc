@@ -112,6 +112,19 @@ std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEnt
   return scales;
 }
 
+// kNone for what is only decoded.
+CodedInfo CodedInfoOf(const QuantizedWeight& weight) {
+  CodedInfo coded = {.group_size = weight.block_columns,
+                     .scale_dtype = weight.scales.info.dtype,
+                     .has_zeros = weight.zeros.has_value()};
+  if (weight.format == WeightFormat::kFloat8) {
+    coded.codes = WeightCodes::kFloat8;
+  } else if (weight.format != WeightFormat::kInt8 && weight.shape[1] % 8 == 0) {
+    coded.codes = WeightCodes::kInt4;
+  }
+  return coded;
+}
+
 }  // namespace
 
 QuantizedWeightSource::QuantizedWeightSource(std::vector<WeightFileEntry> plain,
@@ -128,7 +141,8 @@ QuantizedWeightSource::QuantizedWeightSource(std::vector<WeightFileEntry> plain,
     WeightInfo info{dtype, weight.shape};
     std::string name = weight.name;
     TIDAL_CHECK(!matrices_.contains(name), WeightsError, name, ": listed twice");
-    matrices_.emplace(std::move(name), Matrix{std::move(weight), std::move(info)});
+    const CodedInfo coded = CodedInfoOf(weight);
+    matrices_.emplace(std::move(name), Matrix{std::move(weight), std::move(info), coded});
   }
 }
 
@@ -163,6 +177,44 @@ void QuantizedWeightSource::Read(const std::string& name, int64_t offset, int64_
   }
 }
 
+const CodedInfo* QuantizedWeightSource::FindCodes(const std::string& name) const {
+  auto found = matrices_.find(name);
+  if (found == matrices_.end() || found->second.coded.codes == WeightCodes::kNone) return nullptr;
+  return &found->second.coded;
+}
+
+void QuantizedWeightSource::ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                                      const CodedRows& rows) const {
+  const CodedInfo* coded = FindCodes(name);
+  TIDAL_CHECK(coded != nullptr, InvalidArgument, name, ": it has no codes to read");
+  const Matrix& matrix = matrices_.at(name);
+  const QuantizedWeight& weight = matrix.stored;
+  TIDAL_CHECK(begin >= 0 && begin <= end && end <= weight.shape[0], InvalidArgument, name,
+              ": rows ", begin, " to ", end, ", expected rows of ", ShapeString(weight.shape));
+  if (begin == end) return;
+  Open(matrix);
+  const StoredRows stored = ReadRows(weight, begin, end);
+  const int64_t in = weight.shape[1];
+  if (coded->codes == WeightCodes::kFloat8) {
+    std::memcpy(rows.codes, stored.codes, static_cast<size_t>((end - begin) * in));
+  } else {
+    auto* words = static_cast<uint32_t*>(rows.codes);
+    const int64_t grain = std::max<int64_t>(8, kDecodeElements / in / 8 * 8);
+    threads_->ForPieces(end - begin, grain, [&](int64_t from, int64_t to) {
+      PackRows(weight, {stored.codes, stored.codes_row, begin + from, begin + to},
+               words + from * (in / 8));
+    });
+  }
+  const int64_t groups = blocks_->columns;
+  for (int64_t row = begin; row < end; ++row) {
+    const float* scales = blocks_->scales.data() + row / weight.block_rows * groups;
+    std::copy_n(scales, groups, rows.scales + (row - begin) * groups);
+  }
+  if (coded->has_zeros) {
+    std::copy_n(blocks_->zeros.data() + begin * groups, (end - begin) * groups, rows.zeros);
+  }
+}
+
 void QuantizedWeightSource::CheckUnchanged() const {
   files_.CheckUnchanged();
 }
@@ -182,16 +234,28 @@ void QuantizedWeightSource::Open(const Matrix& matrix) const {
   blocks_ = std::make_unique<DecodedBlocks>(
       DecodeBlocks(weight, scales.data(), weight.zeros ? zeros.data() : nullptr));
   if (!RowsLieApart(weight.format)) {
-    ReadCodes(weight, 0,
-              NumElements(weight.codes.info.shape) * DTypeBytes(weight.codes.info.dtype));
+    ReadStored(weight, 0,
+               NumElements(weight.codes.info.shape) * DTypeBytes(weight.codes.info.dtype));
   }
   open_ = &matrix;
 }
 
-void QuantizedWeightSource::ReadCodes(const QuantizedWeight& weight, int64_t offset,
-                                      int64_t bytes) const {
+void QuantizedWeightSource::ReadStored(const QuantizedWeight& weight, int64_t offset,
+                                       int64_t bytes) const {
   codes_.resize((static_cast<size_t>(bytes) + sizeof(uint32_t) - 1) / sizeof(uint32_t));
   files_.Read(weight.codes.name, offset, bytes, codes_.data());
+  TIDAL_CHECK(weight.format != WeightFormat::kFloat8 ||
+                  !HoldsNan(reinterpret_cast<const uint8_t*>(codes_.data()), bytes),
+              WeightsError, weight.codes.name, ": holds a NaN, expected numbers; is ",
+              weight.codes.path, " damaged?");
+}
+
+StoredRows QuantizedWeightSource::ReadRows(const QuantizedWeight& weight, int64_t begin,
+                                           int64_t end) const {
+  if (!RowsLieApart(weight.format)) return {codes_.data(), 0, begin, end};
+  const int64_t row_bytes = weight.codes.info.shape[1] * DTypeBytes(weight.codes.info.dtype);
+  ReadStored(weight, begin * row_bytes, (end - begin) * row_bytes);
+  return {codes_.data(), begin, begin, end};
 }
 
 // Decodes the elements [begin, end) of the open matrix.
@@ -200,14 +264,9 @@ void QuantizedWeightSource::Decode(const QuantizedWeight& weight, int64_t begin,
                                    T* dst) const {
   const int64_t in = weight.shape[1];
   const int64_t first = begin / in, last = (end + in - 1) / in;
-  int64_t codes_row = 0;
-  if (RowsLieApart(weight.format)) {
-    const int64_t row_bytes = weight.codes.info.shape[1] * DTypeBytes(weight.codes.info.dtype);
-    codes_row = first;
-    ReadCodes(weight, first * row_bytes, (last - first) * row_bytes);
-  }
+  const StoredRows stored = ReadRows(weight, first, last);
   auto decode = [&](int64_t from, int64_t to, T* out) {
-    DecodeRows(weight, *blocks_, CodedRows{codes_.data(), codes_row, from, to}, out);
+    DecodeRows(weight, *blocks_, {stored.codes, stored.codes_row, from, to}, out);
   };
   auto decode_part = [&](int64_t row) {
     std::vector<T> values(static_cast<size_t>(in));

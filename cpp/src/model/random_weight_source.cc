@@ -1,6 +1,7 @@
 // RandomWeightSource: the shapes come from the table that loads real weights (weights.cc), the
 // values from one repeated block of noise.
 #include <algorithm>
+#include <random>
 
 #include "core/noise.h"
 #include "core/parallel.h"
@@ -17,14 +18,43 @@ namespace {
 // any number of layers.
 constexpr double kStddev = 0.02;
 
+// Scales of random codes, whose root mean square is 107 (float8, all finite ones as often) or 4.6
+// (int4 less 8), exact in every type.
+constexpr float kFloat8Scale = 0x1.8p-13f;
+constexpr float kInt4Scale = 0x1.2p-8f;
+constexpr int64_t kInt4Group = 128;
+constexpr size_t kRandomCodes = size_t{4} << 20;
+
+std::vector<uint8_t> MakeCodes(WeightCodes codes, uint64_t seed) {
+  if (codes == WeightCodes::kNone) return {};
+  std::mt19937_64 random(seed);
+  std::vector<uint8_t> made(kRandomCodes);
+  for (uint8_t& code : made) {
+    code = static_cast<uint8_t>(random() >> 56);
+    if (codes == WeightCodes::kFloat8 && (code & 0x7f) == 0x7f) code ^= 1;  // no NaN
+  }
+  return made;
+}
+
+CodedInfo CodedInfoOf(const WeightShape& weight, WeightCodes codes) {
+  const bool is_matrix = weight.shape.size() == 2 && weight.name.starts_with("model.layers.");
+  if (codes == WeightCodes::kNone || !is_matrix || weight.shape[1] % 8 != 0) return {};
+  const int64_t in = weight.shape[1];
+  return {.codes = codes,
+          .group_size = codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
+          .scale_dtype = DType::kBFloat16,
+          .has_zeros = false};
+}
+
 bool IsNorm(const std::string& name) {
   return name.ends_with("norm.weight");
 }
 
 }  // namespace
 
-RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed)
-    : threads_(std::make_unique<CopyThreads>()) {
+RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed,
+                                       WeightCodes codes)
+    : random_codes_(MakeCodes(codes, seed)), threads_(std::make_unique<CopyThreads>()) {
   ValidateModelConfig(model);
   noise_ = std::make_unique<Noise>(dtype, Normal{0.0, kStddev}, seed);
   norms_ = std::make_unique<Noise>(dtype, Normal{1.0, kStddev}, seed,
@@ -33,7 +63,8 @@ RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, ui
   for (WeightShape& weight : ExpectedWeights(model)) {
     const int64_t bytes = NumElements(weight.shape) * DTypeBytes(dtype);
     const Noise* values = IsNorm(weight.name) ? norms_.get() : noise_.get();
-    tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, values, offset};
+    const CodedInfo coded = CodedInfoOf(weight, codes);
+    tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, values, offset, coded};
     offset += bytes;
   }
 }
@@ -54,6 +85,33 @@ void RandomWeightSource::Read(const std::string& name, int64_t offset, int64_t b
     tensor.values->Read(tensor.offset + offset + begin, end - begin,
                         static_cast<char*>(dst) + begin);
   });
+}
+
+const CodedInfo* RandomWeightSource::FindCodes(const std::string& name) const {
+  auto found = tensors_.find(name);
+  if (found == tensors_.end() || found->second.coded.codes == WeightCodes::kNone) return nullptr;
+  return &found->second.coded;
+}
+
+void RandomWeightSource::ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                                   const CodedRows& rows) const {
+  TIDAL_CHECK(FindCodes(name) != nullptr, InvalidArgument, name, ": it has no codes to read");
+  const Tensor& tensor = tensors_.at(name);
+  const bool is_int4 = tensor.coded.codes == WeightCodes::kInt4;
+  const int64_t in = tensor.info.shape[1], row_bytes = is_int4 ? in / 2 : in;
+  const auto period = static_cast<int64_t>(random_codes_.size());
+  const int64_t from = (tensor.offset + begin * row_bytes) % period;
+  threads_->ForPieces(
+      (end - begin) * row_bytes, int64_t{1} << 20, [&](int64_t first, int64_t last) {
+        auto* to = static_cast<uint8_t*>(rows.codes);
+        for (int64_t i = first; i < last;) {
+          const int64_t place = (from + i) % period, count = std::min(last - i, period - place);
+          std::copy_n(random_codes_.data() + place, count, to + i);
+          i += count;
+        }
+      });
+  const int64_t groups = (in + tensor.coded.group_size - 1) / tensor.coded.group_size;
+  std::fill_n(rows.scales, (end - begin) * groups, is_int4 ? kInt4Scale : kFloat8Scale);
 }
 
 }  // namespace tidal

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 
@@ -42,7 +43,7 @@ std::array<float, 256> ByteValues(WeightFormat format) {
 constexpr int64_t kMinTableElements = 1024;
 
 template <typename T>
-void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                  T* out) {
   const std::array<float, 256> values = ByteValues(weight.format);
   const auto* codes = reinterpret_cast<const uint8_t*>(rows.codes);
@@ -103,8 +104,8 @@ void LookUpWords(const uint32_t* words, int64_t count, const std::array<T, 16>& 
 }
 
 template <typename T>
-void DecodePacked(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
-                  T* out) {
+void DecodePacked(const QuantizedWeight& weight, const DecodedBlocks& blocks,
+                  const StoredRows& rows, T* out) {
   const int64_t in = weight.shape[1], row_words = DivideUp(in, kCodesPerWord);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const uint32_t* words = rows.codes + (row - rows.codes_row) * row_words;
@@ -123,7 +124,7 @@ void Gather(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to) {
 }
 
 template <typename T>
-void DecodeGptq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+void DecodeGptq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                 T* out) {
   const int64_t num_rows = weight.shape[0], in = weight.shape[1];
   std::vector<uint32_t> words(static_cast<size_t>(DivideUp(weight.block_columns, kCodesPerWord)));
@@ -141,7 +142,7 @@ void DecodeGptq(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
 }
 
 template <typename T>
-void DecodeAwq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+void DecodeAwq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                T* out) {
   const int64_t row_words = weight.shape[0] / kCodesPerWord, in = weight.shape[1];
   std::vector<uint32_t> words(static_cast<size_t>(weight.block_columns));
@@ -171,6 +172,19 @@ float Float8ToFloat(uint8_t code) {
   if (exponent != 0) return BitsToFloat(sign | ((exponent + 120) << 23) | (mantissa << 20));
   const float magnitude = static_cast<float>(mantissa) * 0.001953125f;  // subnormal: x 2^-9
   return sign ? -magnitude : magnitude;
+}
+
+uint8_t FloatToFloat8(float value) {
+  constexpr float kLargest = 448.0f, kLeastNormal = 0.015625f;
+  const uint32_t bits = FloatToBits(value), sign = (bits >> 24) & 0x80u;
+  const float size = std::min(std::abs(value), kLargest);
+  if (size < kLeastNormal) {  // steps of 2^-9
+    return static_cast<uint8_t>(sign | static_cast<uint32_t>(std::nearbyint(size * 512.0f)));
+  }
+  // 20 bits go, rounded to even; the exponent's bias falls from 127 to 7.
+  const uint32_t magnitude = FloatToBits(size);
+  const uint32_t rounded = (magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+  return static_cast<uint8_t>(sign | (rounded - (120u << 3)));
 }
 
 PartShapes ExpectedParts(const QuantizedWeight& weight) {
@@ -224,7 +238,7 @@ DecodedBlocks DecodeBlocks(const QuantizedWeight& weight, const float* scales,
 }
 
 template <typename T>
-void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                 T* out) {
   switch (weight.format) {
     case WeightFormat::kFloat8:
@@ -239,8 +253,39 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
   }
 }
 
-template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, float*);
-template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, BFloat16*);
-template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const CodedRows&, Float16*);
+bool HoldsNan(const uint8_t* codes, int64_t count) {
+  uint8_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= static_cast<uint8_t>((codes[i] & 0x7f) == 0x7f);
+  return found != 0;
+}
+
+void PackRows(const QuantizedWeight& weight, const StoredRows& rows, uint32_t* out) {
+  const int64_t num_rows = weight.shape[0], row_words = weight.shape[1] / kCodesPerWord;
+  const int64_t stored_words = num_rows / kCodesPerWord;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    uint32_t* to = out + (row - rows.begin) * row_words;
+    if (weight.format == WeightFormat::kInt4Packed) {
+      std::copy_n(rows.codes + (row - rows.codes_row) * row_words, row_words, to);
+    } else if (weight.format == WeightFormat::kInt4Gptq) {
+      Gather(rows.codes + row, num_rows, row_words, to);
+    } else {
+      const int place = kAwqOrder[static_cast<size_t>(row % kCodesPerWord)];
+      const uint32_t* from = rows.codes + row / kCodesPerWord;
+      for (int64_t i = 0; i < row_words; ++i) {
+        uint32_t word = 0;
+        for (int k = 0; k < kCodesPerWord; ++k) {
+          word |= uint32_t{CodeAt(*from, place)} << (4 * k);
+          from += stored_words;
+        }
+        to[i] = word;
+      }
+    }
+  }
+}
+
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const StoredRows&, float*);
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const StoredRows&,
+                         BFloat16*);
+template void DecodeRows(const QuantizedWeight&, const DecodedBlocks&, const StoredRows&, Float16*);
 
 }  // namespace tidal

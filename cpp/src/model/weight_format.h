@@ -16,6 +16,9 @@ namespace tidal {
 // NaN where all bits below the sign are set.
 float Float8ToFloat(uint8_t code);
 
+// The nearest float8, of two the even one; beyond the largest, 448, that.
+uint8_t FloatToFloat8(float value);
+
 // Scales and zeros of a matrix in one layout for all formats.
 struct DecodedBlocks {
   int64_t columns = 0;         // blocks beside each other
@@ -40,7 +43,7 @@ DecodedBlocks DecodeBlocks(const QuantizedWeight& weight, const float* scales,
                            const uint32_t* zeros);
 
 // Rows of a matrix, and where their codes are.
-struct CodedRows {
+struct StoredRows {
   const uint32_t* codes;  // from the row `codes_row` on; of all rows unless RowsLieApart
   int64_t codes_row = 0;
   int64_t begin = 0;
@@ -50,7 +53,14 @@ struct CodedRows {
 // Writes the elements of rows [begin, end) to `out` [end - begin, in], each rounded once to T:
 // float, BFloat16 or Float16.
 template <typename T>
-void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const CodedRows& rows,
+void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                 T* out);
+
+// Whether a byte of kFloat8 stands for no number.
+bool HoldsNan(const uint8_t* codes, int64_t count);
+
+// Writes the codes of rows [begin, end) of an int4 matrix to `out` [end - begin, in / 8], 8 along
+// `in` in a word, the first in the lowest bits: as kInt4Packed stores them.
+void PackRows(const QuantizedWeight& weight, const StoredRows& rows, uint32_t* out);
 
 }  // namespace tidal

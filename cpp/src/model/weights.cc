@@ -2,6 +2,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -20,6 +21,7 @@ constexpr int64_t kPieceBytes = int64_t{16} << 20;
 // Tensors that are stacked, in order, into one device tensor.
 struct Placement {
   TensorView* target;
+  Weight* matrix;  // whose data the target is, if it may be in codes; else nullptr
   std::vector<std::string> names;
   std::vector<int64_t> rows;  // of each name
   int64_t columns;            // 0: vectors
@@ -50,8 +52,8 @@ class Planner {
     for (int64_t i = 0; i < m.num_layers; ++i) PlanLayer(i, weights.layers[static_cast<size_t>(i)]);
     Add(&weights.final_norm, {"model.norm.weight"}, {m.hidden_size}, 0, "hidden_size");
     if (!m.tie_word_embeddings) {
-      Add(&weights.lm_head, {"lm_head.weight"}, {m.vocab_size}, m.hidden_size,
-          "vocab_size x hidden_size");
+      AddMatrix(&weights.lm_head, {"lm_head.weight"}, {m.vocab_size}, m.hidden_size,
+                "vocab_size x hidden_size");
     }
   }
 
@@ -67,23 +69,23 @@ class Planner {
         Concat("hidden_size ", m.hidden_size, ", intermediate_size ", m.intermediate_size);
 
     Add(&layer.input_norm, {prefix + "input_layernorm.weight"}, {m.hidden_size}, 0, "hidden_size");
-    AddAll(&layer.qkv, qkv, ".weight", qkv_rows, m.hidden_size, heads);
-    if (m.qkv_bias) AddAll(&layer.qkv_bias, qkv, ".bias", qkv_rows, 0, heads);
+    AddMatrix(&layer.qkv, WithSuffix(qkv, ".weight"), qkv_rows, m.hidden_size, heads);
+    if (m.qkv_bias) Add(&layer.qkv_bias, WithSuffix(qkv, ".bias"), qkv_rows, 0, heads);
     if (m.qk_norm) {
       Add(&layer.q_norm, {attn + "q_norm.weight"}, {m.head_dim}, 0, "head_dim");
       Add(&layer.k_norm, {attn + "k_norm.weight"}, {m.head_dim}, 0, "head_dim");
     }
-    Add(&layer.o, {attn + "o_proj.weight"}, {m.hidden_size}, m.q_size(), heads);
+    AddMatrix(&layer.o, {attn + "o_proj.weight"}, {m.hidden_size}, m.q_size(), heads);
     if (m.o_bias) Add(&layer.o_bias, {attn + "o_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
 
     std::vector<std::string> gate_up = {mlp + "gate_proj", mlp + "up_proj"};
     std::vector<int64_t> gate_up_rows = {m.intermediate_size, m.intermediate_size};
     Add(&layer.post_norm, {prefix + "post_attention_layernorm.weight"}, {m.hidden_size}, 0,
         "hidden_size");
-    AddAll(&layer.gate_up, gate_up, ".weight", gate_up_rows, m.hidden_size, sizes);
-    Add(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
+    AddMatrix(&layer.gate_up, WithSuffix(gate_up, ".weight"), gate_up_rows, m.hidden_size, sizes);
+    AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
     if (m.mlp_bias) {
-      AddAll(&layer.gate_up_bias, gate_up, ".bias", gate_up_rows, 0, sizes);
+      Add(&layer.gate_up_bias, WithSuffix(gate_up, ".bias"), gate_up_rows, 0, sizes);
       Add(&layer.down_bias, {mlp + "down_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
     }
   }
@@ -91,18 +93,60 @@ class Planner {
   void Add(TensorView* target, std::vector<std::string> names, std::vector<int64_t> rows,
            int64_t columns, std::string expected_from) {
     placements_.push_back(
-        {target, std::move(names), std::move(rows), columns, std::move(expected_from)});
+        {target, nullptr, std::move(names), std::move(rows), columns, std::move(expected_from)});
   }
 
-  void AddAll(TensorView* target, std::vector<std::string> stems, const std::string& suffix,
-              std::vector<int64_t> rows, int64_t columns, std::string expected_from) {
+  void AddMatrix(Weight* target, std::vector<std::string> names, std::vector<int64_t> rows,
+                 int64_t columns, std::string expected_from) {
+    Add(&target->data, std::move(names), std::move(rows), columns, std::move(expected_from));
+    placements_.back().matrix = target;
+  }
+
+  static std::vector<std::string> WithSuffix(std::vector<std::string> stems, const char* suffix) {
     for (std::string& stem : stems) stem += suffix;
-    Add(target, std::move(stems), std::move(rows), columns, std::move(expected_from));
+    return stems;
   }
 
   const ModelConfig& model_;
   std::vector<Placement> placements_;
 };
+
+int64_t NumRows(const Placement& placement) {
+  int64_t rows = 0;
+  for (int64_t count : placement.rows) rows += count;
+  return rows;
+}
+
+int64_t NumElements(const Placement& placement) {
+  return NumRows(placement) * std::max<int64_t>(placement.columns, 1);
+}
+
+// The matrix in codes, without memory yet, if all that is stacked in it can be had in the same
+// codes and the backend's products read them; else none.
+Weight InCodes(const Backend& backend, const Placement& placement, const WeightSource& source) {
+  if (placement.matrix == nullptr) return {};
+  const CodedInfo* coded = source.FindCodes(placement.names[0]);
+  if (coded == nullptr) return {};
+  for (const std::string& name : placement.names) {
+    const CodedInfo* other = source.FindCodes(name);
+    if (other == nullptr || *other != *coded) return {};
+  }
+  const int64_t rows = NumRows(placement), columns = placement.columns;
+  const int64_t groups = (columns + coded->group_size - 1) / coded->group_size;
+  const bool is_int4 = coded->codes == WeightCodes::kInt4;
+  Weight weight(TensorView(nullptr, DType::kUInt8, {rows, is_int4 ? columns / 2 : columns}));
+  weight.codes = coded->codes;
+  weight.group_size = coded->group_size;
+  weight.scales = TensorView(nullptr, coded->scale_dtype, {groups, rows});
+  if (coded->has_zeros) weight.zeros = TensorView(nullptr, DType::kUInt8, {groups, rows});
+  return backend.ReadsCodes(weight) ? weight : Weight();
+}
+
+// Of the tensors of a matrix in codes.
+int64_t BytesOf(const Weight& weight) {
+  return weight.data.bytes() + weight.scales.bytes() +
+         (weight.zeros.rank > 0 ? weight.zeros.bytes() : 0);
+}
 
 class Loader {
  public:
@@ -113,11 +157,15 @@ class Loader {
     ModelWeights weights;
     std::vector<Placement> placements = Planner(model_, weights).Take();
     for (const Placement& placement : placements) CheckShapes(placement);
-    for (const Placement& placement : placements) total_ += Elements(placement);
-    total_ *= DTypeBytes(dtype_);
     // All of the memory first: an allocation would hold up the copies under way.
     for (const Placement& placement : placements) Allocate(placement, weights);
-    for (const Placement& placement : placements) LoadOne(placement, progress);
+    for (const Placement& placement : placements) {
+      if (placement.matrix != nullptr && placement.matrix->is_coded()) {
+        LoadCodes(placement, progress);
+      } else {
+        LoadOne(placement, progress);
+      }
+    }
     source_.CheckUnchanged();
     if (model_.tie_word_embeddings) weights.lm_head = weights.embedding;
     weights.bytes = total_;
@@ -143,21 +191,26 @@ class Loader {
     }
   }
 
-  static int64_t Elements(const Placement& placement) {
-    int64_t rows = 0;
-    for (int64_t count : placement.rows) rows += count;
-    return rows * std::max<int64_t>(placement.columns, 1);
+  void Allocate(const Placement& placement, ModelWeights& weights) {
+    const Weight coded = InCodes(backend_, placement, source_);
+    if (coded.is_coded()) {
+      *placement.matrix = coded;
+      AllocateTensor(placement.matrix->data, weights);
+      AllocateTensor(placement.matrix->scales, weights);
+      if (coded.zeros.rank > 0) AllocateTensor(placement.matrix->zeros, weights);
+      return;
+    }
+    const int64_t rows = NumRows(placement);
+    *placement.target = placement.columns == 0
+                            ? TensorView(nullptr, dtype_, {rows})
+                            : TensorView(nullptr, dtype_, {rows, placement.columns});
+    AllocateTensor(*placement.target, weights);
   }
 
-  void Allocate(const Placement& placement, ModelWeights& weights) {
-    int64_t elements = Elements(placement);
-    int64_t columns = std::max<int64_t>(placement.columns, 1);
-    weights.buffers.push_back(
-        backend_.Allocate(elements * DTypeBytes(dtype_), "the model's weights"));
-    void* target = weights.buffers.back().data();
-    *placement.target = placement.columns == 0
-                            ? TensorView(target, dtype_, {elements})
-                            : TensorView(target, dtype_, {elements / columns, columns});
+  void AllocateTensor(TensorView& tensor, ModelWeights& weights) {
+    weights.buffers.push_back(backend_.Allocate(tensor.bytes(), "the model's weights"));
+    tensor.ptr = weights.buffers.back().data();
+    total_ += tensor.bytes();
   }
 
   void LoadOne(const Placement& placement, const LoadProgress& progress) {
@@ -168,6 +221,75 @@ class Loader {
       LoadTensor(placement.names[i], count, target, progress);
       target += count * DTypeBytes(dtype_);
     }
+  }
+
+  // Codes go to the device as they come; scales and zeros are turned to lie by groups.
+  void LoadCodes(const Placement& placement, const LoadProgress& progress) {
+    const Weight& weight = *placement.matrix;
+    const int64_t rows = NumRows(placement), groups = weight.scales.dim(0);
+    const int64_t row_bytes = weight.data.dim(1);
+    const int64_t piece = std::max<int64_t>(8, kPieceBytes / row_bytes / 8 * 8);
+    std::vector<float> scales(static_cast<size_t>(groups * rows));
+    std::vector<uint8_t> zeros(weight.zeros ? scales.size() : 0);
+    std::vector<float> piece_scales(static_cast<size_t>(groups * piece));
+    std::vector<uint8_t> piece_zeros(weight.zeros ? piece_scales.size() : 0);
+    char* target = static_cast<char*>(weight.data.ptr);
+    int64_t row = 0;  // of the stack
+    for (size_t i = 0; i < placement.names.size(); ++i) {
+      for (int64_t begin = 0; begin < placement.rows[i]; begin += piece) {
+        const int64_t end = std::min(begin + piece, placement.rows[i]);
+        const int64_t bytes = (end - begin) * row_bytes;
+        void* host = backend_.BeginUpload(target, bytes);
+        source_.ReadCodes(placement.names[i], begin, end,
+                          {host, piece_scales.data(), weight.zeros ? piece_zeros.data() : nullptr});
+        backend_.CommitUpload(target, bytes);
+        Turn(piece_scales, {end - begin, groups}, scales.data() + row, rows);
+        if (weight.zeros) Turn(piece_zeros, {end - begin, groups}, zeros.data() + row, rows);
+        target += bytes;
+        row += end - begin;
+        Report(bytes, progress);
+      }
+    }
+    UploadScales(scales, weight.scales, progress);
+    if (weight.zeros) UploadBytes(zeros.data(), weight.zeros, progress);
+  }
+
+  struct Table {
+    int64_t rows, columns;
+  };
+
+  // Writes `from` [rows, columns] to columns of `to`, whose rows are `stride` apart.
+  template <typename T>
+  static void Turn(const std::vector<T>& from, const Table& table, T* to, int64_t stride) {
+    for (int64_t i = 0; i < table.rows; ++i) {
+      for (int64_t k = 0; k < table.columns; ++k) {
+        to[k * stride + i] = from[static_cast<size_t>(i * table.columns + k)];
+      }
+    }
+  }
+
+  void UploadScales(const std::vector<float>& scales, const TensorView& target,
+                    const LoadProgress& progress) {
+    scratch_.resize(static_cast<size_t>(target.bytes()));
+    const auto count = static_cast<int64_t>(scales.size());
+    ConvertTo(target.dtype, scales.data(), scratch_.data(), count);
+    UploadBytes(scratch_.data(), target, progress);
+  }
+
+  void UploadBytes(const void* from, const TensorView& target, const LoadProgress& progress) {
+    for (int64_t begin = 0; begin < target.bytes(); begin += kPieceBytes) {
+      const int64_t bytes = std::min(kPieceBytes, target.bytes() - begin);
+      char* dst = static_cast<char*>(target.ptr) + begin;
+      std::memcpy(backend_.BeginUpload(dst, bytes), static_cast<const char*>(from) + begin,
+                  static_cast<size_t>(bytes));
+      backend_.CommitUpload(dst, bytes);
+      Report(bytes, progress);
+    }
+  }
+
+  void Report(int64_t bytes, const LoadProgress& progress) {
+    done_ += bytes;
+    if (progress) progress(done_, total_);
   }
 
   void LoadTensor(const std::string& name, int64_t count, char* target,
@@ -187,8 +309,7 @@ class Loader {
         Convert(scratch_.data(), from, host, n);
       }
       backend_.CommitUpload(dst, bytes);
-      done_ += bytes;
-      if (progress) progress(done_, total_);
+      Report(bytes, progress);
     }
   }
 
@@ -205,7 +326,12 @@ class Loader {
 
   template <typename From>
   void ConvertFrom(const From* from, void* to, int64_t count) {
-    switch (dtype_) {
+    ConvertTo(dtype_, from, to, count);
+  }
+
+  template <typename From>
+  void ConvertTo(DType dtype, const From* from, void* to, int64_t count) {
+    switch (dtype) {
       case DType::kFloat32:
         return ConvertElements(from, static_cast<float*>(to), count);
       case DType::kBFloat16:
@@ -235,6 +361,10 @@ class Loader {
 
 }  // namespace
 
+void WeightSource::ReadCodes(const std::string& name, int64_t, int64_t, const CodedRows&) const {
+  throw InvalidArgument(Concat(name, ": it has no codes to read"));
+}
+
 std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
   ModelWeights weights;
   std::vector<WeightShape> expected;
@@ -246,12 +376,19 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
   return expected;
 }
 
-int64_t WeightBytes(const ModelConfig& model, DType dtype) {
-  int64_t bytes = 0;
-  for (const WeightShape& weight : ExpectedWeights(model)) {
-    bytes += NumElements(weight.shape) * DTypeBytes(dtype);
+WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
+                            const WeightSource& source) {
+  ModelWeights weights;
+  WeightMemory memory;
+  for (const Placement& placement : Planner(model, weights).Take()) {
+    const int64_t bytes = NumElements(placement) * DTypeBytes(dtype);
+    const Weight coded = InCodes(backend, placement, source);
+    memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;
+    if (coded.is_coded() && placement.matrix != &weights.lm_head) {
+      memory.decoded_bytes = std::max(memory.decoded_bytes, bytes);
+    }
   }
-  return bytes;
+  return memory;
 }
 
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,

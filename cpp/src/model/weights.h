@@ -13,16 +13,16 @@ namespace tidal {
 
 struct LayerWeights {
   TensorView input_norm;    // [H]
-  TensorView qkv;           // [(Hq + 2 Hkv) * D, H]: q_proj, k_proj, v_proj stacked
+  Weight qkv;               // [(Hq + 2 Hkv) * D, H]: q_proj, k_proj, v_proj stacked
   TensorView qkv_bias;      // [(Hq + 2 Hkv) * D], or absent
   TensorView q_norm;        // [D], or absent
   TensorView k_norm;        // [D], or absent
-  TensorView o;             // [H, Hq * D]
+  Weight o;                 // [H, Hq * D]
   TensorView o_bias;        // [H], or absent
   TensorView post_norm;     // [H]
-  TensorView gate_up;       // [2 I, H]: gate_proj, up_proj stacked
+  Weight gate_up;           // [2 I, H]: gate_proj, up_proj stacked
   TensorView gate_up_bias;  // [2 I], or absent
-  TensorView down;          // [H, I]
+  Weight down;              // [H, I]
   TensorView down_bias;     // [H], or absent
 };
 
@@ -30,7 +30,7 @@ struct ModelWeights {
   TensorView embedding;  // [V, H]
   std::vector<LayerWeights> layers;
   TensorView final_norm;  // [H]
-  TensorView lm_head;     // [V, H]; the embedding itself if tied
+  Weight lm_head;         // [V, H]; the embedding itself if tied
 
   std::vector<Buffer> buffers;  // own all of the above
   int64_t bytes = 0;
@@ -44,10 +44,16 @@ struct WeightShape {
 // Every tensor the config calls for, in the order in which it is loaded.
 std::vector<WeightShape> ExpectedWeights(const ModelConfig& model);
 
-// Of all of them on the device.
-int64_t WeightBytes(const ModelConfig& model, DType dtype);
+// What the weights take of a device.
+struct WeightMemory {
+  int64_t bytes = 0;
+  int64_t decoded_bytes = 0;  // of the largest matrix of a layer that stays in codes, as numbers
+};
+WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
+                            const WeightSource& source);
 
-// Reads every weight the config calls for, converts it to `dtype` and uploads it.
+// Reads every weight the config calls for and uploads it: in codes what the source has in codes
+// that the backend's products read, all else as numbers of `dtype`.
 // Throws WeightsError for a missing tensor, a wrong shape or an unreadable file.
 ModelWeights LoadWeights(Backend& backend, const ModelConfig& model, DType dtype,
                          const WeightSource& source, const LoadProgress& progress);

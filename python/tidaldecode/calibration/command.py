@@ -97,14 +97,12 @@ def calibrate(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
+    weight_format: opt.WeightFormat = "auto",
     num_threads: opt.NumThreads = None,
     debug: opt.Debug = False,
 ) -> None:
     """Find the plan that loses least for the bytes it reads, and keep it for the model."""
-    if text is not None and builtin:
-        raise InvalidArgument("text: got both, expected --text FILE or --builtin")
-    if not math.isfinite(max_loss):
-        raise InvalidArgument(f"max-loss: got {max_loss}, expected a number of nats")
+    _check(text, builtin, max_loss)
     folder = read_model_folder(model_dir)
     contexts = _contexts(context, folder, device)
     if max_choosing_layers is not None:
@@ -124,7 +122,8 @@ def calibrate(
         max_loss=max_loss,
         seed=seed,
         engine=opt.engine_options(
-            {"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "num_threads": num_threads}
+            {"device": device, "dtype": dtype, "kv_dtype": kv_dtype}
+            | {"weight_format": weight_format, "num_threads": num_threads}
         ),
     )
     try:
@@ -140,6 +139,13 @@ def calibrate(
         print_note(_not_good_enough(job, outcome))
         raise typer.Exit(EXIT_NOT_GOOD_ENOUGH)
     _keep(console, job, outcome, text, output)
+
+
+def _check(text: Path | None, builtin: bool, max_loss: float) -> None:
+    if text is not None and builtin:
+        raise InvalidArgument("text: got both, expected --text FILE or --builtin")
+    if not math.isfinite(max_loss):
+        raise InvalidArgument(f"max-loss: got {max_loss}, expected a number of nats")
 
 
 def _not_good_enough(job: Job, outcome: Outcome) -> str:

@@ -60,7 +60,7 @@ class Job:
     max_choosing_layers: int | None
     max_loss: float
     seed: int
-    engine: dict[str, Any]  # options of Decoder: device, dtype, kv_dtype, num_threads
+    engine: dict[str, Any]  # options of Decoder: device, dtype, kv_dtype, weight_format, …
 
     @property
     def page_size(self) -> int:
@@ -226,5 +226,7 @@ def _score_path(decoder: Decoder, digest: str) -> Path:
     """Where scores of this model, engine and data are kept."""
     config = decoder.config
     name = [_core.version(), config.device.partition(":")[0], config.dtype, config.kv_dtype]
+    if config.weight_format != "auto":
+        name.append(config.weight_format)
     fingerprint = model_fingerprint(decoder.folder)
     return user_cache_dir() / "scores" / f"{fingerprint}-{digest}-{'-'.join(name)}.jsonl"

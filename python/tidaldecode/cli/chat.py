@@ -46,6 +46,7 @@ def chat(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
+    weight_format: opt.WeightFormat = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     top_p_mass: opt.TopPMass = None,

@@ -51,6 +51,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for error
 Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, _engine_option("Weights: auto, float32, bfloat16 or float16.")]
 KvDType = Annotated[str, _engine_option("KV cache: auto, float32, bfloat16 or float16.")]
+WeightFormat = Annotated[
+    str,
+    _engine_option(
+        "Layers' matrices: auto (a quantised checkpoint's codes), decoded, fp8 or int4."
+    ),
+]
 Attention = Annotated[
     str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
 ]

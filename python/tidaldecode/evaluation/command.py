@@ -194,6 +194,7 @@ def evaluate(
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
+    weight_format: opt.WeightFormat = "auto",
     num_threads: opt.NumThreads = None,
     debug: opt.Debug = False,
 ) -> None:
@@ -201,7 +202,8 @@ def evaluate(
     asked = Asked(**{name: value for name, value in locals().items() if name in _ASKED})
     asked.check()
     engine = opt.engine_options(
-        {"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "num_threads": num_threads}
+        {"device": device, "dtype": dtype, "kv_dtype": kv_dtype}
+        | {"weight_format": weight_format, "num_threads": num_threads}
     )
     model = read_model_folder(model_dir)
     settings = _settings(model, tidal, quest, asked)

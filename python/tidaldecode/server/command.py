@@ -64,6 +64,7 @@ _ENGINE: dict[str, tuple[Any, Any]] = {
     "device": (opt.Device, "auto"),
     "dtype": (opt.DType, "auto"),
     "kv_dtype": (opt.KvDType, "auto"),
+    "weight_format": (opt.WeightFormat, "auto"),
     "load_format": (opt.LoadFormat, "auto"),
     "attention": (opt.Attention, "auto"),
     "token_budget": (opt.TokenBudget, None),

@@ -4,6 +4,7 @@
 #include "backend/cpu/blas.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
+#include "tidal/error.h"
 
 namespace tidal {
 namespace {
@@ -23,15 +24,16 @@ int64_t CeilDiv(int64_t a, int64_t b) {
 void LinearFewRows(CpuContext& context, const LinearArgs& args) {
   const int64_t num_rows = args.x.dim(0);
   const int64_t in_features = args.x.dim(1);
-  const int64_t num_outputs = args.weight.dim(0);
-  const int64_t element_bytes = DTypeBytes(args.weight.dtype);
-  const auto kernel = context.kernels->linear[StorageIndex(args.weight.dtype)];
+  const int64_t num_outputs = args.weight.num_outputs();
+  const int64_t element_bytes = DTypeBytes(args.weight.data.dtype);
+  const auto kernel = context.kernels->linear[StorageIndex(args.weight.data.dtype)];
   const int threads = context.ThreadsFor(num_outputs * in_features);
   // 16 outputs: a cache line of `out`.
   context.ParallelRange(threads, num_outputs, 16, [&](int64_t begin, int64_t end) {
     LinearTile tile;
     tile.x = args.x.data<float>();
-    tile.weight = static_cast<const char*>(args.weight.ptr) + begin * in_features * element_bytes;
+    tile.weight =
+        static_cast<const char*>(args.weight.data.ptr) + begin * in_features * element_bytes;
     if (args.bias) tile.bias = static_cast<const char*>(args.bias.ptr) + begin * element_bytes;
     tile.out = args.out.data<float>() + begin;
     tile.num_rows = num_rows;
@@ -57,20 +59,21 @@ void AddBias(const CpuContext& context, const LinearArgs& args, int64_t output, 
 void RunPanel(const CpuContext& context, const LinearArgs& args, int64_t row, int64_t output,
               float* scratch) {
   const int64_t in_features = args.x.dim(1);
-  const int64_t num_outputs = args.weight.dim(0);
+  const int64_t num_outputs = args.weight.num_outputs();
   const int64_t count = std::min(kPanelOutputs, num_outputs - output);
-  const char* weight = static_cast<const char*>(args.weight.ptr) +
-                       output * in_features * DTypeBytes(args.weight.dtype);
+  const char* weight = static_cast<const char*>(args.weight.data.ptr) +
+                       output * in_features * DTypeBytes(args.weight.data.dtype);
   SgemmArgs product;
   product.m = std::min(kPanelRows, args.x.dim(0) - row);
   product.n = count;
   product.k = in_features;
   product.a = args.x.data<float>() + row * in_features;
   product.lda = in_features;
-  if (args.weight.dtype == DType::kFloat32) {
+  if (args.weight.data.dtype == DType::kFloat32) {
     product.b = reinterpret_cast<const float*>(weight);
   } else {
-    context.kernels->widen[StorageIndex(args.weight.dtype)](weight, count * in_features, scratch);
+    context.kernels->widen[StorageIndex(args.weight.data.dtype)](weight, count * in_features,
+                                                                 scratch);
     product.b = scratch;
   }
   product.ldb = in_features;
@@ -86,11 +89,11 @@ void RunPanel(const CpuContext& context, const LinearArgs& args, int64_t row, in
 
 void LinearManyRows(CpuContext& context, const LinearArgs& args) {
   const int64_t row_panels = CeilDiv(args.x.dim(0), kPanelRows);
-  const int64_t output_panels = CeilDiv(args.weight.dim(0), kPanelOutputs);
+  const int64_t output_panels = CeilDiv(args.weight.num_outputs(), kPanelOutputs);
   const int64_t scratch_floats = LinearScratchFloats(args.x.dim(1));
   float* scratch =
       context.scratch.Take<float>(Scratch::kThreads, context.num_threads * scratch_floats);
-  const int threads = context.ThreadsForProduct(args.x.numel() * args.weight.dim(0));
+  const int threads = context.ThreadsForProduct(args.x.numel() * args.weight.num_outputs());
   context.ParallelFor(threads, row_panels * output_panels, [&](int64_t task) {
     RunPanel(context, args, task % row_panels * kPanelRows, task / row_panels * kPanelOutputs,
              scratch + ThreadIndex() * scratch_floats);
@@ -104,6 +107,8 @@ int64_t LinearScratchFloats(int64_t in_features) {
 }
 
 void CpuLinear(CpuContext& context, const LinearArgs& args) {
+  TIDAL_CHECK(!args.weight.is_coded(), UnsupportedError,
+              "Linear: a weight in codes on the CPU; expected numbers");
   if (args.x.dim(0) <= kFewRows) {
     LinearFewRows(context, args);
   } else {

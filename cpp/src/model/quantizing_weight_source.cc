@@ -1,0 +1,206 @@
+// QuantizingWeightSource: rounds rows to codes on several threads, as they are asked for.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "core/float16.h"
+#include "core/parallel.h"
+#include "core/shape.h"
+#include "model/weight_format.h"
+#include "tidal/error.h"
+#include "tidal/quantized_weights.h"
+
+namespace tidal {
+namespace {
+
+constexpr float kLargestFloat8 = 448.0f;
+constexpr float kHalfInt4Range = 7.5f;  // from -7.5 to 7.5: as compressed-tensors rounds
+constexpr int64_t kInt4Group = 128;
+
+float LargestOf(const float* values, int64_t count) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+  return largest;
+}
+
+// A group of one row.
+struct Group {
+  const float* values;
+  int64_t begin;  // of the row
+  int64_t count;
+};
+
+// Writes a group's codes to those of its row and returns their scale, which its type holds exactly.
+float RoundToFloat8(const Group& group, uint8_t* row) {
+  const float largest = LargestOf(group.values, group.count);
+  const float scale = largest > 0.0f ? largest / kLargestFloat8 : 1.0f;
+  for (int64_t i = 0; i < group.count; ++i) {
+    row[group.begin + i] = FloatToFloat8(group.values[i] / scale);
+  }
+  return scale;
+}
+
+float RoundToInt4(const Group& group, uint8_t* row) {
+  const float largest = LargestOf(group.values, group.count);
+  float scale = ToFloat(FromFloat<BFloat16>(largest / kHalfInt4Range));
+  if (!(scale > 0.0f)) scale = 1.0f;
+  for (int64_t i = 0; i < group.count; ++i) {
+    const float code = std::clamp(std::nearbyint(group.values[i] / scale), -8.0f, 7.0f) + 8.0f;
+    const int64_t place = group.begin + i;
+    const auto half = static_cast<uint8_t>(static_cast<int>(code) << (place % 2 * 4));
+    row[place / 2] = static_cast<uint8_t>(place % 2 == 0 ? half : row[place / 2] | half);
+  }
+  return scale;
+}
+
+// What a code of a row stands for, before the scale.
+float CodeValue(WeightCodes codes, const uint8_t* row, int64_t place) {
+  if (codes == WeightCodes::kFloat8) return Float8ToFloat(row[place]);
+  return static_cast<float>(((row[place / 2] >> (place % 2 * 4)) & 15) - 8);
+}
+
+template <typename T>
+void Widen(const char* data, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    T value;
+    std::memcpy(&value, data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    to[i] = ToFloat(value);
+  }
+}
+
+}  // namespace
+
+QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> numbers,
+                                               WeightCodes codes)
+    : numbers_(std::move(numbers)), threads_(std::make_unique<CopyThreads>()) {
+  TIDAL_CHECK(codes != WeightCodes::kNone, InvalidArgument,
+              "codes of weights: got none, expected float8 or int4");
+  coded_.codes = codes;
+  coded_.scale_dtype = codes == WeightCodes::kFloat8 ? DType::kFloat32 : DType::kBFloat16;
+}
+
+QuantizingWeightSource::~QuantizingWeightSource() = default;
+
+const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {
+  return numbers_->Find(name);
+}
+
+// Of the matrices of the layers.
+const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) const {
+  auto known = infos_.find(name);
+  if (known != infos_.end()) return &known->second;
+  const WeightInfo* info = numbers_->Find(name);
+  if (info == nullptr || info->shape.size() != 2 || !name.starts_with("model.layers.") ||
+      info->shape[1] % 8 != 0) {
+    return nullptr;
+  }
+  CodedInfo coded = coded_;
+  coded.group_size =
+      coded.codes == WeightCodes::kInt4 ? std::min(kInt4Group, info->shape[1]) : info->shape[1];
+  return &infos_.emplace(name, coded).first->second;
+}
+
+// Rows [begin, end) as float32 numbers.
+std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, int64_t begin,
+                                                       int64_t end) const {
+  const WeightInfo& info = *numbers_->Find(name);
+  const int64_t in = info.shape[1], count = (end - begin) * in, size = DTypeBytes(info.dtype);
+  std::vector<char> data(static_cast<size_t>(count * size));
+  numbers_->Read(name, begin * in * size, count * size, data.data());
+  std::vector<float> values(static_cast<size_t>(count));
+  threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
+    const char* from = data.data() + first * in * size;
+    float* to = values.data() + first * in;
+    const int64_t elements = (last - first) * in;
+    if (info.dtype == DType::kFloat32) return Widen<float>(from, elements, to);
+    if (info.dtype == DType::kBFloat16) return Widen<BFloat16>(from, elements, to);
+    return Widen<Float16>(from, elements, to);
+  });
+  for (float value : values) {
+    TIDAL_CHECK(std::isfinite(value), WeightsError, name, ": holds ", value,
+                ", expected finite numbers; is the file damaged?");
+  }
+  return values;
+}
+
+void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                                       const CodedRows& rows) const {
+  const CodedInfo* coded = FindCodes(name);
+  TIDAL_CHECK(coded != nullptr, InvalidArgument, name, ": it has no codes to read");
+  if (begin == end) return;
+  const std::vector<float> numbers = ReadNumbers(name, begin, end);
+  const int64_t in = numbers_->Find(name)->shape[1];
+  const bool is_int4 = coded->codes == WeightCodes::kInt4;
+  const int64_t groups = (in + coded->group_size - 1) / coded->group_size;
+  std::vector<double> errors(static_cast<size_t>(end - begin)), sizes(errors.size());
+  threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      uint8_t* row = static_cast<uint8_t*>(rows.codes) + r * (is_int4 ? in / 2 : in);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = g * coded->group_size;
+        const Group group = {numbers.data() + r * in + from, from,
+                             std::min(coded->group_size, in - from)};
+        const float scale = is_int4 ? RoundToInt4(group, row) : RoundToFloat8(group, row);
+        rows.scales[r * groups + g] = scale;
+        for (int64_t i = 0; i < group.count; ++i) {
+          const double value = group.values[i];
+          const double error = CodeValue(coded->codes, row, from + i) * scale - value;
+          errors[static_cast<size_t>(r)] += error * error;
+          sizes[static_cast<size_t>(r)] += value * value;
+        }
+      }
+    }
+  });
+  for (size_t r = 0; r < errors.size(); ++r) {
+    squared_error_ += errors[r];
+    squared_size_ += sizes[r];
+  }
+}
+
+void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64_t bytes,
+                                  void* dst) const {
+  const CodedInfo* coded = FindCodes(name);
+  if (coded == nullptr || bytes == 0) return numbers_->Read(name, offset, bytes, dst);
+  const WeightInfo& info = *numbers_->Find(name);
+  const int64_t in = info.shape[1], size = DTypeBytes(info.dtype);
+  TIDAL_CHECK(offset >= 0 && bytes >= 0 && offset % size == 0 && bytes % size == 0 &&
+                  (offset + bytes) / size <= NumElements(info.shape),
+              InvalidArgument, name, ": bytes ", offset, " to ", offset + bytes,
+              ", expected whole elements of ", ShapeString(info.shape), " in ",
+              DTypeName(info.dtype));
+  const int64_t begin = offset / size, end = begin + bytes / size;
+  const int64_t first = begin / in, last = (end + in - 1) / in;
+  const int64_t groups = (in + coded->group_size - 1) / coded->group_size;
+  const int64_t row_bytes = coded->codes == WeightCodes::kInt4 ? in / 2 : in;
+  std::vector<uint8_t> codes(static_cast<size_t>((last - first) * row_bytes));
+  std::vector<float> scales(static_cast<size_t>((last - first) * groups));
+  ReadCodes(name, first, last, {codes.data(), scales.data(), nullptr});
+  threads_->ForPieces(end - begin, int64_t{1} << 16, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t row = (begin + i) / in - first, place = (begin + i) % in;
+      const float scale = scales[static_cast<size_t>(row * groups + place / coded->group_size)];
+      const float value = CodeValue(coded->codes, codes.data() + row * row_bytes, place) * scale;
+      char* target = static_cast<char*>(dst) + i * size;
+      if (info.dtype == DType::kFloat32) {
+        std::memcpy(target, &value, sizeof(value));
+      } else if (info.dtype == DType::kBFloat16) {
+        const BFloat16 rounded = FromFloat<BFloat16>(value);
+        std::memcpy(target, &rounded, sizeof(rounded));
+      } else {
+        const Float16 rounded = FromFloat<Float16>(value);
+        std::memcpy(target, &rounded, sizeof(rounded));
+      }
+    }
+  });
+}
+
+void QuantizingWeightSource::CheckUnchanged() const {
+  numbers_->CheckUnchanged();
+}
+
+double QuantizingWeightSource::relative_error() const {
+  return squared_size_ > 0.0 ? std::sqrt(squared_error_ / squared_size_) : 0.0;
+}
+
+}  // namespace tidal

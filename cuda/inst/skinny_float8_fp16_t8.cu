@@ -1,0 +1,14 @@
+// The skinny products for __half and up to 8 tokens beside 8-bit weights.
+#include "kernels/skinny_launch.cuh"
+
+namespace tidal {
+
+template void RunSkinnyLinear<__half, 8, WeightKind::kFloat8>(const LinearArgs&, const SkinnyRun&);
+template void RunLinearRopeAppend<__half, 8, WeightKind::kFloat8>(const LinearArgs&,
+                                                                  const RopeAppendKvArgs&,
+                                                                  const SkinnyRun&);
+template void RunLinearSiluMul<__half, 8, WeightKind::kFloat8>(const LinearArgs&,
+                                                               const SiluMulArgs&,
+                                                               const SkinnyRun&);
+
+}  // namespace tidal

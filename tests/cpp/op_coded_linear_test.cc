@@ -1,0 +1,253 @@
+// Linear, alone and with what stands beside it in a layer, of weights in codes: what the numbers
+// that the codes stand for give. Only where Backend::ReadsCodes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "coded_weight.h"
+#include "tidal/error.h"
+
+namespace tidal::test {
+namespace {
+
+struct CodedShape {
+  std::string name;
+  CodesCase how;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+};
+
+// More tokens than this may be given the decoded weight, rounded to 16 bits.
+constexpr int64_t kMostStreamed = 64;
+constexpr int64_t kMostTokens = 130;
+
+class OpCodedLinear : public OpTest<CodedShape> {
+ protected:
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped()) return;
+    StepLimits limits = SmallLimits(dtype());
+    limits.model.hidden_size = std::max(shape().in_features, shape().out_features);
+    limits.model.intermediate_size = limits.model.hidden_size;
+    limits.model.vocab_size = limits.model.hidden_size;
+    limits.max_batch_size = 64;
+    limits.decoded_bytes = 2 * shape().in_features * shape().out_features;
+    Open(GetParam().on, limits);
+    const double size = 1.0 / std::sqrt(static_cast<double>(shape().in_features));
+    matrix_ =
+        CodedMatrix::Make(random_, shape().how, {shape().out_features, shape().in_features}, size);
+    weight_ = PutMatrix();
+    if (!backend().ReadsCodes(weight_)) GTEST_SKIP() << "this device's products read no codes";
+    x_ = random_.Normal(kMostTokens * shape().in_features, act());
+    bias_ = random_.Normal(shape().out_features, dtype());
+  }
+
+  Weight PutMatrix() {
+    const auto [name, how, in, out] = shape();
+    const bool is_int4 = how.codes == WeightCodes::kInt4;
+    const int64_t groups = (in + matrix_.group_size - 1) / matrix_.group_size;
+    Weight weight(PutBytes(matrix_.codes, DType::kUInt8, {out, is_int4 ? in / 2 : in}));
+    weight.codes = how.codes;
+    weight.group_size = matrix_.group_size;
+    weight.scales = Put(matrix_.scales, how.scale_dtype, {groups, out});
+    if (how.has_zeros) weight.zeros = PutBytes(matrix_.zeros, DType::kUInt8, {groups, out});
+    return weight;
+  }
+
+  Values FirstRows(const Values& values, int64_t rows, int64_t columns) const {
+    return Values(values.begin(), values.begin() + rows * columns);
+  }
+
+  Values Want(int64_t tokens, const Values& bias) const {
+    const Values weight =
+        tokens > kMostStreamed ? Rounded(matrix_.values, dtype()) : matrix_.values;
+    return reference::Linear(FirstRows(x_, tokens, shape().in_features), weight, bias,
+                             shape().in_features);
+  }
+
+  LinearArgs Args(int64_t tokens, TensorView out) {
+    LinearArgs args;
+    args.x = Put(FirstRows(x_, tokens, shape().in_features), act(), {tokens, shape().in_features});
+    args.weight = weight_;
+    args.out = out;
+    return args;
+  }
+
+  Random random_{11};
+  CodedMatrix matrix_;
+  Weight weight_;
+  Values x_, bias_;
+};
+
+TEST_P(OpCodedLinear, IsTheProductWithWhatTheCodesStandFor) {
+  for (int64_t tokens : {1, 3, 8, 9, 16, 17, 40, 64, 65, 130}) {
+    SCOPED_TRACE(tokens);
+    const TensorView out = Output(act(), {tokens, shape().out_features});
+    LinearArgs args = Args(tokens, out);
+    backend().Linear(args);
+    EXPECT_TRUE(Close(Get(out), Want(tokens, {}), ToleranceFor(Op::kLinear, act())));
+    args.bias = Put(bias_, dtype(), {shape().out_features});
+    args.out = Output(DType::kFloat32, {tokens, shape().out_features});
+    backend().Linear(args);
+    EXPECT_TRUE(
+        Close(Get(args.out), Want(tokens, bias_), ToleranceFor(Op::kLinear, DType::kFloat32)));
+  }
+}
+
+TEST_P(OpCodedLinear, AccumulatesIntoTheResidualStream) {
+  for (int64_t tokens : {1, 8, 16, 33, 100}) {
+    SCOPED_TRACE(tokens);
+    const Values residual = random_.Normal(tokens * shape().out_features, DType::kFloat32);
+    const TensorView out = Put(residual, DType::kFloat32, {tokens, shape().out_features});
+    LinearArgs args = Args(tokens, out);
+    args.output = LinearOutput::kAccumulate;
+    backend().Linear(args);
+    Values want = Want(tokens, {});
+    for (size_t i = 0; i < want.size(); ++i) want[i] += residual[i];
+    EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kLinear, DType::kFloat32)));
+  }
+}
+
+TEST_P(OpCodedLinear, ATokenIsTheSameWhateverIsBesideIt) {
+  const TensorView all = Output(act(), {kMostStreamed, shape().out_features});
+  backend().Linear(Args(kMostStreamed, all));
+  const Values want = Get(all);
+  for (int64_t tokens : {1, 2, 7, 8, 9, 15, 16, 31}) {
+    SCOPED_TRACE(tokens);
+    const TensorView out = Output(act(), {tokens, shape().out_features});
+    backend().Linear(Args(tokens, out));
+    EXPECT_EQ(Get(out), FirstRows(want, tokens, shape().out_features));
+  }
+}
+
+TEST_P(OpCodedLinear, ANormInFrontIsTheSame) {
+  const int64_t in = shape().in_features, outputs = shape().out_features;
+  for (int64_t tokens : {1, 2, 4, 5, 16, 70}) {
+    SCOPED_TRACE(tokens);
+    RmsNormArgs norm = {
+        .x = Put(random_.Normal(tokens * in, DType::kFloat32, 3.0), DType::kFloat32, {tokens, in}),
+        .weight = Put(random_.Normal(in, dtype(), 0.3, 1.0), dtype(), {in}),
+        .out = Output(act(), {tokens, in}),
+        .eps = 1e-5f};
+    LinearArgs linear = Args(tokens, Output(act(), {tokens, outputs}));
+    linear.x = norm.out;
+    backend().NormLinear({norm, linear});
+    const Values fused = Get(linear.out);
+    linear.out = Output(act(), {tokens, outputs});
+    backend().RmsNorm(norm);
+    backend().Linear(linear);
+    EXPECT_TRUE(Close(fused, Get(linear.out), ToleranceFor(Op::kFused, act())));
+  }
+}
+
+TEST_P(OpCodedLinear, SiluMulBehindIsTheSame) {
+  const int64_t in = shape().in_features, size = shape().out_features / 2;
+  for (int64_t tokens : {1, 5, 12, 20, 70}) {
+    SCOPED_TRACE(tokens);
+    RmsNormArgs norm = {
+        .x = Put(random_.Normal(tokens * in, DType::kFloat32), DType::kFloat32, {tokens, in}),
+        .weight = Put(random_.Normal(in, dtype(), 0.1, 0.3), dtype(), {in}),
+        .out = Output(act(), {tokens, in}),
+        .eps = 1e-5f};
+    LinearArgs linear = Args(tokens, Output(act(), {tokens, 2 * size}));
+    linear.x = norm.out;
+    SiluMulArgs silu_mul = {.gate_up = linear.out, .out = Output(act(), {tokens, size})};
+    backend().GateUpSiluMul({norm, linear, silu_mul});
+    const Values fused = Get(silu_mul.out);
+    silu_mul.out = Output(act(), {tokens, size});
+    backend().RmsNorm(norm);
+    backend().Linear(linear);
+    backend().SiluMul(silu_mul);
+    EXPECT_TRUE(Close(fused, Get(silu_mul.out), ToleranceFor(Op::kFused, act())));
+  }
+}
+
+TEST_P(OpCodedLinear, RotationAndAppendBehindAreTheSame) {
+  constexpr int64_t kDim = 64, kPage = 16;
+  const int64_t in = shape().in_features, heads = shape().out_features / kDim - 2;
+  for (int64_t tokens : {1, 3, 11, 16}) {
+    SCOPED_TRACE(tokens);
+    Ints positions, seq_idx, table;
+    for (int32_t t = 0; t < tokens; ++t) {
+      positions.push_back(t == 1 ? -1 : 3 * t % kPage);
+      seq_idx.push_back(t);
+      table.push_back(t);
+    }
+    RmsNormArgs norm = {
+        .x = Put(random_.Normal(tokens * in, DType::kFloat32), DType::kFloat32, {tokens, in}),
+        .weight = Put(random_.Normal(in, dtype(), 0.3, 1.0), dtype(), {in}),
+        .out = Output(act(), {tokens, in}),
+        .eps = 1e-5f};
+    LinearArgs linear = Args(tokens, Output(act(), {tokens, (heads + 2) * kDim}));
+    linear.x = norm.out;
+    const Values angles = random_.Normal(tokens * kDim, DType::kFloat32);
+    auto append = [&] {
+      RopeAppendKvArgs args;
+      args.qkv = linear.out;
+      args.cos_sin = Put(angles, DType::kFloat32, {tokens, kDim});
+      args.positions = PutInts(positions, {tokens});
+      args.seq_idx = PutInts(seq_idx, {tokens});
+      args.q = Output(act(), {tokens, heads, kDim});
+      const Values empty(static_cast<size_t>(tokens * kPage * kDim));
+      args.kv.k_pages = Put(empty, dtype(), {tokens, 1, kPage, kDim});
+      args.kv.v_pages = Put(empty, dtype(), {tokens, 1, kPage, kDim});
+      args.kv.page_table = PutInts(table, {tokens, 1});
+      args.kv.seq_lens = PutInts(Ints(static_cast<size_t>(tokens), kPage), {tokens});
+      return args;
+    };
+    const RopeAppendKvArgs fused = append();
+    backend().QkvRopeAppend({norm, linear, fused});
+    linear.out = Output(act(), {tokens, (heads + 2) * kDim});
+    const RopeAppendKvArgs parts = append();
+    backend().RmsNorm(norm);
+    backend().Linear(linear);
+    backend().RopeAppendKv(parts);
+    const Tolerance tolerance = ToleranceFor(Op::kFused, act());
+    EXPECT_TRUE(Close(Get(fused.kv.k_pages), Get(parts.kv.k_pages), tolerance));
+    EXPECT_TRUE(Close(Get(fused.kv.v_pages), Get(parts.kv.v_pages), tolerance));
+    const Values got = Get(fused.q), want = Get(parts.q);
+    EXPECT_TRUE(
+        Close(FirstRows(got, 1, heads * kDim), FirstRows(want, 1, heads * kDim), tolerance));
+  }
+}
+
+std::vector<CodedShape> Shapes() {
+  const std::vector<CodesCase> kinds = {
+      {"float8", WeightCodes::kFloat8, 0, DType::kFloat32},
+      {"float8_bf16", WeightCodes::kFloat8, 0, DType::kBFloat16},
+      {"float8_group128", WeightCodes::kFloat8, 128, DType::kFloat32},
+      {"float8_group32", WeightCodes::kFloat8, 32, DType::kFloat16},
+      {"int4", WeightCodes::kInt4, 128, DType::kBFloat16},
+      {"int4_zeros", WeightCodes::kInt4, 128, DType::kFloat16, true},
+      {"int4_group32_zeros", WeightCodes::kInt4, 32, DType::kFloat32, true},
+      {"int4_group64", WeightCodes::kInt4, 64, DType::kFloat16},
+      {"int4_row", WeightCodes::kInt4, 0, DType::kBFloat16},
+      {"int4_group256", WeightCodes::kInt4, 256, DType::kBFloat16},
+  };
+  std::vector<CodedShape> shapes;
+  for (const CodesCase& how : kinds) {
+    shapes.push_back({how.name + "_1056x1280", how, 1056, 1280});
+    shapes.push_back({how.name + "_576x192", how, 576, 192});
+  }
+  for (size_t kind : {size_t{0}, size_t{2}, size_t{5}}) {
+    const CodesCase& how = kinds[kind];
+    shapes.push_back({how.name + "_4096x6144", how, 4096, 6144});
+    shapes.push_back({how.name + "_14336x256", how, 14336, 256});
+    shapes.push_back({how.name + "_128x20480", how, 128, 20480});
+  }
+  return shapes;
+}
+
+std::vector<BackendCase> CudaBackends() {
+  std::vector<BackendCase> backends = AllBackends();
+  std::erase_if(backends, [](const BackendCase& on) { return on.is_cpu(); });
+  return backends;
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpCodedLinear,
+                         ::testing::ValuesIn(Cases<CodedShape>(CudaBackends(), Shapes())),
+                         CaseNameOf<OpCase<CodedShape>>);
+
+}  // namespace
+}  // namespace tidal::test

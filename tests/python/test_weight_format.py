@@ -1,0 +1,79 @@
+"""weight_format: numbers are rounded to codes while they are loaded, and to no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tidaldecode
+from quantized_models import (
+    FLOAT8,
+    KINDS,
+    is_projection,
+    quantized_tensors,
+    to_float8,
+    write_quantized,
+)
+from tidaldecode.errors import ConfigError
+from tiny_models import TinyModel, random_prompt, random_weights, round_to, write_checkpoint
+
+MODEL = TinyModel(hidden_size=160, intermediate_size=320, head_dim=16, dtype="float32")
+FORMATS = ("fp8", "int4")
+
+
+def open_decoder(folder: Path, **options) -> tidaldecode.Decoder:
+    return tidaldecode.Decoder(folder, device="cpu", num_threads=1, **options)
+
+
+def rounded(weight: np.ndarray, weight_format: str) -> np.ndarray:
+    """What the codes of a matrix stand for, by the definition: float32 products."""
+    if weight_format == "fp8":
+        scale = (np.abs(weight).max(axis=1, keepdims=True) / np.float32(448)).astype(np.float32)
+        return FLOAT8[to_float8(weight / scale)] * scale
+    result = np.empty_like(weight)
+    for begin in range(0, weight.shape[1], 128):
+        group = weight[:, begin : begin + 128]
+        largest = np.abs(group).max(axis=1, keepdims=True)
+        scale = round_to((largest / np.float32(7.5)).astype(np.float32), "bfloat16")
+        scale = scale.astype(np.float32)
+        codes = np.clip(np.rint(group / scale), -8, 7).astype(np.float32)
+        result[:, begin : begin + 128] = codes * scale
+    return result
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_the_layers_matrices_are_rounded_and_nothing_else(tmp_path: Path, weight_format, caplog):
+    weights = random_weights(MODEL)
+    meant = {
+        name: rounded(weight, weight_format) if is_projection(name) else weight
+        for name, weight in weights.items()
+    }
+    stored = write_checkpoint(tmp_path / "stored", MODEL, weights)
+    decoded = write_checkpoint(tmp_path / "meant", MODEL, meant)
+    prompt = random_prompt(MODEL, 20)
+    with open_decoder(decoded, dtype="float32") as plain:
+        want = plain.logits(prompt)
+    with open_decoder(stored, dtype="float32", weight_format=weight_format) as decoder:
+        assert np.array_equal(decoder.logits(prompt), want)
+        assert decoder.config.weight_format == weight_format
+    assert f"weight_format {weight_format}: the layers' matrices are rounded, by" in caplog.text
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_random_weights_run_in_codes(tmp_path: Path, weight_format: str):
+    folder = write_checkpoint(tmp_path, MODEL)
+    with open_decoder(folder, load_format="dummy", weight_format=weight_format) as decoder:
+        assert np.isfinite(decoder.logits(random_prompt(MODEL, 8))).all()
+
+
+def test_codes_are_not_rounded_again(tmp_path: Path):
+    model = TinyModel(dtype="bfloat16")
+    stored, _ = quantized_tensors(model, KINDS[0])
+    folder = write_quantized(tmp_path, model, KINDS[0], stored)
+    with pytest.raises(ConfigError, match="weight_format: the checkpoint is quantised already"):
+        open_decoder(folder, weight_format="int4")
+    with open_decoder(folder, weight_format="decoded") as decoded, open_decoder(folder) as auto:
+        prompt = random_prompt(model, 8)
+        assert np.array_equal(decoded.logits(prompt), auto.logits(prompt))
