@@ -335,7 +335,7 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
   if (batch_invariant_ ? in_step_ : HasFewQueries(args)) {
     LaunchAttentionFewQueries(args, ScratchFor(args.q, args.kv), stream());
   } else if (!PrefillByCudnn(args)) {
-    LaunchAttentionPrefill(args, stream());
+    LaunchAttentionPrefill(args, ScratchFor(args.q, args.kv), stream());
   }
 }
 

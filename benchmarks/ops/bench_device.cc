@@ -8,9 +8,8 @@
 
 namespace tidal {
 
-BenchDevice::BenchDevice(const Device& device, int samples, PrefillAttention prefill_attention)
-    : samples_(samples),
-      backend_(MakeBackend({.device = device, .prefill_attention = prefill_attention})) {}
+BenchDevice::BenchDevice(const BackendOptions& options, int samples)
+    : samples_(samples), backend_(MakeBackend(options)) {}
 
 void BenchDevice::Report() const {
   std::string name = backend_->info().name, hardware;

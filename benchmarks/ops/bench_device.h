@@ -21,8 +21,7 @@ inline constexpr int64_t kVocab = 128256;
 
 class BenchDevice {
  public:
-  BenchDevice(const Device& device, int samples,
-              PrefillAttention prefill_attention = PrefillAttention::kOwn);
+  BenchDevice(const BackendOptions& options, int samples);
 
   Backend& backend() { return *backend_; }
   int samples() const { return samples_; }  // of which a time is the median

@@ -23,7 +23,7 @@ int main(int argc, char** argv) {
     if (option == "--filter") filter = value;
   }
   try {
-    tidal::BenchDevice bench({tidal::DeviceType::kCuda, 0}, samples);
+    tidal::BenchDevice bench({.device = {tidal::DeviceType::kCuda, 0}}, samples);
     bench.Report();
     tidal::MeasurePromptAttention(bench, filter);
     tidal::MeasureDecodeAttention(bench, filter);

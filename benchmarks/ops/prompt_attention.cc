@@ -35,6 +35,17 @@ std::vector<PromptRow> PromptRows(int64_t default_chunk) {
   return rows;
 }
 
+// One chunk of each length behind each context.
+std::vector<PromptRow> RowsBehind() {
+  std::vector<PromptRow> rows;
+  for (int64_t first : {16384, 65536, 131072}) {
+    for (int64_t chunk : {16, 64, 128, 256, 384, 448, 512, 544, 640, 1024, 1152, 2048, 4096}) {
+      rows.push_back({first, first + chunk, chunk});
+    }
+  }
+  return rows;
+}
+
 // The calls of one layer, on pages in random order.
 std::vector<AttentionPrefillArgs> Chunks(BenchDevice& bench, const PromptRow& row) {
   int64_t num_pages = (row.end + row.page_size - 1) / row.page_size;
@@ -59,7 +70,13 @@ std::vector<AttentionPrefillArgs> Chunks(BenchDevice& bench, const PromptRow& ro
   return chunks;
 }
 
-void Measure(BenchDevice& bench, const PromptRow& row) {
+struct Kernel {
+  BenchDevice& bench;
+  std::string name;
+};
+
+void Measure(const char* op, const Kernel& kernel, const PromptRow& row) {
+  BenchDevice& bench = kernel.bench;
   bench.Clear();
   std::vector<AttentionPrefillArgs> chunks = Chunks(bench, row);
   auto prompt = [&] {
@@ -69,28 +86,46 @@ void Measure(BenchDevice& bench, const PromptRow& row) {
   double us = bench.MedianTime(prompt, 2);
   double tflops = 4.0 * kQHeads * kHeadDim * row.visible() / us * 1e-6;
   std::printf(
-      "{\"op\": \"attention_prefill\", \"kernel\": \"%s\", \"num_q_heads\": %lld, "
+      "{\"op\": \"%s\", \"kernel\": \"%s\", \"num_q_heads\": %lld, "
       "\"num_kv_heads\": %lld, \"head_dim\": %lld, \"first\": %lld, \"seq_len\": %lld, "
       "\"chunk\": %lld, \"page_size\": %lld, \"median_of\": %d, \"us\": %.1f, "
       "\"tflop_per_s\": %.1f, \"of_matmul\": %.3f}\n",
-      bench.backend().info().prefill_attention.c_str(), static_cast<long long>(kQHeads),
-      static_cast<long long>(kKvHeads), static_cast<long long>(kHeadDim),
-      static_cast<long long>(row.first), static_cast<long long>(row.end),
-      static_cast<long long>(row.chunk), static_cast<long long>(row.page_size), bench.samples(), us,
-      tflops, tflops / kMatmulTflops);
+      op, kernel.name.c_str(), static_cast<long long>(kQHeads), static_cast<long long>(kKvHeads),
+      static_cast<long long>(kHeadDim), static_cast<long long>(row.first),
+      static_cast<long long>(row.end), static_cast<long long>(row.chunk),
+      static_cast<long long>(row.page_size), bench.samples(), us, tflops, tflops / kMatmulTflops);
   std::fflush(stdout);
+}
+
+void MeasurePrompts(BenchDevice& bench) {
+  BenchDevice cudnn(
+      {.device = bench.backend().info().device, .prefill_attention = PrefillAttention::kCudnn},
+      bench.samples());
+  const std::string with = cudnn.backend().info().prefill_attention;
+  bool has_cudnn = with.rfind("cuDNN", 0) == 0;
+  for (const PromptRow& row : PromptRows(bench.backend().info().prefill_chunk)) {
+    Measure("attention_prefill", {bench, bench.backend().info().prefill_attention}, row);
+    if (has_cudnn) Measure("attention_prefill", {cudnn, with}, row);
+  }
+}
+
+void MeasureBehind(BenchDevice& bench) {
+  BenchDevice unsplit({.device = bench.backend().info().device, .batch_invariant = true},
+                      bench.samples());
+  for (const PromptRow& row : RowsBehind()) {
+    Measure("attention_prefill_behind", {bench, bench.backend().info().prefill_attention}, row);
+    Measure("attention_prefill_behind", {unsplit, "own kernel, batch-invariant"}, row);
+  }
 }
 
 }  // namespace
 
 void MeasurePromptAttention(BenchDevice& bench, const std::string& filter) {
-  if (std::string("attention_prefill").find(filter) == std::string::npos) return;
-  BenchDevice cudnn(bench.backend().info().device, bench.samples(), PrefillAttention::kCudnn);
-  bool has_cudnn = cudnn.backend().info().prefill_attention.rfind("cuDNN", 0) == 0;
-  for (const PromptRow& row : PromptRows(bench.backend().info().prefill_chunk)) {
-    Measure(bench, row);
-    if (has_cudnn) Measure(cudnn, row);
-  }
+  auto is_wanted = [&](const char* op) {
+    return std::string(op).find(filter) != std::string::npos;
+  };
+  if (is_wanted("attention_prefill")) MeasurePrompts(bench);
+  if (is_wanted("attention_prefill_behind")) MeasureBehind(bench);
 }
 
 }  // namespace tidal

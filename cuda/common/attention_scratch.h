@@ -1,6 +1,6 @@
-// Device memory for the partial results of decode attention: one output row, maximum and sum for
-// each (query, query head, split), and a counter for each set of splits that are merged
-// (merge_splits.cuh).
+// Device memory for the partial results of attention: one output row, maximum and sum for each
+// (query, query head, split), and a counter for each set of splits that are merged
+// (merge_splits.cuh, attention_prefill_hopper.cuh).
 #pragma once
 
 #include <algorithm>
@@ -28,6 +28,13 @@ inline int64_t PartialBytes(int64_t num_rows, int64_t head_dim) {
   return num_rows * (head_dim + kStateFloats) * static_cast<int64_t>(sizeof(float));
 }
 
+// Bytes for what num_blocks blocks of attention_prefill_hopper leave to be merged: of each row an
+// output, and its maximum and sum for each of the four threads that share it.
+inline constexpr int64_t PromptPartBytes(int64_t num_blocks, int64_t head_dim) {
+  constexpr int64_t kStateFloats = 4 * 2;
+  return num_blocks * kPromptRows * (head_dim + kStateFloats) * static_cast<int64_t>(sizeof(float));
+}
+
 // What AttentionScratch needs.
 struct AttentionScratchSize {
   int64_t counter_bytes = 0;
@@ -39,8 +46,8 @@ struct AttentionScratchSize {
 // Enough for every batch that is split by batch: where rows are split at all, ChooseNumSplits keeps
 // num_splits x (batch rows x heads of the grid) within the blocks that run at once, fewer are
 // counted, for each of the blocks of a row, and what a row's blocks for one KV head and split serve
-// is at most kMaxFewQueries times a group. Where each row is split as if alone, for one row of few
-// queries, and decode attention of all rows.
+// is at most kMaxFewQueries times a group; ChoosePromptSplits keeps within kMaxPromptWaves. Where
+// each row is split as if alone, for one row of few queries, and decode attention of all rows.
 inline AttentionScratchSize SizeOfAttentionScratch(Splitting splitting, int64_t batch_size,
                                                    int64_t num_q_heads, int64_t head_dim,
                                                    int num_sms) {
@@ -53,7 +60,12 @@ inline AttentionScratchSize SizeOfAttentionScratch(Splitting splitting, int64_t 
   }
   int64_t counter_bytes = num_counters * static_cast<int64_t>(sizeof(uint32_t));
   counter_bytes = (counter_bytes + kAlignment - 1) / kAlignment * kAlignment;
-  return {.counter_bytes = counter_bytes, .partial_bytes = PartialBytes(num_rows, head_dim)};
+  int64_t partial_bytes = PartialBytes(num_rows, head_dim);
+  if (splitting == Splitting::kByBatch) {
+    int64_t num_blocks = int64_t{kMaxPromptWaves} * num_sms;
+    partial_bytes = std::max(partial_bytes, PromptPartBytes(num_blocks, head_dim));
+  }
+  return {.counter_bytes = counter_bytes, .partial_bytes = partial_bytes};
 }
 
 }  // namespace tidal

@@ -1,4 +1,4 @@
-// How decode attention is cut into CUDA blocks: pure host arithmetic, the same on every machine.
+// How attention is cut into CUDA blocks: pure host arithmetic, the same on every machine.
 //
 // Grid sizes depend on shapes and the device's SM count only, never on lengths, so that an eager
 // launch and the replay of a graph are the same work, bit for bit.
@@ -101,6 +101,52 @@ inline int ChooseNumRaggedSplits(int64_t num_rows, int num_sms, int64_t max_toke
   int64_t wanted = (max_tokens + kRaggedSpan - 1) / kRaggedSpan;
   int64_t num_splits = std::min({wanted, most, int64_t{kMaxSplits}});
   return std::max(ChooseNumSplits(num_rows, num_sms, max_tokens), static_cast<int>(num_splits));
+}
+
+// attention_prefill_hopper: a block takes a tile of kPromptRows (query, head) pairs against tiles
+// of kPromptTokens tokens, and fills an SM.
+inline constexpr int kPromptRows = 128;
+inline constexpr int kPromptTokens = 128;
+// What starting and ending a block takes, and adding what one split has found, in the time of a
+// tile of tokens (1.7 us on an H200; estimated).
+inline constexpr int kPromptBlockTiles = 3;
+inline constexpr int kPromptMergeTiles = 1;
+inline constexpr int kLeastPromptSpan = 4;  // tiles of tokens of a split
+inline constexpr int kMaxPromptSplits = 64;
+// Waves of blocks whose results are merged: what the scratch has room for.
+inline constexpr int kMaxPromptWaves = 6;
+
+// How tiles of queries are dealt to blocks: the first num_whole are one block each, over all
+// tokens, and each other is num_splits blocks of `span` tiles of tokens.
+struct PromptSplits {
+  int num_whole;
+  int num_splits;
+  int span;
+};
+
+// For num_tiles tiles of queries, of which none sees more than num_token_tiles tiles of tokens:
+// what ends soonest if all see as many. Blocks run in waves of one for each SM, and a last wave of
+// few costs as much as a full one, so whole waves of tiles stay whole and the others are split.
+// kByRow nothing is split: how would depend on the chunk that a query is read in.
+inline PromptSplits ChoosePromptSplits(Splitting splitting, int64_t num_tiles,
+                                       int64_t num_token_tiles, int num_sms) {
+  PromptSplits best = {.num_whole = static_cast<int>(num_tiles), .num_splits = 1, .span = 1};
+  int64_t num_split = num_tiles % num_sms;
+  if (splitting == Splitting::kByRow || num_split == 0) return best;
+  int64_t most = std::min({kMaxPromptWaves * int64_t{num_sms} / num_split,
+                           num_token_tiles / kLeastPromptSpan, int64_t{kMaxPromptSplits}});
+  int64_t least = num_token_tiles + kPromptBlockTiles;  // the time of the last wave, unsplit
+  for (int64_t num_splits = 2; num_splits <= most; ++num_splits) {
+    int64_t waves = (num_split * num_splits + num_sms - 1) / num_sms;
+    int64_t span = (num_token_tiles + num_splits - 1) / num_splits;
+    int64_t time = waves * (span + kPromptBlockTiles) + num_splits * kPromptMergeTiles;
+    if (time >= least) continue;
+    least = time;
+    best = {.num_whole = static_cast<int>(num_tiles - num_split),
+            .num_splits = static_cast<int>(num_splits),
+            .span = static_cast<int>(span)};
+  }
+  return best;
 }
 
 }  // namespace tidal

@@ -208,21 +208,26 @@ __device__ __forceinline__ Vec<float, 2> LoadFromL2(const Vec<float, 2>* source)
   return {v.x, v.y};
 }
 
+// Counts a split, by one thread behind a barrier of those that wrote what it found. Returns whether
+// it is the last of the num_used: then what the others wrote before is seen behind the next
+// barrier, and the counter is 0 again.
+__device__ __forceinline__ bool CountSplit(uint32_t* counter, int num_used) {
+  // Counts to num_used - 1 and wraps to 0. Releases what the block wrote before, and acquires what
+  // the blocks that counted before it wrote.
+  uint32_t last = num_used - 1, before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before == last;
+}
+
 // Whether this block is the last of its row's used splits to call this: then it sees all that
 // those wrote before, and the counter is 0 again.
 __device__ __forceinline__ bool IsLastSplit(uint32_t* counter, int num_used) {
   __shared__ bool is_last;
   __syncthreads();  // all of the block has written
-  if (threadIdx.x == 0) {
-    // Counts to num_used - 1 and wraps to 0. Releases what the block wrote before, and acquires
-    // what the blocks that counted before it wrote.
-    uint32_t last = num_used - 1, before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n"
-                 : "=r"(before)
-                 : "l"(counter), "r"(last)
-                 : "memory");
-    is_last = before == last;
-  }
+  if (threadIdx.x == 0) is_last = CountSplit(counter, num_used);
   __syncthreads();
   return is_last;
 }

@@ -4,6 +4,6 @@
 namespace tidal {
 
 template void RunAttentionPrefillHopper<__nv_bfloat16, 64>(const AttentionPrefillArgs&,
-                                                           cudaStream_t);
+                                                           const AttentionScratch&, cudaStream_t);
 
 }  // namespace tidal

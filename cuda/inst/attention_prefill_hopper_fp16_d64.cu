@@ -3,6 +3,7 @@
 
 namespace tidal {
 
-template void RunAttentionPrefillHopper<__half, 64>(const AttentionPrefillArgs&, cudaStream_t);
+template void RunAttentionPrefillHopper<__half, 64>(const AttentionPrefillArgs&,
+                                                    const AttentionScratch&, cudaStream_t);
 
 }  // namespace tidal

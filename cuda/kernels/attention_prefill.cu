@@ -7,9 +7,10 @@
 
 namespace tidal {
 
-void LaunchAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) {
+void LaunchAttentionPrefill(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                            cudaStream_t stream) {
   if (FitsAttentionPrefillHopper(args)) {
-    LaunchAttentionPrefillHopper(args, stream);
+    LaunchAttentionPrefillHopper(args, scratch, stream);
     return;
   }
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {

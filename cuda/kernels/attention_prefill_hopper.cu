@@ -37,10 +37,11 @@ bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args) {
          IsAligned(args.kv.k_pages) && IsAligned(args.kv.v_pages);
 }
 
-void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream) {
+void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                                  cudaStream_t stream) {
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
-    RunAttentionPrefillHopper<T, head_dim()>(args, stream);
+    RunAttentionPrefillHopper<T, head_dim()>(args, scratch, stream);
   });
 }
 

@@ -2,11 +2,16 @@
 // FlashAttention-3 (arXiv 2407.08608). Same meaning and numerics as attention_prefill.cuh, which
 // other devices run.
 //
-// A block takes 128 queries of one head. One warp starts the copies of K and V, 128 tokens at a
-// time, page by page, into stages in shared memory. Two warpgroups compute, 64 queries each. What
-// keeps the tensor cores busy while exponentials are taken:
+// A block takes a tile of 128 rows: neighbouring queries, each with all heads of one KV head. One
+// warp starts the copies of K and V, 128 tokens at a time, page by page, into stages in shared
+// memory. Two warpgroups compute, 64 rows each. What keeps the tensor cores busy while exponentials
+// are taken:
 // - a group has the products of the next scores under way while it makes weights of these, and
 // - the groups issue products in turns, so that one's products run beside the other's softmax.
+//
+// A block's shared memory fills its SM. Tiles that are too few to fill the SMs, or their last
+// wave, are split: each of several blocks takes a span of the tokens, and the last of them to end
+// merges what they found (ChoosePromptSplits).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,6 +23,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/launch_config.h"
+#include "common/merge_splits.cuh"
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
@@ -30,8 +37,9 @@
 namespace tidal {
 
 inline constexpr int kPrefillGroups = 2;
-inline constexpr int kPrefillQueries = kPrefillGroups * kWarpgroupRows;  // of a block
-inline constexpr int kPrefillTokens = 128;                               // of a tile of K or V
+inline constexpr int kPrefillRows = kPromptRows;      // of a tile of queries
+inline constexpr int kPrefillTokens = kPromptTokens;  // of a tile of K or V
+static_assert(kPrefillRows == kPrefillGroups * kWarpgroupRows);
 inline constexpr int kPrefillStages = 3;
 inline constexpr int kGroupsThreads = kPrefillGroups * kWarpgroupThreads;
 inline constexpr int kHopperThreads = kWarpgroupThreads + kGroupsThreads;
@@ -46,10 +54,22 @@ inline constexpr int kGroupBarrier = kTurnBarrier + kPrefillGroups;  // + group
 inline constexpr int kGroupsBarrier = kGroupBarrier + kPrefillGroups;
 
 struct PrefillMaps {
-  CUtensorMap q;  // [T, Hq, D]: boxes of 128 queries
+  CUtensorMap q;  // [T, Hq, D]: boxes of a tile's queries and heads
   CUtensorMap k;  // [num_pages, Hkv, page_size, D]: boxes of one page, or of 128 of its tokens
   CUtensorMap v;  // likewise
 };
+
+// What the splits of tiles leave to be merged: for each split of each split tile
+// [D / 8 + 1][kGroupsThreads]. A thread's last is the maxima and sums of its two rows, the others
+// are its part of the unnormalised output.
+struct PrefillParts {
+  float4* values;
+  uint32_t* counters;  // [split tiles]: splits that are written
+};
+
+// Float4s that a split of a tile leaves.
+template <int kHeadDim>
+inline constexpr int kPrefillPart = (kHeadDim / 8 + 1) * kGroupsThreads;
 
 template <typename T>
 struct PrefillHopperParams {
@@ -60,30 +80,74 @@ struct PrefillHopperParams {
   int num_pages;
   int page_shift;       // log2(page_size)
   float sm_scale_log2;  // sm_scale x log2(e), > 0
+  int num_kv_heads;
   int group_size;
+  int tile_queries;  // of a tile: as many as have all heads in it
+  int row_tiles;     // of a row of the batch and a KV head
+  int num_tiles;
+  PromptSplits splits;
+  PrefillParts parts;
   T* out;  // [T, Hq, D]
 };
 
 // What a block works on.
 struct PrefillHopperTask {
   int batch;
-  int q_head;
   int kv_head;
-  int first_row;       // of q and out: its first query
-  int num_queries;     // 1 to 128
+  int first_query;     // of q and out
+  int num_rows;        // 1 to 128: its queries x the heads of a group
   int first_position;  // of its first query
   int kv_end;          // tokens that its last query sees
-
-  __device__ __forceinline__ int num_tiles() const {
-    return (kv_end + kPrefillTokens - 1) / kPrefillTokens;
-  }
+  // The tiles of K and V that are the block's; none if the tile has fewer splits.
+  int first_tile;
+  int end_tile;
+  int split_tile;  // of those that are split; negative: it is not
+  int split;
+  int num_used;  // splits of the tile that have tokens
 };
+
+// The blocks of a grid in their order: whole tiles, then the first split of all others, the second
+// and so on, so that blocks that read the same tokens run at the same time. Of a KV head the last
+// queries, which see the most tokens, come first.
+template <typename T>
+__device__ __forceinline__ PrefillHopperTask TaskOf(const PrefillHopperParams<T>& params,
+                                                    int block) {
+  const PromptSplits& splits = params.splits;
+  int tile = block, split = 0;
+  if (block >= splits.num_whole) {
+    int num_split = params.num_tiles - splits.num_whole;
+    split = (block - splits.num_whole) / num_split;
+    tile = splits.num_whole + (block - splits.num_whole) % num_split;
+  }
+  int of_batch = tile / params.row_tiles;
+  int first_query = (params.row_tiles - 1 - tile % params.row_tiles) * params.tile_queries;
+  int batch = of_batch / params.num_kv_heads;
+  int q_start = __ldg(params.q_starts + batch);
+  int q_len = __ldg(params.q_starts + batch + 1) - q_start;
+  int num_queries = min(params.tile_queries, q_len - first_query);
+  int first_position = __ldg(params.seq_lens + batch) - q_len + first_query;
+  int kv_end = first_position + num_queries;
+  int num_tiles = (kv_end + kPrefillTokens - 1) / kPrefillTokens;
+  bool is_split = tile >= splits.num_whole;
+  int span = is_split ? splits.span : num_tiles;
+  return {.batch = batch,
+          .kv_head = of_batch % params.num_kv_heads,
+          .first_query = q_start + first_query,
+          .num_rows = num_queries * params.group_size,
+          .first_position = first_position,
+          .kv_end = kv_end,
+          .first_tile = split * span,
+          .end_tile = min((split + 1) * span, num_tiles),
+          .split_tile = tile - splits.num_whole,
+          .split = split,
+          .num_used = is_split ? (num_tiles + span - 1) / span : 1};
+}
 
 // Panels of 64 dims, one after the other: [panel][row][64].
 template <typename T, int kHeadDim>
 struct PrefillShared {
   static constexpr int kPanels = kHeadDim / kPanelElements;
-  static constexpr int kQueryPanel = kPrefillQueries * kPanelElements;
+  static constexpr int kQueryPanel = kPrefillRows * kPanelElements;
   static constexpr int kTokenPanel = kPrefillTokens * kPanelElements;
 
   alignas(kPanelAlignment) T query[kPanels * kQueryPanel];  // later the output
@@ -93,6 +157,7 @@ struct PrefillShared {
   SharedBarrier query_full;
   SharedBarrier key_full[kPrefillStages], key_empty[kPrefillStages];
   SharedBarrier value_full[kPrefillStages], value_empty[kPrefillStages];
+  int is_last_split;
 
   // By one thread.
   __device__ __forceinline__ void InitBarriers() {
@@ -109,16 +174,16 @@ struct PrefillShared {
   }
 };
 
-// Where tile `tile` goes, and the parities of its barriers: stages are used in turn, and the first
-// use waits for no one (a barrier's phase before the first counts as ended).
-__device__ __forceinline__ int StageOf(int tile) {
-  return tile % kPrefillStages;
+// Where a block's index-th tile goes, and the parities of its barriers: stages are used in turn,
+// and the first use waits for no one (a barrier's phase before the first counts as ended).
+__device__ __forceinline__ int StageOf(int index) {
+  return index % kPrefillStages;
 }
-__device__ __forceinline__ uint32_t FullParity(int tile) {
-  return tile / kPrefillStages & 1;
+__device__ __forceinline__ uint32_t FullParity(int index) {
+  return index / kPrefillStages & 1;
 }
-__device__ __forceinline__ uint32_t EmptyParity(int tile) {
-  return FullParity(tile) ^ 1;
+__device__ __forceinline__ uint32_t EmptyParity(int index) {
+  return FullParity(index) ^ 1;
 }
 
 // The warp that starts all copies of a block.
@@ -138,28 +203,28 @@ class PrefillCopies {
 
   __device__ __forceinline__ void Run() {
     CopyQueries();
-    int num_tiles = task_.num_tiles();
-    int next_page = PageOfLane(0);
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      int page = next_page, stage = StageOf(tile);
+    int next_page = PageOfLane(task_.first_tile);
+    for (int tile = task_.first_tile; tile < task_.end_tile; ++tile) {
+      int index = tile - task_.first_tile, page = next_page, stage = StageOf(index);
       next_page = PageOfLane(tile + 1);  // its latency passes while the stages are in use
-      WaitBarrier(&shared_.key_empty[stage], EmptyParity(tile));
+      WaitBarrier(&shared_.key_empty[stage], EmptyParity(index));
       CopyTile(shared_.key[stage], &maps_.k, &shared_.key_full[stage], tile, page);
-      WaitBarrier(&shared_.value_empty[stage], EmptyParity(tile));
+      WaitBarrier(&shared_.value_empty[stage], EmptyParity(index));
       CopyTile(shared_.value[stage], &maps_.v, &shared_.value_full[stage], tile, page);
     }
   }
 
  private:
-  // Rows past the last query are other queries, or zeros past the last of all: they are computed
-  // and not stored.
+  // Rows past the last query are other queries, zeros past the last of all, or what a group that
+  // does not divide the rows leaves as it was: they are computed and not stored.
   __device__ __forceinline__ void CopyQueries() {
     if (lane_ != 0) return;
-    ArriveExpecting(&shared_.query_full, sizeof(shared_.query));
+    int num_rows = params_.tile_queries * params_.group_size;
+    ArriveExpecting(&shared_.query_full, Shared::kPanels * num_rows * kPanelRowBytes);
 #pragma unroll
     for (int panel = 0; panel < Shared::kPanels; ++panel) {
       CopyBox(shared_.query + panel * Shared::kQueryPanel, &maps_.q, &shared_.query_full,
-              panel * kPanelElements, task_.q_head, task_.first_row);
+              panel * kPanelElements, task_.kv_head * params_.group_size, task_.first_query);
     }
   }
 
@@ -197,29 +262,34 @@ class PrefillCopies {
   int piece_shift_;  // log2 of the tokens of a piece
 };
 
-// A computing warpgroup: 64 queries against all tiles. A thread holds parts of two rows of scores
-// and output: of each 8-column tile, columns lane % 4 * 2 and the next, of the rows lane / 4 and
-// lane / 4 + 8 of its warp's 16.
+// A computing warpgroup: 64 rows against the block's tiles. A thread holds parts of two rows of
+// scores and output: of each 8-column tile, columns lane % 4 * 2 and the next, of the rows lane / 4
+// and lane / 4 + 8 of its warp's 16.
 template <typename T, int kHeadDim>
 class PrefillGroup {
  public:
   using Shared = PrefillShared<T, kHeadDim>;
 
-  // `first_position`: of the block's first query.
-  __device__ __forceinline__ PrefillGroup(Shared& shared, int group, int first_position,
-                                          float sm_scale_log2)
-      : shared_(shared), group_(group), sm_scale_log2_(sm_scale_log2) {
+  __device__ __forceinline__ PrefillGroup(Shared& shared, int group,
+                                          const PrefillHopperParams<T>& params,
+                                          const PrefillHopperTask& task)
+      : shared_(shared), task_(task), group_(group), sm_scale_log2_(params.sm_scale_log2) {
     lane_ = threadIdx.x % kWarpSize;
-    first_row_ = group * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpSize * 16;
-    position_ = first_position + first_row_ + lane_ / 4;
+    int first_row = group * kWarpgroupRows;
+    first_row_ = first_row + threadIdx.x % kWarpgroupThreads / kWarpSize * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int row = first_row_ + lane_ / 4 + half * 8;
+      position_[half] = task.first_position + row / params.group_size;
+    }
     // The first tile that has a token after the group's first query.
-    first_masked_tile_ = (first_position + group * kWarpgroupRows + 1) / kPrefillTokens;
+    first_masked_tile_ = (task.first_position + first_row / params.group_size + 1) / kPrefillTokens;
   }
 
-  // Tiles run from the first: all rows see its first token, so each has a maximum from then on.
-  // Tile i's product with V waits for tile i + 1's scores to be issued.
-  __device__ __forceinline__ void Attend(int kv_end) {
-    int num_tiles = (kv_end + kPrefillTokens - 1) / kPrefillTokens;
+  // Tile i's product with V waits for tile i + 1's scores to be issued. Rows that see none of a
+  // split's tokens end with a maximum of -inf, a sum of 0 and zeros.
+  __device__ __forceinline__ void Attend() {
+    int num_tiles = task_.end_tile - task_.first_tile;
     if (group_ == 1) ArriveThreads(kTurnBarrier, kGroupsThreads);  // group 0 has the first turn
     WaitBarrier(&shared_.query_full, 0);
     float scores[kScores], rescale[2];
@@ -230,21 +300,21 @@ class PrefillGroup {
     WaitProducts<0>();
     PinRegisters(scores);
     Release(&shared_.key_empty[0]);
-    Softmax(0, scores, rescale);
+    Softmax(task_.first_tile, scores, rescale);
     Round(scores);
 #pragma unroll 1
-    for (int tile = 1; tile < num_tiles; ++tile) {
-      int stage = StageOf(tile), value_stage = StageOf(tile - 1);
-      WaitBarrier(&shared_.key_full[stage], FullParity(tile));
-      WaitBarrier(&shared_.value_full[value_stage], FullParity(tile - 1));
+    for (int index = 1; index < num_tiles; ++index) {
+      int stage = StageOf(index), value_stage = StageOf(index - 1);
+      WaitBarrier(&shared_.key_full[stage], FullParity(index));
+      WaitBarrier(&shared_.value_full[value_stage], FullParity(index - 1));
       BeginTurn();
       IssueScores(stage, scores);
       IssueOutput(value_stage);
-      EndTurn(tile == num_tiles - 1);
+      EndTurn(index == num_tiles - 1);
       WaitProducts<1>();
       PinRegisters(scores);
       Release(&shared_.key_empty[stage]);
-      Softmax(tile, scores, rescale);
+      Softmax(task_.first_tile + index, scores, rescale);
       FinishSoftmax();
       WaitProducts<0>();
       PinRegisters(out_);
@@ -255,16 +325,41 @@ class PrefillGroup {
     }
     int stage = StageOf(num_tiles - 1);
     WaitBarrier(&shared_.value_full[stage], FullParity(num_tiles - 1));
-    if (kv_end % kPrefillTokens != 0) ClearValues(shared_.value[stage], kv_end % kPrefillTokens);
+    int num_valid = task_.kv_end - (task_.end_tile - 1) * kPrefillTokens;
+    if (num_valid < kPrefillTokens) ClearValues(shared_.value[stage], num_valid);
     IssueOutput(stage);
     WaitProducts<0>();
     PinRegisters(out_);
     PinRegisters(weights_);
   }
 
-  // Writes the block's rows that are below num_queries; `out`: its first row, rows are row_stride
-  // elements apart. The way leads through the place of the queries, so that whole rows are written.
-  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_queries) {
+  // Leaves what was found to the tile's last split. Returns whether that is this one: then it holds
+  // what all have found, added up in their order, whichever came last.
+  __device__ __forceinline__ bool Merge(const PrefillParts& parts, int num_splits) {
+    float4* of_tile =
+        parts.values + int64_t{task_.split_tile} * num_splits * kPart + GroupsThread();
+    WritePart(of_tile + int64_t{task_.split} * kPart);
+    SyncThreads(kGroupsBarrier, kGroupsThreads);  // both groups have written
+    if (GroupsThread() == 0) {
+      shared_.is_last_split = CountSplit(parts.counters + task_.split_tile, task_.num_used);
+    }
+    SyncThreads(kGroupsBarrier, kGroupsThreads);
+    if (!shared_.is_last_split) return false;
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) out_[i] = 0.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max_[half] = NegativeInfinity();
+      sum_[half] = 0.0f;
+    }
+#pragma unroll 1
+    for (int split = 0; split < task_.num_used; ++split) AddPart(of_tile + int64_t{split} * kPart);
+    return true;
+  }
+
+  // Writes the block's rows of `out`. The way leads through the place of the queries, so that whole
+  // rows are written.
+  __device__ __forceinline__ void Store(const PrefillHopperParams<T>& params) {
     SyncThreads(kGroupBarrier + group_, kWarpgroupThreads);  // all warps are done with the queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -282,13 +377,17 @@ class PrefillGroup {
     }
     __syncwarp();
     constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
-    int chunk = lane_ % kChunks;
+    int chunk = lane_ % kChunks, group_size = params.group_size;
+    int num_q_heads = params.num_kv_heads * group_size;
     const T* panel = shared_.query + chunk / 8 * Shared::kQueryPanel;
+    // Its first query and head; row r is r / group_size queries and r % group_size heads further.
+    int64_t first = int64_t{task_.first_query} * num_q_heads + task_.kv_head * group_size;
 #pragma unroll
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       int row = first_row_ + pass * kRowsPerPass + lane_ / kChunks;
-      if (row >= num_queries) break;
-      *reinterpret_cast<uint4*>(out + row * row_stride + chunk * kChunkElements) =
+      if (row >= task_.num_rows) break;
+      int64_t target = first + row / group_size * num_q_heads + row % group_size;
+      *reinterpret_cast<uint4*>(params.out + target * kHeadDim + chunk * kChunkElements) =
           *reinterpret_cast<const uint4*>(panel + PanelOffset(row, chunk % 8));
     }
   }
@@ -296,6 +395,12 @@ class PrefillGroup {
  private:
   static constexpr int kScores = kPrefillTokens / 2;  // of a thread
   static constexpr int kOutputs = kHeadDim / 2;
+  static constexpr int kPart = kPrefillPart<kHeadDim>;
+
+  // This thread among those of both groups.
+  __device__ __forceinline__ int GroupsThread() const {
+    return group_ * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads;
+  }
 
   // In its turn a group issues products; they queue up behind those of the other's turn before.
   __device__ __forceinline__ void BeginTurn() {
@@ -357,12 +462,12 @@ class PrefillGroup {
 
   // A query sees the tokens up to its own position.
   __device__ __forceinline__ void Mask(int tile, float (&scores)[kScores]) {
-    // Of this thread's first row and column: how far its query lies after its token.
-    int visible = position_ - tile * kPrefillTokens - lane_ % 4 * 2;
+    int first_token = tile * kPrefillTokens + lane_ % 4 * 2;  // of this thread's first column
+    int visible[2] = {position_[0] - first_token, position_[1] - first_token};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      int column = i / 4 * 8 + i % 2, row = i % 4 / 2 * 8;
-      if (column - row > visible) scores[i] = NegativeInfinity();
+      int column = i / 4 * 8 + i % 2;
+      if (column > visible[i % 4 / 2]) scores[i] = NegativeInfinity();
     }
   }
 
@@ -404,15 +509,50 @@ class PrefillGroup {
     for (int i = 0; i < kOutputs; ++i) out_[i] *= rescale[i % 4 / 2];
   }
 
+  // What this thread has found, in memory.
+  __device__ __forceinline__ void WritePart(float4* part) const {
+#pragma unroll
+    for (int i = 0; i < kOutputs / 4; ++i) {
+      part[i * kGroupsThreads] =
+          make_float4(out_[i * 4], out_[i * 4 + 1], out_[i * 4 + 2], out_[i * 4 + 3]);
+    }
+    part[kOutputs / 4 * kGroupsThreads] = make_float4(max_[0], sum_[0], max_[1], sum_[1]);
+  }
+
+  // Adds what this thread of another block, or of this one, has written. The loads go to the L2:
+  // the L1 may hold what was there before.
+  __device__ __forceinline__ void AddPart(const float4* part) {
+    float4 state = __ldcg(part + kOutputs / 4 * kGroupsThreads);
+    float4 values[kOutputs / 4];
+#pragma unroll
+    for (int i = 0; i < kOutputs / 4; ++i) values[i] = __ldcg(part + i * kGroupsThreads);
+    float maxima[2] = {state.x, state.z}, sums[2] = {state.y, state.w}, keep[2], weight[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float max = fmaxf(max_[half], maxima[half]);
+      float scaled_max = FiniteMax(max) * sm_scale_log2_;
+      keep[half] = FastExp2(max_[half] * sm_scale_log2_ - scaled_max);
+      weight[half] = FastExp2(maxima[half] * sm_scale_log2_ - scaled_max);
+      max_[half] = max;
+      sum_[half] = sum_[half] * keep[half] + sums[half] * weight[half];
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs / 4; ++i) {
+      out_[i * 4] = out_[i * 4] * keep[0] + values[i].x * weight[0];
+      out_[i * 4 + 1] = out_[i * 4 + 1] * keep[0] + values[i].y * weight[0];
+      out_[i * 4 + 2] = out_[i * 4 + 2] * keep[1] + values[i].z * weight[1];
+      out_[i * 4 + 3] = out_[i * 4 + 3] * keep[1] + values[i].w * weight[1];
+    }
+  }
+
   // Zeros for the values of the tokens from `valid` on. Their weights are 0, but a slot that holds
   // no token may hold NaN. By both groups.
   __device__ __forceinline__ void ClearValues(T* values, int valid) {
-    int thread = group_ * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads;
     int num_chunks = (kPrefillTokens - valid) * 8;
 #pragma unroll
     for (int panel = 0; panel < Shared::kPanels; ++panel) {
       T* rows = values + panel * Shared::kTokenPanel + valid * kPanelElements;  // whole rows: no
-      for (int i = thread; i < num_chunks; i += kGroupsThreads) {               // swizzle matters
+      for (int i = GroupsThread(); i < num_chunks; i += kGroupsThreads) {       // swizzle matters
         *reinterpret_cast<uint4*>(rows + i * kChunkElements) = uint4{};
       }
     }
@@ -421,11 +561,12 @@ class PrefillGroup {
   }
 
   Shared& shared_;
+  const PrefillHopperTask& task_;
   int group_;
   float sm_scale_log2_;
   int lane_;
-  int first_row_;  // of this warp, in the block
-  int position_;   // of this thread's first row
+  int first_row_;    // of this warp, in the block
+  int position_[2];  // of the queries of this thread's rows
   int first_masked_tile_;
   float out_[kOutputs] = {};
   uint32_t weights_[kScores / 2] = {};  // of the tile before
@@ -433,29 +574,16 @@ class PrefillGroup {
   float sum_[2] = {};  // of this thread's columns
 };
 
-// grid (query tiles, num_q_heads, batch_size), 3 warpgroups. Blocks start in the order of the grid,
-// x first: those of a head together, so that its K and V stay in L2, and of a head the last tiles
-// of queries, which see the most tokens, first.
+// grid (whole tiles + splits of the others; TaskOf), 3 warpgroups. Blocks start in the order of the
+// grid: those of a KV head together, so that its K and V stay in L2.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     AttentionPrefillHopperKernel(const __grid_constant__ PrefillMaps maps,
                                  const __grid_constant__ PrefillHopperParams<T> params) {
   extern __shared__ __align__(kPanelAlignment) unsigned char hopper_shared[];
   auto& shared = *reinterpret_cast<PrefillShared<T, kHeadDim>*>(hopper_shared);
-  int batch = blockIdx.z, first_query = (gridDim.x - 1 - blockIdx.x) * kPrefillQueries;
-  int q_start = __ldg(params.q_starts + batch);
-  int q_len = __ldg(params.q_starts + batch + 1) - q_start;
-  if (first_query >= q_len) return;
-
-  int num_queries = min(kPrefillQueries, q_len - first_query);
-  int first_position = __ldg(params.seq_lens + batch) - q_len + first_query;
-  const PrefillHopperTask task = {.batch = batch,
-                                  .q_head = static_cast<int>(blockIdx.y),
-                                  .kv_head = static_cast<int>(blockIdx.y) / params.group_size,
-                                  .first_row = q_start + first_query,
-                                  .num_queries = num_queries,
-                                  .first_position = first_position,
-                                  .kv_end = first_position + num_queries};
+  const PrefillHopperTask task = TaskOf(params, blockIdx.x);
+  if (task.num_rows <= 0 || task.first_tile >= task.end_tile) return;
   if (threadIdx.x == 0) shared.InitBarriers();
   __syncthreads();
 
@@ -466,11 +594,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (threadIdx.x < kWarpSize) PrefillCopies<T, kHeadDim>(shared, maps, params, task).Run();
   } else {
     ClaimRegisters<kComputeRegisters>();
-    PrefillGroup<T, kHeadDim> group(shared, warpgroup - 1, first_position, params.sm_scale_log2);
-    group.Attend(task.kv_end);
-    int64_t row_stride = int64_t{gridDim.y} * kHeadDim;
-    T* out = params.out + task.first_row * row_stride + task.q_head * kHeadDim;
-    group.Store(out, row_stride, num_queries);
+    PrefillGroup<T, kHeadDim> group(shared, warpgroup - 1, params, task);
+    group.Attend();
+    if (task.num_used > 1 && !group.Merge(params.parts, params.splits.num_splits)) return;
+    group.Store(params);
   }
 }
 
@@ -481,40 +608,69 @@ PrefillMaps MakePrefillMaps(const AttentionPrefillArgs& args) {
   auto encode = FindTensorMapEncode();
   std::array<uint64_t, 4> pool = {size(k, 3), size(k, 2), size(k, 1), size(k, 0)};
   auto piece = static_cast<uint32_t>(std::min<int64_t>(k.dim(2), kPrefillTokens));
+  auto group_size = static_cast<uint32_t>(args.q.dim(1) / k.dim(1));
   return {
       .q = MakeTensorMap<T, 3>(encode, args.q.ptr,
                                {size(args.q, 2), size(args.q, 1), size(args.q, 0)},
-                               {kPanelElements, 1, kPrefillQueries}),
+                               {kPanelElements, group_size, kPrefillRows / group_size}),
       .k = MakeTensorMap<T, 4>(encode, k.ptr, pool, {kPanelElements, piece, 1, 1}),
       .v = MakeTensorMap<T, 4>(encode, args.kv.v_pages.ptr, pool, {kPanelElements, piece, 1, 1})};
 }
 
+// Takes the room for what `num_blocks` splits of `num_tiles` tiles leave.
+template <int kHeadDim>
+PrefillParts TakePrefillParts(const AttentionScratch& scratch, int64_t num_tiles,
+                              int64_t num_blocks) {
+  if (num_blocks == 0) return {};
+  int64_t needed = scratch.counter_bytes + PromptPartBytes(num_blocks, kHeadDim);
+  static_assert(kPrefillPart<kHeadDim> * sizeof(float4) == PromptPartBytes(1, kHeadDim));
+  TIDAL_CHECK(
+      needed <= scratch.bytes && num_tiles * int64_t{sizeof(uint32_t)} <= scratch.counter_bytes,
+      BackendError, "attention_prefill: needs ", needed, " bytes of attention scratch, has ",
+      scratch.bytes, "; reserve the backend for the largest step that will run");
+  return {.values =
+              reinterpret_cast<float4*>(static_cast<char*>(scratch.memory) + scratch.counter_bytes),
+          .counters = static_cast<uint32_t*>(scratch.memory)};
+}
+
 template <typename T, int kHeadDim>
-void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream) {
-  int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
-  int64_t num_tiles = CeilDiv(args.max_q_len, kPrefillQueries);
-  if (num_tiles == 0 || batch_size == 0 || args.q.dim(0) == 0) return;
+void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                               cudaStream_t stream) {
+  int64_t batch_size = args.kv.seq_lens.dim(0);
+  if (args.max_q_len == 0 || batch_size == 0 || args.q.dim(0) == 0) return;
   TIDAL_CHECK(args.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ", args.sm_scale,
               " on CUDA; expected a positive number");
   PagedKvView<T> kv = MakePagedKvView<T>("attention_prefill", args.kv);
-  PrefillHopperParams<T> params{.q_starts = args.q_starts.data<int32_t>(),
-                                .seq_lens = kv.seq_lens,
-                                .page_table = kv.page_table,
-                                .max_pages = kv.max_pages,
-                                .num_pages = static_cast<int>(args.kv.k_pages.dim(0)),
-                                .page_shift = kv.page_shift,
-                                .sm_scale_log2 = args.sm_scale * kLog2E,
-                                .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
-                                .out = static_cast<T*>(args.out.ptr)};
+  int64_t group_size = args.q.dim(1) / kv.num_kv_heads, tile_queries = kPrefillRows / group_size;
+  int64_t row_tiles = CeilDiv(args.max_q_len, tile_queries);
+  int64_t num_tiles = row_tiles * kv.num_kv_heads * batch_size;
+  PromptSplits splits = ChoosePromptSplits(
+      scratch.splitting, num_tiles, CeilDiv(args.max_seq_len, kPrefillTokens), scratch.num_sms);
+  int64_t num_split = num_tiles - splits.num_whole;
+  PrefillHopperParams<T> params{
+      .q_starts = args.q_starts.data<int32_t>(),
+      .seq_lens = kv.seq_lens,
+      .page_table = kv.page_table,
+      .max_pages = kv.max_pages,
+      .num_pages = static_cast<int>(args.kv.k_pages.dim(0)),
+      .page_shift = kv.page_shift,
+      .sm_scale_log2 = args.sm_scale * kLog2E,
+      .num_kv_heads = kv.num_kv_heads,
+      .group_size = static_cast<int>(group_size),
+      .tile_queries = static_cast<int>(tile_queries),
+      .row_tiles = static_cast<int>(row_tiles),
+      .num_tiles = static_cast<int>(num_tiles),
+      .splits = splits,
+      .parts = TakePrefillParts<kHeadDim>(scratch, num_split, num_split * splits.num_splits),
+      .out = static_cast<T*>(args.out.ptr)};
 
   auto kernel = AttentionPrefillHopperKernel<T, kHeadDim>;
   constexpr int kSharedBytes = sizeof(PrefillShared<T, kHeadDim>);
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  dim3 grid(static_cast<unsigned>(num_tiles), static_cast<unsigned>(num_q_heads),
-            static_cast<unsigned>(batch_size));
-  kernel<<<grid, kHopperThreads, kSharedBytes, stream>>>(MakePrefillMaps<T, kHeadDim>(args),
-                                                         params);
+  int64_t num_blocks = splits.num_whole + num_split * splits.num_splits;
+  kernel<<<static_cast<unsigned>(num_blocks), kHopperThreads, kSharedBytes, stream>>>(
+      MakePrefillMaps<T, kHeadDim>(args), params);
   TIDAL_LAUNCH_CHECK("attention_prefill");
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "backend/op_args.h"
+#include "common/attention_scratch.h"
 
 namespace tidal {
 
@@ -13,6 +14,7 @@ bool HasAttentionPrefillHopper(int device);
 // Whether it takes this call, on the current device; else it must not be launched.
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args);
 
-void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream);
+void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                                  cudaStream_t stream);
 
 }  // namespace tidal

@@ -12,7 +12,8 @@ bool FitsAttentionPrefillHopper(const AttentionPrefillArgs&) {
   return false;
 }
 
-void LaunchAttentionPrefillHopper(const AttentionPrefillArgs&, cudaStream_t) {
+void LaunchAttentionPrefillHopper(const AttentionPrefillArgs&, const AttentionScratch&,
+                                  cudaStream_t) {
   throw BackendError("attention_prefill: this build has no code for compute capability 9.0");
 }
 

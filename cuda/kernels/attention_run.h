@@ -40,6 +40,7 @@ void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream);
 
 // Defined in attention_prefill_hopper.cuh.
 template <typename T, int kHeadDim>
-void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, cudaStream_t stream);
+void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
+                               cudaStream_t stream);
 
 }  // namespace tidal

@@ -9,6 +9,8 @@
 #include <random>
 #include <string>
 
+#include "common/launch_config.h"
+
 namespace tidal::test {
 namespace {
 
@@ -123,6 +125,39 @@ TEST(ChunkCost, ChunksTakeTheTimeTheyWereGiven) {
       begin += work.num_tokens;
     }
   }
+}
+
+// An H200 with Llama-3.1-8B's shape reads a chunk's attention in waves of blocks, of 132 each, and
+// the cost that is learnt is linear: what it plans for 60 ms takes about 60 all the same.
+TEST(ChunkCost, WavesOfBlocksTakeTheTimeThatWasPlanned) {
+  constexpr int kSms = 132, kLayers = 32, kKvHeads = 8, kTileQueries = 32, kPage = 64;
+  constexpr double kTokenTileMs = 1.7e-3;
+  auto waves = [](int64_t num_blocks) { return (num_blocks + kSms - 1) / kSms; };
+  auto time = [&](int64_t count, int64_t begin) {
+    const int64_t num_tiles = (count + kTileQueries - 1) / kTileQueries * kKvHeads;
+    const int64_t num_token_tiles = (begin + count + kPromptTokens - 1) / kPromptTokens;
+    const PromptSplits splits =
+        ChoosePromptSplits(Splitting::kByBatch, num_tiles, num_token_tiles, kSms);
+    const int64_t split_blocks = (num_tiles - splits.num_whole) * splits.num_splits;
+    const int64_t tiles = waves(splits.num_whole) * (num_token_tiles + kPromptBlockTiles) +
+                          waves(split_blocks) * (splits.span + kPromptBlockTiles);
+    return 1.0 + std::max(3.5, 21.7e-3 * static_cast<double>(count)) +
+           kLayers * kTokenTileMs * static_cast<double>(tiles);
+  };
+  ChunkCost cost;
+  double total_ms = 0.0;
+  int chunk = 0;
+  for (int64_t begin = 0, count = 0; begin < 131072; begin += count, ++chunk) {
+    const int64_t within = cost.TokensWithin(60.0, {}, begin);
+    count = std::max<int64_t>((begin + within) / kPage * kPage - begin, kPage);
+    const double ms = time(count, begin);
+    if (chunk >= 5) {
+      EXPECT_LT(ms, 60.0 * 1.1) << count << " tokens at " << begin;
+    }
+    cost.Observe(WorkOf(count, begin), ms);
+    total_ms += ms;
+  }
+  EXPECT_GT(total_ms / chunk, 60.0 * 0.9);
 }
 
 TEST(ChunkCost, FollowsAMachineThatChangesItsSpeed) {

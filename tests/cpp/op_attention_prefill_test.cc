@@ -29,6 +29,7 @@ const std::vector<Chunk>& Chunks() {
       {"more than a few", {600, 50}, {33, 1}},
       {"several tiles of queries, from the start and later", {385, 600, 257}, {385, 190, 129}},
       {"whole tiles", {256, 384}, {256, 128}},
+      {"some behind long contexts, beside others", {2000, 40, 0, 1500, 90}, {40, 40, 0, 1, 33}},
   };
   return *chunks;
 }
@@ -75,6 +76,27 @@ class OpAttentionPrefill : public AttentionTest {
     return want;
   }
 
+  // The last `count` tokens of `behind` + count in `kv`, which may hold more. Of many queries
+  // behind a long context only some are compared, since the reference is slow.
+  void ExpectChunkMatches(const reference::Sequence& sequence, PagedKv kv, int32_t behind,
+                          const Values& q, int32_t count) {
+    SCOPED_TRACE(Concat(count, " tokens behind ", behind));
+    const Chunk chunk = {"", {behind + count}, {count}};
+    kv.seq_lens = PutInts(chunk.seq_lens, {1});
+    const Values queries(q.begin(), q.begin() + count * q_size());
+    const AttentionPrefillArgs args = Args(kv, chunk, queries);
+    backend().AttentionPrefill(args);
+    const Values out = Get(args.out);
+    Values got, want;
+    for (int32_t query = 0; query < count; query += 1 + behind / 700) {
+      const Values row = reference::AttendRange(q.data() + query * q_size(), shape().num_q_heads,
+                                                sequence, behind + query + 1, sm_scale());
+      want.insert(want.end(), row.begin(), row.end());
+      got.insert(got.end(), out.begin() + query * q_size(), out.begin() + (query + 1) * q_size());
+    }
+    EXPECT_TRUE(Close(got, want, ToleranceFor(Op::kAttention, act())));
+  }
+
   // Writes no row past the last, and reads nothing from there that matters.
   void ExpectIdleTokens(const Chunk& chunk) {
     Random random(4);
@@ -111,9 +133,43 @@ TEST_P(OpAttentionPrefill, MatchesReference) {
   }
 }
 
+// Where few queries see many tokens CUDA splits the tokens; 600 puts the end of a split among the
+// positions of a tile's queries.
+TEST_P(OpAttentionPrefill, ShortChunksBehindLongContexts) {
+  constexpr int32_t kMost = 520;
+  Random random(11);
+  const Values q = RandomQ(random, {"", {}, {kMost}});
+  for (int32_t behind : {0, 63, 600, 1000, 5000, 20000}) {
+    if (on().is_cpu() && behind > 63) continue;  // it splits nothing, and would take minutes
+    const auto sequences = RandomSequences(random, shape(), {behind + kMost}, dtype());
+    const PagedKv kv = PutCache(sequences, shape().page_size);
+    for (int32_t count : {1, 7, 64, 100, 200, kMost}) {
+      ExpectChunkMatches(sequences[0], kv, behind, q, count);
+    }
+  }
+}
+
+// Whichever block of a tile ends last, and in a recorded step as well.
+TEST_P(OpAttentionPrefill, ASplitChunkHasTheSameBitsEveryTime) {
+  if (on().is_cpu()) GTEST_SKIP() << "splits nothing";
+  Random random(12);
+  for (const Chunk& chunk : {Chunk{"few", {3000}, {40}}, Chunk{"more", {4100, 2500}, {200, 64}}}) {
+    SCOPED_TRACE(chunk.name);
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const AttentionPrefillArgs args =
+        Args(PutCache(sequences, shape().page_size), chunk, RandomQ(random, chunk));
+    ExpectStepEqualsOps([&] { backend().AttentionPrefill(args); }, {args.out});
+    const Bytes first = GetBytes(args.out);
+    for (int round = 0; round < 5; ++round) {
+      backend().AttentionPrefill(args);
+      ASSERT_TRUE(SameBits(GetBytes(args.out), first, DTypeBytes(act())));
+    }
+  }
+}
+
 TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
   Random random(2);
-  const Chunk chunk = {"", {300, 77}, {129, 77}};
+  const Chunk chunk = {"", {300, 77, 1600}, {129, 77, 50}};
   const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
   const Values q = RandomQ(random, chunk);
   Ints page_sizes = {8, 16, 32, 64, 128, 256};

@@ -191,22 +191,23 @@ TEST_P(OpBatchInvariantAttention, FewQueriesEqualDecodeSteps) {
   }
 }
 
-// Outside steps, where prompts are read: chunks of any length, beside others or alone.
+// Outside steps, where prompts are read: chunks of any length, beside others or alone. As usual
+// their tokens would be split here, by the length of the chunk.
 TEST_P(OpBatchInvariantAttention, PromptsInAnyChunks) {
   if (on().is_cpu()) GTEST_SKIP() << "on the CPU to rounding";
-  constexpr int32_t kTokens = 700;
-  Prepare({kTokens});
+  constexpr int32_t kBehind = 2300, kTokens = 700;
+  Prepare({kBehind + kTokens});
   const TensorView q = RandomQ(kTokens), whole = OutputLike(q);
   auto attend = [&](int32_t first, int32_t count, const TensorView& out) {
     PagedKv kv = kv_;
-    kv.seq_lens = PutInts({first + count}, {1});
+    kv.seq_lens = PutInts({kBehind + first + count}, {1});
     backend().AttentionPrefill({.q = q.Rows(first, count),
                                 .q_starts = PutInts({0, count}, {2}),
                                 .kv = kv,
                                 .sm_scale = static_cast<float>(sm_scale()),
                                 .out = out.Rows(first, count),
                                 .max_q_len = count,
-                                .max_seq_len = kTokens});
+                                .max_seq_len = kBehind + first + count});
   };
   attend(0, kTokens, whole);
   const Bytes want = GetBytes(whole);

@@ -1,0 +1,74 @@
+// How attention over prompts is dealt to CUDA blocks: host arithmetic, which needs no device.
+#include "common/launch_config.h"
+
+#include <gtest/gtest.h>
+
+#include "common/attention_scratch.h"
+
+namespace tidal::test {
+namespace {
+
+constexpr int kSms = 132;  // an H200
+
+PromptSplits Choose(int64_t num_tiles, int64_t num_token_tiles) {
+  return ChoosePromptSplits(Splitting::kByBatch, num_tiles, num_token_tiles, kSms);
+}
+
+// Waves of blocks times what each takes, in tiles of tokens.
+double Time(int64_t num_tiles, int64_t num_token_tiles) {
+  const PromptSplits splits = Choose(num_tiles, num_token_tiles);
+  const int64_t num_split = num_tiles - splits.num_whole;
+  const int64_t whole_waves = (splits.num_whole + kSms - 1) / kSms;
+  const int64_t split_waves = (num_split * splits.num_splits + kSms - 1) / kSms;
+  return static_cast<double>(whole_waves * num_token_tiles + split_waves * splits.span);
+}
+
+TEST(PromptSplits, EveryTileIsReadWholeAndFitsTheScratch) {
+  const AttentionScratchSize scratch =
+      SizeOfAttentionScratch(Splitting::kByBatch, 1, 32, 128, kSms);
+  for (int64_t num_token_tiles : {1, 4, 7, 8, 25, 40, 160, 1024, 4097}) {
+    for (int64_t num_tiles = 1; num_tiles < 700; ++num_tiles) {
+      SCOPED_TRACE(::testing::Message() << num_tiles << " tiles, " << num_token_tiles);
+      const PromptSplits splits = Choose(num_tiles, num_token_tiles);
+      const int64_t num_split = num_tiles - splits.num_whole;
+      ASSERT_GE(num_split, 0);
+      ASSERT_LT(num_split, kSms);
+      if (num_split == 0) continue;
+      ASSERT_EQ(splits.num_whole % kSms, 0);
+      ASSERT_GE(splits.num_splits, 2);
+      ASSERT_GE(splits.span, kLeastPromptSpan);
+      ASSERT_GE(int64_t{splits.num_splits} * splits.span, num_token_tiles);
+      ASSERT_LE(PromptPartBytes(num_split * splits.num_splits, 128), scratch.partial_bytes);
+      ASSERT_LE(num_split * int64_t{sizeof(uint32_t)}, scratch.counter_bytes);
+    }
+  }
+}
+
+TEST(PromptSplits, ShortContextsAndFullWavesStayWhole) {
+  for (int64_t num_tiles : {1, 40, 131, 133, 300}) {
+    for (int64_t num_token_tiles : {1, 4, 7}) {
+      EXPECT_EQ(Choose(num_tiles, num_token_tiles).num_whole, num_tiles);
+    }
+  }
+  for (int64_t num_tiles : {kSms, 2 * kSms, 7 * kSms}) {
+    EXPECT_EQ(Choose(num_tiles, 1024).num_whole, num_tiles);
+  }
+}
+
+// Or a query's value would depend on the chunk that it is read in.
+TEST(PromptSplits, ByRowNothingIsSplit) {
+  const PromptSplits splits = ChoosePromptSplits(Splitting::kByRow, 16, 1024, kSms);
+  EXPECT_EQ(splits.num_whole, 16);
+}
+
+// Unsplit, 16 tiles take 8 times their share of the device, and 136 nearly twice.
+TEST(PromptSplits, FewTilesBehindALongContextFillTheDevice) {
+  constexpr int64_t kTokenTiles = 1024;
+  for (int64_t num_tiles = 8; num_tiles < 500; num_tiles += 8) {
+    const double share = static_cast<double>(num_tiles * kTokenTiles) / kSms;
+    EXPECT_LE(Time(num_tiles, kTokenTiles), share * 1.11) << num_tiles;
+  }
+}
+
+}  // namespace
+}  // namespace tidal::test
