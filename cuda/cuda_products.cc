@@ -46,6 +46,8 @@ void* CudaBackend::LinearWorkspace() {
   return Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
 }
 
+// The norm that a kernel makes for a weight in codes adds squares in another order than the one in
+// front of it.
 SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
   CheckSameDType("rms_norm", {&norm.out, &norm.weight});
   CheckLinearDTypes(linear);
@@ -54,7 +56,7 @@ SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& n
     LaunchRmsNorm(norm, LaunchNext::kAfterWait, stream());
   } else if (linear.output != LinearOutput::kStore || !FoldsNorm(norm)) {
     LaunchRmsNorm(norm, LaunchNext::kAtOnce, stream());
-  } else if (FitsNorm(norm, linear.weight)) {
+  } else if (FitsNorm(norm, linear.weight) && !(batch_invariant_ && linear.weight.is_coded())) {
     run.norm = &norm;
   } else {
     auto* scales = static_cast<float*>(LinearWorkspace());

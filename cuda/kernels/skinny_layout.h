@@ -17,7 +17,7 @@ inline constexpr int64_t kMaxSkinnyTokens = 16;  // of the streaming kernels
 inline constexpr int64_t kMaxNormedTokens = 4;   // with an RmsNorm in front
 inline constexpr int kChunk = 128;               // inputs that one warp sums up at a time
 inline constexpr int kStepInputs = 32;           // inputs of two mma
-inline constexpr int kMultiplyWarps = 8;
+inline constexpr int kMultiplyWarps = 8;         // of 16-bit weights
 inline constexpr int kFragmentFloats = kTileRows * kTileTokens;
 inline constexpr int kHiddenRowBytes = kChunk * 4;
 inline constexpr int kMaxStages = 6;
@@ -51,19 +51,21 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
   return byte_offset ^ ((row & 1) * 64);
 }
 
-// What a block's warps work on at a time. The inputs of more tokens, and beside weights of fewer
-// bits, are shared by more tiles of weight rows, a group of them, so that they stay the smaller
-// part of what is copied; a group has a finishing warp for each of its row tiles. Every output is
-// the same sum, in the same order, for every width.
+// What a block's warps work on at a time. The inputs of more tokens, and those beside weights of
+// fewer bits, are shared by more tiles of weight rows, a group of them, so that they stay the
+// smaller part of what is copied; a group has a finishing warp for each of its row tiles. Codes
+// take many instructions that wait for each other, so more warps share them. Every output is the
+// same sum, in the same order, for every width.
 template <int kTokens, WeightKind kKind = WeightKind::kHalf>
 struct SkinnyShape {
   static constexpr int kTokenTiles = kTokens / kTileTokens;
-  static constexpr int kRowTiles = std::min(kTokenTiles * 16 / BitsOf(kKind), 4);  // of a group
+  static constexpr int kRowTiles = kKind == WeightKind::kHalf ? kTokenTiles : 2;  // of a group
+  static constexpr int kWarps = kKind == WeightKind::kHalf ? kMultiplyWarps : 2 * kMultiplyWarps;
   static constexpr int kRowBytes = kChunk * BitsOf(kKind) / 8;            // of a stage's rows
   static constexpr int kWeightBytes = kRowTiles * kTileRows * kRowBytes;  // of a stage
   static constexpr int kGroupRows = kRowTiles * kTileRows;
   static constexpr int kPartFloats = kRowTiles * kTokenTiles * kFragmentFloats;
-  static constexpr int kThreads = (kMultiplyWarps + kRowTiles) * 32;
+  static constexpr int kThreads = (kWarps + kRowTiles) * 32;
   static constexpr int kMinStages = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 2 : 3;
   // Blocks that must find room for their registers in an SM.
   static constexpr int kMinBlocks = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 1 : 2;
@@ -74,7 +76,8 @@ struct SkinnyShape {
 // Who waits for a barrier must see every one of its phases: a parity tells only neighbours apart.
 // So there are as many buffers for groups as bring each warp back to the buffers that it had.
 struct SkinnyLayout {
-  int num_stages;    // of each multiplying warp
+  int num_warps;     // that multiply
+  int num_stages;    // of each of them
   int scale_bytes;   // of a stage: scales and zeros of its groups of inputs, behind weight rows
   int stage_bytes;   // the inputs are last
   int normed_bytes;  // inputs made from hidden states, of all chunks and tokens
@@ -82,7 +85,7 @@ struct SkinnyLayout {
   int part_bytes;
   int num_buffers;  // groups whose parts may wait for the finishing warps
 
-  __host__ __device__ int Partials() const { return kMultiplyWarps * num_stages * stage_bytes; }
+  __host__ __device__ int Partials() const { return num_warps * num_stages * stage_bytes; }
   __host__ __device__ int Normed() const {
     return Partials() + num_buffers * num_parts * part_bytes;
   }
@@ -113,18 +116,19 @@ template <int kTokens, WeightKind kKind = WeightKind::kHalf>
 SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
   using Shape = SkinnyShape<kTokens, kKind>;
   int num_chunks = static_cast<int>((needs.num_inputs + kChunk - 1) / kChunk);
-  int num_parts = std::min(num_chunks, kMultiplyWarps);
+  int num_parts = std::min(num_chunks, Shape::kWarps);
   int scale_bytes = Shape::kGroupRows * needs.scale_bytes_per_row;
   SkinnyLayout layout = {
+      .num_warps = Shape::kWarps,
       .num_stages = needs.max_stages,
       .scale_bytes = scale_bytes,
       .stage_bytes = Shape::kWeightBytes + scale_bytes + InputBytes(needs.num_tokens, needs.normed),
       .normed_bytes = needs.normed ? needs.num_tokens * num_chunks * kChunkBytes : 0,
       .num_parts = num_parts,
       .part_bytes = Shape::kPartFloats * 4,
-      .num_buffers = num_parts == kMultiplyWarps
+      .num_buffers = num_parts == Shape::kWarps
                          ? 2
-                         : std::max(2, kMultiplyWarps / std::gcd(kMultiplyWarps, num_chunks))};
+                         : std::max(2, Shape::kWarps / std::gcd(Shape::kWarps, num_chunks))};
   while (layout.num_stages > Shape::kMinStages && layout.Total() > kMaxSharedBytes) {
     --layout.num_stages;
   }

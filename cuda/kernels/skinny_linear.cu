@@ -120,6 +120,8 @@ bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul)
 bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
   int64_t num_tokens = norm.x.dim(0);
   if (num_tokens > kMaxNormedTokens) return false;
+  constexpr int kCodedWarps = SkinnyShape<kTileTokens, WeightKind::kInt4>::kWarps;
+  if (weight.is_coded() && norm.x.dim(1) % (kChunk * kCodedWarps) != 0) return false;
   bool fits = false;
   DispatchKind(weight, [&](auto kind) {
     fits = MakeSkinnyLayout<kTileTokens, kind()>(

@@ -1,6 +1,6 @@
 // The product of a few tokens with a weight: bound by reading the weight once, at memory speed.
 //
-// One block for each SM. Eight warps multiply, each on stages of its own: rows of the weight by a
+// One block for each SM. Some warps multiply, each on stages of its own: rows of the weight by a
 // chunk of inputs, with the tokens' inputs beside them, copied asynchronously; the first weights
 // before the kernel in front has ended, since they do not depend on it. They use the tensor cores:
 // weight rows are the 16 rows of an mma, tokens its 8 columns. Further warps add up their parts of
@@ -8,8 +8,8 @@
 //
 // The sum behind an output is made in an order that the number of inputs alone decides: of every
 // eighth chunk a part (in two accumulators, over alternate inputs), and the eight parts by pairs
-// (AddTree). It does not depend on how many tokens there are, nor on which of them it is for;
-// tiled_linear.cuh has the same for more tokens.
+// (AddTree). Of weights in codes there are sixteen parts. It does not depend on how many tokens
+// there are, nor on which of them it is for; tiled_linear.cuh has the same for more tokens.
 //
 // With kNormed the inputs are an RmsNorm of hidden states, made on the way through a block's first
 // tile: each hidden state is multiplied by the norm's weight and kept in shared memory for the
@@ -125,7 +125,7 @@ template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind k
 class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   using Shape = SkinnyShape<kTokens, kKind>;
   using Reader = WeightReader<T, kKind>;
-  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kRowBytes, Shape::kWeightBytes;
+  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kRowBytes, Shape::kWeightBytes, Shape::kWarps;
   static_assert(!kNormed || kTokens == kTileTokens);
   using Lane = typename Epilogue::Lane;
 
@@ -149,7 +149,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     }
   }
 
-  // A multiplying warp: every kMultiplyWarps-th chunk of the block's groups, through stages of its
+  // A multiplying warp: every kWarps-th chunk of the block's groups, through stages of its
   // own. Where its part of a group stands among the others is given by its chunks alone, so sums do
   // not depend on which warp had them.
   __device__ void Multiply() {
@@ -193,7 +193,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
       int group = at.group, chunk = at.chunk;
       at.Next();
       if (at.group != group) {
-        int part = chunk % kMultiplyWarps;
+        int part = chunk % kWarps;
         if (kNormed && group == 0) HandInSquares(part, lane, sum_of_squares);
         HandIn(group, part, lane, sums, totals);
       }
@@ -211,7 +211,10 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   static constexpr int kLaneBytes = kStepBytes / 4;                   // of a step
   using Sums = TileSums[kRowTiles][kTokenTiles];
   using Totals = float4[kRowTiles][kTokenTiles];  // of groups of inputs, scaled; if kGrouped
-  using Zeros = uint32_t[kRowTiles][2];           // of a group of inputs: of rows in both halves
+  struct Zeros {
+    uint32_t of[kRowTiles][2];  // of a group of inputs: of rows in both halves of a tile
+    __device__ const uint32_t (&operator[](int m) const)[2] { return of[m]; }
+  };
 
   // A place in a warp's sequence of stages. The block's chunks, group by group, are dealt to its
   // warps in turn.
@@ -222,7 +225,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
     __device__ Cursor(int chunks, int warp) : num_chunks(chunks), chunk(warp) { Carry(); }
     __device__ void Next() {
-      chunk += kMultiplyWarps;
+      chunk += kWarps;
       Carry();
     }
     __device__ void Carry() {
@@ -369,45 +372,87 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     }
   }
 
+  static constexpr int kSteps = kChunk / kStepInputs;  // of a stage
+
+  // What a lane reads of a stage.
+  struct StageLane {
+    const unsigned char* stage;
+    const unsigned char* weights;  // this lane's row of the first tile
+    const unsigned char* inputs;   // of its token of the first tile
+    int row;                       // of a tile's halves, and token of a tile
+    int quarter;                   // of the inputs of a step
+  };
+
   __device__ void MultiplyStage(const Cursor& at, const unsigned char* stage, int lane, Sums& sums,
                                 Totals& totals) const {
-    constexpr int kSteps = kChunk / kStepInputs;
-    int row = lane / 4;  // of a tile's halves, and token of a tile
-    const unsigned char* weights = stage + row * kRowBytes;
-    const unsigned char* inputs =
-        kNormed ? NormedRow(row, at.chunk) : InputsOf(stage) + row * kChunkBytes;
-    Zeros zeros = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kGrouped) {
-        if (step * p_.weight_scales.groups_per_chunk % kSteps == 0) {
-          LoadZeros(stage, step * p_.weight_scales.groups_per_chunk / kSteps, row, zeros);
-        }
+    int row = lane / 4;
+    StageLane from = {stage, stage + row * kRowBytes,
+                      kNormed ? NormedRow(row, at.chunk) : InputsOf(stage) + row * kChunkBytes, row,
+                      lane % 4};
+    if constexpr (kKind == WeightKind::kHalf) {
+      MultiplySteps<kRowTiles, kSteps>(from, 0, Zeros{}, sums);
+    } else if (num_tiles_ - at.group * kRowTiles >= kRowTiles) {
+      MultiplyTiles<kRowTiles>(from, sums, totals);
+    } else {
+      MultiplyTiles<1>(from, sums, totals);
+    }
+  }
+
+  // The first kTiles tiles of a group, by groups of inputs.
+  template <int kTiles>
+  __device__ void MultiplyTiles(const StageLane& from, Sums& sums, Totals& totals) const {
+    static_assert(kTiles == 1 || kTiles == kRowTiles);
+    if constexpr (!kGrouped) {
+      MultiplySteps<kTiles, kSteps>(from, 0, Zeros{}, sums);
+    } else if (p_.weight_scales.groups_per_chunk == 1) {
+      MultiplyGroup<kTiles, kSteps>(from, 0, sums, totals);
+    } else if (p_.weight_scales.groups_per_chunk == 2) {
+#pragma unroll 1
+      for (int group = 0; group < 2; ++group) {
+        MultiplyGroup<kTiles, kSteps / 2>(from, group, sums, totals);
       }
-      int input_offset = SwapHalves(row, step * kStepInputs * 2 + lane % 4 * 16);
+    } else {
+#pragma unroll 1
+      for (int group = 0; group < kSteps; ++group) {
+        MultiplyGroup<kTiles, 1>(from, group, sums, totals);
+      }
+    }
+  }
+
+  template <int kTiles, int kCount>
+  __device__ void MultiplyGroup(const StageLane& from, int group, Sums& sums,
+                                Totals& totals) const {
+    Zeros zeros = {};
+    LoadZeros(from.stage, group, from.row, zeros);
+    MultiplySteps<kTiles, kCount>(from, group * kCount, zeros, sums);
+    AddGroup(from.stage, group, from.row, sums, totals);
+  }
+
+  template <int kTiles, int kCount>
+  __device__ void MultiplySteps(const StageLane& from, int first_step, const Zeros& zeros,
+                                Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int step = first_step + i;
+      int input_offset = SwapHalves(from.row, step * kStepInputs * 2 + from.quarter * 16);
       uint4 b[kTokenTiles];
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
         b[n] = make_uint4(0, 0, 0, 0);
-        if (n * kTileTokens + row < p_.num_tokens) {
+        if (n * kTileTokens + from.row < p_.num_tokens) {
           b[n] = Reader::Order(*reinterpret_cast<const uint4*>(
-              inputs + n * kTileTokens * kChunkBytes + input_offset));
+              from.inputs + n * kTileTokens * kChunkBytes + input_offset));
         }
       }
-      int offset = Reader::Place(row, step * kStepBytes + lane % 4 * kLaneBytes);
+      int offset = Reader::Place(from.row, step * kStepBytes + from.quarter * kLaneBytes);
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        const unsigned char* tile = weights + m * kTileRows * kRowBytes + offset;
+      for (int m = 0; m < kTiles; ++m) {
+        const unsigned char* tile = from.weights + m * kTileRows * kRowBytes + offset;
         uint4 low = Reader::Load(tile, zeros[m][0]);
         uint4 high = Reader::Load(tile + kTileRows / 2 * kRowBytes, zeros[m][1]);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           MultiplyStep<T>(low, high, b[n], sums[m][n]);
-        }
-      }
-      if constexpr (kGrouped) {
-        if ((step + 1) * p_.weight_scales.groups_per_chunk % kSteps == 0) {
-          AddGroup(stage, step * p_.weight_scales.groups_per_chunk / kSteps, row, sums, totals);
         }
       }
     }
@@ -429,7 +474,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t zero = s.zeros == nullptr ? 8u : stored[RowOfRun(group, m, half, row)];
-          zeros[m][half] = PairOps<T>::kIntegers + zero * 0x00010001u;
+          zeros.of[m][half] = PairOps<T>::kIntegers + zero * 0x00010001u;
         }
       }
     }
@@ -528,7 +573,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   template <int... kTiles>
   __device__ void FinishWith(std::integer_sequence<int, kTiles...>) {
     int lane = threadIdx.x % kWarpSize, num_buffers = p_.layout.num_buffers;
-    int row_tile = static_cast<int>(threadIdx.x) / kWarpSize - kMultiplyWarps;  // this warp's
+    int row_tile = static_cast<int>(threadIdx.x) / kWarpSize - kWarps;  // this warp's
     WaitForPreviousKernel();
     Lane finishers[] = {Lane(epilogue_, lane, kTiles * kTileTokens)...};
     float scales[kTokenTiles][2];  // of this lane's two tokens of each tile
@@ -591,9 +636,9 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
   // All parts of a tile.
   __device__ float4 AddParts(int buffer, int row_tile, int token_tile, int lane) const {
-    float4 parts[kMultiplyWarps];
+    float4 parts[kWarps];
 #pragma unroll
-    for (int part = 0; part < kMultiplyWarps; ++part) {
+    for (int part = 0; part < kWarps; ++part) {
       parts[part] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (part < p_.layout.num_parts) {
         parts[part] = *Partial(buffer, part, row_tile, token_tile, lane);
@@ -626,7 +671,7 @@ __global__ void __launch_bounds__(SkinnyShape<kTokens, kKind>::kThreads,
   SkinnyBlock<T, Epilogue, kNormed, kTokens, kKind> block(params, epilogue, shared_bytes);
   if (threadIdx.x == 0) block.InitBarriers();
   __syncthreads();
-  if (threadIdx.x / kWarpSize >= kMultiplyWarps) {
+  if (threadIdx.x / kWarpSize >= SkinnyShape<kTokens, kKind>::kWarps) {
     block.Finish();
   } else {
     block.Multiply();

@@ -21,6 +21,8 @@ struct CodedShape {
 // More tokens than this may be given the decoded weight, rounded to 16 bits.
 constexpr int64_t kMostStreamed = 64;
 constexpr int64_t kMostTokens = 130;
+// Of float32 results: numbers of codes have longer tails than those of other tests.
+constexpr Tolerance kUnrounded = {1e-4, 1e-4};
 
 class OpCodedLinear : public OpTest<CodedShape> {
  protected:
@@ -90,8 +92,7 @@ TEST_P(OpCodedLinear, IsTheProductWithWhatTheCodesStandFor) {
     args.bias = Put(bias_, dtype(), {shape().out_features});
     args.out = Output(DType::kFloat32, {tokens, shape().out_features});
     backend().Linear(args);
-    EXPECT_TRUE(
-        Close(Get(args.out), Want(tokens, bias_), ToleranceFor(Op::kLinear, DType::kFloat32)));
+    EXPECT_TRUE(Close(Get(args.out), Want(tokens, bias_), kUnrounded));
   }
 }
 
@@ -105,7 +106,7 @@ TEST_P(OpCodedLinear, AccumulatesIntoTheResidualStream) {
     backend().Linear(args);
     Values want = Want(tokens, {});
     for (size_t i = 0; i < want.size(); ++i) want[i] += residual[i];
-    EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kLinear, DType::kFloat32)));
+    EXPECT_TRUE(Close(Get(out), want, kUnrounded));
   }
 }
 
@@ -176,7 +177,7 @@ TEST_P(OpCodedLinear, RotationAndAppendBehindAreTheSame) {
     }
     RmsNormArgs norm = {
         .x = Put(random_.Normal(tokens * in, DType::kFloat32), DType::kFloat32, {tokens, in}),
-        .weight = Put(random_.Normal(in, dtype(), 0.3, 1.0), dtype(), {in}),
+        .weight = Put(random_.Normal(in, dtype(), 0.1, 0.3), dtype(), {in}),
         .out = Output(act(), {tokens, in}),
         .eps = 1e-5f};
     LinearArgs linear = Args(tokens, Output(act(), {tokens, (heads + 2) * kDim}));
