@@ -16,8 +16,8 @@ namespace {
 // Up to so many tokens streaming is the faster way (H200, docs/performance.md).
 constexpr int64_t kMaxStreamedTokens = 16;
 // Up to so many a weight in codes is streamed once for every 16 of them; more are worth decoding it
-// first (by its bytes: not measured).
-constexpr int64_t kMaxTokensInParts = 64;
+// first (H200, docs/performance.md).
+constexpr int64_t kMaxTokensInParts = 32;
 
 void CheckLinearDTypes(const LinearArgs& linear) {
   if (linear.weight.is_coded()) {

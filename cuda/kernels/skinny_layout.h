@@ -26,7 +26,7 @@ inline constexpr int kStagesBeforeAttention = 3;
 // Of a block; 1 KiB more is the system's. One product's block has an SM for itself: then the next
 // product's blocks come when this one's end, SM by SM, and what they copy ahead fills the gap
 // between the kernels.
-inline constexpr int kMaxSharedBytes = 226 * 1024;
+inline constexpr int kMaxSharedBytes = 227 * 1024;
 
 inline constexpr int kChunkBytes = kChunk * 2;  // of a token's inputs, and of a 16-bit row
 
@@ -54,12 +54,14 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
 // What a block's warps work on at a time. The inputs of more tokens, and those beside weights of
 // fewer bits, are shared by more tiles of weight rows, a group of them, so that they stay the
 // smaller part of what is copied; a group has a finishing warp for each of its row tiles. Codes
-// take many instructions that wait for each other, so more warps share them. Every output is the
-// same sum, in the same order, for every width.
+// take many instructions that wait for each other, so more warps share them, and with many tokens
+// there is room for one tile only. Every output is the same sum, in the same order, for every
+// width.
 template <int kTokens, WeightKind kKind = WeightKind::kHalf>
 struct SkinnyShape {
   static constexpr int kTokenTiles = kTokens / kTileTokens;
-  static constexpr int kRowTiles = kKind == WeightKind::kHalf ? kTokenTiles : 2;  // of a group
+  static constexpr int kRowTiles =
+      kKind == WeightKind::kHalf ? kTokenTiles : 2 / kTokenTiles;  // of a group
   static constexpr int kWarps = kKind == WeightKind::kHalf ? kMultiplyWarps : 2 * kMultiplyWarps;
   static constexpr int kRowBytes = kChunk * BitsOf(kKind) / 8;            // of a stage's rows
   static constexpr int kWeightBytes = kRowTiles * kTileRows * kRowBytes;  // of a stage

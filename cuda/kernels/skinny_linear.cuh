@@ -26,12 +26,12 @@
 
 #include "common/async_copy.cuh"
 #include "common/dependent_launch.cuh"
-#include "common/mma.cuh"
 #include "common/reduce.cuh"
 #include "common/shared_barrier.cuh"
 #include "common/vec.cuh"
 #include "kernels/folded_norm.cuh"
 #include "kernels/skinny_layout.h"
+#include "kernels/skinny_sums.cuh"
 #include "kernels/weight_codes.cuh"
 
 namespace tidal {
@@ -57,53 +57,6 @@ struct TileRows {
   int first;
   int second;
 };
-
-__device__ __forceinline__ float4 AddFragments(const float4& a, const float4& b) {
-  return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z),
-                     __fadd_rn(a.w, b.w));
-}
-
-// Adds neighbours first, then their sums; a power of two of them. Zeros at the end change nothing.
-template <int kCount>
-__device__ __forceinline__ float4 AddTree(float4 (&parts)[kCount]) {
-#pragma unroll
-  for (int distance = 1; distance < kCount; distance *= 2) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2 * distance) {
-      parts[i] = AddFragments(parts[i], parts[i + distance]);
-    }
-  }
-  return parts[0];
-}
-
-// Two sums of each output of a tile of 16 rows by 8 tokens, over alternate inputs.
-using TileSums = float[2][4];
-
-// Adds 32 inputs: of the weight's first 8 rows, of its second 8, and of the tokens.
-template <typename T>
-__device__ __forceinline__ void MultiplyStep(const uint4& low, const uint4& high, const uint4& x,
-                                             TileSums& sums) {
-  MultiplyAdd<T>(sums[0], {low.x, high.x, low.y, high.y}, x.x, x.y);
-  MultiplyAdd<T>(sums[1], {low.z, high.z, low.w, high.w}, x.z, x.w);
-}
-
-// Returns a part of a tile, whose sums start afresh.
-__device__ __forceinline__ float4 TakePart(TileSums& sums) {
-  float4 part = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
-                            sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0.0f;
-  return part;
-}
-
-// Makes what the Epilogue finishes: a tile's sums, each times the scale of its token.
-__device__ __forceinline__ void ScaleSums(const float4& sums, const float (&scales)[2],
-                                          float (&values)[4]) {
-  values[0] = __fmul_rn(sums.x, scales[0]);
-  values[1] = __fmul_rn(sums.y, scales[1]);
-  values[2] = __fmul_rn(sums.z, scales[0]);
-  values[3] = __fmul_rn(sums.w, scales[1]);
-}
 
 // Returns the scale that another kernel left for a token, or 1.
 template <typename T>
@@ -160,8 +113,9 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     unsigned char* const first_stage = shared_ + warp * num_stages * stage_bytes;
     unsigned char* const end_of_stages = first_stage + num_stages * stage_bytes;
     Cursor ahead(num_chunks_, warp);  // of the next copy
+    Sources sources;
     for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
-      CopyWeight(ahead, stage, lane);
+      CopyWeight(ahead, stage, lane, sources);
       CommitCopies();
       ahead.Next();
     }
@@ -186,7 +140,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
       }
       MultiplyStage(at, stage, lane, sums, totals);
       __syncwarp();  // all are done with the stage
-      CopyWeight(ahead, stage, lane);
+      CopyWeight(ahead, stage, lane, sources);
       CopyInputs(ahead, stage, lane);
       CommitCopies();
       ahead.Next();
@@ -207,6 +161,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
  private:
   static constexpr bool kGrouped = IsGrouped(kKind);
+  static constexpr int kSteps = kChunk / kStepInputs;                 // of a stage
   static constexpr int kStepBytes = kStepInputs * BitsOf(kKind) / 8;  // of a row
   static constexpr int kLaneBytes = kStepBytes / 4;                   // of a step
   using Sums = TileSums[kRowTiles][kTokenTiles];
@@ -270,31 +225,59 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     return reinterpret_cast<float4*>(shared_ + p_.layout.Partials()) + fragment * kWarpSize + lane;
   }
 
+  // Where a lane copies from, for the tiles of a group.
+  struct Sources {
+    int group = -1;
+    // Of both halves of a tile: the lane's first row, its 16 bytes of chunk 0, and how many rows
+    // are there from that one on.
+    const unsigned char* first[kRowTiles][2];
+    int num_rows[kRowTiles][2];
+    int scale_row = -1;  // of the lane's run of scales; -1: none
+  };
+
+  static constexpr int kRowLanes = kRowBytes / 16;  // that share a row, 16 bytes each
+  static constexpr int kCopyRows = kWarpSize / kRowLanes;
+
+  __device__ void FindSources(int group, int lane, Sources& sources) const {
+    sources.group = group;
+    int64_t row_bytes = BytesOfInputs(p_.num_inputs);
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      int index = group * kRowTiles + tile;
+      bool present = index < num_tiles_;
+      TileRows rows = epilogue_.Rows(TileOf(present ? index : 0));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int first = half == 0 ? rows.first : rows.second, row = first + lane / kRowLanes;
+        sources.first[tile][half] = p_.weight + row * row_bytes + lane % kRowLanes * 16;
+        sources.num_rows[tile][half] = present ? p_.num_outputs - row : 0;
+        if (kGrouped && lane % (kRowTiles * 2) == tile * 2 + half) {
+          sources.scale_row = present && first < p_.num_outputs ? first : -1;
+        }
+      }
+    }
+  }
+
   // Starts the copies of a stage's part of a group's rows: a lane has 16 bytes of a row; for a
-  // first group with kNormed of the norm's weights, too. Zeros past the ends of rows and weight;
-  // nothing past the last tile, whose sums nobody takes.
-  __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane) {
+  // first group with kNormed of the norm's weights, too. Zeros past the ends of rows and weight.
+  __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane, Sources& sources) {
     if (at.group >= num_groups_) return;
+    if (at.group != sources.group) FindSources(at.group, lane, sources);
     if (kNormed && at.group == 0) CopyNormWeight(at, stage, lane);
-    if constexpr (kGrouped) CopyScales(at, stage, lane);
-    constexpr int kRowLanes = kRowBytes / 16, kRows = kWarpSize / kRowLanes;
+    if constexpr (kGrouped) CopyScales(at, stage, lane, sources.scale_row);
     int piece = lane % kRowLanes, row = lane / kRowLanes;
-    int input = at.FirstInput() + piece * (kChunk / kRowLanes);
-    bool inside = input < p_.num_inputs;
+    bool inside = at.FirstInput() + piece * (kChunk / kRowLanes) < p_.num_inputs;
     int64_t row_bytes = BytesOfInputs(p_.num_inputs);
     unsigned char* target = stage + row * kRowBytes + Reader::Place(row, piece * 16);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
-      int index = at.group * kRowTiles + tile;
-      if (kRowTiles > 1 && index >= num_tiles_) break;
-      TileRows rows = epilogue_.Rows(TileOf(index));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int first = (half == 0 ? rows.first : rows.second) + row;
-        const unsigned char* source = p_.weight + first * row_bytes + BytesOfInputs(input);
+        const unsigned char* source = sources.first[tile][half] + at.chunk * kRowBytes;
+        int num_rows = inside ? sources.num_rows[tile][half] : 0;
 #pragma unroll
-        for (int below = 0; below < kTileRows / 2; below += kRows) {
-          bool present = inside && first + below < p_.num_outputs;
+        for (int below = 0; below < kTileRows / 2; below += kCopyRows) {
+          bool present = below < num_rows;
           CopyAsync16(target + (tile * kTileRows + half * kTileRows / 2 + below) * kRowBytes,
                       present ? source + below * row_bytes : p_.weight, present, policy_);
         }
@@ -315,31 +298,22 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     CopyAsync16(target, inside ? p_.norm_weight + input : p_.norm_weight, inside);
   }
 
-  // A stage's scales [groups_per_chunk, rows of the group of tiles], then its zeros likewise: runs
-  // of 8 rows, that is halves of tiles, which lie together in memory.
-  __device__ void CopyScales(const Cursor& at, unsigned char* stage, int lane) {
+  // A stage's scales [groups_per_chunk, rows of the group of tiles], then its zeros likewise: a run
+  // of 8 rows, that is half a tile, which lies together in memory, for each lane.
+  __device__ void CopyScales(const Cursor& at, unsigned char* stage, int lane, int row) {
     constexpr int kHalves = kRowTiles * 2, kHalfRows = kTileRows / 2;
     const WeightScales& s = p_.weight_scales;
-    int size = s.scale_bytes(), first_group = FirstGroup(at.chunk);
-    unsigned char* scales = stage + kWeightBytes;
-    unsigned char* zeros = scales + s.groups_per_chunk * kHalves * kHalfRows * size;
-    for (int run = lane; run < s.groups_per_chunk * kHalves; run += kWarpSize) {
-      int half = run % kHalves, group = first_group + run / kHalves;
-      int index = at.group * kRowTiles + half / 2;
-      int row = 0;
-      bool present = index < num_tiles_ && group < s.num_groups;
-      if (present) {
-        TileRows rows = epilogue_.Rows(TileOf(index));
-        row = half % 2 == 0 ? rows.first : rows.second;
-        present = row < p_.num_outputs;
-      }
-      int64_t place = present ? int64_t{group} * p_.num_outputs + row : 0;
-      unsigned char* target = scales + run * kHalfRows * size;
-      for (int byte = 0; byte < kHalfRows * size; byte += 16) {
-        CopyAsync16(target + byte, s.scales + place * size + byte, present);
-      }
-      if (s.zeros != nullptr) CopyAsync8(zeros + run * kHalfRows, s.zeros + place, present);
-    }
+    static_assert(kHalves * kSteps <= kWarpSize);
+    if (lane >= s.groups_per_chunk * kHalves) return;
+    int size = s.scale_bytes(), group = FirstGroup(at.chunk) + lane / kHalves;
+    bool present = row >= 0 && group < s.num_groups;
+    int64_t place = present ? int64_t{group} * p_.num_outputs + row : 0;
+    unsigned char* target = stage + kWeightBytes + lane * kHalfRows * size;
+    CopyAsync16(target, s.scales + place * size, present);
+    if (size == 4) CopyAsync16(target + 16, s.scales + place * size + 16, present);
+    if (s.zeros == nullptr) return;
+    unsigned char* zeros = stage + kWeightBytes + s.groups_per_chunk * kHalves * kHalfRows * size;
+    CopyAsync8(zeros + lane * kHalfRows, s.zeros + place, present);
   }
 
   // Of a chunk's inputs.
@@ -371,8 +345,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
       }
     }
   }
-
-  static constexpr int kSteps = kChunk / kStepInputs;  // of a stage
 
   // What a lane reads of a stage.
   struct StageLane {

@@ -369,7 +369,7 @@ def session_chat(bench: Bench) -> None:
 ENGINE = [
     "--attention", "tidal", "--select-layers", "2", "--scored-layers", "7", "--token-budget", "32",
     "--max-seq-len", "512", "--page-size", "16", "--gpu-memory-utilization", "0.5",
-    "--prefill-chunk", "64",
+    "--prefill-chunk", "64", "--weight-format", "fp8",
 ]  # fmt: skip
 PLAN_OPTIONS = [
     "--full-layers", "2", "--top-p-mass", "0.98", "--min-token-budget", "16", "--granularity",
@@ -446,7 +446,7 @@ def calibrate_command(bench: Bench) -> None:
     bench.command(
         "calibrate", str(bench.model), "--builtin", "--context", "512", "--token-budget", "64",
         "--max-choosing-layers", "2", "--max-loss", "9", "--seed", "1", "--output", str(plan),
-        "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat",
+        "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat", "--weight-format", "auto",
     )  # fmt: skip
     assert {"select_layers", "scored_layers"} & json.loads(plan.read_text()).keys()
     bench.command(
@@ -464,7 +464,7 @@ def eval_command(bench: Bench) -> None:
         "select_layers=2,7 token_budget=64", "--tidal", "scored_layers=2,5 token_budget=64",
         "--quest", "token_budget=64 page_size=16", "--compare", "presets", "--token-budget", "32",
         "--interval", "0.7", "--attention", "--out", str(out), "--seed", "2", "--kv-dtype",
-        bench.dtype, "--num-threads", "1",
+        bench.dtype, "--num-threads", "1", "--weight-format", "auto",
     )  # fmt: skip
     assert "single" in shown and "all-P K=32" in shown and "Asked 2 prompts" in shown
     check_report(out)

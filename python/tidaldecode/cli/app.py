@@ -155,9 +155,8 @@ def generate(
 ) -> None:
     """Continue a text; the output streams to stdout."""
     values = locals()
-    text = _read_prompt(prompt, prompt_file)
+    text, bars = _read_prompt(prompt, prompt_file), Bars(is_watched())
     model = at_revision(model_dir, revision)
-    bars = Bars(is_watched())
     with bars.loading(f"Loading {model_dir.name}") as on_load:
         # One sequence: a cache for more would only take memory.
         decoder = Decoder(model, **opt.engine_options(values), max_batch_size=1, progress=on_load)

@@ -108,7 +108,10 @@ def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
     quantization = folder.quantization
     if quantization is None:
         return []
-    text = f"{quantization.text}; decoded to {folder.dtype} (or the dtype asked for) while loaded"
+    text = (
+        f"{quantization.text}; decoded to {folder.dtype} (or the dtype asked for) while loaded, "
+        "but float8 and int4 kept as they are on GPUs of compute capability 9.0"
+    )
     if quantization.quantizes_activations:
         text += "; activations are not quantised"
     return [("quantised", text)]
