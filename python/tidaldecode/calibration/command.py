@@ -102,6 +102,7 @@ def calibrate(
     debug: opt.Debug = False,
 ) -> None:
     """Find the plan that loses least for the bytes it reads, and keep it for the model."""
+    given = locals()
     _check(text, builtin, max_loss)
     folder = read_model_folder(model_dir)
     contexts = _contexts(context, folder, device)
@@ -121,10 +122,7 @@ def calibrate(
         max_choosing_layers=max_choosing_layers,
         max_loss=max_loss,
         seed=seed,
-        engine=opt.engine_options(
-            {"device": device, "dtype": dtype, "kv_dtype": kv_dtype}
-            | {"weight_format": weight_format, "num_threads": num_threads}
-        ),
+        engine=opt.engine_options({name: given[name] for name in opt.PLACE_OPTIONS}),
     )
     try:
         outcome = calibrate_model(job, Bars(is_watched()))

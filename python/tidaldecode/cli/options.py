@@ -195,6 +195,10 @@ _SAMPLING_FIELDS = (
 )
 
 
+# Where and in what a model runs, of every command that measures one.
+PLACE_OPTIONS = ("device", "dtype", "kv_dtype", "weight_format", "num_threads")
+
+
 def engine_options(values: dict[str, Any]) -> dict[str, Any]:
     """The Decoder's options out of a command's arguments; those not given are left out."""
     options = {k: v for k, v in values.items() if k in _ENGINE_FIELDS and v is not None}

@@ -199,12 +199,10 @@ def evaluate(
     debug: opt.Debug = False,
 ) -> None:
     """Compare dense and tidal decoding on long prompts whose answers are known."""
-    asked = Asked(**{name: value for name, value in locals().items() if name in _ASKED})
+    given = locals()
+    asked = Asked(**{name: value for name, value in given.items() if name in _ASKED})
     asked.check()
-    engine = opt.engine_options(
-        {"device": device, "dtype": dtype, "kv_dtype": kv_dtype}
-        | {"weight_format": weight_format, "num_threads": num_threads}
-    )
+    engine = opt.engine_options({name: given[name] for name in opt.PLACE_OPTIONS})
     model = read_model_folder(model_dir)
     settings = _settings(model, tidal, quest, asked)
     encode, is_chat = make_encoder(model, chat)
