@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tidaldecode.text.byte_text import detokenize_bytes
 from tidaldecode.text.tokenizer import Tokenizer
 
 VOCAB = 8192
@@ -28,7 +27,7 @@ def slow_pieces(tokenizer: Tokenizer, row: dict) -> str:
 
 
 def test_the_demo_model_is_one_of_those(tokenizer: Tokenizer):
-    assert tokenizer._joins_bytes
+    assert tokenizer.joins_bytes
 
 
 @pytest.mark.parametrize("skips", [True, False])
@@ -42,11 +41,9 @@ def test_any_tokens_give_the_text_that_the_tokenizer_gives(
     prompt = ids[:5] if seed % 2 else []
     new = ids[len(prompt) :]
     row = {"prompt": prompt, "ids": new, "skips": skips}
-    state, text = None, ""
+    fast, text = tokenizer.byte_text(prompt, skips=skips), ""
     for start in range(0, len(new), 7):
-        part = row | {"state": state, "ids": new[start : start + 7], "ends": start + 7 >= len(new)}
-        (answer,) = tokenizer.detokenize([part])
-        state, text = answer["state"], text + "".join(answer["pieces"])
+        text += fast.push(new[start : start + 7], ends=start + 7 >= len(new))
     assert text == slow_pieces(tokenizer, row)
     if not prompt:
         assert text == tokenizer.decode(new, skip_special_tokens=skips)
@@ -61,16 +58,15 @@ def test_a_character_that_the_prompt_begins_and_the_answer_ends(
 ):
     ids = tokenizer.encode(text, add_special_tokens=False)
     row = {"prompt": ids[:cut][-5:], "ids": ids[cut:], "skips": True}
-    (fast,) = detokenize_bytes([row | {"state": None, "ends": True}], tokenizer.token_bytes, ())
-    assert "".join(fast["pieces"]) == slow_pieces(tokenizer, row)
+    text = tokenizer.byte_text(row["prompt"], skips=True).push(row["ids"], ends=True)
+    assert text == slow_pieces(tokenizer, row)
 
 
 def test_a_piece_never_holds_part_of_a_character(tokenizer: Tokenizer):
     ids = tokenizer.encode("🎉🎉 and 世界", add_special_tokens=False)
-    row = {"prompt": [], "ids": ids, "skips": True, "state": None, "ends": True}
-    (answer,) = detokenize_bytes([row], tokenizer.token_bytes, ())
-    assert "".join(answer["pieces"]) == "🎉🎉 and 世界"
-    assert not any("\ufffd" in piece for piece in answer["pieces"])
+    pieces = tokenizer.byte_text([], skips=True).pieces(ids, ends=True)
+    assert "".join(pieces) == "🎉🎉 and 世界"
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_bytes_of_tokens_are_asked_for_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
