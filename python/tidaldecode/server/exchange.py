@@ -126,6 +126,5 @@ class Exchange:
         self._deltas.append(delta)
         self._num_unread += len(delta.token_ids or ())
         if self._num_unread >= MOST_UNREAD and self.failure is None:
-            for each in self.answers:
-                each.is_held = not each.has_ended
+            self._service.feed.hold(self.answers)
         self.poke()
