@@ -75,9 +75,9 @@ from tidaldecode import BackendError
 from tidaldecode.server.answer import Answer
 from tidaldecode.__main__ import main
 take = Answer._take
-def fails(self, tokens):
+def fails(self, tokens, text):
     if len(self.token_ids) > 20: raise BackendError('cuda: an illegal access')
-    take(self, tokens)
+    take(self, tokens, text)
 Answer._take = fails
 sys.exit(main())
 """

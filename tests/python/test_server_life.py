@@ -99,9 +99,9 @@ def test_a_dead_engine_is_said_and_ends_the_process(demo_model: Path):
         "from tidaldecode.server.answer import Answer\n"
         "from tidaldecode.__main__ import main\n"
         "take = Answer._take\n"
-        "def fails(self, tokens):\n"
+        "def fails(self, tokens, text):\n"
         "    if len(self.token_ids) > 20: raise BackendError('cuda: an illegal access')\n"
-        "    take(self, tokens)\n"
+        "    take(self, tokens, text)\n"
         "Answer._take = fails\n"
         "sys.exit(main())\n"
     )

@@ -16,7 +16,10 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 import httpx  # noqa: E402
 
 from serving import Served, events_of, serving  # noqa: E402
+from text_folders import write_tokenizer  # noqa: E402
 from tidaldecode.server.http_protocol import OpenBody  # noqa: E402
+from tidaldecode.text.tokenizer import Tokenizer  # noqa: E402
+from tiny_models import TinyModel, write_checkpoint  # noqa: E402
 
 ASK: dict[str, Any] = {"prompt": "The key is", "max_tokens": 400, "ignore_eos": True}
 ASK |= {"temperature": 0, "seed": 3}
@@ -131,3 +134,36 @@ def test_requests_that_are_sent_before_the_answers_come(served: Served):
         pieces = [json.loads(line[6:]) for line in part.split("\n") if line.startswith("data: {")]
         texts.append("".join(piece["choices"][0]["text"] for piece in pieces))
     assert texts == [whole(served)[0]] * 3
+
+
+# A tokenizer whose tokens are no bytes: its process is asked
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("asking")
+    write_checkpoint(folder, TinyModel(family="llama", vocab_size=1200))
+    write_tokenizer(folder, "llama2")
+    with serving(folder, engine={"attention": "full"}) as served:
+        yield served
+
+
+def ids_of(row: int) -> list[int]:
+    return [3 + row, 40 + row, 50]
+
+
+def test_the_tokenizer_is_asked_once_for_the_streams_of_a_step(
+    asking: Served, monkeypatch: pytest.MonkeyPatch
+):
+    body = ASK | {"prompt": [ids_of(row) for row in range(4)], "ignore_eos": True}
+    expected = whole(asking, **body)
+    calls = []
+    ask = Tokenizer.detokenize
+
+    def noting(tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        calls.append(len(rows))
+        return ask(tokenizer, rows)
+
+    monkeypatch.setattr(Tokenizer, "detokenize", noting)
+    assert stream(asking, **body) == expected and len(expected) == 4
+    assert max(calls) == 4

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
+from tidaldecode.text.detokenizer import push_all
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
@@ -59,8 +60,8 @@ class Answer:
         self.is_matched = False  # a stop string has come
         self.is_ending = False  # the engine is being told to end it
         self.is_held = False  # what comes stays in the engine until the exchange has taken the rest
+        self.assembler = request._stream._assembler  # of its text; None: token ids only
         self._stream = request._stream
-        self._assembler = request._stream._assembler
         self._deliver = deliver
 
     @property
@@ -68,11 +69,16 @@ class Answer:
         """As Request.status."""
         return "finished" if self.has_ended else self.generation.status(0)
 
-    def hear(self, tokens: list[int]) -> None:
-        """Delivers tokens that the engine has given, or without any how far the prompt is."""
+    def hear(self, tokens: list[int], text: str | None = None) -> None:
+        """Delivers tokens that the engine has given, or without any how far the prompt is.
+
+        Args:
+            tokens: the new ones.
+            text: that the assembler has made of them; None: it has not been asked yet.
+        """
         try:
             if tokens:
-                self._take(tokens)
+                self._take(tokens, text)
             elif not self.token_ids:
                 self._deliver(Delta(self.index, progress=self.generation.prefill_progress))
         except Exception as error:
@@ -98,13 +104,13 @@ class Answer:
         self.has_ended = True
         self._deliver(Delta(self.index, error=error))
 
-    def _take(self, tokens: list[int]) -> None:
+    def _take(self, tokens: list[int], text: str | None) -> None:
         self.token_ids += tokens
         delta = Delta(self.index, token_ids=tokens)
-        if self._assembler is not None:
-            delta.text = self._assembler.push_tokens(0, tokens)
-            if self._assembler.may_match:
-                self.is_matched = self._assembler.matched_stop(0) is not None
+        if self.assembler is not None:
+            delta.text = push_all([(self.assembler, tokens)])[0] if text is None else text
+            if self.assembler.may_match:
+                self.is_matched = self.assembler.matched_stop(0) is not None
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)
         self._deliver(delta)
@@ -115,9 +121,9 @@ class Answer:
         delta = Delta(self.index, token_ids=tokens)
         self.token_ids += tokens
         text = ""
-        if self._assembler is not None:
-            delta.text = self._assembler.finish({0: tokens}).get(0, "")
-            text = self._assembler.text(0)
+        if self.assembler is not None:
+            delta.text = self.assembler.finish({0: tokens}).get(0, "")
+            text = self.assembler.text(0)
         delta.result = self._stream._result_of(self.generation.results()[0], [text])
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)

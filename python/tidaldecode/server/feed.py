@@ -7,13 +7,16 @@ loop watches that. Nobody else is looked at.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from tidaldecode import _core
+from tidaldecode.errors import TidalError
 from tidaldecode.server.answer import Answer
+from tidaldecode.text.detokenizer import push_all
 
 
 class Feed:
@@ -77,12 +80,16 @@ class Feed:
 
     def _on_news(self) -> None:
         os.eventfd_read(self._fd)
-        answers = self._answers
-        for key, token_ids, has_more in self._inbox.take():
-            answer = answers.get(key)
-            if answer is None or answer.is_ending:
-                continue
-            if token_ids or not has_more:
+        letters = [
+            (answer, token_ids, has_more)
+            for key, token_ids, has_more in self._inbox.take()
+            if (answer := self._answers.get(key)) is not None and not answer.is_ending
+        ]
+        texts = iter(_texts_of([(answer, ids) for answer, ids, _ in letters if ids]))
+        for answer, token_ids, has_more in letters:
+            if token_ids:
+                answer.hear(token_ids, next(texts))
+            elif not has_more:
                 answer.hear(token_ids)
             if answer.is_matched or answer.has_ended:
                 self._settle(answer)  # what comes behind a stop string is not wanted
@@ -119,3 +126,13 @@ class Feed:
     def _forget(self, answer: Answer) -> None:
         if self._answers.pop(answer.key, None) is not None:
             self._inbox.remove(answer.generation)
+
+
+def _texts_of(news: list[tuple[Answer, list[int]]]) -> list[str | None]:
+    """What new tokens add to the text of each answer; None for an answer that must see itself."""
+    calls = [(answer.assembler, ids) for answer, ids in news if answer.assembler is not None]
+    if len(calls) == len(news):
+        # Who breaks the tokenizer by a token of its own must not take the others along.
+        with contextlib.suppress(TidalError):
+            return [*push_all(calls)]
+    return [None] * len(news)

@@ -249,28 +249,37 @@ class TextAssembler:
             tokens.setdefault(sequence, []).append(token_id)
         return self._add(tokens, ends=False)
 
-    def push_tokens(self, sequence: int, ids: list[int]) -> str:
-        """push() of the tokens of one sequence."""
-        if self._source.joins_bytes:  # nearly all calls of a server
-            return self._rows[sequence].add(ids, self._source, ends=False)
-        return self._add({sequence: ids}, ends=False).get(sequence, "")
-
     def finish(self, tokens: dict[int, list[int]]) -> dict[int, str]:
         """Adds the last tokens of sequences that have ended; returns the rest of their texts."""
         return self._add(tokens, ends=True)
 
     def _add(self, tokens: dict[int, list[int]], *, ends: bool) -> dict[int, str]:
-        source = self._source
-        if source.joins_bytes:
-            return {s: self._rows[s].add(ids, source, ends=ends) for s, ids in tokens.items()}
-        asked = {s: self._rows[s].questions(ids, ends=ends) for s, ids in tokens.items()}
-        questions = [question for row in asked.values() for question in row]
-        if not questions:
-            return {}
-        answers = iter(source.detokenize(questions))
-        shown = {}
-        for sequence, row in asked.items():
-            if row:
-                own = [next(answers) for _ in row]
-                shown[sequence] = self._rows[sequence].take(own, ends=ends)
-        return shown
+        news = [(self._rows[sequence], ids) for sequence, ids in tokens.items()]
+        return dict(zip(tokens, _texts_of(self._source, news, ends=ends), strict=True))
+
+
+def push_all(news: Sequence[tuple[TextAssembler, list[int]]]) -> list[str]:
+    """Adds new tokens to calls of one sequence each; returns what each may show now.
+
+    Args:
+        news: calls of one tokenizer, which is asked once for all, with their tokens.
+    """
+    if not news:
+        return []
+    rows = [(assembler._rows[0], ids) for assembler, ids in news]
+    return _texts_of(news[0][0]._source, rows, ends=False)
+
+
+def _texts_of(
+    source: TextSource, news: Sequence[tuple[_Row, list[int]]], *, ends: bool
+) -> list[str]:
+    """What rows may show once they have new tokens; if it cannot be made, they are as before."""
+    if source.joins_bytes:
+        return [row.add(ids, source, ends=ends) for row, ids in news]
+    asked = [row.questions(ids, ends=ends) for row, ids in news]
+    questions = [question for each in asked for question in each]
+    answers = iter(source.detokenize(questions) if questions else ())
+    return [
+        row.take([next(answers) for _ in each], ends=ends) if each else ""
+        for (row, _), each in zip(news, asked, strict=True)
+    ]
