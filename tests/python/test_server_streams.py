@@ -6,6 +6,7 @@ import json
 import random
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import httpx  # noqa: E402
 
 from serving import Served, events_of, serving  # noqa: E402
 from text_folders import write_tokenizer  # noqa: E402
+from tidaldecode.errors import ConfigError  # noqa: E402
 from tidaldecode.server.http_protocol import OpenBody  # noqa: E402
 from tidaldecode.text.tokenizer import Tokenizer  # noqa: E402
 from tiny_models import TinyModel, write_checkpoint  # noqa: E402
@@ -167,3 +169,27 @@ def test_the_tokenizer_is_asked_once_for_the_streams_of_a_step(
     monkeypatch.setattr(Tokenizer, "detokenize", noting)
     assert stream(asking, **body) == expected and len(expected) == 4
     assert max(calls) == 4
+
+
+def test_a_token_that_breaks_the_tokenizer_ends_one_stream(
+    asking: Served, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = [ids_of(row) for row in range(4)]
+    expected = [whole(asking, prompt=prompt)[0] for prompt in prompts]
+    ask = Tokenizer.detokenize
+
+    def breaks(tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if any(row["prompt"][:1] == prompts[1][:1] for row in rows):
+            raise ConfigError("tokenizer: it has crashed")
+        return ask(tokenizer, rows)
+
+    monkeypatch.setattr(Tokenizer, "detokenize", breaks)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(asking.post, "/v1/completions", ASK | {"prompt": each, "stream": True})
+            for each in prompts
+        ]
+        events = [events_of(each.result().text) for each in asked]
+    assert "it has crashed" in json.loads(events[1][-1])["error"]["message"]
+    for row in (0, 2, 3):
+        assert texts_of(events[row]) == {0: expected[row]}

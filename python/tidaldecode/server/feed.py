@@ -107,6 +107,8 @@ class Feed:
         """Does what follows from an answer's newest tokens."""
         if answer.has_ended:
             self._forget(answer)
+            if not answer.generation.done:  # its text has failed, and the engine does not know
+                self._ender.submit(answer.generation.stop, 0, "abort")
         elif answer.is_matched:
             self._end(answer, "stop")
 
