@@ -1,4 +1,4 @@
-"""Many requests at once, through Decoder.submit: tokens a second and waiting, tidal and dense.
+"""Many requests at once: tokens a second and waiting, tidal and dense, by submit and over HTTP.
 
 Scenarios, each with every request tidal (the decoder's plan) and each with every request dense:
   streams   N streams whose prompts are known already: tokens a second, milliseconds between tokens
@@ -8,18 +8,21 @@ Scenarios, each with every request tidal (the decoder's plan) and each with ever
   again     a long prompt, and the same once more
   prompts   many short prompts: tokens read a second until each has its first token
 
-Random weights at a real model's shape, or a model folder. Tokens are timed where they are read, by
-a thread a request. Writes JSON.
+Random weights at a real model's shape, or a model folder. Each way of asking (--through) has a
+process and a decoder of its own, one after the other: Decoder.submit, read by a thread a request;
+and `tidaldecode serve` with streams (request_targets.py). Tokens are timed where they are read.
+Writes JSON, and after the rows a table of one way beside the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import tempfile
-import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,10 +30,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import tidaldecode
-from provenance import command_line, commit, hardware_name
+from provenance import command_line, commit
+from request_targets import TARGETS, Reader, Target, write_word_tokens
 from shapes import SHAPES
 
+Report = dict[str, Any]
 SCENARIOS = ("streams", "arrivals", "crowd", "again", "prompts")
 
 
@@ -42,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="default: all")
     parser.add_argument("--attention", action="append", choices=("tidal", "full"))
+    parser.add_argument("--through", action="append", choices=tuple(TARGETS), help="default: both")
     parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--select-layers", type=int, nargs="+", default=[2, 13])
     parser.add_argument("--streams", type=int, default=24, help="streams of the first scenario")
@@ -56,60 +61,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs=2, default=[64, 512],
                         metavar=("REQUESTS", "PROMPT"))  # fmt: skip
     parser.add_argument("--max-batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="of a CPU engine")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
 
-class Reader(threading.Thread):
-    """Reads a request to its end and notes when each token came."""
-
-    def __init__(self, request: tidaldecode.Request) -> None:
-        super().__init__(daemon=True)
-        self.request = request
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self.start()
-
-    def run(self) -> None:
-        while self.request.status != "finished" or not self._has_all():
-            self.request.read(0.1)
-            now = time.perf_counter()
-            self.times += [now] * (len(self.request.token_ids) - len(self.times))
-
-    def _has_all(self) -> bool:
-        return len(self.times) == len(self.request.result().token_ids)
-
-    @property
-    def first_token_s(self) -> float:
-        return self.times[0] - self.started
-
-    def gaps_ms(self, begin: float, end: float) -> list[float]:
-        """Between tokens that came within the time."""
-        times = [moment for moment in self.times if begin <= moment <= end]
-        return [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
-
-
 class Load:
-    """A decoder, and the requests of a benchmark."""
+    """The requests of a benchmark, and what answers them."""
 
-    def __init__(self, decoder: tidaldecode.Decoder, attention: str, args: argparse.Namespace):
-        self.decoder, self.attention, self.args = decoder, attention, args
+    def __init__(self, target: Target, attention: str, args: argparse.Namespace):
+        self.target, self.attention, self.args = target, attention, args
         # Nothing that the other kind has read is found again, but for streams.
         self.offset = 10**6 if attention == "full" else 0
 
     def prompt(self, length: int, seed: int) -> list[int]:
         source = random.Random(seed + self.offset)
-        vocab_size = self.decoder.model.vocab_size
-        return [source.randrange(16, vocab_size) for _ in range(length)]
+        return [source.randrange(16, self.target.vocab_size) for _ in range(length)]
 
     def ask(self, prompt: list[int], new_tokens: int) -> Reader:
-        attention = "full" if self.attention == "full" else None
-        return Reader(
-            self.decoder.submit(
-                prompt, max_new_tokens=new_tokens, temperature=0, ignore_eos=True,
-                attention=attention,
-            )
-        )  # fmt: skip
+        return self.target.ask(prompt, new_tokens, "full" if self.attention == "full" else None)
 
     def known_streams(self, count: int, new_tokens: int) -> list[Reader]:
         """Streams whose prompts have been read before, so that all begin to decode at once."""
@@ -160,7 +130,7 @@ def arrivals(load: Load) -> dict[str, Any]:
     while not all(reader.times for reader in readers):
         time.sleep(0.01)
     quiet = time.perf_counter()
-    time.sleep(4.0)
+    time.sleep(min(4.0, args.seconds))
     begin = time.perf_counter()
     long_ones: list[Reader] = []
     short_ones: list[Reader] = []
@@ -172,7 +142,7 @@ def arrivals(load: Load) -> dict[str, Any]:
         time.sleep(0.01)
     end = time.perf_counter()
     for reader in readers:
-        reader.request.cancel()
+        reader.cancel()
     for reader in [*long_ones, *short_ones]:
         reader.join()
     quiet_rate = sum(quiet <= t <= begin for r in readers for t in r.times) / (begin - quiet)
@@ -192,13 +162,13 @@ def arrivals(load: Load) -> dict[str, Any]:
 
 def crowd(load: Load) -> dict[str, Any]:
     count, length, new_tokens = load.args.crowd
-    before = load.decoder.stats()
+    before = load.target.num_pauses()
     begin = time.perf_counter()
     readers = [load.ask(load.prompt(length, 4000 + i), new_tokens) for i in range(count)]
     for reader in readers:
         reader.join()
     seconds = time.perf_counter() - begin
-    after = load.decoder.stats()
+    after = load.target.num_pauses()
     gaps = [gap for reader in readers for gap in reader.gaps_ms(begin, begin + seconds)]
     return {
         "requests": count,
@@ -208,7 +178,7 @@ def crowd(load: Load) -> dict[str, Any]:
         "generated_tokens_per_s": round(count * new_tokens / seconds, 1),
         "ms_between_tokens": spread(gaps),
         "first_token_s": spread([reader.first_token_s for reader in readers]),
-        "pauses": after["num_pauses"] - before["num_pauses"],
+        "pauses": after - before,
     }
 
 
@@ -240,52 +210,89 @@ RUNS = {
 }  # fmt: skip
 
 
-def open_decoder(args: argparse.Namespace, parent: Path) -> tidaldecode.Decoder:
+def prepare(args: argparse.Namespace, parent: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that is measured, and the options of its decoder."""
     longest = max(args.long_context + 64, args.context + 60_000, sum(args.crowd[1:]))
-    folder, load_format = args.model, "auto"
-    if folder is None:
-        folder = SHAPES[args.shape].for_contexts(longest).write(parent)
-        load_format = "dummy"
-    return tidaldecode.Decoder(
-        folder,
-        load_format=load_format,
-        device=args.device,
-        dtype=args.dtype,
-        select_layers=args.select_layers,
-        token_budget=args.token_budget,
-        max_seq_len=longest,
-        max_batch_size=args.max_batch_size,
-    )
+    options = {
+        "device": args.device, "dtype": args.dtype, "select_layers": args.select_layers,
+        "token_budget": args.token_budget, "max_seq_len": longest,
+        "max_batch_size": args.max_batch_size,
+    }  # fmt: skip
+    if args.threads is not None:
+        options["num_threads"] = args.threads
+    if args.model is not None:
+        return args.model, options
+    shape = SHAPES[args.shape].for_contexts(longest)
+    folder = shape.write(parent)
+    write_word_tokens(folder, shape.config["vocab_size"])
+    return folder, options | {"load_format": "dummy"}
+
+
+def measure(
+    args: argparse.Namespace, through: str, asked: tuple[Path, dict[str, Any]], report: Report
+) -> Report:
+    """Adds the rows of one way of asking; in a process of its own."""
+    target = TARGETS[through](*asked)
+    report |= target.about
+    try:
+        for scenario in args.scenario or SCENARIOS:
+            for attention in args.attention or ("full", "tidal"):
+                before, began = target.costs(), time.perf_counter()
+                row = {"scenario": scenario, "attention": attention, "through": through}
+                row |= RUNS[scenario](Load(target, attention, args))
+                row["took_s"] = round(time.perf_counter() - began, 1)
+                after = target.costs()
+                row |= {name: round(after[name] - before[name], 3) for name in after}
+                report["rows"].append(row)
+                if args.output:
+                    args.output.write_text(json.dumps(report, indent=1))
+                print(json.dumps(row), flush=True)
+    finally:
+        target.close()
+    return report
 
 
 def main() -> None:
     args = parse_arguments()
-    console = Console()
-    report: dict[str, Any] = {"commit": commit(), "command": command_line(), "rows": []}
+    report: Report = {"commit": commit(), "command": command_line(), "rows": []}
     with tempfile.TemporaryDirectory() as parent:
-        decoder = open_decoder(args, Path(parent))
-        report["device"] = hardware_name(decoder.config.device)
-        report["plan"] = decoder.plan
-        report["num_pages"] = decoder.config.num_pages
-        for scenario in args.scenario or SCENARIOS:
-            for attention in args.attention or ("full", "tidal"):
-                row = RUNS[scenario](Load(decoder, attention, args))
-                report["rows"].append({"scenario": scenario, "attention": attention} | row)
-                if args.output:
-                    args.output.write_text(json.dumps(report, indent=1))
-                console.print_json(json.dumps(report["rows"][-1]), indent=None)
-        decoder.close()
-    show(report, console)
+        asked = prepare(args, Path(parent))
+        for through in args.through or TARGETS:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                report = process.submit(measure, args, through, asked, report).result()
+    show(report["rows"])
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    table = Table("scenario", "attention", "tokens/s", "ms between tokens, p50 / p99")
-    for row in report["rows"]:
-        gaps = row.get("ms_between_tokens", {})
-        rate = row.get("tokens_per_s") or row.get("generated_tokens_per_s") or ""
-        spread_text = f"{gaps.get('p50')} / {gaps.get('p99')}" if gaps else ""
-        table.add_row(row["scenario"], row["attention"], str(rate), spread_text)
-    console.print(table)
+def figures(row: dict[str, Any]) -> dict[str, float]:
+    """What is compared of a row."""
+    found: dict[str, float] = {}
+    for name in ("tokens_per_s", "generated_tokens_per_s", "again_ms", "tokens_per_s_alone"):
+        if name in row:
+            found[name] = median(row[name]) if isinstance(row[name], list) else row[name]
+    for name in ("p50", "p99"):
+        if name in row.get("ms_between_tokens", {}):
+            found[f"ms between tokens, {name}"] = row["ms_between_tokens"][name]
+    if row.get("long_first_token_s"):
+        found["long_first_token_s"] = max(row["long_first_token_s"])
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the ways of asking beside each other."""
+    ways = list(dict.fromkeys(row["through"] for row in rows))
+    table = Table("scenario", "attention", "figure", *ways, *(["http / submit"] * (len(ways) > 1)))
+    by_way = {(row["scenario"], row["attention"], row["through"]): figures(row) for row in rows}
+    for scenario, attention in dict.fromkeys(key[:2] for key in by_way):
+        found = [by_way.get((scenario, attention, way), {}) for way in ways]
+        for name in found[0]:
+            values = [each[name] for each in found if name in each]
+            cells = [f"{value:,.2f}" for value in values]
+            if len(values) > 1:
+                by_name = dict(zip(ways, values, strict=True))
+                cells.append(f"{by_name['http'] / by_name['submit']:.3f}")
+            table.add_row(scenario, attention, name, *cells)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class PyGeneration : public Closable<Generation> {
   PrefillProgress prefill_;
 };
 
+class PyInbox : public Closable<Inbox> {
+ public:
+  explicit PyInbox(std::unique_ptr<Inbox> inbox) : Closable("inbox", std::move(inbox)) {}
+};
+
 class PySession : public Closable<Session> {
  public:
   explicit PySession(std::unique_ptr<Session> session) : Closable("session", std::move(session)) {}
@@ -135,6 +140,8 @@ template <>
 class type_caster<tidal::SequenceResult> : public tidal::FilledCaster<tidal::SequenceResult> {};
 template <>
 class type_caster<tidal::PyGeneration> : public tidal::FilledCaster<tidal::PyGeneration> {};
+template <>
+class type_caster<tidal::PyInbox> : public tidal::FilledCaster<tidal::PyInbox> {};
 template <>
 class type_caster<tidal::PySession> : public tidal::FilledCaster<tidal::PySession> {};
 template <>

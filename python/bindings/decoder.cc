@@ -192,6 +192,12 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
                 self.get(), [&](Decoder& started) { return started.StartSession(max_seq_len); }));
           },
           py::arg("max_seq_len"))
+      .def(
+          "open_inbox",
+          [](const PyDecoder& self, int event_fd) {
+            return std::make_unique<PyInbox>(self.get()->OpenInbox(event_fd));
+          },
+          py::arg("event_fd"))
       .def("guide_desk",
            [](const PyDecoder& self) {
              return std::make_unique<PyGuideDesk>(self.get()->guide_desk());

@@ -1,4 +1,4 @@
-// Generation and what it gives: results, tokens.
+// Generation and what it gives: results, tokens; and the inbox that hears many.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
@@ -68,6 +68,32 @@ bool NotifyAt(const PyGeneration& self, int fd) {
 void ForgetFd(const PyGeneration& self, int fd) {
   if (self.is_closed()) return;
   WithoutGil(self.get(), [&](Generation& generation) { generation.ForgetFd(fd); });
+}
+
+// (key, token ids, whether there is more for advance()), in the order in which they have come.
+py::list TakeLetters(const PyInbox& self) {
+  const std::vector<Letter> letters =
+      WithoutGil(self.get(), [](Inbox& inbox) { return inbox.Take(); });
+  py::list result(letters.size());
+  for (size_t i = 0; i < letters.size(); ++i) {
+    const Letter& letter = letters[i];
+    result[i] = py::make_tuple(letter.key, letter.token_ids, letter.has_more);
+  }
+  return result;
+}
+
+// Returns whether it will be heard there.
+bool AddToInbox(const PyInbox& self, const PyGeneration& generation, int64_t key) {
+  if (generation.is_closed()) return false;
+  auto added = generation.get();
+  WithoutGil(self.get(), [&](Inbox& inbox) { inbox.Add(*added, key); });
+  return true;
+}
+
+void RemoveFromInbox(const PyInbox& self, const PyGeneration& generation) {
+  if (self.is_closed() || generation.is_closed()) return;
+  auto removed = generation.get();
+  WithoutGil(self.get(), [&](Inbox& inbox) { inbox.Remove(*removed); });
 }
 
 py::dict Selection(const PyGeneration& self, int64_t sequence) {
@@ -146,6 +172,12 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("decode_s", &SequenceResult::decode_s)
       .def_property_readonly("verification",
                              [](const SequenceResult& self) { return self.verification; });
+
+  py::class_<PyInbox>(module, "Inbox")
+      .def("add", &AddToInbox, py::arg("generation"), py::arg("key"))
+      .def("remove", &RemoveFromInbox, py::arg("generation"))
+      .def("take", &TakeLetters)
+      .def("close", &PyInbox::Close);
 
   py::class_<PyGeneration>(module, "Generation")
       .def("advance", &Advance, py::arg("timeout_s") = 0.1)

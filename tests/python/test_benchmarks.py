@@ -1,5 +1,5 @@
 """benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs. That
-bench_verify.py and bench_prefill.py run.
+bench_verify.py, bench_prefill.py and bench_serve_core.py run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from bench_prefill import model_tflop  # noqa: E402
+from request_targets import num_words  # noqa: E402
 from shapes import NEARLY_EMPTY, SHAPES  # noqa: E402
 from step_bytes import (  # noqa: E402
     H200_READ_TB_PER_S,
@@ -171,6 +172,37 @@ def test_bench_prefill_runs(tmp_path: Path):
     subprocess.run(command, check=True)
     (row,) = json.loads(output.read_text())["rows"]
     assert row["prefill_chunk"] == 32 and row["median_of"] == 1 and row["s"] > 0
+
+
+def test_the_same_requests_go_to_a_decoder_and_to_a_server(tmp_path: Path):
+    report, printed = run_benchmark(
+        "--shape", "tiny", "--dtype", "float32", "--threads", 1, "--select-layers", 2, 5,
+        "--token-budget", 64, "--max-batch-size", 12, "--scenario", "streams", "--scenario",
+        "again", "--scenario", "arrivals", "--attention", "tidal", "--streams", 3, "--context", 100,
+        "--new-tokens", 20, "--long-context", 300, "--short-context", 20, "--seconds", 0.5,
+        tmp_path / "serve.json", script="bench_serve_core.py",
+    )  # fmt: skip
+    ways = [(row["scenario"], row["through"]) for row in report["rows"]]
+    scenarios = ("streams", "again", "arrivals")
+    assert ways == [(each, way) for way in ("submit", "http") for each in scenarios]
+    for row in report["rows"]:
+        if row["scenario"] == "again":
+            assert len(row["again_ms"]) == 3 and min(row["again_ms"]) > 0
+        else:
+            assert row["tokens_per_s"] > 0
+            assert row["ms_between_tokens"]["p99"] >= row["ms_between_tokens"]["p50"] > 0
+        if row["through"] == "http":
+            assert row["events"] > 0 and row["client_s"] > 0
+    assert report["plan"] == "FFSssSss" and "http / submit" in printed
+
+
+def test_tokens_are_counted_by_words():
+    def event(text: str) -> bytes:
+        return b'data: {"id":"a","choices":[{"index":0,"text":"' + text.encode() + b'","logprobs"'
+
+    counts = [num_words(event(text)) for text in ("", "a", " abcd", " abcd efgh")]
+    assert counts == [0, 1, 1, 2]
+    assert num_words(b'data: {"choices":[],"usage":{"completion_tokens":5}}') == 0
 
 
 def test_model_flops_are_those_worked_out_by_hand(tmp_path: Path):

@@ -7,7 +7,7 @@ from child_process import check_python
 
 # What the children share: the objects of every class, in every state, and values of all kinds.
 SUBJECTS = """
-import inspect, itertools, random
+import inspect, itertools, os, random
 import numpy as np
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
@@ -49,6 +49,11 @@ def finished():
         made.advance()
     return made
 
+eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+
+def inbox():
+    return decoder.open_inbox(eventfd)
+
 def session():
     return decoder.start_session(64)
 
@@ -70,6 +75,7 @@ MAKERS = {
     "SequenceResult": [lambda: finished().results()[0]],
     "TokenLogprobs": [scored],
     "Generation": [generation, finished, lambda: closed(generation)],
+    "Inbox": [inbox, lambda: closed(inbox)],
     "Session": [session, lambda: closed(session)],
     "GuideDesk": [lambda: decoder.guide_desk(), lambda: closed(decoder.guide_desk)],
     "Replay": [lambda: decoder.start_replay([[5, 6]], 4),
@@ -168,6 +174,9 @@ RIGHT = {
     decoder.measure_steps: ([5], 1, 0, "auto"),
     decoder.selection: (0,),
     generation().stop: (0, "stop"),
+    decoder.open_inbox: (eventfd,),
+    inbox().add: (generation(), 1),
+    inbox().remove: (generation(),),
     decoder.guide_desk().wait: (0.01,),
     decoder.guide_desk().answer: ([(1, 1, b"", True, "")],),
     session().append: ([5],),

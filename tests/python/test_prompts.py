@@ -216,3 +216,23 @@ def test_a_tokenizer_that_puts_nothing_in_front_reads_all_texts_alike(tmp_path: 
     tokenizer = Tokenizer(write_tokenizer(tmp_path, kind), 10_000)
     for text in CORPUS:
         assert tokenizer.encode_following(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_ids_of_a_long_prompt_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    ids = list(range(256)) * 512
+    monkeypatch.setattr("tidaldecode.text.prompts.as_index", None)
+    monkeypatch.setattr("tidaldecode.text.prompts.show", None)  # a long list takes long
+    assert read(ids) == ([ids], False)
+    assert read([ids, ids]) == ([ids, ids], True)
+    assert read(ids)[0][0] is not ids  # the caller's list may change
+
+
+@pytest.mark.parametrize("wrong", [-1, 320, True, 1.5, "a", None])
+def test_a_wrong_id_among_many_is_named(wrong: Any):
+    ids = [5] * 300
+    ids[200] = wrong
+    with pytest.raises(InvalidArgument):
+        read(ids)
+    if not isinstance(wrong, (bool, str)):
+        with pytest.raises(InvalidArgument, match=r"token_ids\[200\]"):
+            read(ids)

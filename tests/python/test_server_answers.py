@@ -15,6 +15,8 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 import httpx  # noqa: E402
 
 from serving import Served, events_of, serving  # noqa: E402
+from tidaldecode.server.bodies import CompletionBody, read_body  # noqa: E402
+from tidaldecode.server.errors import ApiError  # noqa: E402
 from tiny_models import TinyModel, write_checkpoint  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -303,3 +305,33 @@ def test_the_schema_names_every_field(served: Served):
     body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]["properties"]
     assert {"messages", "stream", "token_budget", "logprobs"} <= fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "ids"),
+    [
+        ("[5, 6]", [5, 6]),
+        ("[5, 6.0]", [5, 6]),
+        ("[[5], [6.0, 7]]", [[5], [6, 7]]),
+        ('["5", "6"]', ["5", "6"]),
+        ("[5, true]", None),
+        ("[5, 6.5]", None),
+        ("[5, -1]", None),
+        ('[5, "6"]', None),
+        ("[[5], 6]", None),
+        ("[5, 2147483648]", None),
+    ],
+)
+def test_ids_are_whole_numbers_however_they_are_written(written: str, ids: Any):
+    data = b'{"prompt": %b}' % written.encode()
+    if ids is not None:
+        assert read_body(CompletionBody, data).prompt == ids
+    else:
+        with pytest.raises(ApiError, match="expected a text, a list of token ids"):
+            read_body(CompletionBody, data)
+
+
+def test_ids_of_a_long_prompt_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tidaldecode.server.bodies._whole", None)
+    data = json.dumps({"prompt": list(range(100_000))}).encode()
+    assert read_body(CompletionBody, data).prompt == list(range(100_000))

@@ -74,11 +74,11 @@ import sys
 from tidaldecode import BackendError
 from tidaldecode.server.answer import Answer
 from tidaldecode.__main__ import main
-read = Answer._read
-def fails(self):
+take = Answer._take
+def fails(self, tokens, text):
     if len(self.token_ids) > 20: raise BackendError('cuda: an illegal access')
-    read(self)
-Answer._read = fails
+    take(self, tokens, text)
+Answer._take = fails
 sys.exit(main())
 """
 

@@ -98,11 +98,11 @@ def test_a_dead_engine_is_said_and_ends_the_process(demo_model: Path):
         "from tidaldecode import Decoder, BackendError\n"
         "from tidaldecode.server.answer import Answer\n"
         "from tidaldecode.__main__ import main\n"
-        "read = Answer._read\n"
-        "def fails(self):\n"
+        "take = Answer._take\n"
+        "def fails(self, tokens, text):\n"
         "    if len(self.token_ids) > 20: raise BackendError('cuda: an illegal access')\n"
-        "    read(self)\n"
-        "Answer._read = fails\n"
+        "    take(self, tokens, text)\n"
+        "Answer._take = fails\n"
         "sys.exit(main())\n"
     )
     with Command(str(demo_model), *COMMAND, program=program) as command:

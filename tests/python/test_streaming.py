@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_no_text_is_shown_that_a_stop_string_takes_back():
 def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
     """The text of a sequence that a tokenizer with this decode function gives, token by token."""
 
-    def detokenize(rows):
+    def detokenize(rows: list[dict]) -> list[dict]:
         answers = []
         for row in rows:
             own = IncrementalDetokenizer(partial(decode, skips=row["skips"]), row["prompt"])
@@ -168,7 +169,10 @@ def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
         stop=stop,
         **settings,
     )
-    assembler = TextAssembler(detokenize, [[]], checked, special=["<end>", "<x>"])
+    source = SimpleNamespace(
+        detokenize=detokenize, special_tokens=["<end>", "<x>"], joins_bytes=False
+    )
+    assembler = TextAssembler(source, [[]], checked)
     shown = [assembler.push([(0, token_id)]).get(0, "") for token_id in ids]
     shown.append(assembler.finish({0: []}).get(0, ""))
     assert "".join(shown) == assembler.text(0)

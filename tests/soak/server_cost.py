@@ -44,25 +44,28 @@ def thread_seconds() -> float:
     return time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
 
 
-class Clock:
-    """Processor time of the event loop's thread, and of reading what the engine has said."""
+class TimedInbox:
+    """A feed's inbox, and the processor time that taking out of it has cost."""
 
-    def __init__(self) -> None:
-        self.loop_s = 0.0
-        self.read_s = 0.0
-        self.steps = 0
-        on_news = Feed._on_news
+    def __init__(self, feed: Feed) -> None:
+        self.take_s = 0.0
+        self.num_takes = 0
+        self.add, self.remove, self.close = (
+            feed._inbox.add, feed._inbox.remove, feed._inbox.close
+        )  # fmt: skip
+        self._take = feed._inbox.take
+        feed._inbox = self  # type: ignore[assignment]
 
-        def timed(feed: Feed) -> None:
-            began = time.perf_counter()  # the processor's clock takes long to read
-            on_news(feed)
-            self.read_s += time.perf_counter() - began
-            self.steps += 1
+    def take(self) -> list[tuple[int, list[int], bool]]:
+        """As the inbox's."""
+        began = thread_seconds()
+        letters = self._take()
+        self.take_s += thread_seconds() - began
+        self.num_takes += 1
+        return letters
 
-        Feed._on_news = timed  # type: ignore[method-assign]
 
-
-def measure(run: Run, options: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def measure(run: Run, options: argparse.Namespace, inbox: TimedInbox) -> dict[str, float]:
     """One round: all rows at once."""
     host, port = run.socket.getsockname()[:2]
     seconds: list[float] = []
@@ -78,7 +81,7 @@ def measure(run: Run, options: argparse.Namespace, clock: Clock) -> dict[str, fl
         seen.wait()
         return seconds[-1]
 
-    began, read, steps = now(), clock.read_s, clock.steps
+    began, taken, takes = now(), inbox.take_s, inbox.num_takes
     decoder = run.service.model.decoder
     passes = decoder.stats()["num_steps"]
     command = [
@@ -97,8 +100,8 @@ def measure(run: Run, options: argparse.Namespace, clock: Clock) -> dict[str, fl
         "events": events,
         "loop_us_per_event": 1e6 * loop_s / events,
         "passes": passes,
-        "wakes": clock.steps - steps,
-        "read_us_per_pass": 1e6 * (clock.read_s - read) / max(1, passes),
+        "wakes": inbox.num_takes - takes,
+        "hand_over_us_per_pass": 1e6 * (inbox.take_s - taken) / max(1, passes),
     }
 
 
@@ -109,7 +112,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    clock = Clock()
 
     def load(progress: object) -> Decoder:
         return Decoder(
@@ -122,8 +124,9 @@ def main() -> int:
     thread.start()
     while run.service.state == "loading":
         time.sleep(0.05)
+    inbox = TimedInbox(run.service.feed)
     for _ in range(options.rounds):
-        print(json.dumps(measure(run, options, clock)), flush=True)
+        print(json.dumps(measure(run, options, inbox)), flush=True)
     run.service.loop.call_soon_threadsafe(run.end)
     thread.join()
     return 0

@@ -73,10 +73,46 @@ class Generation {
 
  private:
   friend class Decoder;
+  friend class Inbox;
   friend class Session;
   struct Impl;
   explicit Generation(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
+};
+
+// What has come of a generation of one sequence since the last time.
+struct Letter {
+  int64_t key = 0;  // that the generation was added with
+  std::vector<int32_t> token_ids{};
+  bool has_more = false;  // Advance() has its end, or what it has failed with
+};
+
+// Where many generations are heard at once, each of one sequence: who waits for them all need not
+// look at each.
+class Inbox {
+ public:
+  ~Inbox();
+  Inbox(const Inbox&) = delete;
+  Inbox& operator=(const Inbox&) = delete;
+
+  // From now on the news of a generation comes here, under a key of the caller's; what there is
+  // already, too. Throws InvalidArgument unless it has one sequence, of this decoder.
+  void Add(Generation& generation, int64_t key);
+  // No longer; what has come meanwhile is left to Advance(), or until it is added again.
+  void Remove(Generation& generation);
+
+  // The news of all that have some, as Advance() would give it, without waiting for any.
+  std::vector<Letter> Take();
+
+  // Leaves the eventfd alone from now on.
+  void Close();
+
+ private:
+  friend class Decoder;
+  friend class Generation;
+  struct Impl;
+  explicit Inbox(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;  // the generations that are heard have it too
 };
 
 // Prompts that are read once and continued again and again from there, each time with a plan of its
@@ -239,6 +275,9 @@ class Decoder {
 
   DecoderStats stats() const;
 
+  // One whose eventfd gets 1 added when there is news for Take() and there was none before.
+  std::unique_ptr<Inbox> OpenInbox(int event_fd);
+
   // Where guided requests ask.
   std::shared_ptr<GuideDesk> guide_desk() const;
 
@@ -252,6 +291,7 @@ class Decoder {
  private:
   friend class Generation;
   friend class GuideDesk;
+  friend class Inbox;
   friend class Replay;
   friend class Session;
   struct Impl;

@@ -283,6 +283,11 @@ const MemoryPlan& Decoder::memory_plan() const {
   return impl_->runner.memory_plan();
 }
 
+std::unique_ptr<Inbox> Decoder::OpenInbox(int event_fd) {
+  auto inbox = std::make_shared<Inbox::Impl>(impl_, event_fd);
+  return std::unique_ptr<Inbox>(new Inbox(std::move(inbox)));
+}
+
 std::shared_ptr<GuideDesk> Decoder::guide_desk() const {
   return std::make_shared<GuideDesk>(impl_->desk);
 }

@@ -44,6 +44,16 @@ struct GuideDesk::Impl {
   bool is_closed = false;
 };
 
+// Whoever calls its methods holds the decoder's mutex.
+struct Inbox::Impl {
+  // Lines a generation up that has news.
+  void Put(Generation::Impl* generation);
+
+  std::shared_ptr<Decoder::Impl> decoder;
+  int event_fd;                              // -1: nobody listens any more
+  std::vector<Generation::Impl*> waiting{};  // who has news, in line
+};
+
 // The last sets of the sequences of one call; outlives the Generation so that they can be looked
 // at.
 struct SelectionRecord {
@@ -260,6 +270,10 @@ struct Generation::Impl {
   void HearEnd(int64_t index, RequestState left, std::vector<LayerSelection> selection);
   void HearPassEnd(const std::exception_ptr& error);
 
+  // inbox.cc: all news up to an end or a failure; and no longer being heard there.
+  Letter TakeLetter();
+  void Leave();
+
   void CheckIndex(int64_t index) const;
   bool IsAlive(int64_t index) const;
   std::vector<TokenEvent> Take(News news);
@@ -275,7 +289,10 @@ struct Generation::Impl {
   std::deque<News> news;
   std::vector<News> heard;  // of the pass that is being told
   std::condition_variable has_news;
-  std::vector<int> event_fds;  // to be written when there is news
+  std::vector<int> event_fds;          // to be written when there is news
+  std::shared_ptr<Inbox::Impl> inbox;  // where it is heard; null: nowhere
+  int64_t inbox_key = 0;
+  bool is_in_line = false;  // there
   double start_ms;
   // What is read without a lock.
   std::atomic<int64_t> num_alive{0};  // sequences whose end has not been given out

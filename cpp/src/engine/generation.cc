@@ -35,9 +35,11 @@ Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
 
 Generation::Impl::~Impl() {
   Close();
+  if (!plan_use && !inbox) return;
+  auto lock = decoder->EnterToEnd();
+  Leave();
   if (!plan_use) return;
   // The loop drops it between two passes.
-  auto lock = decoder->EnterToEnd();
   decoder->left_plans.push_back(std::move(plan_use));
   decoder->has_work.notify_all();
 }
@@ -167,6 +169,7 @@ void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
 
 void Generation::Impl::Wake() {
   has_news.notify_all();
+  if (inbox) inbox->Put(this);
   for (int fd : event_fds) {
     const uint64_t one = 1;
     if (write(fd, &one, sizeof(one)) < 0) continue;  // a counter that is full wakes as well

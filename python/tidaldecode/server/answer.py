@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
+from tidaldecode.text.detokenizer import push_all
 
 if TYPE_CHECKING:
     from tidaldecode.requests import Request
@@ -42,12 +43,12 @@ class Answer:
         Args:
             request: one choice; nobody else reads it.
             index: of the answer in its exchange.
-            deliver: takes what comes, in the thread that calls read().
+            deliver: takes what comes, in the thread that calls hear() and read().
         """
         self.request = request
         self.generation = request._generation
         self.index = index
-        self.fd = -1  # that the engine writes to, while somebody listens (feed.py)
+        self.key = -1  # that the feed has it by
         self.submitted_at = time.monotonic()
         self.prompt_ids = request._stream._prompt_ids
         self.begun_at = 0.0  # to read its prompt, as far as was heard
@@ -56,50 +57,60 @@ class Answer:
         self.token_ids: list[int] = []
         self.wants_logprobs = False
         self.has_ended = False
-        self.is_stopping = False  # a stop string has come; the engine is being told
+        self.is_matched = False  # a stop string has come
+        self.is_ending = False  # the engine is being told to end it
         self.is_held = False  # what comes stays in the engine until the exchange has taken the rest
+        self.assembler = request._stream._assembler  # of its text; None: token ids only
         self._stream = request._stream
-        self._assembler = request._stream._assembler
         self._deliver = deliver
-        self._pieces: list[str] = []
 
     @property
     def status(self) -> str:
         """As Request.status."""
         return "finished" if self.has_ended else self.generation.status(0)
 
-    def read(self) -> None:
-        """Delivers all that has come."""
-        if self.has_ended or self.is_held:
-            return
+    def hear(self, tokens: list[int], text: str | None = None) -> None:
+        """Delivers tokens that the engine has given, or without any how far the prompt is.
+
+        Args:
+            tokens: the new ones.
+            text: that the assembler has made of them; None: it has not been asked yet.
+        """
         try:
-            self._read()
+            if tokens:
+                self._take(tokens, text)
+            elif not self.token_ids:
+                self._deliver(Delta(self.index, progress=self.generation.prefill_progress))
         except Exception as error:
-            self.has_ended = True
-            self._deliver(Delta(self.index, error=error))
+            self._fail(error)
 
-    def _read(self) -> None:
-        generation = self.generation
-        if self.is_stopping and not generation.done:
+    def read(self) -> None:
+        """Asks the engine, and delivers all that has come, an end or a failure too."""
+        if self.has_ended:
             return
+        generation = self.generation
         tokens: list[int] = []
-        while generation.has_news and not generation.done:
-            tokens += [token_id for _, token_id in generation.advance(0.0)]
-        if generation.done:
-            self._end(tokens)
-        elif tokens:
-            self._take(tokens)
-        elif not self.token_ids:
-            self._deliver(Delta(self.index, progress=generation.prefill_progress))
+        try:
+            while generation.has_news and not generation.done:
+                tokens += [token_id for _, token_id in generation.advance(0.0)]
+            if generation.done:
+                self._end(tokens)
+            else:
+                self.hear(tokens)
+        except Exception as error:
+            self._fail(error)
 
-    def _take(self, tokens: list[int]) -> None:
+    def _fail(self, error: Exception) -> None:
+        self.has_ended = True
+        self._deliver(Delta(self.index, error=error))
+
+    def _take(self, tokens: list[int], text: str | None) -> None:
         self.token_ids += tokens
         delta = Delta(self.index, token_ids=tokens)
-        if self._assembler is not None:
-            events = [(0, token_id) for token_id in tokens]
-            delta.text = self._assembler.push(events).get(0, "")
-            self._pieces.append(delta.text)
-            self.is_stopping = self._assembler.matched_stop(0) is not None
+        if self.assembler is not None:
+            delta.text = push_all([(self.assembler, tokens)])[0] if text is None else text
+            if self.assembler.may_match:
+                self.is_matched = self.assembler.matched_stop(0) is not None
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)
         self._deliver(delta)
@@ -109,11 +120,11 @@ class Answer:
         self.has_ended = True
         delta = Delta(self.index, token_ids=tokens)
         self.token_ids += tokens
-        if self._assembler is not None:
-            delta.text = self._assembler.finish({0: tokens}).get(0, "")
-            self._pieces.append(delta.text)
-        core = self.generation.results()[0]
-        delta.result = self._stream._result_of(core, self._pieces)
+        text = ""
+        if self.assembler is not None:
+            delta.text = self.assembler.finish({0: tokens}).get(0, "")
+            text = self.assembler.text(0)
+        delta.result = self._stream._result_of(self.generation.results()[0], [text])
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)
         self._deliver(delta)

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from tidaldecode.errors import show
 from tidaldecode.server.errors import ApiError, invalid, unsupported
@@ -24,8 +32,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _whole_list(values: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Integers as they are first: a call for each would hold up all streams."""
+    try:
+        return validate(values)
+    except ValidationError:
+        return validate([_whole(each) for each in values] if isinstance(values, list) else values)
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
-TokenId = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], WrapValidator(_whole_list)]
 
 
 class Body(BaseModel):
@@ -54,7 +70,7 @@ class AskingBody(Body):
     top_k: Annotated[Int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Int | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[Int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -84,7 +100,7 @@ class SamplingBody(AskingBody):
     no_repeat_ngram_size: Annotated[Int, Field(ge=0)] | None = None
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    allowed_token_ids: TokenIds | None = None
     prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = None
     user: str | None = None
@@ -133,7 +149,7 @@ class CompletionBody(SamplingBody):
     }
 
     prompt: Annotated[
-        str | list[TokenId] | list[str] | list[list[TokenId]], Field(union_mode="left_to_right")
+        str | TokenIds | list[str] | list[TokenIds], Field(union_mode="left_to_right")
     ]
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     logprobs: Annotated[Int, Field(ge=0)] | None = None
@@ -159,7 +175,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
     skip_special_tokens: bool | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tidaldecode.server.answer import Answer, Delta
@@ -27,6 +27,8 @@ class Exchange:
         self.failure: ApiError | None = None
         self.num_ended = 0
         self.watch: SelectionWatch | None = None  # of what its answers read
+        # Takes what comes while somebody waits for news, or says that it must wait in line.
+        self.take_at_once: Callable[[Delta], bool] = lambda _: False
         self._heard_at = self.began_at
         self._service = service
         self._deltas: list[Delta] = []
@@ -122,10 +124,12 @@ class Exchange:
         self.tell(delta)
 
     def tell(self, delta: Delta) -> None:
-        """Adds to the news."""
+        """Adds to the news, unless it is taken at once."""
+        if self._waiter is not None and not self._waiter.done() and self.take_at_once(delta):
+            self._heard_at = time.monotonic()
+            return
         self._deltas.append(delta)
         self._num_unread += len(delta.token_ids or ())
         if self._num_unread >= MOST_UNREAD and self.failure is None:
-            for each in self.answers:
-                each.is_held = not each.has_ended
+            self._service.feed.hold(self.answers)
         self.poke()

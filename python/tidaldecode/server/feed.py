@@ -1,29 +1,36 @@
-"""From the engine's thread to the event loop: who has news is read, and nobody else is looked at.
+"""From the engine's thread to the event loop: what has come of all answers is taken at once.
 
-Every answer has an eventfd that the engine writes to at the end of a pass. All of them are in one
-epoll set, edge triggered, so that a counter is never read; the loop watches the set itself.
+The engine lines up who has news in an inbox and writes to one eventfd at the end of a pass; the
+loop watches that. Nobody else is looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
-import select
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from tidaldecode import _core
+from tidaldecode.errors import TidalError
 from tidaldecode.server.answer import Answer
+from tidaldecode.text.detokenizer import push_all
 
 
 class Feed:
     """All answers that are being made."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listens within a loop, in whose thread all methods are called."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, core: _core.Decoder) -> None:
+        """Listens to an engine within a loop, in whose thread all methods are called."""
         self._loop = loop
-        self._epoll = select.epoll()
-        self._answers: dict[int, Answer] = {}  # by descriptor
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._inbox = core.open_inbox(self._fd)
+        self._answers: dict[int, Answer] = {}  # by the keys that the inbox has
+        self._keys = itertools.count()
         self._ender = ThreadPoolExecutor(1, thread_name_prefix="ender")
-        loop.add_reader(self._epoll.fileno(), self._on_news)
+        loop.add_reader(self._fd, self._on_news)
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -35,65 +42,99 @@ class Feed:
 
     def add(self, answer: Answer) -> None:
         """Hears an answer from now on until it has ended."""
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._answers[fd] = answer
-        answer.fd = fd
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
-        if not answer.generation.notify_at(fd):
-            self._read(fd, answer)
+        answer.key = next(self._keys)
+        self._answers[answer.key] = answer
+        if not self._inbox.add(answer.generation, answer.key):
+            self._read(answer)
 
-    def cancel(self, answers: list[Answer]) -> None:
+    def cancel(self, answers: Iterable[Answer]) -> None:
         """Ends answers at the next end of a pass; each delivers its end, as any other."""
         for answer in answers:
-            answer.is_held = False
             if not answer.has_ended:
-                self._ender.submit(self._stop, answer, "abort")
+                self._end(answer, "abort")
 
-    def resume(self, answers: list[Answer]) -> None:
-        """Reads what has come meanwhile of answers that were held."""
+    def hold(self, answers: Iterable[Answer]) -> None:
+        """Leaves in the engine what comes of answers, until they are resumed."""
+        for answer in answers:
+            if not (answer.has_ended or answer.is_ending):
+                answer.is_held = True
+                self._inbox.remove(answer.generation)
+
+    def resume(self, answers: Iterable[Answer]) -> None:
+        """Hears answers again that were held, and what has come of them meanwhile."""
         for answer in answers:
             if answer.is_held:
                 answer.is_held = False
-                self._read(answer.fd, answer)
+                self._inbox.add(answer.generation, answer.key)
 
     async def close(self) -> None:
         """Ends everything."""
         self.cancel(self.answers)
         await asyncio.to_thread(self._ender.shutdown)
-        self._loop.remove_reader(self._epoll.fileno())
-        for fd, answer in list(self._answers.items()):
-            self._read(fd, answer)
-            self._forget(fd)
-        self._epoll.close()
+        self._loop.remove_reader(self._fd)
+        for answer in self.answers:
+            self._read(answer)
+            self._forget(answer)
+        self._inbox.close()
+        os.close(self._fd)
 
     def _on_news(self) -> None:
-        answers = self._answers
-        for fd, _ in self._epoll.poll(0):
-            answer = answers.get(fd)
-            if answer is not None:
-                self._read(fd, answer)
+        os.eventfd_read(self._fd)
+        letters = [
+            (answer, token_ids, has_more)
+            for key, token_ids, has_more in self._inbox.take()
+            if (answer := self._answers.get(key)) is not None and not answer.is_ending
+        ]
+        texts = iter(_texts_of([(answer, ids) for answer, ids, _ in letters if ids]))
+        for answer, token_ids, has_more in letters:
+            if token_ids:
+                answer.hear(token_ids, next(texts))
+            elif not has_more:
+                answer.hear(token_ids)
+            if answer.is_matched or answer.has_ended:
+                self._settle(answer)  # what comes behind a stop string is not wanted
+            elif has_more:
+                self._read(answer)
 
-    def _read(self, fd: int, answer: Answer) -> None:
-        was_stopping = answer.is_stopping
+    def _read(self, answer: Answer) -> None:
+        """Takes what has come of one answer, and its end."""
+        if answer.is_held:
+            return
         answer.read()
+        self._settle(answer)
+
+    def _settle(self, answer: Answer) -> None:
+        """Does what follows from an answer's newest tokens."""
         if answer.has_ended:
-            self._forget(fd)
-        elif answer.is_stopping and not was_stopping:
-            self._ender.submit(self._stop, answer, "stop")
+            self._forget(answer)
+            if not answer.generation.done:  # its text has failed, and the engine does not know
+                self._ender.submit(answer.generation.stop, 0, "abort")
+        elif answer.is_matched:
+            self._end(answer, "stop")
+
+    def _end(self, answer: Answer, reason: str) -> None:
+        """Lets the ender's thread end an answer, for that waits for the pass under way."""
+        if not answer.is_ending:
+            answer.is_ending, answer.is_held = True, False
+            self._inbox.remove(answer.generation)
+            self._ender.submit(self._stop, answer, reason)
 
     def _stop(self, answer: Answer, reason: str) -> None:
-        """Ends an answer when the pass under way has ended; in the ender's thread."""
-        answer.generation.stop(0, reason)
-        # The engine says nothing of one that had ended by itself meanwhile.
-        self._loop.call_soon_threadsafe(self._on_stopped, answer)
+        try:
+            answer.generation.stop(0, reason)
+        finally:
+            self._loop.call_soon_threadsafe(self._read, answer)
 
-    def _on_stopped(self, answer: Answer) -> None:
-        if self._answers.get(answer.fd) is answer:
-            self._read(answer.fd, answer)
+    def _forget(self, answer: Answer) -> None:
+        if self._answers.pop(answer.key, None) is not None:
+            self._inbox.remove(answer.generation)
 
-    def _forget(self, fd: int) -> None:
-        answer = self._answers.pop(fd, None)
-        if answer is None:
-            return
-        answer.generation.forget_fd(fd)
-        os.close(fd)
+
+def _texts_of(news: list[tuple[Answer, list[int]]]) -> list[str | None]:
+    """What new tokens add to the text of each answer; None for an answer that must see itself."""
+    calls = [(answer.assembler, ids) for answer, ids in news if answer.assembler is not None]
+    if len(calls) == len(news):
+        # Who breaks the tokenizer by a token of its own must not take the others along.
+        with contextlib.suppress(TidalError):
+            return [*push_all(calls)]
+    return [None] * len(news)

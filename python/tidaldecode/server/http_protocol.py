@@ -12,11 +12,38 @@ import sys
 import termios
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from tidaldecode.server.errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024
+
+
+class OpenBody:
+    """The body of a response that has begun, for pieces that are written without waiting."""
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        """Takes uvicorn's request with its response."""
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._write = cycle.transport.write
+
+    def is_free(self) -> bool:
+        """Whether the client takes pieces as they come, each a chunk."""
+        cycle = self._cycle
+        return bool(
+            not self._flow.write_paused and cycle.chunked_encoding and not cycle.disconnected
+        )
+
+    def write(self, piece: bytes) -> None:
+        """Adds a piece, which must not be empty, while the body is free."""
+        self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -81,6 +108,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         super().on_headers_complete()
+        # The request has no task of its own before this returns to the loop.
+        self.cycle.scope["tidaldecode.open_body"] = OpenBody(self.cycle)  # type: ignore
 
     def on_message_complete(self) -> None:
         self._is_in_head = True

@@ -72,7 +72,7 @@ class Service:
         self.metrics = Metrics(self)
         self.names: tuple[str, ...] = settings.served_model_names
         self.num_preparing = 0  # requests whose prompts are being made
-        self.feed: Feed
+        self.feed: Feed  # once the model is there
         self.loop: asyncio.AbstractEventLoop
         self.on_change: Callable[[], None] = lambda: None  # called when the state has changed
         # Closes the connections of clients that have not read for too long, at a time; how many.
@@ -88,7 +88,6 @@ class Service:
     def start(self) -> None:
         """Begins to load, and to look after time limits."""
         self.loop = asyncio.get_running_loop()
-        self.feed = Feed(self.loop)
         self._ticking = self.loop.create_task(self._tick_on())
         self._loading = self.loop.create_task(self._load_model())
 
@@ -104,6 +103,7 @@ class Service:
         except Exception as problem:
             self.die(problem)
             return
+        self.feed = Feed(self.loop, self._model.decoder._core)
         if not self.names:
             self.names = (self._model.decoder.folder.path.resolve().name,)
         if self.state == "loading":
@@ -145,7 +145,7 @@ class Service:
             self._ticking.cancel()
         if self._loading is not None:
             await self._loading  # it cannot be interrupted
-        if self.state != "dead":
+        if self._model is not None and self.state != "dead":
             await self.feed.close()
         model, self._model = self._model, None
         if model is not None:

@@ -8,59 +8,43 @@ question to the other process takes a hundred times as long.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
-
-_utf8 = codecs.getincrementaldecoder("utf-8")
+from collections.abc import Callable, Sequence
 
 
-class _Text:
+class ByteText:
     """The text of one growing sequence."""
 
-    __slots__ = ("_decoder", "_num_known")
+    __slots__ = ("_num_known", "_rest", "_token_bytes")
 
-    def __init__(self, before: bytes) -> None:
-        """Follows bytes of a prompt, whose last character the new tokens may complete."""
-        self._decoder = _utf8("replace")
-        self._decoder.decode(before)
+    def __init__(
+        self, prompt_ids: Sequence[int], token_bytes: Callable[[Sequence[int]], list[bytes]]
+    ) -> None:
+        """Follows a prompt, whose last character the new tokens may complete.
+
+        Args:
+            prompt_ids: its last tokens.
+            token_bytes: gives the bytes of tokens, none of those that are left out.
+        """
+        self._token_bytes = token_bytes
+        self._rest = b""  # the beginning of a character
+        self._num_known = 0
+        self.push(prompt_ids)
         # What stands for an incomplete character has been shown as part of the prompt.
-        self._num_known = 1 if self._decoder.getstate()[0] else 0
+        self._num_known = 1 if self._rest else 0
 
-    def push(self, data: bytes, ends: bool = False) -> str:
-        """The characters that are complete now."""
-        text = self._decoder.decode(data, ends)
+    def push(self, token_ids: Sequence[int], ends: bool = False) -> str:
+        """The characters that tokens make complete, and at the end those that are not."""
+        return self._decode(b"".join(self._token_bytes(token_ids)), ends)
+
+    def pieces(self, token_ids: Sequence[int], *, ends: bool = False) -> list[str]:
+        """push() of each token, and of the end."""
+        pieces = [self._decode(data, False) for data in self._token_bytes(token_ids)]
+        return [*pieces, self._decode(b"", True)] if ends else pieces
+
+    def _decode(self, data: bytes, is_last: bool) -> str:
+        data = self._rest + data
+        text, num_used = codecs.utf_8_decode(data, "replace", is_last)
+        self._rest = data[num_used:]
         if self._num_known and text:
             text, self._num_known = text[1:], 0
         return text
-
-
-def detokenize_bytes(
-    rows: Sequence[dict[str, Any]],
-    token_bytes: Callable[[Sequence[int]], list[bytes]],
-    special_ids: Collection[int],
-) -> list[dict[str, Any]]:
-    """What new tokens of several sequences add to their texts.
-
-    Args:
-        rows: as worker/backend.py's detokenize() takes them.
-        token_bytes: gives the bytes of tokens.
-        special_ids: the tokens that a row which skips special tokens leaves out.
-
-    Returns: as there; a state is for the next call only.
-    """
-    answers = []
-    for row in rows:
-        skipped = special_ids if row["skips"] else ()
-        text = row["state"]
-        if text is None:
-            shown = [token_id for token_id in row["prompt"] if token_id not in skipped]
-            text = _Text(b"".join(token_bytes(shown)))
-        ids = row["ids"]
-        pieces = [
-            "" if token_id in skipped else text.push(data)
-            for token_id, data in zip(ids, token_bytes(ids), strict=True)
-        ]
-        if row["ends"]:
-            pieces.append(text.push(b"", True))
-        answers.append({"pieces": pieces, "state": text})
-    return answers

@@ -2,21 +2,34 @@
 
 Used by stream.py and batch.py. IncrementalDetokenizer (worker/detokenizer.py, in the text process)
 never gives out part of a character; StopStringFilter never gives out text that may turn out to be
-the beginning of a stop string. TextAssembler asks once for all sequences and all their new tokens.
+the beginning of a stop string. TextAssembler asks once for all sequences and all their new tokens,
+or asks nobody where tokens are bytes (byte_text.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol
 
 from tidaldecode.sampling import SamplingSettings
+from tidaldecode.text.byte_text import ByteText
 from tidaldecode.text.worker.detokenizer import CONTEXT_TOKENS, IncrementalDetokenizer
 
 __all__ = ["IncrementalDetokenizer", "StopStringFilter", "TextAssembler"]
 
-Detokenize = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
+
+class TextSource(Protocol):
+    """What a Tokenizer knows of texts."""
+
+    special_tokens: frozenset[str]
+    joins_bytes: bool
+
+    def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What new tokens of several sequences add to their texts."""
+
+    def byte_text(self, prompt_ids: Sequence[int], *, skips: bool) -> ByteText:
+        """The text that follows a prompt, if it joins bytes."""
 
 
 class StopStringFilter:
@@ -126,29 +139,33 @@ class _HidingFilter:
 class _Row:
     """One sequence of a call."""
 
+    __slots__ = ("_filter", "_hides", "_left_out", "_prompt", "_skips", "_states", "pieces")
+
     def __init__(
         self, prompt_ids: Sequence[int], settings: SamplingSettings, special: Collection[str]
     ) -> None:
         self._prompt = list(prompt_ids[-CONTEXT_TOKENS:])
         skips = settings.skip_special_tokens
         keeps = settings.include_stop_str_in_output
-        hides = skips and any(token in stop for stop in settings.stop for token in special)
+        self._hides = skips and any(token in stop for stop in settings.stop for token in special)
         # What is asked for: the text that is shown, and where stop strings hold special tokens that
         # are not shown, the text with them too.
-        self._skips = (False, True) if hides else (skips,)
+        self._skips = (False, True) if self._hides else (skips,)
         self._states: list[Any] = [None] * len(self._skips)
-        self._plain = StopStringFilter(settings.stop, keeps_stop=keeps)
-        self._hiding = _HidingFilter(settings.stop, keeps_stop=keeps) if hides else None
+        self._filter: Any = None
+        if settings.stop:
+            kind = _HidingFilter if self._hides else StopStringFilter
+            self._filter = kind(settings.stop, keeps_stop=keeps)
         self._left_out = () if keeps else settings.stop_token_ids
         self.pieces: list[str] = []
 
     @property
     def matched(self) -> str | None:
-        return (self._hiding or self._plain).matched
+        return None if self._filter is None else self._filter.matched
 
     def questions(self, ids: Iterable[int], *, ends: bool) -> list[dict[str, Any]]:
         """What to ask for these new tokens; nothing if they change nothing."""
-        new = [token_id for token_id in ids if token_id not in self._left_out]
+        new = self._shown(ids)
         if self.matched is not None or not (new or ends):
             return []
         return [
@@ -166,14 +183,34 @@ class _Row:
         """Takes the answers to its questions; returns the text that may be shown now."""
         self._states = [answer["state"] for answer in answers]
         pieces = [answer["pieces"] for answer in answers]
-        if self._hiding is not None:
-            text = "".join(self._hiding.push(*pair) for pair in zip(*pieces, strict=True))
-            rest = self._hiding.finish() if ends and self.matched is None else ""
-        else:
-            text = self._plain.push("".join(pieces[0]))
-            rest = self._plain.finish() if ends and self.matched is None else ""
-        self.pieces.append(text + rest)
-        return text + rest
+        return self._show(zip(*pieces, strict=True) if self._hides else "".join(pieces[0]), ends)
+
+    def add(self, ids: Iterable[int], source: TextSource, *, ends: bool) -> str:
+        """Adds tokens whose text is made here; returns what may be shown now."""
+        new = self._shown(ids)
+        if self.matched is not None or not (new or ends):
+            return ""
+        if self._states[0] is None:
+            self._states = [source.byte_text(self._prompt, skips=skips) for skips in self._skips]
+        if self._hides:
+            pieces = [text.pieces(new, ends=ends) for text in self._states]
+            return self._show(zip(*pieces, strict=True), ends)
+        return self._show(self._states[0].push(new, ends), ends)
+
+    def _shown(self, ids: Iterable[int]) -> list[int]:
+        left_out = self._left_out
+        return [token_id for token_id in ids if token_id not in left_out]
+
+    def _show(self, new: Any, ends: bool) -> str:
+        """What may be shown now of new text, or of pairs of pieces if special tokens are hidden."""
+        text = new
+        if self._filter is not None:
+            push = self._filter.push
+            text = "".join(push(*pair) for pair in new) if self._hides else push(new)
+            if ends and self._filter.matched is None:
+                text += self._filter.finish()
+        self.pieces.append(text)
+        return text
 
 
 class TextAssembler:
@@ -181,20 +218,20 @@ class TextAssembler:
 
     def __init__(
         self,
-        detokenize: Detokenize,
+        source: TextSource,
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings,
-        special: Collection[str] = (),
     ) -> None:
         """Begins texts that follow prompts.
 
         Args:
-            detokenize: Tokenizer.detokenize.
+            source: the tokenizer.
             prompts: token ids before the new ones, of each sequence.
             settings: of the call: what stops a text, and what of it is shown.
-            special: Tokenizer.special_tokens.
         """
-        self._detokenize = detokenize
+        self.may_match = bool(settings.stop)  # a stop string
+        self._source = source
+        special = source.special_tokens
         self._rows = [_Row(prompt_ids, settings, special) for prompt_ids in prompts]
 
     def matched_stop(self, sequence: int) -> str | None:
@@ -217,14 +254,32 @@ class TextAssembler:
         return self._add(tokens, ends=True)
 
     def _add(self, tokens: dict[int, list[int]], *, ends: bool) -> dict[int, str]:
-        asked = {s: self._rows[s].questions(ids, ends=ends) for s, ids in tokens.items()}
-        questions = [question for row in asked.values() for question in row]
-        if not questions:
-            return {}
-        answers = iter(self._detokenize(questions))
-        shown = {}
-        for sequence, row in asked.items():
-            if row:
-                own = [next(answers) for _ in row]
-                shown[sequence] = self._rows[sequence].take(own, ends=ends)
-        return shown
+        news = [(self._rows[sequence], ids) for sequence, ids in tokens.items()]
+        return dict(zip(tokens, _texts_of(self._source, news, ends=ends), strict=True))
+
+
+def push_all(news: Sequence[tuple[TextAssembler, list[int]]]) -> list[str]:
+    """Adds new tokens to calls of one sequence each; returns what each may show now.
+
+    Args:
+        news: calls of one tokenizer, which is asked once for all, with their tokens.
+    """
+    if not news:
+        return []
+    rows = [(assembler._rows[0], ids) for assembler, ids in news]
+    return _texts_of(news[0][0]._source, rows, ends=False)
+
+
+def _texts_of(
+    source: TextSource, news: Sequence[tuple[_Row, list[int]]], *, ends: bool
+) -> list[str]:
+    """What rows may show once they have new tokens; if it cannot be made, they are as before."""
+    if source.joins_bytes:
+        return [row.add(ids, source, ends=ends) for row, ids in news]
+    asked = [row.questions(ids, ends=ends) for row, ids in news]
+    questions = [question for each in asked for question in each]
+    answers = iter(source.detokenize(questions) if questions else ())
+    return [
+        row.take([next(answers) for _ in each], ends=ends) if each else ""
+        for (row, _), each in zip(news, asked, strict=True)
+    ]

@@ -175,13 +175,7 @@ class Frontend:
         """What turns a call's new tokens into text; None if there is no tokenizer and no need."""
         if self._tokenizer is None and not (needed or settings.stop):
             return None
-        tokenizer = self.tokenizer
-        return partial(
-            TextAssembler,
-            tokenizer.detokenize,
-            settings=settings,
-            special=tokenizer.special_tokens,
-        )
+        return partial(TextAssembler, self.tokenizer, settings=settings)
 
     def hint_at_chat(self, result: GenerationResult) -> None:
         """Says once that a model that answers a plain text with nothing may want a conversation."""

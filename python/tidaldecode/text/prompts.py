@@ -36,7 +36,7 @@ def encode_prompts(
     items = _as_list(_input_ids(prompt, "prompt"), "prompt")
     if not items:
         raise InvalidArgument("prompt: got an empty list, expected at least one token or prompt")
-    if not any(isinstance(item, str) or _is_list_like(item) for item in items):
+    if _are_ints(items) or not any(isinstance(item, str) or _is_list_like(item) for item in items):
         return [check_token_ids(items, vocab_size, "prompt")], False
     places = [f"prompt {index}" for index in range(len(items))]
     return _encode(items, encode, vocab_size, places), True
@@ -50,6 +50,8 @@ def check_token_ids(ids: Any, vocab_size: int, where: str = "token_ids") -> list
     values = _as_list(ids, where)
     if not values:
         raise InvalidArgument(f"{where}: got no tokens, expected at least one")
+    if _are_ints(values) and min(values) >= 0 and max(values) < vocab_size:
+        return list(values)
     result = []
     for position, value in enumerate(values):
         token_id = as_index(value)
@@ -60,6 +62,11 @@ def check_token_ids(ids: Any, vocab_size: int, where: str = "token_ids") -> list
             )
         result.append(token_id)
     return result
+
+
+def _are_ints(values: list[Any]) -> bool:
+    """Whether all are Python's own integers, which takes a hundredth of looking at each."""
+    return set(map(type, values)) == {int}
 
 
 def _encode(
@@ -142,10 +149,13 @@ def _is_list_like(value: Any) -> bool:
 
 def _as_list(value: Any, where: str) -> list[Any]:
     """The items of a list, a range or an array; the rows of an array are lists."""
-    problem = InvalidArgument(f"{where}: got {show(value)}, expected {_EXPECTED}")
+
+    def problem() -> InvalidArgument:  # made if there is one: a long list takes long to be shown
+        return InvalidArgument(f"{where}: got {show(value)}, expected {_EXPECTED}")
+
     is_array = hasattr(value, "__array__") and not isinstance(value, type)
     if not (_is_list_like(value) or is_array) or isinstance(value, Mapping):
-        raise problem
+        raise problem()
     if is_array and not hasattr(value, "tolist"):
         import numpy  # has been imported by whoever made the array
 
@@ -163,7 +173,7 @@ def _as_list(value: Any, where: str) -> list[Any]:
     except InvalidArgument:
         raise
     except Exception:
-        raise problem from None
+        raise problem() from None
     if not isinstance(items, list):  # an array of no dimension
-        raise problem
+        raise problem()
     return items

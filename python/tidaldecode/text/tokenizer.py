@@ -16,7 +16,7 @@ from typing import Any
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.errors import ConfigError, InvalidArgument, TidalError, show
 from tidaldecode.sampling import as_index
-from tidaldecode.text.byte_text import detokenize_bytes
+from tidaldecode.text.byte_text import ByteText
 from tidaldecode.text.chat import Chat, check_text
 from tidaldecode.text.prompts import MAX_PROMPT_ITEMS
 from tidaldecode.text.text_process import Limits, TextProcess, TextProcessError
@@ -64,6 +64,7 @@ class Tokenizer:
             raise self._error(cause, "the tokenizer cannot be loaded") from cause
         self.num_tokens: int = about["num_tokens"]
         self._token_bytes: dict[int, bytes] = {}  # those that were asked for
+        self._shown_bytes: dict[int, bytes] = {}
         self.has_chat_template: bool = about["has_chat_template"]
         # The one that conversations with tools go through.
         self.chat_template: str | None = about["chat_template"]
@@ -72,7 +73,8 @@ class Tokenizer:
         self._special_ids: frozenset[int] = frozenset(about["special_ids"])
         # Special tokens by their names ("bos_token"), as chat templates see them.
         self.named_tokens: dict[str, str] = about["named_tokens"]
-        self._joins_bytes: bool = about["joins_bytes"]
+        # Whether a text is what the bytes of its tokens are together.
+        self.joins_bytes: bool = about["joins_bytes"]
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -125,7 +127,13 @@ class Tokenizer:
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """The bytes that each token stands for in the midst of a text; they may be no character."""
-        known = self._token_bytes
+        return self._look_up(self._token_bytes, token_ids)
+
+    def shown_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """token_bytes(), of special tokens none."""
+        return self._look_up(self._shown_bytes, token_ids)
+
+    def _look_up(self, known: dict[int, bytes], token_ids: Sequence[int]) -> list[bytes]:
         try:
             return [known[token_id] for token_id in token_ids]
         except KeyError:
@@ -139,13 +147,22 @@ class Tokenizer:
             ids = list(range(block * _BLOCK, (block + 1) * _BLOCK))
             found = self._call("token_bytes", {"token_ids": ids}, self._id_limits(len(ids)))
             self._token_bytes.update(zip(ids, map(bytes.fromhex, found), strict=True))
+            special = dict.fromkeys(self._special_ids.intersection(ids), b"")
+            self._shown_bytes.update({each: self._token_bytes[each] for each in ids} | special)
 
     def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What new tokens of several sequences add to their texts: worker/backend.py."""
-        if self._joins_bytes:
-            return detokenize_bytes(rows, self.token_bytes, self._special_ids)
         num_ids = sum(len(row["ids"]) for row in rows)
         return self._call("detokenize", {"rows": list(rows)}, self._id_limits(num_ids))
+
+    def byte_text(self, prompt_ids: Sequence[int], *, skips: bool) -> ByteText:
+        """The text that follows a prompt, of a tokenizer that joins bytes.
+
+        Args:
+            prompt_ids: its last tokens.
+            skips: whether special tokens are left out.
+        """
+        return ByteText(prompt_ids, self.shown_bytes if skips else self.token_bytes)
 
     def render_chat(self, messages: Any, **options: Any) -> Any:
         """Token ids of a conversation, up to where the model's answer begins.
