@@ -82,8 +82,9 @@ void CudaBackend::CodedLinear(const SkinnyRun& run, const LinearArgs& linear) {
   const Weight& weight = linear.weight;
   const int64_t num_tokens = linear.x.dim(0);
   const int64_t bytes = weight.num_outputs() * weight.num_inputs() * DTypeBytes(linear.x.dtype);
-  const bool decodes = num_tokens > kMaxTokensInParts && !(batch_invariant_ && in_step_) &&
-                       bytes <= decoded_weight_.bytes();
+  // Batch-invariant steps stream whatever comes, and prompts are decoded for, however short.
+  const bool is_much = batch_invariant_ ? !in_step_ : num_tokens > kMaxTokensInParts;
+  const bool decodes = is_much && bytes <= decoded_weight_.bytes();
   if (decodes || !StreamsLinear(linear)) {
     LinearArgs plain = linear;
     plain.weight = TensorView(Grow(decoded_weight_, bytes, kDecodedPurpose), linear.x.dtype,
