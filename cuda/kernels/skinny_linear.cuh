@@ -228,11 +228,12 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   // Where a lane copies from, for the tiles of a group.
   struct Sources {
     int group = -1;
-    // Of both halves of a tile: the lane's first row, its 16 bytes of chunk 0, and how many rows
-    // are there from that one on.
-    const unsigned char* first[kRowTiles][2];
-    int num_rows[kRowTiles][2];
-    int scale_row = -1;  // of the lane's run of scales; -1: none
+    // The lane's first row of a tile, its 16 bytes of chunk 0.
+    const unsigned char* rows[kRowTiles];
+    int64_t to_second;  // bytes from the first half of a tile to the second
+    int num_tiles;      // that are there
+    bool are_whole;     // all of their rows are there
+    int scale_row;      // of the lane's run of scales; -1: none
   };
 
   static constexpr int kRowLanes = kRowBytes / 16;  // that share a row, 16 bytes each
@@ -240,26 +241,29 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
   __device__ void FindSources(int group, int lane, Sources& sources) const {
     sources.group = group;
+    sources.num_tiles = min(num_tiles_ - group * kRowTiles, kRowTiles);
+    sources.are_whole = true;
+    sources.scale_row = -1;
     int64_t row_bytes = BytesOfInputs(p_.num_inputs);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
-      int index = group * kRowTiles + tile;
-      bool present = index < num_tiles_;
-      TileRows rows = epilogue_.Rows(TileOf(present ? index : 0));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int first = half == 0 ? rows.first : rows.second, row = first + lane / kRowLanes;
-        sources.first[tile][half] = p_.weight + row * row_bytes + lane % kRowLanes * 16;
-        sources.num_rows[tile][half] = present ? p_.num_outputs - row : 0;
-        if (kGrouped && lane % (kRowTiles * 2) == tile * 2 + half) {
-          sources.scale_row = present && first < p_.num_outputs ? first : -1;
-        }
+      if (tile >= sources.num_tiles) break;
+      TileRows rows = epilogue_.Rows(TileOf(group * kRowTiles + tile));
+      sources.rows[tile] =
+          p_.weight + (rows.first + lane / kRowLanes) * row_bytes + lane % kRowLanes * 16;
+      sources.to_second = (rows.second - rows.first) * row_bytes;
+      sources.are_whole = sources.are_whole && rows.second + kTileRows / 2 <= p_.num_outputs;
+      if constexpr (kGrouped) {
+        if (lane / 2 % kRowTiles != tile) continue;
+        int row = lane % 2 == 0 ? rows.first : rows.second;
+        sources.scale_row = row < p_.num_outputs ? row : -1;
       }
     }
   }
 
   // Starts the copies of a stage's part of a group's rows: a lane has 16 bytes of a row; for a
-  // first group with kNormed of the norm's weights, too. Zeros past the ends of rows and weight.
+  // first group with kNormed of the norm's weights, too. Zeros past the ends of rows and weight;
+  // nothing past the last tile, whose sums nobody takes.
   __device__ void CopyWeight(const Cursor& at, unsigned char* stage, int lane, Sources& sources) {
     if (at.group >= num_groups_) return;
     if (at.group != sources.group) FindSources(at.group, lane, sources);
@@ -267,21 +271,33 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     if constexpr (kGrouped) CopyScales(at, stage, lane, sources.scale_row);
     int piece = lane % kRowLanes, row = lane / kRowLanes;
     bool inside = at.FirstInput() + piece * (kChunk / kRowLanes) < p_.num_inputs;
-    int64_t row_bytes = BytesOfInputs(p_.num_inputs);
     unsigned char* target = stage + row * kRowBytes + Reader::Place(row, piece * 16);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const unsigned char* source = sources.first[tile][half] + at.chunk * kRowBytes;
-        int num_rows = inside ? sources.num_rows[tile][half] : 0;
-#pragma unroll
-        for (int below = 0; below < kTileRows / 2; below += kCopyRows) {
-          bool present = below < num_rows;
-          CopyAsync16(target + (tile * kTileRows + half * kTileRows / 2 + below) * kRowBytes,
-                      present ? source + below * row_bytes : p_.weight, present, policy_);
-        }
+      if (kRowTiles > 1 && tile >= sources.num_tiles) break;
+      const unsigned char* source = sources.rows[tile] + at.chunk * kRowBytes;
+      int num_rows = kTileRows / 2 - row;  // of a half, from this lane's on
+      if (!sources.are_whole) {
+        TileRows rows = epilogue_.Rows(TileOf(at.group * kRowTiles + tile));
+        CopyHalf(target, source, min(num_rows, p_.num_outputs - rows.first - row), inside);
+        num_rows = min(num_rows, p_.num_outputs - rows.second - row);
+      } else {
+        CopyHalf(target, source, num_rows, inside);
       }
+      CopyHalf(target + kTileRows / 2 * kRowBytes, source + sources.to_second, num_rows, inside);
+      target += kTileRows * kRowBytes;
+    }
+  }
+
+  // Half a tile's part, every kCopyRows-th row.
+  __device__ void CopyHalf(unsigned char* target, const unsigned char* source, int num_rows,
+                           bool inside) const {
+    int64_t row_bytes = BytesOfInputs(p_.num_inputs);
+#pragma unroll
+    for (int below = 0; below < kTileRows / 2; below += kCopyRows) {
+      bool present = inside && below < num_rows;
+      CopyAsync16(target + below * kRowBytes, present ? source + below * row_bytes : p_.weight,
+                  present, policy_);
     }
   }
 
