@@ -4,8 +4,9 @@ Called by command.py. It begins with a plan in which every layer scores the shad
 chooses for itself, which loses next to nothing, and takes away what costs least: a layer that does
 not choose reads the set in front of it. (The pattern of IndexCache, arXiv 2603.12201, the other way
 round: adding layers to a plan of few finds what is less bad, not what is good.) In each round all
-layers are ranked on a few questions, and as many as are nearly free go together; what is left is
-measured on everything. So there is a plan for every number of bytes.
+layers are ranked, and as many as are nearly free go together, so that there is a plan for every
+number of bytes. Plans are ranked on a few questions and texts; of those that come out best, the
+ones that may be near the loss that is allowed are measured on everything.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from tidaldecode.plan_bytes import kv_bytes_per_step
 from tidaldecode.plans import FULL_LAYERS, plan_letters
 
 _LEAST_LAYERS = 3
-RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)  # of the budget
-SINKS = (1, 4)
-GRANULARITIES = ("kv_head", "layer")
+# What is settled for each plan, in this order; recents are shares of the budget.
+_SETTINGS = {
+    "granularity": ("layer", "kv_head"),
+    "recent_share": (0.25, 0.0, 0.125, 0.5),
+    "sink_tokens": (1, 4),
+}
 # Of the layers that choose, the share that a round takes away.
 _TAKEN_SHARE = 0.25
+# Plans are kept whose loss is within a factor of the least among those that read less: first while
+# their settings are open, which may halve it, and then where ranking is no better than that. Plans
+# within the last factor of the loss that is allowed may turn out on either side of it.
+_UNSETTLED_ALIKE = 2.0
+_RANKED_ALIKE = 1.15
+_NEAR = 4.0
 # With so few layers that choose, they may as well be dense, which repairs errors.
 _MOST_SELECT_LAYERS = 6
 
@@ -126,13 +136,21 @@ class Search:
         self._quick: dict[Candidate, float] = {}
         self._stage = Stage(number=0, count=0, title="")
 
-    def run(self, budgets: Sequence[int], max_choosing_layers: int | None = None) -> list[Point]:
+    def run(
+        self,
+        budgets: Sequence[int],
+        max_choosing_layers: int | None = None,
+        *,
+        max_loss: float = 0.0,
+    ) -> list[Point]:
         """All plans that were measured on everything.
 
         Args:
             budgets: token budgets, ascending; layers are searched at the middle one, and all else
                 at each.
             max_choosing_layers: most layers that choose in a plan of the result; None: any number.
+            max_loss: the cheapest plan that loses no more is wanted, so that only those near it are
+                measured; where that shows none, or none that loses more, all that are worth it.
 
         Raises: UnsupportedError for a model without room for a dense, a scored and a sparse layer.
         """
@@ -145,15 +163,21 @@ class Search:
         first = min(FULL_LAYERS, self._model.num_layers - 2)
         layers = tuple(range(first, self._model.num_layers))
         sizes = _chain_sizes(len(layers))
-        self._stage = Stage(number=0, count=len(sizes) + len(budgets), title="")
+        self._stage = Stage(number=0, count=len(sizes) + 3, title="")
         middle = budgets[(len(budgets) - 1) // 2]
         chain = self._chain(Candidate(scored_layers=layers, token_budget=middle), sizes)
         most = len(layers) if max_choosing_layers is None else max_choosing_layers
-        ends = self._cheapest([c for c in chain if len(c.choosing_layers) <= most])
-        for budget in budgets:
-            self._next_stage(f"budget {budget}")
-            ends = self._settled([replace(end, token_budget=budget) for end in ends])
-        return [p for p in self._points.values() if len(p.candidate.choosing_layers) <= most]
+        ends = self._cheapest(
+            [c for c in chain if len(c.choosing_layers) <= most], _UNSETTLED_ALIKE
+        )
+        self._next_stage(f"settings at budget {middle}")
+        ends = self._settled(ends)
+        self._next_stage("budgets")
+        found = [replace(end, token_budget=budget) for end in ends for budget in budgets]
+        self._rank(found)
+        self._next_stage("the best of all")
+        self._score_near(self._cheapest(found, _RANKED_ALIKE), max_loss)
+        return list(self._points.values())
 
     def dense_bytes(self) -> int:
         """Bytes of keys and values that a dense step reads."""
@@ -177,7 +201,7 @@ class Search:
                 dense = replace(candidate, select_layers=layers, scored_layers=())
                 if "s" in dense.letters(self._model.num_layers):
                     variants.append(dense)
-            self._score(variants)
+            self._rank(variants)
             chain += variants
         return chain
 
@@ -200,41 +224,42 @@ class Search:
         return replace(candidate, scored_layers=kept)
 
     def _settled(self, ends: Sequence[Candidate]) -> list[Candidate]:
-        """The best settings besides layers and budget, found at the end that loses least."""
-        ends = list(ends)
-        self._score(ends)
-        best = min(ends, key=self._loss)
-        for name, values in (
-            ("recent_share", RECENT_SHARES),
-            ("granularity", GRANULARITIES),
-            ("sink_tokens", SINKS),
-        ):
-            tried = [best, *(replace(best, **{name: value}) for value in values)]
-            self._score(tried)
-            best = min(tried, key=self._loss)
-        settings = {
-            "recent_share": best.recent_share,
-            "granularity": best.granularity,
-            "sink_tokens": best.sink_tokens,
-        }
-        settled = [replace(end, **settings) for end in ends]
-        self._score(settled)
-        return settled
+        """Each with the settings besides layers and budget that lose least, one after the other.
 
-    def _cheapest(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The best at each number of bytes that loses less than all that read less."""
-        ordered = sorted(candidates, key=lambda c: (self._cost(c), self._loss(c)))
+        They differ from plan to plan: a set that many layers read serves as a whole best, and one
+        that its own layer alone reads may be another for every KV head.
+        """
+        ends = list(ends)
+        for name, values in _SETTINGS.items():
+            tried = [[replace(end, **{name: value}) for value in values] for end in ends]
+            self._rank([candidate for own in tried for candidate in own])
+            ends = [min(own, key=self._quick_loss) for own in tried]
+        return ends
+
+    def _cheapest(self, candidates: Sequence[Candidate], factor: float) -> list[Candidate]:
+        """By ascending bytes, those ranked to lose less than `factor` times all that read less."""
+        ordered = sorted(candidates, key=lambda c: (self._cost(c), self._quick_loss(c)))
         kept: list[Candidate] = []
+        least = float("inf")
         for candidate in ordered:
-            if not kept or self._loss(candidate) < self._loss(kept[-1]):
+            if self._quick_loss(candidate) < factor * least:
                 kept.append(candidate)
+            least = min(least, self._quick_loss(candidate))
         return kept
+
+    def _score_near(self, ascending: Sequence[Candidate], max_loss: float) -> None:
+        """Measures the plans near a loss, or all if that does not show the cheapest within it."""
+        near = [c for c in ascending if max_loss / _NEAR <= self._quick_loss(c) <= _NEAR * max_loss]
+        self._score(near)
+        within = [self._points[candidate].scores.loss <= max_loss for candidate in near]
+        if not any(within) or within[0]:
+            self._score(ascending)
 
     def _cost(self, candidate: Candidate) -> int:
         return kv_bytes_per_step(self._model, candidate.config(), self._seq_len, self._value_bytes)
 
-    def _loss(self, candidate: Candidate) -> float:
-        return self._points[candidate].scores.loss
+    def _quick_loss(self, candidate: Candidate) -> float:
+        return self._quick[candidate]
 
     def _rank(self, candidates: Sequence[Candidate]) -> None:
         new = [c for c in dict.fromkeys(candidates) if c not in self._quick]

@@ -54,12 +54,12 @@ def show_judgement(console: Console, job: Job, outcome: Outcome) -> None:
     if outcome.is_judged_by_questions:
         exam = outcome.exam
         judged = (
-            f"{len(exam.answered)} questions that the dense model answers rightly and surely "
+            f"{exam.num_counted} questions that the dense model answers rightly and surely "
             f"(of {exam.num_asked} asked, {way}) and {judged}"
         )
     console.print(f"Judged at {contexts} tokens: {judged}", markup=False, highlight=False)
     if outcome.is_judged_by_questions:
-        counted = len(outcome.held_out.answered)
+        counted = outcome.held_out.num_counted
         low, high = wilson_interval(outcome.num_same, counted) if counted else (0.0, 1.0)
         console.print(
             f"Held-out questions: {outcome.num_same} of {counted} that dense answers rightly are "
