@@ -29,7 +29,7 @@ _SCORED_TOKENS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One plan on the calibration data, the mean of its contexts; losses in nats a token."""
+    """One plan on the data of the context where it loses most; losses in nats a token."""
 
     text_loss: float  # of the tokens that came, over the dense one
     text_kl: float  # KL from the dense distributions: the same in expectation, less noisy
@@ -265,24 +265,26 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _summed(groups: Sequence[Group], scores: Sequence[GroupScore]) -> Scores:
-    """The mean of the contexts, each the mean of its rows."""
+    """Those of the context that loses most: a short one must not hide what a long one loses."""
     pairs = list(zip(groups, scores, strict=True))
-    texts = [(group, score) for group, score in pairs if group.is_text]
-    questions = [(group, score) for group, score in pairs if not group.is_text]
+    contexts = sorted({group.context for group in groups})
+    found = [_of_context([pair for pair in pairs if pair[0].context == c]) for c in contexts]
+    return max(found, key=lambda scores: scores.loss)
 
-    def mean(
-        own: Sequence[tuple[Group, GroupScore]], value: Callable[[GroupScore], float]
-    ) -> float:
-        rows: dict[int, list[tuple[float, int]]] = {}
-        for group, score in own:
-            rows.setdefault(group.context, []).append((value(score), score.num_rows))
-        means = [sum(v * n for v, n in part) / sum(n for _, n in part) for part in rows.values()]
-        return round(float(np.mean(means)), 6)
+
+def _of_context(pairs: Sequence[tuple[Group, GroupScore]]) -> Scores:
+    """The mean of the rows of each kind."""
+    texts = [score for group, score in pairs if group.is_text]
+    questions = [score for group, score in pairs if not group.is_text]
+
+    def mean(own: Sequence[GroupScore], value: Callable[[GroupScore], float]) -> float:
+        total = sum(value(score) * score.num_rows for score in own)
+        return round(total / max(1, sum(score.num_rows for score in own)), 6)
 
     return Scores(
-        text_loss=mean(texts, lambda score: score.loss) if texts else 0.0,
-        text_kl=mean(texts, lambda score: score.kl) if texts else 0.0,
-        answer_kl=mean(questions, lambda score: score.kl) if questions else 0.0,
+        text_loss=mean(texts, lambda score: score.loss),
+        text_kl=mean(texts, lambda score: score.kl),
+        answer_kl=mean(questions, lambda score: score.kl),
         agreement=(
             mean(questions, lambda score: score.num_same / score.num_rows) if questions else 1.0
         ),

@@ -37,6 +37,8 @@ _TAKEN_SHARE = 0.25
 _UNSETTLED_ALIKE = 2.0
 _RANKED_ALIKE = 1.15
 _NEAR = 4.0
+# Plans that read so many times the bytes of another read as good as the same.
+_BYTES_ALIKE = 1.02
 # With so few layers that choose, they may as well be dense, which repairs errors.
 _MOST_SELECT_LAYERS = 6
 
@@ -313,6 +315,13 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def choose(points: Sequence[Point], max_loss: float) -> Point:
-    """The cheapest point of the frontier within `max_loss`, or the one that loses least."""
+    """The cheapest point of the frontier within `max_loss`, or the one that loses least.
+
+    Of those that read hardly more than the cheapest, the one that loses least.
+    """
     ascending = frontier(points)
-    return next((p for p in ascending if p.scores.loss <= max_loss), ascending[-1])
+    within = [point for point in ascending if point.scores.loss <= max_loss]
+    if not within:
+        return ascending[-1]
+    most = _BYTES_ALIKE * within[0].bytes_per_step
+    return [point for point in within if point.bytes_per_step <= most][-1]
