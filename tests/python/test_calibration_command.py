@@ -55,7 +55,7 @@ def test_a_calibration_writes_the_plan_that_decoders_use(run, model: Path, caplo
     assert plan["context"] == [1024] and plan["max_loss"] == 9 and plan["chat"] is True
     assert plan["held_out"] == {"same": 0, "counted": 0}
     assert set(plan["scores"]) == {
-        "loss", "text_loss", "text_kl", "answer_kl", "agreement", "kv_bytes_per_step",
+        "loss", "text_loss", "text_kl", "answer_kl", "agreement", "set_size", "kv_bytes_per_step",
     }  # fmt: skip
     assert "FPs *" in out and f"Plan: {model / 'tidal_plan.json'}" in out
     assert "Judged at 1,024 tokens: 2 windows of text" in out and "Held-out" not in out

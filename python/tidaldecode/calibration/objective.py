@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tidaldecode.calibration.questions import DENSE, Answered
 from tidaldecode.calibration.score_file import ScoreFile
 from tidaldecode.evaluation.distributions import unusable_logits
 from tidaldecode.evaluation.perplexity import Window
+from tidaldecode.replay import Replay
 
 # Of a window, the places behind which a few tokens are predicted.
 _TEXT_PLACES = 3
@@ -35,6 +36,7 @@ class Scores:
     text_kl: float  # KL from the dense distributions: the same in expectation, less noisy
     answer_kl: float  # along the dense answers; 0 where the model cannot judge by questions
     agreement: float  # share of the questions answered as the dense model, token for token
+    set_size: float = 0.0  # positions of a set, at the longest context
 
     @property
     def loss(self) -> float:
@@ -121,6 +123,7 @@ class GroupScore:
     kl: float
     num_same: int  # rows whose every judged token is chosen as the dense model chooses
     num_rows: int
+    set_size: float  # positions of a set
 
 
 class Objective:
@@ -187,7 +190,7 @@ class Objective:
         kept = _read_score(self._scores.get(key))
         if kept is None:
             kept = self._compare(group, plan)
-            self._scores.put(key, [kept.loss, kept.kl, kept.num_same, kept.num_rows])
+            self._scores.put(key, list(astuple(kept)))
         return kept
 
     def _compare(self, group: Group, plan: dict[str, Any]) -> GroupScore:
@@ -197,6 +200,7 @@ class Objective:
                 _Dense(logits, row) for row, logits in self._logits(group, DENSE)
             ]
         got = self._logits(group, {**plan, "sparse_min_context": 0})
+        replay = self._replay(group)
         found = [
             dense.compare(logits)
             for dense, (_, logits) in zip(self._dense[group.name], got, strict=True)
@@ -208,14 +212,18 @@ class Objective:
             kl=max(0.0, round(float(np.mean(divergences)), 6)),
             num_same=sum(same),
             num_rows=len(same),
+            set_size=round(replay.mean_set_size, 2),
         )
 
     def _logits(self, group: Group, plan: dict[str, Any]) -> list[tuple[_Row, np.ndarray]]:
         """The rows that are judged, with the logits of their tokens."""
-        prompts = [row.prompt_ids for row in group.rows]
-        replay = self._prompts.open(group.name, prompts, group.room)
+        replay = self._replay(group)
         logits = replay.step_logits([row.token_ids[:-1] for row in group.rows], **plan)
         return [(row, own) for row, own in zip(group.rows, logits, strict=True) if row.token_ids]
+
+    def _replay(self, group: Group) -> Replay:
+        prompts = [row.prompt_ids for row in group.rows]
+        return self._prompts.open(group.name, prompts, group.room)
 
 
 class _Dense:
@@ -269,7 +277,7 @@ def _summed(groups: Sequence[Group], scores: Sequence[GroupScore]) -> Scores:
     pairs = list(zip(groups, scores, strict=True))
     contexts = sorted({group.context for group in groups})
     found = [_of_context([pair for pair in pairs if pair[0].context == c]) for c in contexts]
-    return max(found, key=lambda scores: scores.loss)
+    return replace(max(found, key=lambda own: own.loss), set_size=found[-1].set_size)
 
 
 def _of_context(pairs: Sequence[tuple[Group, GroupScore]]) -> Scores:
@@ -288,15 +296,22 @@ def _of_context(pairs: Sequence[tuple[Group, GroupScore]]) -> Scores:
         agreement=(
             mean(questions, lambda score: score.num_same / score.num_rows) if questions else 1.0
         ),
+        set_size=mean([*texts, *questions], lambda score: score.set_size),
     )
 
 
 def _read_score(value: Any) -> GroupScore | None:
     """A score out of the file, if it is one."""
-    if not isinstance(value, list) or len(value) != 4:
+    if not isinstance(value, list) or len(value) != 5:
         return None
-    loss, kl, num_same, num_rows = value
+    loss, kl, num_same, num_rows, set_size = value
     is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     if not is_number or type(num_same) is not int or type(num_rows) is not int or num_rows < 1:
         return None
-    return GroupScore(loss=float(loss), kl=float(kl), num_same=num_same, num_rows=num_rows)
+    return GroupScore(
+        loss=float(loss),
+        kl=float(kl),
+        num_same=num_same,
+        num_rows=num_rows,
+        set_size=float(set_size),
+    )

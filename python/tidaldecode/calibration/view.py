@@ -19,7 +19,7 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     """A row per plan, by ascending bytes; the chosen one is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     table.add_column("plan", no_wrap=True)
-    for title in ("budget", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
+    for title in ("budget", "mass", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
         table.add_column(title, justify="right", no_wrap=True)
     for point in frontier(outcome.points):
         candidate, scores = point.candidate, point.scores
@@ -29,6 +29,7 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
         table.add_row(
             f"{letters} *" if point == outcome.chosen else letters,
             str(candidate.token_budget),
+            "-" if candidate.top_p_mass is None else f"{candidate.top_p_mass:g}",
             str(options["recent_tokens"]),
             str(candidate.sink_tokens),
             candidate.granularity,
@@ -40,8 +41,9 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     print_whole(console, table)
     console.print(
         "*: chosen. Layers: F dense, S dense and choosing, P choosing by shadows of its keys, s "
-        "sparse. KV MB: of keys and values a step reads; share: of dense; loss: nats a token over "
-        "dense, of text and of answers, and one for all answers lost; same: answers as dense, %",
+        "sparse. Mass: of the attention, what a set holds in at most the budget. KV MB: of keys "
+        "and values a step reads; share: of dense; loss: nats a token over dense, of text and of "
+        "answers, and one for all answers lost; same: answers as dense, %",
         highlight=False,
     )
 
