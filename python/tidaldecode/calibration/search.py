@@ -48,6 +48,8 @@ _BYTES_ALIKE = 1.02
 # A budget whose loss is this much on the safe side of the one allowed, in ranking, is the last that
 # is tried on the way there.
 _SAFE = 1.5
+# A plan that loses so many times what is allowed at one budget will not do at four times that.
+_HOPELESS = 30.0
 # With so few layers that choose, they may as well be dense, which repairs errors.
 _MOST_SELECT_LAYERS = 6
 
@@ -264,8 +266,9 @@ class Search:
 
         Budgets are fixed or adaptive: a share of the attention, in as many positions as it takes.
         """
+        hopeful = [end for end in ends if self._quick_loss(end) <= _HOPELESS * max_loss]
         ladders = []
-        for end in ends:
+        for end in hopeful or ends:
             ladders.append([replace(end, token_budget=budget) for budget in budgets])
             most = replace(end, token_budget=budgets[-1])
             ladders.append([replace(most, top_p_mass=mass) for mass in MASSES])
