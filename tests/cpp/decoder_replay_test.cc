@@ -96,6 +96,47 @@ TEST_P(Replays, LogitsAreThoseOfADecoderOfThePlan) {
   }
 }
 
+// Prompts that begin alike, at and beside the ends of pages, and one that is there twice.
+TEST_P(Replays, ReadOnceWhatPromptsBeginWithAlike) {
+  Prompts prompts = {prompts_[0]};
+  for (size_t kept : {96, 101, 150}) {
+    const Ints& longer = prompts[prompts.size() / 2];
+    Ints prompt(longer.begin(),
+                longer.begin() + static_cast<int64_t>(std::min(kept, longer.size())));
+    if (kept < 150) prompt.insert(prompt.end(), prompts_[1].begin(), prompts_[1].begin() + 30);
+    prompts.push_back(prompt);
+  }
+  DecodeConfig scored = Tidal();
+  scored.select_layers.clear();
+  scored.scored_layers = {1, 3};
+  scored.full_layers = 1;
+  scored.shadow = Shadow::kInt4;
+  const auto decoder = Make(Dense());
+  const int64_t num_free = decoder->num_free_pages();
+  const auto replay = decoder->StartReplay(prompts, 20);
+  const int64_t page_size = decoder->config().page_size;
+  const int64_t num_taken = num_free - decoder->num_free_pages();
+  EXPECT_LT(num_taken * page_size, 150 + 3 * (50 + 3 * page_size) + 4 * 20);
+  while (replay->ReadNext()) {
+  }
+  EXPECT_EQ(replay->prefill_progress().tokens_done, replay->prefill_progress().tokens_total);
+  EXPECT_LT(replay->prefill_progress().tokens_total, 150 + 3 * (30 + page_size) + page_size);
+  const Prompts continuations = MakePrompts({20, 0, 7, 20}, 3);
+  for (const DecodeConfig& plan : {Dense(), Tidal(), scored, Corrected(), Tidal(), scored}) {
+    const auto got = replay->StepLogits(plan, continuations);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const auto alone = decoder->StartReplay({prompts[i]}, 20);
+      const auto want = alone->StepLogits(plan, {continuations[i]})[0];
+      // The prompt alone is read in other chunks, which round otherwise.
+      EXPECT_LT(RelativeError(Widen(got[i]), Widen(want)),
+                ToleranceFor(Op::kLogits, GetParam().dtype).rel)
+          << i;
+    }
+  }
+  replay->Close();
+  EXPECT_EQ(decoder->num_free_pages(), num_free);
+}
+
 // What a correction changes, and that the next continuation starts without it.
 TEST_P(Replays, CorrectTheCacheOfAPlanThatAsksForIt) {
   const auto decoder = Make(Dense());

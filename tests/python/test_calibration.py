@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ from scripted_model import write_byte_tokenizer, write_scripted_model
 from tidaldecode import demo_model_dir
 from tidaldecode.calibration.data import (
     HELD_OUT_WORDS,
+    MOST_QUESTIONS,
     WORDS,
+    Document,
     Question,
     QuestionSource,
     builtin_text,
@@ -35,17 +36,43 @@ def source_of(tokenizer: Tokenizer, **changes) -> QuestionSource:
     return QuestionSource(**(values | changes))
 
 
-def test_prompts_are_as_long_as_asked_and_the_same_for_a_seed(tokenizer: Tokenizer):
+def prompts_of(source: QuestionSource, context: int, index: int) -> list[tuple[int, ...]]:
+    return [question.prompt_ids for question in source.document(context, index).questions]
+
+
+def test_documents_are_as_long_as_asked_and_the_same_for_a_seed(tokenizer: Tokenizer):
     source = source_of(tokenizer)
-    questions = [source.question(512, index) for index in range(5)]
-    assert {len(q.prompt_ids) + q.room for q in questions} == {512}
-    assert questions == [source_of(tokenizer).question(512, index) for index in range(5)]
+    documents = [source.document(512, index) for index in range(6)]
+    for document in documents:
+        assert max(len(q.prompt_ids) for q in document.questions) + document.room == 512
+        assert 1 <= len(document.questions) <= MOST_QUESTIONS
+    assert documents == [source_of(tokenizer).document(512, index) for index in range(6)]
     assert source.digest() == source_of(tokenizer).digest()
     other = source_of(tokenizer, seed=1)
-    assert {other.question(512, i).prompt_ids for i in range(5)}.isdisjoint(
-        q.prompt_ids for q in questions
-    )
+    assert set(prompts_of(source, 512, 0)).isdisjoint(prompts_of(other, 512, 0))
     assert other.digest() != source.digest()
+
+
+def test_questions_of_a_document_begin_alike(tokenizer: Tokenizer):
+    """With all of the document, so that it is read once; and none is asked twice."""
+    document = source_of(tokenizer).document(4096, 0)
+    assert len(document.questions) == MOST_QUESTIONS
+    first, *others = [question.prompt_ids for question in document.questions]
+    for other in others:
+        common = next(i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b)
+        assert common > 4096 - document.room - 100
+    assert len({question.prompt_ids for question in document.questions}) == MOST_QUESTIONS
+
+
+def test_a_short_document_has_fewer_questions_and_all_forms_have_their_turn(tokenizer: Tokenizer):
+    source = source_of(tokenizer)
+    counts = [len(source.document(300, index).questions) for index in range(source.num_forms)]
+    assert min(counts) >= 1 and sum(counts) < source.num_forms * MOST_QUESTIONS / 2
+    asked = {
+        tokenizer.decode(prompts_of(source, 300, index)[0][-12:])
+        for index in range(source.num_forms)
+    }
+    assert len(asked) == source.num_forms
 
 
 def test_questions_held_out_have_words_of_their_own(tokenizer: Tokenizer):
@@ -53,10 +80,7 @@ def test_questions_held_out_have_words_of_their_own(tokenizer: Tokenizer):
     own = source_of(tokenizer)
     held_out = source_of(tokenizer, words=HELD_OUT_WORDS)
     for index in range(4):
-        used, unused = (
-            tokenizer.decode(s.question(512, index).prompt_ids) for s in (own, held_out)
-        )
-        assert used != unused
+        assert prompts_of(own, 512, index) != prompts_of(held_out, 512, index)
 
 
 def test_the_evaluation_shares_nothing_with_it(tokenizer: Tokenizer):
@@ -68,137 +92,143 @@ def test_the_evaluation_shares_nothing_with_it(tokenizer: Tokenizer):
         return {tuple(words[i : i + 8]) for words in texts for i in range(len(words) - 7)}
 
     source = source_of(tokenizer)
-    own = [source.question(1024, index).prompt_ids for index in range(10)]
+    own = [prompt for index in range(2) for prompt in prompts_of(source, 1024, index)]
     names = ["single", "multikey", "multivalue", "multiquery", "variables", "keyvalue", "copy"]
     examples = make_examples(names, tokenizer.encode, [1024], per_task=3, seed=0)
     assert phrases(own).isdisjoint(phrases([example.prompt_ids for example in examples]))
 
 
-def test_the_answer_is_in_the_prompt(tokenizer: Tokenizer):
+def test_the_answers_are_in_the_prompt(tokenizer: Tokenizer):
     source = source_of(tokenizer)
-    for index in range(10):
-        question = source.question(512, index)
-        text = " ".join(tokenizer.decode(question.prompt_ids).split())
-        assert question.answer in text, index
-        assert not text.endswith(question.answer)
+    for index in range(6):
+        for question in source.document(2048, index).questions:
+            text = " ".join(tokenizer.decode(question.prompt_ids).split())
+            for answer in question.answers:
+                assert answer in text, (index, answer)
+                assert not text.endswith(answer)
 
 
 def test_a_text_without_sentences_is_refused(tokenizer: Tokenizer):
     with pytest.raises(InvalidArgument, match="no two sentences"):
-        source_of(tokenizer, text="word " * 2000).question(512, 0)
+        source_of(tokenizer, text="word " * 2000).document(512, 0)
 
 
 # Questions that count
 
 
 @pytest.mark.parametrize(
-    ("output", "answer", "count", "num_answer"),
+    ("output", "answers", "count", "num_answer"),
     [
-        ("4 8 3 9 2 0 .", "4 8 3 9 2 0", 6, 6),
-        ("It is 7 , sure", "7", 3, 1),
-        ("It is 7 8 and 7 8", "7 8", 4, 2),
-        ("483920", "48392", 0, 0),  # the number goes on
-        ("nothing", "7", 0, 0),
-        ("", "7", 0, 0),
+        ("4 8 3 9 2 0 .", ["4 8 3 9 2 0"], 6, 6),
+        ("It is 7 , sure", ["7"], 3, 1),
+        ("It is 7 8 and 7 8", ["7 8"], 4, 2),
+        ("483920", ["48392"], 0, 0),  # the number goes on
+        ("nothing", ["7"], 0, 0),
+        ("", ["7"], 0, 0),
+        ("They are 5 , 4 and 6 .", ["4", "5", "6"], 7, 5),  # in whatever order
+        ("They are 5 and 6 .", ["4", "5", "6"], 0, 0),
     ],
 )
 def test_an_answer_is_whole_however_many_tokens_it_takes(
-    output: str, answer: str, count: int, num_answer: int
+    output: str, answers: list[str], count: int, num_answer: int
 ):
     tokens = output.split()
     ids = list(range(len(tokens)))
-    got = answer_tokens(lambda some: " ".join(tokens[i] for i in some), ids, answer)
+    got = answer_tokens(lambda some: " ".join(tokens[i] for i in some), ids, answers)
     assert got == (ids[:count], num_answer)
 
 
 def test_digits_that_are_tokens_each_are_compared_to_the_last(tmp_path: Path):
     """A tokenizer of bytes: six digits are six tokens, and all of them count."""
     tokenizer = Tokenizer(write_byte_tokenizer(write_scripted_model(tmp_path)), 320)
-    source = source_of(tokenizer, contexts=(4096,))
-    question = source.question(4096, 0)
-    assert len(tokenizer.encode(question.answer)) - len(tokenizer.encode("")) == 6
-    output = tokenizer.encode(f" {question.answer}. And so on.", add_special_tokens=False)
-    token_ids, num_answer = answer_tokens(tokenizer.decode, output, question.answer)
-    assert tokenizer.decode(token_ids) == f" {question.answer}" and num_answer == 6
-    assert question.room >= 24 + 6
+    document = source_of(tokenizer, contexts=(4096,)).document(4096, 0)
+    (answer,) = document.questions[0].answers
+    assert len(tokenizer.encode(answer)) - len(tokenizer.encode("")) == 6
+    output = tokenizer.encode(f" {answer}. And so on.", add_special_tokens=False)
+    token_ids, num_answer = answer_tokens(tokenizer.decode, output, [answer])
+    assert tokenizer.decode(token_ids) == f" {answer}" and num_answer == 6
+    assert document.room >= 24 + 3 * 6
 
 
 class ScriptedExaminer(Examiner):
     """Answers some of the questions, and counts how often it is asked."""
 
-    def __init__(self, scores: ScoreFile, known: Callable[[Question], bool]) -> None:
-        super().__init__(None, scores, Silent())
-        self.known, self.batches = known, []
+    def __init__(self, scores: ScoreFile, known: Callable[[int, int], bool]) -> None:
+        """
+        Args:
+            scores: where answers are kept.
+            known: whether the answer to a document's question of a number counts.
+        """
+        super().__init__(None, scores)
+        self.known, self.asked = known, []
 
-    def _answers(self, questions, title, is_sure):
-        self.batches.append(questions[0].context)
-        known = self.known if is_sure else lambda question: True
-        return [([1, 2], 1) if known(question) else ([], 0) for question in questions]
-
-
-class Silent:
-    """A reporter that shows nothing."""
-
-    @contextmanager
-    def reading(self, title: str):
-        yield lambda done, total: None
-
-    counting = loading = reading
+    def _answers(self, name, document, is_sure):
+        self.asked.append(document.context)
+        known = self.known if is_sure else lambda *place: True
+        return [
+            ([1, 2], 1) if known(document.context, number) else ([], 0)
+            for number in range(len(document.questions))
+        ]
 
 
 class FewQuestions:
     """A source that costs nothing."""
 
-    num_forms = 5
+    def __init__(self, contexts: tuple[int, ...], count: int = 8) -> None:
+        self.contexts, self.count = contexts, count
 
-    def __init__(self, contexts: tuple[int, ...]) -> None:
-        self.contexts = contexts
+    def document(self, context: int, index: int) -> Document:
+        questions = [
+            Question(prompt_ids=(context, index, number), answers=("",))
+            for number in range(self.count)
+        ]
+        return Document(context=context, room=4, questions=tuple(questions))
 
-    def question(self, context: int, index: int) -> Question:
-        return Question(context=context, index=index, prompt_ids=(index,), answer="", room=4)
 
-
-def test_questions_are_drawn_until_enough_count():
-    examiner = ScriptedExaminer(ScoreFile(None), lambda question: question.index % 10 < 5)
+def test_documents_are_read_until_enough_questions_count():
+    examiner = ScriptedExaminer(ScoreFile(None), lambda context, number: number < 5)
     exam = examiner.ask(FewQuestions((100, 400)), "questions")
-    assert exam.is_enough and len(exam.answered) >= 24 and 40 <= exam.num_asked <= 56
-    assert examiner.batches[:6] == [100, 400] * 3  # the contexts in turn
-    assert {answered.token_ids for answered in exam.answered} == {(1, 2)}
-    places = [(answered.context, answered.prompt_ids) for answered in exam.answered]
-    assert len(set(places)) == len(places)
+    assert exam.is_enough and exam.num_counted == 25 and exam.num_asked == 40
+    assert examiner.asked == [100, 400, 100, 400, 100]  # the contexts in turn
+    names = [answered.name for answered in exam.answered]
+    assert names == [
+        "questions 100 0", "questions 400 0", "questions 100 1", "questions 400 1",
+        "questions 100 2",
+    ]  # fmt: skip
+    assert exam.answered[0].outputs[4:6] == (([1, 2], 1), ([], 0))
 
 
-def test_forms_and_contexts_that_are_not_answered_are_given_up():
-    """A model that can do one of five ways of asking can still judge by it."""
-    examiner = ScriptedExaminer(ScoreFile(None), lambda question: question.index % 5 == 3)
+def test_contexts_that_are_not_answered_are_given_up():
+    """A model that can answer one of eight questions can still judge by it."""
+    examiner = ScriptedExaminer(ScoreFile(None), lambda context, number: number == 3)
     exam = examiner.ask(FewQuestions((100, 400)), "questions")
-    assert exam.is_enough and exam.num_asked <= 24 + 2 * 4 * 4 + 4
-    short = ScriptedExaminer(ScoreFile(None), lambda question: question.context == 100)
+    assert exam.is_enough and exam.num_asked == 24 * 8
+    short = ScriptedExaminer(ScoreFile(None), lambda context, number: context == 100)
     exam = short.ask(FewQuestions((100, 400)), "questions")
-    assert exam.is_enough and {answered.context for answered in exam.answered} == {100}
-    nobody = ScriptedExaminer(ScoreFile(None), lambda question: False)
+    assert exam.is_enough and {own.document.context for own in exam.answered} == {100}
+    assert short.asked.count(400) == 2
+    nobody = ScriptedExaminer(ScoreFile(None), lambda context, number: False)
     exam = nobody.ask(FewQuestions((100,)), "questions")
-    assert not exam.is_enough and exam.num_asked == 20
+    assert not exam.is_enough and exam.num_asked == 16 and exam.answered == ()
 
 
 def test_of_those_held_out_all_right_answers_count():
-    examiner = ScriptedExaminer(ScoreFile(None), lambda question: False)
+    examiner = ScriptedExaminer(ScoreFile(None), lambda *place: False)
     assert examiner.ask(FewQuestions((100,)), "questions held out", is_sure=False).is_enough
 
 
 def test_there_is_an_end_to_asking():
-    examiner = ScriptedExaminer(ScoreFile(None), lambda question: question.index // 5 % 5 == 0)
+    examiner = ScriptedExaminer(ScoreFile(None), lambda context, number: len(examiner.asked) == 1)
     exam = examiner.ask(FewQuestions((100,)), "questions")
-    assert exam.num_asked == 96 and not exam.is_enough
+    assert exam.num_asked == 192 and not exam.is_enough and len(exam.answered) == 1
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path):
-    first = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda question: True)
-    again = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda question: False)
+    first = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda *place: True)
     source = FewQuestions((100,))
     first.ask(source, "questions")
-    again = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda question: False)
-    assert again.ask(source, "questions").is_enough and again.batches == []
+    again = ScriptedExaminer(ScoreFile(tmp_path / "scores"), lambda *place: False)
+    assert again.ask(source, "questions").is_enough and again.asked == []
     assert not again.ask(source, "questions held out").is_enough  # others
 
 

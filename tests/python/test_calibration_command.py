@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,22 +43,22 @@ def choosing_layers(plan: dict) -> list[int]:
 
 
 SMALL = ("--context", "1024", "--token-budget", "32")
-CANNOT_JUDGE = "note: this model cannot judge by questions: of 20 asked, 0 were answered rightly"
+CANNOT_JUDGE = r"note: this model cannot judge by questions: of 1\d asked, 0 were answered rightly"
 
 
 def test_a_calibration_writes_the_plan_that_decoders_use(run, model: Path, caplog):
     code, out, err = run(*SMALL, "--max-loss", "9")
-    assert code == 0 and err.startswith(CANNOT_JUDGE) and err.count("\n") == 1
+    assert code == 0 and re.match(CANNOT_JUDGE, err) and err.count("\n") == 1
     plan = json.loads((model / "tidal_plan.json").read_text())
     assert plan["fingerprint"] == model_fingerprint(read_model_folder(model))
     assert plan["scored_layers"] == [1] and plan["token_budget"] == 32
     assert plan["context"] == [1024] and plan["max_loss"] == 9 and plan["chat"] is True
     assert plan["held_out"] == {"same": 0, "counted": 0}
     assert set(plan["scores"]) == {
-        "loss", "text_loss", "text_kl", "answer_kl", "agreement", "kv_bytes_per_step",
+        "loss", "text_loss", "text_kl", "answer_kl", "agreement", "set_size", "kv_bytes_per_step",
     }  # fmt: skip
     assert "FPs *" in out and f"Plan: {model / 'tidal_plan.json'}" in out
-    assert "Judged at 1,024 tokens: 3 windows of text" in out and "Held-out" not in out
+    assert "Judged at 1,024 tokens: 2 windows of text" in out and "Held-out" not in out
     assert max(map(len, out.split("\n")[1:-2])) <= 80
     decoder = Decoder(model, device="cpu", max_seq_len=256)
     assert decoder.plan == "FPs"

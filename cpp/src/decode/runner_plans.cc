@@ -1,6 +1,7 @@
 // The runner's plans: added, looked at and dropped; and their shadow keys, which are brought up to
 // date before a step reads them.
 #include <algorithm>
+#include <span>
 #include <utility>
 
 #include "decode/memory_plan.h"
@@ -11,6 +12,18 @@
 #include "tidal/error.h"
 
 namespace tidal {
+namespace {
+
+// Tokens that two sequences have cached in the same pages, whole pages alone.
+int64_t NumShared(const Sequence& one, const Sequence& other, int64_t page_size) {
+  const std::vector<int32_t>& pages = one.pages.pages();
+  const std::vector<int32_t>& others = other.pages.pages();
+  const auto [end, _] = std::mismatch(pages.begin(), pages.end(), others.begin(), others.end());
+  const int64_t cached = std::min(one.cached, other.cached);
+  return std::min((end - pages.begin()) * page_size, cached - cached % page_size);
+}
+
+}  // namespace
 
 std::unique_ptr<ActivePlan> ModelRunner::MakePlan(PlanId id, const DecodeConfig& settings) {
   const DecodePlan plan = MakeDecodePlan(model_, settings);
@@ -103,21 +116,25 @@ ShadowBalance ModelRunner::MeasureBalance() {
 }
 
 void ModelRunner::FillShadow(const ShadowCache& shadow, const std::vector<BatchRow>& rows) {
-  for (const BatchRow& row : rows) {
-    Sequence& sequence = *row.sequence;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    Sequence& sequence = *rows[i].sequence;
     if (sequence.shadow_plan != shadow.plan()) sequence.shadowed = 0;
     sequence.shadow_plan = shadow.plan();
+    for (const BatchRow& earlier : std::span(rows).first(i)) {
+      const int64_t shared = NumShared(sequence, *earlier.sequence, config_.page_size);
+      sequence.shadowed = std::max(sequence.shadowed, shared);
+    }
     while (sequence.shadowed < sequence.cached) {
       const int64_t begin = sequence.shadowed;
       const int64_t count = std::min(config_.prefill_chunk, sequence.cached - begin);
       Pass pass = buffers_->passes.Take({count, 1});
       const PassRow part = {&sequence, begin, count};
       buffers_->inputs.Write({&part, 1}, pass);
-      for (size_t i = 0; i < shadow.layers().size(); ++i) {
-        backend_->AppendShadow({.kv = transformer_->Cache(shadow.layers()[i], pass),
+      for (size_t layer = 0; layer < shadow.layers().size(); ++layer) {
+        backend_->AppendShadow({.kv = transformer_->Cache(shadow.layers()[layer], pass),
                                 .positions = pass.positions,
                                 .seq_idx = pass.seq_idx,
-                                .shadow = shadow.Layer(i)});
+                                .shadow = shadow.Layer(layer)});
       }
       sequence.shadowed += count;
     }

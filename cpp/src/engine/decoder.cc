@@ -58,7 +58,7 @@ void CheckFits(const DecodeConfig& config, const std::vector<std::vector<int32_t
   }
 }
 
-// A replay keeps all its prompts.
+// A replay keeps all its prompts; what they begin with alike once.
 void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>>& prompts,
                      int64_t max_new_tokens) {
   const DecodeConfig& config = runner.config();
@@ -70,6 +70,12 @@ void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>
   for (size_t i = 0; i < prompts.size(); ++i) {
     CheckLength(config, i, prompts[i].size(), max_new_tokens);
     pages += runner.pool().PagesFor(static_cast<int64_t>(prompts[i].size()) + max_new_tokens);
+    int64_t num_shared = 0;
+    for (size_t earlier = 0; earlier < i; ++earlier) {
+      num_shared =
+          std::max(num_shared, NumCommonPages(prompts[earlier], prompts[i], config.page_size));
+    }
+    pages -= num_shared;
   }
   TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
               " pages of ", config.page_size, " tokens for ", count, " sequences, have ",

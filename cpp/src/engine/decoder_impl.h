@@ -166,6 +166,7 @@ struct Replay::Impl {
   class PlannedSteps;
   struct Prompt {
     Sequence sequence;
+    int64_t num_shared = 0;     // tokens in pages of an earlier prompt, which reads them
     std::vector<float> logits;  // [vocab_size], after the prompt; empty until it has been read
     int32_t first_token = -1;   // the most likely one
   };
@@ -175,6 +176,8 @@ struct Replay::Impl {
   // Gives the pages back.
   void Close();
 
+  // The most pages that an earlier prompt has for what the sequence begins with.
+  std::vector<int32_t> SharedPages(const Sequence& sequence) const;
   bool ReadNext();
   void ReadAll();
   // Back to where the prompts end, and which sequences those are.

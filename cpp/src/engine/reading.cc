@@ -10,6 +10,13 @@ BatchRow NextChunk(const ModelRunner& runner, Sequence& sequence, int64_t end) {
           .num_draws = 0};
 }
 
+int64_t NumCommonPages(std::span<const int32_t> earlier, std::span<const int32_t> tokens,
+                       int64_t page_size) {
+  const auto end =
+      std::mismatch(earlier.begin(), earlier.end(), tokens.begin(), tokens.end() - 1).second;
+  return (end - tokens.begin()) / page_size;
+}
+
 void CorrectCache(ModelRunner& runner, Sequence& sequence, int64_t interval) {
   if (interval == 0 || sequence.num_sparse < interval) return;
   const int64_t end = sequence.cached;

@@ -1,8 +1,10 @@
 // Replay: prompts read once, their continuations decoded through one plan after the other. The
-// prompts' keys and values stay; those of a continuation are written over by the next.
+// prompts' keys and values stay; those of a continuation are written over by the next. What prompts
+// begin with alike is read once for all of them.
 #include <algorithm>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "engine/decoder_impl.h"
@@ -63,10 +65,30 @@ Replay::Impl::Impl(std::shared_ptr<Decoder::Impl> owner,
   ModelRunner& runner = decoder->runner;
   prompts.reserve(token_ids.size());
   for (const std::vector<int32_t>& ids : token_ids) {
-    int64_t max_len = static_cast<int64_t>(ids.size()) + room;
-    prompts.push_back({.sequence = decoder->sequences.Make(ids, max_len, runner.ScratchSampling()),
-                       .logits = {}});
+    const int64_t max_len = static_cast<int64_t>(ids.size()) + room;
+    Sequence sequence = decoder->sequences.Make(ids, 0, runner.ScratchSampling());
+    std::vector<int32_t> pages = SharedPages(sequence);
+    const int64_t num_shared = static_cast<int64_t>(pages.size()) * runner.pool().page_size();
+    sequence.pages.Adopt(std::move(pages));
+    sequence.pages.Own(max_len, num_shared, num_shared);
+    // The earlier prompt has computed them once this one is read.
+    sequence.cached = sequence.clean_len = num_shared;
+    prompts.push_back({.sequence = std::move(sequence), .num_shared = num_shared, .logits = {}});
   }
+}
+
+std::vector<int32_t> Replay::Impl::SharedPages(const Sequence& sequence) const {
+  std::span<const int32_t> most;
+  for (const Prompt& prompt : prompts) {
+    const Sequence& earlier = prompt.sequence;
+    if (earlier.inv_freq != sequence.inv_freq) continue;
+    const int64_t count =
+        NumCommonPages(earlier.tokens, sequence.tokens, decoder->runner.pool().page_size());
+    if (count > std::ssize(most)) {
+      most = std::span(earlier.pages.pages()).first(static_cast<size_t>(count));
+    }
+  }
+  return {most.begin(), most.end()};
 }
 
 Replay::Impl::~Impl() {
@@ -141,8 +163,9 @@ PrefillProgress Replay::prefill_progress() const {
   auto call = impl_->Enter();
   PrefillProgress progress;
   for (const Impl::Prompt& prompt : impl_->prompts) {
-    progress.tokens_done += std::min(prompt.sequence.cached, prompt.sequence.dense_len);
-    progress.tokens_total += prompt.sequence.dense_len;
+    const int64_t done = std::min(prompt.sequence.cached, prompt.sequence.dense_len);
+    progress.tokens_done += done - prompt.num_shared;
+    progress.tokens_total += prompt.sequence.dense_len - prompt.num_shared;
   }
   return progress;
 }

@@ -32,7 +32,7 @@ def plan_content(job: Job, outcome: Outcome, description: str, fingerprint: str)
         "chat": job.is_chat,
         "max_loss": job.max_loss,
         "scores": {**scores, "kv_bytes_per_step": chosen.bytes_per_step},
-        "held_out": {"same": outcome.num_same, "counted": len(outcome.held_out.answered)},
+        "held_out": {"same": outcome.num_same, "counted": outcome.held_out.num_counted},
     }
 
 

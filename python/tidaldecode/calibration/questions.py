@@ -1,33 +1,29 @@
 """Which questions the dense model answers: only on those can a plan be judged.
 
-Called by run.py. Questions are drawn until enough count: for the search those that the dense model
-is sure of, to report how the choice does all that it answers rightly. Whole answers count: all
-tokens in which the dense model's output has what the text says, however many its tokenizer makes of
-it, and those alone: how a model leads up to an answer may be anything.
+Called by run.py. Documents are read until enough questions about them count: for the search those
+that the dense model is sure of, to report how the choice does all that it answers rightly. Whole
+answers count: all tokens in which the dense model's output has what the text says, however many its
+tokenizer makes of it, and those alone: how a model leads up to an answer may be anything.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from tidaldecode.batch import PrefillProgress
-from tidaldecode.calibration.data import Question, QuestionSource
+from tidaldecode.calibration.data import Document, QuestionSource
+from tidaldecode.calibration.open_prompts import OpenPrompts
 from tidaldecode.calibration.score_file import ScoreFile
-from tidaldecode.decoder import Decoder
 from tidaldecode.evaluation.distributions import token_losses
 
-BATCH_SIZE = 4  # prompts that are read and step together
 LEAST_COUNTED = 24
-MOST_ASKED = 96
-# A form of which so many were asked at a context, and none counted, is not asked there any more.
-_TRIED = 4
+_MOST_ASKED = 192
+# A context at which so many were asked, and none counted, is given up.
+_TRIED = 16
 # The dense model is sure of an answer whose every token is at least this likely; another plan's
 # other answer to a question that it is not sure of says nothing.
 _SURE = 0.5
@@ -36,136 +32,104 @@ DENSE = {"attention": "full"}
 Output = tuple[list[int], int]
 
 
-class Reporter(Protocol):
-    """Where a calibration shows how far it is."""
-
-    def reading(self, title: str) -> AbstractContextManager[PrefillProgress]:
-        """A bar for tokens of prompts."""
-
-    def counting(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A bar for plans."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A question that counts, and the dense model's answer."""
+    """A document, and the dense model's answers to those of its questions that count."""
 
-    context: int
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]  # up to the end of the answer
-    num_answer: int  # of them, at the end, are the answer itself
+    name: str
+    document: Document
+    outputs: tuple[Output, ...]  # of each question; without tokens where it does not count
+
+    @property
+    def num_counted(self) -> int:
+        """How many questions count."""
+        return sum(num_answer > 0 for _, num_answer in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """The questions of one source that count."""
+    """The documents of one source that have questions that count."""
 
     answered: tuple[Answered, ...]
     num_asked: int
 
     @property
-    def is_enough(self) -> bool:
-        """True if plans can be judged by them."""
-        return len(self.answered) >= LEAST_COUNTED
-
-
-class _Paper:
-    """What has been asked at one context, form by form."""
-
-    def __init__(self, context: int, num_forms: int) -> None:
-        self.context = context
-        self._asked = [0] * num_forms
-        self._counted = [0] * num_forms
+    def num_counted(self) -> int:
+        """How many questions count."""
+        return sum(answered.num_counted for answered in self.answered)
 
     @property
-    def num_asked(self) -> int:
-        """Questions of all forms together."""
-        return sum(self._asked)
-
-    def open_forms(self) -> list[int]:
-        """The forms that are worth asking."""
-        pairs = enumerate(zip(self._asked, self._counted, strict=True))
-        return [form for form, (asked, counted) in pairs if asked < _TRIED or counted]
-
-    def draw(self) -> list[int]:
-        """The indices of the next BATCH_SIZE questions: the open forms in turn."""
-        asked, drawn = list(self._asked), []
-        for _ in range(BATCH_SIZE):
-            form = min(self.open_forms(), key=lambda form: asked[form])
-            drawn.append(asked[form] * len(asked) + form)
-            asked[form] += 1
-        return drawn
-
-    def note(self, index: int, *, counts: bool) -> None:
-        """Marks a question that was asked."""
-        form = index % len(self._asked)
-        self._asked[form] += 1
-        self._counted[form] += counts
+    def is_enough(self) -> bool:
+        """True if plans can be judged by them."""
+        return self.num_counted >= LEAST_COUNTED
 
 
 class Examiner:
     """Asks the dense model, and keeps its answers in the score file."""
 
-    def __init__(self, decoder: Decoder, scores: ScoreFile, reporter: Reporter) -> None:
-        self._decoder, self._scores, self._reporter = decoder, scores, reporter
+    def __init__(self, prompts: OpenPrompts, scores: ScoreFile) -> None:
+        self._prompts, self._scores = prompts, scores
 
     def ask(self, source: QuestionSource, name: str, *, is_sure: bool = True) -> Exam:
-        """Draws questions, the contexts in turn, until LEAST_COUNTED count or MOST_ASKED are asked.
+        """Asks about documents, the contexts in turn, until enough questions count.
+
+        That is LEAST_COUNTED; or there is an end to asking.
 
         Args:
             source: where they come from.
             name: of the source, in the score file and in what is shown.
             is_sure: only answers that the dense model is sure of count; else all that are right.
         """
-        answered: list[Answered] = []
-        num_asked = 0
-        papers = [_Paper(context, source.num_forms) for context in source.contexts]
-        while len(answered) < LEAST_COUNTED and num_asked < MOST_ASKED:
-            papers = [paper for paper in papers if paper.open_forms()]
-            if not papers:
+        found: list[Answered] = []
+        num_asked, num_counted = 0, 0
+        while num_counted < LEAST_COUNTED and num_asked < _MOST_ASKED:
+            place = self._next_place(source.contexts, found)
+            if place is None:
                 break
-            paper = min(papers, key=lambda paper: paper.num_asked)
-            questions = [source.question(paper.context, index) for index in paper.draw()]
-            title = f"Reading {name}, {len(answered)} of {LEAST_COUNTED} count"
-            kept = self._kept_answers(questions, name, title, is_sure)
-            for question, (token_ids, num_answer) in zip(questions, kept, strict=True):
-                paper.note(question.index, counts=num_answer > 0)
-                if num_answer > 0:
-                    answered.append(
-                        Answered(
-                            context=question.context,
-                            prompt_ids=question.prompt_ids,
-                            token_ids=tuple(token_ids),
-                            num_answer=num_answer,
-                        )
-                    )
-            num_asked += len(questions)
-        return Exam(answered=tuple(answered), num_asked=num_asked)
+            document, title = source.document(*place), " ".join(map(str, (name, *place)))
+            outputs = self._kept_answers(title, document, is_sure)
+            answered = Answered(name=title, document=document, outputs=outputs)
+            found.append(answered)
+            num_asked += len(document.questions)
+            num_counted += answered.num_counted
+        return Exam(answered=tuple(a for a in found if a.num_counted), num_asked=num_asked)
 
-    def _kept_answers(
-        self, questions: Sequence[Question], name: str, title: str, is_sure: bool
-    ) -> list[Output]:
+    def _next_place(
+        self, contexts: Sequence[int], found: Sequence[Answered]
+    ) -> tuple[int, int] | None:
+        """Context and index of the next document: where fewest questions were asked."""
+        asked = dict.fromkeys(contexts, 0)
+        counted, documents = dict(asked), dict(asked)
+        for answered in found:
+            context = answered.document.context
+            asked[context] += len(answered.document.questions)
+            counted[context] += answered.num_counted
+            documents[context] += 1
+        worth = [context for context in contexts if asked[context] < _TRIED or counted[context]]
+        if not worth:
+            return None
+        context = min(worth, key=lambda context: asked[context])
+        return context, documents[context]
+
+    def _kept_answers(self, name: str, document: Document, is_sure: bool) -> tuple[Output, ...]:
         """The dense model's answers, from the score file if they are there."""
-        key = json.dumps([name, questions[0].context, [q.index for q in questions]])
-        kept = self._scores.get(key)
-        if not _are_answers(kept, len(questions)):
-            kept = self._answers(questions, title, is_sure)
-            self._scores.put(key, kept)
-        return [(ids, count) for ids, count in kept]
+        kept = self._scores.get(name)
+        if not _are_answers(kept, len(document.questions)):
+            kept = self._answers(name, document, is_sure)
+            self._scores.put(name, kept)
+        return tuple((list(ids), count) for ids, count in kept)
 
-    def _answers(self, questions: Sequence[Question], title: str, is_sure: bool) -> list[Output]:
+    def _answers(self, name: str, document: Document, is_sure: bool) -> list[Output]:
         """The dense model's right answers, and if asked for sure ones; an empty one for another."""
-        room = max(question.room for question in questions)
-        prompts = [question.prompt_ids for question in questions]
-        with (
-            self._reporter.reading(title) as on_prefill,
-            self._decoder.replay(prompts, max_new_tokens=room, on_prefill=on_prefill) as replay,
-        ):
-            outputs = [
-                answer_tokens(self._decoder.decode, output[: question.room], question.answer)
-                for output, question in zip(replay.greedy(room, **DENSE), questions, strict=True)
-            ]
-            logits = replay.step_logits([ids[:-1] for ids, _ in outputs], **DENSE)
+        replay = self._prompts.open(name, [q.prompt_ids for q in document.questions], document.room)
+        decode = self._prompts.decoder.decode
+        outputs = [
+            answer_tokens(decode, output, question.answers)
+            for output, question in zip(
+                replay.greedy(document.room, **DENSE), document.questions, strict=True
+            )
+        ]
+        logits = replay.step_logits([ids[:-1] for ids, _ in outputs], **DENSE)
         return [
             (ids, count) if count and (not is_sure or _is_sure(rows, ids, count)) else ([], 0)
             for (ids, count), rows in zip(outputs, logits, strict=True)
@@ -173,18 +137,20 @@ class Examiner:
 
 
 def answer_tokens(
-    decode: Callable[[Sequence[int]], str], output: Sequence[int], answer: str
+    decode: Callable[[Sequence[int]], str], output: Sequence[int], answers: Sequence[str]
 ) -> Output:
-    """The tokens of an output up to the end of the answer, and how many of them are the answer.
+    """The tokens of an output up to the end of the answers, and how many of them the answers take.
 
-    None and 0 if the answer is not in there, or goes on.
+    They are counted from the first token of one on. None and 0 if an answer is not in there, or
+    goes on.
     """
 
     def holds(token_ids: Sequence[int]) -> bool:
-        return answer in _spaced(decode(token_ids))
+        text = _spaced(decode(token_ids))
+        return all(answer in text for answer in answers)
 
-    pattern = re.compile(r"(?<!\w)" + re.escape(answer) + r"(?!\w)")
-    if not pattern.search(_spaced(decode(output))):
+    whole = _spaced(decode(output))
+    if not all(re.search(r"(?<!\w)" + re.escape(a) + r"(?!\w)", whole) for a in answers):
         return [], 0
     # A longer output can only add to what is found, a shorter end only lose.
     end = next(n for n in range(1, len(output) + 1) if holds(output[:n]))

@@ -11,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tidaldecode import _core
-from tidaldecode.calibration.data import HELD_OUT_WORDS, QuestionSource
+from tidaldecode.calibration.data import HELD_OUT_WORDS, MOST_QUESTIONS, QuestionSource
 from tidaldecode.calibration.objective import Objective, Scores, question_groups, text_groups
-from tidaldecode.calibration.questions import (
-    BATCH_SIZE,
-    LEAST_COUNTED,
-    Exam,
-    Examiner,
-    Reporter,
-)
+from tidaldecode.calibration.open_prompts import OpenPrompts, Reporter
+from tidaldecode.calibration.questions import LEAST_COUNTED, Exam, Examiner
 from tidaldecode.calibration.score_file import ScoreFile
 from tidaldecode.calibration.search import Candidate, Point, Search, Stage, choose
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
@@ -34,9 +29,14 @@ from tidaldecode.evaluation.runner import advise_shorter
 from tidaldecode.plan_bytes import VALUE_BYTES
 from tidaldecode.user_cache import user_cache_dir
 
-# Windows of each context, and the tokens of each that are predicted.
-NUM_WINDOWS = 3
-SCORED_TOKENS = 64
+# Windows of each context. What is predicted lies within the last tokens of a window: so many, or
+# that share of a short one.
+_NUM_WINDOWS = 2
+_TEXT_SPREAD = 768
+_TEXT_SHARE = 0.25
+# Documents that are as a rule enough for the questions of the search.
+_DOCUMENTS = 12
+_TAIL_TOKENS = 128  # room for what is asked about a document, and the answer
 # Of the memory that is free, the share that prompts may take while plans are compared.
 _CACHE_SHARE = 0.5
 # On a CPU, where other programs live too, no more than this, or so many times the weights of a
@@ -80,9 +80,17 @@ class Job:
 
     def windows(self) -> list[Window]:
         """Windows of the text at every context."""
-        return make_windows(
-            self.text, self.encode, self.contexts, count=NUM_WINDOWS, scored_tokens=SCORED_TOKENS
-        )
+        return [
+            window
+            for context in self.contexts
+            for window in make_windows(
+                self.text,
+                self.encode,
+                [context],
+                count=_NUM_WINDOWS,
+                scored_tokens=max(1, min(_TEXT_SPREAD, round(_TEXT_SHARE * context))),
+            )
+        ]
 
     def decoder_options(self) -> dict[str, Any]:
         """Options of Decoder, with a cache for as many prompts as sensible."""
@@ -91,15 +99,15 @@ class Job:
         if device == "cpu" and options.get("kv_dtype", "auto") == "auto":
             options["kv_dtype"] = "bfloat16"  # half the memory; dense is measured in it too
         pages = [-(-context // self.page_size) for context in self.contexts]
-        per_group = BATCH_SIZE * max(pages)
-        # All questions may be of the longest context, where the model answers at no other.
-        wanted = sum(pages) * NUM_WINDOWS + max(pages) * (LEAST_COUNTED + BATCH_SIZE)
+        document = max(pages) + MOST_QUESTIONS * (1 + _TAIL_TOKENS // self.page_size)
+        # All documents may be of the longest context, where the model answers at no other.
+        wanted = sum(pages) * _NUM_WINDOWS + document * _DOCUMENTS
         return {
             **options,
             "attention": "full",
             "max_seq_len": max(self.contexts),
-            "max_batch_size": BATCH_SIZE,
-            "num_pages": max(per_group, min(wanted, self._room(device, options))),
+            "max_batch_size": MOST_QUESTIONS,
+            "num_pages": max(document, min(wanted, self._room(device, options))),
             "page_size": self.page_size,
         }
 
@@ -150,19 +158,19 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
     with reporter.loading(f"Loading {job.folder.path.name}") as on_load:
         decoder = _open(job, on_load)
     with decoder:
-        scores = ScoreFile(_score_path(decoder, digest))
-        examiner = Examiner(decoder, scores, reporter)
+        scores, prompts = ScoreFile(_score_path(decoder, digest)), OpenPrompts(decoder, reporter)
+        examiner = Examiner(prompts, scores)
         exam = examiner.ask(sources[False], "questions")
         groups = text_groups(windows)
         if exam.is_enough:
-            groups = [*question_groups(exam.answered, "questions"), *groups]
+            groups = [*question_groups(exam.answered), *groups]
         else:
             print_note(
                 f"this model cannot judge by questions: of {exam.num_asked} asked, "
-                f"{len(exam.answered)} were answered rightly and surely, {LEAST_COUNTED} are "
+                f"{exam.num_counted} were answered rightly and surely, {LEAST_COUNTED} are "
                 "needed; plans are judged on the text alone, which says little of answers"
             )
-        objective = Objective(decoder, groups, scores, reporter)
+        objective = Objective(prompts, groups, scores)
         value_bytes = VALUE_BYTES[decoder.config.kv_dtype]
         search = Search(
             job.folder.model,
@@ -172,17 +180,15 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
             seq_len=max(job.contexts),
             value_bytes=value_bytes,
         )
-        points = search.run(job.budgets, job.max_choosing_layers)
-        objective.close()
+        points = search.run(job.budgets, job.max_choosing_layers, max_loss=job.max_loss)
         chosen = choose(points, job.max_loss)
         held_out = Exam(answered=(), num_asked=0)
         num_same = 0
         if exam.is_enough:
             held_out = examiner.ask(sources[True], "questions held out", is_sure=False)
-            groups = question_groups(held_out.answered, "questions held out")
-            others = Objective(decoder, groups, scores, reporter)
+            others = Objective(prompts, question_groups(held_out.answered), scores)
             num_same = others.num_same(chosen.candidate.options())
-            others.close()
+        prompts.close()
         return Outcome(
             points=points,
             chosen=chosen,

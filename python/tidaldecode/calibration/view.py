@@ -19,7 +19,7 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     """A row per plan, by ascending bytes; the chosen one is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     table.add_column("plan", no_wrap=True)
-    for title in ("budget", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
+    for title in ("budget", "mass", "recent", "sinks", "sets", "KV MB", "share", "loss", "same"):
         table.add_column(title, justify="right", no_wrap=True)
     for point in frontier(outcome.points):
         candidate, scores = point.candidate, point.scores
@@ -29,6 +29,7 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
         table.add_row(
             f"{letters} *" if point == outcome.chosen else letters,
             str(candidate.token_budget),
+            "-" if candidate.top_p_mass is None else f"{candidate.top_p_mass:g}",
             str(options["recent_tokens"]),
             str(candidate.sink_tokens),
             candidate.granularity,
@@ -40,8 +41,9 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     print_whole(console, table)
     console.print(
         "*: chosen. Layers: F dense, S dense and choosing, P choosing by shadows of its keys, s "
-        "sparse. KV MB: of keys and values a step reads; share: of dense; loss: nats a token over "
-        "dense, of text and of answers, and one for all answers lost; same: answers as dense, %",
+        "sparse. Mass: of the attention, what a set holds in at most the budget. KV MB: of keys "
+        "and values a step reads; share: of dense; loss: nats a token over dense, of text and of "
+        "answers, and one for all answers lost; same: answers as dense, %",
         highlight=False,
     )
 
@@ -54,12 +56,12 @@ def show_judgement(console: Console, job: Job, outcome: Outcome) -> None:
     if outcome.is_judged_by_questions:
         exam = outcome.exam
         judged = (
-            f"{len(exam.answered)} questions that the dense model answers rightly and surely "
+            f"{exam.num_counted} questions that the dense model answers rightly and surely "
             f"(of {exam.num_asked} asked, {way}) and {judged}"
         )
     console.print(f"Judged at {contexts} tokens: {judged}", markup=False, highlight=False)
     if outcome.is_judged_by_questions:
-        counted = len(outcome.held_out.answered)
+        counted = outcome.held_out.num_counted
         low, high = wilson_interval(outcome.num_same, counted) if counted else (0.0, 1.0)
         console.print(
             f"Held-out questions: {outcome.num_same} of {counted} that dense answers rightly are "

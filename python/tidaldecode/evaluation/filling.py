@@ -43,15 +43,27 @@ def fill_prompt(
     piece: Callable[[int], str],
     rng: random.Random,
 ) -> tuple[int, ...]:
-    """Token ids of a prompt of exactly `num_tokens` tokens.
+    """Token ids of a prompt of exactly `num_tokens` tokens: as fill_text(), then the question."""
+    return tuple(encode(fill_text(encode, num_tokens, needles, question, piece, rng) + question))
 
-    A vocabulary that has no token as short as the last gap gives a prompt a little shorter.
+
+def fill_text(
+    encode: Encode,
+    num_tokens: int,
+    needles: Sequence[Needle],
+    question: str,
+    piece: Callable[[int], str],
+    rng: random.Random,
+) -> str:
+    """A text that makes exactly `num_tokens` tokens with a question behind it.
+
+    A vocabulary that has no token as short as the last gap makes it a little shorter.
 
     Args:
         encode: token ids of a prompt.
-        num_tokens: wanted length.
+        num_tokens: wanted length of text and question.
         needles: what must be in it; those of equal depth keep their order.
-        question: what stands at the end.
+        question: what is to stand behind it.
         piece: the filler's i-th piece.
         rng: draws the words of the last gap.
 
@@ -65,9 +77,12 @@ def fill_prompt(
             place = round(needle.depth * len(pieces))
             parts += [*pieces[done:place], needle.text]
             done = place
-        return "".join([*parts, *pieces[done:]]).lstrip() + question
+        return "".join([*parts, *pieces[done:]]).lstrip()
 
-    least = len(encode(write([])))
+    def count(text: str) -> int:
+        return len(encode(text + question))
+
+    least = count(write([]))
     if least > num_tokens:
         raise InvalidArgument(
             f"context: got room for a prompt of {num_tokens} tokens, expected at least {least} "
@@ -79,25 +94,23 @@ def fill_prompt(
     while length < num_tokens:
         pieces.append(piece(len(pieces)))
         length += max(1, len(encode(pieces[-1])) - overhead)
-    while pieces and len(encode(write(pieces))) > num_tokens:
+    while pieces and count(write(pieces)) > num_tokens:
         pieces.pop()
-    return _close_gap(encode, num_tokens, lambda gap: write(pieces, gap), rng)
+    return write(pieces, _gap(num_tokens, lambda gap: count(write(pieces, gap)), rng))
 
 
-def _close_gap(
-    encode: Encode, num_tokens: int, write: Callable[[str], str], rng: random.Random
-) -> tuple[int, ...]:
-    """Lengthens a text by words, then by marks, until its tokens are as many as wanted."""
-    gap, best = "", encode(write(""))
+def _gap(num_tokens: int, count: Callable[[str], int], rng: random.Random) -> str:
+    """Words, then marks, that lengthen a text until its tokens are as many as wanted."""
+    gap, length = "", count("")
     for units in (_GAP_WORDS, _GAP_MARKS):
         draw = rng.choices(units, k=_GAP_LENGTH)
-        count = num_tokens - len(best)
-        while count > 0 and len(best) < num_tokens:
-            longer = gap + "".join(draw[:count])
-            ids = encode(write(longer))
-            if len(best) < len(ids) <= num_tokens:
-                gap, best = longer, ids
-                count = num_tokens - len(best)
+        wanted = num_tokens - length
+        while wanted > 0 and length < num_tokens:
+            longer = gap + "".join(draw[:wanted])
+            found = count(longer)
+            if length < found <= num_tokens:
+                gap, length = longer, found
+                wanted = num_tokens - length
             else:
-                count = count // 2 if len(ids) > num_tokens + count // 2 else count - 1
-    return tuple(best)
+                wanted = wanted // 2 if found > num_tokens + wanted // 2 else wanted - 1
+    return gap
