@@ -42,7 +42,7 @@ _TAKEN_SHARE = 0.25
 # within the last factor of the loss that is allowed may turn out on either side of it.
 _UNSETTLED_ALIKE = 2.0
 _RANKED_ALIKE = 1.15
-_NEAR = 4.0
+_NEAR = 2.5
 # Plans that read so many times the bytes of another read as good as the same.
 _BYTES_ALIKE = 1.02
 # A budget whose loss is this much on the safe side of the one allowed, in ranking, is the last that
