@@ -164,12 +164,17 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
     auto measure = [&] {
       UntilRefused([&] {
         decoder->MeasureSteps({{30, 20}, 2, 1, PlanId::kDecoder});
-        decoder->PrefillLogits(prompts[0], 2);
-        decoder->DecodeLogits(prompts[0], 30);
+        PrefillLogits(*decoder, prompts[0], 2);
+        DecodeLogits(*decoder, prompts[0], 30);
       });
     };
     auto play = [&] {
-      if (replay) UntilRefused([&] { replay->Greedy(Tidal(), 5, {}); });
+      if (!replay) return;
+      UntilRefused([&] {
+        Finish(*replay->Read());
+        Finish(*replay->Greedy(Tidal(), 5, {}));
+        Finish(*replay->StepLogits(Tidal(), {{5, 6, 7}, {}}));
+      });
     };
     auto close = [&] {
       One(*decoder, prompts[1], Greedy(10));

@@ -92,6 +92,7 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
     if (row < drawn.scored.size()) {
       listener.generation->HearScored(listener.index, drawn.scored[row]);
     }
+    if (row < drawn.sets.size()) listener.generation->HearSets(listener.index, drawn.sets[row]);
   }
   for (const RequestEvent& event : scheduler.TakeEvents()) {
     const Listener listener = listener_of(event.id);

@@ -41,7 +41,6 @@ namespace tidal {
 struct SchedulerLimits {
   int64_t max_rows = 8;            // requests that read or decode at once
   int64_t max_pass_tokens = 4096;  // of all rows of a pass that reads prompts
-  int64_t max_pass_draws = 8;      // draws, or logits, of all rows of such a pass
   int64_t max_check_tokens = 8;    // of all rows of a pass that checks drafts; it draws as many
   int64_t max_seq_len = 0;         // tokens of one sequence
   double max_chunk_ms = 60.0;      // of a pass over prompts while anybody decodes
@@ -132,7 +131,6 @@ class Scheduler {
   struct Room {
     double limit_ms;
     int64_t num_tokens;
-    int64_t num_draws;
     ChunkWork work{};  // what it has taken in
   };
   struct Candidate {
@@ -185,6 +183,7 @@ class Scheduler {
   int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);
   void Own(RequestState& request, int64_t num_tokens, int64_t first);
+  int64_t TokensToOwn(const RequestState& request, int64_t num_tokens) const;
   bool GrowOrPause(RequestState& request, int64_t num_tokens);
   RequestState& NewestToPause(RequestState& otherwise) const;
   void Pause(RequestState& request);
@@ -194,6 +193,7 @@ class Scheduler {
 
   // scheduler.cc
   void CheckFits(const Request& request, const Sequence& sequence) const;
+  void CheckScoring(const Request& request, const Sequence& sequence) const;
   RequestState& Find(RequestId id);
   void Follow(RequestState& request) const;
   int64_t KnownTokens(const RequestState& request) const;

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "engine/decoder_impl.h"
-#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -117,7 +116,11 @@ void Session::Impl::GoBack(Sequence& used, int64_t length) const {
   used.pages.Shrink(length);
 }
 
-void Session::Impl::TakeBack(Sequence used, bool is_read, int64_t num_new) {
+void Session::Impl::TakeBack(int64_t, bool is_read, RequestState& left, SequenceResult& result) {
+  Return(std::move(left.sequence), is_read, static_cast<int64_t>(result.token_ids.size()));
+}
+
+void Session::Impl::Return(Sequence used, bool is_read, int64_t num_new) {
   if (is_closed) return;
   // More tokens may have been drawn than were handed out.
   GoBack(used, is_read ? turn_len + num_new : kept);
@@ -170,11 +173,19 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
   Extend(num_kept, token_ids);
   turn_len = Length(idle);
   idle.id = decoder->sequences.NextId();
-  generation->session = self;
+  generation->lender = self;
+  generation->common.owner = SequenceOwner::kSession;
   generation->SetOptions({});
+  Request request = generation->common;
+  request.sampling = params;
   Sequence used = std::move(idle);
   sequence.reset();
-  generation->Add(std::move(used), params);
+  if (params.max_new_tokens == 0 && used.cached + 1 >= Length(used)) {  // it has nothing to read
+    generation->AddEnded(used, FinishReason::kLength);
+    Return(std::move(used), true, 0);
+  } else {
+    generation->Add(std::move(used), std::move(request));
+  }
   decoder->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
