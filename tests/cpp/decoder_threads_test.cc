@@ -188,6 +188,38 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
   }
 }
 
+// Somebody measures, which no pass may interrupt.
+TEST_P(Threads, WhoIsInNoPassWaitsForNone) {
+  const Prompts prompts = MakePrompts({40, 9});
+  const auto decoder = Make(Tidal());
+  auto session = decoder->StartSession();
+  Read(*session, prompts[0]);
+  const auto waiting = decoder->Start(prompts, {Greedy(20), Greedy(20)});
+  waiting->Stop(0, FinishReason::kAbort);
+  std::atomic<bool> has_begun = false, has_ended = false;
+  std::thread measures([&] {
+    decoder->MeasureSteps({{30}, 1, 0, PlanId::kDecoder});
+    has_begun = true;
+    decoder->MeasureSteps({{400, 400, 400, 400}, 400, 0, PlanId::kDecoder});
+    has_ended = true;
+  });
+  while (!has_begun || decoder->num_free_pages() > 30) std::this_thread::yield();
+  const auto queued = decoder->Start(prompts, {Greedy(20), Greedy(20)});
+  queued->Stop(0, FinishReason::kStop);
+  EXPECT_EQ(queued->results()[0].finish_reason, FinishReason::kStop);
+  queued->Close();
+  waiting->Close();
+  const auto turn = session->Start(prompts[1], Greedy(5));
+  turn->Close();
+  EXPECT_EQ(session->token_ids(), prompts[0]);
+  session->Truncate(20);
+  EXPECT_EQ(session->Fork()->num_cached(), 20);
+  session->Close();
+  EXPECT_FALSE(has_ended) << "somebody has waited";
+  measures.join();
+  EXPECT_EQ(decoder->num_free_pages(), decoder->config().num_pages);
+}
+
 TEST_P(Threads, WhatADecoderStartedOutlivesIt) {
   const Ints prompt = MakePrompts({40})[0];
   auto decoder = Make(Tidal());

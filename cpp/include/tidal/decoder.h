@@ -60,7 +60,7 @@ class Generation {
   PrefillProgress prefill_progress() const;
 
   // Ends a sequence (a stop string was found, the user cancelled) where its results are. Waits for
-  // the pass under way. No effect if it has ended.
+  // the pass under way if the sequence is part of it. No effect if it has ended.
   void Stop(int64_t sequence, FinishReason reason);
 
   // Ends all sequences that still run (kAbort), as destruction does. Their results stay.

@@ -4,7 +4,8 @@
 // Two locks, taken in this order. `device` belongs to whoever runs a pass, or does anything else
 // that must not happen during one; `mutex` to whoever looks at requests, pages and rows, for a
 // moment. The loop (engine_loop.cc) holds `device` from the choice of a pass until its results have
-// been told.
+// been told. Requests may come and be cancelled during a pass, and sessions between their turns be
+// changed: what is in the pass stays as it is until its end.
 #pragma once
 
 #include <atomic>
@@ -84,15 +85,22 @@ struct Decoder::Impl {
     int64_t index;  // of the sequence in it
   };
 
-  // Lets others look at requests meanwhile.
+  // For a pass: lets others look at requests meanwhile. The caller holds both locks.
   class Unlocked {
    public:
-    explicit Unlocked(Lock& state) : state_(state) { state_.unlock(); }
-    ~Unlocked() { state_.lock(); }
+    Unlocked(Impl& decoder, Lock& state) : decoder_(decoder), state_(state) {
+      decoder_.is_in_pass = true;
+      state_.unlock();
+    }
+    ~Unlocked() {
+      state_.lock();
+      decoder_.is_in_pass = false;
+    }
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
 
    private:
+    Impl& decoder_;
     Lock& state_;
   };
 
@@ -117,7 +125,8 @@ struct Decoder::Impl {
   RequestId Add(Request request, Sequence sequence, Listener listener);
   // The caller of a request has so many of its tokens; it has not ended. The caller holds `mutex`.
   void MarkHeard(RequestId id, int64_t num_tokens);
-  // Ends a request at once; no effect if it has ended. The caller holds both locks.
+  // Ends a request, at once or with the pass that it is part of; no effect if it has ended. The
+  // caller holds `mutex`.
   void Cancel(RequestId id, FinishReason reason);
 
   // engine_loop.cc: the thread that runs passes while there are requests.
@@ -146,6 +155,7 @@ struct Decoder::Impl {
   std::atomic<bool> is_closed = false;               // set between passes
   bool is_ending = false;                            // the loop is to return
   bool is_woken = false;                             // something has come since the last pass
+  bool is_in_pass = false;                           // whoever holds `device` has let go of `mutex`
   mutable FairMutex device;
   mutable std::mutex mutex;
   std::condition_variable has_work;  // or is_ending
@@ -298,6 +308,8 @@ struct Generation::Impl {
   void Expect(const Sequence& sequence);
   void CheckIndex(int64_t index) const;
   bool IsAlive(int64_t index) const;
+  // Waits for the pass that the sequence, which was cancelled, may be part of.
+  void AwaitEnd(int64_t index, Decoder::Impl::Lock& lock);
   std::vector<TokenEvent> Take(News news);
   void End(int64_t index, FinishReason reason, double time_ms);
 

@@ -255,11 +255,18 @@ void Generation::Impl::End(int64_t index, FinishReason reason, double time_ms) {
   --num_alive;
 }
 
+void Generation::Impl::AwaitEnd(int64_t index, Decoder::Impl::Lock& lock) {
+  const std::optional<RequestState>& left = running[static_cast<size_t>(index)].left;
+  has_news.wait(lock, [&] { return left || !IsAlive(index); });
+}
+
 void Generation::Impl::Stop(int64_t index, FinishReason reason) {
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   CheckIndex(index);
   if (!IsAlive(index)) return;
   decoder->Cancel(running[static_cast<size_t>(index)].id, reason);
+  AwaitEnd(index, lock);
+  if (!IsAlive(index)) return;  // another thread has been given its end
   // What it has not been given yet, it is not.
   for (News& each : news) {
     std::erase_if(each.tokens, [&](const TokenEvent& event) { return event.sequence == index; });
@@ -270,11 +277,14 @@ void Generation::Impl::Stop(int64_t index, FinishReason reason) {
 
 void Generation::Impl::Close() {
   if (num_alive == 0) return;
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   for (size_t i = 0; i < running.size(); ++i) {
-    if (!IsAlive(static_cast<int64_t>(i))) continue;
-    decoder->Cancel(running[i].id, FinishReason::kAbort);
-    End(static_cast<int64_t>(i), FinishReason::kAbort, decoder->NowMs());
+    if (IsAlive(static_cast<int64_t>(i))) decoder->Cancel(running[i].id, FinishReason::kAbort);
+  }
+  const auto count = static_cast<int64_t>(running.size());
+  for (int64_t i = 0; i < count; ++i) AwaitEnd(i, lock);
+  for (int64_t i = 0; i < count; ++i) {  // but for those whose end another thread was given
+    if (IsAlive(i)) End(i, FinishReason::kAbort, decoder->NowMs());
   }
   news.clear();
   Wake();

@@ -67,7 +67,7 @@ Session::Impl::~Impl() {
 }
 
 void Session::Impl::Close() {
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   is_closed = true;
   sequence.reset();
 }
@@ -160,7 +160,7 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
                                                  std::optional<int64_t> keep) {
   CheckTokenIds(token_ids, decoder->runner.model().vocab_size);
   auto generation = std::make_unique<Generation::Impl>(decoder);
-  auto pause = decoder->EnterBetweenPasses();  // after it: what throws lets go of the engine first
+  auto lock = decoder->Enter();  // after it: what throws lets go of the engine first
   Sequence& idle = Idle();
   int64_t num_kept = keep.value_or(Length(idle));
   TIDAL_CHECK(num_kept >= 0 && num_kept <= Length(idle), InvalidArgument, "keep: got ", num_kept,
@@ -191,7 +191,7 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
 }
 
 void Session::Truncate(int64_t length) {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
               ", expected 0 to ", Length(sequence));
@@ -200,7 +200,7 @@ void Session::Truncate(int64_t length) {
 
 std::unique_ptr<Session> Session::Fork() const {
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
-  auto pause = decoder->EnterBetweenPasses();
+  auto lock = decoder->Enter();
   auto fork =
       std::make_shared<Impl>(decoder, decoder->sequences.Fork(impl_->Idle()), impl_->max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(fork)));
@@ -212,12 +212,12 @@ std::vector<int32_t> Session::token_ids() const {
 }
 
 int64_t Session::num_cached() const {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   return impl_->Idle().cached;
 }
 
 int64_t Session::MostTokens(int64_t keep, bool adds) const {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   const Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(keep >= 0 && keep <= Length(sequence), InvalidArgument, "keep: got ", keep,
               ", expected 0 to ", Length(sequence));
