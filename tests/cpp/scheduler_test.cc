@@ -140,7 +140,7 @@ TEST(Scheduler, WhatCanNeverFitIsRefused) {
   options.num_pages = 10;
   Rig small(options);
   EXPECT_TRUE(Throws<CapacityError>([&] { small.Submit(MakePrompt(1, 30), 11); },
-                                    {"needs 11 pages", "have 10", "raise num_pages"}));
+                                    {"need 11 pages", "have 10", "raise num_pages"}));
   EXPECT_TRUE(Throws<InvalidArgument>([&] { rig.Submit({}, 1); }, {"no tokens"}));
   EXPECT_TRUE(Throws<InvalidArgument>([&] { rig.Submit({1}, 0); }, {"max_new_tokens", "got 0"}));
   EXPECT_FALSE(rig.scheduler.HasWork());

@@ -89,7 +89,7 @@ def test_what_is_no_part_of_the_tokens_is_refused_by_its_name(decoder: Decoder):
         decoder.step_logits([5, 6, 7], 4)
     with pytest.raises(InvalidArgument, match="no tokens"):
         decoder.logits([])
-    with pytest.raises(CapacityError, match="1025 tokens, have max_seq_len 1024"):
+    with pytest.raises(CapacityError, match="1025 tokens need 1025 positions, have max_seq_len 1024"):
         decoder.logits(random_prompt(TINY, 1025, seed=1))
 
 
@@ -100,7 +100,7 @@ def test_pages_that_nobody_gives_back(folder: Path):
             decoder.step_logits(PROMPT, 250)
         session.close()
         assert decoder.step_logits(PROMPT, 250).shape[0] == 51
-        with pytest.raises(CapacityError, match="needs 6 pages of 64 tokens, have 5"):
+        with pytest.raises(CapacityError, match="need 6 pages of 64 tokens, have 5"):
             decoder.logits(random_prompt(TINY, 321, seed=2))
 
 

@@ -29,55 +29,6 @@ void CheckCount(const char* name, int64_t count, int64_t num_tokens) {
               ", expected 1 to ", num_tokens);
 }
 
-void CheckLength(const DecodeConfig& config, size_t index, size_t prompt_len,
-                 int64_t max_new_tokens) {
-  // Unsigned: max_new_tokens may be as large as int64 holds.
-  uint64_t need = static_cast<uint64_t>(prompt_len) + static_cast<uint64_t>(max_new_tokens);
-  TIDAL_CHECK(need <= static_cast<uint64_t>(config.max_seq_len), CapacityError, "prompt ", index,
-              ": ", prompt_len, " prompt tokens + max_new_tokens ", max_new_tokens, " need ", need,
-              " positions, have max_seq_len ", config.max_seq_len,
-              "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-}
-
-// Refuses what could never run.
-void CheckFits(const DecodeConfig& config, const std::vector<std::vector<int32_t>>& prompts,
-               const std::vector<SamplingParams>& params) {
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    CheckLength(config, i, prompts[i].size(), params[i].max_new_tokens);
-    const int64_t num_tokens = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
-    const int64_t pages = (num_tokens + config.page_size - 1) / config.page_size;
-    TIDAL_CHECK(pages <= config.num_pages, CapacityError, "prompt ", i, ": needs ", pages,
-                " pages of ", config.page_size, " tokens, have ", config.num_pages,
-                " in all; raise num_pages or max_batch_size, or shorten the prompt or "
-                "max_new_tokens");
-  }
-}
-
-// A replay keeps all its prompts; what they begin with alike once.
-void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>>& prompts,
-                     int64_t max_new_tokens) {
-  const DecodeConfig& config = runner.config();
-  auto count = static_cast<int64_t>(prompts.size());
-  TIDAL_CHECK(count <= config.max_batch_size, CapacityError, "batch: need ", count,
-              " rows, have max_batch_size ", config.max_batch_size,
-              "; raise max_batch_size or send fewer prompts at once");
-  int64_t pages = 0;
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    CheckLength(config, i, prompts[i].size(), max_new_tokens);
-    pages += runner.pool().PagesFor(static_cast<int64_t>(prompts[i].size()) + max_new_tokens);
-    int64_t num_shared = 0;
-    for (size_t earlier = 0; earlier < i; ++earlier) {
-      num_shared =
-          std::max(num_shared, NumCommonPages(prompts[earlier], prompts[i], config.page_size));
-    }
-    pages -= num_shared;
-  }
-  TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
-              " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
-              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
-              "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
-}
-
 }  // namespace
 
 Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
@@ -143,6 +94,31 @@ DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) cons
           .draft_tokens = runner.config().draft_tokens};
 }
 
+// A replay keeps all its prompts; what they begin with alike once.
+void Decoder::Impl::CheckReplayFits(const std::vector<std::vector<int32_t>>& prompts,
+                                    int64_t max_new_tokens) {
+  const DecodeConfig& config = runner.config();
+  auto count = static_cast<int64_t>(prompts.size());
+  TIDAL_CHECK(count <= config.max_batch_size, CapacityError, "batch: need ", count,
+              " rows, have max_batch_size ", config.max_batch_size,
+              "; raise max_batch_size or send fewer prompts at once");
+  int64_t pages = 0;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const auto length = static_cast<int64_t>(prompts[i].size());
+    scheduler.CheckCapacity(Concat("prompt ", i), length, max_new_tokens);
+    int64_t num_shared = 0;
+    for (size_t earlier = 0; earlier < i; ++earlier) {
+      num_shared =
+          std::max(num_shared, NumCommonPages(prompts[earlier], prompts[i], config.page_size));
+    }
+    pages += runner.pool().PagesFor(length + max_new_tokens) - num_shared;
+  }
+  TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
+              " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
+              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
+              "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
+}
+
 Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
                  const LoadProgress& progress)
     : impl_(std::make_shared<Impl>(model, config, weights, progress)) {
@@ -170,9 +146,10 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   for (size_t i = 0; i < prompts.size(); ++i) {
     CheckPrompt(prompts[i], model().vocab_size, i);
     ValidateSamplingParams(params[i], model().vocab_size);
+    impl_->scheduler.CheckCapacity(Concat("prompt ", i), static_cast<int64_t>(prompts[i].size()),
+                                   params[i].max_new_tokens);
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
-  CheckFits(impl_->runner.config(), prompts, params);
   if (options.plan) {
     auto pause = impl_->EnterBetweenPasses();
     generation->SetOptions(options);
@@ -191,13 +168,12 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
 
 std::unique_ptr<Generation> Decoder::Score(const std::vector<int32_t>& token_ids,
                                            int64_t num_prefill, int64_t num_logits) {
-  const int64_t vocab_size = model().vocab_size, max_seq_len = config().max_seq_len;
+  const int64_t vocab_size = model().vocab_size;
   CheckPrompt(token_ids, vocab_size, 0);
   const auto length = static_cast<int64_t>(token_ids.size());
   CheckCount("num_prefill", num_prefill, length);
   CheckCount("num_logits", num_logits, length);
-  TIDAL_CHECK(length <= max_seq_len, CapacityError, "token_ids: ", length,
-              " tokens, have max_seq_len ", max_seq_len, "; raise max_seq_len");
+  impl_->scheduler.CheckCapacity("token_ids", length, 0);
   const auto num_values = static_cast<size_t>(Product({num_logits, vocab_size}));
   Scoring scoring = {.forced = {token_ids.begin() + num_prefill, token_ids.end()},
                      .num_logits = num_logits,
@@ -222,7 +198,7 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   ValidateSamplingParams(params, model().vocab_size);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
   auto lock = impl_->Enter();
-  CheckReplayFits(impl_->runner, prompts, max_new_tokens);
+  impl_->CheckReplayFits(prompts, max_new_tokens);
   auto replay = std::make_shared<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
 }

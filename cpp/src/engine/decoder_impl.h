@@ -114,6 +114,8 @@ struct Decoder::Impl {
 
   // Throws as Enter does.
   void CheckOpen() const;
+  // Throws CapacityError for prompts of a replay that do not fit now. The caller holds `mutex`.
+  void CheckReplayFits(const std::vector<std::vector<int32_t>>& prompts, int64_t max_new_tokens);
 
   // How a plan makes tokens, with drafts that are checked or without.
   DecodePolicy PolicyOf(const ActivePlan& plan, bool verifies) const;

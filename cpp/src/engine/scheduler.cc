@@ -41,6 +41,21 @@ Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimit
   }
 }
 
+void Scheduler::CheckCapacity(const std::string& what, int64_t num_tokens,
+                              int64_t max_new_tokens) const {
+  int64_t need = Sum({num_tokens, max_new_tokens});
+  std::string asked = Concat(what, ": ", num_tokens, " tokens");
+  if (max_new_tokens > 0) asked += Concat(" + max_new_tokens ", max_new_tokens);
+  TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, asked, " need ", need,
+              " positions, have max_seq_len ", limits_.max_seq_len,
+              "; raise max_seq_len, or shorten the prompt or max_new_tokens");
+  int64_t pages = pool_.PagesFor(need);
+  TIDAL_CHECK(pages <= pool_.num_pages(), CapacityError, asked, " need ", pages, " pages of ",
+              pool_.page_size(), " tokens, have ", pool_.num_pages(),
+              " in all; raise num_pages or max_batch_size, or shorten the prompt or "
+              "max_new_tokens");
+}
+
 void Scheduler::CheckScoring(const Request& request, const Sequence& sequence) const {
   const Scoring& scoring = *request.scoring;
   auto num_forced = static_cast<int64_t>(scoring.forced.size());
@@ -72,17 +87,10 @@ void Scheduler::CheckFits(const Request& request, const Sequence& sequence) cons
               " tokens are cached, expected one at least that is not");
   TIDAL_CHECK(sequence.dense_len <= num_tokens, InvalidArgument, "request: got dense_len ",
               sequence.dense_len, ", expected at most its ", num_tokens, " tokens");
-  int64_t need = Sum({num_tokens, max_new});
-  TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, "request: ", num_tokens,
-              " tokens + max_new_tokens ", max_new, " need ", need, " positions, have max_seq_len ",
-              limits_.max_seq_len, "; raise max_seq_len, or shorten the prompt or max_new_tokens");
   TIDAL_CHECK(sequence.cached == 0 || keeps_pages, InvalidArgument, "request: got ",
               sequence.cached,
               " cached tokens, expected none in a sequence that does not keep its pages");
-  TIDAL_CHECK(pool_.PagesFor(need) <= pool_.num_pages(), CapacityError, "KV cache: a request of ",
-              num_tokens, " tokens + max_new_tokens ", max_new, " needs ", pool_.PagesFor(need),
-              " pages of ", pool_.page_size(), " tokens, have ", pool_.num_pages(),
-              " in all; raise num_pages, or shorten the prompt or max_new_tokens");
+  CheckCapacity("request", num_tokens, max_new);
 }
 
 RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {

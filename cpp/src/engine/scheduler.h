@@ -28,6 +28,7 @@
 #include <map>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "decode/batch.h"
@@ -68,6 +69,10 @@ class Scheduler {
  public:
   // `prefixes` may be null: nothing is found again. Both must outlive it.
   Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits);
+
+  // Throws CapacityError, which begins with `what`, for tokens and new ones after them that could
+  // never fit.
+  void CheckCapacity(const std::string& what, int64_t num_tokens, int64_t max_new_tokens) const;
 
   // Takes a request in; `sequence` holds its prompt. Throws CapacityError for what could never fit,
   // InvalidArgument for what makes no sense.

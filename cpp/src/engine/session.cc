@@ -80,18 +80,13 @@ Sequence& Session::Impl::Idle() {
 }
 
 void Session::Impl::CheckFits(int64_t keep, int64_t num_added, int64_t max_new_tokens) const {
-  const DecodeConfig& config = decoder->runner.config();
   // Unsigned: max_new_tokens may be as large as int64 holds.
   uint64_t need = static_cast<uint64_t>(keep + num_added) + static_cast<uint64_t>(max_new_tokens);
   TIDAL_CHECK(need <= static_cast<uint64_t>(max_seq_len), CapacityError, "session: ", keep,
               " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " need ", need,
               " positions, have max_seq_len ", max_seq_len,
               "; start it with a larger max_seq_len, truncate it, or lower max_new_tokens");
-  const int64_t pages = decoder->runner.pool().PagesFor(static_cast<int64_t>(need));
-  TIDAL_CHECK(pages <= config.num_pages, CapacityError, "KV cache: a session of ", keep,
-              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ", pages,
-              " pages of ", config.page_size, " tokens, have ", config.num_pages,
-              " in all; raise num_pages, or lower max_new_tokens");
+  decoder->scheduler.CheckCapacity("session", keep + num_added, max_new_tokens);
 }
 
 void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids) {
