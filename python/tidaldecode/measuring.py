@@ -46,7 +46,7 @@ class MeasuringMethods:
     def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
         """Logits of the last positions after dense prefill: [last, vocab_size] float32.
 
-        A request beside others, whose logits do not depend on theirs.
+        A request beside others; its tokens are read by themselves, whatever else runs.
 
         Raises: InvalidArgument; CapacityError if the tokens do not fit, also beside what sessions
             and replays hold.
@@ -61,7 +61,8 @@ class MeasuringMethods:
         """Logits of decode steps over given tokens (teacher forcing).
 
         Prefills the first `prefill` ids densely and feeds the others one step at a time through
-        the plan.
+        the plan. Steps are shared with other requests: on a GPU they equal those alone to rounding,
+        or exactly with batch_invariant.
 
         Returns: [len(token_ids) - prefill + 1, vocab_size] float32; row i follows
             prefill + i ids.

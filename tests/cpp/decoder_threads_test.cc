@@ -190,6 +190,7 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
 
 // Somebody measures, which no pass may interrupt.
 TEST_P(Threads, WhoIsInNoPassWaitsForNone) {
+  if (!is_cpu()) GTEST_SKIP() << "a measurement on a GPU may have ended by then";
   const Prompts prompts = MakePrompts({40, 9});
   const auto decoder = Make(Tidal());
   auto session = decoder->StartSession();
@@ -203,7 +204,7 @@ TEST_P(Threads, WhoIsInNoPassWaitsForNone) {
     decoder->MeasureSteps({{400, 400, 400, 400}, 400, 0, PlanId::kDecoder});
     has_ended = true;
   });
-  while (!has_begun || decoder->num_free_pages() > 30) std::this_thread::yield();
+  while (!has_ended && (!has_begun || decoder->num_free_pages() > 30)) std::this_thread::yield();
   const auto queued = decoder->Start(prompts, {Greedy(20), Greedy(20)});
   queued->Stop(0, FinishReason::kStop);
   EXPECT_EQ(queued->results()[0].finish_reason, FinishReason::kStop);

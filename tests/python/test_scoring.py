@@ -89,7 +89,9 @@ def test_what_is_no_part_of_the_tokens_is_refused_by_its_name(decoder: Decoder):
         decoder.step_logits([5, 6, 7], 4)
     with pytest.raises(InvalidArgument, match="no tokens"):
         decoder.logits([])
-    with pytest.raises(CapacityError, match="1025 tokens need 1025 positions, have max_seq_len 1024"):
+    with pytest.raises(
+        CapacityError, match="1025 tokens need 1025 positions, have max_seq_len 1024"
+    ):
         decoder.logits(random_prompt(TINY, 1025, seed=1))
 
 

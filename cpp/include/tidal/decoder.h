@@ -247,9 +247,9 @@ class Decoder {
 
   // Teacher forcing: a call that reads the first num_prefill tokens densely and decodes the others
   // one step at a time through the plan, for the logits after the last num_logits of them
-  // (Generation::TakeLogits), which do not depend on what else runs. It tells its end only, and is
-  // let in with pages for all its tokens. Throws InvalidArgument, and CapacityError for what could
-  // never fit.
+  // (Generation::TakeLogits). What is read is read by itself, whatever else runs; steps are shared.
+  // It tells its end only, and is let in with pages for all its tokens. Throws InvalidArgument, and
+  // CapacityError for what could never fit.
   std::unique_ptr<Generation> Score(const std::vector<int32_t>& token_ids, int64_t num_prefill,
                                     int64_t num_logits);
 
