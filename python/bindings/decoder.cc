@@ -145,14 +145,6 @@ py::dict StatsDict(const PyDecoder& self) {
   return result;
 }
 
-template <typename Compute>
-py::array_t<float> LogitsArray(const PyDecoder& self, const Compute& compute) {
-  int64_t vocab_size = self.get()->model().vocab_size;
-  std::vector<float> logits = WithoutGil(self.get(), compute);
-  auto rows = static_cast<int64_t>(logits.size()) / vocab_size;
-  return ToArray(std::move(logits), rows, vocab_size);
-}
-
 std::vector<double> MeasureSteps(const PyDecoder& self, const std::vector<int64_t>& seq_lens,
                                  int64_t steps, int64_t warmup, const std::string& attention) {
   StepBenchmark benchmark{seq_lens, steps, warmup, ParsePlan(attention)};
@@ -186,6 +178,15 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
           py::arg("prompt_logprobs") = py::none(), py::arg("cache_salt") = "",
           py::arg("max_unread") = 0)
       .def(
+          "score",
+          [](const PyDecoder& self, const std::vector<int32_t>& token_ids, int64_t num_prefill,
+             int64_t num_logits) {
+            return std::make_unique<PyGeneration>(WithoutGil(self.get(), [&](Decoder& started) {
+              return started.Score(token_ids, num_prefill, num_logits);
+            }));
+          },
+          py::arg("token_ids"), py::arg("num_prefill"), py::arg("num_logits"))
+      .def(
           "start_session",
           [](const PyDecoder& self, int64_t max_seq_len) {
             return std::make_unique<PySession>(WithoutGil(
@@ -215,22 +216,6 @@ void DefineStarts(py::class_<PyDecoder>& decoder) {
 // What it computes at once.
 void DefineMeasures(py::class_<PyDecoder>& decoder) {
   decoder
-      .def(
-          "prefill_logits",
-          [](const PyDecoder& self, const std::vector<int32_t>& token_ids, int64_t num_positions) {
-            return LogitsArray(self, [&](Decoder& computing) {
-              return computing.PrefillLogits(token_ids, num_positions);
-            });
-          },
-          py::arg("token_ids"), py::arg("num_positions"))
-      .def(
-          "decode_logits",
-          [](const PyDecoder& self, const std::vector<int32_t>& token_ids, int64_t num_prefill) {
-            return LogitsArray(self, [&](Decoder& computing) {
-              return computing.DecodeLogits(token_ids, num_prefill);
-            });
-          },
-          py::arg("token_ids"), py::arg("num_prefill"))
       .def("measure_steps", &MeasureSteps, py::arg("seq_lens"), py::arg("steps"), py::arg("warmup"),
            py::arg("attention") = "auto")
       .def("selection", &LastSelection, py::arg("sequence"));

@@ -101,6 +101,14 @@ py::dict Selection(const PyGeneration& self, int64_t sequence) {
       self.get(), [&](Generation& generation) { return generation.Selection(sequence); }));
 }
 
+// One row that has them all.
+py::array_t<float> TakeLogits(const PyGeneration& self, int64_t sequence) {
+  std::vector<float> logits = WithoutGil(
+      self.get(), [&](Generation& generation) { return generation.TakeLogits(sequence); });
+  const auto count = static_cast<int64_t>(logits.size());
+  return ToArray(std::move(logits), 1, count);
+}
+
 void Stop(const PyGeneration& self, int64_t sequence, const std::string& reason) {
   FinishReason parsed = ParseFinishReason(reason);
   WithoutGil(self.get(), [&](Generation& generation) { generation.Stop(sequence, parsed); });
@@ -171,7 +179,10 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
       .def_readonly("decode_s", &SequenceResult::decode_s)
       .def_property_readonly("verification",
-                             [](const SequenceResult& self) { return self.verification; });
+                             [](const SequenceResult& self) { return self.verification; })
+      .def_property_readonly("sets", [](const SequenceResult& self) {
+        return std::pair(self.sets.num_sets, self.sets.num_positions);
+      });
 
   py::class_<PyInbox>(module, "Inbox")
       .def("add", &AddToInbox, py::arg("generation"), py::arg("key"))
@@ -188,6 +199,7 @@ void RegisterGeneration(py::module_& module) {
       .def("stop", &Stop, py::arg("sequence"), py::arg("reason") = "stop")
       .def("results", &PyGeneration::results)
       .def("logprobs", &PyGeneration::Logprobs, py::arg("sequence"), py::arg("first"))
+      .def("take_logits", &TakeLogits, py::arg("sequence"))
       .def("close", &PyGeneration::Close)
       .def_property_readonly("done", &PyGeneration::done)
       .def_property_readonly("has_news",

@@ -19,23 +19,10 @@ std::unique_ptr<PyGeneration> StartTurn(const PySession& self,
       self.get(), [&](Session& session) { return session.Start(token_ids, params, keep); }));
 }
 
-py::list StepLogits(const PyReplay& self, const PlanConfig& plan, const TokenLists& tokens) {
-  auto logits =
-      WithoutGil(self.get(), [&](Replay& replay) { return replay.StepLogits(plan, tokens); });
-  py::list arrays;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    auto rows = static_cast<int64_t>(tokens[i].size()) + 1;
-    auto vocab_size = static_cast<int64_t>(logits[i].size()) / rows;
-    arrays.append(ToArray(std::move(logits[i]), rows, vocab_size));
-  }
-  return arrays;
-}
-
-TokenLists Greedy(const PyReplay& self, const PlanConfig& plan, int64_t max_new_tokens,
-                  const std::vector<int32_t>& stop_token_ids) {
-  return WithoutGil(self.get(), [&](Replay& replay) {
-    return replay.Greedy(plan, max_new_tokens, stop_token_ids);
-  });
+// Starts a call of a replay.
+template <typename Start>
+std::unique_ptr<PyGeneration> StartRun(const PyReplay& self, const Start& start) {
+  return std::make_unique<PyGeneration>(WithoutGil(self.get(), start));
 }
 
 }  // namespace
@@ -84,23 +71,26 @@ void RegisterSession(py::module_& module) {
 
 void RegisterReplay(py::module_& module) {
   py::class_<PyReplay>(module, "Replay")
-      .def("read_next",
+      .def("read",
            [](const PyReplay& self) {
-             return WithoutGil(self.get(), [](Replay& replay) { return replay.ReadNext(); });
+             return StartRun(self, [](Replay& replay) { return replay.Read(); });
            })
-      .def_property_readonly("prefill_progress",
-                             [](const PyReplay& self) {
-                               PrefillProgress progress = WithoutGil(
-                                   self.get(),
-                                   [](const Replay& replay) { return replay.prefill_progress(); });
-                               return std::pair(progress.tokens_done, progress.tokens_total);
-                             })
-      .def("step_logits", &StepLogits, py::arg("plan"), py::arg("continuations"))
-      .def("greedy", &Greedy, py::arg("plan"), py::arg("max_new_tokens"), py::arg("stop_token_ids"))
-      .def("mean_set_size",
-           [](const PyReplay& self) {
-             return WithoutGil(self.get(), [](Replay& replay) { return replay.mean_set_size(); });
-           })
+      .def(
+          "step_logits",
+          [](const PyReplay& self, const PlanConfig& plan, const TokenLists& continuations) {
+            return StartRun(self,
+                            [&](Replay& replay) { return replay.StepLogits(plan, continuations); });
+          },
+          py::arg("plan"), py::arg("continuations"))
+      .def(
+          "greedy",
+          [](const PyReplay& self, const PlanConfig& plan, int64_t max_new_tokens,
+             const std::vector<int32_t>& stop_token_ids) {
+            return StartRun(self, [&](Replay& replay) {
+              return replay.Greedy(plan, max_new_tokens, stop_token_ids);
+            });
+          },
+          py::arg("plan"), py::arg("max_new_tokens"), py::arg("stop_token_ids"))
       .def("close", &PyReplay::Close);
 }
 

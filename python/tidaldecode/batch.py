@@ -7,7 +7,8 @@ session.py. stream.py is the one-sequence twin that hands text out while it come
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,21 @@ def start(requests: Sequence[Request], core: _core.Decoder, **options: Any) -> _
         [request.core_params() for request in requests],
         **options,
     )
+
+
+@contextmanager
+def heard(
+    generation: _core.Generation, on_prefill: PrefillProgress | None = None
+) -> Iterator[_core.Generation]:
+    """Hears a call without text to its end, for what it gives; it is closed behind the block."""
+    callbacks = Callbacks(on_prefill, None)
+    try:
+        while not generation.done:
+            generation.advance()
+            callbacks.report(*generation.prefill_progress)
+        yield generation
+    finally:
+        generation.close()
 
 
 def run_generation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tidaldecode.batch import heard
 from tidaldecode.replay import Replay
 from tidaldecode.sampling import check_callback, check_choice, check_integer
 from tidaldecode.text.frontend import Frontend
@@ -43,23 +44,35 @@ class MeasuringMethods:
         return self._open_core().selection(check_integer("sequence", sequence, low=0))
 
     def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
-        """Logits of the last positions after dense prefill: [last, vocab_size] float32."""
-        core = self._open_core()
+        """Logits of the last positions after dense prefill: [last, vocab_size] float32.
+
+        A request beside others; its tokens are read by themselves, whatever else runs.
+
+        Raises: InvalidArgument; CapacityError if the tokens do not fit, also beside what sessions
+            and replays hold.
+        """
+        self._open_core()
         last = check_integer("last", last, low=1)
-        return core.prefill_logits(self._checked_ids(token_ids), last)
+        ids = self._checked_ids(token_ids)
+        check_integer("last", last, low=1, high=max(len(ids), 1))
+        return self._score(ids, len(ids), last)
 
     def step_logits(self, token_ids: Sequence[int], prefill: int) -> np.ndarray:
         """Logits of decode steps over given tokens (teacher forcing).
 
         Prefills the first `prefill` ids densely and feeds the others one step at a time through
-        the plan.
+        the plan. Steps are shared with other requests: on a GPU they equal those alone to rounding,
+        or exactly with batch_invariant.
 
         Returns: [len(token_ids) - prefill + 1, vocab_size] float32; row i follows
             prefill + i ids.
+        Raises: as logits().
         """
-        core = self._open_core()
+        self._open_core()
         prefill = check_integer("prefill", prefill, low=1)
-        return core.decode_logits(self._checked_ids(token_ids), prefill)
+        ids = self._checked_ids(token_ids)
+        check_integer("prefill", prefill, low=1, high=max(len(ids), 1))
+        return self._score(ids, prefill, len(ids) - prefill + 1)
 
     def replay(
         self,
@@ -122,6 +135,11 @@ class MeasuringMethods:
         warmup = check_integer("warmup", warmup, low=0, high=_MAX_MEASURED_STEPS)
         check_choice("attention", attention, ("auto", "full"))
         return core.measure_steps(lengths, steps, warmup, attention)
+
+    def _score(self, token_ids: list[int], num_prefill: int, num_logits: int) -> np.ndarray:
+        core = self._open_core()
+        with heard(core.score(token_ids, num_prefill, num_logits)) as generation:
+            return generation.take_logits(0).reshape(num_logits, -1)
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         return check_token_ids(token_ids, self._folder.model.vocab_size)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
-from tidaldecode.batch import PrefillProgress
+from tidaldecode.batch import PrefillProgress, heard
+from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
@@ -33,15 +34,16 @@ class Replay:
     def __init__(self, core: _core.Replay, folder: ModelFolder) -> None:
         self._core = core
         self._folder = folder
+        self._turn = CallLock()  # of its calls
+        self._sets = (0, 0)  # of the last call: how many, and positions in all of them
         # Reading a plan file for every call would take longer than many a step.
         self._plans: dict[tuple[PlanConfig, str], _core.PlanConfig] = {}
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
         """Reads what is not in the cache yet."""
         check_callback("on_prefill", on_prefill, 2)
-        while self._core.read_next():
-            if on_prefill is not None:
-                on_prefill(*self._core.prefill_progress)
+        with self._turn, heard(self._core.read(), on_prefill):
+            pass
 
     def step_logits(self, continuations: Sequence[Sequence[int]], **plan: Any) -> list[np.ndarray]:
         """Logits of decode steps over given tokens (teacher forcing), all prompts together.
@@ -56,7 +58,10 @@ class Replay:
         """
         vocab_size = self._folder.model.vocab_size
         ids = check_continuations(continuations, vocab_size)
-        return self._core.step_logits(self._plan(plan), ids)
+        with self._turn, heard(self._core.step_logits(self._plan(plan), ids)) as generation:
+            self._count_sets(generation)
+            logits = [generation.take_logits(index) for index in range(len(ids))]
+        return [rows.reshape(-1, vocab_size) for rows in logits]
 
     def greedy(self, max_new_tokens: int, **plan: Any) -> list[list[int]]:
         """The most likely tokens, as generate(temperature=0) of a decoder with this plan.
@@ -71,15 +76,23 @@ class Replay:
         """
         check_integer("max_new_tokens", max_new_tokens, low=1)
         stop = list(self._folder.eos_token_ids)
-        return self._core.greedy(self._plan(plan), max_new_tokens, stop)
+        core_plan = self._plan(plan)
+        with self._turn, heard(self._core.greedy(core_plan, max_new_tokens, stop)) as generation:
+            self._count_sets(generation)
+            return [result.token_ids for result in generation.results()]
+
+    def _count_sets(self, generation: _core.Generation) -> None:
+        counts = [result.sets for result in generation.results()]
+        self._sets = (sum(sets for sets, _ in counts), sum(positions for _, positions in counts))
 
     @property
     def mean_set_size(self) -> float:
         """Positions of a set, on average over the sparse steps of the last call; 0 if none was."""
-        return self._core.mean_set_size()
+        num_sets, num_positions = self._sets
+        return num_positions / num_sets if num_sets else 0.0
 
     def close(self) -> None:
-        """Gives the pages back."""
+        """Gives the pages back; those of a call that another thread runs when that ends."""
         self._core.close()
 
     def __enter__(self) -> Replay:

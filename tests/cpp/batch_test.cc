@@ -36,7 +36,7 @@ TEST_F(BatchTest, RowsOfOneTokenAndOneDrawAreAStep) {
 }
 
 TEST_F(BatchTest, OnlyAStepGoesThroughAPlan) {
-  EXPECT_NO_THROW(CheckBatch({{{&prompt_, 9, 1, 9}, {&decoding_, 1, 0}}}));
+  EXPECT_NO_THROW(CheckBatch({{{&prompt_, 9, 1}, {&decoding_, 1, 0}}}));
   EXPECT_TRUE(Throws<InvalidArgument>(
       [&] {
         CheckBatch({{{&prompt_, 9, 1}}, PlanId::kDecoder});
@@ -55,6 +55,9 @@ TEST_F(BatchTest, WhatARowCannotGiveIsRefusedByItsNumber) {
   EXPECT_TRUE(refuses({{&prompt_, 4, 5}}, {"num_draws 5", "0 to 4"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, -1}}, {"num_draws -1"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, 1, 5}}, {"num_logits 5", "0 to 4"}));
+  EXPECT_TRUE(refuses({{&prompt_, 4, 1, 4}}, {"row 0", "no place for its 4 logits"}));
+  float place = 0.0f;
+  EXPECT_NO_THROW(CheckBatch({{{.sequence = &prompt_, .num_logits = 1, .logits = &place}}}));
   EXPECT_TRUE(refuses({{&prompt_, 4, 1, 0, 21}}, {"num_logprobs 21", "0 to 20"}));
   EXPECT_TRUE(refuses({{&prompt_, 4, 1, 0, -1}}, {"num_logprobs -1"}));
   EXPECT_TRUE(refuses({{&prompt_, 9, 1, 0, 0, 9}}, {"num_scored 9", "0 to 8"}));

@@ -33,15 +33,15 @@ TEST_P(Corrections, LeaveTheCacheOfAPrefill) {
   constexpr int64_t kPrefill = 90;
   const auto plain = Make(Tidal());
   const double tolerance = ToleranceFor(Op::kLogits, GetParam().dtype).rel;
-  const auto uncorrected = plain->DecodeLogits(text, kPrefill);
+  const auto uncorrected = DecodeLogits(*plain, text, kPrefill);
   Values errors;
   for (int64_t interval : {1, 5, 9, 70}) {  // prefill_chunk is 64
-    const auto corrected = Make(Corrected(interval))->DecodeLogits(text, kPrefill);
+    const auto corrected = DecodeLogits(*Make(Corrected(interval)), text, kPrefill);
     for (int64_t decoded : {1, 5, 6, 10, 70, 71, 75, 150}) {
       SCOPED_TRACE(::testing::Message() << "interval " << interval << ", token " << decoded);
       const int64_t since = (decoded - 1) % interval + 1;
       const Ints seen(text.begin(), text.begin() + kPrefill + decoded);
-      const auto want = LastRow(plain->DecodeLogits(seen, kPrefill + decoded - since));
+      const auto want = LastRow(DecodeLogits(*plain, seen, kPrefill + decoded - since));
       errors.push_back(RelativeError(Widen(Row(corrected, decoded)), Widen(want)));
       if (GetParam().dtype != DType::kFloat32) continue;
       EXPECT_LT(errors.back(), tolerance);
@@ -59,28 +59,28 @@ TEST_P(Corrections, LeaveTheCacheOfAPrefill) {
 
 TEST_P(Corrections, AreNotMadeBeforeTheIntervalIsFull) {
   const Ints text = MakePrompts({240})[0];
-  const auto want = Make(Tidal())->DecodeLogits(text, 200);
-  const auto late = Make(Corrected(39))->DecodeLogits(text, 200);
+  const auto want = DecodeLogits(*Make(Tidal()), text, 200);
+  const auto late = DecodeLogits(*Make(Corrected(39)), text, 200);
   EXPECT_TRUE(SameBits(Bits({late.begin(), late.end() - model_.vocab_size}),
                        Bits({want.begin(), want.end() - model_.vocab_size}), 4));
   EXPECT_NE(LastRow(late), LastRow(want));
-  EXPECT_TRUE(SameBits(Bits(Make(Corrected(40))->DecodeLogits(text, 200)), Bits(want), 4));
+  EXPECT_TRUE(SameBits(Bits(DecodeLogits(*Make(Corrected(40)), text, 200)), Bits(want), 4));
 }
 
 TEST_P(Corrections, LeaveDenseStepsAlone) {
   const Ints text = MakePrompts({240})[0];
   DecodeConfig dense = Dense();
   dense.correction_interval = 1;
-  EXPECT_TRUE(SameBits(Bits(Make(dense)->DecodeLogits(text, 200)),
-                       Bits(Make(Dense())->DecodeLogits(text, 200)), 4));
+  EXPECT_TRUE(SameBits(Bits(DecodeLogits(*Make(dense), text, 200)),
+                       Bits(DecodeLogits(*Make(Dense()), text, 200)), 4));
   // Up to 220 tokens steps are dense; the interval counts the sparse ones after them.
   DecodeConfig config = Tidal();
   config.sparse_min_context = 220;
-  const auto want = Make(config)->DecodeLogits(text, 200);
+  const auto want = DecodeLogits(*Make(config), text, 200);
   config.correction_interval = 20;
-  EXPECT_TRUE(SameBits(Bits(Make(config)->DecodeLogits(text, 200)), Bits(want), 4));
+  EXPECT_TRUE(SameBits(Bits(DecodeLogits(*Make(config), text, 200)), Bits(want), 4));
   config.correction_interval = 19;
-  EXPECT_NE(LastRow(Make(config)->DecodeLogits(text, 200)), LastRow(want));
+  EXPECT_NE(LastRow(DecodeLogits(*Make(config), text, 200)), LastRow(want));
 }
 
 // Generate and DecodeLogits take the same steps.
@@ -90,7 +90,7 @@ TEST_P(Corrections, AreMadeWhileGenerating) {
   const Ints tokens = Generate(*decoder, {prompt}, Greedy(30))[0].token_ids;
   Ints text = prompt;
   text.insert(text.end(), tokens.begin(), tokens.end() - 1);
-  const auto logits = decoder->DecodeLogits(text, 120);
+  const auto logits = DecodeLogits(*decoder, text, 120);
   for (size_t i = 0; i < tokens.size(); ++i) {
     const auto row = Row(logits, static_cast<int64_t>(i));
     EXPECT_EQ(std::max_element(row.begin(), row.end()) - row.begin(), tokens[i]) << i;

@@ -115,15 +115,15 @@ TEST_P(DecoderErrors, SamplingParametersOutOfRange) {
 TEST_P(DecoderErrors, LogitsOfPositionsThatAreNot) {
   const Ints text = MakePrompts({20})[0];
   for (int64_t bad : {0, -1, 21}) {
-    EXPECT_TRUE(Throws<InvalidArgument>([&] { decoder_->PrefillLogits(text, bad); },
-                                        {"num_positions", std::to_string(bad)}));
-    EXPECT_TRUE(Throws<InvalidArgument>([&] { decoder_->DecodeLogits(text, bad); },
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { PrefillLogits(*decoder_, text, bad); },
+                                        {"num_logits", std::to_string(bad)}));
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { DecodeLogits(*decoder_, text, bad); },
                                         {"num_prefill", std::to_string(bad)}));
   }
   const Ints long_text = MakePrompts({513})[0];
-  EXPECT_TRUE(Throws<CapacityError>([&] { decoder_->PrefillLogits(long_text, 1); },
+  EXPECT_TRUE(Throws<CapacityError>([&] { PrefillLogits(*decoder_, long_text, 1); },
                                     {"513", "512", "max_seq_len"}));
-  EXPECT_TRUE(Throws<CapacityError>([&] { decoder_->DecodeLogits(long_text, 1); },
+  EXPECT_TRUE(Throws<CapacityError>([&] { DecodeLogits(*decoder_, long_text, 1); },
                                     {"513", "512", "max_seq_len"}));
 }
 

@@ -183,8 +183,8 @@ TEST_P(Generations, PagesComeBackHoweverTheCallEnds) {
   EXPECT_EQ(decoder->num_free_pages(), all) << "destroyed half-way";
   Generate(*decoder, prompts, Greedy(15));
   EXPECT_EQ(decoder->num_free_pages(), all) << "run to the end";
-  decoder->DecodeLogits(prompts[1], 5);
-  decoder->PrefillLogits(prompts[1], 5);
+  DecodeLogits(*decoder, prompts[1], 5);
+  PrefillLogits(*decoder, prompts[1], 5);
   EXPECT_EQ(decoder->num_free_pages(), all) << "logits only";
 }
 
@@ -264,8 +264,8 @@ TEST_P(Generations, LogitsInBetweenDoNotDisturbARunningCall) {
   const auto generation = decoder->Start({prompts[0]}, {params});
   while (!generation->done()) {
     generation->Advance();
-    decoder->DecodeLogits(prompts[1], 80);
-    decoder->PrefillLogits(prompts[1], 3);
+    DecodeLogits(*decoder, prompts[1], 80);
+    PrefillLogits(*decoder, prompts[1], 3);
   }
   EXPECT_EQ(generation->results()[0].token_ids, want);
 }

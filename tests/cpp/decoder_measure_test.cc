@@ -113,7 +113,7 @@ TEST_P(Measurements, RandomWeightsStayFiniteThroughManyLayers) {
   config.select_layers = {2, 13};
   Decoder decoder(model, config, RandomWeightSource(model, config.dtype));
   const Ints text = Random(1).Below(200, 1000);
-  const std::vector<float> logits = decoder.DecodeLogits(text, 190);
+  const std::vector<float> logits = DecodeLogits(decoder, text, 190);
   double squares = 0.0;
   for (float logit : logits) squares += static_cast<double>(logit) * logit;
   const double size = std::sqrt(squares / static_cast<double>(logits.size()));

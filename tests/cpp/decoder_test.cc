@@ -18,14 +18,14 @@ class DecoderResults : public DecoderTest {
   const Ints text_ = MakePrompts({240})[0];
 
   std::vector<float> Logits(const DecodeConfig& config) const {
-    return Make(config)->DecodeLogits(text_, kPrefill);
+    return DecodeLogits(*Make(config), text_, kPrefill);
   }
 };
 
 TEST_P(DecoderResults, PrefillAndDecodeGiveTheSameLogits) {
   const auto decoder = Make(Dense());
-  const auto decoded = decoder->DecodeLogits(text_, 1);
-  const auto prefilled = decoder->PrefillLogits(text_, static_cast<int64_t>(text_.size()));
+  const auto decoded = DecodeLogits(*decoder, text_, 1);
+  const auto prefilled = PrefillLogits(*decoder, text_, static_cast<int64_t>(text_.size()));
   ASSERT_EQ(decoded.size(), text_.size() * static_cast<size_t>(model_.vocab_size));
   EXPECT_LT(RelativeError(Widen(prefilled), Widen(decoded)),
             ToleranceFor(Op::kLogits, GetParam().dtype).rel);
@@ -35,19 +35,19 @@ TEST_P(DecoderResults, PrefillAndDecodeGiveTheSameLogits) {
 TEST_P(DecoderResults, WideModelsToo) {
   model_.hidden_size = 1024;
   weights_ = TinyModel(model_, 5);
-  const auto decoded = Make(Dense())->DecodeLogits(text_, kPrefill);
-  auto prefilled = Make(Dense())->PrefillLogits(text_, 240 - kPrefill + 1);
+  const auto decoded = DecodeLogits(*Make(Dense()), text_, kPrefill);
+  auto prefilled = PrefillLogits(*Make(Dense()), text_, 240 - kPrefill + 1);
   EXPECT_LT(RelativeError(Widen(decoded), Widen(prefilled)),
             ToleranceFor(Op::kLogits, GetParam().dtype).rel);
   DecodeConfig eager = Dense();
   eager.cuda_graphs = false;
-  EXPECT_TRUE(SameBits(Bits(Make(eager)->DecodeLogits(text_, kPrefill)), Bits(decoded), 4));
+  EXPECT_TRUE(SameBits(Bits(DecodeLogits(*Make(eager), text_, kPrefill)), Bits(decoded), 4));
 }
 
 TEST_P(DecoderResults, PrefillLogitsOfTheLastPositionsAreTheTail) {
   const auto decoder = Make(Dense());
-  const auto all = decoder->PrefillLogits(text_, static_cast<int64_t>(text_.size()));
-  const auto tail = decoder->PrefillLogits(text_, 70);  // reaches back over a chunk
+  const auto all = PrefillLogits(*decoder, text_, static_cast<int64_t>(text_.size()));
+  const auto tail = PrefillLogits(*decoder, text_, 70);  // reaches back over a chunk
   const std::vector<float> want(all.end() - 70 * model_.vocab_size, all.end());
   EXPECT_LT(RelativeError(Widen(tail), Widen(want)),
             ToleranceFor(Op::kLogits, GetParam().dtype).rel);
@@ -153,11 +153,11 @@ TEST_P(DecoderResults, ThreadsDoNotChangeBits) {
   if (!is_cpu()) GTEST_SKIP() << "num_threads is the CPU's";
   for (DecodeConfig config : {Dense(), Tidal()}) {
     config.num_threads = 1;
-    const auto want = Make(config)->DecodeLogits(text_, 235);
+    const auto want = DecodeLogits(*Make(config), text_, 235);
     for (int32_t num_threads : {2, 3}) {
       SCOPED_TRACE(num_threads);
       config.num_threads = num_threads;
-      EXPECT_TRUE(SameBits(Bits(Make(config)->DecodeLogits(text_, 235)), Bits(want), 4));
+      EXPECT_TRUE(SameBits(Bits(DecodeLogits(*Make(config), text_, 235)), Bits(want), 4));
     }
   }
 }
@@ -240,7 +240,7 @@ TEST_P(DecoderAgainstReference, LogitsMatch) {
     const TinyModel weights(model, 9);
     const Ints text = Random(3).Below(100, static_cast<int32_t>(model.vocab_size));
     Decoder decoder(model, config, weights);
-    const Values got = Widen(decoder.DecodeLogits(text, 75));
+    const Values got = Widen(DecodeLogits(decoder, text, 75));
     const Values want = ReferenceModel(model, weights, config).DecodeLogits(text, 75);
     EXPECT_TRUE(Close(got, want, ToleranceFor(Op::kLogits, DType::kFloat32)));
   }

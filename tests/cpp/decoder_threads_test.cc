@@ -164,12 +164,17 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
     auto measure = [&] {
       UntilRefused([&] {
         decoder->MeasureSteps({{30, 20}, 2, 1, PlanId::kDecoder});
-        decoder->PrefillLogits(prompts[0], 2);
-        decoder->DecodeLogits(prompts[0], 30);
+        PrefillLogits(*decoder, prompts[0], 2);
+        DecodeLogits(*decoder, prompts[0], 30);
       });
     };
     auto play = [&] {
-      if (replay) UntilRefused([&] { replay->Greedy(Tidal(), 5, {}); });
+      if (!replay) return;
+      UntilRefused([&] {
+        Finish(*replay->Read());
+        Finish(*replay->Greedy(Tidal(), 5, {}));
+        Finish(*replay->StepLogits(Tidal(), {{5, 6, 7}, {}}));
+      });
     };
     auto close = [&] {
       One(*decoder, prompts[1], Greedy(10));
@@ -181,6 +186,39 @@ TEST_P(Threads, CloseADecoderUnderOthersThatUseIt) {
     decoder.reset();
     EXPECT_TRUE(Throws<InvalidArgument>([&] { session->token_ids(); }, {"decoder", "closed"}));
   }
+}
+
+// Somebody measures, which no pass may interrupt.
+TEST_P(Threads, WhoIsInNoPassWaitsForNone) {
+  if (!is_cpu()) GTEST_SKIP() << "a measurement on a GPU may have ended by then";
+  const Prompts prompts = MakePrompts({40, 9});
+  const auto decoder = Make(Tidal());
+  auto session = decoder->StartSession();
+  Read(*session, prompts[0]);
+  const auto waiting = decoder->Start(prompts, {Greedy(20), Greedy(20)});
+  waiting->Stop(0, FinishReason::kAbort);
+  std::atomic<bool> has_begun = false, has_ended = false;
+  std::thread measures([&] {
+    decoder->MeasureSteps({{30}, 1, 0, PlanId::kDecoder});
+    has_begun = true;
+    decoder->MeasureSteps({{400, 400, 400, 400}, 400, 0, PlanId::kDecoder});
+    has_ended = true;
+  });
+  while (!has_ended && (!has_begun || decoder->num_free_pages() > 30)) std::this_thread::yield();
+  const auto queued = decoder->Start(prompts, {Greedy(20), Greedy(20)});
+  queued->Stop(0, FinishReason::kStop);
+  EXPECT_EQ(queued->results()[0].finish_reason, FinishReason::kStop);
+  queued->Close();
+  waiting->Close();
+  const auto turn = session->Start(prompts[1], Greedy(5));
+  turn->Close();
+  EXPECT_EQ(session->token_ids(), prompts[0]);
+  session->Truncate(20);
+  EXPECT_EQ(session->Fork()->num_cached(), 20);
+  session->Close();
+  EXPECT_FALSE(has_ended) << "somebody has waited";
+  measures.join();
+  EXPECT_EQ(decoder->num_free_pages(), decoder->config().num_pages);
 }
 
 TEST_P(Threads, WhatADecoderStartedOutlivesIt) {

@@ -42,7 +42,7 @@ class VerifiedDecoding : public DecoderTest {
     Ints text = prompt;
     text.insert(text.end(), tokens.begin(), tokens.end() - 1);
     const auto prompt_len = static_cast<int64_t>(prompt.size());
-    const auto logits = dense.DecodeLogits(text, prompt_len);
+    const auto logits = DecodeLogits(dense, text, prompt_len);
     double size = 0.0;
     for (float logit : logits) size = std::max(size, std::abs(static_cast<double>(logit)));
     const double penalty = params.repetition_penalty;
@@ -479,7 +479,7 @@ TEST_P(Verifications, DrawTheBestTokensOfDenseDecoding) {
   const Ints tokens = Generate(*Make(Verified()), {prompt}, Greedy(60))[0].token_ids;
   Ints text = prompt;
   text.insert(text.end(), tokens.begin(), tokens.end() - 1);
-  const auto logits = Make(Dense())->DecodeLogits(text, 150);
+  const auto logits = DecodeLogits(*Make(Dense()), text, 150);
   double size = 0.0;
   for (float logit : logits) size = std::max(size, std::abs(static_cast<double>(logit)));
   for (size_t i = 0; i < tokens.size(); ++i) {

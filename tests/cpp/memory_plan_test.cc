@@ -5,8 +5,8 @@
 #include "backend/memory_meter.h"
 #include "decode/memory_plan.h"
 #include "decode/model_runner.h"
-#include "engine/reading.h"
 #include "engine/sequence_maker.h"
+#include "reading.h"
 #include "throws.h"
 #include "tidal/error.h"
 #include "tiny_model.h"
@@ -105,9 +105,12 @@ void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
     SetSampling(params, runner.model().vocab_size, slot, sequence);
     step.rows.push_back({.sequence = &sequence, .num_logprobs = kMaxLogprobs});
     Drawn drawn;
+    std::vector<float> logits;
     while (!sequence.prefilled()) {
       BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
       row.num_draws = row.num_logits = row.num_tokens;
+      logits.resize(static_cast<size_t>(row.num_logits * runner.model().vocab_size));
+      row.logits = logits.data();
       drawn = runner.Run({.rows = {row}});
     }
     sequence.tokens.push_back(drawn.tokens[0].back());

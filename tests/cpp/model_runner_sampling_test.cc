@@ -8,8 +8,8 @@
 #include "backend/memory_meter.h"
 #include "decode/model_runner.h"
 #include "decode/sampler.h"
-#include "engine/reading.h"
 #include "engine/sequence_maker.h"
+#include "reading.h"
 #include "throws.h"
 #include "tidal/error.h"
 #include "tiny_model.h"
@@ -59,12 +59,21 @@ class RunnerSampling : public DecoderTest {
   void ExpectLogprobs(const Drawn& drawn, size_t row, size_t num_top) {
     const auto vocab = static_cast<size_t>(model_.vocab_size);
     ASSERT_EQ(drawn.logprobs[row].size(), drawn.tokens[row].size());
-    ASSERT_EQ(drawn.logits[row].size(), drawn.tokens[row].size() * vocab);
+    ASSERT_EQ(logits_[row].size(), drawn.tokens[row].size() * vocab);
     for (size_t i = 0; i < drawn.tokens[row].size(); ++i) {
       EXPECT_EQ(drawn.logprobs[row][i].top_ids.size(), num_top);
-      ExpectLogprobs(drawn.logprobs[row][i], drawn.logits[row].data() + i * vocab,
-                     drawn.tokens[row][i]);
+      ExpectLogprobs(drawn.logprobs[row][i], logits_[row].data() + i * vocab, drawn.tokens[row][i]);
     }
+  }
+
+  // The logits of the batch's rows go to logits_.
+  Drawn Run(Batch batch) {
+    logits_.clear();
+    for (const BatchRow& row : batch.rows) {
+      logits_.emplace_back(static_cast<size_t>(row.num_logits * model_.vocab_size));
+    }
+    for (size_t i = 0; i < logits_.size(); ++i) batch.rows[i].logits = logits_[i].data();
+    return runner_->Run(batch);
   }
 
   // Changes logits in every way there is.
@@ -82,6 +91,7 @@ class RunnerSampling : public DecoderTest {
 
   std::unique_ptr<ModelRunner> runner_;
   std::unique_ptr<SequenceMaker> maker_;
+  std::vector<std::vector<float>> logits_;
 };
 
 // Steps, the end of a prompt's chunk, and a check of drafts; beside rows that want none.
@@ -99,7 +109,7 @@ TEST_P(RunnerSampling, LogprobsAreThoseOfTheModelsOwnLogits) {
   rows[2].tokens.push_back(5);
   Batch batch = {{{&rows[0], 1, 1, 1, 4}, {&rows[1], 1, 1, 1, 0}, {&rows[2], 2, 1, 1, 20}},
                  PlanId::kDense};
-  Drawn drawn = runner_->Run(batch);
+  Drawn drawn = Run(batch);
   const size_t num_top[] = {4, 0, 20};
   for (size_t i = 0; i < 3; ++i) ExpectLogprobs(drawn, i, num_top[i]);
 
@@ -107,7 +117,7 @@ TEST_P(RunnerSampling, LogprobsAreThoseOfTheModelsOwnLogits) {
     for (size_t i = 0; i < 3; ++i) rows[i].tokens.push_back(drawn.tokens[i].back());
     batch = {{{&rows[0], 1, 1, 1, 4}, {&rows[1], 1, 1, 1}, {&rows[2], 1, 1, 1, 20}},
              step % 2 == 0 ? PlanId::kDecoder : PlanId::kDense};
-    drawn = runner_->Run(batch);
+    drawn = Run(batch);
     ExpectLogprobs(drawn, 0, 4);
     EXPECT_TRUE(drawn.logprobs[1].empty());
     ExpectLogprobs(drawn, 2, 20);
@@ -118,7 +128,7 @@ TEST_P(RunnerSampling, LogprobsAreThoseOfTheModelsOwnLogits) {
     for (int32_t token : {11, 12, 13, 14, 15}) row.tokens.push_back(token);
     batch.rows.push_back({&row, 5, 5, 5, 2});
   }
-  drawn = runner_->Run(batch);
+  drawn = Run(batch);
   for (size_t i = 0; i < 3; ++i) ExpectLogprobs(drawn, i, 2);
 }
 
@@ -135,9 +145,9 @@ TEST_P(RunnerSampling, TokensThatThereAreAreScored) {
   Drawn drawn;
   for (int64_t count : {17, 23}) {
     const int64_t followed = std::min<int64_t>(count, 39 - sequence.cached);
-    drawn = runner_->Run({{{&sequence, count, followed < count, count, 3, followed}}});
+    drawn = Run({{{&sequence, count, followed < count, count, 3, followed}}});
     scored.insert(scored.end(), drawn.scored[0].begin(), drawn.scored[0].end());
-    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
+    logits.insert(logits.end(), logits_[0].begin(), logits_[0].end());
   }
   ASSERT_EQ(scored.size(), 39u);
   for (size_t i = 0; i < 39; ++i)
@@ -147,9 +157,9 @@ TEST_P(RunnerSampling, TokensThatThereAreAreScored) {
   // A step whose successor is known, whatever is drawn.
   sequence.tokens.push_back(8);
   sequence.tokens.push_back(9);
-  drawn = runner_->Run({{{&sequence, 1, 1, 1, 2, 1}}});
-  ExpectLogprobs(drawn.scored[0][0], drawn.logits[0].data(), 9);
-  ExpectLogprobs(drawn.logprobs[0][0], drawn.logits[0].data(), drawn.tokens[0][0]);
+  drawn = Run({{{&sequence, 1, 1, 1, 2, 1}}});
+  ExpectLogprobs(drawn.scored[0][0], logits_[0].data(), 9);
+  ExpectLogprobs(drawn.logprobs[0][0], logits_[0].data(), drawn.tokens[0][0]);
 }
 
 TEST_P(RunnerSampling, AskingForLogprobsChangesNoDraw) {

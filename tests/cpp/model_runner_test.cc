@@ -7,8 +7,8 @@
 #include <random>
 
 #include "backend/memory_meter.h"
-#include "engine/reading.h"
 #include "engine/sequence_maker.h"
+#include "reading.h"
 #include "throws.h"
 #include "tidal/error.h"
 #include "tiny_model.h"
@@ -30,6 +30,17 @@ class Runner : public DecoderTest {
 
   std::unique_ptr<ModelRunner> MakeRunner(const DecodeConfig& config) const {
     return std::make_unique<ModelRunner>(model_, config, weights_, nullptr);
+  }
+
+  // Gives the batch's rows places for their logits.
+  std::vector<std::vector<float>> PlacesFor(Batch& batch) const {
+    std::vector<std::vector<float>> places;
+    places.reserve(batch.rows.size());
+    for (BatchRow& row : batch.rows) {
+      places.emplace_back(static_cast<size_t>(row.num_logits * model_.vocab_size));
+      row.logits = places.back().data();
+    }
+    return places;
   }
 
   // What a Generation of the prompt alone gives.
@@ -101,10 +112,11 @@ TEST_P(Runner, ChunksOfSeveralPromptsEqualEachAlone) {
     const auto count = static_cast<int64_t>(prompt.size());
     batch.rows.push_back({&sequences.back(), count, 1, std::min<int64_t>(count, 3)});
   }
+  const auto logits = PlacesFor(batch);
   const Drawn drawn = runner->Run(batch);
   for (size_t i = 0; i < prompts.size(); ++i) {
-    const auto want = decoder->PrefillLogits(prompts[i], batch.rows[i].num_logits);
-    EXPECT_TRUE(SameBits(Bits(drawn.logits[i]), Bits(want), 4)) << i;
+    const auto want = PrefillLogits(*decoder, prompts[i], batch.rows[i].num_logits);
+    EXPECT_TRUE(SameBits(Bits(logits[i]), Bits(want), 4)) << i;
     EXPECT_EQ(drawn.tokens[i], Alone(Dense(), prompts[i], 1)) << i;
     EXPECT_EQ(sequences[i].cached, NumTokens(sequences[i]));
   }
@@ -116,18 +128,22 @@ TEST_P(Runner, OutputsOfAWholeChunkAreThoseOfItsEnd) {
   const auto runner = MakeRunner(Dense());
   SequenceMaker maker(*runner);
   Sequence sequence = maker.Make(prompts_[2], 64, runner->ScratchSampling());
-  const Drawn all = runner->Run({{{&sequence, 41, 41, 41}}});
-  EXPECT_EQ(all.logits[0].size(), static_cast<size_t>(41 * model_.vocab_size));
+  Batch whole = {{{&sequence, 41, 41, 41}}};
+  const auto places = PlacesFor(whole);
+  const std::vector<float>& logits = places[0];
+  const Drawn all = runner->Run(whole);
   EXPECT_EQ(all.tokens[0].size(), 41u);
   for (int64_t i = 0; i < 41; ++i) {
-    const auto row = all.logits[0].begin() + i * model_.vocab_size;
+    const auto row = logits.begin() + i * model_.vocab_size;
     const auto best = std::max_element(row, row + model_.vocab_size) - row;
     EXPECT_EQ(all.tokens[0][static_cast<size_t>(i)], best) << i;
   }
   sequence.Rewind(0);
-  const Drawn end = runner->Run({{{&sequence, 41, 1, 3}}});
-  const std::vector<float> last(all.logits[0].end() - 3 * model_.vocab_size, all.logits[0].end());
-  EXPECT_TRUE(SameBits(Bits(end.logits[0]), Bits(last), 4));
+  Batch tail = {{{&sequence, 41, 1, 3}}};
+  const auto tail_logits = PlacesFor(tail);
+  const Drawn end = runner->Run(tail);
+  const std::vector<float> last(logits.end() - 3 * model_.vocab_size, logits.end());
+  EXPECT_TRUE(SameBits(Bits(tail_logits[0]), Bits(last), 4));
   EXPECT_EQ(end.tokens[0], Ints{all.tokens[0].back()});
 }
 
@@ -174,21 +190,23 @@ TEST_P(Runner, APlanIsThereUntilItsLastUserDropsIt) {
   SequenceMaker maker(*runner);
   Sequence sequence = maker.Make(prompts_[0], 200, runner->ScratchSampling());
   Read(*runner, sequence);
-  const Batch step = {{{&sequence}}, plan};
+  const Batch step = {{{.sequence = &sequence, .counts_sets = true}}, plan};
   const auto run = [&] {
     sequence.Rewind(90);
     return runner->Run(step);
   };
   runner->DropPlan(plan);
-  EXPECT_TRUE(run().is_sparse);
-  EXPECT_EQ(runner->CountPositions(plan, 1), 16 * runner->plan(plan).selection.CountSets(1));
+  const ChosenSets sets = run().sets[0];
+  EXPECT_GT(sets.num_sets, 0);
+  EXPECT_EQ(sets.num_positions, 16 * sets.num_sets);
   EXPECT_EQ(runner->ReadSelection(plan, sequence.id).size(), 2u);
   EXPECT_TRUE(runner->ReadSelection(PlanId::kDecoder, sequence.id).empty());
   runner->DropPlan(plan);
   EXPECT_TRUE(Throws<InvalidArgument>(run, {"plan 2", "has gone"}));
   runner->DropPlan(PlanId::kDecoder);  // whom AddPlan counted above
   sequence.Rewind(90);
-  EXPECT_TRUE(runner->Run({{{&sequence}}, PlanId::kDecoder}).is_sparse);
+  const BatchRow row = {.sequence = &sequence, .counts_sets = true};
+  EXPECT_GT(runner->Run({{row}, PlanId::kDecoder}).sets[0].num_sets, 0);
 }
 
 TEST_P(Runner, RefusesWhatAPassHasNoRoomFor) {

@@ -24,7 +24,6 @@ class Server {
         scheduler(pool_, nullptr,
                   {.max_rows = max_rows,
                    .max_pass_tokens = 4096,
-                   .max_pass_draws = 64,
                    .max_check_tokens = 64,
                    .max_seq_len = 200000,
                    .max_chunk_ms = kMaxChunkMs,

@@ -68,7 +68,6 @@ class RandomLife {
     options.caches_prefixes = !Chance(5);
     options.limits.max_rows = 1 + Below(6);
     options.limits.max_pass_tokens = 4 + Below(40);
-    options.limits.max_pass_draws = 4 + Below(20);
     options.limits.max_check_tokens = 2 + Below(20);
     options.limits.max_chunk_ms = 3.1 + static_cast<double>(Below(10)) * 0.1;
     options.limits.max_seq_len = 90;
@@ -96,13 +95,23 @@ class RandomLife {
     request.priority = static_cast<int32_t>(Below(2));
     if (Chance(4)) request.max_unread = 1 + Below(6);
     request.cache_salt = Chance(4) ? "other" : "";
-    request.logits = static_cast<LogitsWanted>(Chance(4) ? Below(3) : 0);
     return request;
+  }
+
+  // Makes of a request one of given tokens: of a prompt, or what a replay has.
+  void Score(Request& request, int64_t num_given) {
+    Tokens forced = MakePrompt(1, request.sampling.max_new_tokens);
+    const int64_t num_logits = 1 + Below(static_cast<uint32_t>(num_given) + 1) % num_given;
+    request.scoring = ScoredRequest(std::move(forced), num_logits).scoring;
+    request.owner = SequenceOwner::kReplay;
+    request.decoding.verifies = false;
+    request.max_unread = 0;
   }
 
   void Ask() {
     const Tokens prompt = RandomPrompt();
-    const Request request = RandomRequest();
+    Request request = RandomRequest();
+    if (Chance(5)) Score(request, static_cast<int64_t>(prompt.size()));
     const auto need = static_cast<int64_t>(prompt.size()) + request.sampling.max_new_tokens;
     if (rig_.pool.PagesFor(need) > rig_.pool.num_pages()) {
       EXPECT_THROW(rig_.Submit(prompt, request), CapacityError);
@@ -144,11 +153,13 @@ class RandomLife {
     sequence->clean_len = std::min(sequence->clean_len, sequence->cached);
 
     Request request = RandomRequest();
-    request.keeps_pages = true;
+    request.owner = Chance(4) ? SequenceOwner::kReplay : SequenceOwner::kSession;
     request.max_unread = 0;
+    if (Chance(4)) Score(request, length);
     // What was decoded sparsely a session corrects before its turn.
     if (sequence->num_sparse > 0) request.decoding.verifies = false;
-    if (sequence->cached + 1 < length && Chance(5)) request.sampling.max_new_tokens = 0;
+    if (sequence->cached + 1 < length && !request.scoring && Chance(5))
+      request.sampling.max_new_tokens = 0;
     const auto need =
         static_cast<int64_t>(sequence->tokens.size()) + request.sampling.max_new_tokens;
     if (need > 90 || rig_.pool.PagesFor(need) > rig_.pool.num_pages()) return;
@@ -161,7 +172,7 @@ class RandomLife {
     if (rig_.scheduler.Get(id).status == RequestStatus::kFinished) {
       RequestState ended = rig_.scheduler.Remove(id);
       ids_.pop_back();
-      if (!ended.request.keeps_pages || ended.failure != RequestFailure::kNone) return;
+      if (!ended.keeps_pages() || ended.failure != RequestFailure::kNone) return;
       sessions_.push_back(std::make_unique<Sequence>(std::move(ended.sequence)));
     } else if (Chance(3)) {
       rig_.scheduler.Cancel(id, Chance(2) ? FinishReason::kAbort : FinishReason::kStop,

@@ -67,27 +67,6 @@ TEST(SchedulerMemory, TheNewestIsPausedWhileReadingToo) {
   EXPECT_EQ(rig.Generated(two), FakeModel::Continue(MakePrompt(2, 64), 4));
 }
 
-TEST(SchedulerMemory, APausedRequestIsGivenItsLogitsOnce) {
-  Rig rig(Small(16));
-  rig.Submit(MakePrompt(1, 12), 36);
-  Request request;
-  request.sampling.max_new_tokens = 36;
-  request.logits = LogitsWanted::kAll;
-  const RequestId scored = rig.Submit(MakePrompt(2, 12), request);
-  int64_t num_logits = 0;
-  while (true) {
-    const Batch batch = rig.scheduler.Next(rig.now_ms);
-    if (batch.rows.empty()) break;
-    const std::vector<RequestId> ids = rig.scheduler.InFlight();
-    for (size_t i = 0; i < ids.size(); ++i) {
-      if (ids[i] == scored) num_logits += batch.rows[i].num_logits;
-    }
-    rig.scheduler.Commit(batch, rig.model.Run(batch), rig.now_ms += 1.0);
-  }
-  EXPECT_GE(rig.scheduler.Get(scored).num_pauses, 1);
-  EXPECT_EQ(num_logits, 12 + 36 - 1) << "after every token but the last";
-}
-
 TEST(SchedulerMemory, KnownPrefixesMakeRoomBeforeAnybodyIsPaused) {
   Rig rig(Small(16));
   for (int32_t i = 0; i < 4; ++i) {
@@ -160,7 +139,7 @@ TEST(SchedulerMemory, ASessionsTurnIsNotPaused) {
   Sequence sequence = rig.MakeSequence(MakePrompt(1, 10));
   Request request;
   request.sampling.max_new_tokens = 20;
-  request.keeps_pages = true;
+  request.owner = SequenceOwner::kSession;
   const RequestId turn = rig.scheduler.Add(request, std::move(sequence), rig.now_ms);
   SequencePages session(rig.pool, 4 * 6);
   while (rig.scheduler.Get(older).num_pauses == 0) ASSERT_TRUE(rig.Step());

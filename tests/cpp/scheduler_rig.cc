@@ -76,14 +76,15 @@ Drawn FakeModel::Run(const Batch& batch) {
       const int32_t page = sequence.pages.pages().at(static_cast<size_t>(i / pool_.page_size()));
       EXPECT_FALSE(pool_.IsShared(page)) << "wrote to a page that others read";
       // A sparse step draws from what it read, and leaves K and V that are slightly wrong.
-      if (i >= end - row.num_draws) draws.push_back(Draw({hash, is_clean}, is_sparse));
+      const int32_t draw = Draw({hash, is_clean}, is_sparse);
+      if (i >= end - row.num_draws) draws.push_back(draw);
+      const int64_t logits = i - (end - row.num_logits);
+      if (logits >= 0) row.logits[logits] = static_cast<float>(draw);
       is_clean = is_clean && !is_sparse;
       At(sequence, i) = {hash, is_clean};
     }
     if (is_poisoned) std::fill(draws.begin(), draws.end(), -1);
     drawn.tokens.push_back(draws);
-    drawn.logits.emplace_back(static_cast<size_t>(row.num_logits), 0.0f);
-    drawn.is_sparse = drawn.is_sparse || is_sparse;
     work.Add(row.num_tokens, begin);
     // The sequence is moved on, as a runner does.
     sequence.cached = end;
@@ -173,11 +174,10 @@ RequestId Rig::Submit(Tokens prompt, int64_t max_new_tokens) {
 }
 
 void Rig::CheckLimits(const Batch& batch) const {
-  int64_t num_tokens = 0, num_draws = 0, num_logits = 0;
+  int64_t num_tokens = 0, num_draws = 0;
   for (const BatchRow& row : batch.rows) {
     num_tokens += row.num_tokens;
     num_draws += row.num_draws;
-    num_logits += row.num_logits;
   }
   EXPECT_LE(static_cast<int64_t>(batch.rows.size()), limits.max_rows) << ToString(batch);
   if (batch.is_step()) return;  // a row of each request, whatever a pass may take
@@ -186,8 +186,6 @@ void Rig::CheckLimits(const Batch& batch) const {
     return;
   }
   EXPECT_LE(num_tokens, limits.max_pass_tokens) << ToString(batch);
-  EXPECT_LE(num_draws, limits.max_pass_draws) << ToString(batch);
-  EXPECT_LE(num_logits, limits.max_pass_draws) << ToString(batch);
 }
 
 bool Rig::Step() {
@@ -231,6 +229,17 @@ Request TidalRequest(int64_t max_new_tokens, int64_t dense_len) {
   Request request;
   request.sampling.max_new_tokens = max_new_tokens;
   request.decoding = {.plan = kTidal, .dense_len = dense_len};
+  return request;
+}
+
+Request ScoredRequest(Tokens forced, int64_t num_logits) {
+  Request request;
+  request.owner = SequenceOwner::kReplay;
+  request.sampling.max_new_tokens = static_cast<int64_t>(forced.size());
+  const auto count = static_cast<size_t>(num_logits);
+  request.scoring = {.forced = std::move(forced),
+                     .num_logits = num_logits,
+                     .logits = std::make_shared<std::vector<float>>(count, -1.0f)};
   return request;
 }
 

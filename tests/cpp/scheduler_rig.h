@@ -51,7 +51,8 @@ class FakeModel {
   // Sequences of at most this length are decoded densely, by plan.
   std::map<PlanId, int64_t> dense_len;
 
-  // What dense decoding of the tokens writes, without any scheduler.
+  // What dense decoding of the tokens writes, without any scheduler. Logits are one number a token:
+  // what is drawn from them.
   static Tokens Continue(Tokens tokens, int64_t count, float rotary = 1.0f);
 
  private:
@@ -73,7 +74,6 @@ struct RigOptions {
   FakeSpeed speed{};
   SchedulerLimits limits{.max_rows = 4,
                          .max_pass_tokens = 64,
-                         .max_pass_draws = 40,
                          .max_check_tokens = 40,
                          .max_seq_len = 200,
                          .output_reserve = 8};
@@ -119,5 +119,8 @@ Tokens MakePrompt(int32_t first, int64_t count);
 
 // A request that goes through kTidal beyond dense_len tokens.
 Request TidalRequest(int64_t max_new_tokens, int64_t dense_len);
+
+// A request for the logits after the last tokens, of which `forced` follow the prompt.
+Request ScoredRequest(Tokens forced, int64_t num_logits);
 
 }  // namespace tidal::test

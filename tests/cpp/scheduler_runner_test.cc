@@ -37,7 +37,6 @@ class SchedulerRunner : public DecoderTest {
           scheduler(runner.pool(), &prefixes,
                     {.max_rows = runner.config().max_batch_size,
                      .max_pass_tokens = runner.config().prefill_chunk,
-                     .max_pass_draws = runner.config().prefill_chunk,
                      .max_check_tokens = runner.max_pass_tokens(),
                      .max_seq_len = runner.config().max_seq_len,
                      .output_reserve = 8}) {}

@@ -92,40 +92,6 @@ TEST(Scheduler, AStopTokenEndsARequest) {
   EXPECT_EQ(rig.Reason(id), FinishReason::kStop);
 }
 
-TEST(Scheduler, ForcedTokensTakeThePlaceOfDraws) {
-  Rig rig;
-  Request request;
-  request.sampling.max_new_tokens = 4;
-  request.sampling.stop_token_ids = {7};
-  request.forced = {5, 7, 6};
-  request.logits = LogitsWanted::kGenerated;
-  const RequestId id = rig.Submit(MakePrompt(1, 5), request);
-  rig.StepUntilDone();
-  Tokens scored = MakePrompt(1, 5);
-  scored.insert(scored.end(), {5, 7, 6});
-  EXPECT_EQ(rig.Generated(id), (Tokens{5, 7, 6, FakeModel::Continue(scored, 1)[0]}));
-  EXPECT_EQ(rig.Reason(id), FinishReason::kLength) << "a forced stop token ends nothing";
-  EXPECT_EQ(rig.passes[0], "plan 0: 0 +5 draw 1 logits 1");
-  EXPECT_EQ(rig.passes[3], "plan 0: 7 +1 draw 1 logits 1");
-}
-
-TEST(Scheduler, AllLogitsOfAPromptComeInPassesThatHoldThem) {
-  RigOptions options;
-  options.limits.max_pass_draws = 8;
-  Rig rig(options);
-  Request request;
-  request.sampling.max_new_tokens = 1;
-  request.logits = LogitsWanted::kAll;
-  for (int run = 0; run < 2; ++run) {
-    rig.passes.clear();
-    rig.Submit(MakePrompt(1, 18), request);
-    rig.StepUntilDone();
-    EXPECT_EQ(rig.passes, (Passes{"plan 0: 0 +8 logits 8", "plan 0: 8 +8 logits 8",
-                                  "plan 0: 16 +2 draw 1 logits 2"}))
-        << "what is known already has no logits";
-  }
-}
-
 TEST(Scheduler, UnusableLogitsEndOneRequest) {
   Rig rig;
   Tokens bad = MakePrompt(3, 9);
@@ -174,7 +140,7 @@ TEST(Scheduler, WhatCanNeverFitIsRefused) {
   options.num_pages = 10;
   Rig small(options);
   EXPECT_TRUE(Throws<CapacityError>([&] { small.Submit(MakePrompt(1, 30), 11); },
-                                    {"needs 11 pages", "have 10", "raise num_pages"}));
+                                    {"need 11 pages", "have 10", "raise num_pages"}));
   EXPECT_TRUE(Throws<InvalidArgument>([&] { rig.Submit({}, 1); }, {"no tokens"}));
   EXPECT_TRUE(Throws<InvalidArgument>([&] { rig.Submit({1}, 0); }, {"max_new_tokens", "got 0"}));
   EXPECT_FALSE(rig.scheduler.HasWork());
@@ -376,7 +342,7 @@ TEST(Scheduler, ASessionKeepsItsPages) {
   Sequence sequence = rig.MakeSequence(MakePrompt(1, 10));
   Request request = TidalRequest(20, 4);
   rig.model.dense_len[kTidal] = 4;
-  request.keeps_pages = true;
+  request.owner = SequenceOwner::kSession;
   const RequestId turn = rig.scheduler.Add(request, std::move(sequence), 0.0);
   const RequestId other = rig.Submit(MakePrompt(2, 8), 40);
   rig.StepUntilDone();
@@ -408,11 +374,11 @@ TEST(Scheduler, ASessionKeepsItsPages) {
 TEST(Scheduler, ASessionsCorrectionWaitsUntilItsTokensAreHeard) {
   Rig rig;
   Request request = TidalRequest(9, 4);
-  request.keeps_pages = true;
+  request.owner = SequenceOwner::kSession;
   request.decoding.correction_interval = 4;
   rig.model.dense_len[kTidal] = 4;
   const RequestId turn = rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 10)), 0.0);
-  request.keeps_pages = false;
+  request.owner = SequenceOwner::kRequest;
   const RequestId other = rig.Submit(MakePrompt(1, 10), request);
   for (int i = 0; i < 30; ++i) rig.Step();
   EXPECT_EQ(rig.Generated(other).size(), 9u) << "it waits for nobody";
@@ -430,7 +396,7 @@ TEST(Scheduler, ForksCopyThePagesThatTheyWriteTo) {
   Rig rig;
   Request request;
   request.sampling.max_new_tokens = 6;
-  request.keeps_pages = true;
+  request.owner = SequenceOwner::kSession;
   const RequestId first =
       rig.scheduler.Add(request, rig.MakeSequence(MakePrompt(1, 10)), rig.now_ms);
   rig.StepUntilDone();

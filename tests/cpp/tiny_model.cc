@@ -214,6 +214,19 @@ std::vector<BackendCase> DecoderBackends() {
           {DeviceType::kCuda, DType::kFloat16}};
 }
 
+std::vector<float> PrefillLogits(Decoder& decoder, const Ints& token_ids, int64_t num_positions) {
+  const auto call = decoder.Score(token_ids, static_cast<int64_t>(token_ids.size()), num_positions);
+  while (!call->done()) call->Advance();
+  return call->TakeLogits(0);
+}
+
+std::vector<float> DecodeLogits(Decoder& decoder, const Ints& token_ids, int64_t num_prefill) {
+  const auto length = static_cast<int64_t>(token_ids.size());
+  const auto call = decoder.Score(token_ids, num_prefill, length - num_prefill + 1);
+  while (!call->done()) call->Advance();
+  return call->TakeLogits(0);
+}
+
 Bytes Bits(const std::vector<float>& values) {
   Bytes bytes(values.size() * sizeof(float));
   std::memcpy(bytes.data(), values.data(), bytes.size());

@@ -70,6 +70,11 @@ class DecoderTest : public ::testing::TestWithParam<BackendCase> {
 
 std::vector<BackendCase> DecoderBackends();
 
+// What Decoder::Score gives after the last num_positions of the tokens, all of them read, and after
+// the first num_prefill and each of those behind them.
+std::vector<float> PrefillLogits(Decoder& decoder, const Ints& token_ids, int64_t num_positions);
+std::vector<float> DecodeLogits(Decoder& decoder, const Ints& token_ids, int64_t num_prefill);
+
 // Bits of float32 logits, for SameBits.
 Bytes Bits(const std::vector<float>& values);
 Values Widen(const std::vector<float>& values);

@@ -35,18 +35,23 @@ def params():
 def generation():
     return decoder.start([[5, 6]], [params()])
 
+def end(made):
+    while not made.done:
+        made.advance()
+    return made
+
 def scored():
     params = _core.SamplingParams()
     params.max_new_tokens = 1
-    made = new_decoder().start([[5, 6]], [params], logprobs=2)
-    while not made.done:
-        made.advance()
+    made = end(new_decoder().start([[5, 6]], [params], logprobs=2))
     return made.results()[0].logprobs[0]
 
 def finished():
-    made = generation()
-    while not made.done:
-        made.advance()
+    return end(generation())
+
+def replay():
+    made = decoder.start_replay([[5, 6]], 4)
+    end(made.read())
     return made
 
 eventfd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -78,8 +83,7 @@ MAKERS = {
     "Inbox": [inbox, lambda: closed(inbox)],
     "Session": [session, lambda: closed(session)],
     "GuideDesk": [lambda: decoder.guide_desk(), lambda: closed(decoder.guide_desk)],
-    "Replay": [lambda: decoder.start_replay([[5, 6]], 4),
-               lambda: closed(lambda: decoder.start_replay([[5, 6]], 4))],
+    "Replay": [replay, lambda: closed(replay)],
     "Decoder": [lambda: decoder, lambda: closed(new_decoder)],
 }
 classes = {name: value for name, value in vars(_core).items() if inspect.isclass(value)}
@@ -169,8 +173,7 @@ RIGHT = {
     decoder.start: ([[5, 6]], [params()]),
     decoder.start_session: (64,),
     decoder.start_replay: ([[5, 6]], 4),
-    decoder.prefill_logits: ([5, 6], 1),
-    decoder.decode_logits: ([5, 6], 1),
+    decoder.score: ([5, 6], 1, 1),
     decoder.measure_steps: ([5], 1, 0, "auto"),
     decoder.selection: (0,),
     generation().stop: (0, "stop"),
@@ -182,8 +185,8 @@ RIGHT = {
     session().append: ([5],),
     session().start: ([5], params(), None),
     session().truncate: (0,),
-    decoder.start_replay([[5, 6]], 4).step_logits: (core_config(settings, None, folder), [[5]]),
-    decoder.start_replay([[5, 6]], 4).greedy: (core_config(settings, None, folder), 3, [1]),
+    replay().step_logits: (core_config(settings, None, folder), [[5]]),
+    replay().greedy: (core_config(settings, None, folder), 3, [1]),
     _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder), None),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
     _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4)),
@@ -243,7 +246,7 @@ def test_what_was_started_outlives_its_decoder():
     check_python(
         SUBJECTS
         + """
-for make in (generation, session, lambda: decoder.start_replay([[5, 6]], 4)):
+for make in (generation, session, replay):
     decoder = new_decoder()
     made = make()
     del decoder
@@ -258,7 +261,8 @@ for make in (generation, session, lambda: decoder.start_replay([[5, 6]], 4)):
             reading.advance()
         assert made.fork().token_ids() == [5, 6]
     else:
-        assert len(made.greedy(core_config(settings, None, folder), 3, [])[0]) == 3
+        ended = end(made.greedy(core_config(settings, None, folder), 3, []))
+        assert len(ended.results()[0].token_ids) == 3
     made.close()
 """
     )

@@ -60,7 +60,7 @@ class Generation {
   PrefillProgress prefill_progress() const;
 
   // Ends a sequence (a stop string was found, the user cancelled) where its results are. Waits for
-  // the pass under way. No effect if it has ended.
+  // the pass under way if the sequence is part of it. No effect if it has ended.
   void Stop(int64_t sequence, FinishReason reason);
 
   // Ends all sequences that still run (kAbort), as destruction does. Their results stay.
@@ -71,9 +71,14 @@ class Generation {
   // were asked for.
   std::vector<TokenLogprobs> Logprobs(int64_t sequence, int64_t first) const;
 
+  // Those that Decoder::Score or Replay::StepLogits was asked for, [rows, vocab_size] float32;
+  // once. Throws InvalidArgument if they are not all there.
+  std::vector<float> TakeLogits(int64_t sequence);
+
  private:
   friend class Decoder;
   friend class Inbox;
+  friend class Replay;
   friend class Session;
   struct Impl;
   explicit Generation(std::unique_ptr<Impl> impl);
@@ -118,41 +123,40 @@ class Inbox {
 // Prompts that are read once and continued again and again from there, each time with a plan of its
 // own: what comparing plans needs. Owns pages, but no batch rows, until it is closed or destroyed.
 // The K and V of a prompt are dense, never rewritten, whatever the plan's correction_interval.
+//
+// What it starts are calls of all its prompts, one at a time: until a Generation is done or
+// destroyed, the next one throws InvalidArgument. They tell how far they have read, and their ends,
+// but not token by token.
 class Replay {
  public:
   ~Replay();
   Replay(const Replay&) = delete;
   Replay& operator=(const Replay&) = delete;
 
-  // Reads the next chunk of the prompts, densely. Returns false once there is none.
-  bool ReadNext();
-  PrefillProgress prefill_progress() const;
+  // Reads what has not been read of the prompts, densely: before anything else. Throws as Score.
+  std::unique_ptr<Generation> Read();
 
   // Teacher forcing: decodes the continuations, one per prompt, a step at a time through the plan.
   // Row i of a prompt's logits follows the prompt and i tokens: [continuation.size() + 1,
-  // vocab_size] float32. Reads what is left of the prompts first. Throws InvalidArgument,
-  // CapacityError.
-  std::vector<std::vector<float>> StepLogits(
-      const PlanConfig& plan, const std::vector<std::vector<int32_t>>& continuations);
+  // vocab_size]. Throws InvalidArgument, CapacityError, and OutOfMemoryError for a plan without
+  // room.
+  std::unique_ptr<Generation> StepLogits(const PlanConfig& plan,
+                                         const std::vector<std::vector<int32_t>>& continuations);
 
-  // The most likely tokens through the plan, as a Generation with these settings decodes them: up
-  // to max_new_tokens a prompt, a stop token being the last. An empty list is a prompt whose logits
-  // were unusable.
-  std::vector<std::vector<int32_t>> Greedy(const PlanConfig& plan, int64_t max_new_tokens,
-                                           const std::vector<int32_t>& stop_token_ids);
+  // The most likely tokens through the plan, as Decoder::Start with these settings decodes them: up
+  // to max_new_tokens a prompt, a stop token being the last. None are those of a prompt whose
+  // logits were unusable. Throws as StepLogits.
+  std::unique_ptr<Generation> Greedy(const PlanConfig& plan, int64_t max_new_tokens,
+                                     const std::vector<int32_t>& stop_token_ids);
 
-  // Gives the pages back.
+  // Gives the pages back, those of a running call when that ends.
   void Close();
-
-  // Positions of a set, on average over the sparse steps of the last StepLogits or Greedy; 0 if
-  // there were none.
-  double mean_set_size() const;
 
  private:
   friend class Decoder;
   struct Impl;
-  explicit Replay(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  explicit Replay(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;  // a running call keeps it too
 };
 
 // A conversation: its tokens stay in the cache from one turn to the next. Owns pages for them, and
@@ -241,14 +245,13 @@ class Decoder {
                                     const std::vector<SamplingParams>& params,
                                     const CallOptions& options = {});
 
-  // Logits of the last `num_positions` tokens after dense prefill: [num_positions, vocab_size]
-  // float32.
-  std::vector<float> PrefillLogits(const std::vector<int32_t>& token_ids, int64_t num_positions);
-
-  // Teacher forcing: prefills the first `num_prefill` ids densely, then decodes the others one step
-  // at a time through the plan. Row i holds the logits after num_prefill + i ids: [token_ids.size()
-  // - num_prefill + 1, vocab_size] float32.
-  std::vector<float> DecodeLogits(const std::vector<int32_t>& token_ids, int64_t num_prefill);
+  // Teacher forcing: a call that reads the first num_prefill tokens densely and decodes the others
+  // one step at a time through the plan, for the logits after the last num_logits of them
+  // (Generation::TakeLogits). What is read is read by itself, whatever else runs; steps are shared.
+  // It tells its end only, and is let in with pages for all its tokens. Throws InvalidArgument, and
+  // CapacityError for what could never fit.
+  std::unique_ptr<Generation> Score(const std::vector<int32_t>& token_ids, int64_t num_prefill,
+                                    int64_t num_logits);
 
   // Reserves pages for the prompts and `max_new_tokens` after each; nothing has run yet. Throws
   // InvalidArgument and CapacityError.

@@ -53,6 +53,12 @@ struct TokenLogprobs {
   std::vector<float> top_logprobs;  // theirs
 };
 
+// Sets of chosen positions, one a set of heads, choosing layer and step.
+struct ChosenSets {
+  int64_t num_sets = 0;
+  int64_t num_positions = 0;  // in all of them
+};
+
 struct SequenceResult {
   std::vector<int32_t> token_ids;  // generated ids; a stop token is the last one
   FinishReason finish_reason = FinishReason::kNone;
@@ -66,6 +72,7 @@ struct SequenceResult {
   std::vector<TokenLogprobs> prompt_logprobs{};  // of each token of the prompt but the first
   bool has_logprobs = false;                     // they were asked for
   bool has_prompt_logprobs = false;
+  ChosenSets sets{};  // of its sparse steps, if they were counted: Replay
 
   // Those of its tokens from index `first` on, >= 0.
   std::vector<TokenLogprobs> LogprobsFrom(int64_t first) const {

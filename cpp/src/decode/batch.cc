@@ -35,6 +35,8 @@ void CheckBatch(const Batch& batch) {
     TIDAL_CHECK(row.num_logits >= 0 && row.num_logits <= row.num_tokens, InvalidArgument,
                 "batch row ", i, ": got num_logits ", row.num_logits, ", expected 0 to ",
                 row.num_tokens);
+    TIDAL_CHECK(row.num_logits == 0 || row.logits != nullptr, InvalidArgument, "batch row ", i,
+                ": got no place for its ", row.num_logits, " logits");
     TIDAL_CHECK(!row.num_logprobs || (*row.num_logprobs >= 0 && *row.num_logprobs <= kMaxLogprobs),
                 InvalidArgument, "batch row ", i, ": got num_logprobs ", *row.num_logprobs,
                 ", expected 0 to ", kMaxLogprobs);

@@ -18,7 +18,7 @@ struct BatchRow {
   Sequence* sequence = nullptr;
   int64_t num_tokens = 1;  // its next uncached tokens, which the pass caches; >= 1
   int64_t num_draws = 1;   // successors to draw: of the last so many of those tokens
-  int64_t num_logits = 0;  // logits to return: after the last so many of those tokens
+  int64_t num_logits = 0;  // logits to write: after the last so many of those tokens
   // Log-probabilities to return of its draws, and beside each those of so many of the most likely
   // tokens, 0 to kMaxLogprobs; nothing: none.
   std::optional<int64_t> num_logprobs{};
@@ -28,6 +28,8 @@ struct BatchRow {
   // [num_draws, NumMaskWords(vocab_size)]: what each draw may give, beside what the sequence's
   // parameters say; empty: anything.
   std::vector<uint32_t> allowed{};
+  float* logits = nullptr;   // [num_logits, vocab_size]: where they go
+  bool counts_sets = false;  // the sizes of its sets are wanted
 };
 
 // Returns how many of the row's tokens another one of its sequence follows.
@@ -51,11 +53,10 @@ struct Batch {
 // What a pass gives, by row of its batch.
 struct Drawn {
   std::vector<std::vector<int32_t>> tokens;            // [num_draws] each; -1: unusable logits
-  std::vector<std::vector<float>> logits;              // [num_logits, vocab_size] each
   std::vector<std::vector<TokenLogprobs>> logprobs{};  // [num_draws] each, if they were wanted
   std::vector<std::vector<TokenLogprobs>> scored{};    // [num_scored] each
-  // Whether layers of the plan attended to sets; a step is dense where all rows are short.
-  bool is_sparse = false;
+  // Of rows that count them, those of a step in which they attended to chosen positions.
+  std::vector<ChosenSets> sets{};
 };
 
 // Throws InvalidArgument, naming the row or the sequence, unless the batch is as BatchRow and Batch

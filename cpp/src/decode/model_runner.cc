@@ -35,9 +35,9 @@ int64_t LargestShare(const Batch& batch) {
 
 Drawn NothingDrawn(const Batch& batch) {
   return {.tokens = std::vector<std::vector<int32_t>>(batch.rows.size()),
-          .logits = std::vector<std::vector<float>>(batch.rows.size()),
           .logprobs = std::vector<std::vector<TokenLogprobs>>(batch.rows.size()),
-          .scored = std::vector<std::vector<TokenLogprobs>>(batch.rows.size())};
+          .scored = std::vector<std::vector<TokenLogprobs>>(batch.rows.size()),
+          .sets = std::vector<ChosenSets>(batch.rows.size())};
 }
 
 // Returns the draws of a step of num_rows rows; those past the batch's are idle.
@@ -225,10 +225,10 @@ void ModelRunner::CheckFits(const Batch& batch) const {
 Drawn ModelRunner::RunStep(const Batch& batch) {
   ActivePlan& asked = *plans_.at(batch.plan);
   Drawn drawn = NothingDrawn(batch);
-  drawn.is_sparse = std::any_of(batch.rows.begin(), batch.rows.end(), [&](const BatchRow& row) {
-    return asked.IsSparse(row.sequence->cached + 1);
-  });
-  ActivePlan& plan = drawn.is_sparse ? asked : *plans_.at(PlanId::kDense);
+  const bool is_sparse =
+      std::any_of(batch.rows.begin(), batch.rows.end(),
+                  [&](const BatchRow& row) { return asked.IsSparse(row.sequence->cached + 1); });
+  ActivePlan& plan = is_sparse ? asked : *plans_.at(PlanId::kDense);
   if (plan.shadow) FillShadow(*plan.shadow, batch.rows);
 
   const auto count = static_cast<int64_t>(batch.rows.size());
@@ -238,13 +238,14 @@ Drawn ModelRunner::RunStep(const Batch& batch) {
   buffers_->sampler.SetRows(StepDraws(batch, b));
   RunStepPass(plan, pass);
   TakeStep(batch, drawn);
+  if (is_sparse) TakeSets(batch, plan, drawn);
 
-  if (drawn.is_sparse) plan.last_rows.clear();
+  if (is_sparse) plan.last_rows.clear();
   for (const BatchRow& row : batch.rows) {
     Sequence& sequence = *row.sequence;
     Advance(sequence, 1, plan.IsSparse(sequence.cached + 1));
     if (plan.shadow) sequence.shadowed = sequence.cached;
-    if (drawn.is_sparse) plan.last_rows.push_back({sequence.id, sequence.cached});
+    if (is_sparse) plan.last_rows.push_back({sequence.id, sequence.cached});
   }
   return drawn;
 }
@@ -258,7 +259,7 @@ void ModelRunner::TakeStep(const Batch& batch, Drawn& drawn) const {
     const BatchRow& row = batch.rows[i];
     const auto index = static_cast<int64_t>(i);
     drawn.tokens[i] = {tokens[i]};
-    if (row.num_logits > 0) buffers_->sampler.AppendLogits(index, 1, drawn.logits[i]);
+    if (row.num_logits > 0) buffers_->sampler.ReadLogits(index, 1, row.logits);
     if (!row.num_logprobs) continue;
     wanted.push_back({.row = index, .token_id = tokens[i], .num_top = *row.num_logprobs});
     places.push_back(&drawn.logprobs[i]);
@@ -269,6 +270,18 @@ void ModelRunner::TakeStep(const Batch& batch, Drawn& drawn) const {
   }
   std::vector<TokenLogprobs> logprobs = buffers_->sampler.ReadLogprobs(wanted);
   for (size_t i = 0; i < places.size(); ++i) places[i]->push_back(std::move(logprobs[i]));
+}
+
+void ModelRunner::TakeSets(const Batch& batch, const ActivePlan& plan, Drawn& drawn) const {
+  auto counts = [&](const BatchRow& row) {
+    return row.counts_sets && plan.IsSparse(row.sequence->cached + 1);
+  };
+  if (std::none_of(batch.rows.begin(), batch.rows.end(), counts)) return;
+  const std::vector<ChosenSets> sets =
+      plan.selection.CountSets(*backend_, static_cast<int64_t>(batch.rows.size()));
+  for (size_t i = 0; i < sets.size(); ++i) {
+    if (counts(batch.rows[i])) drawn.sets[i] = sets[i];
+  }
 }
 
 void ModelRunner::RunStepPass(const ActivePlan& plan, const Pass& pass) {

@@ -50,8 +50,6 @@ class ModelRunner {
   // Whether the engine checks what sparse steps draft. A dense one has nothing to draft with.
   bool verifies() const;
 
-  // Positions in all sets of the last sparse step through a plan, in its first num_rows rows.
-  int64_t CountPositions(PlanId id, int64_t num_rows) const;
   // What the choosing layers chose for the sequence in the last sparse step through a plan; empty
   // if the sequence took no part.
   std::vector<LayerSelection> ReadSelection(PlanId id, uint64_t sequence_id) const;
@@ -89,6 +87,8 @@ class ModelRunner {
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
   // Appends what the rows of a step have drawn, and what else they want of it.
   void TakeStep(const Batch& batch, Drawn& drawn) const;
+  // The same of a step through a plan with sets.
+  void TakeSets(const Batch& batch, const ActivePlan& plan, Drawn& drawn) const;
   Drawn RunChunk(const Batch& batch);
   Pass TakeChunk(const Batch& batch) const;
   void RunChunkPass(const Pass& pass, int64_t num_outputs);

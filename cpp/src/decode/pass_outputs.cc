@@ -20,7 +20,7 @@ std::vector<PassOutput> OutputsOf(const Batch& batch) {
                          .seq_len = row.sequence->cached + token + 1,
                          .turn = token - begin,
                          .draw = std::max<int64_t>(token - (end - row.num_draws), -1),
-                         .wants_logits = token >= end - row.num_logits,
+                         .logits = std::max<int64_t>(token - (end - row.num_logits), -1),
                          .is_scored = token >= scored_begin && token < scored_end});
     }
     first_token += row.num_tokens;
@@ -63,7 +63,7 @@ void PassOutputs::Logits(const Transformer& transformer, const Pass& pass, int64
 
 void PassOutputs::Take(const Batch& batch, std::span<const PassOutput> outputs, int64_t num_rows,
                        Drawn& drawn) const {
-  TakeLogits(outputs, drawn);  // a draw works on them
+  TakeLogits(batch, outputs);  // a draw works on them
   TakeScores(batch, outputs, drawn);
   const bool any_drawn = std::any_of(outputs.begin(), outputs.end(),
                                      [](const PassOutput& output) { return output.is_drawn(); });
@@ -75,16 +75,14 @@ void PassOutputs::Take(const Batch& batch, std::span<const PassOutput> outputs, 
   }
 }
 
-void PassOutputs::TakeLogits(std::span<const PassOutput> outputs, Drawn& drawn) const {
+void PassOutputs::TakeLogits(const Batch& batch, std::span<const PassOutput> outputs) const {
   for (size_t begin = 0, end; begin < outputs.size(); begin = end) {
     end = begin + 1;
-    if (!outputs[begin].wants_logits) continue;
-    while (end < outputs.size() && outputs[end].row == outputs[begin].row &&
-           outputs[end].wants_logits) {
-      ++end;
-    }
-    sampler_.AppendLogits(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin),
-                          drawn.logits[outputs[begin].row]);
+    const PassOutput& first = outputs[begin];
+    if (first.logits < 0) continue;
+    while (end < outputs.size() && outputs[end].row == first.row && outputs[end].logits >= 0) ++end;
+    sampler_.ReadLogits(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin),
+                        batch.rows[first.row].logits + first.logits * sampler_.vocab_size());
   }
 }
 

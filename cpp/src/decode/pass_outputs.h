@@ -21,7 +21,7 @@ struct PassOutput {
   int64_t seq_len = 0;  // the sequence's tokens up to that one
   int64_t turn = 0;     // 0 for the first of its row, 1 for the second, ...
   int64_t draw = -1;    // which of its row's draws it is, from 0 on; -1: none
-  bool wants_logits = false;
+  int64_t logits = -1;  // which of its row's logits
   bool is_scored = false;
 
   bool is_drawn() const { return draw >= 0; }
@@ -45,12 +45,12 @@ class PassOutputs {
   // Queues the logits of the first num_rows rows; a pure function of device memory.
   void Logits(const Transformer& transformer, const Pass& pass, int64_t num_rows) const;
 
-  // Draws, and appends to `drawn` what the outputs want. `num_rows` as written.
+  // Writes logits, draws, and appends to `drawn` what else the outputs want. `num_rows` as written.
   void Take(const Batch& batch, std::span<const PassOutput> outputs, int64_t num_rows,
             Drawn& drawn) const;
 
  private:
-  void TakeLogits(std::span<const PassOutput> outputs, Drawn& drawn) const;
+  void TakeLogits(const Batch& batch, std::span<const PassOutput> outputs) const;
   void Draw(const Batch& batch, std::span<const PassOutput> outputs, int64_t num_rows,
             Drawn& drawn) const;
   void TakeScores(const Batch& batch, std::span<const PassOutput> outputs, Drawn& drawn) const;

@@ -76,10 +76,6 @@ void ModelRunner::DropPlan(PlanId id) noexcept {
   plans_.erase(found);
 }
 
-int64_t ModelRunner::CountPositions(PlanId id, int64_t num_rows) const {
-  return plan(id).selection.CountPositions(*backend_, num_rows);
-}
-
 std::vector<LayerSelection> ModelRunner::ReadSelection(PlanId id, uint64_t sequence_id) const {
   const ActivePlan& active = plan(id);
   for (size_t i = 0; i < active.last_rows.size(); ++i) {

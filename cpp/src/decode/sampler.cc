@@ -213,11 +213,8 @@ void Sampler::AppendLogprobs(std::span<const LogprobsWanted> wanted,
   }
 }
 
-void Sampler::AppendLogits(int64_t first, int64_t count, std::vector<float>& out) const {
-  const TensorView rows = logits_.Rows(first, count);
-  const size_t size = out.size();
-  out.resize(size + static_cast<size_t>(rows.numel()));
-  backend_.Download(out.data() + size, rows);
+void Sampler::ReadLogits(int64_t first, int64_t count, float* out) const {
+  backend_.Download(out, logits_.Rows(first, count));
 }
 
 std::vector<int32_t> Sampler::Read(int64_t count, int64_t first) const {

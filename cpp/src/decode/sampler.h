@@ -64,9 +64,10 @@ class Sampler {
 
   TensorView logits(int64_t num_rows) const { return logits_.Rows(0, num_rows); }
   int64_t max_rows() const { return logits_.dim(0); }
+  int64_t vocab_size() const { return logits_.dim(1); }
 
-  // Appends `count` rows of logits from `first` on to `out`.
-  void AppendLogits(int64_t first, int64_t count, std::vector<float>& out) const;
+  // Copies `count` rows of logits from `first` on to `out`; waits.
+  void ReadLogits(int64_t first, int64_t count, float* out) const;
 
  private:
   SamplingRow RowOf(const DrawRow& draw, int64_t index);

@@ -79,14 +79,19 @@ AttentionSparseArgs Selection::SparseArgs(int64_t ordinal, const AttentionArgs& 
           .dense_len = b == 1 ? 0 : dense_len_};
 }
 
-int64_t Selection::CountPositions(Backend& backend, int64_t num_rows) const {
-  int64_t total = 0;
+std::vector<ChosenSets> Selection::CountSets(Backend& backend, int64_t num_rows) const {
+  std::vector<ChosenSets> rows(static_cast<size_t>(num_rows));
   std::vector<int32_t> sizes(static_cast<size_t>(num_rows * num_sets_));
   for (const TensorView& num_selected : num_selected_) {
     backend.Download(sizes.data(), num_selected.Rows(0, num_rows));
-    total += std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+    auto begin = sizes.begin();
+    for (ChosenSets& row : rows) {
+      row.num_sets += num_sets_;
+      row.num_positions = std::accumulate(begin, begin + num_sets_, row.num_positions);
+      begin += num_sets_;
+    }
   }
-  return total;
+  return rows;
 }
 
 std::vector<LayerSelection> Selection::Read(Backend& backend, int64_t row) const {

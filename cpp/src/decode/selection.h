@@ -30,11 +30,8 @@ class Selection {
   SelectTopKArgs TopKArgs(int64_t ordinal, const AttentionArgs& attention) const;
   AttentionSparseArgs SparseArgs(int64_t ordinal, const AttentionArgs& attention) const;
 
-  // Positions in the sets of the last sparse step, of the first num_rows rows and all layers.
-  int64_t CountPositions(Backend& backend, int64_t num_rows) const;
-  int64_t CountSets(int64_t num_rows) const {
-    return num_rows * num_sets_ * static_cast<int64_t>(choosing_layers_.size());
-  }
+  // The sets of each of the first num_rows rows in the last sparse step, of all layers.
+  std::vector<ChosenSets> CountSets(Backend& backend, int64_t num_rows) const;
 
   // What every choosing layer chose for a row of the last sparse step.
   std::vector<LayerSelection> Read(Backend& backend, int64_t row) const;

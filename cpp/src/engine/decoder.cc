@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/checked.h"
 #include "engine/decoder_impl.h"
-#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -23,64 +23,10 @@ void CheckPrompt(const std::vector<int32_t>& prompt, int64_t vocab_size, size_t 
   }
 }
 
-// For the calls that score given tokens: `count` of them, in the setting `name`.
-void CheckScored(const std::vector<int32_t>& token_ids, int64_t vocab_size, int64_t max_seq_len,
-                 const char* name, int64_t count) {
-  CheckPrompt(token_ids, vocab_size, 0);
-  auto length = static_cast<int64_t>(token_ids.size());
-  TIDAL_CHECK(count >= 1 && count <= length, InvalidArgument, name, ": got ", count,
-              ", expected 1 to ", length);
-  TIDAL_CHECK(length <= max_seq_len, CapacityError, "token_ids: ", length,
-              " tokens, have max_seq_len ", max_seq_len, "; raise max_seq_len");
-}
-
-void CheckLength(const DecodeConfig& config, size_t index, size_t prompt_len,
-                 int64_t max_new_tokens) {
-  // Unsigned: max_new_tokens may be as large as int64 holds.
-  uint64_t need = static_cast<uint64_t>(prompt_len) + static_cast<uint64_t>(max_new_tokens);
-  TIDAL_CHECK(need <= static_cast<uint64_t>(config.max_seq_len), CapacityError, "prompt ", index,
-              ": ", prompt_len, " prompt tokens + max_new_tokens ", max_new_tokens, " need ", need,
-              " positions, have max_seq_len ", config.max_seq_len,
-              "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-}
-
-// Refuses what could never run.
-void CheckFits(const DecodeConfig& config, const std::vector<std::vector<int32_t>>& prompts,
-               const std::vector<SamplingParams>& params) {
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    CheckLength(config, i, prompts[i].size(), params[i].max_new_tokens);
-    const int64_t num_tokens = static_cast<int64_t>(prompts[i].size()) + params[i].max_new_tokens;
-    const int64_t pages = (num_tokens + config.page_size - 1) / config.page_size;
-    TIDAL_CHECK(pages <= config.num_pages, CapacityError, "prompt ", i, ": needs ", pages,
-                " pages of ", config.page_size, " tokens, have ", config.num_pages,
-                " in all; raise num_pages or max_batch_size, or shorten the prompt or "
-                "max_new_tokens");
-  }
-}
-
-// A replay keeps all its prompts; what they begin with alike once.
-void CheckReplayFits(ModelRunner& runner, const std::vector<std::vector<int32_t>>& prompts,
-                     int64_t max_new_tokens) {
-  const DecodeConfig& config = runner.config();
-  auto count = static_cast<int64_t>(prompts.size());
-  TIDAL_CHECK(count <= config.max_batch_size, CapacityError, "batch: need ", count,
-              " rows, have max_batch_size ", config.max_batch_size,
-              "; raise max_batch_size or send fewer prompts at once");
-  int64_t pages = 0;
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    CheckLength(config, i, prompts[i].size(), max_new_tokens);
-    pages += runner.pool().PagesFor(static_cast<int64_t>(prompts[i].size()) + max_new_tokens);
-    int64_t num_shared = 0;
-    for (size_t earlier = 0; earlier < i; ++earlier) {
-      num_shared =
-          std::max(num_shared, NumCommonPages(prompts[earlier], prompts[i], config.page_size));
-    }
-    pages -= num_shared;
-  }
-  TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
-              " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
-              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
-              "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
+// `count` of the tokens to score, in the setting `name`.
+void CheckCount(const char* name, int64_t count, int64_t num_tokens) {
+  TIDAL_CHECK(count >= 1 && count <= num_tokens, InvalidArgument, name, ": got ", count,
+              ", expected 1 to ", num_tokens);
 }
 
 }  // namespace
@@ -94,7 +40,6 @@ Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
       scheduler(runner.pool(), config.prefix_cache ? &prefixes : nullptr,
                 {.max_rows = runner.config().max_batch_size,
                  .max_pass_tokens = runner.config().prefill_chunk,
-                 .max_pass_draws = runner.config().prefill_chunk,
                  .max_check_tokens = runner.max_pass_tokens(),
                  .max_seq_len = runner.config().max_seq_len,
                  .max_chunk_ms = config.max_chunk_ms,
@@ -134,30 +79,10 @@ Decoder::Impl::Pause Decoder::Impl::EnterBetweenPasses() const {
   return pause;
 }
 
-std::unique_lock<FairMutex> Decoder::Impl::EnterForAPass() const {
-  process.Check("decoder");
-  std::unique_lock<FairMutex> lock(device);
-  CheckOpen();
-  return lock;
-}
-
 Decoder::Impl::Pause Decoder::Impl::PauseToEnd() const {
   process.Check("decoder");
   std::unique_lock<FairMutex> device_lock(device);
   return {std::move(device_lock), Lock(mutex)};
-}
-
-std::vector<float> Decoder::Impl::PrefillAndScore(Sequence& sequence, int64_t first) {
-  std::vector<float> logits;
-  while (!sequence.prefilled()) {
-    BatchRow row = NextChunk(runner, sequence, sequence.dense_len);
-    row.num_logits =
-        std::clamp<int64_t>(sequence.cached + row.num_tokens - first, 0, row.num_tokens);
-    auto pass = EnterForAPass();
-    const Drawn drawn = runner.Run({.rows = {row}});
-    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
-  }
-  return logits;
 }
 
 DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) const {
@@ -167,6 +92,31 @@ DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) cons
           .correction_interval = verifies ? 0 : plan.config.correction_interval,
           .verifies = verifies,
           .draft_tokens = runner.config().draft_tokens};
+}
+
+// A replay keeps all its prompts; what they begin with alike once.
+void Decoder::Impl::CheckReplayFits(const std::vector<std::vector<int32_t>>& prompts,
+                                    int64_t max_new_tokens) {
+  const DecodeConfig& config = runner.config();
+  auto count = static_cast<int64_t>(prompts.size());
+  TIDAL_CHECK(count <= config.max_batch_size, CapacityError, "batch: need ", count,
+              " rows, have max_batch_size ", config.max_batch_size,
+              "; raise max_batch_size or send fewer prompts at once");
+  int64_t pages = 0;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const auto length = static_cast<int64_t>(prompts[i].size());
+    scheduler.CheckCapacity(Concat("prompt ", i), length, max_new_tokens);
+    int64_t num_shared = 0;
+    for (size_t earlier = 0; earlier < i; ++earlier) {
+      num_shared =
+          std::max(num_shared, NumCommonPages(prompts[earlier], prompts[i], config.page_size));
+    }
+    pages += runner.pool().PagesFor(length + max_new_tokens) - num_shared;
+  }
+  TIDAL_CHECK(pages <= runner.pool().num_free(), CapacityError, "KV cache: need ", pages,
+              " pages of ", config.page_size, " tokens for ", count, " sequences, have ",
+              runner.pool().num_free(), " free of ", runner.pool().num_pages(),
+              "; raise max_seq_len, max_batch_size or num_pages, or send fewer or shorter prompts");
 }
 
 Decoder::Decoder(const ModelConfig& model, const DecodeConfig& config, const WeightSource& weights,
@@ -196,9 +146,10 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   for (size_t i = 0; i < prompts.size(); ++i) {
     CheckPrompt(prompts[i], model().vocab_size, i);
     ValidateSamplingParams(params[i], model().vocab_size);
+    impl_->scheduler.CheckCapacity(Concat("prompt ", i), static_cast<int64_t>(prompts[i].size()),
+                                   params[i].max_new_tokens);
   }
   auto generation = std::make_unique<Generation::Impl>(impl_);
-  CheckFits(impl_->runner.config(), prompts, params);
   if (options.plan) {
     auto pause = impl_->EnterBetweenPasses();
     generation->SetOptions(options);
@@ -206,41 +157,38 @@ std::unique_ptr<Generation> Decoder::Start(const std::vector<std::vector<int32_t
   auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
   if (!options.plan) generation->SetOptions(options);
   for (size_t i = 0; i < prompts.size(); ++i) {
+    Request request = generation->common;
+    request.sampling = params[i];
     generation->Add(impl_->sequences.Make(prompts[i], 0, impl_->runner.ScratchSampling()),
-                    params[i]);
+                    std::move(request));
   }
   impl_->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
 
-std::vector<float> Decoder::PrefillLogits(const std::vector<int32_t>& token_ids,
-                                          int64_t num_positions) {
-  CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_positions", num_positions);
-  auto lock = impl_->Enter();
-  auto length = static_cast<int64_t>(token_ids.size());
-  Sequence sequence = impl_->sequences.Make(token_ids, length, impl_->runner.ScratchSampling());
-  Impl::Unlocked unlocked(lock);
-  return impl_->PrefillAndScore(sequence, length - num_positions);
-}
-
-std::vector<float> Decoder::DecodeLogits(const std::vector<int32_t>& token_ids,
-                                         int64_t num_prefill) {
-  CheckScored(token_ids, model().vocab_size, config().max_seq_len, "num_prefill", num_prefill);
-  auto lock = impl_->Enter();
-  ModelRunner& runner = impl_->runner;
-  auto length = static_cast<int64_t>(token_ids.size());
-  std::vector<int32_t> prompt(token_ids.begin(), token_ids.begin() + num_prefill);
-  Sequence sequence = impl_->sequences.Make(prompt, length, runner.ScratchSampling());
-  Impl::Unlocked unlocked(lock);
-  std::vector<float> logits = impl_->PrefillAndScore(sequence, num_prefill - 1);
-  for (int64_t i = num_prefill; i < length; ++i) {
-    auto pass = impl_->EnterForAPass();
-    sequence.tokens.push_back(token_ids[static_cast<size_t>(i)]);
-    CorrectCache(runner, sequence, config().correction_interval);
-    const Drawn drawn = runner.Run({{{.sequence = &sequence, .num_logits = 1}}, PlanId::kDecoder});
-    logits.insert(logits.end(), drawn.logits[0].begin(), drawn.logits[0].end());
-  }
-  return logits;
+std::unique_ptr<Generation> Decoder::Score(const std::vector<int32_t>& token_ids,
+                                           int64_t num_prefill, int64_t num_logits) {
+  const int64_t vocab_size = model().vocab_size;
+  CheckPrompt(token_ids, vocab_size, 0);
+  const auto length = static_cast<int64_t>(token_ids.size());
+  CheckCount("num_prefill", num_prefill, length);
+  CheckCount("num_logits", num_logits, length);
+  impl_->scheduler.CheckCapacity("token_ids", length, 0);
+  const auto num_values = static_cast<size_t>(Product({num_logits, vocab_size}));
+  Scoring scoring = {.forced = {token_ids.begin() + num_prefill, token_ids.end()},
+                     .num_logits = num_logits,
+                     .logits = std::make_shared<std::vector<float>>(num_values)};
+  auto generation = std::make_unique<Generation::Impl>(impl_);
+  auto lock = impl_->Enter();  // after it: what throws lets go of the engine first
+  generation->SetOptions({.verify = false});
+  Request request = generation->common;
+  request.owner = SequenceOwner::kReplay;
+  request.sampling.max_new_tokens = length - num_prefill;
+  request.scoring = std::move(scoring);
+  generation->Add(impl_->sequences.Make({token_ids.begin(), token_ids.begin() + num_prefill}, 0,
+                                        impl_->runner.ScratchSampling()),
+                  std::move(request));
+  return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
 
 std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32_t>>& prompts,
@@ -250,8 +198,8 @@ std::unique_ptr<Replay> Decoder::StartReplay(const std::vector<std::vector<int32
   ValidateSamplingParams(params, model().vocab_size);
   for (size_t i = 0; i < prompts.size(); ++i) CheckPrompt(prompts[i], model().vocab_size, i);
   auto lock = impl_->Enter();
-  CheckReplayFits(impl_->runner, prompts, max_new_tokens);
-  auto replay = std::make_unique<Replay::Impl>(impl_, prompts, max_new_tokens);
+  impl_->CheckReplayFits(prompts, max_new_tokens);
+  auto replay = std::make_shared<Replay::Impl>(impl_, prompts, max_new_tokens);
   return std::unique_ptr<Replay>(new Replay(std::move(replay)));
 }
 

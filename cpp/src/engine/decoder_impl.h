@@ -4,7 +4,8 @@
 // Two locks, taken in this order. `device` belongs to whoever runs a pass, or does anything else
 // that must not happen during one; `mutex` to whoever looks at requests, pages and rows, for a
 // moment. The loop (engine_loop.cc) holds `device` from the choice of a pass until its results have
-// been told.
+// been told. Requests may come and be cancelled during a pass, and sessions between their turns be
+// changed: what is in the pass stays as it is until its end.
 #pragma once
 
 #include <atomic>
@@ -84,15 +85,22 @@ struct Decoder::Impl {
     int64_t index;  // of the sequence in it
   };
 
-  // Lets others look at requests meanwhile.
+  // For a pass: lets others look at requests meanwhile. The caller holds both locks.
   class Unlocked {
    public:
-    explicit Unlocked(Lock& state) : state_(state) { state_.unlock(); }
-    ~Unlocked() { state_.lock(); }
+    Unlocked(Impl& decoder, Lock& state) : decoder_(decoder), state_(state) {
+      decoder_.is_in_pass = true;
+      state_.unlock();
+    }
+    ~Unlocked() {
+      state_.lock();
+      decoder_.is_in_pass = false;
+    }
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
 
    private:
+    Impl& decoder_;
     Lock& state_;
   };
 
@@ -100,18 +108,14 @@ struct Decoder::Impl {
   // UnsupportedError in a forked child. Enter() takes `mutex`, during a pass too.
   Lock Enter() const;
   Pause EnterBetweenPasses() const;
-  // For one pass that is nobody's request. The caller must not hold `mutex`.
-  std::unique_lock<FairMutex> EnterForAPass() const;
   // To look at what has ended or to give it back. Throw UnsupportedError in a forked child.
   Lock EnterToEnd() const;
   Pause PauseToEnd() const;
 
   // Throws as Enter does.
   void CheckOpen() const;
-
-  // Prefills the sequence, between passes of others, and returns the logits after its tokens from
-  // index `first` on.
-  std::vector<float> PrefillAndScore(Sequence& sequence, int64_t first);
+  // Throws CapacityError for prompts of a replay that do not fit now. The caller holds `mutex`.
+  void CheckReplayFits(const std::vector<std::vector<int32_t>>& prompts, int64_t max_new_tokens);
 
   // How a plan makes tokens, with drafts that are checked or without.
   DecodePolicy PolicyOf(const ActivePlan& plan, bool verifies) const;
@@ -123,7 +127,8 @@ struct Decoder::Impl {
   RequestId Add(Request request, Sequence sequence, Listener listener);
   // The caller of a request has so many of its tokens; it has not ended. The caller holds `mutex`.
   void MarkHeard(RequestId id, int64_t num_tokens);
-  // Ends a request at once; no effect if it has ended. The caller holds both locks.
+  // Ends a request, at once or with the pass that it is part of; no effect if it has ended. The
+  // caller holds `mutex`.
   void Cancel(RequestId id, FinishReason reason);
 
   // engine_loop.cc: the thread that runs passes while there are requests.
@@ -152,48 +157,68 @@ struct Decoder::Impl {
   std::atomic<bool> is_closed = false;               // set between passes
   bool is_ending = false;                            // the loop is to return
   bool is_woken = false;                             // something has come since the last pass
+  bool is_in_pass = false;                           // whoever holds `device` has let go of `mutex`
   mutable FairMutex device;
   mutable std::mutex mutex;
   std::condition_variable has_work;  // or is_ending
   std::thread loop;                  // begins with the first request
 };
 
-struct Replay::Impl {
+// Who lends a call its sequences.
+class SequenceLender {
+ public:
+  virtual ~SequenceLender() = default;
+
+  // Sequence `index` of a call has ended, all that came before its new tokens having been read, or
+  // not. The caller holds `mutex`.
+  virtual void TakeBack(int64_t index, bool is_read, RequestState& left,
+                        SequenceResult& result) = 0;
+};
+
+struct Replay::Impl : SequenceLender {
   Impl(std::shared_ptr<Decoder::Impl> decoder, const std::vector<std::vector<int32_t>>& prompts,
        int64_t max_new_tokens);
-  ~Impl();
+  ~Impl() override;
 
-  class PlannedSteps;
+  using Logits = std::shared_ptr<std::vector<float>>;
   struct Prompt {
-    Sequence sequence;
-    int64_t num_shared = 0;     // tokens in pages of an earlier prompt, which reads them
-    std::vector<float> logits;  // [vocab_size], after the prompt; empty until it has been read
-    int32_t first_token = -1;   // the most likely one
+    std::optional<Sequence> sequence;  // empty while a run has it
+    int64_t length;                    // tokens of the prompt
+    int64_t num_shared;                // tokens in pages of an earlier prompt, which reads them
+    std::optional<size_t> source;      // that prompt
+    Logits logits;                     // [vocab_size], after the prompt, once it has been read
+    bool is_read = false;
+    int32_t first_token = -1;  // the most likely one
+
+    // Lends the sequence, with `token` after the prompt if there is one.
+    Sequence Lend(std::optional<int32_t> token);
   };
 
-  // One call after the other. Throws InvalidArgument once the replay is closed.
-  std::unique_lock<std::mutex> Enter() const;
-  // Gives the pages back.
+  // Gives the pages back; those of a run when it ends.
   void Close();
-
-  // The most pages that an earlier prompt has for what the sequence begins with.
-  std::vector<int32_t> SharedPages(const Sequence& sequence) const;
-  bool ReadNext();
-  void ReadAll();
-  // Back to where the prompts end, and which sequences those are.
-  std::vector<Sequence*> Rewind();
+  // The pages that an earlier prompt has for what a sequence begins with, and which it is.
+  struct Shared {
+    std::vector<int32_t> pages{};
+    std::optional<size_t> source{};
+  };
+  Shared MostShared(const Sequence& sequence) const;
+  // Makes a run of all prompts, to which they are to be added once it has begun.
+  static std::unique_ptr<Generation::Impl> NewRun(const std::shared_ptr<Impl>& self);
+  // Throws InvalidArgument while another run has the prompts, and once the replay is closed; else
+  // as Generation::Impl::SetOptions, and as it asks of its caller.
+  void Begin(Generation::Impl& run, const CallOptions& options) const;
+  void CheckRead() const;
+  void TakeBack(int64_t index, bool is_read, RequestState& left, SequenceResult& result) override;
 
   std::shared_ptr<Decoder::Impl> decoder;
-  mutable std::mutex calls;  // before the decoder's locks; guards what follows
   int64_t max_new_tokens;
   std::vector<Prompt> prompts;
   bool is_closed = false;
-  double mean_set_size = 0.0;
 };
 
-struct Session::Impl {
+struct Session::Impl : SequenceLender {
   Impl(std::shared_ptr<Decoder::Impl> decoder, Sequence sequence, int64_t max_seq_len);
-  ~Impl();
+  ~Impl() override;
 
   // Gives the pages back; those of a running turn when it ends.
   void Close();
@@ -210,9 +235,9 @@ struct Session::Impl {
   void Extend(int64_t keep, std::span<const int32_t> token_ids);
   // Forgets the tokens from `length` on.
   void GoBack(Sequence& used, int64_t length) const;
-  // A turn has ended that gave out num_new tokens, and before them that all was read, or not. The
-  // caller holds `mutex`.
-  void TakeBack(Sequence used, bool is_read, int64_t num_new);
+  void TakeBack(int64_t index, bool is_read, RequestState& left, SequenceResult& result) override;
+  // A turn has ended that gave out num_new tokens.
+  void Return(Sequence used, bool is_read, int64_t num_new);
 
   std::shared_ptr<Decoder::Impl> decoder;
   int64_t max_seq_len;
@@ -231,15 +256,18 @@ struct Generation::Impl {
   // Sets what all sequences that are added after it have in common. The caller holds both locks if
   // there is a plan.
   void SetOptions(const CallOptions& options);
-  // Adds one more sequence, which goes on from where its cache ends. The caller holds the decoder's
-  // mutex. Throws as Scheduler::Add.
-  void Add(Sequence sequence, const SamplingParams& params);
+  // Adds one more sequence, which goes on from where its cache ends, for a request made from
+  // `common`. The caller holds the decoder's mutex. Throws as Scheduler::Add.
+  void Add(Sequence sequence, Request request);
+  // Adds one that has nothing to do, and returns its result.
+  SequenceResult& AddEnded(const Sequence& sequence, FinishReason reason);
 
   std::vector<TokenEvent> Advance(double timeout_s);
   void Stop(int64_t sequence, FinishReason reason);
   void Close();
   std::vector<SequenceResult> Results() const;
   std::vector<TokenLogprobs> Logprobs(int64_t sequence, int64_t first) const;
+  std::vector<float> TakeLogits(int64_t sequence);
   RequestStatus Status(int64_t sequence) const;
   std::vector<LayerSelection> Selection(int64_t sequence) const;
   bool HasNews() const;  // the caller holds the decoder's mutex
@@ -263,12 +291,14 @@ struct Generation::Impl {
     int64_t num_read = 0;                // of the prompt, since
     std::optional<RequestState> left{};  // of its request, once that has ended
     double first_token_ms = 0.0;
+    std::shared_ptr<std::vector<float>> logits{};  // that were asked for
   };
 
   // engine_loop.cc tells these, in this order: how far each sequence is, what has happened to it,
   // and that the pass is over. The caller holds the decoder's mutex.
   void HearProgress(int64_t index, const RequestState& request);
   void HearScored(int64_t index, std::vector<TokenLogprobs>& scored);
+  void HearSets(int64_t index, const ChosenSets& sets);
   void Hear(int64_t index, const RequestEvent& event, TokenLogprobs* logprobs);
   void HearEnd(int64_t index, RequestState left, std::vector<LayerSelection> selection);
   void HearPassEnd(const std::exception_ptr& error);
@@ -277,13 +307,16 @@ struct Generation::Impl {
   Letter TakeLetter();
   void Leave();
 
+  void Expect(const Sequence& sequence);
   void CheckIndex(int64_t index) const;
   bool IsAlive(int64_t index) const;
+  // Waits for the pass that the sequence, which was cancelled, may be part of.
+  void AwaitEnd(int64_t index, Decoder::Impl::Lock& lock);
   std::vector<TokenEvent> Take(News news);
   void End(int64_t index, FinishReason reason, double time_ms);
 
   std::shared_ptr<Decoder::Impl> decoder;
-  std::shared_ptr<Session::Impl> session;  // whose turn this is; null: prompts of a call
+  std::shared_ptr<SequenceLender> lender;  // null: the sequences are the call's own
   std::unique_ptr<PlanUse> plan_use;       // of a call with a plan of its own
   Request common;                          // what its requests are made from
   std::vector<Running> running;

@@ -53,14 +53,14 @@ bool Decoder::Impl::RunPass() {
     const Batch batch = scheduler.Next(NowMs());
     in_flight = scheduler.InFlight();
     if (!batch.rows.empty() || !batch.saves.empty()) {
-      lock.unlock();
-      drawn = runner.Run(batch);
-      lock.lock();
+      {
+        Unlocked unlocked(*this, lock);
+        drawn = runner.Run(batch);
+      }
       scheduler.Commit(batch, drawn, NowMs());
     }
   } catch (...) {
     error = std::current_exception();
-    if (!lock.owns_lock()) lock.lock();
     in_flight = scheduler.InFlight();
     scheduler.Fail(NowMs());
     if (in_flight.empty()) EndAll();  // nothing could be planned
@@ -77,7 +77,7 @@ void Decoder::Impl::EndAll() {
   }
 }
 
-// The caller holds both locks.
+// The caller holds `mutex`.
 void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
                          const std::exception_ptr& error) {
   std::vector<Generation::Impl*> told;
@@ -92,6 +92,7 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
     if (row < drawn.scored.size()) {
       listener.generation->HearScored(listener.index, drawn.scored[row]);
     }
+    if (row < drawn.sets.size()) listener.generation->HearSets(listener.index, drawn.sets[row]);
   }
   for (const RequestEvent& event : scheduler.TakeEvents()) {
     const Listener listener = listener_of(event.id);
@@ -105,7 +106,9 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
     RequestState left = scheduler.Remove(event.id);
     std::vector<LayerSelection> selection;
     try {
-      selection = runner.ReadSelection(left.request.decoding.plan, left.sequence.id);
+      if (!is_in_pass) {
+        selection = runner.ReadSelection(left.request.decoding.plan, left.sequence.id);
+      }
     } catch (const std::exception&) {
       // A device that has failed has already said so, memory may be short; the end must be told all
       // the same.

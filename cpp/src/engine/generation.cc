@@ -52,6 +52,7 @@ void Generation::Impl::SetOptions(const CallOptions& options) {
   if (options.plan) {
     const bool is_dense =
         options.plan->select_layers.empty() && options.plan->scored_layers.empty();
+    decoder->left_plans.clear();  // there may be room for one only
     if (!is_dense) plan_use = std::make_unique<PlanUse>(runner, *options.plan);
     plan = &runner.plan(is_dense ? PlanId::kDense : plan_use->id());
   }
@@ -64,38 +65,41 @@ void Generation::Impl::SetOptions(const CallOptions& options) {
   common.cache_salt = options.cache_salt;
   common.logprobs = options.logprobs;
   common.prompt_logprobs = options.prompt_logprobs;
-  common.keeps_pages = session != nullptr;
 }
 
-void Generation::Impl::Add(Sequence sequence, const SamplingParams& params) {
-  const auto index = static_cast<int64_t>(running.size());
-  const auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
-  const int64_t num_cached = sequence.cached;
-  const uint64_t sequence_id = sequence.id;
-  const int64_t read_to = sequence.dense_len - (params.max_new_tokens > 0 ? 0 : 1);
-  prefill_total += std::max<int64_t>(read_to - num_cached, 0);
+// Makes room for one more sequence of the call, which has ended until it has a request.
+void Generation::Impl::Expect(const Sequence& sequence) {
+  running.reserve(running.size() + 1);
   results.push_back({.token_ids = {},
-                     .finish_reason = FinishReason::kNone,
+                     .finish_reason = FinishReason::kAbort,
                      .error = {},
-                     .prompt_tokens = num_tokens,
-                     .cached_tokens = num_cached});
+                     .prompt_tokens = static_cast<int64_t>(sequence.tokens.size()),
+                     .cached_tokens = sequence.cached});
   results.back().has_logprobs = common.logprobs.has_value();
   results.back().has_prompt_logprobs = common.prompt_logprobs.has_value();
-  record->running.push_back(sequence_id);
+  record->running.push_back(sequence.id);
   record->selections.emplace_back();
-  running.reserve(running.size() + 1);
-  if (params.max_new_tokens == 0 && num_cached >= read_to) {  // it has nothing to do
-    results.back().finish_reason = FinishReason::kLength;
-    record->running.back().reset();
-    running.push_back({.id = 0, .num_cached = num_cached});
-    return session->TakeBack(std::move(sequence), true, 0);
-  }
-  SetSampling(params, decoder->runner.model().vocab_size, 0, sequence);
-  Request request = common;
-  request.sampling = params;
-  const RequestId id = decoder->Add(std::move(request), std::move(sequence), {this, index});
-  running.push_back({.id = id, .num_cached = num_cached});
+  running.push_back({.id = 0, .num_cached = sequence.cached});
+}
+
+void Generation::Impl::Add(Sequence sequence, Request request) {
+  const auto index = static_cast<int64_t>(running.size());
+  Expect(sequence);
+  const bool goes_on = request.sampling.max_new_tokens > 0 || request.scoring;
+  const int64_t read_to = sequence.dense_len - (goes_on ? 0 : 1);
+  prefill_total += std::max<int64_t>(read_to - sequence.cached, 0);
+  if (request.scoring) running.back().logits = request.scoring->logits;
+  SetSampling(request.sampling, decoder->runner.model().vocab_size, 0, sequence);
+  running.back().id = decoder->Add(std::move(request), std::move(sequence), {this, index});
+  results.back().finish_reason = FinishReason::kNone;
   ++num_alive;
+}
+
+SequenceResult& Generation::Impl::AddEnded(const Sequence& sequence, FinishReason reason) {
+  Expect(sequence);
+  record->running.back().reset();
+  results.back().finish_reason = reason;
+  return results.back();
 }
 
 // --- what the loop tells ---
@@ -120,6 +124,12 @@ void Generation::Impl::HearScored(int64_t index, std::vector<TokenLogprobs>& sco
     KeepTop(*common.prompt_logprobs, each);
     all.push_back(std::move(each));
   }
+}
+
+void Generation::Impl::HearSets(int64_t index, const ChosenSets& sets) {
+  ChosenSets& all = results[static_cast<size_t>(index)].sets;
+  all.num_sets += sets.num_sets;
+  all.num_positions += sets.num_positions;
 }
 
 void Generation::Impl::Hear(int64_t index, const RequestEvent& event, TokenLogprobs* logprobs) {
@@ -151,6 +161,7 @@ void Generation::Impl::HearEnd(int64_t index, RequestState left,
   record->running[i].reset();
   record->selections[i] = std::move(selection);
   running[i].left.emplace(std::move(left));
+  if (!lender) running[i].left->sequence.pages.Release();  // of what was scored
 }
 
 void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
@@ -204,7 +215,7 @@ std::vector<TokenEvent> Generation::Impl::Take(News next) {
     }
     results[i].token_ids.push_back(event.token_id);
     if (event.logprobs) results[i].logprobs.push_back(*event.logprobs);
-    if ((session || common.max_unread > 0) && !running[i].left) {
+    if ((common.owner == SequenceOwner::kSession || common.max_unread > 0) && !running[i].left) {
       decoder->MarkHeard(running[i].id, static_cast<int64_t>(results[i].token_ids.size()));
     }
   }
@@ -228,7 +239,7 @@ bool Generation::Impl::IsAlive(int64_t index) const {
   return results[static_cast<size_t>(index)].finish_reason == FinishReason::kNone;
 }
 
-// Gives a sequence's end out, and a session's sequence to the session. Its request has ended. The
+// Gives a sequence's end out, and the sequence back to its lender. Its request has ended. The
 // caller holds the decoder's mutex.
 void Generation::Impl::End(int64_t index, FinishReason reason, double time_ms) {
   auto i = static_cast<size_t>(index);
@@ -239,19 +250,23 @@ void Generation::Impl::End(int64_t index, FinishReason reason, double time_ms) {
   if (reason == FinishReason::kError) result.error = left.ErrorText();
   const bool has_begun = !result.token_ids.empty();
   result.decode_s = has_begun ? (time_ms - running[i].first_token_ms) * 1e-3 : 0.0;
-  if (session) {
-    session->TakeBack(std::move(left.sequence), prefill_done >= prefill_total,
-                      static_cast<int64_t>(result.token_ids.size()));
-  }
+  if (lender) lender->TakeBack(index, prefill_done >= prefill_total, left, result);
   running[i].left.reset();
   --num_alive;
 }
 
+void Generation::Impl::AwaitEnd(int64_t index, Decoder::Impl::Lock& lock) {
+  const std::optional<RequestState>& left = running[static_cast<size_t>(index)].left;
+  has_news.wait(lock, [&] { return left || !IsAlive(index); });
+}
+
 void Generation::Impl::Stop(int64_t index, FinishReason reason) {
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   CheckIndex(index);
   if (!IsAlive(index)) return;
   decoder->Cancel(running[static_cast<size_t>(index)].id, reason);
+  AwaitEnd(index, lock);
+  if (!IsAlive(index)) return;  // another thread has been given its end
   // What it has not been given yet, it is not.
   for (News& each : news) {
     std::erase_if(each.tokens, [&](const TokenEvent& event) { return event.sequence == index; });
@@ -262,11 +277,14 @@ void Generation::Impl::Stop(int64_t index, FinishReason reason) {
 
 void Generation::Impl::Close() {
   if (num_alive == 0) return;
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   for (size_t i = 0; i < running.size(); ++i) {
-    if (!IsAlive(static_cast<int64_t>(i))) continue;
-    decoder->Cancel(running[i].id, FinishReason::kAbort);
-    End(static_cast<int64_t>(i), FinishReason::kAbort, decoder->NowMs());
+    if (IsAlive(static_cast<int64_t>(i))) decoder->Cancel(running[i].id, FinishReason::kAbort);
+  }
+  const auto count = static_cast<int64_t>(running.size());
+  for (int64_t i = 0; i < count; ++i) AwaitEnd(i, lock);
+  for (int64_t i = 0; i < count; ++i) {  // but for those whose end another thread was given
+    if (IsAlive(i)) End(i, FinishReason::kAbort, decoder->NowMs());
   }
   news.clear();
   Wake();
@@ -318,6 +336,16 @@ std::vector<SequenceResult> Generation::Impl::Results() const {
   return results;
 }
 
+std::vector<float> Generation::Impl::TakeLogits(int64_t index) {
+  auto lock = decoder->EnterToEnd();
+  CheckIndex(index);
+  const auto i = static_cast<size_t>(index);
+  TIDAL_CHECK(running[i].logits != nullptr && results[i].finish_reason == FinishReason::kLength,
+              InvalidArgument, "sequence ", index,
+              ": its logits were not asked for, have been taken, or are not all there");
+  return std::move(*std::exchange(running[i].logits, nullptr));
+}
+
 std::vector<TokenLogprobs> Generation::Impl::Logprobs(int64_t index, int64_t first) const {
   auto lock = decoder->EnterToEnd();
   CheckIndex(index);
@@ -362,6 +390,9 @@ void Generation::ForgetFd(int fd) {
 }
 std::vector<SequenceResult> Generation::results() const {
   return impl_->Results();
+}
+std::vector<float> Generation::TakeLogits(int64_t sequence) {
+  return impl_->TakeLogits(sequence);
 }
 std::vector<TokenLogprobs> Generation::Logprobs(int64_t sequence, int64_t first) const {
   return impl_->Logprobs(sequence, first);

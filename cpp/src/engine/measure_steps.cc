@@ -53,7 +53,7 @@ std::vector<double> Decoder::MeasureSteps(const StepBenchmark& benchmark) {
   auto pause = impl_->EnterBetweenPasses();
   std::vector<Sequence> sequences =
       FilledSequences(impl_->runner, impl_->sequences, benchmark.seq_lens);
-  Impl::Unlocked unlocked(pause.state);
+  Impl::Unlocked unlocked(*impl_, pause.state);
   Batch batch = {.rows = {}, .plan = benchmark.plan};
   for (Sequence& sequence : sequences) batch.rows.push_back({.sequence = &sequence});
 

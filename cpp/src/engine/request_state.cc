@@ -35,10 +35,14 @@ RequestState::RequestState(RequestId new_id, Request asked, Sequence given, doub
       draft_tokens_(request.decoding.draft_tokens == 0 ? kFirstDraftTokens
                                                        : request.decoding.draft_tokens) {
   if (request.sampling.guide != 0) guidance.emplace();
+  if (request.reads_behind) {
+    follows = request.reads_behind;
+    followed_tokens = sequence.cached;
+  }
 }
 
 int64_t RequestState::read_to() const {
-  bool draws_at_end = generates() && sequence.dense_len == num_tokens();
+  bool draws_at_end = goes_on() && sequence.dense_len == num_tokens();
   return draws_at_end ? num_tokens() : num_tokens() - 1;
 }
 
@@ -61,8 +65,7 @@ bool RequestState::is_sparse() const {
 }
 
 bool RequestState::reads_prefixes() const {
-  bool scores_prompt = request.logits == LogitsWanted::kAll || request.prompt_logprobs;
-  return !request.keeps_pages && !scores_prompt && sequence.cached == 0;
+  return !keeps_pages() && !request.prompt_logprobs && sequence.cached == 0;
 }
 
 bool RequestState::HasPriorityOver(const RequestState& other) const {
@@ -76,14 +79,14 @@ bool RequestState::OwesCorrection() const {
 }
 
 void RequestState::MaybeCorrect() {
-  if (!OwesCorrection() || (request.keeps_pages && num_heard < num_new())) return;
+  const bool is_heard = request.owner != SequenceOwner::kSession || num_heard >= num_new();
+  if (!OwesCorrection() || !is_heard) return;
   sequence.cached -= sequence.num_sparse;
   sequence.num_sparse = 0;
 }
 
 void RequestState::MaybeDraft(int64_t most) {
   if (!request.decoding.verifies || round || must_step_ || !is_sparse()) return;
-  if (num_new() < static_cast<int64_t>(request.forced.size())) return;
   // The pass that checks draws one token more.
   int64_t room = request.sampling.max_new_tokens - num_new() - 1;
   int64_t num_drafts = std::min({draft_tokens_, room, most});
@@ -116,8 +119,7 @@ void RequestState::MarkCached(int64_t begin, int64_t end, bool is_dense) {
 }
 
 bool RequestState::Accept(int32_t token) {
-  auto index = static_cast<size_t>(num_new());
-  if (index < request.forced.size()) token = request.forced[index];
+  if (request.scoring) return AcceptForced(token);
   if (token < 0 && guidance && guidance->is_complete()) {
     ends_as = FinishReason::kStop;  // what could end the text is not allowed by other settings
     return true;
@@ -130,13 +132,25 @@ bool RequestState::Accept(int32_t token) {
   must_step_ = false;
   sequence.tokens.push_back(token);
   const std::vector<int32_t>& stops = request.sampling.stop_token_ids;
-  bool is_forced = index < request.forced.size();
-  if (!is_forced && std::find(stops.begin(), stops.end(), token) != stops.end()) {
+  if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
     finish_reason = FinishReason::kStop;
   } else if (num_new() >= request.sampling.max_new_tokens) {
     finish_reason = FinishReason::kLength;
   }
   return finish_reason != FinishReason::kNone;
+}
+
+// Goes on with the next forced token; behind the last one there are no logits to wait for.
+bool RequestState::AcceptForced(int32_t draw) {
+  const std::vector<int32_t>& forced = request.scoring->forced;
+  const auto index = static_cast<size_t>(num_new());
+  last_draw = draw;
+  if (index == forced.size()) {
+    ends_as = FinishReason::kLength;
+    return true;
+  }
+  sequence.tokens.push_back(forced[index]);
+  return false;
 }
 
 void RequestState::AddDraft(int32_t token) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -36,19 +37,36 @@ struct DecodePolicy {
   int64_t draft_tokens = 0;  // per round; 0: by how many were kept
 };
 
-enum class LogitsWanted : int32_t {
-  kNone,
-  kGenerated,  // those that new tokens are drawn from
-  kAll,        // those after every token of the prompt too
+// Whose the sequence of a request is.
+enum class SequenceOwner : int32_t {
+  // Its own. Pages come as tokens do, may be taken away for others, and go back when it ends.
+  kRequest,
+  // A session's. The request is let in with pages for all tokens that it may reach, which are never
+  // taken from it, and has them when it ends.
+  kSession,
+  // A replay's, as a session's, or of a request that is scored. Nobody finds again what it caches,
+  // and it tells its end only, not its tokens.
+  kReplay,
+};
+
+// Tokens that are given and judged, not drawn. They are read by themselves and in whole chunks, so
+// that logits do not depend on who else reads.
+struct Scoring {
+  std::vector<int32_t> forced{};  // they follow the prompt, max_new_tokens of them, a step each
+  // The logits after the last so many tokens are wanted, >= 1, forced ones included.
+  int64_t num_logits = 0;
+  std::shared_ptr<std::vector<float>> logits{};  // [num_logits, vocab_size]: where they go
 };
 
 struct Request {
   // Without new tokens (max_new_tokens 0) all tokens but the last are read, and that is all.
   SamplingParams sampling;
   DecodePolicy decoding;
-  // The first tokens after the prompt, in place of those drawn; at most max_new_tokens.
-  std::vector<int32_t> forced;
-  LogitsWanted logits = LogitsWanted::kNone;
+  SequenceOwner owner = SequenceOwner::kRequest;
+  std::optional<Scoring> scoring{};
+  // Another, of the same replay, which reads before it the tokens that the sequence comes with.
+  std::optional<uint64_t> reads_behind{};
+  bool counts_sets = false;  // the sizes of its steps' sets are wanted
   // Log-probabilities of new tokens, and of the prompt's, with those of so many of the most likely.
   std::optional<int64_t> logprobs{};
   std::optional<int64_t> prompt_logprobs{};
@@ -57,9 +75,6 @@ struct Request {
   int64_t max_unread = 0;
   // Only requests with the same salt find each other's prompts.
   std::string cache_salt;
-  // Whether its sequence, a session's, keeps the pages that it comes with. It is let in with pages
-  // for all tokens that it may reach, which are never taken from it, and has them when it ends.
-  bool keeps_pages = false;
 };
 
 // Why a request ended with FinishReason::kError.
@@ -124,8 +139,10 @@ class RequestState {
   bool is_correcting() const {
     return status == RequestStatus::kDecoding && !round && num_unread() > 0;
   }
+  bool keeps_pages() const { return request.owner != SequenceOwner::kRequest; }
   bool reads_prefixes() const;
-  bool generates() const { return request.sampling.max_new_tokens > 0; }
+  // Whether something is wanted after its last token.
+  bool goes_on() const { return request.sampling.max_new_tokens > 0 || request.scoring; }
   // Whether so much of it is unread that it does not go on.
   bool AwaitsReader() const {
     return request.max_unread > 0 && num_new() - num_heard >= request.max_unread;
@@ -148,8 +165,9 @@ class RequestState {
   // so once more if the runner has.
   void MarkCached(int64_t begin, int64_t end, bool is_dense);
 
-  // Takes a token that follows the newest one, or -1 for unusable logits. Returns whether the
-  // request has ended by it; then finish_reason says how.
+  // Takes a token that follows the newest one, or -1 for unusable logits; of what is scored it is
+  // the forced one. Returns whether the request has ended by it; then finish_reason or ends_as says
+  // how.
   bool Accept(int32_t token);
   // A draft: what a sparse step drew.
   void AddDraft(int32_t token);
@@ -188,7 +206,8 @@ class RequestState {
   std::optional<RequestId> follows{};
   int64_t followed_tokens = 0;
   int64_t reserve_tokens = 0;  // it was let in with room for so many
-  int64_t num_scored = 0;      // tokens after which logits have been given, if they are wanted
+  int64_t num_scored = 0;      // tokens whose log-probabilities have been given, if they are wanted
+  int32_t last_draw = -1;      // what would follow the last token of what was scored; -1: unusable
   int64_t num_heard = 0;       // tokens generated that whoever asked has been given
   int64_t num_overtaken = 0;   // times a later one was let in because this one did not fit
   int64_t num_pauses = 0;
@@ -199,6 +218,8 @@ class RequestState {
   std::optional<Guidance> guidance;  // if it is guided
 
  private:
+  bool AcceptForced(int32_t draw);
+
   int64_t num_given_;       // tokens of the prompt, or of a session so far
   int64_t draft_tokens_;    // to try next
   bool must_step_ = false;  // drafts would be of no use: no draft until there is a new token

@@ -23,12 +23,11 @@ Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimit
       prefixes_(prefixes),
       limits_(limits),
       host_pool_(limits.max_host_pages, pool.page_size()) {
-  TIDAL_CHECK(limits.max_rows >= 1 && limits.max_pass_tokens >= 1 && limits.max_pass_draws >= 1 &&
-                  limits.max_check_tokens >= 1 && limits.max_seq_len >= 1,
+  TIDAL_CHECK(limits.max_rows >= 1 && limits.max_pass_tokens >= 1 && limits.max_check_tokens >= 1 &&
+                  limits.max_seq_len >= 1,
               InvalidArgument, "scheduler: got ", limits.max_rows, " rows, passes of ",
-              limits.max_pass_tokens, " tokens and ", limits.max_pass_draws, " draws, checks of ",
-              limits.max_check_tokens, " tokens, and sequences of ", limits.max_seq_len,
-              " tokens, expected all >= 1");
+              limits.max_pass_tokens, " tokens, checks of ", limits.max_check_tokens,
+              " tokens, and sequences of ", limits.max_seq_len, " tokens, expected all >= 1");
   TIDAL_CHECK(limits.max_chunk_ms > 0.0, InvalidArgument, "max_chunk_ms: got ", limits.max_chunk_ms,
               ", expected > 0");
   TIDAL_CHECK(limits.decode_share >= 0.0 && limits.decode_share < 1.0, InvalidArgument,
@@ -42,39 +41,62 @@ Scheduler::Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimit
   }
 }
 
+void Scheduler::CheckCapacity(const std::string& what, int64_t num_tokens,
+                              int64_t max_new_tokens) const {
+  int64_t need = Sum({num_tokens, max_new_tokens});
+  std::string asked = Concat(what, ": ", num_tokens, " tokens");
+  if (max_new_tokens > 0) asked += Concat(" + max_new_tokens ", max_new_tokens);
+  TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, asked, " need ", need,
+              " positions, have max_seq_len ", limits_.max_seq_len,
+              "; raise max_seq_len, or shorten the prompt or max_new_tokens");
+  int64_t pages = pool_.PagesFor(need);
+  TIDAL_CHECK(pages <= pool_.num_pages(), CapacityError, asked, " need ", pages, " pages of ",
+              pool_.page_size(), " tokens, have ", pool_.num_pages(),
+              " in all; raise num_pages or max_batch_size, or shorten the prompt or "
+              "max_new_tokens");
+}
+
+void Scheduler::CheckScoring(const Request& request, const Sequence& sequence) const {
+  const Scoring& scoring = *request.scoring;
+  auto num_forced = static_cast<int64_t>(scoring.forced.size());
+  TIDAL_CHECK(num_forced == request.sampling.max_new_tokens, InvalidArgument, "forced: got ",
+              num_forced, " tokens, expected max_new_tokens ", request.sampling.max_new_tokens);
+  auto most = static_cast<int64_t>(sequence.tokens.size()) + num_forced;
+  TIDAL_CHECK(scoring.num_logits >= 1 && scoring.num_logits <= most, InvalidArgument,
+              "num_logits: got ", scoring.num_logits, ", expected 1 to ", most);
+  auto num_values = scoring.logits ? static_cast<int64_t>(scoring.logits->size()) : 0;
+  TIDAL_CHECK(num_values > 0 && num_values % scoring.num_logits == 0, InvalidArgument,
+              "logits: got room for ", num_values, " values, expected some for each of ",
+              scoring.num_logits);
+  TIDAL_CHECK(request.owner == SequenceOwner::kReplay && !request.decoding.verifies,
+              InvalidArgument, "request: it is scored, expected a replay's that does not verify");
+}
+
 void Scheduler::CheckFits(const Request& request, const Sequence& sequence) const {
   auto num_tokens = static_cast<int64_t>(sequence.tokens.size());
   int64_t max_new = request.sampling.max_new_tokens;
   TIDAL_CHECK(num_tokens >= 1, InvalidArgument, "request: got no tokens, expected at least one");
   TIDAL_CHECK(max_new >= 0, InvalidArgument, "max_new_tokens: got ", max_new, ", expected >= 0");
-  TIDAL_CHECK(max_new > 0 || sequence.cached + 1 < num_tokens, InvalidArgument,
+  TIDAL_CHECK(max_new > 0 || request.scoring || sequence.cached + 1 < num_tokens, InvalidArgument,
               "max_new_tokens: got 0 for a request without a token to read, expected >= 1");
-  TIDAL_CHECK(static_cast<int64_t>(request.forced.size()) <= max_new, InvalidArgument,
-              "forced: got ", request.forced.size(), " tokens, expected at most max_new_tokens ",
-              max_new);
-  TIDAL_CHECK(request.max_unread >= 0 && (request.max_unread == 0 || !request.keeps_pages),
-              InvalidArgument, "max_unread: got ", request.max_unread,
-              ", expected >= 0, and 0 for a session");
+  if (request.scoring) CheckScoring(request, sequence);
+  const bool keeps_pages = request.owner != SequenceOwner::kRequest;
+  TIDAL_CHECK(request.max_unread >= 0 && (request.max_unread == 0 || !keeps_pages), InvalidArgument,
+              "max_unread: got ", request.max_unread, ", expected >= 0, and 0 for a session");
   TIDAL_CHECK(sequence.cached < num_tokens, InvalidArgument, "request: all of its ", num_tokens,
               " tokens are cached, expected one at least that is not");
   TIDAL_CHECK(sequence.dense_len <= num_tokens, InvalidArgument, "request: got dense_len ",
               sequence.dense_len, ", expected at most its ", num_tokens, " tokens");
-  int64_t need = Sum({num_tokens, max_new});
-  TIDAL_CHECK(need <= limits_.max_seq_len, CapacityError, "request: ", num_tokens,
-              " tokens + max_new_tokens ", max_new, " need ", need, " positions, have max_seq_len ",
-              limits_.max_seq_len, "; raise max_seq_len, or shorten the prompt or max_new_tokens");
-  TIDAL_CHECK(sequence.cached == 0 || request.keeps_pages, InvalidArgument, "request: got ",
+  TIDAL_CHECK(sequence.cached == 0 || keeps_pages, InvalidArgument, "request: got ",
               sequence.cached,
               " cached tokens, expected none in a sequence that does not keep its pages");
-  TIDAL_CHECK(pool_.PagesFor(need) <= pool_.num_pages(), CapacityError, "KV cache: a request of ",
-              num_tokens, " tokens + max_new_tokens ", max_new, " needs ", pool_.PagesFor(need),
-              " pages of ", pool_.page_size(), " tokens, have ", pool_.num_pages(),
-              " in all; raise num_pages, or shorten the prompt or max_new_tokens");
+  CheckCapacity("request", num_tokens, max_new);
 }
 
 RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
   CheckFits(request, sequence);
-  if (!request.keeps_pages) sequence.pages.Release();  // they are taken as tokens come
+  const bool keeps_pages = request.owner != SequenceOwner::kRequest;
+  if (!keeps_pages) sequence.pages.Release();  // they are taken as tokens come
   now_ms_ = now_ms;
   RequestId id = next_id_;
   // What may throw comes before any change.
@@ -114,7 +136,7 @@ void Scheduler::Follow(RequestState& request) const {
     bool is_read = other.status == RequestStatus::kReading;
     bool comes_first = other.status == RequestStatus::kQueued && !other.follows &&
                        other.num_tokens() <= request.num_tokens();
-    if (id == request.id || !(is_read || comes_first) || other.request.keeps_pages) continue;
+    if (id == request.id || !(is_read || comes_first) || other.keeps_pages()) continue;
     if (other.request.priority > request.request.priority || other.salt != request.salt) continue;
     const std::vector<int32_t>& theirs = other.sequence.tokens;
     int64_t length = std::mismatch(tokens.begin(), tokens.end() - 1, theirs.begin(),
@@ -227,7 +249,7 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
       Publish(request);
       may_admit_ = true;  // others may need less room now
       if (request.num_unread() > 0) return;
-      if (!request.generates()) {
+      if (!request.goes_on()) {
         request.ends_as = FinishReason::kLength;
         return;
       }
@@ -244,19 +266,22 @@ void Scheduler::AcceptDraws(int64_t index, std::span<const int32_t> draws) noexc
   for (size_t i = 0; i < draws.size(); ++i) {
     int64_t num_before = request.num_new();
     bool has_ended = request.Accept(draws[i]);
-    if (request.num_new() > num_before) {
+    if (request.num_new() > num_before && !request.request.scoring) {
       if (num_before == 0) request.first_token_ms = now_ms_;
       ++counts_.generated_tokens;
-      events_.push_back({.id = request.id,
-                         .token_id = sequence.tokens.back(),
-                         .finish_reason = request.finish_reason,
-                         .row = index,
-                         .draw = static_cast<int64_t>(i)});
+      if (request.request.owner != SequenceOwner::kReplay) {
+        events_.push_back({.id = request.id,
+                           .token_id = sequence.tokens.back(),
+                           .finish_reason = request.finish_reason,
+                           .row = index,
+                           .draw = static_cast<int64_t>(i)});
+      }
     }
     if (has_ended) break;
   }
   if (request.AwaitsReader()) may_admit_ = true;
   request.num_scored = std::max(request.num_scored, request.num_tokens() - 1);
+  if (request.request.scoring) return;  // its last token is cached
   // A draft that ended the request was cached; the newest token never is.
   sequence.cached = std::min(sequence.cached, request.num_tokens() - 1);
   sequence.clean_len = std::min(sequence.clean_len, sequence.cached);
@@ -311,8 +336,9 @@ void Scheduler::Fail(double now_ms) noexcept {
 // known.
 void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
   // The event of its last token has told how it ended.
-  bool is_told =
-      request.finish_reason != FinishReason::kNone && request.failure == RequestFailure::kNone;
+  bool is_told = request.finish_reason != FinishReason::kNone &&
+                 request.failure == RequestFailure::kNone &&
+                 request.request.owner != SequenceOwner::kReplay;
   request.DropDrafts();
   switch (request.failure) {
     case RequestFailure::kNone:
@@ -329,7 +355,7 @@ void Scheduler::Finish(RequestState& request, FinishReason reason) noexcept {
   if (request.is_running()) LeaveRow(request);
   std::erase(waiting_, &request);
   std::erase(guided_, &request);
-  if (!request.request.keeps_pages) ReleasePages(request);
+  if (!request.keeps_pages()) ReleasePages(request);
   ForgetSaved(request);
   request.status = RequestStatus::kFinished;
   request.finish_reason = reason;

@@ -28,6 +28,7 @@
 #include <map>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "decode/batch.h"
@@ -41,7 +42,6 @@ namespace tidal {
 struct SchedulerLimits {
   int64_t max_rows = 8;            // requests that read or decode at once
   int64_t max_pass_tokens = 4096;  // of all rows of a pass that reads prompts
-  int64_t max_pass_draws = 8;      // draws, or logits, of all rows of such a pass
   int64_t max_check_tokens = 8;    // of all rows of a pass that checks drafts; it draws as many
   int64_t max_seq_len = 0;         // tokens of one sequence
   double max_chunk_ms = 60.0;      // of a pass over prompts while anybody decodes
@@ -69,6 +69,10 @@ class Scheduler {
  public:
   // `prefixes` may be null: nothing is found again. Both must outlive it.
   Scheduler(PagePool& pool, PrefixCache* prefixes, const SchedulerLimits& limits);
+
+  // Throws CapacityError, which begins with `what`, for tokens and new ones after them that could
+  // never fit.
+  void CheckCapacity(const std::string& what, int64_t num_tokens, int64_t max_new_tokens) const;
 
   // Takes a request in; `sequence` holds its prompt. Throws CapacityError for what could never fit,
   // InvalidArgument for what makes no sense.
@@ -132,7 +136,6 @@ class Scheduler {
   struct Room {
     double limit_ms;
     int64_t num_tokens;
-    int64_t num_draws;
     ChunkWork work{};  // what it has taken in
   };
   struct Candidate {
@@ -185,6 +188,7 @@ class Scheduler {
   int64_t UnpromisedPages() const;
   bool Grow(RequestState& request, int64_t num_tokens);
   void Own(RequestState& request, int64_t num_tokens, int64_t first);
+  int64_t TokensToOwn(const RequestState& request, int64_t num_tokens) const;
   bool GrowOrPause(RequestState& request, int64_t num_tokens);
   RequestState& NewestToPause(RequestState& otherwise) const;
   void Pause(RequestState& request);
@@ -194,6 +198,7 @@ class Scheduler {
 
   // scheduler.cc
   void CheckFits(const Request& request, const Sequence& sequence) const;
+  void CheckScoring(const Request& request, const Sequence& sequence) const;
   RequestState& Find(RequestId id);
   void Follow(RequestState& request) const;
   int64_t KnownTokens(const RequestState& request) const;

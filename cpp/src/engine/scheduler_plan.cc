@@ -12,6 +12,18 @@ namespace {
 // How many that do not fit are looked at for one chunk.
 constexpr size_t kMostTooLarge = 8;
 
+// Asks for the logits that are wanted after the row's tokens.
+void WantLogits(const RequestState& request, BatchRow& row) {
+  if (!request.request.scoring) return;
+  const Scoring& scoring = *request.request.scoring;
+  int64_t first = request.max_tokens() - scoring.num_logits;  // token after which they are wanted
+  int64_t end = request.sequence.cached + row.num_tokens;
+  row.num_logits = std::clamp<int64_t>(end - first, 0, row.num_tokens);
+  if (row.num_logits == 0) return;
+  int64_t vocab_size = static_cast<int64_t>(scoring.logits->size()) / scoring.num_logits;
+  row.logits = scoring.logits->data() + (end - row.num_logits - first) * vocab_size;
+}
+
 }  // namespace
 
 Batch Scheduler::Next(double now_ms) {
@@ -75,8 +87,7 @@ void Scheduler::AddRow(Batch& batch, RequestState& request, RowKind kind, const 
 Scheduler::Room Scheduler::NewRoom() const {
   return {
       .limit_ms = AnyDecoding() ? limits_.max_chunk_ms : std::numeric_limits<double>::infinity(),
-      .num_tokens = limits_.max_pass_tokens,
-      .num_draws = limits_.max_pass_draws};
+      .num_tokens = limits_.max_pass_tokens};
 }
 
 // (waited + work) / work: 1 at first, and growing the faster the less there is to read.
@@ -154,7 +165,7 @@ bool Scheduler::WaitsForPrefix(RequestState& request) {
                    !leader->second.LacksMask();
   if (will_read) return true;
   request.follows.reset();
-  request.known_tokens = KnownTokens(request);
+  if (request.reads_prefixes()) request.known_tokens = KnownTokens(request);
   return false;
 }
 
@@ -162,17 +173,16 @@ bool Scheduler::WaitsForPrefix(RequestState& request) {
 int64_t Scheduler::ChunkTokens(const RequestState& request, int64_t begin, const Room& room) const {
   int64_t unread = request.read_to() - begin;
   int64_t count = std::min(unread, room.num_tokens);
-  if (request.request.logits == LogitsWanted::kAll) count = std::min(count, room.num_draws);
+  if (request.request.scoring) return count;
   if (room.limit_ms < std::numeric_limits<double>::infinity()) {
     count = std::min(count, cost_.TokensWithin(room.limit_ms, room.work, begin));
   }
-  if (count == unread) return room.num_draws > 0 ? count : 0;
+  if (count == unread) return count;
   // It ends with a page, and takes one at least, if the pass is its own.
   int64_t page_size = pool_.page_size();
   int64_t whole = (begin + count) / page_size * page_size - begin;
   if (whole > 0) return whole;
   int64_t least = std::min({unread, room.num_tokens, page_size - begin % page_size});
-  if (request.request.logits == LogitsWanted::kAll) least = std::min(least, room.num_draws);
   return room.work.num_tokens == 0 ? least : 0;
 }
 
@@ -185,20 +195,12 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
     return true;
   }
   int64_t count = ChunkTokens(request, begin, room);
-  if (count == 0 || (count < unread && !batch.rows.empty())) return false;
+  const bool is_scored = request.request.scoring.has_value();
+  if (count == 0 || ((count < unread || is_scored) && !batch.rows.empty())) return false;
   if (!GrowOrPause(request, count)) return true;
   bool draws = count == unread && request.read_to() == request.num_tokens();
-  int64_t num_logits = 0;
-  if (request.request.logits == LogitsWanted::kAll) {
-    // Who reads again was given the first of them before.
-    num_logits = count - std::clamp<int64_t>(request.num_scored - begin, 0, count);
-  } else if (request.request.logits == LogitsWanted::kGenerated && draws) {
-    num_logits = 1;
-  }
-  BatchRow row = {.sequence = &request.sequence,
-                  .num_tokens = count,
-                  .num_draws = draws ? 1 : 0,
-                  .num_logits = num_logits};
+  BatchRow row = {.sequence = &request.sequence, .num_tokens = count, .num_draws = draws ? 1 : 0};
+  WantLogits(request, row);
   if (draws) {
     row.num_logprobs = request.request.logprobs;
     row.allowed = request.Masks(0, 1);
@@ -206,14 +208,14 @@ bool Scheduler::ReadNext(RequestState& request, Room& room, Batch& batch) {
   if (request.request.prompt_logprobs) {
     row.num_logprobs = std::max(row.num_logprobs, request.request.prompt_logprobs);
     int64_t num_followed = NumFollowed(row);
+    // Who reads again was given the first of them before.
     row.num_scored =
         num_followed - std::clamp<int64_t>(request.num_scored - begin, 0, num_followed);
   }
   AddRow(batch, request, RowKind::kRead, row);
   room.work.Add(count, begin);
   room.num_tokens -= count;
-  room.num_draws -= std::max<int64_t>(num_logits, 1);
-  return count == unread && room.num_tokens > 0 && room.num_draws > 0;
+  return count == unread && !is_scored && room.num_tokens > 0;
 }
 
 bool Scheduler::PlanChunk(Batch& batch) {
@@ -358,8 +360,8 @@ void Scheduler::TakeStep(RequestState& request, Batch& batch) {
     return;
   }
   request.last_turn = turn_;
-  bool wants_logits = request.request.logits != LogitsWanted::kNone && !is_draft;
-  BatchRow row = {.sequence = &request.sequence, .num_logits = wants_logits ? 1 : 0};
+  BatchRow row = {.sequence = &request.sequence, .counts_sets = request.request.counts_sets};
+  WantLogits(request, row);
   if (!is_draft) row.num_logprobs = request.request.logprobs;
   row.allowed = request.Masks(request.num_unchecked(), 1);
   AddRow(batch, request, is_draft ? RowKind::kDraft : RowKind::kStep, row);
@@ -383,12 +385,10 @@ bool Scheduler::PlanChecks(Batch& batch) {
       count = request->round->num_drafted + 1;
       Grow(*request, count);
     }
-    bool wants_logits = request->request.logits != LogitsWanted::kNone;
     AddRow(batch, *request, RowKind::kCheck,
            {.sequence = &request->sequence,
             .num_tokens = count,
             .num_draws = count,
-            .num_logits = wants_logits ? count : 0,
             .num_logprobs = request->request.logprobs,
             .allowed = request->Masks(0, count)});
     tokens_left -= count;

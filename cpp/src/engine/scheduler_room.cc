@@ -34,9 +34,9 @@ bool Scheduler::FindsPrefix(const RequestState& request) const {
 // Pages that a waiting request takes when it is let in.
 int64_t Scheduler::MissingPages(const RequestState& request) const {
   const Sequence& sequence = request.sequence;
-  if (request.request.keeps_pages) {
-    return sequence.pages.NumMissing(request.max_tokens(), request.first_written(),
-                                     sequence.cached);
+  if (request.keeps_pages()) {
+    return sequence.pages.NumMissing(TokensToOwn(request, request.max_tokens()),
+                                     request.first_written(), sequence.cached);
   }
   PrefixMatch match;
   if (FindsPrefix(request)) match = prefixes_->Peek(sequence.tokens, request.salt);
@@ -54,7 +54,9 @@ bool Scheduler::Admit(RequestState& request) {
   }
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
-  if (request.request.keeps_pages) Own(request, request.max_tokens(), request.first_written());
+  if (request.keeps_pages()) {
+    Own(request, TokensToOwn(request, request.max_tokens()), request.first_written());
+  }
   if (request.on_host) Restore(request);
   if (FindsPrefix(request)) {
     sequence.pages.Adopt(prefixes_->Find(sequence.tokens, request.salt));
@@ -76,14 +78,19 @@ bool Scheduler::Admit(RequestState& request) {
   return true;
 }
 
+// Says for how many tokens a request has pages once it has them for num_tokens: it keeps those that
+// it has.
+int64_t Scheduler::TokensToOwn(const RequestState& request, int64_t num_tokens) const {
+  auto held = static_cast<int64_t>(request.sequence.pages.pages().size());
+  return std::max(num_tokens, held * pool_.page_size());
+}
+
 // Takes pages for num_tokens more tokens to cache. Returns false, taking none, if there are too
 // few.
 bool Scheduler::Grow(RequestState& request, int64_t num_tokens) {
   SequencePages& pages = request.sequence.pages;
   int64_t begin = request.sequence.cached;
-  // It keeps the pages that it has.
-  int64_t end =
-      std::max(begin + num_tokens, static_cast<int64_t>(pages.pages().size()) * pool_.page_size());
+  int64_t end = TokensToOwn(request, begin + num_tokens);
   if (pages.NumMissing(end, begin, begin) > pool_.num_free()) return false;
   Own(request, end, begin);
   return true;
@@ -130,7 +137,7 @@ RequestState& Scheduler::NewestToPause(RequestState& otherwise) const {
   RequestState* unread = OneThatAwaitsReader();
   if (unread != nullptr) return *unread;
   for (auto request = running_.rbegin(); request != running_.rend(); ++request) {
-    if (!(*request)->is_in_flight && !(*request)->request.keeps_pages) return **request;
+    if (!(*request)->is_in_flight && !(*request)->keeps_pages()) return **request;
   }
   return otherwise;
 }
@@ -213,7 +220,7 @@ void Scheduler::ReleasePages(RequestState& request) noexcept {
 
 // Makes the prefix known that the request has computed cleanly.
 void Scheduler::Publish(const RequestState& request) noexcept {
-  if (prefixes_ == nullptr) return;
+  if (prefixes_ == nullptr || request.request.owner == SequenceOwner::kReplay) return;
   const Sequence& sequence = request.sequence;
   auto num_clean = static_cast<size_t>(std::min(sequence.clean_len, sequence.cached));
   prefixes_->Publish(std::span(sequence.tokens).first(num_clean), sequence.pages.pages(),
@@ -230,12 +237,13 @@ void Scheduler::CheckIntegrity() const {
   for (const auto& [id, request] : requests_) {
     const Sequence& sequence = request.sequence;
     int64_t room = static_cast<int64_t>(sequence.pages.pages().size()) * pool_.page_size();
-    bool owns = request.is_running() || request.request.keeps_pages;
+    bool owns = request.is_running() || request.keeps_pages();
     expect(id == request.id, "a request is not at its id");
     expect(owns || room == 0, "a request owns pages that neither runs nor keeps them");
     expect(sequence.cached <= room, "a request has cached more than its pages hold");
     expect(sequence.clean_len <= sequence.cached, "more of a request is clean than cached");
-    expect(sequence.cached < request.num_tokens(), "a request has no token left to cache");
+    bool is_scored = request.request.scoring && request.status == RequestStatus::kFinished;
+    expect(is_scored || sequence.cached < request.num_tokens(), "no token is left to cache");
     expect(!request.round || request.status == RequestStatus::kDecoding, "drafts without decoding");
     if (request.status == RequestStatus::kFinished) {
       ++num_listed;

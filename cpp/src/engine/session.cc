@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "engine/decoder_impl.h"
-#include "engine/reading.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -68,7 +67,7 @@ Session::Impl::~Impl() {
 }
 
 void Session::Impl::Close() {
-  auto pause = decoder->PauseToEnd();
+  auto lock = decoder->EnterToEnd();
   is_closed = true;
   sequence.reset();
 }
@@ -81,18 +80,13 @@ Sequence& Session::Impl::Idle() {
 }
 
 void Session::Impl::CheckFits(int64_t keep, int64_t num_added, int64_t max_new_tokens) const {
-  const DecodeConfig& config = decoder->runner.config();
   // Unsigned: max_new_tokens may be as large as int64 holds.
   uint64_t need = static_cast<uint64_t>(keep + num_added) + static_cast<uint64_t>(max_new_tokens);
   TIDAL_CHECK(need <= static_cast<uint64_t>(max_seq_len), CapacityError, "session: ", keep,
               " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " need ", need,
               " positions, have max_seq_len ", max_seq_len,
               "; start it with a larger max_seq_len, truncate it, or lower max_new_tokens");
-  const int64_t pages = decoder->runner.pool().PagesFor(static_cast<int64_t>(need));
-  TIDAL_CHECK(pages <= config.num_pages, CapacityError, "KV cache: a session of ", keep,
-              " tokens + ", num_added, " more + max_new_tokens ", max_new_tokens, " needs ", pages,
-              " pages of ", config.page_size, " tokens, have ", config.num_pages,
-              " in all; raise num_pages, or lower max_new_tokens");
+  decoder->scheduler.CheckCapacity("session", keep + num_added, max_new_tokens);
 }
 
 void Session::Impl::Extend(int64_t keep, std::span<const int32_t> token_ids) {
@@ -117,7 +111,11 @@ void Session::Impl::GoBack(Sequence& used, int64_t length) const {
   used.pages.Shrink(length);
 }
 
-void Session::Impl::TakeBack(Sequence used, bool is_read, int64_t num_new) {
+void Session::Impl::TakeBack(int64_t, bool is_read, RequestState& left, SequenceResult& result) {
+  Return(std::move(left.sequence), is_read, static_cast<int64_t>(result.token_ids.size()));
+}
+
+void Session::Impl::Return(Sequence used, bool is_read, int64_t num_new) {
   if (is_closed) return;
   // More tokens may have been drawn than were handed out.
   GoBack(used, is_read ? turn_len + num_new : kept);
@@ -157,7 +155,7 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
                                                  std::optional<int64_t> keep) {
   CheckTokenIds(token_ids, decoder->runner.model().vocab_size);
   auto generation = std::make_unique<Generation::Impl>(decoder);
-  auto pause = decoder->EnterBetweenPasses();  // after it: what throws lets go of the engine first
+  auto lock = decoder->Enter();  // after it: what throws lets go of the engine first
   Sequence& idle = Idle();
   int64_t num_kept = keep.value_or(Length(idle));
   TIDAL_CHECK(num_kept >= 0 && num_kept <= Length(idle), InvalidArgument, "keep: got ", num_kept,
@@ -170,17 +168,25 @@ std::unique_ptr<Generation> Session::Impl::Begin(const std::shared_ptr<Impl>& se
   Extend(num_kept, token_ids);
   turn_len = Length(idle);
   idle.id = decoder->sequences.NextId();
-  generation->session = self;
+  generation->lender = self;
+  generation->common.owner = SequenceOwner::kSession;
   generation->SetOptions({});
+  Request request = generation->common;
+  request.sampling = params;
   Sequence used = std::move(idle);
   sequence.reset();
-  generation->Add(std::move(used), params);
+  if (params.max_new_tokens == 0 && used.cached + 1 >= Length(used)) {  // it has nothing to read
+    generation->AddEnded(used, FinishReason::kLength);
+    Return(std::move(used), true, 0);
+  } else {
+    generation->Add(std::move(used), std::move(request));
+  }
   decoder->last_call = generation->record;
   return std::unique_ptr<Generation>(new Generation(std::move(generation)));
 }
 
 void Session::Truncate(int64_t length) {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(length >= 0 && length <= Length(sequence), InvalidArgument, "length: got ", length,
               ", expected 0 to ", Length(sequence));
@@ -189,7 +195,7 @@ void Session::Truncate(int64_t length) {
 
 std::unique_ptr<Session> Session::Fork() const {
   const std::shared_ptr<Decoder::Impl>& decoder = impl_->decoder;
-  auto pause = decoder->EnterBetweenPasses();
+  auto lock = decoder->Enter();
   auto fork =
       std::make_shared<Impl>(decoder, decoder->sequences.Fork(impl_->Idle()), impl_->max_seq_len);
   return std::unique_ptr<Session>(new Session(std::move(fork)));
@@ -201,12 +207,12 @@ std::vector<int32_t> Session::token_ids() const {
 }
 
 int64_t Session::num_cached() const {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   return impl_->Idle().cached;
 }
 
 int64_t Session::MostTokens(int64_t keep, bool adds) const {
-  auto pause = impl_->decoder->EnterBetweenPasses();
+  auto lock = impl_->decoder->Enter();
   const Sequence& sequence = impl_->Idle();
   TIDAL_CHECK(keep >= 0 && keep <= Length(sequence), InvalidArgument, "keep: got ", keep,
               ", expected 0 to ", Length(sequence));

@@ -8,6 +8,13 @@
 
 namespace tidal {
 
+int64_t NumCommonPages(std::span<const int32_t> earlier, std::span<const int32_t> tokens,
+                       int64_t page_size) {
+  const auto end =
+      std::mismatch(earlier.begin(), earlier.end(), tokens.begin(), tokens.end() - 1).second;
+  return (end - tokens.begin()) / page_size;
+}
+
 SequencePages SequencePages::Share(int64_t num_tokens) const {
   auto end = pages_.begin() + pool_->PagesFor(num_tokens);
   std::vector<int32_t> pages(pages_.begin(), end);

@@ -3,12 +3,18 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "kv/page_pool.h"
 
 namespace tidal {
+
+// The whole pages of tokens that begin like earlier ones. The last token is in none of them, for
+// somebody has to compute what follows it.
+int64_t NumCommonPages(std::span<const int32_t> earlier, std::span<const int32_t> tokens,
+                       int64_t page_size);
 
 struct PageCopy {
   int32_t from;
