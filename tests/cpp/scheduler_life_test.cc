@@ -156,6 +156,10 @@ class RandomLife {
     request.owner = Chance(4) ? SequenceOwner::kReplay : SequenceOwner::kSession;
     request.max_unread = 0;
     if (Chance(4)) Score(request, length);
+    if (request.owner == SequenceOwner::kReplay) {  // whose pages nobody else reads
+      sequence->pages.Release();
+      sequence->cached = sequence->num_sparse = sequence->clean_len = 0;
+    }
     // What was decoded sparsely a session corrects before its turn.
     if (sequence->num_sparse > 0) request.decoding.verifies = false;
     if (sequence->cached + 1 < length && !request.scoring && Chance(5))

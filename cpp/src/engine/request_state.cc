@@ -1,6 +1,7 @@
 #include "engine/request_state.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "core/checked.h"
@@ -37,7 +38,7 @@ RequestState::RequestState(RequestId new_id, Request asked, Sequence given, doub
   if (request.sampling.guide != 0) guidance.emplace();
   if (request.reads_behind) {
     follows = request.reads_behind;
-    followed_tokens = sequence.cached;
+    followed_tokens = std::numeric_limits<int64_t>::max();  // until it has read everything
   }
 }
 

@@ -64,7 +64,8 @@ struct Request {
   DecodePolicy decoding;
   SequenceOwner owner = SequenceOwner::kRequest;
   std::optional<Scoring> scoring{};
-  // Another, of the same replay, which reads before it the tokens that the sequence comes with.
+  // Another, of the same replay, that it waits for: it reads the tokens that the sequence comes
+  // with.
   std::optional<uint64_t> reads_behind{};
   bool counts_sets = false;  // the sizes of its steps' sets are wanted
   // Log-probabilities of new tokens, and of the prompt's, with those of so many of the most likely.
@@ -133,6 +134,11 @@ class RequestState {
   int64_t max_tokens() const;
   // The first token whose K and V it may write, before it has begun.
   int64_t first_written() const;
+  // The first token whose page must be its own if it writes from `first` on. Those that prompts of
+  // a replay share are written by one of them, for all.
+  int64_t first_owned(int64_t first) const {
+    return request.owner == SequenceOwner::kReplay ? max_tokens() : first;
+  }
   // Whether its next step attends to chosen positions.
   bool is_sparse() const;
   // Whether it reads again what it decoded; its drafts are never in need of that.

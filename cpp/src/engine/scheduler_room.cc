@@ -36,7 +36,7 @@ int64_t Scheduler::MissingPages(const RequestState& request) const {
   const Sequence& sequence = request.sequence;
   if (request.keeps_pages()) {
     return sequence.pages.NumMissing(TokensToOwn(request, request.max_tokens()),
-                                     request.first_written(), sequence.cached);
+                                     request.first_owned(request.first_written()), sequence.cached);
   }
   PrefixMatch match;
   if (FindsPrefix(request)) match = prefixes_->Peek(sequence.tokens, request.salt);
@@ -55,7 +55,8 @@ bool Scheduler::Admit(RequestState& request) {
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
   if (request.keeps_pages()) {
-    Own(request, TokensToOwn(request, request.max_tokens()), request.first_written());
+    Own(request, TokensToOwn(request, request.max_tokens()),
+        request.first_owned(request.first_written()));
   }
   if (request.on_host) Restore(request);
   if (FindsPrefix(request)) {
@@ -91,8 +92,9 @@ bool Scheduler::Grow(RequestState& request, int64_t num_tokens) {
   SequencePages& pages = request.sequence.pages;
   int64_t begin = request.sequence.cached;
   int64_t end = TokensToOwn(request, begin + num_tokens);
-  if (pages.NumMissing(end, begin, begin) > pool_.num_free()) return false;
-  Own(request, end, begin);
+  int64_t first = request.first_owned(begin);
+  if (pages.NumMissing(end, first, begin) > pool_.num_free()) return false;
+  Own(request, end, first);
   return true;
 }
 
