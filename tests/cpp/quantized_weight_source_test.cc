@@ -2,6 +2,7 @@
 // piece of any shape, and parts that do not fit.
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
@@ -52,7 +53,7 @@ struct Shape {
 class Stored {
  public:
   Stored(WeightFormat format, Shape shape, bool has_zeros, int zero_offset = 0)
-      : path_(::testing::TempDir() + "tidal_quantized.bin") {
+      : path_(Concat(::testing::TempDir(), "tidal_quantized_", getpid(), ".bin")) {
     const bool is_bytes = format == WeightFormat::kFloat8 || format == WeightFormat::kInt8;
     weight.name = "m.weight";
     weight.shape = {shape.out, shape.in};
