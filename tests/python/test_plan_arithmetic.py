@@ -74,7 +74,7 @@ def test_a_plan_is_exact_or_has_a_problem(model_values, values):
     model.num_q_heads = group_size * model.num_kv_heads
     config = fill(_core.DecodeConfig(), values | {"dtype": "float32", "kv_dtype": "float32"})
     try:
-        plan = _core.plan_memory(model, config)
+        plan = _core.plan_memory(model, config, None)
     except TidalError:
         return
     page_bytes = 2 * model.num_layers * plan["page_size"] * model.num_kv_heads * model.head_dim * 4
@@ -99,7 +99,8 @@ def test_a_plan_is_exact_or_has_a_problem(model_values, values):
 
 def test_a_plan_for_very_many_rows_takes_no_room_itself():
     model = fill(_core.ModelConfig(), SMALL)
-    plan = _core.plan_memory(model, fill(_core.DecodeConfig(), {"max_batch_size": 2**31 - 1}))
+    config = fill(_core.DecodeConfig(), {"max_batch_size": 2**31 - 1})
+    plan = _core.plan_memory(model, config, None)
     assert plan["max_batch_size"] == 2**31 - 1 and "max_batch_size" in plan["problem"]
 
 
@@ -115,4 +116,4 @@ def test_what_is_32_bit_on_the_device_is_refused_beyond(name: str):
     for value in (2**31, 2**32, 2**63 - 1):
         config = fill(_core.DecodeConfig(), {name: value, "token_budget": 2**63 - 1})
         with pytest.raises(TidalError, match=f"{name}: got {value}"):
-            _core.plan_memory(model, config)
+            _core.plan_memory(model, config, None)
