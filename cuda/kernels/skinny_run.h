@@ -1,6 +1,5 @@
-// What skinny_linear.cu calls and cuda/inst/skinny_linear_*.cu define, one dtype, width and kind of
-// weight a file.
-// Defined in skinny_launch.cuh.
+// What skinny_linear.cu calls and cuda/inst/skinny_linear.cu.in defines, one dtype, width and kind
+// of weight a file. Defined in skinny_launch.cuh.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "coded_weight.h"
+#include "layer_sizes.h"
 #include "tidal/error.h"
 
 namespace tidal::test {
@@ -30,9 +31,7 @@ class OpCodedLinear : public OpTest<CodedShape> {
     OpTest::SetUp();
     if (IsSkipped()) return;
     StepLimits limits = SmallLimits(dtype());
-    limits.model.hidden_size = std::max(shape().in_features, shape().out_features);
-    limits.model.intermediate_size = limits.model.hidden_size;
-    limits.model.vocab_size = limits.model.hidden_size;
+    SetProductSizes(shape().in_features, shape().out_features, limits.model);
     limits.max_batch_size = 64;
     limits.decoded_bytes = 2 * shape().in_features * shape().out_features;
     Open(GetParam().on, limits);

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "backend_test.h"
+#include "layer_sizes.h"
 
 namespace tidal::test {
 namespace {
@@ -19,9 +20,7 @@ class OpLinear : public OpTest<LinearShape> {
     OpTest::SetUp();
     if (IsSkipped()) return;
     StepLimits limits = SmallLimits(dtype());
-    limits.model.hidden_size = std::max(shape().in_features, shape().out_features);
-    limits.model.intermediate_size = limits.model.hidden_size;
-    limits.model.vocab_size = limits.model.hidden_size;
+    SetProductSizes(shape().in_features, shape().out_features, limits.model);
     limits.max_batch_size = 32;
     Open(GetParam().on, limits);
     const auto [name, rows, in, out] = shape();
