@@ -138,14 +138,22 @@ class RandomWeightSource final : public WeightSource {
  private:
   struct Tensor {
     WeightInfo info;
-    const Noise* values = nullptr;
+    bool is_norm = false;
     int64_t offset = 0;  // bytes into the noise
     CodedInfo coded = {};
   };
 
-  std::unique_ptr<Noise> noise_;  // of matrices and biases
-  std::unique_ptr<Noise> norms_;
-  std::vector<uint8_t> random_codes_;  // repeated
+  const Noise& NoiseOf(const Tensor& tensor) const;
+
+  DType dtype_;
+  uint64_t seed_;
+  WeightCodes codes_;
+  int64_t norm_elements_;  // of the longest
+
+  // Made when they are first read: a plan of memory asks for shapes alone.
+  mutable std::unique_ptr<Noise> noise_;  // of matrices and biases
+  mutable std::unique_ptr<Noise> norms_;
+  mutable std::vector<uint8_t> random_codes_;  // repeated
   std::unordered_map<std::string, Tensor> tensors_;
   std::unique_ptr<CopyThreads> threads_;
 };

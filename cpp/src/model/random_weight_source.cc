@@ -54,17 +54,21 @@ bool IsNorm(const std::string& name) {
 
 RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, uint64_t seed,
                                        WeightCodes codes)
-    : random_codes_(MakeCodes(codes, seed)), threads_(std::make_unique<CopyThreads>()) {
+    : dtype_(dtype),
+      seed_(seed),
+      codes_(codes),
+      norm_elements_(std::max(model.hidden_size, model.head_dim)),
+      threads_(std::make_unique<CopyThreads>()) {
   ValidateModelConfig(model);
-  noise_ = std::make_unique<Noise>(dtype, Normal{0.0, kStddev}, seed);
-  norms_ = std::make_unique<Noise>(dtype, Normal{1.0, kStddev}, seed,
-                                   std::max(model.hidden_size, model.head_dim));
+  TIDAL_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+              InvalidArgument, "dtype of random weights: got ", DTypeName(dtype),
+              ", expected float32, bfloat16 or float16");
   int64_t offset = 0;  // of the next tensor: each begins where the one before it ended
   for (WeightShape& weight : ExpectedWeights(model)) {
     const int64_t bytes = NumElements(weight.shape) * DTypeBytes(dtype);
-    const Noise* values = IsNorm(weight.name) ? norms_.get() : noise_.get();
+    const bool is_norm = IsNorm(weight.name);
     const CodedInfo coded = CodedInfoOf(weight, codes);
-    tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, values, offset, coded};
+    tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, is_norm, offset, coded};
     offset += bytes;
   }
 }
@@ -81,10 +85,21 @@ void RandomWeightSource::Read(const std::string& name, int64_t offset, int64_t b
   auto found = tensors_.find(name);
   TIDAL_CHECK(found != tensors_.end(), WeightsError, name, ": no such tensor");
   const Tensor& tensor = found->second;
+  const Noise& values = NoiseOf(tensor);
   threads_->ForPieces(bytes, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
-    tensor.values->Read(tensor.offset + offset + begin, end - begin,
-                        static_cast<char*>(dst) + begin);
+    values.Read(tensor.offset + offset + begin, end - begin, static_cast<char*>(dst) + begin);
   });
+}
+
+const Noise& RandomWeightSource::NoiseOf(const Tensor& tensor) const {
+  std::unique_ptr<Noise>& noise = tensor.is_norm ? norms_ : noise_;
+  if (!noise) {
+    const Normal normal{tensor.is_norm ? 1.0 : 0.0, kStddev};
+    const int64_t count =
+        tensor.is_norm ? std::min(norm_elements_, Noise::kBlockElements) : Noise::kBlockElements;
+    noise = std::make_unique<Noise>(dtype_, normal, seed_, count);
+  }
+  return *noise;
 }
 
 const CodedInfo* RandomWeightSource::FindCodes(const std::string& name) const {
@@ -97,6 +112,7 @@ void RandomWeightSource::ReadCodes(const std::string& name, int64_t begin, int64
                                    const CodedRows& rows) const {
   TIDAL_CHECK(FindCodes(name) != nullptr, InvalidArgument, name, ": it has no codes to read");
   const Tensor& tensor = tensors_.at(name);
+  if (random_codes_.empty()) random_codes_ = MakeCodes(codes_, seed_);
   const bool is_int4 = tensor.coded.codes == WeightCodes::kInt4;
   const int64_t in = tensor.info.shape[1], row_bytes = is_int4 ? in / 2 : in;
   const auto period = static_cast<int64_t>(random_codes_.size());
