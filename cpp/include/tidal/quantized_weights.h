@@ -124,7 +124,7 @@ class QuantizingWeightSource final : public WeightSource {
   std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;
 
   std::unique_ptr<WeightSource> numbers_;
-  CodedInfo coded_;  // but for the group's size
+  WeightCodes codes_;
   std::unique_ptr<CopyThreads> threads_;
   mutable std::unordered_map<std::string, CodedInfo> infos_;
   mutable double squared_error_ = 0.0, squared_size_ = 0.0;

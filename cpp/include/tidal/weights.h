@@ -39,6 +39,12 @@ struct CodedInfo {
   DType scale_dtype = DType::kFloat32;  // that holds every scale exactly
   bool has_zeros = false;
   bool operator==(const CodedInfo&) const = default;
+
+  // Of a row of so many elements.
+  int64_t num_groups(int64_t inputs) const { return (inputs + group_size - 1) / group_size; }
+  int64_t row_bytes(int64_t inputs) const {
+    return codes == WeightCodes::kInt4 ? inputs / 2 : inputs;
+  }
 };
 
 // Where rows of a matrix in codes go.

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "core/convert.h"
 #include "core/float16.h"
 #include "core/parallel.h"
 #include "core/shape.h"
@@ -87,24 +88,12 @@ std::vector<WeightFileEntry> AllEntries(std::vector<WeightFileEntry> entries,
   return entries;
 }
 
-template <typename T>
-std::vector<float> Widen(const std::vector<char>& data) {
-  std::vector<float> values(data.size() / sizeof(T));
-  for (size_t i = 0; i < values.size(); ++i) {
-    T value;
-    std::memcpy(&value, data.data() + i * sizeof(T), sizeof(T));
-    values[i] = ToFloat(value);
-  }
-  return values;
-}
-
 std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEntry& entry) {
   const int64_t count = NumElements(entry.info.shape);
   std::vector<char> data(static_cast<size_t>(count * DTypeBytes(entry.info.dtype)));
   files.Read(entry.name, 0, static_cast<int64_t>(data.size()), data.data());
-  std::vector<float> scales = entry.info.dtype == DType::kFloat32    ? Widen<float>(data)
-                              : entry.info.dtype == DType::kBFloat16 ? Widen<BFloat16>(data)
-                                                                     : Widen<Float16>(data);
+  std::vector<float> scales(static_cast<size_t>(count));
+  ConvertNumbers({data.data(), entry.info.dtype}, {scales.data(), DType::kFloat32}, count);
   for (float scale : scales) {
     TIDAL_CHECK(std::isfinite(scale), WeightsError, entry.name, ": holds ", scale,
                 ", expected finite scales; is ", entry.path, " damaged?");

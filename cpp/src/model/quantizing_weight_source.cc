@@ -1,9 +1,9 @@
 // QuantizingWeightSource: rounds rows to codes on several threads, as they are asked for.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
+#include "core/convert.h"
 #include "core/float16.h"
 #include "core/parallel.h"
 #include "core/shape.h"
@@ -16,7 +16,6 @@ namespace {
 
 constexpr float kLargestFloat8 = 448.0f;
 constexpr float kHalfInt4Range = 7.5f;  // from -7.5 to 7.5: as compressed-tensors rounds
-constexpr int64_t kInt4Group = 128;
 
 float LargestOf(const float* values, int64_t count) {
   float largest = 0.0f;
@@ -60,24 +59,13 @@ float CodeValue(WeightCodes codes, const uint8_t* row, int64_t place) {
   return static_cast<float>(((row[place / 2] >> (place % 2 * 4)) & 15) - 8);
 }
 
-template <typename T>
-void Widen(const char* data, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    T value;
-    std::memcpy(&value, data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
-    to[i] = ToFloat(value);
-  }
-}
-
 }  // namespace
 
 QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> numbers,
                                                WeightCodes codes)
-    : numbers_(std::move(numbers)), threads_(std::make_unique<CopyThreads>()) {
+    : numbers_(std::move(numbers)), codes_(codes), threads_(std::make_unique<CopyThreads>()) {
   TIDAL_CHECK(codes != WeightCodes::kNone, InvalidArgument,
               "codes of weights: got none, expected float8 or int4");
-  coded_.codes = codes;
-  coded_.scale_dtype = codes == WeightCodes::kFloat8 ? DType::kFloat32 : DType::kBFloat16;
 }
 
 QuantizingWeightSource::~QuantizingWeightSource() = default;
@@ -91,13 +79,10 @@ const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) cons
   auto known = infos_.find(name);
   if (known != infos_.end()) return &known->second;
   const WeightInfo* info = numbers_->Find(name);
-  if (info == nullptr || info->shape.size() != 2 || !name.starts_with("model.layers.") ||
-      info->shape[1] % 8 != 0) {
-    return nullptr;
-  }
-  CodedInfo coded = coded_;
-  coded.group_size =
-      coded.codes == WeightCodes::kInt4 ? std::min(kInt4Group, info->shape[1]) : info->shape[1];
+  if (info == nullptr) return nullptr;
+  const DType scale_dtype = codes_ == WeightCodes::kFloat8 ? DType::kFloat32 : DType::kBFloat16;
+  const CodedInfo coded = CodesOfLayer(name, *info, codes_, scale_dtype);
+  if (coded.codes == WeightCodes::kNone) return nullptr;
   return &infos_.emplace(name, coded).first->second;
 }
 
@@ -110,12 +95,8 @@ std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, 
   numbers_->Read(name, begin * in * size, count * size, data.data());
   std::vector<float> values(static_cast<size_t>(count));
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
-    const char* from = data.data() + first * in * size;
-    float* to = values.data() + first * in;
-    const int64_t elements = (last - first) * in;
-    if (info.dtype == DType::kFloat32) return Widen<float>(from, elements, to);
-    if (info.dtype == DType::kBFloat16) return Widen<BFloat16>(from, elements, to);
-    return Widen<Float16>(from, elements, to);
+    ConvertNumbers({data.data() + first * in * size, info.dtype},
+                   {values.data() + first * in, DType::kFloat32}, (last - first) * in);
   });
   for (float value : values) {
     TIDAL_CHECK(std::isfinite(value), WeightsError, name, ": holds ", value,
@@ -132,11 +113,11 @@ void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, i
   const std::vector<float> numbers = ReadNumbers(name, begin, end);
   const int64_t in = numbers_->Find(name)->shape[1];
   const bool is_int4 = coded->codes == WeightCodes::kInt4;
-  const int64_t groups = (in + coded->group_size - 1) / coded->group_size;
+  const int64_t groups = coded->num_groups(in);
   std::vector<double> errors(static_cast<size_t>(end - begin)), sizes(errors.size());
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      uint8_t* row = static_cast<uint8_t*>(rows.codes) + r * (is_int4 ? in / 2 : in);
+      uint8_t* row = static_cast<uint8_t*>(rows.codes) + r * coded->row_bytes(in);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t from = g * coded->group_size;
         const Group group = {numbers.data() + r * in + from, from,
@@ -171,27 +152,20 @@ void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64
               DTypeName(info.dtype));
   const int64_t begin = offset / size, end = begin + bytes / size;
   const int64_t first = begin / in, last = (end + in - 1) / in;
-  const int64_t groups = (in + coded->group_size - 1) / coded->group_size;
-  const int64_t row_bytes = coded->codes == WeightCodes::kInt4 ? in / 2 : in;
+  const int64_t groups = coded->num_groups(in), row_bytes = coded->row_bytes(in);
   std::vector<uint8_t> codes(static_cast<size_t>((last - first) * row_bytes));
   std::vector<float> scales(static_cast<size_t>((last - first) * groups));
   ReadCodes(name, first, last, {codes.data(), scales.data(), nullptr});
   threads_->ForPieces(end - begin, int64_t{1} << 16, [&](int64_t from, int64_t to) {
+    std::vector<float> values(static_cast<size_t>(to - from));
     for (int64_t i = from; i < to; ++i) {
       const int64_t row = (begin + i) / in - first, place = (begin + i) % in;
       const float scale = scales[static_cast<size_t>(row * groups + place / coded->group_size)];
       const float value = CodeValue(coded->codes, codes.data() + row * row_bytes, place) * scale;
-      char* target = static_cast<char*>(dst) + i * size;
-      if (info.dtype == DType::kFloat32) {
-        std::memcpy(target, &value, sizeof(value));
-      } else if (info.dtype == DType::kBFloat16) {
-        const BFloat16 rounded = FromFloat<BFloat16>(value);
-        std::memcpy(target, &rounded, sizeof(rounded));
-      } else {
-        const Float16 rounded = FromFloat<Float16>(value);
-        std::memcpy(target, &rounded, sizeof(rounded));
-      }
+      values[static_cast<size_t>(i - from)] = value;
     }
+    ConvertNumbers({values.data(), DType::kFloat32},
+                   {static_cast<char*>(dst) + from * size, info.dtype}, to - from);
   });
 }
 

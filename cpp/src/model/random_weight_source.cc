@@ -7,6 +7,7 @@
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "model/model_config.h"
+#include "model/weight_format.h"
 #include "model/weights.h"
 #include "tidal/error.h"
 #include "tidal/weights.h"
@@ -22,7 +23,6 @@ constexpr double kStddev = 0.02;
 // (int4 less 8), exact in every type.
 constexpr float kFloat8Scale = 0x1.8p-13f;
 constexpr float kInt4Scale = 0x1.2p-8f;
-constexpr int64_t kInt4Group = 128;
 constexpr size_t kRandomCodes = size_t{4} << 20;
 
 std::vector<uint8_t> MakeCodes(WeightCodes codes, uint64_t seed) {
@@ -34,16 +34,6 @@ std::vector<uint8_t> MakeCodes(WeightCodes codes, uint64_t seed) {
     if (codes == WeightCodes::kFloat8 && (code & 0x7f) == 0x7f) code ^= 1;  // no NaN
   }
   return made;
-}
-
-CodedInfo CodedInfoOf(const WeightShape& weight, WeightCodes codes) {
-  const bool is_matrix = weight.shape.size() == 2 && weight.name.starts_with("model.layers.");
-  if (codes == WeightCodes::kNone || !is_matrix || weight.shape[1] % 8 != 0) return {};
-  const int64_t in = weight.shape[1];
-  return {.codes = codes,
-          .group_size = codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
-          .scale_dtype = DType::kBFloat16,
-          .has_zeros = false};
 }
 
 bool IsNorm(const std::string& name) {
@@ -67,8 +57,9 @@ RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, ui
   for (WeightShape& weight : ExpectedWeights(model)) {
     const int64_t bytes = NumElements(weight.shape) * DTypeBytes(dtype);
     const bool is_norm = IsNorm(weight.name);
-    const CodedInfo coded = CodedInfoOf(weight, codes);
-    tensors_[std::move(weight.name)] = {{dtype, std::move(weight.shape)}, is_norm, offset, coded};
+    WeightInfo info{dtype, std::move(weight.shape)};
+    const CodedInfo coded = CodesOfLayer(weight.name, info, codes, DType::kBFloat16);
+    tensors_[std::move(weight.name)] = {std::move(info), is_norm, offset, coded};
     offset += bytes;
   }
 }
@@ -114,7 +105,7 @@ void RandomWeightSource::ReadCodes(const std::string& name, int64_t begin, int64
   const Tensor& tensor = tensors_.at(name);
   if (random_codes_.empty()) random_codes_ = MakeCodes(codes_, seed_);
   const bool is_int4 = tensor.coded.codes == WeightCodes::kInt4;
-  const int64_t in = tensor.info.shape[1], row_bytes = is_int4 ? in / 2 : in;
+  const int64_t in = tensor.info.shape[1], row_bytes = tensor.coded.row_bytes(in);
   const auto period = static_cast<int64_t>(random_codes_.size());
   const int64_t from = (tensor.offset + begin * row_bytes) % period;
   threads_->ForPieces(
@@ -126,7 +117,7 @@ void RandomWeightSource::ReadCodes(const std::string& name, int64_t begin, int64
           i += count;
         }
       });
-  const int64_t groups = (in + tensor.coded.group_size - 1) / tensor.coded.group_size;
+  const int64_t groups = tensor.coded.num_groups(in);
   std::fill_n(rows.scales, (end - begin) * groups, is_int4 ? kInt4Scale : kFloat8Scale);
 }
 

@@ -253,6 +253,19 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
   }
 }
 
+CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
+                       DType scale_dtype) {
+  constexpr int64_t kInt4Group = 128;
+  if (codes == WeightCodes::kNone || !name.starts_with("model.layers.") || info.shape.size() != 2 ||
+      info.shape[1] % kCodesPerWord != 0) {
+    return {};
+  }
+  const int64_t in = info.shape[1];
+  return {.codes = codes,
+          .group_size = codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
+          .scale_dtype = scale_dtype};
+}
+
 bool HoldsNan(const uint8_t* codes, int64_t count) {
   uint8_t found = 0;
   for (int64_t i = 0; i < count; ++i) found |= static_cast<uint8_t>((codes[i] & 0x7f) == 0x7f);

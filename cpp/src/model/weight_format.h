@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "tidal/quantized_weights.h"
@@ -55,6 +56,11 @@ struct StoredRows {
 template <typename T>
 void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                 T* out);
+
+// The codes in which a matrix of a model's layers is made, scales in `scale_dtype`: float8 with a
+// scale for each row, int4 with one for every 128 inputs. kNone for any other tensor.
+CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
+                       DType scale_dtype);
 
 // Whether a byte of kFloat8 stands for no number.
 bool HoldsNan(const uint8_t* codes, int64_t count);

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "core/float16.h"
+#include "core/convert.h"
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "tidal/error.h"
@@ -132,9 +132,8 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
     if (other == nullptr || *other != *coded) return {};
   }
   const int64_t rows = NumRows(placement), columns = placement.columns;
-  const int64_t groups = (columns + coded->group_size - 1) / coded->group_size;
-  const bool is_int4 = coded->codes == WeightCodes::kInt4;
-  Weight weight(TensorView(nullptr, DType::kUInt8, {rows, is_int4 ? columns / 2 : columns}));
+  const int64_t groups = coded->num_groups(columns);
+  Weight weight(TensorView(nullptr, DType::kUInt8, {rows, coded->row_bytes(columns)}));
   weight.codes = coded->codes;
   weight.group_size = coded->group_size;
   weight.scales = TensorView(nullptr, coded->scale_dtype, {groups, rows});
@@ -272,7 +271,7 @@ class Loader {
                     const LoadProgress& progress) {
     scratch_.resize(static_cast<size_t>(target.bytes()));
     const auto count = static_cast<int64_t>(scales.size());
-    ConvertTo(target.dtype, scales.data(), scratch_.data(), count);
+    Convert({scales.data(), DType::kFloat32}, {scratch_.data(), target.dtype}, count);
     UploadBytes(scratch_.data(), target, progress);
   }
 
@@ -306,46 +305,19 @@ class Loader {
       } else {
         scratch_.resize(static_cast<size_t>(n * DTypeBytes(from)));
         source_.Read(name, begin * DTypeBytes(from), n * DTypeBytes(from), scratch_.data());
-        Convert(scratch_.data(), from, host, n);
+        Convert({scratch_.data(), from}, {host, dtype_}, n);
       }
       backend_.CommitUpload(dst, bytes);
       Report(bytes, progress);
     }
   }
 
-  void Convert(const void* from, DType from_dtype, void* to, int64_t count) {
-    switch (from_dtype) {
-      case DType::kFloat32:
-        return ConvertFrom(static_cast<const float*>(from), to, count);
-      case DType::kBFloat16:
-        return ConvertFrom(static_cast<const BFloat16*>(from), to, count);
-      default:
-        return ConvertFrom(static_cast<const Float16*>(from), to, count);
-    }
-  }
-
-  template <typename From>
-  void ConvertFrom(const From* from, void* to, int64_t count) {
-    ConvertTo(dtype_, from, to, count);
-  }
-
-  template <typename From>
-  void ConvertTo(DType dtype, const From* from, void* to, int64_t count) {
-    switch (dtype) {
-      case DType::kFloat32:
-        return ConvertElements(from, static_cast<float*>(to), count);
-      case DType::kBFloat16:
-        return ConvertElements(from, static_cast<BFloat16*>(to), count);
-      default:
-        return ConvertElements(from, static_cast<Float16*>(to), count);
-    }
-  }
-
-  template <typename From, typename To>
-  void ConvertElements(const From* from, To* to, int64_t count) {
+  void Convert(const NumbersFrom& from, const NumbersTo& to, int64_t count) {
     constexpr int64_t kGrain = 1 << 18;
     threads_.ForPieces(count, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] = FromFloat<To>(ToFloat(from[i]));
+      ConvertNumbers(
+          {static_cast<const char*>(from.data) + begin * DTypeBytes(from.dtype), from.dtype},
+          {static_cast<char*>(to.data) + begin * DTypeBytes(to.dtype), to.dtype}, end - begin);
     });
   }
 
