@@ -86,9 +86,21 @@ class PyDecoder : public Closable<Decoder> {
   double rounding_error_;
 };
 
+// Looks up what arrays are made with. pybind11 does it at the first array, and imports numpy:
+// Python code, which C++ may run only where the end of the interpreter waits for it.
+inline void LoadNumpy() {
+  static bool is_loaded = false;  // the GIL guards it
+  if (is_loaded) return;
+  NativeCall call;
+  NativeCall::Callback callback(call);
+  pybind11::detail::npy_api::get();
+  is_loaded = true;
+}
+
 // A numpy array [rows, columns] that takes over the vector's memory.
 template <typename T>
 pybind11::array_t<T> ToArray(std::vector<T> values, int64_t rows, int64_t columns) {
+  LoadNumpy();
   auto owner = std::make_unique<std::vector<T>>(std::move(values));
   T* data = owner->data();
   pybind11::capsule free(owner.get(),

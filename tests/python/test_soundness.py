@@ -175,6 +175,25 @@ class TestExit:
     def test_while_a_daemon_thread(self, busy: str):
         self.exits(busy, "", 0)
 
+    def test_while_arrays_are_looked_up_for_the_first_time(self):
+        done = run_python("""
+            import numpy
+
+            begun = threading.Event()
+            made = numpy.lib.NumpyVersion
+
+            def slow(version):
+                begun.set()
+                for _ in range(50):
+                    time.sleep(0.01)
+                return made(version)
+
+            numpy.lib.NumpyVersion = slow
+            threading.Thread(target=lambda: make().logits(IDS), daemon=True).start()
+            assert begun.wait(60)
+        """)
+        assert (done.returncode, done.stderr) == (0, "")
+
     @pytest.mark.parametrize("end", list(ENDS)[1:])
     def test_by(self, end: str):
         self.exits(BUSY["streams"], end, ENDS[end])
