@@ -1,4 +1,5 @@
-"""The CPU engine beside transformers, and its sparse steps beside its dense ones, in one run.
+"""The CPU engine beside transformers, its sparse steps beside its dense ones, and formats of cache
+and weights beside each other, in one run.
 
     python benchmarks/bench_cpu.py MODEL_DIR --select-layers 2,4,9 --token-budget 64
 
@@ -40,7 +41,8 @@ def main() -> None:
     sizes = {"decode tokens a block": options.block, "repetitions": options.repetitions}
     report: dict[str, Any] = {"benchmark": "bench_cpu", **provenance(options), "sizes": sizes}
     report["results"] = results = {}
-    prompt = long_prompt(options.model_dir, max([options.versus, *options.sparse_contexts]))
+    longest = [options.versus, *options.sparse_contexts, *options.format_contexts]
+    prompt = long_prompt(options.model_dir, max(longest))
     if options.versus:
         results["versus transformers"] = versus_transformers(options, prompt[: options.versus])
         write(options.output, report)
@@ -48,6 +50,10 @@ def main() -> None:
     for context in options.sparse_contexts:
         outcome = tidal_versus_dense(options, prompt[:context])
         results["tidal versus dense"][str(context)] = outcome
+        write(options.output, report)
+    results["formats"] = {}
+    for context in options.format_contexts:
+        results["formats"][str(context)] = formats(options, prompt[:context])
         write(options.output, report)
     print(f"written to {options.output}")
 
@@ -68,6 +74,13 @@ def parse_options() -> argparse.Namespace:
         default=[16384, 32512],
         metavar="N,N",
         help="contexts of tidal beside dense; a model's last positions are output",
+    )
+    parser.add_argument(
+        "--format-contexts",
+        type=numbers,
+        default=[1024, 32512],
+        metavar="N,N",
+        help="contexts of dense steps with every format",
     )
     parser.add_argument("--select-layers", type=numbers, default=[2, 4, 9], metavar="N,N")
     parser.add_argument("--token-budget", type=int, default=64)
@@ -284,6 +297,47 @@ def tidal_versus_dense(options: argparse.Namespace, prompt: list[int]) -> dict[s
     for decoder in decoders.values():
         decoder.close()
     return outcome
+
+
+# Of the cache with the checkpoint's weights, and of the weights with a cache of theirs.
+FORMATS: dict[str, dict[str, str]] = {
+    "as stored": {},
+    "kv float32": {"kv_dtype": "float32"},
+    "kv int8": {"kv_dtype": "int8"},
+    "weights fp8": {"weight_format": "fp8"},
+    "weights int4": {"weight_format": "int4"},
+    "weights int4, kv int8": {"weight_format": "int4", "kv_dtype": "int8"},
+}
+
+
+def formats(options: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
+    steps = (options.repetitions + 2) * (options.block + 4)
+    decoders, blocks = {}, {}
+    prefill_s: dict[str, float] = {}
+    for name, settings in FORMATS.items():
+        decoder = open_decoder(options, len(prompt) + steps, attention="full", **settings)
+        start = time.perf_counter()
+        decoders[name] = decoder
+        blocks[name] = decode_blocks(decoder, prompt, steps, options.block)
+        prefill_s[name] = round(time.perf_counter() - start, 2)
+    decode = interleaved(blocks, options.repetitions)
+    memory = {
+        name: {"weights": plan.weight_bytes, "kv": plan.kv_bytes}
+        for name, plan in ((name, decoder.memory_plan()) for name, decoder in decoders.items())
+    }
+    times = {name: ratio(decode, name, "as stored") for name in FORMATS}
+    print(f"{len(prompt)} tokens, dense, ms/token and times what the checkpoint as stored takes:")
+    for name, measure in decode.items():
+        print(f"  {name}: {measure['median']:.4g} (x{times[name]:.3f})", flush=True)
+    for decoder in decoders.values():
+        decoder.close()
+    return {
+        "dtype": options.dtype,
+        "bytes": memory,
+        "prefill s": prefill_s,
+        "decode ms per token": decode,
+        "times as stored": times,
+    }
 
 
 def ratio(measures: dict[str, dict[str, Any]], above: str, below: str) -> float:

@@ -23,7 +23,7 @@ from tidaldecode.evaluation.settings import tidal_setting
 from tidaldecode.plan_bytes import kv_bytes_per_step
 
 DENSE = "dense"
-VALUE_BYTES = 2
+KV_DTYPE = "bfloat16"
 MARKS = {"S": "s", "P": "o", "": "x"}
 
 
@@ -77,7 +77,7 @@ def read_rows(folder: ModelFolder, files: Sequence[Path]) -> list[Row]:
                 row.kept[place[0]] += of_setting[place] == 1
             for context in {place[0] for place in found}:
                 read, dense = (
-                    kv_bytes_per_step(folder.model, config, context, VALUE_BYTES)
+                    kv_bytes_per_step(folder.model, config, context, KV_DTYPE)
                     for config in (plan, PlanConfig())
                 )
                 row.read[context] = read / dense

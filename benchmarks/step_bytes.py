@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tidaldecode import DecodeConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.plan_bytes import VALUE_BYTES, layer_kv_bytes
+from tidaldecode.plan_bytes import VALUE_BYTES, layer_kv_bytes, row_bytes
 
 # Measured on an H200 (sum over 0.5 GB); its data sheet says 4.8.
 H200_READ_TB_PER_S = 4.65
@@ -44,7 +44,7 @@ def step_bytes(
     weights = model.num_layers * layer_elements(model)
     weights += hidden + model.vocab_size * hidden + batch_size * hidden
     saved = saved_bytes(model, config.dtype, config.weight_format)
-    read = layer_kv_bytes(model, config, context, VALUE_BYTES[config.kv_dtype])
+    read = layer_kv_bytes(model, config, context, config.kv_dtype)
     return StepBytes(
         weights=weights * VALUE_BYTES[config.dtype] - saved,
         kv=batch_size * sum(read[letter] for letter in plan),
@@ -89,4 +89,4 @@ def loaded_bytes(model: ModelConfig, dtype: str, weight_format: str = "auto") ->
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * VALUE_BYTES[kv_dtype]
+    return model.num_layers * row_bytes(model, kv_dtype)

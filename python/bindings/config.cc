@@ -28,6 +28,10 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLongrope, "longrope"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
+constexpr Names<DType, 4> kKvDTypes = {{{DType::kFloat32, "float32"},
+                                        {DType::kBFloat16, "bfloat16"},
+                                        {DType::kFloat16, "float16"},
+                                        {DType::kInt8, "int8"}}};
 // Of a tensor in a file: also those that only parts of quantised matrices have.
 constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
                                             {DType::kBFloat16, "bfloat16"},
@@ -161,7 +165,7 @@ void RegisterDecodeConfig(py::module_& module) {
           "device", [](const DecodeConfig& self) { return DeviceString(self.device); },
           [](DecodeConfig& self, const std::string& text) { self.device = ParseDevice(text); });
   DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
-  DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kDTypes);
+  DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kKvDTypes);
   DefEnum(config, "weight_format", &DecodeConfig::weight_format, kKeepWeights);
 
   py::class_<SamplingParams>(module, "SamplingParams")

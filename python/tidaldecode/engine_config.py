@@ -63,13 +63,10 @@ def core_config(
         if field.name not in (*PLAN_FIELDS, *_TRANSLATED) and value is not None:
             setattr(config, field.name, value)
     config.device = resolve_device(settings.device)
-    on_cpu = config.device == "cpu"
     dtype, kv_dtype = settings.dtype, settings.kv_dtype
     if dtype == "auto":
-        dtype = folder.dtype if on_cpu or folder.dtype != "float32" else "bfloat16"
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if on_cpu else dtype
-    config.dtype, config.kv_dtype = dtype, kv_dtype
+        dtype = folder.dtype if config.device == "cpu" or folder.dtype != "float32" else "bfloat16"
+    config.dtype, config.kv_dtype = dtype, dtype if kv_dtype == "auto" else kv_dtype
     config.verify = bool(settings.verify)
     return config
 

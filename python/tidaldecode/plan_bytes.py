@@ -10,12 +10,13 @@ from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.config import PlanConfig, is_auto
 from tidaldecode.plans import plan_letters
 
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number, by dtype
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of one number, by dtype
+_SCALE_BYTES = {"int8": 4}  # of one head of a token, by dtype
 _DEFAULTS = _core.PlanConfig()
 
 
 def kv_bytes_per_step(
-    model: ModelConfig, config: PlanConfig, seq_len: int, value_bytes: int
+    model: ModelConfig, config: PlanConfig, seq_len: int, kv_dtype: str
 ) -> int:
     """Bytes of keys and values that a step reads for one sequence.
 
@@ -29,29 +30,30 @@ def kv_bytes_per_step(
         model: its shape.
         config: a plan; one without layers that choose is dense.
         seq_len: tokens in the cache.
-        value_bytes: of one number in the cache.
+        kv_dtype: of the cache.
     """
     if seq_len <= most_positions(config):
         config = PlanConfig()
-    read = layer_kv_bytes(model, config, seq_len, value_bytes)
+    read = layer_kv_bytes(model, config, seq_len, kv_dtype)
     return sum(read[letter] for letter in plan_letters(model.num_layers, config))
 
 
 def layer_kv_bytes(
-    model: ModelConfig, config: PlanConfig, seq_len: int, value_bytes: int
+    model: ModelConfig, config: PlanConfig, seq_len: int, kv_dtype: str
 ) -> dict[str, int]:
     """What a layer of each kind reads of one sequence, as kv_bytes_per_step() counts, by letter."""
     heads = model.num_q_heads // model.num_kv_heads if config.granularity == "head" else 1
     chosen = min(seq_len, most_positions(config) * heads)
-    row = row_bytes(model, value_bytes)
+    row = row_bytes(model, kv_dtype)
     whole, of_set = seq_len * row, chosen * row
     keys = seq_len * _shadow_row_bytes(model) if config.shadow == "int4" else whole // 2
     return {"F": whole, "S": whole, "s": of_set, "P": keys + of_set}
 
 
-def row_bytes(model: ModelConfig, value_bytes: int) -> int:
+def row_bytes(model: ModelConfig, kv_dtype: str) -> int:
     """Bytes of K and V of one position in one layer."""
-    return 2 * model.num_kv_heads * model.head_dim * value_bytes
+    head = model.head_dim * VALUE_BYTES[kv_dtype] + _SCALE_BYTES.get(kv_dtype, 0)
+    return 2 * model.num_kv_heads * head
 
 
 def _shadow_row_bytes(model: ModelConfig) -> int:

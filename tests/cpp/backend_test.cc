@@ -39,6 +39,12 @@ std::vector<BackendCase> AllBackends() {
           {DeviceType::kCuda, DType::kFloat16}};
 }
 
+std::vector<BackendCase> AllCaches() {
+  std::vector<BackendCase> caches = AllBackends();
+  caches.push_back({DeviceType::kCpu, DType::kInt8});
+  return caches;
+}
+
 std::vector<BackendCase> CudaBackendsAndCpu() {
   return {{DeviceType::kCpu, DType::kFloat32},
           {DeviceType::kCuda, DType::kBFloat16},

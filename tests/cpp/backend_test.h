@@ -32,8 +32,10 @@ std::string CaseName(const BackendCase& on);  // "cpu_bfloat16"
 
 // Every backend with every dtype it runs: CPU float32, bfloat16, float16; CUDA bfloat16, float16.
 std::vector<BackendCase> AllBackends();
-// The same with the CPU once, for settings that it has no other way to follow.
+// AllBackends with the CPU once, for settings that it has no other way to follow.
 std::vector<BackendCase> CudaBackendsAndCpu();
+// AllBackends, and the CPU with a cache of int8, for ops that read a cache and no weights.
+std::vector<BackendCase> AllCaches();
 // Every device once, for ops that meet no weights.
 std::vector<BackendCase> EachDevice();
 

@@ -319,7 +319,7 @@ INSTANTIATE_TEST_SUITE_P(Cudnn, OpAttentionPrefillCudnn,
                          CaseNameOf<OpCase<HeadShape>>);
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionPrefill,
-                         ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
+                         ::testing::ValuesIn(Cases(AllCaches(), CommonHeadShapes(),
                                                    OddHeadShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 

@@ -300,7 +300,7 @@ TEST_P(OpAttentionSparse, RepeatsBitwise) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionSparse,
-                         ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
+                         ::testing::ValuesIn(Cases(AllCaches(), CommonHeadShapes(),
                                                    OddHeadShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 

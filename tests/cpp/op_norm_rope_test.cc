@@ -230,6 +230,54 @@ TEST_P(OpRopeAppendKv, NormalisesHeadsFirst) {
   RunAndCheck(true);
 }
 
+// What a cache of float32 is given is in one of int8 as codes, to half a scale.
+TEST_P(OpRopeAppendKv, Int8RowsAreTheNearest) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "CUDA has no cache of int8";
+  Open(GetParam().on, Limits());
+  const Inputs in = MakeInputs(false);
+  const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
+  const int64_t rows = static_cast<int64_t>(in.positions.size());
+  const Shape pages_shape = {kNumPages, num_kv_heads, page_size, dim};
+  const Shape scales_shape = {kNumPages, num_kv_heads, page_size};
+  RopeAppendKvArgs args;
+  args.qkv = Put(in.qkv, act(), {rows, QkvSize()});
+  args.cos_sin = Put(in.cos_sin, DType::kFloat32, {rows, dim});
+  args.positions = PutInts(in.positions, {rows});
+  args.seq_idx = PutInts(in.seq_idx, {rows});
+  args.q = Output(act(), {rows, num_q_heads, dim});
+  const Values zeros(kNumPages * num_kv_heads * page_size * dim, 0.0);
+  args.kv.k_pages = Put(zeros, DType::kFloat32, pages_shape);
+  args.kv.v_pages = Put(zeros, DType::kFloat32, pages_shape);
+  args.kv.page_table = PutInts(kPageTable, {2, kMaxPages});
+  args.kv.seq_lens = PutInts({1, 1}, {2});
+  backend().RopeAppendKv(args);
+  const Values want[] = {Get(args.kv.k_pages), Get(args.kv.v_pages)};
+
+  const Bytes no_codes(zeros.size(), 0);
+  args.kv.k_pages = PutBytes(no_codes, DType::kInt8, pages_shape);
+  args.kv.v_pages = PutBytes(no_codes, DType::kInt8, pages_shape);
+  const Values no_scales(zeros.size() / dim, 0.0);
+  args.kv.k_scales = Put(no_scales, DType::kFloat32, scales_shape);
+  args.kv.v_scales = Put(no_scales, DType::kFloat32, scales_shape);
+  backend().RopeAppendKv(args);
+  const Bytes codes[] = {GetBytes(args.kv.k_pages), GetBytes(args.kv.v_pages)};
+  const Values scales[] = {Get(args.kv.k_scales), Get(args.kv.v_scales)};
+  for (int part : {0, 1}) {
+    for (size_t row = 0; row < scales[part].size(); ++row) {
+      double largest = 0.0;
+      for (int64_t d = 0; d < dim; ++d) {
+        largest = std::max(largest, std::fabs(want[part][row * dim + d]));
+      }
+      const double scale = scales[part][row];
+      ASSERT_NEAR(scale, largest / 127.0, largest * 1e-7);
+      for (int64_t d = 0; d < dim; ++d) {
+        const auto code = static_cast<int8_t>(codes[part][row * dim + d]);
+        ASSERT_NEAR(code * scale, want[part][row * dim + d], 0.5001 * scale) << row << ", " << d;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpRopeAppendKv,
                          ::testing::ValuesIn(Cases<HeadShape>(AllBackends(),
                                                               {{"mha_d64_page16", 4, 4, 64, 16},

@@ -143,7 +143,7 @@ TEST_P(OpShadow, HasTheBitsOfTheRule) {
   const int64_t group = shape().num_q_heads / heads();
   const std::vector<float> balance(balance_.begin(), balance_.end());
   auto rounded = [&](const Values& values) {
-    const Values stored = Rounded(values, dtype());
+    const Values stored = StoredRow(values, dtype());
     return std::vector<float>(stored.begin(), stored.end());
   };
   for (int64_t b = 0; b < rows(); ++b) {
@@ -358,7 +358,7 @@ TEST_P(OpShadow, ZeroKeysAndQueriesScoreZero) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpShadow,
-                         ::testing::ValuesIn(Cases(AllBackends(), CommonHeadShapes(),
+                         ::testing::ValuesIn(Cases(AllCaches(), CommonHeadShapes(),
                                                    OddHeadShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 

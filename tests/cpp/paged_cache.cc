@@ -5,7 +5,53 @@
 #include <cmath>
 #include <limits>
 
+#include "core/int8_row.h"
+
 namespace tidal::test {
+
+namespace {
+
+// Rows [row_size] of int8 and their scales.
+struct Int8Rows {
+  Bytes codes;
+  Values scales;
+};
+
+Int8Rows EncodeRows(const Values& values, int64_t row_size) {
+  const int64_t num_rows = static_cast<int64_t>(values.size()) / row_size;
+  Int8Rows rows{Bytes(values.size()), Values(num_rows)};
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const std::vector<float> row(&values[i * row_size], &values[i * row_size] + row_size);
+    rows.scales[i] =
+        EncodeInt8Row(row.data(), row_size, reinterpret_cast<int8_t*>(&rows.codes[i * row_size]));
+  }
+  return rows;
+}
+
+Values RandomRows(Random& random, int64_t count, int64_t row_size, DType dtype) {
+  if (dtype != DType::kInt8) return random.Normal(count, dtype);
+  const Values drawn = random.Normal(count, DType::kFloat32);
+  Values values;
+  for (auto row = drawn.begin(); row != drawn.end(); row += row_size) {
+    const Values stored = StoredRow(Values(row, row + row_size), dtype);
+    values.insert(values.end(), stored.begin(), stored.end());
+  }
+  return values;
+}
+
+}  // namespace
+
+Values StoredRow(const Values& row, DType dtype) {
+  if (dtype != DType::kInt8) return Rounded(row, dtype);
+  const auto size = static_cast<int64_t>(row.size());
+  const Int8Rows encoded = EncodeRows(row, size);
+  const auto scale = static_cast<float>(encoded.scales[0]);
+  Values stored(row.size());
+  for (int64_t i = 0; i < size; ++i) {
+    stored[i] = static_cast<float>(static_cast<int8_t>(encoded.codes[i])) * scale;
+  }
+  return stored;
+}
 
 std::vector<HeadShape> CommonHeadShapes() {
   return {{"mha_d64_page16", 4, 4, 64, 16},      {"group2_d128_page8", 4, 2, 128, 8},
@@ -23,8 +69,9 @@ std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape
   std::vector<reference::Sequence> sequences;
   for (int32_t seq_len : seq_lens) {
     const int64_t count = seq_len * shape.num_kv_heads * shape.head_dim;
-    sequences.push_back({shape.num_kv_heads, shape.head_dim, random.Normal(count, dtype),
-                         random.Normal(count, dtype)});
+    sequences.push_back({shape.num_kv_heads, shape.head_dim,
+                         RandomRows(random, count, shape.head_dim, dtype),
+                         RandomRows(random, count, shape.head_dim, dtype)});
   }
   return sequences;
 }
@@ -71,11 +118,22 @@ PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequence
       }
     }
   }
-  const Shape pages_shape = {num_pages, heads, page_size, dim};
-  return {.k_pages = Put(k, dtype(), pages_shape),
-          .v_pages = Put(v, dtype(), pages_shape),
-          .page_table = PutInts(page_table, {batch_size, max_pages}),
-          .seq_lens = PutInts(seq_lens, {batch_size})};
+  PagedKv kv;
+  auto put = [&](const Values& values, TensorView& pages, TensorView& scales) {
+    const Shape pages_shape = {num_pages, heads, page_size, dim};
+    if (dtype() != DType::kInt8) {
+      pages = Put(values, dtype(), pages_shape);
+      return;
+    }
+    const Int8Rows rows = EncodeRows(values, dim);
+    pages = PutBytes(rows.codes, DType::kInt8, pages_shape);
+    scales = Put(rows.scales, DType::kFloat32, {num_pages, heads, page_size});
+  };
+  put(k, kv.k_pages, kv.k_scales);
+  put(v, kv.v_pages, kv.v_scales);
+  kv.page_table = PutInts(page_table, {batch_size, max_pages});
+  kv.seq_lens = PutInts(seq_lens, {batch_size});
+  return kv;
 }
 
 RopeAppendKvArgs AttentionTest::RandomNewest(Random& random, const PagedKv& kv,

@@ -23,6 +23,10 @@ std::vector<HeadShape> CommonHeadShapes();
 // Sizes that divide nothing.
 std::vector<HeadShape> OddHeadShapes();
 
+// A row of K or V, one token's head, as a cache of the dtype holds it.
+Values StoredRow(const Values& row, DType dtype);
+
+// With stored rows.
 std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape& shape,
                                                  const Ints& seq_lens, DType dtype);
 
@@ -35,6 +39,9 @@ class AttentionTest : public OpTest<HeadShape> {
   // page table points to past a row's end hold `unused`: nothing of it may reach a result.
   PagedKv PutCache(const std::vector<reference::Sequence>& sequences, int64_t page_size,
                    double unused = std::numeric_limits<double>::quiet_NaN());
+
+  // Whether one NaN makes NaN of all its row of the cache.
+  bool SpreadsNan() const { return dtype() == DType::kInt8; }
 
   // Random queries into q, and random K and V in place of what `kv` has as the newest token of each
   // row.

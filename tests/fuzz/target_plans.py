@@ -19,6 +19,7 @@ from models import write_config
 
 _MOST_BYTES = 2**63 - 1
 _NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KV_DTYPES = (*_NUM_BYTES, "int8")
 _HIGHEST = {
     "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20,
     "num_hidden_layers": 1024, "num_key_value_heads": 4096, "group": 8, "head_dim": 1024,
@@ -51,7 +52,10 @@ def make_case(rng: random.Random) -> dict[str, Any]:
     sizes["head_dim"] += sizes["head_dim"] % 2
     sizes["num_attention_heads"] = sizes["num_key_value_heads"] * sizes.pop("group")
     sizes["num_hidden_layers"] = min(sizes["num_hidden_layers"], rng.choice((1, 2, 40, 1024)))
-    options: dict[str, Any] = {"dtype": rng.choice([*_NUM_BYTES]), "kv_dtype": "float32"}
+    options: dict[str, Any] = {
+        "dtype": rng.choice([*_NUM_BYTES]),
+        "kv_dtype": rng.choice(_KV_DTYPES),
+    }
     for name, high in _OPTIONS.items():
         if rng.random() < 0.5:
             options[name] = _some_size(rng, high)
@@ -94,8 +98,9 @@ def run_case(case: dict[str, Any], workspace: Path) -> None:
 def _check(plan: tidaldecode.MemoryPlan, case: dict[str, Any]) -> None:
     model, options = case["model"], case["options"]
     heads, head_dim = model["num_key_value_heads"], model["head_dim"]
-    token_bytes = 2 * model["num_hidden_layers"] * heads * head_dim
-    token_bytes *= _NUM_BYTES[options.get("kv_dtype", "float32")]
+    kv_dtype = options.get("kv_dtype", options.get("dtype", "bfloat16"))
+    row_bytes = head_dim + 4 if kv_dtype == "int8" else head_dim * _NUM_BYTES[kv_dtype]
+    token_bytes = 2 * model["num_hidden_layers"] * heads * row_bytes
     # A budget without layers lets every layer but the first two choose, by keys in 4 bits.
     if "token_budget" in options and "select_layers" not in options:
         token_bytes += (model["num_hidden_layers"] - 2) * heads * (head_dim // 2 + 2)

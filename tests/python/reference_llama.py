@@ -179,6 +179,10 @@ class ReferenceLlama:
     def _round(self, kv: np.ndarray) -> np.ndarray:
         if self.kv_dtype == "float32":
             return kv
+        if self.kv_dtype == "int8":
+            kv = kv.astype(np.float32)
+            scale = np.abs(kv).max(-1, keepdims=True) / np.float32(127)
+            return (np.round(kv / scale) * scale).astype(np.float64)
         return round_to(kv.astype(np.float32), self.kv_dtype).astype(np.float64)
 
     def _mlp(self, x: np.ndarray, layer: int) -> np.ndarray:

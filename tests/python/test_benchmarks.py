@@ -92,7 +92,7 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
     )  # fmt: skip
     memory = decoder.memory_plan()
     assert memory.weight_bytes == loaded_bytes(decoder.model, "float16")
-    assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float32")
+    assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float16")
 
 
 def run_benchmark(*words: object, script: str = "bench_decode.py") -> tuple[dict, str]:

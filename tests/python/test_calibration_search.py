@@ -102,7 +102,7 @@ class Measuring:
 
 def test_the_search_finds_what_is_planted():
     measure = Measuring()
-    points = Search(MODEL, measure, seq_len=1000, value_bytes=4).run([16, 64, 256])
+    points = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run([16, 64, 256])
     assert choose(points, planted(BEST).loss).candidate == BEST
     assert len(measure.asked) == len(set(measure.asked)) < 260  # nothing twice
     assert sum(not is_quick for _, is_quick in measure.asked) < 60
@@ -122,7 +122,7 @@ def test_only_plans_near_the_loss_that_is_allowed_are_measured_on_everything():
     limit = planted(replace(BEST, token_budget=64)).loss
     for max_loss in (limit, math.inf):
         measure = Measuring()
-        search = Search(MODEL, measure, seq_len=1000, value_bytes=4)
+        search = Search(MODEL, measure, seq_len=1000, kv_dtype="float32")
         points = search.run([4, 16, 64, 256, 1024, 4096], max_loss=max_loss)
         chosen.append(choose(points, limit))
         num_measured.append(sum(not is_quick for _, is_quick in measure.asked))
@@ -138,8 +138,8 @@ def test_where_none_near_it_is_within_the_loss_all_are_measured():
 
     budgets = [16, 64, 256, 1024]
     limit = planted(replace(BEST, token_budget=64)).loss
-    every = Search(MODEL, measure, seq_len=1000, value_bytes=4).run(budgets)
-    found = Search(MODEL, measure, seq_len=1000, value_bytes=4).run(budgets, max_loss=limit)
+    every = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run(budgets)
+    found = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run(budgets, max_loss=limit)
     assert choose(found, limit) == choose(every, limit)
 
 
@@ -155,12 +155,12 @@ def test_a_budget_that_adapts_counts_with_the_sets_that_it_takes():
             found.append(scores(loss + 0.1 * (2 not in own.choosing_layers), size))
         return found
 
-    search = Search(MODEL, measure, seq_len=1000, value_bytes=4)
+    search = Search(MODEL, measure, seq_len=1000, kv_dtype="float32")
     points = search.run([64, 256], max_loss=5 / 199)
     best = choose(points, 5 / 199)
     assert best.candidate.top_p_mass == 0.95 and best.candidate.token_budget == 256
     fixed = replace(best.candidate, top_p_mass=None, token_budget=200)
-    assert best.bytes_per_step == kv_bytes_per_step(MODEL, fixed.config(), 1000, 4)
+    assert best.bytes_per_step == kv_bytes_per_step(MODEL, fixed.config(), 1000, "float32")
     options = best.candidate.options()
     assert (options["top_p_mass"], options["min_token_budget"]) == (0.95, 64)
     assert options["sink_tokens"] + options["recent_tokens"] <= 64
@@ -180,7 +180,7 @@ def test_settings_are_each_plans_own():
             for c in candidates
         ]
 
-    points = Search(MODEL, measure, seq_len=1000, value_bytes=4).run([64])
+    points = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run([64])
     points = [point for point in points if point.candidate.top_p_mass is None]
     settings = {len(p.candidate.choosing_layers): p.candidate.granularity for p in points}
     assert settings[11] == "kv_head" and settings[1] == "layer"
@@ -189,7 +189,7 @@ def test_settings_are_each_plans_own():
 
 def test_there_is_a_plan_of_every_size_and_few_layers_are_tried_dense_too():
     measure = Measuring()
-    points = Search(MODEL, measure, seq_len=1000, value_bytes=4).run([64])
+    points = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run([64])
     sizes = {
         len(point.candidate.scored_layers) for point in points if point.candidate.scored_layers
     }
@@ -208,7 +208,7 @@ def test_layers_that_lean_on_each_other_do_not_go_in_one_round():
             for c in candidates
         ]
 
-    points = Search(MODEL, measure, seq_len=1000, value_bytes=4).run([64])
+    points = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run([64])
     assert all(
         {4, 5} & {*point.candidate.choosing_layers}
         for point in points
@@ -225,16 +225,16 @@ def test_equal_plans_are_measured_once():
 @pytest.mark.parametrize(("budgets", "most"), [([64], 1), ([64, 128, 256], 2), ([64], 5)])
 def test_small_searches(budgets: list[int], most: int):
     measure = Measuring()
-    points = Search(MODEL, measure, seq_len=1000, value_bytes=4).run(budgets, most)
+    points = Search(MODEL, measure, seq_len=1000, kv_dtype="float32").run(budgets, most)
     assert {p.candidate.token_budget for p in points} <= set(budgets)
     assert max(len(p.candidate.choosing_layers) for p in points) <= most
     smallest = replace(MODEL, num_layers=3)
-    points = Search(smallest, measure, seq_len=1000, value_bytes=4).run(budgets, most)
+    points = Search(smallest, measure, seq_len=1000, kv_dtype="float32").run(budgets, most)
     assert {p.candidate.choosing_layers for p in points} <= {(1, 2), (1,), (2,)}
 
 
 def test_a_model_without_room_for_a_sparse_layer_is_refused():
-    search = Search(replace(MODEL, num_layers=2), Measuring(), seq_len=100, value_bytes=4)
+    search = Search(replace(MODEL, num_layers=2), Measuring(), seq_len=100, kv_dtype="float32")
     with pytest.raises(UnsupportedError, match="got a model of 2 layers, expected at least 3"):
         search.run([64], 3)
 
@@ -248,11 +248,11 @@ def test_a_step_reads_whole_caches_and_sets():
         ({}, 12, 0, 0),
     ):
         candidate = Candidate(token_budget=64, **options)
-        assert kv_bytes_per_step(MODEL, candidate.config(), 1000, 4) == (
+        assert kv_bytes_per_step(MODEL, candidate.config(), 1000, "float32") == (
             row * (whole * 1000 + sets * 64) + shadow * shadows * 1000
         )
     short = Candidate(select_layers=(2, 5), token_budget=64)
-    assert kv_bytes_per_step(MODEL, short.config(), 30, 4) == row * 12 * 30
+    assert kv_bytes_per_step(MODEL, short.config(), 30, "float32") == row * 12 * 30
 
 
 def test_the_cheapest_plan_that_is_good_enough_is_chosen():
@@ -303,8 +303,10 @@ def demo_groups(tokenizer: Tokenizer) -> list[Group]:
 
 
 def open_demo(**options) -> Decoder:
+    """With a cache in which a value does not depend on the chunk that it was read in."""
     defaults = {"device": "cpu", "num_threads": 1, "attention": "full", "max_seq_len": 512}
-    return Decoder(demo_model_dir(), **(defaults | {"max_batch_size": 12} | options))
+    defaults |= {"max_batch_size": 12, "kv_dtype": "float32"}
+    return Decoder(demo_model_dir(), **(defaults | options))
 
 
 def test_texts_are_scored_at_several_places_of_a_window(tokenizer: Tokenizer):

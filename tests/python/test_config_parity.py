@@ -17,6 +17,7 @@ from tidaldecode.config import (
     ATTENTION_KINDS,
     DTYPES,
     GRANULARITIES,
+    KV_DTYPES,
     POOLINGS,
     WEIGHT_FORMATS,
     DecodeConfig,
@@ -125,7 +126,7 @@ def test_sampling_defaults_are_the_engines():
     ("owner", "field", "choices"),
     [
         (_core.DecodeConfig, "dtype", DTYPES),
-        (_core.DecodeConfig, "kv_dtype", DTYPES),
+        (_core.DecodeConfig, "kv_dtype", KV_DTYPES),
         (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
         (_core.DecodeConfig, "granularity", GRANULARITIES),
         (_core.DecodeConfig, "pooling", POOLINGS),

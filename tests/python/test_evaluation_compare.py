@@ -16,7 +16,7 @@ from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.cli import app as cli
 from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation import runner
-from tidaldecode.evaluation.costs import StepCosts, cache_value_bytes
+from tidaldecode.evaluation.costs import StepCosts, cache_dtype
 from tidaldecode.evaluation.kept import count_kept, wilson_interval
 from tidaldecode.evaluation.markdown import as_markdown
 from tidaldecode.evaluation.presets import Comparison, make_presets
@@ -126,8 +126,8 @@ def test_bytes_of_pages(tmp_path: Path):
     row = 2 * model.num_kv_heads * model.head_dim * 4
     options = {"token_budget": 40, "page_size": 16}  # two pages a head, of seven
     want = row * (2 * 100 + 3 * (7 + min(100, 32 * group)))
-    assert page_bytes_per_step(model, options, 100, 4) == want
-    assert page_bytes_per_step(model, options, 40, 4) == row * 5 * 40
+    assert page_bytes_per_step(model, options, 100, "float32") == want
+    assert page_bytes_per_step(model, options, 40, "float32") == row * 5 * 40
 
 
 def test_a_record_costs_what_its_measured_sets_read(tmp_path: Path):
@@ -135,9 +135,9 @@ def test_a_record_costs_what_its_measured_sets_read(tmp_path: Path):
     half = folder.model.num_kv_heads * folder.model.head_dim * 4
     adaptive = tidal_setting("select_layers=1 token_budget=64 top_p_mass=0.9")
     settings = [dense_setting(), adaptive, quest_setting("token_budget=64")]
-    assert cache_value_bytes(folder, {"device": "cpu"}) == 4
-    assert cache_value_bytes(folder, {"device": "cpu", "kv_dtype": "bfloat16"}) == 2
-    costs = StepCosts(folder, settings, 4)
+    assert cache_dtype(folder, {"device": "cpu"}) == "float32"
+    assert cache_dtype(folder, {"device": "cpu", "kv_dtype": "bfloat16"}) == "bfloat16"
+    costs = StepCosts(folder, settings, "float32")
     assert costs.of(record(0, 1.0)) == half * 4 * 1024
     sparse = record(0, 1.0, setting=adaptive.name, set_size=20.4)
     assert costs.of(sparse) == half * (2 * 1024 + 2 * 40)
@@ -145,7 +145,7 @@ def test_a_record_costs_what_its_measured_sets_read(tmp_path: Path):
     assert costs.of(replace(sparse, context=None)) == half * (2 * 1000 + 2 * 40)
     assert costs.of(replace(sparse, set_size=1e15)) == half * 4 * 1024
     paged = record(0, 1.0, setting=settings[2].name, set_size=64.0)
-    assert costs.of(paged) == page_bytes_per_step(folder.model, settings[2].options, 512, 4)
+    assert costs.of(paged) == page_bytes_per_step(folder.model, settings[2].options, 512, "float32")
 
 
 # Presets
@@ -167,7 +167,7 @@ def policy(setting: Setting) -> dict:
 
 
 def test_presets_of_a_model_without_a_plan(model: Path):
-    found = make_presets(read_model_folder(model), {512: 512, 2048: 2048}, None, 4)
+    found = make_presets(read_model_folder(model), {512: 512, 2048: 2048}, None, "float32")
     assert (found.token_budget, found.yardstick) == (256, "all-P")
     assert [note for note in found.notes if "no preset `plan`" in note]
     settings = by_name(found)
@@ -194,13 +194,14 @@ def test_presets_of_a_model_with_a_plan(model: Path):
         sink_tokens=2, granularity="kv_head", pooling="max", correction_interval=9,
     )  # fmt: skip
     folder = read_model_folder(model)
-    own = make_presets(folder, {512: 512}, None, 4)
+    own = make_presets(folder, {512: 512}, None, "float32")
     assert (own.token_budget, own.yardstick) == (64, "plan")
     settings = by_name(own)
     assert list(settings)[0] == "plan K=64" and list(settings)[6] == "plan bytes=plan"
     # As it is: the same plan as that of a plain evaluation.
     assert settings["plan K=64"].plan(folder) == tidal_setting("").plan(folder)
-    larger = by_name(make_presets(folder, {512: 512}, 128, 4))["plan K=128"].plan(folder).config
+    larger = by_name(make_presets(folder, {512: 512}, 128, "float32"))["plan K=128"]
+    larger = larger.plan(folder).config
     assert (larger.token_budget, larger.recent_tokens, larger.sink_tokens) == (128, 64, 2)
     assert (larger.select_layers, larger.granularity) == ((1, 5), "kv_head")
     assert settings["paper K=64"].options["select_layers"] == (1, 5)
@@ -212,21 +213,22 @@ def test_presets_of_a_model_with_a_plan(model: Path):
 def test_presets_of_plans_without_select_layers_or_a_fixed_budget(model: Path):
     update_json(model / "tidal_plan.json", scored_layers=[1, 4], token_budget="auto")
     folder = read_model_folder(model)
-    found = make_presets(folder, {9000: 9000}, None, 4)
+    found = make_presets(folder, {9000: 9000}, None, "float32")
     assert any("the plan's budget is adaptive: K=4096" in note for note in found.notes)
     settings = by_name(found)
     assert settings["plan K=4096"].plan(folder).config.token_budget == "auto"
     assert settings["paper K=4096"].options["select_layers"] == (2, 4)
-    smaller = by_name(make_presets(folder, {9000: 9000}, 100, 4))["plan K=100"].plan(folder).config
+    smaller = by_name(make_presets(folder, {9000: 9000}, 100, "float32"))["plan K=100"]
+    smaller = smaller.plan(folder).config
     assert (smaller.token_budget, smaller.top_p_mass) == (100, 0.98)
     assert smaller.scored_layers == (1, 4) and smaller.select_layers is None
 
 
 def bytes_of(folder: ModelFolder, setting: Setting, seq_len: int, **changes) -> int:
     if setting.is_quest:
-        return page_bytes_per_step(folder.model, setting.options | changes, seq_len, 4)
+        return page_bytes_per_step(folder.model, setting.options | changes, seq_len, "float32")
     config = setting.plan(folder).config
-    return kv_bytes_per_step(folder.model, replace(config, **changes), seq_len, 4)
+    return kv_bytes_per_step(folder.model, replace(config, **changes), seq_len, "float32")
 
 
 @pytest.mark.parametrize("has_plan", [True, False])
@@ -236,7 +238,7 @@ def test_budgets_of_equal_bytes(model: Path, has_plan: bool, asked: int):
     if has_plan:
         update_json(model / "tidal_plan.json", select_layers=[2, 7], token_budget=32)
     folder = read_model_folder(model)
-    found = make_presets(folder, {1000: 1000, 3000: 3000}, asked, 4)
+    found = make_presets(folder, {1000: 1000, 3000: 3000}, asked, "float32")
     yardstick = by_name(found)[f"{found.yardstick} K={asked}"]
     equal = [setting for setting in found.settings if " bytes=" in setting.name]
     assert len(equal) == 2 * (5 + has_plan)
@@ -264,29 +266,29 @@ def test_budgets_of_equal_bytes(model: Path, has_plan: bool, asked: int):
 def test_a_preset_that_reads_more_whatever_its_budget_gets_the_least(model: Path):
     update_json(model / "tidal_plan.json", select_layers=[1], token_budget=16)
     folder = read_model_folder(model)
-    found = make_presets(folder, {4000: 4000}, None, 4)
+    found = make_presets(folder, {4000: 4000}, None, "float32")
     assert by_name(found)["all-P bytes=plan"].options["token_budget"] == 16
     assert any(note.startswith("all-P at 4,000 tokens: ") for note in found.notes)
 
 
 def test_pages_are_for_short_contexts_and_plain_positions(tmp_path: Path, model: Path):
-    found = make_presets(read_model_folder(model), {4096: 4096, 8192: 8192}, None, 4)
+    found = make_presets(read_model_folder(model), {4096: 4096, 8192: 8192}, None, "float32")
     paged = [setting for setting in found.settings if setting.is_quest]
     assert [setting.contexts for setting in paged] == [(4096,), (4096,)]
     assert paged[0].runs_at(4096) and not paged[0].runs_at(8192)
     assert any("only at contexts up to 4,096 tokens" in note for note in found.notes)
     scaled = write_checkpoint(tmp_path / "yarn", TinyModel(num_layers=8, rope="yarn"))
-    found = make_presets(read_model_folder(scaled), {512: 512}, None, 4)
+    found = make_presets(read_model_folder(scaled), {512: 512}, None, "float32")
     assert not any(setting.is_quest for setting in found.settings)
     assert any("no preset `quest`" in note and "yarn" in note for note in found.notes)
 
 
 def test_presets_that_cannot_be(tmp_path: Path, model: Path):
     with pytest.raises(InvalidArgument, match="token_budget: got 8, expected at least 16"):
-        make_presets(read_model_folder(model), {512: 512}, 8, 4)
+        make_presets(read_model_folder(model), {512: 512}, 8, "float32")
     small = read_model_folder(write_checkpoint(tmp_path / "two", TinyModel(num_layers=2)))
     with pytest.raises(UnsupportedError, match="compare: got a model of 2 layers"):
-        make_presets(small, {512: 512}, None, 4)
+        make_presets(small, {512: 512}, None, "float32")
 
 
 # The command

@@ -237,9 +237,9 @@ def test_paused_requests_go_on_as_if_never_paused(folder: Path):
     for mode in ({"attention": "full"}, TIDAL | {"verify": True}):
         with Decoder(folder, **mode, **(OPTIONS | few)) as decoder:
             options = {"guide": guide, "temperature": 1.0, "max_new_tokens": 1400}
-            alone = [decoder.generate(f"{i}: ", seed=i, **options).token_ids for i in range(4)]
-            asked = [decoder.submit(f"{i}: ", seed=i, **options) for i in range(4)]
-            assert [one.result(300).token_ids for one in asked] == alone
+            alone = [decoder.generate("A: ", seed=i, **options).token_ids for i in range(4)]
+            asked = decoder.submit("A: ", n=4, seed=0, **options)  # which come at once
+            assert [one.result(300).token_ids for one in asked.choices] == alone
             assert decoder.stats()["num_pauses"] > 0
 
 

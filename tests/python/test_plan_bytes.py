@@ -18,22 +18,25 @@ def test_bytes_of_every_kind_of_layer(tmp_path: Path):
     assert group > 1
     half = model.num_kv_heads * model.head_dim * 4  # K of one position
     mixed = PlanConfig(select_layers=(2,), scored_layers=(4,), token_budget=10)  # FFSsPs
-    assert kv_bytes_per_step(model, mixed, 100, 4) == half * (3 * 200 + 20 + (100 + 20) + 20)
-    assert kv_bytes_per_step(model, mixed, 100, 2) * 2 == kv_bytes_per_step(model, mixed, 100, 4)
+    of_mixed = half * (3 * 200 + 20 + (100 + 20) + 20)
+    assert kv_bytes_per_step(model, mixed, 100, "float32") == of_mixed
+    assert kv_bytes_per_step(model, mixed, 100, "bfloat16") * 2 == of_mixed
+    codes = model.num_kv_heads * (model.head_dim + 4)  # and a scale
+    assert kv_bytes_per_step(model, PlanConfig(), 100, "int8") == codes * 6 * 200
     heads = replace(mixed, granularity="head")
     own = 20 * group
-    assert kv_bytes_per_step(model, heads, 100, 4) == half * (3 * 200 + 3 * own + 100)
+    assert kv_bytes_per_step(model, heads, 100, "float32") == half * (3 * 200 + 3 * own + 100)
     shadow = replace(mixed, shadow="int4")
     code = model.num_kv_heads * (model.head_dim // 2 + 2)
-    assert kv_bytes_per_step(model, shadow, 100, 4) == (
+    assert kv_bytes_per_step(model, shadow, 100, "float32") == (
         half * (3 * 200 + 20 + 20 + 20) + code * 100
     )
     # At most the whole cache; what the budget covers is dense.
     wide = replace(heads, token_budget=90)
-    assert kv_bytes_per_step(model, wide, 100, 4) == half * (6 * 200 + 100)
-    assert kv_bytes_per_step(model, mixed, 10, 4) == half * 6 * 20
-    assert kv_bytes_per_step(model, PlanConfig(), 100, 4) == half * 6 * 200
+    assert kv_bytes_per_step(model, wide, 100, "float32") == half * (6 * 200 + 100)
+    assert kv_bytes_per_step(model, mixed, 10, "float32") == half * 6 * 20
+    assert kv_bytes_per_step(model, PlanConfig(), 100, "float32") == half * 6 * 200
     # The engine's default budget is 1024, an automatic one at most 4096.
     for budget, most in ((None, 1024), ("auto", 4096)):
         plan = PlanConfig(select_layers=(2,), token_budget=budget)
-        assert kv_bytes_per_step(model, plan, 5000, 4) == half * (3 * 10000 + 3 * 2 * most)
+        assert kv_bytes_per_step(model, plan, 5000, "float32") == half * (3 * 10000 + 3 * 2 * most)

@@ -288,13 +288,17 @@ def test_equal_scores_choose_the_lowest_positions(tmp_path, granularity, pooling
     assert_same_decoding(folder, ReferenceLlama(*read_checkpoint(folder)), settings)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_weights_and_cache(folder, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "int8"), ("bfloat16", "int8")],
+)
+def test_smaller_weights_and_cache(folder, tmp_path, dtype, kv_dtype):
     model = dataclasses.replace(MODEL, dtype=dtype)
-    reference = ReferenceLlama(*read_checkpoint(write_checkpoint(tmp_path, model)), kv_dtype=dtype)
+    written = read_checkpoint(write_checkpoint(tmp_path, model))
+    reference = ReferenceLlama(*written, kv_dtype=kv_dtype)
     settings = TidalSettings((2, 4), 2, 16)
     expected = reference.generate(PROMPT, NEW_TOKENS, settings)
-    decoder = open_decoder(tmp_path, settings, dtype=dtype, kv_dtype=dtype)
+    decoder = open_decoder(tmp_path, settings, dtype=dtype, kv_dtype=kv_dtype)
     assert greedy(decoder, [PROMPT])[0] == expected.token_ids
     steps = decoder.step_logits(PROMPT + expected.token_ids[:-1], prefill=len(PROMPT))
     errors = np.abs(steps - np.stack(expected.logits)).max(-1) / np.abs(expected.logits).max()

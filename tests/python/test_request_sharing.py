@@ -84,10 +84,12 @@ def test_an_event_loop_hears_every_token_of_drafts_that_were_kept(folder: Path):
         assert texts == [result.text for result in expected]
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
-def test_paused_requests_go_on_from_host_memory(folder: Path, is_sparse: bool):
+def test_paused_requests_go_on_from_host_memory(folder: Path, is_sparse: bool, kv_dtype: str):
     plan = {"attention": "tidal", "scored_layers": (1, 2), "token_budget": 32}
-    options = {"max_batch_size": 2, "max_seq_len": 1440} | (plan if is_sparse else {})
+    options = {"max_batch_size": 2, "max_seq_len": 1440, "kv_dtype": kv_dtype}
+    options |= plan if is_sparse else {}
     # Room for what is reserved at first, 65 pages each, and not for the 89 that both come to.
     limits = {"num_pages": 140, "prefix_cache": False}
     prompts = [[5 + i] * 16 for i in range(2)]

@@ -256,7 +256,9 @@ def test_a_full_line_is_asked_again_when_it_says(demo_model: Path):
         client = client_of(served, max_retries=2, http_client=listening(sent))
 
         def ask() -> None:
-            raw = client.chat.completions.with_raw_response.create(**NAMED, max_tokens=3)
+            raw = client.chat.completions.with_raw_response.create(
+                **NAMED, max_tokens=3, extra_body={"ignore_eos": True}
+            )
             answers.append((raw.retries_taken, raw.parse()))
 
         with ExitStack() as stack:

@@ -218,12 +218,15 @@ def leaks(start: dict[str, int], end: dict[str, int]) -> list[str]:
 
 
 def serve() -> tuple[Run, threading.Thread]:
-    """A server of the demo model, sparse from the first token, with few rows and pages."""
+    """A server of the demo model, sparse from the first token, with few rows and pages.
+
+    In a cache of float32 a value does not depend on the chunk that it was read in.
+    """
 
     def load(_: object) -> Decoder:
         return Decoder(
             demo_model_dir(), device="cpu", num_threads=1, max_seq_len=384, max_batch_size=8,
-            num_pages=96, page_size=16, sparse_min_context=0, token_budget=24,
+            num_pages=96, page_size=16, sparse_min_context=0, token_budget=24, kv_dtype="float32",
         )  # fmt: skip
 
     run = Run(load, ServeConfig(port=0, max_queued_requests=4096))

@@ -127,7 +127,8 @@ struct DecodeConfig : PlanConfig {
   Device device;
   DType dtype = DType::kBFloat16;                      // of the weights that are numbers
   KeepWeights weight_format = KeepWeights::kAsStored;  // as whoever makes the WeightSource heeds
-  DType kv_dtype = DType::kBFloat16;                   // of the cache; on CUDA it must equal dtype
+  // Of the cache: a float type, which on CUDA must equal dtype, or on the CPU int8.
+  DType kv_dtype = DType::kBFloat16;
 
   // Sparse steps only draft. One dense pass over the drafts of a sequence draws the tokens that
   // dense decoding would have, and keeps the drafts up to the first that differs.

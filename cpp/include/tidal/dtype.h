@@ -1,12 +1,12 @@
 // Element types of tensors. The float types are storage types: all arithmetic accumulates in
-// float32.
+// float32. int8 are codes of a KV cache (core/int8_row.h).
 #pragma once
 
 #include <cstdint>
 
 namespace tidal {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt32, kUInt8 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt32, kUInt8, kInt8 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -17,6 +17,7 @@ constexpr int64_t DTypeBytes(DType dtype) {
     case DType::kFloat16:
       return 2;
     case DType::kUInt8:
+    case DType::kInt8:
       return 1;
   }
   return 0;
@@ -34,6 +35,8 @@ constexpr const char* DTypeName(DType dtype) {
       return "int32";
     case DType::kUInt8:
       return "uint8";
+    case DType::kInt8:
+      return "int8";
   }
   return "unknown";
 }

@@ -30,8 +30,8 @@ constexpr uint32_t kFloats = Bit(DType::kFloat32) | Bit(DType::kBFloat16) | Bit(
 
 std::string DTypeList(uint32_t dtypes) {
   std::string list;
-  for (DType dtype :
-       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kUInt8}) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32,
+                      DType::kUInt8, DType::kInt8}) {
     if ((dtypes & Bit(dtype)) == 0) continue;
     if (!list.empty()) list += " or ";
     list += DTypeName(dtype);
@@ -110,6 +110,10 @@ class OpCheck {
     Dim num_pages{"num_pages"}, page_size{"page_size"}, max_pages{"max_pages"};
     Tensor("k_pages", kv.k_pages, {&num_pages, &num_kv_heads, &page_size, &head_dim}, kv_);
     Tensor("v_pages", kv.v_pages, {&num_pages, &num_kv_heads, &page_size, &head_dim}, kv_);
+    if (kv.k_pages.dtype == DType::kInt8) {
+      Tensor("k_scales", kv.k_scales, {&num_pages, &num_kv_heads, &page_size}, float32_);
+      Tensor("v_scales", kv.v_scales, {&num_pages, &num_kv_heads, &page_size}, float32_);
+    }
     Tensor("page_table", kv.page_table, {&batch, &max_pages}, int32_);
     Tensor("seq_lens", kv.seq_lens, {&batch}, int32_);
     TIDAL_CHECK(page_size.size >= 1, InvalidArgument, op_,
@@ -145,7 +149,7 @@ class OpCheck {
   const char* op_;
   Kind act_{"act", kFloats};
   Kind weight_{"weight", kFloats};
-  Kind kv_{"kv", kFloats};
+  Kind kv_{"kv", kFloats | Bit(DType::kInt8)};
   Kind float32_{"float32", Bit(DType::kFloat32)};
   Kind scores_{"scores", Bit(DType::kFloat32) | Bit(DType::kFloat16)};
   Kind int32_{"int32", Bit(DType::kInt32)};

@@ -5,10 +5,20 @@
 #include <random>
 
 #include "core/float16.h"
+#include "core/int8_row.h"
 #include "tidal/error.h"
 
 namespace tidal {
 namespace {
+
+template <typename T>
+T Rounded(float value) {
+  return FromFloat<T>(value);
+}
+template <>
+int8_t Rounded<int8_t>(float value) {
+  return static_cast<int8_t>(CodeOf(value, 1.0f / Noise::kInt8PerUnit, kInt8Levels));
+}
 
 template <typename T>
 void Fill(std::vector<char>& block, Normal normal, uint64_t seed) {
@@ -16,7 +26,7 @@ void Fill(std::vector<char>& block, Normal normal, uint64_t seed) {
   std::normal_distribution<float> draw(static_cast<float>(normal.mean),
                                        static_cast<float>(normal.stddev));
   for (size_t at = 0; at < block.size(); at += sizeof(T)) {
-    T value = FromFloat<T>(draw(engine));
+    T value = Rounded<T>(draw(engine));
     std::memcpy(block.data() + at, &value, sizeof(T));
   }
 }
@@ -35,9 +45,12 @@ Noise::Noise(DType dtype, Normal normal, uint64_t seed, int64_t block_elements)
     case DType::kFloat16:
       Fill<Float16>(block_, normal, seed);
       break;
+    case DType::kInt8:
+      Fill<int8_t>(block_, normal, seed);
+      break;
     default:
       throw InvalidArgument(Concat("random values: got dtype ", DTypeName(dtype),
-                                   ", expected float32, bfloat16 or float16"));
+                                   ", expected float32, bfloat16, float16 or int8"));
   }
 }
 

@@ -21,8 +21,11 @@ class Noise {
   // A prime, some millions: repeats line up with no row, page or tensor.
   static constexpr int64_t kBlockElements = (int64_t{1} << 23) + 9;
 
-  // `dtype`: float32, bfloat16 or float16. Equal arguments give equal values. `block_elements` may
-  // be less where less is needed.
+  // Codes of int8 that stand for 1.
+  static constexpr float kInt8PerUnit = 32.0f;
+
+  // `dtype`: float32, bfloat16, float16 or int8. Equal arguments give equal values.
+  // `block_elements` may be less where less is needed.
   Noise(DType dtype, Normal normal, uint64_t seed, int64_t block_elements = kBlockElements);
 
   // The values' bytes from byte `offset` on, as far as they lie in one piece.

@@ -1,9 +1,9 @@
 #include "core/shadow_code.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
+
+#include "core/int8_row.h"
 
 namespace tidal {
 namespace {
@@ -22,24 +22,6 @@ class Dims {
   float stack_[kMostStackDims];
   std::vector<float> heap_;
 };
-
-// The largest magnitude; NaN if one is a NaN or an infinity.
-float LargestFinite(const float* x, int count) {
-  float largest = 0.0f;
-  float poison = 0.0f;  // stays 0 while all are finite
-  for (int i = 0; i < count; ++i) {
-    largest = std::max(largest, std::fabs(x[i]));
-    poison += x[i] * 0.0f;
-  }
-  return largest + poison;
-}
-
-// The nearest code of a value in units of `step`; 0 where there is no unit.
-int CodeOf(float value, float step, float levels) {
-  if (!(step > 0.0f)) return 0;
-  float code = std::nearbyint(value / step);
-  return static_cast<int>(std::min(std::max(code, -levels), levels));
-}
 
 }  // namespace
 

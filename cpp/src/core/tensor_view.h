@@ -33,6 +33,10 @@ template <>
 constexpr DType DTypeOf<uint8_t>() {
   return DType::kUInt8;
 }
+template <>
+constexpr DType DTypeOf<int8_t>() {
+  return DType::kInt8;
+}
 
 struct TensorView {
   static constexpr int kMaxRank = 4;

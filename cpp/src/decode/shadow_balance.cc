@@ -15,11 +15,19 @@ namespace {
 
 constexpr uint64_t kSeed = 1;
 
-// A tensor of any float type, on the host.
-std::vector<float> Fetch(Backend& backend, const TensorView& view) {
+// A tensor of any float type, or of int8 rows with scales, on the host.
+std::vector<float> Fetch(Backend& backend, const TensorView& view, const TensorView& scales = {}) {
   std::vector<char> bytes(static_cast<size_t>(view.bytes()));
   backend.Download(bytes.data(), view);
   std::vector<float> values(static_cast<size_t>(view.numel()));
+  if (scales) {
+    const std::vector<float> factors = Fetch(backend, scales);
+    const size_t row = values.size() / factors.size();
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<float>(static_cast<int8_t>(bytes[i])) * factors[i / row];
+    }
+    return values;
+  }
   auto widen = [&](const auto* source) {
     for (size_t i = 0; i < values.size(); ++i) values[i] = ToFloat(source[i]);
   };
@@ -133,7 +141,8 @@ class Measurement {
     const int64_t page_size = kv.k_pages.dim(2);
     int64_t first = 0;
     for (int32_t page : sequence_.pages.pages()) {
-      std::vector<float> k = Fetch(backend_, kv.k_pages.Rows(page, 1));
+      const TensorView scales = kv.k_scales ? kv.k_scales.Rows(page, 1) : TensorView();
+      std::vector<float> k = Fetch(backend_, kv.k_pages.Rows(page, 1), scales);
       for (int64_t head = 0; head < model_.num_kv_heads; ++head) {
         for (int64_t slot = 0; slot < page_size && first + slot < num_tokens_; ++slot) {
           squares.Add(head, &k[static_cast<size_t>((head * page_size + slot) * model_.head_dim)]);

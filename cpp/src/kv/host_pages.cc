@@ -24,29 +24,29 @@ void ForEachRun(const std::vector<PageCopy>& copies, const Visit& visit) {
 }  // namespace
 
 HostPages::HostPages(const PagedKvCache& cache, int64_t num_pages) : num_pages_(num_pages) {
-  for (const TensorView& pages : cache.halves()) {
+  for (const TensorView& pages : cache.parts()) {
     const int64_t bytes = Product({num_pages, pages.Rows(0, 1).bytes()});
     auto* memory = new (std::nothrow) char[static_cast<size_t>(bytes)];
     TIDAL_CHECK(memory != nullptr, OutOfMemoryError, "host_kv_gib: cannot allocate ", num_pages,
                 " pages of host memory; lower it");
-    halves_.push_back({pages, std::unique_ptr<char[]>(memory)});
+    parts_.push_back({pages, std::unique_ptr<char[]>(memory)});
   }
 }
 
 void HostPages::Save(Backend& backend, const std::vector<PageCopy>& copies) {
   ForEachRun(copies, [&](int32_t from, int32_t to, int64_t count) {
-    for (const Half& half : halves_) {
-      const TensorView run = half.pages.Rows(from, count);
-      backend.Download(half.memory.get() + to * (run.bytes() / count), run);
+    for (const Part& part : parts_) {
+      const TensorView run = part.pages.Rows(from, count);
+      backend.Download(part.memory.get() + to * (run.bytes() / count), run);
     }
   });
 }
 
 void HostPages::Restore(Backend& backend, const std::vector<PageCopy>& copies) {
   ForEachRun(copies, [&](int32_t from, int32_t to, int64_t count) {
-    for (const Half& half : halves_) {
-      const TensorView run = half.pages.Rows(to, count);
-      backend.Upload(run, half.memory.get() + from * (run.bytes() / count));
+    for (const Part& part : parts_) {
+      const TensorView run = part.pages.Rows(to, count);
+      backend.Upload(run, part.memory.get() + from * (run.bytes() / count));
     }
   });
 }

@@ -19,20 +19,20 @@ class HostPages {
 
   int64_t num_pages() const { return num_pages_; }
 
-  // K and V of whole pages, in every layer. `from` is a page of the cache and `to` one of these,
+  // Whole pages, in every layer. `from` is a page of the cache and `to` one of these,
   // or the other way round.
   void Save(Backend& backend, const std::vector<PageCopy>& copies);
   void Restore(Backend& backend, const std::vector<PageCopy>& copies);
 
  private:
-  // A layer's K or V.
-  struct Half {
+  // One of the cache's parts().
+  struct Part {
     TensorView pages;                // of the cache
     std::unique_ptr<char[]> memory;  // [num_pages] of them
   };
 
   int64_t num_pages_;
-  std::vector<Half> halves_;
+  std::vector<Part> parts_;
 };
 
 }  // namespace tidal

@@ -8,6 +8,15 @@
 namespace tidal {
 namespace {
 
+// The scale of int8 rows of noise: as large as the noise of other dtypes.
+constexpr float kNoiseScale = 1.0f / Noise::kInt8PerUnit;
+
+// Bytes of the scales of a half of the cache.
+int64_t ScaleBytes(const ModelConfig& model, DType dtype, int64_t num_tokens) {
+  if (dtype != DType::kInt8) return 0;
+  return Product({num_tokens, model.num_kv_heads, DTypeBytes(DType::kFloat32)});
+}
+
 // Pieces of the noise one after the other, until dst is full.
 void UploadNoise(Backend& backend, const TensorView& dst, int64_t offset, const Noise& noise) {
   for (int64_t done = 0; done < dst.bytes();) {
@@ -25,14 +34,24 @@ PagedKvCache::PagedKvCache(Backend& backend, const ModelConfig& model, DType dty
                            int64_t num_pages, int64_t page_size, const char* what)
     : pool_(num_pages, page_size), is_filled_(static_cast<size_t>(num_pages), false) {
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
-    int64_t half = Product({num_pages, page_size, model.kv_size(), DTypeBytes(dtype)});
-    buffers_.push_back(backend.Allocate(Product({2, half}), what));
+    const int64_t half = Product({num_pages, page_size, model.kv_size(), DTypeBytes(dtype)});
+    const int64_t scales = ScaleBytes(model, dtype, Product({num_pages, page_size}));
+    buffers_.push_back(backend.Allocate(Product({2, Sum({half, scales})}), what));
     char* data = static_cast<char*>(buffers_.back().data());
+    PagedKv& kv = layers_.emplace_back();
+    if (scales > 0) {
+      auto view = [&](char* at) {
+        return TensorView(at, DType::kFloat32, {num_pages, model.num_kv_heads, page_size});
+      };
+      kv.k_scales = view(data);
+      kv.v_scales = view(data + scales);
+      data += 2 * scales;
+    }
     auto view = [&](char* at) {
       return TensorView(at, dtype, {num_pages, model.num_kv_heads, page_size, model.head_dim});
     };
-    k_pages_.push_back(view(data));
-    v_pages_.push_back(view(data + half));
+    kv.k_pages = view(data);
+    kv.v_pages = view(data + half);
   }
 }
 
@@ -44,24 +63,27 @@ int64_t PagedKvCache::bytes() const {
 
 PagedKv PagedKvCache::Layer(int64_t layer, const TensorView& page_table,
                             const TensorView& seq_lens) const {
-  return {.k_pages = k_pages_[static_cast<size_t>(layer)],
-          .v_pages = v_pages_[static_cast<size_t>(layer)],
-          .page_table = page_table,
-          .seq_lens = seq_lens};
+  PagedKv kv = layers_[static_cast<size_t>(layer)];
+  kv.page_table = page_table;
+  kv.seq_lens = seq_lens;
+  return kv;
 }
 
-std::vector<TensorView> PagedKvCache::halves() const {
-  std::vector<TensorView> halves = k_pages_;
-  halves.insert(halves.end(), v_pages_.begin(), v_pages_.end());
-  return halves;
+std::vector<TensorView> PagedKvCache::parts() const {
+  std::vector<TensorView> parts;
+  for (const PagedKv& kv : layers_) {
+    for (const TensorView& part : {kv.k_pages, kv.v_pages, kv.k_scales, kv.v_scales}) {
+      if (part) parts.push_back(part);
+    }
+  }
+  return parts;
 }
 
 void PagedKvCache::Copy(Backend& backend, const std::vector<PageCopy>& copies) {
+  const std::vector<TensorView> all = parts();
   for (const PageCopy& copy : copies) {
-    for (const std::vector<TensorView>* layers : {&k_pages_, &v_pages_}) {
-      for (const TensorView& pages : *layers) {
-        backend.Copy(pages.Rows(copy.to, 1), pages.Rows(copy.from, 1));
-      }
+    for (const TensorView& part : all) {
+      backend.Copy(part.Rows(copy.to, 1), part.Rows(copy.from, 1));
     }
   }
 }
@@ -72,6 +94,7 @@ bool PagedKvCache::IsFilled(const std::vector<int32_t>& pages) const {
 }
 
 void PagedKvCache::Fill(Backend& backend, const std::vector<int32_t>& pages, const Noise& noise) {
+  const std::vector<TensorView> all = parts();
   for (size_t begin = 0, end = 0; begin < pages.size(); begin = end) {
     end = begin + 1;
     if (is_filled_[static_cast<size_t>(pages[begin])]) continue;
@@ -82,19 +105,23 @@ void PagedKvCache::Fill(Backend& backend, const std::vector<int32_t>& pages, con
     }
     // Into the noise: other values for every page, layer, K and V.
     int64_t offset = pages[begin] * bytes() / pool_.num_pages();
-    for (size_t layer = 0; layer < k_pages_.size(); ++layer) {
-      for (const TensorView* all : {&k_pages_[layer], &v_pages_[layer]}) {
-        TensorView run = all->Rows(pages[begin], static_cast<int64_t>(end - begin));
+    for (const TensorView& part : all) {
+      const TensorView run = part.Rows(pages[begin], static_cast<int64_t>(end - begin));
+      if (part.rank == 4) {
         UploadNoise(backend, run, offset, noise);
-        offset += run.bytes();
+      } else {
+        const std::vector<float> scales(static_cast<size_t>(run.numel()), kNoiseScale);
+        backend.Upload(run, scales.data());
       }
+      offset += run.bytes();
     }
     for (size_t i = begin; i < end; ++i) is_filled_[static_cast<size_t>(pages[i])] = true;
   }
 }
 
 int64_t PagedKvCache::BytesPerPage(const ModelConfig& model, DType dtype, int64_t page_size) {
-  return Product({2, model.num_layers, page_size, model.kv_size(), DTypeBytes(dtype)});
+  const int64_t half = Product({page_size, model.kv_size(), DTypeBytes(dtype)});
+  return Product({2, model.num_layers, Sum({half, ScaleBytes(model, dtype, page_size)})});
 }
 
 }  // namespace tidal

@@ -24,10 +24,10 @@ class PagedKvCache {
   // The layer's pages with a pass's page_table and seq_lens.
   PagedKv Layer(int64_t layer, const TensorView& page_table, const TensorView& seq_lens) const;
 
-  // The K and the V pages of every layer: [num_pages, num_kv_heads, page_size, head_dim] each.
-  std::vector<TensorView> halves() const;
+  // All that a page has: the K and V pages of every layer, and their scales. [num_pages, ...] each.
+  std::vector<TensorView> parts() const;
 
-  // K and V of whole pages, in every layer.
+  // Whole pages, in every layer.
   void Copy(Backend& backend, const std::vector<PageCopy>& copies);
 
   // For measuring without a prefill: random K and V, in every layer, for pages not filled so
@@ -40,9 +40,8 @@ class PagedKvCache {
 
  private:
   PagePool pool_;
-  std::vector<Buffer> buffers_;  // one a layer: K pages, then V pages
-  std::vector<TensorView> k_pages_;
-  std::vector<TensorView> v_pages_;
+  std::vector<Buffer> buffers_;  // one a layer: its scales if it has some, K pages, V pages
+  std::vector<PagedKv> layers_;  // without what a pass brings
   std::vector<bool> is_filled_;  // by Fill, per page
 };
 

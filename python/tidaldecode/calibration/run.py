@@ -26,7 +26,7 @@ from tidaldecode.errors import OutOfMemoryError
 from tidaldecode.evaluation.example import Encode
 from tidaldecode.evaluation.perplexity import Window, make_windows
 from tidaldecode.evaluation.runner import advise_shorter
-from tidaldecode.plan_bytes import VALUE_BYTES
+from tidaldecode.plan_bytes import row_bytes
 from tidaldecode.user_cache import user_cache_dir
 
 # Windows of each context. What is predicted lies within the last tokens of a window: so many, or
@@ -114,15 +114,15 @@ class Job:
     def _room(self, device: str, options: dict[str, Any]) -> int:
         """Pages that the machine has room for."""
         model = self.folder.model
-        is_wide = options.get("kv_dtype", "auto") == "float32"
-        values = 2 * model.num_layers * model.num_kv_heads * model.head_dim * self.page_size
+        kv_dtype = options.get("kv_dtype", "auto")
+        row = row_bytes(model, "bfloat16" if kv_dtype == "auto" else kv_dtype)
         names = (device, f"{device}:0")  # "cuda" is the first of them
         found = [d["free_bytes"] for d in _core.list_devices() if d["name"] in names]
         room = max(0, sum(found) - 2 * self.folder.decoded_bytes) * _CACHE_SHARE
         if device == "cpu":
             most = max(_CPU_CACHE_BYTES, _CPU_CACHE_WEIGHTS * self.folder.decoded_bytes)
             room = min(room, most)
-        return int(room) // (values * (4 if is_wide else 2))
+        return int(room) // (model.num_layers * self.page_size * row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +171,14 @@ def calibrate_model(job: Job, reporter: Any) -> Outcome:
                 "needed; plans are judged on the text alone, which says little of answers"
             )
         objective = Objective(prompts, groups, scores)
-        value_bytes = VALUE_BYTES[decoder.config.kv_dtype]
+        kv_dtype = decoder.config.kv_dtype
         search = Search(
             job.folder.model,
             lambda candidates, is_quick, stage: _measure(
                 objective, candidates, is_quick, stage, reporter
             ),
             seq_len=max(job.contexts),
-            value_bytes=value_bytes,
+            kv_dtype=kv_dtype,
         )
         points = search.run(job.budgets, job.max_choosing_layers, max_loss=job.max_loss)
         chosen = choose(points, job.max_loss)

@@ -140,17 +140,17 @@ class Search:
     """Finds the plans worth having for one model."""
 
     def __init__(
-        self, model: ModelConfig, measure: Measure, *, seq_len: int, value_bytes: int
+        self, model: ModelConfig, measure: Measure, *, seq_len: int, kv_dtype: str
     ) -> None:
         """
         Args:
             model: its shape.
             measure: what plans lose; never asked twice for the same.
             seq_len: the length at which bytes count.
-            value_bytes: of one number in the cache.
+            kv_dtype: of the cache.
         """
         self._model, self._measure = model, measure
-        self._seq_len, self._value_bytes = seq_len, value_bytes
+        self._seq_len, self._kv_dtype = seq_len, kv_dtype
         self._points: dict[Candidate, Point] = {}
         self._quick: dict[Candidate, Scores] = {}
         self._stage = Stage(number=0, count=0, title="")
@@ -319,7 +319,7 @@ class Search:
         config = candidate.config()
         if candidate.top_p_mass is not None:
             config = replace(config, token_budget=max(1, round(set_size)))
-        return kv_bytes_per_step(self._model, config, self._seq_len, self._value_bytes)
+        return kv_bytes_per_step(self._model, config, self._seq_len, self._kv_dtype)
 
     def _quick_loss(self, candidate: Candidate) -> float:
         return self._quick[candidate].loss

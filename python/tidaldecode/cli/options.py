@@ -50,7 +50,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for error
 
 Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, _engine_option("Weights: auto, float32, bfloat16 or float16.")]
-KvDType = Annotated[str, _engine_option("KV cache: auto, float32, bfloat16 or float16.")]
+KvDType = Annotated[
+    str, _engine_option("KV cache: auto (dtype), float32, bfloat16, float16, or int8 (CPU).")
+]
 WeightFormat = Annotated[
     str,
     _engine_option(

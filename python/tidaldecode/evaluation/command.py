@@ -29,7 +29,7 @@ from tidaldecode.evaluation.asked import (
     lengths_of,
 )
 from tidaldecode.evaluation.attention import AttentionReport, measure_attention
-from tidaldecode.evaluation.costs import StepCosts, cache_value_bytes
+from tidaldecode.evaluation.costs import StepCosts, cache_dtype
 from tidaldecode.evaluation.example import Example, Series, make_encoder
 from tidaldecode.evaluation.interval import LEAST_ASKED, MOST_ASKED, run_until_known
 from tidaldecode.evaluation.markdown import as_markdown
@@ -217,7 +217,7 @@ def evaluate(
     with _resumable():
         examples, records = _run_tasks(work, series, asked, folder, bars)
         losses = _run_text(work, windows, folder, bars)
-    costs = StepCosts(model, settings, cache_value_bytes(model, engine))
+    costs = StepCosts(model, settings, cache_dtype(model, engine))
     head = {
         "model": model_dir.resolve().name, "engine": _core.version(), **engine, "seed": seed,
         "limit": limit, "interval": interval, "asked": len(examples), "chat": is_chat,
@@ -273,8 +273,8 @@ def _comparison(
     """The presets, if they are asked for, and notes on them before hours of work."""
     if asked.compare is None:
         return None
-    value_bytes = cache_value_bytes(model, engine)
-    comparison = make_presets(model, lengths, asked.token_budget, value_bytes)
+    kv_dtype = cache_dtype(model, engine)
+    comparison = make_presets(model, lengths, asked.token_budget, kv_dtype)
     for note in comparison.notes:
         print_note(note)
     return comparison

@@ -15,26 +15,26 @@ from tidaldecode.engine_config import core_config
 from tidaldecode.evaluation.quest import page_bytes_per_step
 from tidaldecode.evaluation.results import LossRecord, Record
 from tidaldecode.evaluation.settings import Setting
-from tidaldecode.plan_bytes import VALUE_BYTES, kv_bytes_per_step
+from tidaldecode.plan_bytes import kv_bytes_per_step
 
 _MOST_POSITIONS = 2**31 - 1  # of a set; a damaged file of records may say more
 
 
-def cache_value_bytes(folder: ModelFolder, engine: dict[str, Any]) -> int:
-    """Bytes of one number in the KV cache.
+def cache_dtype(folder: ModelFolder, engine: dict[str, Any]) -> str:
+    """The dtype of the KV cache.
 
     Args:
         folder: the model.
         engine: options of Decoder.
     """
-    return VALUE_BYTES[core_config(DecodeConfig(**engine), None, folder).kv_dtype]
+    return core_config(DecodeConfig(**engine), None, folder).kv_dtype
 
 
 class StepCosts:
     """Bytes of keys and values that the steps behind a record read, each on average."""
 
-    def __init__(self, folder: ModelFolder, settings: Sequence[Setting], value_bytes: int) -> None:
-        self._folder, self._settings, self._value_bytes = folder, settings, value_bytes
+    def __init__(self, folder: ModelFolder, settings: Sequence[Setting], kv_dtype: str) -> None:
+        self._folder, self._settings, self._kv_dtype = folder, settings, kv_dtype
         self._configs: dict[int, PlanConfig] = {}
 
     def of(self, record: Record | LossRecord) -> int:
@@ -49,14 +49,14 @@ class StepCosts:
         )
         if setting.is_quest:
             return page_bytes_per_step(
-                self._folder.model, setting.options, seq_len, self._value_bytes
+                self._folder.model, setting.options, seq_len, self._kv_dtype
             )
         config = PlanConfig()  # where no step was sparse
         if record.set_size > 0:
             # The sets that were measured: an adaptive budget is a cap.
             size = max(1, round(min(record.set_size, _MOST_POSITIONS)))
             config = replace(self._config(index, setting), token_budget=size)
-        return kv_bytes_per_step(self._folder.model, config, seq_len, self._value_bytes)
+        return kv_bytes_per_step(self._folder.model, config, seq_len, self._kv_dtype)
 
     def _config(self, index: int, setting: Setting) -> PlanConfig:
         if index not in self._configs:

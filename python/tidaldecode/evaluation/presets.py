@@ -87,7 +87,7 @@ def is_preset(setting_name: str) -> bool:
 
 
 def make_presets(
-    folder: ModelFolder, lengths: Lengths, token_budget: int | None, value_bytes: int
+    folder: ModelFolder, lengths: Lengths, token_budget: int | None, kv_dtype: str
 ) -> Comparison:
     """The presets at equal K and at equal bytes.
 
@@ -95,7 +95,7 @@ def make_presets(
         folder: the model.
         lengths: where they run.
         token_budget: K; None is the plan's, or DEFAULT_BUDGET.
-        value_bytes: of one number in the cache.
+        kv_dtype: of the cache.
 
     Raises:
         InvalidArgument: a budget below LEAST_BUDGET.
@@ -135,7 +135,7 @@ def make_presets(
         preset.setting(kind, token_budget, places[preset.name] if preset.is_quest else ())
         for preset in presets
     ]
-    scale = _Scale(folder=folder, value_bytes=value_bytes, yardstick=presets[0])
+    scale = _Scale(folder=folder, kv_dtype=kv_dtype, yardstick=presets[0])
     for preset in presets:
         for place in places[preset.name]:
             budget = scale.budget(preset, lengths[place], token_budget)
@@ -240,16 +240,16 @@ class _Scale:
     """Weighs budgets by the bytes that a step reads."""
 
     folder: ModelFolder
-    value_bytes: int
+    kv_dtype: str
     yardstick: _Preset
 
     def bytes(self, preset: _Preset, seq_len: int, budget: int) -> int:
         """KV bytes of a step at a sequence length."""
         options, model = preset.options(budget), self.folder.model
         if preset.is_quest:
-            return page_bytes_per_step(model, options, seq_len, self.value_bytes)
+            return page_bytes_per_step(model, options, seq_len, self.kv_dtype)
         config = replace(preset.base, **options)
-        return kv_bytes_per_step(model, config, seq_len, self.value_bytes)
+        return kv_bytes_per_step(model, config, seq_len, self.kv_dtype)
 
     def budget(self, preset: _Preset, seq_len: int, asked: int) -> int:
         """The budget whose bytes are nearest to those of the yardstick at the budget `asked`."""

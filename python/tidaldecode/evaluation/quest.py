@@ -59,7 +59,7 @@ class QuestReplay:
 
 
 def page_bytes_per_step(
-    model: ModelConfig, options: dict[str, int], seq_len: int, value_bytes: int
+    model: ModelConfig, options: dict[str, int], seq_len: int, kv_dtype: str
 ) -> int:
     """Bytes of keys and values that a step reads for one sequence, and of the bounds of its pages.
 
@@ -70,7 +70,7 @@ def page_bytes_per_step(
         model: its shape.
         options: token_budget, page_size.
         seq_len: tokens in the cache.
-        value_bytes: of one number in the cache.
+        kv_dtype: of the cache.
     """
     token_budget, page_size = options["token_budget"], options["page_size"]
     sparse_layers = max(0, model.num_layers - _DENSE_LAYERS)
@@ -79,7 +79,7 @@ def page_bytes_per_step(
     pages = max(1, token_budget // page_size) * (model.num_q_heads // model.num_kv_heads)
     sparse_rows = -(-seq_len // page_size) + min(seq_len, pages * page_size)
     rows = (model.num_layers - sparse_layers) * seq_len + sparse_layers * sparse_rows
-    return rows * row_bytes(model, value_bytes)
+    return rows * row_bytes(model, kv_dtype)
 
 
 def chosen_tokens(q: np.ndarray, k: np.ndarray, token_budget: int, page_size: int) -> np.ndarray:

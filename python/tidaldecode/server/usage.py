@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.config import PlanConfig, plan_part
-from tidaldecode.plan_bytes import VALUE_BYTES, kv_bytes_per_step, most_positions
+from tidaldecode.plan_bytes import kv_bytes_per_step, most_positions
 from tidaldecode.results import GenerationResult
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Accounts:
         """Takes the decoder that answers, and what it was asked for."""
         config = decoder.config
         self._model = decoder.model
-        self._value_bytes = VALUE_BYTES[config.kv_dtype]
+        self._kv_dtype = config.kv_dtype
         is_dense = asked.options.get("attention", config.attention) == "full"
         plan = plan_part(config)
         if (budget := asked.options.get("token_budget")) is not None:
@@ -37,7 +37,7 @@ class Accounts:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        return kv_bytes_per_step(self._model, PlanConfig(), 1, self._value_bytes)
+        return kv_bytes_per_step(self._model, PlanConfig(), 1, self._kv_dtype)
 
     def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
         """Of answers that have ended, the n of a prompt beside each other."""
@@ -92,7 +92,7 @@ class Accounts:
         """Bytes of one step at each length from the first to the last."""
 
         def bytes_at(seq_len: int) -> int:
-            return kv_bytes_per_step(self._model, plan, seq_len, self._value_bytes)
+            return kv_bytes_per_step(self._model, plan, seq_len, self._kv_dtype)
 
         if not plan.choosing_layers:
             return _sum_of_line(bytes_at, first, last)

@@ -84,7 +84,8 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   if (span * kSpanTokens >= length) return;  // only longer lists have one
   const int64_t head = unit * units.heads;
   const int64_t kv_head = head / (batch.num_q_heads / num_kv_heads);
-  const int64_t head_bytes = kv_head * page_size * head_dim * DTypeBytes(kv.k_pages.dtype);
+  const int64_t first_row = kv_head * page_size;
+  const int64_t head_bytes = first_row * head_dim * DTypeBytes(kv.k_pages.dtype);
   const int64_t record = row.first_record + span * row.num_tokens * batch.num_q_heads +
                          unit * row.num_tokens * units.heads;
   AttendSpan args;
@@ -96,7 +97,11 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.sm_scale = batch.sm_scale;
   args.k_pages = static_cast<const char*>(kv.k_pages.ptr) + head_bytes;
   if (batch.reads_values) args.v_pages = static_cast<const char*>(kv.v_pages.ptr) + head_bytes;
-  args.page_stride = num_kv_heads * page_size * head_dim;
+  if (kv.k_scales) {
+    args.k_scales = kv.k_scales.data<float>() + first_row;
+    args.v_scales = kv.v_scales.data<float>() + first_row;
+  }
+  args.page_rows = num_kv_heads * page_size;
   args.page_size = page_size;
   args.page_table = kv.page_table.data<int32_t>() + row.row * kv.page_table.dim(1);
   if (row.token_idx != nullptr) args.token_idx = row.token_idx + SetOf(row, unit) * row.set_stride;

@@ -9,6 +9,7 @@
 
 #include "backend/cpu/attend_rows.h"
 #include "backend/cpu/blas.h"
+#include "backend/cpu/kv_rows.h"
 #include "backend/cpu/ops.h"
 
 namespace tidal {
@@ -24,13 +25,12 @@ int64_t BlockTokens(int64_t group_size) {
 }
 
 struct Shape {
-  int64_t num_q_heads, num_kv_heads, group_size, head_dim, page_size, max_pages;
+  int64_t num_q_heads, num_kv_heads, group_size, head_dim;
 };
 
 Shape ShapeOf(const AttentionPrefillArgs& args) {
   const TensorView& pages = args.kv.k_pages;
-  return {args.q.dim(1), pages.dim(1), args.q.dim(1) / pages.dim(1),
-          pages.dim(3),  pages.dim(2), args.kv.page_table.dim(1)};
+  return {args.q.dim(1), pages.dim(1), args.q.dim(1) / pages.dim(1), pages.dim(3)};
 }
 
 // A block of queries of one row and KV head.
@@ -65,19 +65,15 @@ Work Carve(float* memory, int64_t rows, int64_t head_dim) {
   return work;
 }
 
-// Tokens [begin, begin + count) of one KV head, widened and contiguous.
-void GatherTokens(const CpuContext& context, const TensorView& pages, const int32_t* page_table,
-                  int64_t kv_head, int64_t begin, int64_t count, float* dst) {
-  const int64_t num_kv_heads = pages.dim(1), page_size = pages.dim(2), head_dim = pages.dim(3);
-  const auto widen = context.kernels->widen[StorageIndex(pages.dtype)];
+// K and V of the task's tokens [begin, begin + count), widened and contiguous.
+void GatherTokens(const CpuContext& context, const PagedKv& kv, const Task& task, int64_t begin,
+                  int64_t count, const Work& work) {
+  const int64_t page_size = kv.k_pages.dim(2), head_dim = kv.k_pages.dim(3);
   for (int64_t done = 0; done < count;) {
-    const int64_t page = (begin + done) / page_size;
-    const int64_t slot = (begin + done) % page_size;
-    const int64_t run = std::min(count - done, page_size - slot);
-    const int64_t offset =
-        ((page_table[page] * num_kv_heads + kv_head) * page_size + slot) * head_dim;
-    widen(static_cast<const char*>(pages.ptr) + offset * DTypeBytes(pages.dtype), run * head_dim,
-          dst + done * head_dim);
+    const int64_t run = std::min(count - done, page_size - (begin + done) % page_size);
+    const int64_t row = KvRow(kv, task.row, begin + done, task.kv_head);
+    LoadKvRows(context, kv.k_pages, kv.k_scales, row, run, work.k + done * head_dim);
+    LoadKvRows(context, kv.v_pages, kv.v_scales, row, run, work.v + done * head_dim);
     done += run;
   }
 }
@@ -100,9 +96,7 @@ void AddTokenBlock(const CpuContext& context, const AttentionPrefillArgs& args, 
                    const Task& task, const Work& work, int64_t begin, int64_t count) {
   const int64_t dim = shape.head_dim;
   const int64_t rows = task.num_tokens * shape.group_size;
-  const int32_t* pages = args.kv.page_table.data<int32_t>() + task.row * shape.max_pages;
-  GatherTokens(context, args.kv.k_pages, pages, task.kv_head, begin, count, work.k);
-  GatherTokens(context, args.kv.v_pages, pages, task.kv_head, begin, count, work.v);
+  GatherTokens(context, args.kv, task, begin, count, work);
   // Whole vectors for the softmax kernel: the columns past `count` are its to fill.
   const int64_t width = (count + 15) / 16 * 16;
   Sgemm({.m = rows,

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "backend/cpu/kv_rows.h"
 #include "backend/cpu/ops.h"
 
 namespace tidal {
@@ -15,35 +16,6 @@ void ForTokens(CpuContext& context, int64_t num_tokens, int64_t elements, const 
   context.ParallelRange(threads, num_tokens, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
   });
-}
-
-template <typename T>
-void NarrowTo(const float* src, int64_t count, void* dst) {
-  T* to = static_cast<T*>(dst);
-  for (int64_t i = 0; i < count; ++i) to[i] = FromFloat<T>(src[i]);
-}
-
-void Narrow(const float* src, int64_t count, DType dtype, void* dst) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      NarrowTo<BFloat16>(src, count, dst);
-      break;
-    case DType::kFloat16:
-      NarrowTo<Float16>(src, count, dst);
-      break;
-    default:
-      std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(float));
-  }
-}
-
-// Row `position` of row `seq`'s cache, of KV head `head`.
-void* CacheRow(const TensorView& pages, const TensorView& page_table, int64_t seq, int64_t position,
-               int64_t head) {
-  const int64_t page_size = pages.dim(2);
-  const int64_t page = page_table.data<int32_t>()[seq * page_table.dim(1) + position / page_size];
-  const int64_t offset =
-      ((page * pages.dim(1) + head) * page_size + position % page_size) * pages.dim(3);
-  return static_cast<char*>(pages.ptr) + offset * DTypeBytes(pages.dtype);
 }
 
 // One head, normalised if `norm` is there, then rotated.
@@ -76,10 +48,9 @@ void AppendToken(const CpuContext& context, const RopeAppendKvArgs& args, int64_
   for (int64_t h = 0; h < num_kv_heads; ++h) {
     NormAndRotate(context, k + h * head_dim, args.k_norm, args.norm_eps, cos_sin, head_dim,
                   rotated);
-    Narrow(rotated, head_dim, args.kv.k_pages.dtype,
-           CacheRow(args.kv.k_pages, args.kv.page_table, seq, position, h));
-    Narrow(v + h * head_dim, head_dim, args.kv.v_pages.dtype,
-           CacheRow(args.kv.v_pages, args.kv.page_table, seq, position, h));
+    const int64_t row = KvRow(args.kv, seq, position, h);
+    StoreKvRow(args.kv.k_pages, args.kv.k_scales, row, rotated);
+    StoreKvRow(args.kv.v_pages, args.kv.v_scales, row, v + h * head_dim);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "backend/cpu/attend_rows.h"
+#include "backend/cpu/kv_rows.h"
 #include "backend/cpu/ops.h"
 #include "core/checked.h"
 #include "core/shadow_code.h"
@@ -47,10 +48,7 @@ int64_t ShadowQueryBytes(int64_t num_rows, int64_t num_q_heads, int64_t head_dim
 }
 
 void CpuAppendShadow(CpuContext& context, const AppendShadowArgs& args) {
-  const TensorView& k_pages = args.kv.k_pages;
-  const int64_t num_kv_heads = k_pages.dim(1), page_size = k_pages.dim(2);
-  const int64_t head_dim = k_pages.dim(3), key_bytes = head_dim * DTypeBytes(k_pages.dtype);
-  const auto widen = context.kernels->widen[StorageIndex(k_pages.dtype)];
+  const int64_t num_kv_heads = args.kv.k_pages.dim(1), head_dim = args.kv.k_pages.dim(3);
   // A cache line more than a head, so that no two threads write to one.
   const int64_t stride = (head_dim + 15) / 16 * 16;
   float* keys = context.scratch.Take<float>(Scratch::kThreads, context.num_threads * stride);
@@ -60,12 +58,9 @@ void CpuAppendShadow(CpuContext& context, const AppendShadowArgs& args) {
     const int64_t token = i / num_kv_heads, head = i % num_kv_heads;
     const int64_t position = args.positions.data<int32_t>()[token];
     if (position < 0) return;
-    const int32_t* table = args.kv.page_table.data<int32_t>() +
-                           args.seq_idx.data<int32_t>()[token] * args.kv.page_table.dim(1);
-    const int64_t slot =
-        (table[position / page_size] * num_kv_heads + head) * page_size + position % page_size;
+    const int64_t slot = KvRow(args.kv, args.seq_idx.data<int32_t>()[token], position, head);
     float* key = keys + ThreadIndex() * stride;
-    widen(static_cast<const char*>(k_pages.ptr) + slot * key_bytes, head_dim, key);
+    LoadKvRows(context, args.kv.k_pages, args.kv.k_scales, slot, 1, key);
     EncodeShadowKey(key, args.shadow.balance.data<float>() + head * head_dim,
                     static_cast<int>(head_dim),
                     args.shadow.codes.data<uint8_t>() + slot * head_dim / 2,

@@ -21,46 +21,64 @@ inline constexpr int kDimStep = kWidth == 16 ? 4 : 2;
 inline constexpr float kMinusInf = -__builtin_inff();
 
 template <typename T>
+inline constexpr bool kIsScaled = sizeof(T) == 1;
+
+template <typename T>
 struct TokenRows {
   const T* k[kTokenBlock];
   const T* v[kTokenBlock];  // without values: k
+  // Of int8 rows, which are codes x scale.
+  float k_scale[kTokenBlock];
+  float v_scale[kTokenBlock];
+
+  void Set(const AttendSpan& span, int i, int64_t row) {
+    const void* values = span.v_pages != nullptr ? span.v_pages : span.k_pages;
+    k[i] = static_cast<const T*>(span.k_pages) + row * span.head_dim;
+    v[i] = static_cast<const T*>(values) + row * span.head_dim;
+    if constexpr (kIsScaled<T>) {
+      k_scale[i] = span.k_scales[row];
+      v_scale[i] = span.v_scales[row];
+    }
+  }
 };
 
 // Rows of span elements [first, first + count); up to a full block the last row again, so that
 // whole vectors of tokens can be scored and a full block before this one can prefetch from it.
 template <typename T>
 void FindRows(const AttendSpan& span, int64_t first, int count, TokenRows<T>& rows) {
-  const T* k_pages = static_cast<const T*>(span.k_pages);
-  const T* v_pages = static_cast<const T*>(span.v_pages != nullptr ? span.v_pages : span.k_pages);
-  const int64_t dim = span.head_dim;
   if (span.token_idx != nullptr) {
     const uint32_t page_size = static_cast<uint32_t>(span.page_size);
     for (int i = 0; i < count; ++i) {
       uint32_t position = static_cast<uint32_t>(span.token_idx[first + i]);
       uint32_t page = position / page_size;
-      int64_t offset =
-          span.page_table[page] * span.page_stride + (position - page * page_size) * dim;
-      rows.k[i] = k_pages + offset;
-      rows.v[i] = v_pages + offset;
+      rows.Set(span, i, span.page_table[page] * span.page_rows + position - page * page_size);
     }
   } else {
     int64_t page = first / span.page_size;
     int64_t slot = first - page * span.page_size;
-    int64_t offset = span.page_table[page] * span.page_stride + slot * dim;
+    int64_t row = span.page_table[page] * span.page_rows + slot;
     for (int i = 0; i < count; ++i) {
-      rows.k[i] = k_pages + offset;
-      rows.v[i] = v_pages + offset;
-      offset += dim;
+      rows.Set(span, i, row++);
       if (++slot == span.page_size && i + 1 < count) {
         slot = 0;
-        offset = span.page_table[++page] * span.page_stride;
+        row = span.page_table[++page] * span.page_rows;
       }
     }
   }
   for (int i = count; i < kTokenBlock; ++i) {
     rows.k[i] = rows.k[count - 1];
     rows.v[i] = rows.v[count - 1];
+    if constexpr (kIsScaled<T>) {
+      rows.k_scale[i] = rows.k_scale[count - 1];
+      rows.v_scale[i] = rows.v_scale[count - 1];
+    }
   }
+}
+
+// Whether dim d of a row is the first in a cache line, where rows begin with one.
+template <typename T>
+constexpr bool BeginsLine(int64_t d) {
+  return d % (64 / static_cast<int64_t>(sizeof(T))) == 0;
 }
 
 // scores[m * kTokenBlock + i] = q[m] . k[i] for one vector of tokens. `ahead` are rows needed soon:
@@ -81,7 +99,7 @@ void ScoreTokens(const float* const* q, const T* const* k, const T* const* ahead
 #pragma GCC unroll 4
       for (int i = 0; i < kTokenStep; ++i) {
         row[i] = load(k[first + i] + d);
-        __builtin_prefetch(ahead[first + i] + d);
+        if (BeginsLine<T>(d)) __builtin_prefetch(ahead[first + i] + d);
       }
 #pragma GCC unroll 4
       for (int m = 0; m < kQueries; ++m) {
@@ -126,7 +144,7 @@ void AddValueDims(const float* weights, const T* const* v, const T* const* ahead
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       row[j] = load(v[i] + d + j * kWidth);
-      __builtin_prefetch(ahead[i] + d + j * kWidth);
+      if (BeginsLine<T>(d + j * kWidth)) __builtin_prefetch(ahead[i] + d + j * kWidth);
     }
 #pragma GCC unroll 4
     for (int m = 0; m < kQueries; ++m) {
@@ -167,6 +185,11 @@ inline void ScaleInPlace(float* x, float factor, int64_t count) {
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) Store(x + i, Mul(Load(x + i), f));
   for (; i < count; ++i) x[i] *= factor;
+}
+
+// `count` is a multiple of kWidth.
+inline void MulInPlace(float* x, const float* factors, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth) Store(x + i, Mul(Load(x + i), Load(factors + i)));
 }
 
 // Turns the first `visible` of `width` scores (a multiple of kWidth) into exp(score - maximum) and
@@ -225,6 +248,7 @@ void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
   }
   for (int m = 0; m < kQueries; ++m) {
     float* scores = state.scores + m * kTokenBlock;
+    if constexpr (kIsScaled<T>) MulInPlace(scores, state.now->k_scale, width);
     if (span.scores != nullptr) {
       __builtin_memcpy(span.scores + (m0 + m) * span.scores_stride + first, scores,
                        static_cast<size_t>(count) * sizeof(float));
@@ -235,6 +259,7 @@ void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
       if (visible < 0) visible = 0;
     }
     SoftmaxStep(scores, visible, width, acc[m] + dim, acc[m] + dim + 1, acc[m], dim);
+    if constexpr (kIsScaled<T>) MulInPlace(scores, state.now->v_scale, width);
   }
   if (span.v_pages == nullptr) return;
   AddValues<T, kQueries>(state.scores, state.now->v, state.next->k, count, dim, acc);

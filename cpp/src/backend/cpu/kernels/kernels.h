@@ -1,8 +1,9 @@
 // The table of inner loops of the CPU backend: one per instruction set, chosen once at run time.
 //
 // A kernel is the work of one thread on one piece of an op; the ops (../*.cc) cut the work, run the
-// threads and own the scratch. Members that read stored weights or cache come in threes, indexed by
-// StorageIndex: float32, bfloat16, float16. The kernels throw nothing and allocate nothing.
+// threads and own the scratch. Members that read stored weights come in threes, those that read a
+// cache in fours, indexed by StorageIndex: float32, bfloat16, float16, int8. The kernels throw
+// nothing and allocate nothing.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +37,11 @@ struct AttendSpan {
   int64_t head_dim = 0;
   float sm_scale = 0.0f;
 
-  const void* k_pages =
-      nullptr;  // page 0 of this KV head; page p is page_stride elements x p further
-  const void* v_pages = nullptr;  // or absent: only scores, maximum and sum are made
-  int64_t page_stride = 0;
+  const void* k_pages = nullptr;    // page 0 of this KV head; page p is page_rows x p rows further
+  const void* v_pages = nullptr;    // or absent: only scores, maximum and sum are made
+  const float* k_scales = nullptr;  // of the rows, likewise; int8 only
+  const float* v_scales = nullptr;
+  int64_t page_rows = 0;
   int64_t page_size = 0;
   const int32_t* page_table = nullptr;
 
@@ -128,14 +130,14 @@ struct CpuKernels {
   const char* name;  // "AVX-512", "AVX2", "generic"
 
   void (*linear[3])(const LinearTile& tile);
-  void (*attend_span[3])(const AttendSpan& span);
+  void (*attend_span[4])(const AttendSpan& span);
   void (*merge_spans)(const MergeSpans& merge);
   void (*softmax_row)(const SoftmaxRow& row);
   void (*rank_keys)(const RankKeys& rank);
   void (*score_shadow)(const ShadowSpan& span);
 
-  // dst[i] = float32(src[i])
-  void (*widen[3])(const void* src, int64_t count, float* dst);
+  // dst[i] = float32(src[i]); of int8 the codes
+  void (*widen[4])(const void* src, int64_t count, float* dst);
   // out = weight * (x / rms(x)); out may be x
   void (*rms_norm[3])(const float* x, const void* weight, int64_t size, float eps, float* out);
   // Rotate-half of one head: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin; out may be x.
@@ -153,6 +155,8 @@ inline int StorageIndex(DType dtype) {
       return 1;
     case DType::kFloat16:
       return 2;
+    case DType::kInt8:
+      return 3;
     default:
       return 0;
   }

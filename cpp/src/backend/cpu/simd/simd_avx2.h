@@ -66,6 +66,10 @@ inline Vec Load(const BFloat16* p) {
 inline Vec Load(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline Vec Load(const int8_t* p) {
+  __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+}
 inline void Store(float* p, Vec a) {
   _mm256_storeu_ps(p, a);
 }

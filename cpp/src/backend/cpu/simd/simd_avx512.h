@@ -59,6 +59,10 @@ inline Vec Load(const BFloat16* p) {
 inline Vec Load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Vec Load(const int8_t* p) {
+  __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+}
 inline void Store(float* p, Vec a) {
   _mm512_storeu_ps(p, a);
 }
@@ -76,6 +80,10 @@ inline Vec LoadPartial(const BFloat16* p, int count) {
 }
 inline Vec LoadPartial(const Float16* p, int count) {
   return _mm512_cvtph_ps(LoadPartial16(p, count));
+}
+inline Vec LoadPartial(const int8_t* p, int count) {
+  __m128i raw = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1u), p);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
 inline void StorePartial(float* p, Vec a, int count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), a);

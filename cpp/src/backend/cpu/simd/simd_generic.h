@@ -85,6 +85,10 @@ inline float Widen(Float16 value) {
 inline Vec Load(const Float16* p) {
   return Vec{Widen(p[0]), Widen(p[1]), Widen(p[2]), Widen(p[3])};
 }
+inline Vec Load(const int8_t* p) {
+  return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+             static_cast<float>(p[3])};
+}
 inline void Store(float* p, Vec a) {
   std::memcpy(p, &a, sizeof(a));
 }
