@@ -22,6 +22,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope_append_kv.h"
 #include "kernels/rope_table.h"
+#include "kernels/scale_logits.h"
 #include "kernels/score_keys.h"
 #include "kernels/score_shadow.h"
 #include "kernels/select_top_k.h"
@@ -411,6 +412,12 @@ void CudaBackend::SiluMul(const SiluMulArgs& args) {
   Check(args);
   CheckSameDType("silu_mul", {&args.out, &args.gate_up});
   LaunchSiluMul(args, stream());
+}
+
+void CudaBackend::ScaleLogits(const ScaleLogitsArgs& args) {
+  Enter();
+  Check(args);
+  LaunchScaleLogits(args, stream());
 }
 
 void CudaBackend::GatherRows(const GatherRowsArgs& args) {

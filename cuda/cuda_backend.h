@@ -66,6 +66,7 @@ class CudaBackend final : public Backend {
   void SelectTopK(const SelectTopKArgs& args) override;
   void AttentionSparse(const AttentionSparseArgs& args) override;
   void SiluMul(const SiluMulArgs& args) override;
+  void ScaleLogits(const ScaleLogitsArgs& args) override;
   void GatherRows(const GatherRowsArgs& args) override;
   void Sample(const SampleArgs& args) override;
   void Logprobs(const LogprobsArgs& args) override;

@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 // outside the table gives zeros: the row of a sequence that ended with an error holds token -1.
 template <typename T, int kVec>
 __global__ void EmbedKernel(const int32_t* token_ids, const T* table, float* out,
-                            int64_t vocab_size, int64_t hidden_size) {
+                            int64_t vocab_size, int64_t hidden_size, float scale) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int64_t token_id = token_ids[blockIdx.x];
@@ -25,6 +25,7 @@ __global__ void EmbedKernel(const int32_t* token_ids, const T* table, float* out
   for (int64_t i = threadIdx.x * kVec; i < hidden_size; i += kThreads * kVec) {
     float values[kVec] = {};
     if (valid) LoadFloats<kVec>(source + i, values);
+    for (float& value : values) value *= scale;
     StoreFloats<kVec>(destination + i, values);
   }
 }
@@ -42,7 +43,7 @@ void LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
     LaunchOverlapped("embed", kernel,
                      {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
                      args.token_ids.data<int32_t>(), static_cast<const T*>(args.table.ptr),
-                     args.out.data<float>(), args.table.dim(0), hidden_size);
+                     args.out.data<float>(), args.table.dim(0), hidden_size, args.scale);
   });
 }
 

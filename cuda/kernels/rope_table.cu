@@ -16,14 +16,15 @@ __global__ void RopeTableKernel(const int32_t* positions, const int32_t* seq_idx
   LetNextKernelStart();
   int half = blockDim.x, i = threadIdx.x;
   int32_t position = positions[blockIdx.x];
-  float angle = 0.0f;
-  if (position > 0) {
-    int64_t row = seq_idx[blockIdx.x];
-    angle = static_cast<float>(position) * inv_freq[row * half + i];
+  float angle = 0.0f, scaling = attention_scaling;
+  if (position >= 0) {
+    float frequency = inv_freq[static_cast<int64_t>(seq_idx[blockIdx.x]) * half + i];
+    angle = static_cast<float>(position) * frequency;
+    if (frequency == 0.0f) scaling = 1.0f;
   }
   float* out = cos_sin + static_cast<int64_t>(blockIdx.x) * 2 * half;
-  out[i] = cosf(angle) * attention_scaling;
-  out[half + i] = sinf(angle) * attention_scaling;
+  out[i] = cosf(angle) * scaling;
+  out[half + i] = sinf(angle) * scaling;
 }
 
 }  // namespace

@@ -135,6 +135,8 @@ class type_caster<tidal::RopeConfig> : public tidal::FilledCaster<tidal::RopeCon
 template <>
 class type_caster<tidal::ModelConfig> : public tidal::FilledCaster<tidal::ModelConfig> {};
 template <>
+class type_caster<tidal::LayerConfig> : public tidal::FilledCaster<tidal::LayerConfig> {};
+template <>
 class type_caster<tidal::PlanConfig> : public tidal::FilledCaster<tidal::PlanConfig> {};
 template <>
 class type_caster<tidal::DecodeConfig> : public tidal::FilledCaster<tidal::DecodeConfig> {};

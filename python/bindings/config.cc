@@ -85,6 +85,7 @@ void RegisterModelConfig(py::module_& module) {
   py::class_<RopeConfig> rope(module, "RopeConfig");
   rope.def(py::init<>())
       .def_readwrite("theta", &RopeConfig::theta)
+      .def_readwrite("rotary_dim", &RopeConfig::rotary_dim)
       .def_readwrite("factor", &RopeConfig::factor)
       .def_readwrite("low_freq_factor", &RopeConfig::low_freq_factor)
       .def_readwrite("high_freq_factor", &RopeConfig::high_freq_factor)
@@ -99,6 +100,10 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("short_factor", &RopeConfig::short_factor)
       .def_readwrite("long_factor", &RopeConfig::long_factor);
   DefEnum(rope, "type", &RopeConfig::type, kRopeTypes);
+
+  py::class_<LayerConfig>(module, "LayerConfig")
+      .def(py::init<>())
+      .def_readwrite("has_rope", &LayerConfig::has_rope);
 
   py::class_<ModelConfig>(module, "ModelConfig")
       .def(py::init<>())
@@ -116,7 +121,12 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("mlp_bias", &ModelConfig::mlp_bias)
       .def_readwrite("qk_norm", &ModelConfig::qk_norm)
       .def_readwrite("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
-      .def_readwrite("rope", &ModelConfig::rope);
+      .def_readwrite("embedding_scale", &ModelConfig::embedding_scale)
+      .def_readwrite("residual_scale", &ModelConfig::residual_scale)
+      .def_readwrite("attention_scale", &ModelConfig::attention_scale)
+      .def_readwrite("logit_scale", &ModelConfig::logit_scale)
+      .def_readwrite("rope", &ModelConfig::rope)
+      .def_readwrite("layers", &ModelConfig::layers);
 }
 
 void RegisterDecodeConfig(py::module_& module) {

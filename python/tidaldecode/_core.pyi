@@ -9,6 +9,7 @@ import numpy.typing as npt
 class RopeConfig:
     type: str
     theta: float
+    rotary_dim: int
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -21,6 +22,10 @@ class RopeConfig:
     truncate: bool
     short_factor: list[float]
     long_factor: list[float]
+    def __init__(self) -> None: ...
+
+class LayerConfig:
+    has_rope: bool
     def __init__(self) -> None: ...
 
 class ModelConfig:
@@ -38,7 +43,12 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
+    embedding_scale: float
+    residual_scale: float
+    attention_scale: float
+    logit_scale: float
     rope: RopeConfig
+    layers: list[LayerConfig]
     def __init__(self) -> None: ...
 
 AUTOMATIC: int  # a token_budget or sparse_min_context that the engine chooses

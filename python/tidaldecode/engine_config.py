@@ -10,7 +10,7 @@ import os
 from dataclasses import fields
 
 from tidaldecode import _core
-from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_config import LayerConfig, ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
@@ -46,9 +46,17 @@ def core_model(model: ModelConfig) -> _core.ModelConfig:
         setattr(rope, field.name, list(value) if isinstance(value, tuple) else value)
     result = _core.ModelConfig()
     for field in fields(model):
-        if field.name != "rope":
+        if field.name not in ("rope", "layers"):
             setattr(result, field.name, getattr(model, field.name))
     result.rope = rope
+    result.layers = [_core_layer(layer) for layer in model.layers]
+    return result
+
+
+def _core_layer(layer: LayerConfig) -> _core.LayerConfig:
+    result = _core.LayerConfig()
+    for field in fields(layer):
+        setattr(result, field.name, getattr(layer, field.name))
     return result
 
 

@@ -59,6 +59,14 @@ TEST(CheckArgs, EmbedTiesTokensAndWidth) {
   ExpectRefused(bad, {"Embed", "table", "no memory"});
 }
 
+TEST(CheckArgs, AnInt8CacheNeedsItsScales) {
+  AttentionArgs args = Attention();
+  args.kv.k_pages = args.kv.v_pages = Tensor(DType::kInt8, {9, 2, 7, 20});
+  ExpectRefused(args, {"k_scales", "[num_pages = 9, Hkv = 2, page_size = 7]"});
+  args.kv.k_scales = args.kv.v_scales = Float({9, 2, 7});
+  EXPECT_NO_THROW(Check(args));
+}
+
 TEST(CheckArgs, LinearTiesItsThreeSizes) {
   LinearArgs good;
   good.x = Half({3, 16});

@@ -1,4 +1,4 @@
-// The small ops around the big ones: Embed, SiluMul, GatherRows.
+// The small ops around the big ones: Embed, SiluMul, ScaleLogits, GatherRows.
 #include <gtest/gtest.h>
 
 #include "backend_test.h"
@@ -41,6 +41,33 @@ TEST_P(OpRows, EmbedKeepsNanInItsRow) {
                    .table = Put(table, on().dtype, {kVocab, kHidden}),
                    .out = out});
   EXPECT_TRUE(Close(Get(out), reference::Embed(ids, table, kHidden), {}));
+}
+
+TEST_P(OpRows, EmbedScalesInFloat32) {
+  constexpr int64_t kVocab = 16, kHidden = 66;
+  const Values table = Random(9).Normal(kVocab * kHidden, on().dtype);
+  const Ints ids = {4, 0, 15};
+  const TensorView out = Output(DType::kFloat32, {3, kHidden});
+  const float scale = 12.0f / 0.22f;
+  backend().Embed({.token_ids = PutInts(ids, {3}),
+                   .table = Put(table, on().dtype, {kVocab, kHidden}),
+                   .out = out,
+                   .scale = scale});
+  Values want = reference::Embed(ids, table, kHidden);
+  for (double& value : want) value = static_cast<float>(value) * scale;
+  EXPECT_EQ(Get(out), want);
+}
+
+TEST_P(OpRows, ScaleLogitsScalesEveryLogit) {
+  for (const Shape& shape : {Shape{1, 5}, Shape{3, 1001}, Shape{64, 32'003}}) {
+    SCOPED_TRACE(shape[1]);
+    const Values logits = Random(10).Normal(shape[0] * shape[1], DType::kFloat32, 3.0);
+    const TensorView put = Put(logits, DType::kFloat32, shape);
+    backend().ScaleLogits({put, 0.1f});
+    Values want = logits;
+    for (double& value : want) value = static_cast<float>(value) * 0.1f;
+    EXPECT_EQ(Get(put), want);
+  }
 }
 
 TEST_P(OpRows, SiluMulMatchesReference) {

@@ -91,6 +91,31 @@ TEST_P(OpRopeTable, MatchesReferenceUpTo128K) {
   }
 }
 
+// Dims that do not turn are not scaled either, at any position.
+TEST_P(OpRopeTable, AFrequencyOf0LeavesItsDims) {
+  constexpr int64_t kDim = 64, kStill = 5;
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const Ints positions = {0, 1, 2000};
+  Values inv_freq(kDim / 2, 0.25);
+  std::fill_n(inv_freq.end() - kStill, kStill, 0.0);
+  const TensorView cos_sin = Output(DType::kFloat32, {3, kDim});
+  backend().RopeTable({.positions = PutInts(positions, {3}),
+                       .seq_idx = PutInts({0, 0, 0}, {3}),
+                       .inv_freq = Put(inv_freq, DType::kFloat32, {1, kDim / 2}),
+                       .attention_scaling = 1.25f,
+                       .cos_sin = cos_sin});
+  const Values got = Get(cos_sin);
+  for (int64_t row = 0; row < 3; ++row) {
+    for (int64_t i = 0; i < kDim / 2; ++i) {
+      const bool is_still = i >= kDim / 2 - kStill;
+      const double angle = 0.25 * positions[row];
+      const double cosine = got[row * kDim + i], sine = got[row * kDim + kDim / 2 + i];
+      ASSERT_NEAR(cosine, is_still ? 1.0 : 1.25 * std::cos(angle), is_still ? 0.0 : 1e-5);
+      ASSERT_NEAR(sine, is_still ? 0.0 : 1.25 * std::sin(angle), is_still ? 0.0 : 1e-5);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpRopeTable, ::testing::ValuesIn(EachDevice()),
                          CaseNameOf<BackendCase>);
 

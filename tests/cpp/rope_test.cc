@@ -56,6 +56,15 @@ TEST_P(Rope, DefaultIsAGeometricSeries) {
   }
 }
 
+TEST_P(Rope, DimsThatDoNotTurnHaveFrequency0) {
+  const int64_t rotary_dim = dim() / 4 * 2;
+  RopeConfig config = Config(RopeType::kDefault, 1e4, 1.0);
+  config.rotary_dim = rotary_dim;
+  ExpectFrequencies(ComputeRope(Model(dim(), config), 100), dim(), [&](int64_t i) {
+    return i < rotary_dim / 2 ? PlainFrequency(1e4, i, rotary_dim) : 0.0;
+  });
+}
+
 // Position interpolation: position t turns as far as position t / factor did.
 TEST_P(Rope, LinearDividesAllFrequencies) {
   const auto rope = ComputeRope(Model(dim(), Config(RopeType::kLinear, 1e4, 2.5)), 100000);

@@ -46,6 +46,43 @@ TEST_P(LoadedWeights, OfAnyDtypeAndSizeArriveWhole) {
   }
 }
 
+// Rows of q and k go where dim i turns with dim i + head_dim / 2; those of v stay.
+TEST_P(LoadedWeights, OfHeadsThatTurnInPartAreInTheEnginesOrder) {
+  ModelConfig model = TinyConfig();
+  model.num_layers = 1;
+  model.qkv_bias = true;
+  model.rope.rotary_dim = 8;
+  ASSERT_GT(model.head_dim, 8);
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const DType dtype = GetParam().dtype;
+  const RandomWeightSource source(model, dtype);
+  const ModelWeights weights = LoadWeights(backend(), model, dtype, source, {});
+  const int64_t dim = model.head_dim, still = (dim - 8) / 2, width = model.hidden_size;
+  const Values loaded = Get(weights.layers[0].qkv.data), biases = Get(weights.layers[0].qkv_bias);
+  int64_t first = 0;  // of the stack
+  for (const auto& [name, heads] :
+       {std::pair("q", model.num_q_heads), std::pair("k", model.num_kv_heads),
+        std::pair("v", model.num_kv_heads)}) {
+    SCOPED_TRACE(name);
+    const std::string prefix = "model.layers.0.self_attn." + std::string(name) + "_proj.";
+    Bytes raw(heads * dim * width * DTypeBytes(dtype)), raw_bias(heads * dim * DTypeBytes(dtype));
+    source.Read(prefix + "weight", 0, static_cast<int64_t>(raw.size()), raw.data());
+    source.Read(prefix + "bias", 0, static_cast<int64_t>(raw_bias.size()), raw_bias.data());
+    const Values stored = Decode(raw, dtype), stored_bias = Decode(raw_bias, dtype);
+    for (int64_t row = 0; row < heads * dim; ++row) {
+      const int64_t i = row % dim, pair = i % (dim / 2), is_second = i / (dim / 2);
+      int64_t from = pair < 4 ? is_second * 4 + pair : 8 + is_second * still + pair - 4;
+      if (*name == 'v') from = i;
+      from += row - i;
+      ASSERT_EQ(biases[first + row], stored_bias[from]) << row;
+      for (int64_t k = 0; k < width; ++k) {
+        ASSERT_EQ(loaded[(first + row) * width + k], stored[from * width + k]) << row;
+      }
+    }
+    first += heads * dim;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, LoadedWeights, ::testing::ValuesIn(AllBackends()),
                          CaseNameOf<BackendCase>);
 

@@ -70,6 +70,7 @@ def closed(make):
 # A class without an entry fails the test.
 MAKERS = {
     "RopeConfig": [_core.RopeConfig],
+    "LayerConfig": [_core.LayerConfig],
     "ModelConfig": [_core.ModelConfig],
     "PlanConfig": [_core.PlanConfig],
     "DecodeConfig": [_core.DecodeConfig],

@@ -18,7 +18,7 @@ from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay, chosen_tokens
 from tidaldecode.evaluation.reference import ReferenceModel
 from tidaldecode.evaluation.settings import dense_setting, quest_setting, tidal_setting
-from tiny_models import TinyModel, random_prompt, write_checkpoint
+from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 CPU = {"device": "cpu", "num_threads": 1, "max_seq_len": 128, "max_batch_size": 1}
 
@@ -31,9 +31,10 @@ def attend_densely(model: ReferenceModel):
     return attend
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_computes_what_the_engine_does(tmp_path: Path, family: str):
-    tiny = TinyModel(family=family)
+    turns = {"partial_rotary_factor": 0.75} if family == "phi3" else {}
+    tiny = TinyModel(family=family, rope_extra=turns)
     folder = write_checkpoint(tmp_path, tiny)
     ids = random_prompt(tiny, 100)
     want = Decoder(folder, attention="full", **CPU).step_logits(ids, prefill=97)

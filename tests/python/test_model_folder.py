@@ -44,7 +44,7 @@ def test_every_family_is_read(tmp_path: Path, family: str):
         2,
         16,
     )
-    assert model.qkv_bias == (family == "qwen2")
+    assert model.qkv_bias == (family in ("qwen2", "seed_oss"))
     assert model.qk_norm == (family == "qwen3")
     assert not model.o_bias and not model.mlp_bias and not model.tie_word_embeddings
 
@@ -194,6 +194,79 @@ def test_sliding_layers_in_use_are_refused(tmp_path, family, changes, expected):
 )
 def test_sliding_windows_out_of_use_are_accepted(tmp_path, family, changes):
     assert read(tmp_path, family, **changes).family == family
+
+
+# What families have of their own
+
+
+def test_granites_factors_are_read(tmp_path: Path):
+    model = read(tmp_path, "granite").model
+    scales = (model.embedding_scale, model.residual_scale, model.attention_scale, model.logit_scale)
+    assert scales == (3.0, 0.22, 0.4, 1 / 10)
+    model = read(tmp_path, "granite", attention_multiplier=REMOVED, logits_scaling=REMOVED).model
+    assert (model.attention_scale, model.logit_scale) == (1.0, 1.0)
+    # Of other families they are names like any other.
+    assert read(tmp_path, embedding_multiplier=7.0).model.embedding_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "rotates"),
+    [
+        ({"no_rope_layer_interval": REMOVED}, [1, 1, 1, 0]),
+        ({"no_rope_layer_interval": 2}, [1, 0, 1, 0]),
+        ({"no_rope_layers": [0, 1, 0, 1, 1, 0]}, [0, 1, 0, 1]),
+    ],
+)
+def test_layers_without_rotation_are_read(tmp_path: Path, changes: dict, rotates: list[int]):
+    layers = read(tmp_path, "smollm3", **changes).model.layers
+    assert [layer.has_rope for layer in layers] == [bool(each) for each in rotates]
+    assert read(tmp_path, "smollm3", no_rope_layers=[1] * 4).model.layers == ()
+    hybrid = read(tmp_path, "granitemoehybrid", position_embedding_type=REMOVED).model
+    assert not any(layer.has_rope for layer in hybrid.layers)
+
+
+def test_a_part_of_a_head_turns(tmp_path: Path):
+    model = read(tmp_path, "phi3", partial_rotary_factor=0.5, **rope(rope_type="default")).model
+    assert model.rope.rotary_dim == 8
+    share = {"partial_rotary_factor": 0.75}
+    assert read(tmp_path, "phi3", **rope(**share)).model.rope.rotary_dim == 12
+    assert read(tmp_path, "phi3", **rope(partial_rotary_factor=1.0)).model.rope.rotary_dim == 0
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3s_older_names_of_longrope(tmp_path: Path, name: str):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    checkpoint = read(tmp_path, "phi3", rope_parameters=REMOVED, max_position_embeddings=131072,
+                      rope_scaling={"type": name, **factors}, sliding_window=262144)  # fmt: skip
+    rotation = checkpoint.model.rope
+    assert (rotation.type, rotation.factor) == ("longrope", 32.0)
+    assert rotation.original_max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier: got 0"),
+        ("granite", {"logits_scaling": "big"}, "logits_scaling: got 'big'"),
+        ("granitemoehybrid", {"num_local_experts": 1}, "num_local_experts: got 1: mixture"),
+        ("granitemoehybrid", {"num_local_experts": REMOVED}, "num_local_experts is missing"),
+        ("granitemoehybrid", {"layer_types": REMOVED}, "layer_types is missing"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 4}, "layer 0 is 'mamba'"),
+        ("granitemoehybrid", {"shared_intermediate_size": REMOVED}, "shared_intermediate_size"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: got \\[1, 0\\]"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window: got 64"),
+        ("phi3", {"sliding_window": 64}, "sliding_window: got 64"),
+        ("phi3", {"partial_rotary_factor": 0.1}, "partial_rotary_factor: 1 of 16"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: got 1.5"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, expected 1"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], expected: str
+):
+    with pytest.raises(ConfigError, match=expected):
+        read(tmp_path, family, **changes)
 
 
 # RoPE

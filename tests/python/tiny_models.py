@@ -16,15 +16,59 @@ from typing import Any
 
 import numpy as np
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# The families with every rope type; of the others those that are used.
+_FEW_ROPES = {
+    "granite": ("default",),
+    "granitemoehybrid": ("default",),
+    "smollm3": ("default", "yarn"),
+    "seed_oss": ("default",),
+    "phi3": ("default", "longrope"),
+}
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
+FAMILIES = tuple(ARCHITECTURES)
+FAMILY_ROPES = [(name, rope) for name in FAMILIES for rope in _FEW_ROPES.get(name, ROPE_TYPES)]
+
+# What a config.json of a family says beyond what all say, over that; None removes a field.
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.4, "logits_scaling": 10.0,
+    },
+    "granitemoehybrid": {
+        "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3, "logits_scaling": 8.0, "num_local_experts": 0,
+        "num_experts_per_tok": 0, "position_embedding_type": "rope", "mamba_n_heads": 16,
+    },
+    "smollm3": {"no_rope_layer_interval": 3, "use_sliding_window": False},
+    "seed_oss": {"attention_out_bias": False},
+    "phi3": {"sliding_window": None},
+}  # fmt: skip
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
+# How a family names parts of a layer, some of them several of ours below each other.
+_OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "phi3": {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
+    "granitemoehybrid": {
+        "shared_mlp.input_linear": _GATE_UP, "shared_mlp.output_linear": ("mlp.down_proj",)
+    },
+}  # fmt: skip
 
 # Length up to which the scaled rope types behave as trained; prompts longer than this reach the
 # part of each formula that a short prompt never sees.
@@ -48,6 +92,7 @@ class TinyModel:
     tie: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)  # over config.json; None removes
     dtype: str = "float32"
     max_position_embeddings: int | None = None  # None: 512, for dynamic ORIGINAL_POSITIONS
     eos_token_id: int | list[int] | None = None
@@ -56,11 +101,18 @@ class TinyModel:
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family == "qwen2" or self.attention_bias
+        return self.family in ("qwen2", "seed_oss") or self.attention_bias
 
     @property
     def o_bias(self) -> bool:
+        if self.family == "seed_oss":
+            return bool(self.fields.get("attention_out_bias"))
         return self.family != "qwen2" and self.attention_bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that turn."""
+        return int(self.head_dim * self.rope_extra.get("partial_rotary_factor", 1.0))
 
     @property
     def positions(self) -> int:
@@ -78,7 +130,7 @@ def rope_parameters(model: TinyModel) -> dict[str, Any]:
     elif model.rope == "yarn":
         parameters |= {"factor": 8.0}
     elif model.rope == "longrope":
-        half = model.head_dim // 2
+        half = model.rotary_dim // 2
         parameters |= {
             "factor": 8.0,
             "short_factor": [1.0 + 0.05 * i for i in range(half)],
@@ -111,17 +163,17 @@ def config_json(model: TinyModel) -> dict[str, Any]:
         "pad_token_id": None,
         "dtype": model.dtype,
     }
-    if model.family != "qwen2":  # qwen2 derives it
+    if model.family not in ("qwen2", "phi3"):  # those derive it
         config["head_dim"] = model.head_dim
-    if model.family in ("llama", "qwen3"):
-        config["attention_bias"] = model.attention_bias
-    if model.family == "llama":
+    if model.family not in ("mistral", "qwen2", "phi3"):
+        config["attention_bias"] = model.qkv_bias
+    if model.family in ("llama", "granite", "smollm3", "seed_oss"):
         config["mlp_bias"] = model.mlp_bias
-    if model.family == "mistral":
-        config["sliding_window"] = None
-    if model.family in ("qwen2", "qwen3"):
-        config["use_sliding_window"] = False
-    return config
+    if model.family == "granitemoehybrid":
+        config["layer_types"] = ["full_attention"] * model.num_layers
+        config["shared_intermediate_size"] = model.intermediate_size
+    config |= _OWN_FIELDS[model.family] | model.fields
+    return {key: value for key, value in config.items() if value is not None or key in _NULLS}
 
 
 def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
@@ -163,7 +215,18 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
     weights["model.norm.weight"] = norm(hidden)
     if not model.tie:
         weights["lm_head.weight"] = matrix(model.vocab_size, hidden, 3.0)
-    return {name: round_to(value, model.dtype) for name, value in weights.items()}
+    weights = {name: round_to(value, model.dtype) for name, value in weights.items()}
+    return _in_own_parts(weights, model)
+
+
+def _in_own_parts(weights: dict[str, np.ndarray], model: TinyModel) -> dict[str, np.ndarray]:
+    """The same as the model's family names and stacks them."""
+    for own, ours in _OWN_NAMES.get(model.family, {}).items():
+        for layer in range(model.num_layers):
+            prefix = f"model.layers.{layer}."
+            pieces = [weights.pop(f"{prefix}{part}.weight") for part in ours]
+            weights[f"{prefix}{own}.weight"] = np.concatenate(pieces)
+    return weights
 
 
 def random_prompt(model: TinyModel, length: int, seed: int = 0) -> list[int]:

@@ -21,6 +21,7 @@ enum class RopeType : int32_t { kDefault, kLinear, kDynamic, kLlama3, kYarn, kLo
 struct RopeConfig {
   RopeType type = RopeType::kDefault;
   double theta = 10000.0;
+  int64_t rotary_dim = 0;                        // dims of a head that turn, its first; 0: all
   double factor = 1.0;                           // linear, dynamic, llama3, yarn, longrope
   double low_freq_factor = 1.0;                  // llama3
   double high_freq_factor = 4.0;                 // llama3
@@ -31,8 +32,15 @@ struct RopeConfig {
   double mscale = 0.0;                           // yarn; 0 = unset
   double mscale_all_dim = 0.0;                   // yarn; 0 = unset
   bool truncate = true;                          // yarn
-  std::vector<double> short_factor;              // longrope, [head_dim / 2]
-  std::vector<double> long_factor;               // longrope, [head_dim / 2]
+  std::vector<double> short_factor;              // longrope, [rotary_dim / 2]
+  std::vector<double> long_factor;               // longrope, [rotary_dim / 2]
+};
+
+// What the layers of a model may differ in.
+struct LayerConfig {
+  bool has_rope = true;  // false: its q and k are not rotated (NoPE)
+
+  bool operator==(const LayerConfig&) const = default;
 };
 
 // A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, SwiGLU.
@@ -51,11 +59,20 @@ struct ModelConfig {
   bool mlp_bias = false;
   bool qk_norm = false;  // per-head RMSNorm of q and k before RoPE (qwen3)
   bool tie_word_embeddings = false;
+  double embedding_scale = 1.0;  // multiplies the embeddings
+  double residual_scale = 1.0;   // multiplies what attention and MLP add
+  double attention_scale = 0.0;  // of q.k; 0: 1 / sqrt(head_dim)
+  double logit_scale = 1.0;      // multiplies the logits
   RopeConfig rope;
+  std::vector<LayerConfig> layers;  // [num_layers]; empty: all as by default
 
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
   int64_t q_size() const { return num_q_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
+  int64_t rotary_dim() const { return rope.rotary_dim == 0 ? head_dim : rope.rotary_dim; }
+  LayerConfig layer(int64_t index) const {
+    return layers.empty() ? LayerConfig{} : layers[static_cast<size_t>(index)];
+  }
 };
 
 // Which heads share one set of positions.

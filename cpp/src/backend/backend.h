@@ -134,6 +134,7 @@ class Backend {
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
   virtual void SiluMul(const SiluMulArgs& args) = 0;
+  virtual void ScaleLogits(const ScaleLogitsArgs& args) = 0;
   virtual void GatherRows(const GatherRowsArgs& args) = 0;
   virtual void Sample(const SampleArgs& args) = 0;
   virtual void Logprobs(const LogprobsArgs& args) = 0;

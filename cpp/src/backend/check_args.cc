@@ -346,6 +346,12 @@ void Check(const SiluMulArgs& args, std::optional<DType> act) {
   op.Tensor("gate_up", args.gate_up, {&tokens, &both}, op.act());
 }
 
+void Check(const ScaleLogitsArgs& args, std::optional<DType> act) {
+  OpCheck op("ScaleLogits", act);
+  Dim rows{"R"}, vocab{"V"};
+  op.Tensor("logits", args.logits, {&rows, &vocab}, op.float32());
+}
+
 void Check(const GatherRowsArgs& args, std::optional<DType> act) {
   OpCheck op("GatherRows", act);
   Dim tokens{"T"}, rows{"R"}, hidden{"H"};

@@ -26,6 +26,7 @@ void Check(const ScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectTopKArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SiluMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const ScaleLogitsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GatherRowsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SampleArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const LogprobsArgs& args, std::optional<DType> act = std::nullopt);

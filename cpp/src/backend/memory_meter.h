@@ -49,6 +49,7 @@ class MemoryMeter : public Backend {
   void SelectTopK(const SelectTopKArgs&) override { Refuse(); }
   void AttentionSparse(const AttentionSparseArgs&) override { Refuse(); }
   void SiluMul(const SiluMulArgs&) override { Refuse(); }
+  void ScaleLogits(const ScaleLogitsArgs&) override { Refuse(); }
   void GatherRows(const GatherRowsArgs&) override { Refuse(); }
   void Sample(const SampleArgs&) override { Refuse(); }
   void Logprobs(const LogprobsArgs&) override { Refuse(); }

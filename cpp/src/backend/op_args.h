@@ -49,7 +49,8 @@ struct PagedKv {
 struct EmbedArgs {
   TensorView token_ids;  // [T] int32, each in [0, V)
   TensorView table;      // [V, H] weight
-  TensorView out;        // [T, H] float32
+  TensorView out;        // [T, H] float32: scale x the row
+  float scale = 1.0f;
 };
 
 struct RmsNormArgs {
@@ -73,7 +74,7 @@ struct LinearArgs {
 };
 
 // cos and sin of position x frequency (a float32 product, as in transformers), once a pass for all
-// layers.
+// layers. Where the frequency is 0 nothing turns: cos is 1, and not scaled.
 struct RopeTableArgs {
   TensorView positions;            // [T] int32; -1 = idle row (its output is not read)
   TensorView seq_idx;              // [T] int32: row of inv_freq
@@ -225,6 +226,12 @@ struct GateUpSiluMulArgs {
 struct AppendShadowScoreKeysArgs {
   AppendShadowArgs append;  // positions[b] = seq_lens[b] - 1, -1 of an idle row; seq_idx[b] = b
   ScoreKeysArgs score;      // .shadow is append.shadow
+};
+
+// In place: logits x scale.
+struct ScaleLogitsArgs {
+  TensorView logits;  // [R, V] float32
+  float scale = 1.0f;
 };
 
 struct GatherRowsArgs {

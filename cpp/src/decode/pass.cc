@@ -23,11 +23,17 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act,
            .hidden = activations_.Make(DType::kFloat32, {t, m.hidden_size}),
            .normed = activations_.Make(act, {t, m.hidden_size}),
            .cos_sin = activations_.Make(DType::kFloat32, {t, m.head_dim}),
+           .still_freq = {},
+           .still_cos_sin = {},
            .qkv = activations_.Make(act, {t, m.q_size() + 2 * m.kv_size()}),
            .q = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .attention_out = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .gate_up = activations_.Make(act, {t, 2 * m.intermediate_size}),
            .mlp = activations_.Make(act, {t, m.intermediate_size})};
+  auto has_rope = [](const LayerConfig& layer) { return layer.has_rope; };
+  if (std::all_of(m.layers.begin(), m.layers.end(), has_rope)) return;
+  full_.still_freq = inputs_.Make(DType::kFloat32, {b, m.head_dim / 2});
+  full_.still_cos_sin = activations_.Make(DType::kFloat32, {t, m.head_dim});
 }
 
 Pass PassBuffers::Take(const PassSize& size) const {
@@ -38,6 +44,10 @@ Pass PassBuffers::Take(const PassSize& size) const {
     *view = view->Rows(0, num_tokens);
   }
   for (TensorView* view : {&pass.page_table, &pass.inv_freq}) *view = view->Rows(0, batch_size);
+  if (pass.still_freq) {
+    pass.still_freq = pass.still_freq.Rows(0, batch_size);
+    pass.still_cos_sin = pass.still_cos_sin.Rows(0, num_tokens);
+  }
   pass.q_starts = pass.q_starts.Rows(0, batch_size + 1);
   pass.inputs = pass.inputs.Rows(0, 2 * num_tokens + batch_size);
   pass.token_ids = pass.inputs.Rows(0, num_tokens);

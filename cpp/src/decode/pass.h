@@ -34,9 +34,12 @@ struct Pass {
   int64_t max_seq_len = 0;
 
   // What the layers write.
-  TensorView hidden;         // [T, H] float32: the residual stream
-  TensorView normed;         // [T, H] act
-  TensorView cos_sin;        // [T, D] float32
+  TensorView hidden;   // [T, H] float32: the residual stream
+  TensorView normed;   // [T, H] act
+  TensorView cos_sin;  // [T, D] float32
+  // For layers without rope, if the model has some: frequencies of 0 and what follows from them.
+  TensorView still_freq;     // [B, D / 2] float32
+  TensorView still_cos_sin;  // [T, D] float32
   TensorView qkv;            // [T, (Hq + 2 Hkv) * D] act
   TensorView q;              // [T, Hq, D] act
   TensorView attention_out;  // [T, Hq, D] act

@@ -11,16 +11,28 @@ Transformer::Transformer(Backend& backend, const ModelConfig& model, const Model
       weights_(weights),
       cache_(cache),
       rope_scaling_(rope_scaling),
-      sm_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.head_dim)))),
-      norm_eps_(static_cast<float>(model.rms_norm_eps)) {}
+      sm_scale_(static_cast<float>(model.attention_scale > 0.0
+                                       ? model.attention_scale
+                                       : 1.0 / std::sqrt(static_cast<double>(model.head_dim)))),
+      embedding_scale_(static_cast<float>(model.embedding_scale / model.residual_scale)),
+      norm_eps_(
+          static_cast<float>(model.rms_norm_eps / (model.residual_scale * model.residual_scale))) {}
 
 void Transformer::Begin(const Pass& pass) const {
-  backend_.Embed({.token_ids = pass.token_ids, .table = weights_.embedding, .out = pass.hidden});
-  backend_.RopeTable({.positions = pass.positions,
-                      .seq_idx = pass.seq_idx,
-                      .inv_freq = pass.inv_freq,
-                      .attention_scaling = rope_scaling_,
-                      .cos_sin = pass.cos_sin});
+  backend_.Embed({.token_ids = pass.token_ids,
+                  .table = weights_.embedding,
+                  .out = pass.hidden,
+                  .scale = embedding_scale_});
+  RopeTableArgs table = {.positions = pass.positions,
+                         .seq_idx = pass.seq_idx,
+                         .inv_freq = pass.inv_freq,
+                         .attention_scaling = rope_scaling_,
+                         .cos_sin = pass.cos_sin};
+  backend_.RopeTable(table);
+  if (!pass.still_cos_sin) return;
+  table.inv_freq = pass.still_freq;
+  table.cos_sin = pass.still_cos_sin;
+  backend_.RopeTable(table);
 }
 
 void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
@@ -29,10 +41,10 @@ void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
       .norm = {.x = pass.hidden, .weight = w.input_norm, .out = pass.normed, .eps = norm_eps_},
       .linear = {.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv},
       .append = {.qkv = pass.qkv,
-                 .cos_sin = pass.cos_sin,
+                 .cos_sin = model_.layer(layer).has_rope ? pass.cos_sin : pass.still_cos_sin,
                  .q_norm = w.q_norm,
                  .k_norm = w.k_norm,
-                 .norm_eps = norm_eps_,
+                 .norm_eps = static_cast<float>(model_.rms_norm_eps),
                  .positions = pass.positions,
                  .seq_idx = pass.seq_idx,
                  .q = pass.q,
@@ -68,6 +80,9 @@ void Transformer::Logits(const TensorView& hidden, const TensorView& normed,
       .norm = {.x = hidden, .weight = weights_.final_norm, .out = normed, .eps = norm_eps_},
       .linear = {.x = normed, .weight = weights_.lm_head, .bias = {}, .out = logits},
   });
+  if (model_.logit_scale != 1.0) {
+    backend_.ScaleLogits({logits, static_cast<float>(model_.logit_scale)});
+  }
 }
 
 }  // namespace tidal

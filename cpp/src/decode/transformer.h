@@ -44,6 +44,9 @@ class Transformer {
   const PagedKvCache& cache_;
   float rope_scaling_;
   float sm_scale_;
+  // The residual stream is kept divided by residual_scale: then what the layers add needs no
+  // factor, and norms undo the division, with eps divided by its square.
+  float embedding_scale_;
   float norm_eps_;
 };
 

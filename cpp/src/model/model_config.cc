@@ -28,6 +28,9 @@ void CheckPositive(const char* field, double value) {
 
 void ValidateRope(const ModelConfig& model) {
   const RopeConfig& rope = model.rope;
+  TIDAL_CHECK(rope.rotary_dim >= 0 && rope.rotary_dim <= model.head_dim && rope.rotary_dim % 2 == 0,
+              ConfigError, "rope rotary_dim: got ", rope.rotary_dim,
+              ", expected an even number up to head_dim ", model.head_dim);
   CheckPositive("rope theta", rope.theta);
   CheckPositive("rope factor", rope.factor);
   bool needs_original = rope.type == RopeType::kLlama3 || rope.type == RopeType::kYarn ||
@@ -43,10 +46,11 @@ void ValidateRope(const ModelConfig& model) {
                 ", expected more than low_freq_factor ", rope.low_freq_factor);
   }
   if (rope.type == RopeType::kLongrope) {
-    auto half = static_cast<size_t>(model.head_dim / 2);
+    auto half = static_cast<size_t>(model.rotary_dim() / 2);
     TIDAL_CHECK(rope.short_factor.size() == half && rope.long_factor.size() == half, ConfigError,
                 "rope short_factor and long_factor: got ", rope.short_factor.size(), " and ",
-                rope.long_factor.size(), " values, expected ", half, " each (head_dim / 2)");
+                rope.long_factor.size(), " values, expected ", half,
+                " each (half of the dims that turn)");
   }
 }
 
@@ -66,6 +70,13 @@ void ValidateModelConfig(const ModelConfig& model) {
               ", expected an even number (rotary halves)");
   TIDAL_CHECK(model.num_q_heads % model.num_kv_heads == 0, ConfigError, "num_kv_heads: got ",
               model.num_kv_heads, ", expected a divisor of num_q_heads ", model.num_q_heads);
+  CheckPositive("embedding_scale", model.embedding_scale);
+  CheckPositive("residual_scale", model.residual_scale);
+  CheckPositive("logit_scale", model.logit_scale);
+  if (model.attention_scale != 0.0) CheckPositive("attention_scale", model.attention_scale);
+  TIDAL_CHECK(model.layers.empty() || static_cast<int64_t>(model.layers.size()) == model.num_layers,
+              ConfigError, "layers: got ", model.layers.size(), ", expected none or num_layers ",
+              model.num_layers);
   ValidateRope(model);
 }
 

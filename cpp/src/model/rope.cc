@@ -112,30 +112,32 @@ double LongropeAttentionScaling(const RopeConfig& rope) {
 
 RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len) {
   const RopeConfig& rope = model.rope;
+  const int64_t dim = model.rotary_dim();
   Frequencies freq;
   double scaling = 1.0;
   switch (rope.type) {
     case RopeType::kDefault:
-      freq = Default(rope.theta, model.head_dim);
+      freq = Default(rope.theta, dim);
       break;
     case RopeType::kLinear:
-      freq = Linear(rope, model.head_dim);
+      freq = Linear(rope, dim);
       break;
     case RopeType::kDynamic:
-      freq = Dynamic(rope, model.head_dim, model.max_position_embeddings, seq_len);
+      freq = Dynamic(rope, dim, model.max_position_embeddings, seq_len);
       break;
     case RopeType::kLlama3:
-      freq = Llama3(rope, model.head_dim);
+      freq = Llama3(rope, dim);
       break;
     case RopeType::kYarn:
-      freq = Yarn(rope, model.head_dim);
+      freq = Yarn(rope, dim);
       scaling = YarnAttentionScaling(rope);
       break;
     case RopeType::kLongrope:
-      freq = Longrope(rope, model.head_dim, seq_len);
+      freq = Longrope(rope, dim, seq_len);
       scaling = LongropeAttentionScaling(rope);
       break;
   }
+  freq.resize(static_cast<size_t>(model.head_dim / 2), 0.0);
   return {std::vector<float>(freq.begin(), freq.end()), static_cast<float>(scaling)};
 }
 

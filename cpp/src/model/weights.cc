@@ -18,14 +18,20 @@ namespace {
 // out of the way: two or four are in memory at a time.
 constexpr int64_t kPieceBytes = int64_t{16} << 20;
 
+struct RowRun {
+  int64_t begin, count;
+};
+using RowRuns = std::vector<RowRun>;
+
 // Tensors that are stacked, in order, into one device tensor.
 struct Placement {
   TensorView* target;
   Weight* matrix;  // whose data the target is, if it may be in codes; else nullptr
   std::vector<std::string> names;
-  std::vector<int64_t> rows;  // of each name
-  int64_t columns;            // 0: vectors
-  std::string expected_from;  // how the shape follows from the config, for the error
+  std::vector<int64_t> rows;       // of each name
+  int64_t columns;                 // 0: vectors
+  std::string expected_from;       // how the shape follows from the config, for the error
+  std::vector<RowRuns> runs = {};  // of each name's rows, in the order in which they are stacked
 };
 
 // Shape of the i-th name.
@@ -68,12 +74,20 @@ class Planner {
     std::string sizes =
         Concat("hidden_size ", m.hidden_size, ", intermediate_size ", m.intermediate_size);
 
+    const RowRuns q = RotatedRows(m.num_q_heads), k = RotatedRows(m.num_kv_heads);
+    const RowRuns v = {{0, m.kv_size()}}, one_head = RotatedRows(1);
     Add(&layer.input_norm, {prefix + "input_layernorm.weight"}, {m.hidden_size}, 0, "hidden_size");
     AddMatrix(&layer.qkv, WithSuffix(qkv, ".weight"), qkv_rows, m.hidden_size, heads);
-    if (m.qkv_bias) Add(&layer.qkv_bias, WithSuffix(qkv, ".bias"), qkv_rows, 0, heads);
+    placements_.back().runs = {q, k, v};
+    if (m.qkv_bias) {
+      Add(&layer.qkv_bias, WithSuffix(qkv, ".bias"), qkv_rows, 0, heads);
+      placements_.back().runs = {q, k, v};
+    }
     if (m.qk_norm) {
       Add(&layer.q_norm, {attn + "q_norm.weight"}, {m.head_dim}, 0, "head_dim");
+      placements_.back().runs = {one_head};
       Add(&layer.k_norm, {attn + "k_norm.weight"}, {m.head_dim}, 0, "head_dim");
+      placements_.back().runs = {one_head};
     }
     AddMatrix(&layer.o, {attn + "o_proj.weight"}, {m.hidden_size}, m.q_size(), heads);
     if (m.o_bias) Add(&layer.o_bias, {attn + "o_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
@@ -90,10 +104,27 @@ class Planner {
     }
   }
 
+  // The rows of q or k so that dim i turns with dim i + head_dim / 2, as the engine has it: a
+  // checkpoint has those that turn in front, and turns dim i with dim i + rotary_dim / 2. Scores
+  // are the same for any order that q and k share.
+  RowRuns RotatedRows(int64_t num_heads) const {
+    const int64_t dim = model_.head_dim, rotary = model_.rotary_dim(), still = (dim - rotary) / 2;
+    if (still == 0) return {{0, num_heads * dim}};
+    RowRuns runs;
+    for (int64_t begin = 0; begin < num_heads * dim; begin += dim) {
+      runs.insert(runs.end(), {{begin, rotary / 2},
+                               {begin + rotary, still},
+                               {begin + rotary / 2, rotary / 2},
+                               {begin + rotary + still, still}});
+    }
+    return runs;
+  }
+
   void Add(TensorView* target, std::vector<std::string> names, std::vector<int64_t> rows,
            int64_t columns, std::string expected_from) {
     placements_.push_back(
         {target, nullptr, std::move(names), std::move(rows), columns, std::move(expected_from)});
+    for (int64_t count : placements_.back().rows) placements_.back().runs.push_back({{0, count}});
   }
 
   void AddMatrix(Weight* target, std::vector<std::string> names, std::vector<int64_t> rows,
@@ -130,6 +161,12 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
   for (const std::string& name : placement.names) {
     const CodedInfo* other = source.FindCodes(name);
     if (other == nullptr || *other != *coded) return {};
+  }
+  // Codes of several rows may share a word.
+  for (const RowRuns& runs : placement.runs) {
+    for (const RowRun& run : runs) {
+      if (runs.size() > 1 && (run.begin % 8 != 0 || run.count % 8 != 0)) return {};
+    }
   }
   const int64_t rows = NumRows(placement), columns = placement.columns;
   const int64_t groups = coded->num_groups(columns);
@@ -216,9 +253,11 @@ class Loader {
     int64_t columns = std::max<int64_t>(placement.columns, 1);
     char* target = static_cast<char*>(placement.target->ptr);
     for (size_t i = 0; i < placement.names.size(); ++i) {
-      int64_t count = placement.rows[i] * columns;
-      LoadTensor(placement.names[i], count, target, progress);
-      target += count * DTypeBytes(dtype_);
+      for (const RowRun& run : placement.runs[i]) {
+        LoadElements(placement.names[i], {run.begin * columns, run.count * columns}, target,
+                     progress);
+        target += run.count * columns * DTypeBytes(dtype_);
+      }
     }
   }
 
@@ -234,19 +273,24 @@ class Loader {
     std::vector<uint8_t> piece_zeros(weight.zeros ? piece_scales.size() : 0);
     char* target = static_cast<char*>(weight.data.ptr);
     int64_t row = 0;  // of the stack
+    auto load = [&](const std::string& name, int64_t begin, int64_t end) {
+      const int64_t bytes = (end - begin) * row_bytes;
+      void* host = backend_.BeginUpload(target, bytes);
+      source_.ReadCodes(name, begin, end,
+                        {host, piece_scales.data(), weight.zeros ? piece_zeros.data() : nullptr});
+      backend_.CommitUpload(target, bytes);
+      Turn(piece_scales, {end - begin, groups}, scales.data() + row, rows);
+      if (weight.zeros) Turn(piece_zeros, {end - begin, groups}, zeros.data() + row, rows);
+      target += bytes;
+      row += end - begin;
+      Report(bytes, progress);
+    };
     for (size_t i = 0; i < placement.names.size(); ++i) {
-      for (int64_t begin = 0; begin < placement.rows[i]; begin += piece) {
-        const int64_t end = std::min(begin + piece, placement.rows[i]);
-        const int64_t bytes = (end - begin) * row_bytes;
-        void* host = backend_.BeginUpload(target, bytes);
-        source_.ReadCodes(placement.names[i], begin, end,
-                          {host, piece_scales.data(), weight.zeros ? piece_zeros.data() : nullptr});
-        backend_.CommitUpload(target, bytes);
-        Turn(piece_scales, {end - begin, groups}, scales.data() + row, rows);
-        if (weight.zeros) Turn(piece_zeros, {end - begin, groups}, zeros.data() + row, rows);
-        target += bytes;
-        row += end - begin;
-        Report(bytes, progress);
+      for (const RowRun& run : placement.runs[i]) {
+        const int64_t end = run.begin + run.count;
+        for (int64_t begin = run.begin; begin < end; begin += piece) {
+          load(placement.names[i], begin, std::min(begin + piece, end));
+        }
       }
     }
     UploadScales(scales, weight.scales, progress);
@@ -291,14 +335,15 @@ class Loader {
     if (progress) progress(done_, total_);
   }
 
-  void LoadTensor(const std::string& name, int64_t count, char* target,
-                  const LoadProgress& progress) {
+  // `run`: elements of the tensor.
+  void LoadElements(const std::string& name, const RowRun& run, char* target,
+                    const LoadProgress& progress) {
     DType from = source_.Find(name)->dtype;
     int64_t piece = kPieceBytes / std::max(DTypeBytes(from), DTypeBytes(dtype_));  // elements
-    for (int64_t begin = 0; begin < count; begin += piece) {
-      int64_t n = std::min(piece, count - begin);
+    for (int64_t done = 0; done < run.count; done += piece) {
+      int64_t n = std::min(piece, run.count - done), begin = run.begin + done;
       int64_t bytes = n * DTypeBytes(dtype_);
-      char* dst = target + begin * DTypeBytes(dtype_);
+      char* dst = target + done * DTypeBytes(dtype_);
       void* host = backend_.BeginUpload(dst, bytes);
       if (from == dtype_) {
         source_.Read(name, begin * DTypeBytes(from), bytes, host);

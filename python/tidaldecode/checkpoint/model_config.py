@@ -1,7 +1,7 @@
 """config.json: which model a folder holds, checked field by field.
 
-Called by model_folder.py. Supported are the dense decoders of the Llama kind (llama, mistral,
-qwen2, qwen3). transformers accepts configs that cannot run (hidden_size -64, an unknown rope type,
+Called by model_folder.py. Supported are dense decoders of the Llama kind (families.py).
+transformers accepts configs that cannot run (hidden_size -64, an unknown rope type,
 factor "abc"), so nothing is taken over from it; defaults for absent fields are its own.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidaldecode.checkpoint.families import FAMILIES, Family
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.quant_scheme import Quantization
@@ -28,15 +29,6 @@ _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 1024
 _MAX_POSITIONS = 2**28
 
-# What transformers assumes where a config of the family leaves the field out.
-_FAMILY_DEFAULTS: dict[str, dict[str, int | None]] = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "head_dim": None},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "head_dim": None},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": None},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-}
-MODEL_FAMILIES = tuple(_FAMILY_DEFAULTS)
-
 # Parts of a model_type and why models with it are refused; the first that fits speaks.
 _REFUSAL_REASONS = (
     ("moe", "mixture-of-experts layers are not supported"),
@@ -48,7 +40,8 @@ _REFUSAL_REASONS = (
     ("qwen3_5", "linear attention layers are not supported"),
     ("mamba", "state-space layers are not supported"),
     ("gemma", "its scaled embeddings, soft caps and sliding layers are not supported"),
-    ("phi", "fused projections and partial rotary embeddings are not supported"),
+    ("phimoe", "mixture-of-experts layers are not supported"),
+    ("phi", "models with other parts than text, or of the first generations, are not supported"),
     ("mistral3", "models with a vision part are not supported"),
     ("mllama", "models with a vision part are not supported"),
     ("_vl", "models with a vision part are not supported"),
@@ -56,6 +49,13 @@ _REFUSAL_REASONS = (
     ("t5", "encoder-decoder models are not supported"),
     ("bert", "encoder models are not supported"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Fields and meaning of C++ LayerConfig (cpp/include/tidal/config.h)."""
+
+    has_rope: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,12 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float = 0.0
+    logit_scale: float = 1.0
     rope: RopeConfig = field(default_factory=RopeConfig)
+    layers: tuple[LayerConfig, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -95,7 +100,7 @@ class ModelConfig:
 class CheckpointConfig:
     """All of config.json that the package uses."""
 
-    family: str  # "llama", "mistral", "qwen2" or "qwen3"
+    family: str  # a name in families.py
     name: str  # what the config calls the model; may be empty
     dtype: str | None  # "float32", "bfloat16", "float16"; None if the config does not say
     eos_token_ids: tuple[int, ...]
@@ -115,8 +120,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     raw = read_json_object(path)
     where = str(path)
     family = _read_family(raw, where)
-    _refuse_unsupported_features(raw, where)
-    model = _read_model(raw, family, where)
+    _refuse_unsupported_features(raw, FAMILIES[family], where)
+    model = _read_model(raw, FAMILIES[family], where)
     quantization = read_quantization(raw, where)
     name = raw.get("_name_or_path")
     eos_token_ids, notes = read_token_ids(raw, "eos_token_id", model.vocab_size, where)
@@ -162,7 +167,7 @@ def read_token_ids(
 
 def _read_family(raw: Mapping[str, Any], where: str) -> str:
     family = raw.get("model_type")
-    if isinstance(family, str) and family in MODEL_FAMILIES:
+    if isinstance(family, str) and family in FAMILIES:
         return family
     reason = "its layers are not known to this engine"
     if family is None:
@@ -171,12 +176,11 @@ def _read_family(raw: Mapping[str, Any], where: str) -> str:
         reasons = (why for part, why in _REFUSAL_REASONS if part in family.lower())
         reason = next(reasons, reason)
     raise ConfigError(
-        f"{where}: model_type: got {show(family)}, expected one of {', '.join(MODEL_FAMILIES)}: "
-        f"{reason}"
+        f"{where}: model_type: got {show(family)}, expected one of {', '.join(FAMILIES)}: {reason}"
     )
 
 
-def _refuse_unsupported_features(raw: Mapping[str, Any], where: str) -> None:
+def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: str) -> None:
     if raw.get("auto_map"):
         raise ConfigError(
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
@@ -185,18 +189,29 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], where: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(f"{where}: hidden_act: got {show(activation)}, expected 'silu'")
+    most = 0 if family.is_hybrid else 1  # beside a hybrid's experts there is an MLP
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if isinstance(raw.get(key), int) and raw[key] > 1:
+        count = raw.get(key)
+        if count is None and family.is_hybrid and key == "num_local_experts":
             raise ConfigError(
-                f"{where}: {key}: got {raw[key]}: mixture-of-experts layers are not supported"
+                f"{where}: {key} is missing, which means experts; expected 0: mixture-of-experts "
+                "layers are not supported"
+            )
+        if isinstance(count, int) and count > most:
+            raise ConfigError(
+                f"{where}: {key}: got {count}: mixture-of-experts layers are not supported"
             )
 
 
-def _read_model(raw: Mapping[str, Any], family: str, where: str) -> ModelConfig:
-    defaults = _FAMILY_DEFAULTS[family]
-
+def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     def size(key: str, high: int, **options: Any) -> Any:
         return read_int(raw, key, low=1, high=high, where=where, **options)
+
+    def has(bias: bool | str) -> bool:
+        if isinstance(bias, bool):
+            return bias
+        default = bias == "attention_bias" and family.attention_bias
+        return read_bool(raw, bias, where=where, default=default)
 
     num_layers = size("num_hidden_layers", _MAX_LAYERS)
     hidden_size = size("hidden_size", _MAX_HIDDEN)
@@ -204,7 +219,7 @@ def _read_model(raw: Mapping[str, Any], family: str, where: str) -> ModelConfig:
     if raw.get("num_key_value_heads", 0) is None:
         num_kv_heads = num_q_heads  # null: one KV head per query head
     else:
-        default = defaults["num_key_value_heads"] or num_q_heads
+        default = family.num_key_value_heads or num_q_heads
         num_kv_heads = size("num_key_value_heads", _MAX_HEADS, default=default)
     if num_q_heads % num_kv_heads != 0:
         raise ConfigError(
@@ -212,30 +227,89 @@ def _read_model(raw: Mapping[str, Any], family: str, where: str) -> ModelConfig:
             f"num_attention_heads {num_q_heads}"
         )
     max_positions = size(
-        "max_position_embeddings", _MAX_POSITIONS, default=defaults["max_position_embeddings"]
+        "max_position_embeddings", _MAX_POSITIONS, default=family.max_position_embeddings
     )
-    head_dim = _read_head_dim(raw, defaults["head_dim"], hidden_size, num_q_heads, where)
-    _refuse_sliding_layers(raw, family, num_layers, max_positions, where)
-    attention_bias = family in ("llama", "qwen3") and read_bool(
-        raw, "attention_bias", where=where, default=False
-    )
+    head_dim = _read_head_dim(raw, family.head_dim, hidden_size, num_q_heads, where)
+    _check_layer_types(raw, family, num_layers, where)
+    _refuse_windows(raw, family, num_layers, max_positions, where)
     return ModelConfig(
         vocab_size=size("vocab_size", _MAX_VOCAB),
         hidden_size=hidden_size,
-        intermediate_size=size("intermediate_size", _MAX_INTERMEDIATE),
+        intermediate_size=size(family.intermediate_size, _MAX_INTERMEDIATE),
         num_layers=num_layers,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rms_norm_eps=read_float(raw, "rms_norm_eps", where=where, default=1e-6, high=1.0),
-        qkv_bias=attention_bias or family == "qwen2",
-        o_bias=attention_bias,
-        mlp_bias=family == "llama" and read_bool(raw, "mlp_bias", where=where, default=False),
-        qk_norm=family == "qwen3",
-        tie_word_embeddings=read_bool(raw, "tie_word_embeddings", where=where, default=False),
-        rope=read_rope(raw, head_dim=head_dim, max_position_embeddings=max_positions, where=where),
+        rms_norm_eps=read_float(
+            raw, "rms_norm_eps", where=where, default=family.rms_norm_eps, high=1.0
+        ),
+        qkv_bias=has(family.qkv_bias),
+        o_bias=has(family.o_bias),
+        mlp_bias=has(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=read_bool(
+            raw, "tie_word_embeddings", where=where, default=family.tie_word_embeddings
+        ),
+        rope=read_rope(
+            raw,
+            family=family,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            where=where,
+        ),
+        layers=_read_layers(raw, family, num_layers, where),
+        **_read_multipliers(raw, family, where),
     )
+
+
+def _read_multipliers(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
+    if not family.has_multipliers:
+        return {}
+
+    def number(key: str) -> float:
+        value: float = read_float(raw, key, where=where, default=1.0)
+        return value
+
+    return {
+        "embedding_scale": number("embedding_multiplier"),
+        "residual_scale": number("residual_multiplier"),
+        "attention_scale": number("attention_multiplier"),
+        "logit_scale": 1.0 / number("logits_scaling"),
+    }
+
+
+def _read_layers(
+    raw: Mapping[str, Any], family: Family, num_layers: int, where: str
+) -> tuple[LayerConfig, ...]:
+    """Layer by layer; () if all are as by default."""
+    if family.has_layers_without_rope:
+        rotates = _rotating_layers(raw, num_layers, where)
+    elif family.is_hybrid:
+        rotates = [raw.get("position_embedding_type") == "rope"] * num_layers
+    else:
+        return ()
+    return () if all(rotates) else tuple(LayerConfig(has_rope=bool(each)) for each in rotates)
+
+
+def _rotating_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> list[int]:
+    """1 for each layer that rotates q and k, else 0."""
+    rotates = raw.get("no_rope_layers")
+    if rotates is None:
+        interval = read_int(
+            raw, "no_rope_layer_interval", low=1, high=_MAX_LAYERS, where=where, default=4
+        )
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if (
+        not isinstance(rotates, list)
+        or len(rotates) < num_layers
+        or any(value not in (0, 1) for value in rotates)
+    ):
+        raise ConfigError(
+            f"{where}: no_rope_layers: got {show(rotates)}, expected a list of {num_layers} "
+            "numbers (num_hidden_layers), 1 for a layer with rotation and 0 for one without"
+        )
+    return rotates[:num_layers]
 
 
 def _read_head_dim(
@@ -260,34 +334,47 @@ def _read_head_dim(
     return head_dim
 
 
-def _refuse_sliding_layers(
-    raw: Mapping[str, Any], family: str, num_layers: int, max_positions: int, where: str
-) -> None:
-    """Refuses layers that do not attend to the whole context; a window never reached is none."""
+def _check_layer_types(raw: Mapping[str, Any], family: Family, num_layers: int, where: str) -> None:
+    """Refuses layers that do not attend to the whole context."""
     layer_types = raw.get("layer_types")
-    if layer_types is not None:
-        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-            count = len(layer_types) if isinstance(layer_types, list) else show(layer_types)
+    if layer_types is None:
+        if family.is_hybrid:
             raise ConfigError(
-                f"{where}: layer_types: got {count}, expected a list of {num_layers} names "
-                "(num_hidden_layers)"
+                f"{where}: layer_types is missing, so all layers are state-space layers, which are "
+                "not supported"
             )
-        for index, kind in enumerate(layer_types):
-            if kind != "full_attention":
-                raise ConfigError(
-                    f"{where}: layer_types: layer {index} is {show(kind)}, expected "
-                    "'full_attention': other kinds of attention are not supported"
-                )
-    if family.startswith("qwen"):
-        uses_window = read_bool(raw, "use_sliding_window", where=where, default=False)
-        first = read_int(raw, "max_window_layers", low=0, high=2**31 - 1, where=where, default=28)
-        if layer_types is not None or not uses_window or first >= num_layers:
-            return
-        window = raw.get("sliding_window", 4096)
-    elif family == "mistral":
-        window = raw.get("sliding_window", 4096)
-    else:
         return
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        count = len(layer_types) if isinstance(layer_types, list) else show(layer_types)
+        raise ConfigError(
+            f"{where}: layer_types: got {count}, expected a list of {num_layers} names "
+            "(num_hidden_layers)"
+        )
+    for index, kind in enumerate(layer_types):
+        if kind not in family.full_attention:
+            raise ConfigError(
+                f"{where}: layer_types: layer {index} is {show(kind)}, expected "
+                f"{family.full_attention[-1]!r}: other kinds of layers are not supported"
+            )
+
+
+def _refuse_windows(
+    raw: Mapping[str, Any], family: Family, num_layers: int, max_positions: int, where: str
+) -> None:
+    """Refuses a sliding window in use; one never reached is none."""
+    if not family.has_window:
+        return
+    if family.window_switch is not None:
+        uses_window = read_bool(raw, family.window_switch, where=where, default=False)
+        if raw.get("layer_types") is not None or not uses_window:
+            return
+        default = family.max_window_layers
+        first = read_int(
+            raw, "max_window_layers", low=0, high=2**31 - 1, where=where, default=default
+        )
+        if default and first >= num_layers:
+            return
+    window = raw.get("sliding_window", family.sliding_window)
     if window is None:
         return
     window = read_int(

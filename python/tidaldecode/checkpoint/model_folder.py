@@ -102,7 +102,7 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
     )
     tensors = ModelTensors(entries=[], model=checkpoint.model, notes=())
     if load_format != "dummy":
-        tensors = find_weights(path, checkpoint.model, checkpoint.quantization)
+        tensors = find_weights(path, checkpoint)
     # The config's word counts, as in transformers; files alone decide only where it is silent.
     plain = (entry.dtype for entry in tensors.entries if isinstance(entry, TensorEntry))
     stored_dtype = WEIGHT_DTYPES[next(plain, "BF16")]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tidaldecode.checkpoint.families import Family
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.errors import ConfigError, show
 
@@ -27,6 +28,7 @@ class RopeConfig:
 
     type: str = "default"
     theta: float = 10000.0
+    rotary_dim: int = 0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -42,13 +44,19 @@ class RopeConfig:
 
 
 def read_rope(
-    raw: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int, where: str
+    raw: Mapping[str, Any],
+    *,
+    family: Family,
+    head_dim: int,
+    max_position_embeddings: int,
+    where: str,
 ) -> RopeConfig:
     """The rotary embedding a config.json asks for.
 
     Args:
         raw: the whole config.json.
-        head_dim: checked against the lengths of longrope's factor lists.
+        family: says what absent fields mean, and whether heads may be rotated in part.
+        head_dim: of which partial_rotary_factor is a share.
         max_position_embeddings: stands in for an absent original length, as in transformers.
         where: the file, for messages.
 
@@ -57,25 +65,30 @@ def read_rope(
     parameters, name = _find_parameters(raw, where)
     inside = f"{where}: {name}"
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if isinstance(rope_type, str):
+        rope_type = family.rope_types.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
         )
-    _check_partial_rotary(raw, parameters, where)
+    rotary_dim = _read_rotary_dim(raw, parameters, family, head_dim, where)
     theta_source = parameters if parameters.get("rope_theta") is not None else raw
-    theta = read_float(theta_source, "rope_theta", where=where, default=10000.0)
+    theta = read_float(theta_source, "rope_theta", where=where, default=family.rope_theta)
+    whole = RopeConfig(theta=theta, rotary_dim=0 if rotary_dim == head_dim else rotary_dim)
     if rope_type == "default":
-        return RopeConfig(theta=theta)
+        return whole
     if rope_type in ("linear", "dynamic"):
         factor = read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True)
-        return RopeConfig(type=rope_type, theta=theta, factor=factor)
-    original = _original_length(raw, parameters, max_position_embeddings, where, inside)
+        return replace(whole, type=rope_type, factor=factor)
+    default = family.original_max_position_embeddings or max_position_embeddings
+    original = _original_length(raw, parameters, default, where, inside)
+    whole = replace(whole, type=rope_type, original_max_position_embeddings=original)
     if rope_type == "llama3":
-        return _read_llama3(parameters, theta, original, inside)
+        return _read_llama3(parameters, whole, inside)
     ratio = max(1.0, max_position_embeddings / original)
     if rope_type == "yarn":
-        return _read_yarn(parameters, theta, original, ratio, inside)
-    return _read_longrope(parameters, theta, original, ratio, head_dim, inside)
+        return _read_yarn(parameters, whole, ratio, inside)
+    return _read_longrope(parameters, whole, ratio, rotary_dim, inside)
 
 
 def _find_parameters(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
@@ -99,58 +112,69 @@ def _find_parameters(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, A
     return full, f"{name}.full_attention"
 
 
-def _check_partial_rotary(
-    raw: Mapping[str, Any], parameters: Mapping[str, Any], where: str
-) -> None:
-    for source in (parameters, raw):
-        share = read_float(source, "partial_rotary_factor", where=where, default=1.0)
-        if share != 1.0:
+def _read_rotary_dim(
+    raw: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    family: Family,
+    head_dim: int,
+    where: str,
+) -> int:
+    """How many dims of a head turn; rope_parameters' share wins over the top-level one."""
+    rotary_dim = head_dim
+    for source in (raw, parameters):
+        share = read_float(source, "partial_rotary_factor", where=where, default=None, high=1.0)
+        if share is None:
+            continue
+        rotary_dim = int(head_dim * share)
+        if share != 1.0 and not family.has_partial_rotation:
             raise ConfigError(
-                f"{where}: partial_rotary_factor: got {share:g}, expected 1: heads that are "
-                "rotated only in part are not supported"
+                f"{where}: partial_rotary_factor: got {share:g}, expected 1: models of this type "
+                "rotate all of a head"
             )
+    if rotary_dim < 2 or rotary_dim % 2 != 0:
+        raise ConfigError(
+            f"{where}: partial_rotary_factor: {rotary_dim} of {head_dim} dims turn, expected an "
+            "even number of them"
+        )
+    return rotary_dim
 
 
 def _original_length(
     raw: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    max_position_embeddings: int,
+    default: int,
     where: str,
     inside: str,
 ) -> int:
     """The length trained before scaling: the top-level value wins, then the dictionary's."""
     key = "original_max_position_embeddings"
-    fallback = read_int(
-        parameters, key, low=1, high=_MAX_POSITIONS, where=inside, default=max_position_embeddings
-    )
+    fallback = read_int(parameters, key, low=1, high=_MAX_POSITIONS, where=inside, default=default)
     original: int = read_int(raw, key, low=1, high=_MAX_POSITIONS, where=where, default=fallback)
     return original
 
 
-def _read_llama3(
-    parameters: Mapping[str, Any], theta: float, original: int, inside: str
-) -> RopeConfig:
+def _read_llama3(parameters: Mapping[str, Any], rope: RopeConfig, inside: str) -> RopeConfig:
     low = read_float(parameters, "low_freq_factor", where=inside)
     high = read_float(parameters, "high_freq_factor", where=inside)
     if high <= low:
         raise ConfigError(
             f"{inside}: high_freq_factor: got {high:g}, expected more than low_freq_factor {low:g}"
         )
-    return RopeConfig(
-        type="llama3",
-        theta=theta,
+    return replace(
+        rope,
         factor=read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position_embeddings=original,
     )
 
 
 def _read_yarn(
-    parameters: Mapping[str, Any], theta: float, original: int, ratio: float, inside: str
+    parameters: Mapping[str, Any], rope: RopeConfig, ratio: float, inside: str
 ) -> RopeConfig:
-    if theta <= 1.0:
-        raise ConfigError(f"{inside}: rope_theta: got {theta:g}, expected more than 1 for yarn")
+    if rope.theta <= 1.0:
+        raise ConfigError(
+            f"{inside}: rope_theta: got {rope.theta:g}, expected more than 1 for yarn"
+        )
     fast = read_float(parameters, "beta_fast", where=inside, default=32.0)
     slow = read_float(parameters, "beta_slow", where=inside, default=1.0)
     if fast < slow:
@@ -162,13 +186,11 @@ def _read_yarn(
         value: float = read_float(parameters, key, where=inside, default=0.0, low_is_allowed=True)
         return value
 
-    return RopeConfig(
-        type="yarn",
-        theta=theta,
+    return replace(
+        rope,
         factor=read_float(
             parameters, "factor", where=inside, low=1.0, low_is_allowed=True, default=ratio
         ),
-        original_max_position_embeddings=original,
         attention_factor=read_float(parameters, "attention_factor", where=inside, default=None),
         beta_fast=fast,
         beta_slow=slow,
@@ -179,38 +201,32 @@ def _read_yarn(
 
 
 def _read_longrope(
-    parameters: Mapping[str, Any],
-    theta: float,
-    original: int,
-    ratio: float,
-    head_dim: int,
-    inside: str,
+    parameters: Mapping[str, Any], rope: RopeConfig, ratio: float, rotary_dim: int, inside: str
 ) -> RopeConfig:
+    original = rope.original_max_position_embeddings
     if original < 2:  # the attention factor divides by its logarithm
         raise ConfigError(
             f"{inside}: original_max_position_embeddings: got {original}, expected at least 2"
         )
-    return RopeConfig(
-        type="longrope",
-        theta=theta,
+    return replace(
+        rope,
         factor=read_float(
             parameters, "factor", where=inside, low=1.0, low_is_allowed=True, default=ratio
         ),
-        original_max_position_embeddings=original,
         attention_factor=read_float(parameters, "attention_factor", where=inside, default=None),
-        short_factor=_factor_list(parameters, "short_factor", head_dim, inside),
-        long_factor=_factor_list(parameters, "long_factor", head_dim, inside),
+        short_factor=_factor_list(parameters, "short_factor", rotary_dim, inside),
+        long_factor=_factor_list(parameters, "long_factor", rotary_dim, inside),
     )
 
 
 def _factor_list(
-    parameters: Mapping[str, Any], key: str, head_dim: int, inside: str
+    parameters: Mapping[str, Any], key: str, rotary_dim: int, inside: str
 ) -> tuple[float, ...]:
     values = parameters.get(key)
-    expected = f"a list of {head_dim // 2} numbers > 0 (head_dim {head_dim} / 2)"
+    expected = f"a list of {rotary_dim // 2} numbers > 0 (half of the {rotary_dim} dims that turn)"
     if not isinstance(values, list):
         raise ConfigError(f"{inside}: {key}: got {show(values)}, expected {expected}")
-    if len(values) != head_dim // 2:
+    if len(values) != rotary_dim // 2:
         raise ConfigError(f"{inside}: {key}: got {len(values)} numbers, expected {expected}")
     for value in values:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

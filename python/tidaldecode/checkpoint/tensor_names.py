@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tidaldecode.checkpoint.families import FAMILIES, Family
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
-from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT, Quantization
+from tidaldecode.checkpoint.model_config import CheckpointConfig, ModelConfig
+from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT
 from tidaldecode.checkpoint.quantized_tensors import (
+    WEIGHT_DTYPES,
     QuantizedTensor,
     Stored,
     StoredParts,
@@ -85,24 +87,22 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
 
 
 def select_tensors(
-    entries: list[TensorEntry],
-    model: ModelConfig,
-    quantization: Quantization | None,
-    folder: Path,
+    entries: list[TensorEntry], checkpoint: CheckpointConfig, folder: Path
 ) -> ModelTensors:
     """Picks the tensors of the model out of all that are stored.
 
     Args:
         entries: of all files, in file order.
-        model: as config.json says.
-        quantization: as config.json says; None without one.
+        checkpoint: as config.json says.
         folder: for messages.
 
     Raises: WeightsError for tensors that are missing, or that would change what a layer computes.
     """
+    model, quantization = checkpoint.model, checkpoint.quantization
     stored = join_parts(entries)
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
+    found = _in_engine_parts(found, FAMILIES[checkpoint.family], model)
     notes: list[str] = []
     if model.tie_word_embeddings:
         model = _settle_head(found, model, folder, notes)
@@ -122,6 +122,64 @@ def select_tensors(
         if name in needed
     ]
     return ModelTensors(entries=selected, model=model, notes=tuple(notes))
+
+
+def _in_engine_parts(
+    found: Mapping[str, Stored], family: Family, model: ModelConfig
+) -> dict[str, Stored]:
+    """The same with the engine's names of a layer's parts, those that are stacked one by one."""
+    rows = {
+        "self_attn.q_proj": model.num_q_heads * model.head_dim,
+        "self_attn.k_proj": model.num_kv_heads * model.head_dim,
+        "self_attn.v_proj": model.num_kv_heads * model.head_dim,
+        "mlp.gate_proj": model.intermediate_size,
+        "mlp.up_proj": model.intermediate_size,
+    }
+    result: dict[str, Stored] = {}
+    for name, entry in found.items():
+        layer = _LAYER.match(name)
+        part, dot, kind = name[layer.end() :].rpartition(".") if layer else ("", "", "")
+        if layer and part in family.renamed:
+            name = f"{layer[0]}{family.renamed[part]}{dot}{kind}"
+        if layer is None or part not in family.stacked:
+            result[name] = entry
+            continue
+        parts = family.stacked[part]
+        pieces = _split_rows(entry, [rows[each] for each in parts])
+        for each, piece in zip(parts, pieces, strict=True):
+            result[f"{layer[0]}{each}{dot}{kind}"] = piece
+    return result
+
+
+def _split_rows(entry: Stored, rows: Sequence[int]) -> list[TensorEntry]:
+    """A tensor of a file as several, one below the other.
+
+    Raises: WeightsError for one of other rows, or a quantised one.
+    """
+    if isinstance(entry, StoredParts) or entry.dtype not in WEIGHT_DTYPES:
+        stored = entry.first if isinstance(entry, StoredParts) else entry
+        raise WeightsError(
+            f"{stored.path}: tensor {show(stored.name, 120)}: a part of a quantised matrix that "
+            f"stands for several; only numbers are supported in these; {OTHER_CHECKPOINT}"
+        )
+    if not entry.shape or entry.shape[0] != sum(rows):
+        raise WeightsError(
+            f"{entry.path}: tensor {show(entry.name, 120)}: shape {list(entry.shape)}, expected "
+            f"{sum(rows)} rows, {' + '.join(map(str, rows))}; config.json and the weights do not "
+            "belong together"
+        )
+    row_bytes = entry.num_bytes // entry.shape[0]
+    pieces, first = [], 0
+    for count in rows:
+        piece = replace(
+            entry,
+            shape=(count, *entry.shape[1:]),
+            file_offset=entry.file_offset + first * row_bytes,
+            num_bytes=count * row_bytes,
+        )
+        pieces.append(piece)
+        first += count
+    return pieces
 
 
 def _is_idle_bias(name: str, entry: Stored) -> bool:

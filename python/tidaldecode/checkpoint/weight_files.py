@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tidaldecode.checkpoint.json_file import list_folder, read_json_object
-from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.checkpoint.quant_scheme import Quantization
+from tidaldecode.checkpoint.model_config import CheckpointConfig
 from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
 from tidaldecode.checkpoint.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -33,15 +32,13 @@ _USUAL_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth")
 
 
-def find_weights(
-    folder: Path, model: ModelConfig, quantization: Quantization | None = None
-) -> ModelTensors:
+def find_weights(folder: Path, checkpoint: CheckpointConfig) -> ModelTensors:
     """Where each tensor of the model lies.
 
     Args:
         folder: a Hugging Face model folder.
-        model: decides which tensors are needed.
-        quantization: what the parts of quantised ones mean.
+        checkpoint: decides which tensors are needed, how they are named, and what the parts of
+            quantised ones mean.
 
     Raises: WeightsError for files that are missing, damaged or only pickled, an index that does
         not fit them, or tensors that are missing, of another model or of another type.
@@ -53,7 +50,7 @@ def find_weights(
         entries = _read_shards(folder)
     else:
         raise WeightsError(_explain_no_weights(folder))
-    tensors = select_tensors(entries, model, quantization, folder)
+    tensors = select_tensors(entries, checkpoint, folder)
     _check_dtypes(tensors.entries)
     return tensors
 

@@ -40,7 +40,7 @@ class Cache:
 
 
 class ReferenceModel:
-    """Llama, Mistral, Qwen2 or Qwen3 with plain rotary positions.
+    """A model of any family with plain rotary positions.
 
     Raises: UnsupportedError for scaled ones, and for quantised weights.
     """
@@ -62,8 +62,8 @@ class ReferenceModel:
             for entry in folder.weights
             if isinstance(entry, TensorEntry)
         }
-        half = np.arange(self.config.head_dim // 2)
-        self._inv_freq = rope.theta ** (-2.0 * half / self.config.head_dim)
+        rotary_dim = rope.rotary_dim or self.config.head_dim
+        self._inv_freq = rope.theta ** (-2.0 * np.arange(rotary_dim // 2) / rotary_dim)
 
     def read(self, token_ids: Sequence[int], room: int) -> tuple[Cache, np.ndarray]:
         """Dense causal pass over a prompt.
@@ -110,7 +110,7 @@ class ReferenceModel:
 
     @property
     def _scale(self) -> np.float32:
-        return np.float32(self.config.head_dim**-0.5)
+        return np.float32(self.config.attention_scale or self.config.head_dim**-0.5)
 
     def _run(
         self,
@@ -121,21 +121,23 @@ class ReferenceModel:
         """Tokens through all layers, keys and values into the cache: [tokens, hidden_size]."""
         start, end = cache.num_tokens, cache.num_tokens + len(token_ids)
         x = self._weights["model.embed_tokens.weight"][list(token_ids)]
+        x = x * np.float32(self.config.embedding_scale)
+        share = np.float32(self.config.residual_scale)
         for layer in range(self.config.num_layers):
             prefix = f"model.layers.{layer}."
             normed = self._norm(x, prefix + "input_layernorm.weight")
-            q, k, v = self._qkv(normed, prefix + "self_attn.", start)
+            q, k, v = self._qkv(normed, prefix + "self_attn.")
+            if not self.config.layers or self.config.layers[layer].has_rope:
+                q, k = self._rotate(q, start), self._rotate(k, start)
             cache.k[layer, start:end], cache.v[layer, start:end] = k, v
             out = attend(layer, q).reshape(len(token_ids), -1)
-            x = x + self._linear(out, prefix + "self_attn.o_proj")
+            x = x + share * self._linear(out, prefix + "self_attn.o_proj")
             normed = self._norm(x, prefix + "post_attention_layernorm.weight")
-            x = x + self._mlp(normed, prefix + "mlp.")
+            x = x + share * self._mlp(normed, prefix + "mlp.")
         cache.num_tokens = end
         return x
 
-    def _qkv(
-        self, x: np.ndarray, prefix: str, start: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _qkv(self, x: np.ndarray, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         q, k, v = (
             self._linear(x, f"{prefix}{name}_proj").reshape(len(x), -1, self.config.head_dim)
             for name in "qkv"
@@ -143,9 +145,16 @@ class ReferenceModel:
         if self.config.qk_norm:
             q = self._norm(q, prefix + "q_norm.weight")
             k = self._norm(k, prefix + "k_norm.weight")
+        return q, k, v
+
+    def _rotate(self, x: np.ndarray, start: int) -> np.ndarray:
+        """Heads [tokens, heads, head_dim] of the positions from `start` on."""
         angle = np.arange(start, start + len(x))[:, None, None] * self._inv_freq
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        half = len(self._inv_freq)
+        first, second, rest = np.split(x, [half, 2 * half], axis=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return np.concatenate((*turned, rest), axis=-1)
 
     def _mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
         gate = self._linear(x, prefix + "gate_proj")
@@ -164,12 +173,8 @@ class ReferenceModel:
     def _logits(self, x: np.ndarray) -> np.ndarray:
         tied = self.config.tie_word_embeddings
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        return self._norm(x, "model.norm.weight") @ self._weights[head].T
-
-
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        logits = self._norm(x, "model.norm.weight") @ self._weights[head].T
+        return logits * np.float32(self.config.logit_scale)
 
 
 def _read_tensor(entry: TensorEntry) -> np.ndarray:

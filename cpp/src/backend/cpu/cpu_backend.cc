@@ -93,6 +93,7 @@ class CpuBackend final : public Backend {
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
   void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
+  void ScaleLogits(const ScaleLogitsArgs& args) override { Run(CpuScaleLogits, args); }
   void GatherRows(const GatherRowsArgs& args) override { Run(CpuGatherRows, args); }
   void Sample(const SampleArgs& args) override { Run(CpuSample, args); }
   void Logprobs(const LogprobsArgs& args) override { Run(CpuLogprobs, args); }

@@ -21,6 +21,7 @@ void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args);
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args);
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
 void CpuSiluMul(CpuContext& context, const SiluMulArgs& args);
+void CpuScaleLogits(CpuContext& context, const ScaleLogitsArgs& args);
 void CpuGatherRows(CpuContext& context, const GatherRowsArgs& args);
 void CpuSample(CpuContext& context, const SampleArgs& args);
 void CpuLogprobs(CpuContext& context, const LogprobsArgs& args);

@@ -1,5 +1,5 @@
 // The ops that treat tokens one by one: Embed, RmsNorm, RopeTable, RopeAppendKv, SiluMul,
-// GatherRows.
+// ScaleLogits, GatherRows.
 #include <cmath>
 #include <cstring>
 
@@ -62,8 +62,9 @@ void CpuEmbed(CpuContext& context, const EmbedArgs& args) {
   const auto widen = context.kernels->widen[StorageIndex(args.table.dtype)];
   ForTokens(context, args.token_ids.dim(0), size, [&](int64_t t) {
     const int64_t token = args.token_ids.data<int32_t>()[t];
-    widen(static_cast<const char*>(args.table.ptr) + token * row_bytes, size,
-          args.out.data<float>() + t * size);
+    float* out = args.out.data<float>() + t * size;
+    widen(static_cast<const char*>(args.table.ptr) + token * row_bytes, size, out);
+    if (args.scale != 1.0f) context.kernels->scale(out, args.scale, size, out);
   });
 }
 
@@ -91,8 +92,9 @@ void CpuRopeTable(CpuContext& context, const RopeTableArgs& args) {
     for (int64_t i = 0; i < half; ++i) {
       // The angle is rounded to float32, as transformers does.
       const float angle = static_cast<float>(position) * inv_freq[i];
-      out[i] = std::cos(angle) * args.attention_scaling;
-      out[half + i] = std::sin(angle) * args.attention_scaling;
+      const float scaling = inv_freq[i] == 0.0f ? 1.0f : args.attention_scaling;
+      out[i] = std::cos(angle) * scaling;
+      out[half + i] = std::sin(angle) * scaling;
     }
   });
 }
@@ -120,6 +122,14 @@ void CpuSiluMul(CpuContext& context, const SiluMulArgs& args) {
       context.kernels->silu_mul(gate, gate + size, count,
                                 args.out.data<float>() + t * size + first);
     }
+  });
+}
+
+void CpuScaleLogits(CpuContext& context, const ScaleLogitsArgs& args) {
+  const int64_t size = args.logits.dim(1);
+  ForTokens(context, args.logits.dim(0), size, [&](int64_t r) {
+    float* row = args.logits.data<float>() + r * size;
+    context.kernels->scale(row, args.scale, size, row);
   });
 }
 
