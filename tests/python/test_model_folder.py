@@ -269,6 +269,26 @@ def test_what_a_family_does_not_have_is_refused(
         read(tmp_path, family, **changes)
 
 
+def test_a_wrapper_of_a_text_model_is_read(tmp_path: Path):
+    text = config_json(TinyModel(family="mistral"))
+    dtype = text.pop("dtype")
+    wrapper = {"model_type": "mistral3", "text_config": text, "dtype": dtype, "eos_token_id": 7}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(wrapper | {"vision_config": {"hidden_size": 3}}))
+    checkpoint = read_checkpoint_config(path)
+    assert (checkpoint.family, checkpoint.dtype, checkpoint.eos_token_ids) == (
+        "mistral", "float32", (7,)
+    )  # fmt: skip
+    assert checkpoint.model.hidden_size == 64
+    for bad, expected in (
+        (None, "text_config: got None, expected an object"),
+        (text | {"model_type": "ministral3"}, "ministral3.*scaled by their position"),
+    ):
+        path.write_text(json.dumps(wrapper | {"text_config": bad}))
+        with pytest.raises(ConfigError, match=expected):
+            read_checkpoint_config(path)
+
+
 # RoPE
 
 

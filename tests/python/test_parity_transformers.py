@@ -23,7 +23,9 @@ from tiny_models import (
     ORIGINAL_POSITIONS,
     ROPE_TYPES,
     TinyModel,
+    config_json,
     random_prompt,
+    random_weights,
     save_with_transformers,
     write_checkpoint,
     write_tokenizer,
@@ -194,6 +196,33 @@ def test_variants(model: TinyModel, make_folder: MakeFolder):
     prompt = random_prompt(model, LONG_PROMPT)
     assert_logits_match(decoder, folder, prompt)
     assert greedy(decoder, [prompt])[0] == reference_tokens(folder, tuple(prompt), NEW_TOKENS)
+
+
+def test_the_text_part_of_a_model_of_images(tmp_path: Path, caplog):
+    """Mistral Small 3's kind, written by transformers with its other parts around it."""
+    model = TinyModel(family="mistral", seed=28)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16,
+        "num_attention_heads": 2, "patch_size": 14, "image_size": 28,
+    }  # fmt: skip
+    config = transformers.Mistral3Config(
+        text_config=config_json(model), vision_config=vision, tie_word_embeddings=False
+    )
+    whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    text = {
+        name.replace("model.", "model.language_model.", 1): torch.from_numpy(value)
+        for name, value in random_weights(model).items()
+    }
+    _, unexpected = whole.load_state_dict(text, strict=False)
+    assert not unexpected
+    whole.save_pretrained(tmp_path)
+    prompt = random_prompt(model, 70)
+    with torch.no_grad():
+        expected = whole(torch.tensor([prompt])).logits[0].numpy()
+    decoder = open_decoder(tmp_path)
+    actual = decoder.logits(prompt, last=len(prompt))
+    assert np.abs(actual - expected).max() <= RELATIVE_TOLERANCE * np.abs(expected).max()
+    assert "it takes no images" in caplog.text and "vision_tower" in caplog.text
 
 
 @pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1], ids=lambda n: f"group_size {8 // n}")

@@ -49,6 +49,14 @@ class Family:
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+# Models of text and images: `text_config` says what the text part is, which is used alone. What is
+# of the whole folder stands beside it.
+WRAPPERS = ("mistral3",)
+BESIDE_TEXT_CONFIG = (
+    "_name_or_path", "auto_map", "dtype", "torch_dtype", "eos_token_id", "quantization_config",
+    "tie_word_embeddings",
+)  # fmt: skip
+
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 

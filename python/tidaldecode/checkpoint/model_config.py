@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidaldecode.checkpoint.families import FAMILIES, Family
+from tidaldecode.checkpoint.families import BESIDE_TEXT_CONFIG, FAMILIES, WRAPPERS, Family
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.quant_scheme import Quantization
@@ -42,7 +42,7 @@ _REFUSAL_REASONS = (
     ("gemma", "its scaled embeddings, soft caps and sliding layers are not supported"),
     ("phimoe", "mixture-of-experts layers are not supported"),
     ("phi", "models with other parts than text, or of the first generations, are not supported"),
-    ("mistral3", "models with a vision part are not supported"),
+    ("ministral3", "queries that are scaled by their position are not supported"),
     ("mllama", "models with a vision part are not supported"),
     ("_vl", "models with a vision part are not supported"),
     ("gpt2", "learned position embeddings are not supported"),
@@ -117,8 +117,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
 
     Raises: ConfigError naming the file and the field.
     """
-    raw = read_json_object(path)
     where = str(path)
+    raw, text_notes = _text_part(read_json_object(path), where)
     family = _read_family(raw, where)
     _refuse_unsupported_features(raw, FAMILIES[family], where)
     model = _read_model(raw, FAMILIES[family], where)
@@ -132,8 +132,20 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
         eos_token_ids=eos_token_ids,
         model=model,
         quantization=quantization,
-        notes=notes + (quantization.notes if quantization else ()),
+        notes=text_notes + notes + (quantization.notes if quantization else ()),
     )
+
+
+def _text_part(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of the text model, and notes for the user."""
+    if raw.get("model_type") not in WRAPPERS:
+        return raw, ()
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"{where}: text_config: got {show(text)}, expected an object")
+    beside = {key: raw[key] for key in BESIDE_TEXT_CONFIG if text.get(key) is None and key in raw}
+    note = f"{where}: of this model of text and images the text part is used; it takes no images"
+    return text | beside, (note,)
 
 
 def read_token_ids(
