@@ -309,7 +309,7 @@ void CudaBackend::Embed(const EmbedArgs& args) {
 void CudaBackend::RmsNorm(const RmsNormArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("rms_norm", {&args.out, &args.weight});
+  if (!args.adds) CheckSameDType("rms_norm", {&args.out, &args.weight});
   LaunchRmsNorm(args, LaunchNext::kAfterWait, stream());
 }
 

@@ -1,5 +1,7 @@
-// RmsNorm: x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+// RmsNorm: x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once or added to float32.
 #include "kernels/rms_norm.h"
+
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
@@ -13,9 +15,10 @@ namespace {
 constexpr int kThreads = 512;
 
 // grid (T); a block normalises one row. The row is read twice, the second time from the L1 cache.
-template <typename T, int kVec>
+// With Out float what comes out is added to it.
+template <typename T, typename Out, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    RmsNormKernel(const float* x, const T* weight, T* out, int64_t hidden_size, float eps,
+    RmsNormKernel(const float* x, const T* weight, Out* out, int64_t hidden_size, float eps,
                   LaunchNext launch_next) {
   __shared__ float warp_sums[kMaxWarps];
   if (launch_next == LaunchNext::kAtOnce) LetNextKernelStart();
@@ -27,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   WaitForPreviousKernel();
   if (launch_next == LaunchNext::kAfterWait) LetNextKernelStart();
   const float* row = x + blockIdx.x * hidden_size;
-  T* out_row = out + blockIdx.x * hidden_size;
+  Out* out_row = out + blockIdx.x * hidden_size;
 
   float sum = 0.0f;
 #pragma unroll 4
@@ -47,6 +50,12 @@ __global__ void __launch_bounds__(kThreads)
     LoadFloats<kVec>(weight + i, weights);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) values[j] *= scale * weights[j];
+    if constexpr (std::is_same_v<Out, float>) {
+      float sums[kVec];
+      LoadFloats<kVec>(out_row + i, sums);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) values[j] += sums[j];
+    }
     StoreFloats<kVec>(out_row + i, values);
   }
 }
@@ -59,13 +68,21 @@ void LaunchRmsNorm(const RmsNormArgs& args, LaunchNext launch_next, cudaStream_t
   bool vectorize = IsVectorizable(args.x, hidden_size, 4) &&
                    IsVectorizable(args.weight, hidden_size, 4) &&
                    IsVectorizable(args.out, hidden_size, 4);
-  DispatchHalf(args.out.dtype, "rms_norm", [&](auto tag) {
+  DispatchHalf(args.weight.dtype, "rms_norm", [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    auto kernel = vectorize ? RmsNormKernel<T, 4> : RmsNormKernel<T, 1>;
-    LaunchOverlapped("rms_norm", kernel,
-                     {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
-                     args.x.data<float>(), static_cast<const T*>(args.weight.ptr),
-                     static_cast<T*>(args.out.ptr), hidden_size, args.eps, launch_next);
+    auto launch = [&](auto* out) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      auto kernel = vectorize ? RmsNormKernel<T, Out, 4> : RmsNormKernel<T, Out, 1>;
+      LaunchOverlapped("rms_norm", kernel,
+                       {.grid = static_cast<unsigned>(num_tokens), .block = kThreads}, stream,
+                       args.x.data<float>(), static_cast<const T*>(args.weight.ptr), out,
+                       hidden_size, args.eps, launch_next);
+    };
+    if (args.adds) {
+      launch(args.out.data<float>());
+    } else {
+      launch(static_cast<T*>(args.out.ptr));
+    }
   });
 }
 

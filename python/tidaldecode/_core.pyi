@@ -10,6 +10,7 @@ class RopeConfig:
     type: str
     theta: float
     rotary_dim: int
+    interleaved: bool
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -42,6 +43,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    branch_norms: bool
     tie_word_embeddings: bool
     embedding_scale: float
     residual_scale: float

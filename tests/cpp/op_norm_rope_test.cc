@@ -37,6 +37,26 @@ TEST_P(OpRmsNorm, MatchesReference) {
   }
 }
 
+TEST_P(OpRmsNorm, AddsToTheResidualStream) {
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  for (const Shape& shape : {Shape{1, 256}, Shape{7, 328}, Shape{64, 4096}}) {
+    SCOPED_TRACE(shape[1]);
+    Random random(8);
+    const Values x = random.Normal(shape[0] * shape[1], DType::kFloat32, 2.0);
+    const Values weight = random.Normal(shape[1], on().dtype, 0.3, 1.0);
+    const Values stream = random.Normal(shape[0] * shape[1], DType::kFloat32, 3.0);
+    const TensorView out = Put(stream, DType::kFloat32, shape);
+    backend().RmsNorm({.x = Put(x, DType::kFloat32, shape),
+                       .weight = Put(weight, on().dtype, {shape[1]}),
+                       .out = out,
+                       .eps = static_cast<float>(kEps),
+                       .adds = true});
+    Values want = reference::RmsNorm(x, weight, kEps);
+    for (size_t i = 0; i < want.size(); ++i) want[i] += stream[i];
+    EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kRmsNorm, DType::kFloat32)));
+  }
+}
+
 TEST_P(OpRmsNorm, NanStaysInItsRow) {
   constexpr int64_t kHidden = 256;
   Open(GetParam(), SmallLimits(GetParam().dtype));

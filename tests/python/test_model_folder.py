@@ -44,7 +44,7 @@ def test_every_family_is_read(tmp_path: Path, family: str):
         2,
         16,
     )
-    assert model.qkv_bias == (family in ("qwen2", "seed_oss"))
+    assert model.qkv_bias == (family in ("qwen2", "seed_oss", "glm4"))
     assert model.qk_norm == (family == "qwen3")
     assert not model.o_bias and not model.mlp_bias and not model.tie_word_embeddings
 

@@ -170,6 +170,12 @@ VARIANTS = {
     "seed_oss, output bias": TinyModel(
         family="seed_oss", fields={"attention_out_bias": True}, seed=25
     ),
+    "glm4, other share": TinyModel(
+        family="glm4", head_dim=24, rope_extra={"partial_rotary_factor": 0.25}, seed=29
+    ),
+    "glm4, whole heads turn": TinyModel(
+        family="glm4", rope_extra={"partial_rotary_factor": 1.0}, seed=30
+    ),
     "phi3, in part": TinyModel(
         family="phi3", rope_extra={"partial_rotary_factor": 0.75}, seed=26
     ),

@@ -24,6 +24,7 @@ _FEW_ROPES = {
     "smollm3": ("default", "yarn"),
     "seed_oss": ("default",),
     "phi3": ("default", "longrope"),
+    "glm4": ("default", "yarn"),
 }
 
 ARCHITECTURES = {
@@ -36,6 +37,7 @@ ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
 }
 FAMILIES = tuple(ARCHITECTURES)
 FAMILY_ROPES = [(name, rope) for name in FAMILIES for rope in _FEW_ROPES.get(name, ROPE_TYPES)]
@@ -58,6 +60,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 3, "use_sliding_window": False},
     "seed_oss": {"attention_out_bias": False},
     "phi3": {"sliding_window": None},
+    "glm4": {},
 }  # fmt: skip
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -65,6 +68,7 @@ _NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
 # How a family names parts of a layer, some of them several of ours below each other.
 _OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "phi3": {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
+    "glm4": {"mlp.gate_up_proj": _GATE_UP},
     "granitemoehybrid": {
         "shared_mlp.input_linear": _GATE_UP, "shared_mlp.output_linear": ("mlp.down_proj",)
     },
@@ -101,18 +105,19 @@ class TinyModel:
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family in ("qwen2", "seed_oss") or self.attention_bias
+        return self.family in ("qwen2", "seed_oss", "glm4") or self.attention_bias
 
     @property
     def o_bias(self) -> bool:
         if self.family == "seed_oss":
             return bool(self.fields.get("attention_out_bias"))
-        return self.family != "qwen2" and self.attention_bias
+        return self.family not in ("qwen2", "glm4") and self.attention_bias
 
     @property
     def rotary_dim(self) -> int:
         """Dims of a head that turn."""
-        return int(self.head_dim * self.rope_extra.get("partial_rotary_factor", 1.0))
+        share = 0.5 if self.family == "glm4" else 1.0
+        return int(self.head_dim * self.rope_extra.get("partial_rotary_factor", share))
 
     @property
     def positions(self) -> int:
@@ -201,6 +206,9 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         weights[prefix + "self_attn.o_proj.weight"] = matrix(hidden, q_size, model.gain)
         if model.o_bias:
             weights[prefix + "self_attn.o_proj.bias"] = 0.3 * rng.normal(size=hidden)
+        if model.family == "glm4":
+            weights[prefix + "post_self_attn_layernorm.weight"] = norm(hidden)
+            weights[prefix + "post_mlp_layernorm.weight"] = norm(hidden)
         if model.family == "qwen3":
             weights[prefix + "self_attn.q_norm.weight"] = norm(model.head_dim, model.gain)
             weights[prefix + "self_attn.k_norm.weight"] = norm(model.head_dim, model.gain)

@@ -22,6 +22,7 @@ struct RopeConfig {
   RopeType type = RopeType::kDefault;
   double theta = 10000.0;
   int64_t rotary_dim = 0;                        // dims of a head that turn, its first; 0: all
+  bool interleaved = false;                      // dim 2 i turns with dim 2 i + 1
   double factor = 1.0;                           // linear, dynamic, llama3, yarn, longrope
   double low_freq_factor = 1.0;                  // llama3
   double high_freq_factor = 4.0;                 // llama3
@@ -57,7 +58,8 @@ struct ModelConfig {
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
-  bool qk_norm = false;  // per-head RMSNorm of q and k before RoPE (qwen3)
+  bool qk_norm = false;       // per-head RMSNorm of q and k before RoPE (qwen3)
+  bool branch_norms = false;  // RMSNorm of what attention and MLP add (glm4)
   bool tie_word_embeddings = false;
   double embedding_scale = 1.0;  // multiplies the embeddings
   double residual_scale = 1.0;   // multiplies what attention and MLP add

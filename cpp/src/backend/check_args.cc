@@ -221,7 +221,7 @@ void Check(const RmsNormArgs& args, std::optional<DType> act) {
   Dim tokens{"T"}, hidden{"H"};
   op.Tensor("x", args.x, {&tokens, &hidden}, op.float32());
   op.Tensor("weight", args.weight, {&hidden}, op.weight());
-  op.Tensor("out", args.out, {&tokens, &hidden}, op.act());
+  op.Tensor("out", args.out, {&tokens, &hidden}, args.adds ? op.float32() : op.act());
 }
 
 void Check(const LinearArgs& args, std::optional<DType> act) {

@@ -54,10 +54,11 @@ struct EmbedArgs {
 };
 
 struct RmsNormArgs {
-  TensorView x;       // [T, H] float32
+  TensorView x;       // [T, H] float32; with adds it is undefined afterwards
   TensorView weight;  // [H] weight
-  TensorView out;     // [T, H] act
+  TensorView out;     // [T, H] act; float32 with adds
   float eps = 0.0f;
+  bool adds = false;  // adds to out, instead of writing it
 };
 
 enum class LinearOutput : int32_t {

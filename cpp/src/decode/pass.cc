@@ -29,7 +29,9 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act,
            .q = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .attention_out = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .gate_up = activations_.Make(act, {t, 2 * m.intermediate_size}),
-           .mlp = activations_.Make(act, {t, m.intermediate_size})};
+           .mlp = activations_.Make(act, {t, m.intermediate_size}),
+           .branch = {}};
+  if (m.branch_norms) full_.branch = activations_.Make(DType::kFloat32, {t, m.hidden_size});
   auto has_rope = [](const LayerConfig& layer) { return layer.has_rope; };
   if (std::all_of(m.layers.begin(), m.layers.end(), has_rope)) return;
   full_.still_freq = inputs_.Make(DType::kFloat32, {b, m.head_dim / 2});
@@ -44,6 +46,7 @@ Pass PassBuffers::Take(const PassSize& size) const {
     *view = view->Rows(0, num_tokens);
   }
   for (TensorView* view : {&pass.page_table, &pass.inv_freq}) *view = view->Rows(0, batch_size);
+  if (pass.branch) pass.branch = pass.branch.Rows(0, num_tokens);
   if (pass.still_freq) {
     pass.still_freq = pass.still_freq.Rows(0, batch_size);
     pass.still_cos_sin = pass.still_cos_sin.Rows(0, num_tokens);

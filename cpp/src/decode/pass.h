@@ -45,6 +45,7 @@ struct Pass {
   TensorView attention_out;  // [T, Hq, D] act
   TensorView gate_up;        // [T, 2 I] act
   TensorView mlp;            // [T, I] act
+  TensorView branch;         // [T, H] float32: what a layer adds; absent without norms of it
 };
 
 // Memory for one pass after the other, of up to `largest`; the addresses never change, so a

@@ -56,22 +56,27 @@ void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
   TensorView attention_out(pass.attention_out.ptr, pass.attention_out.dtype,
                            {pass.attention_out.dim(0), model_.q_size()});
-  backend_.Linear({.x = attention_out,
-                   .weight = w.o,
-                   .bias = w.o_bias,
-                   .out = pass.hidden,
-                   .output = LinearOutput::kAccumulate});
+  AddBranch({.x = attention_out, .weight = w.o, .bias = w.o_bias, .out = {}}, w.o_norm, pass);
   backend_.GateUpSiluMul({
       .norm = {.x = pass.hidden, .weight = w.post_norm, .out = pass.normed, .eps = norm_eps_},
       .linear =
           {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up},
       .silu_mul = {.gate_up = pass.gate_up, .out = pass.mlp},
   });
-  backend_.Linear({.x = pass.mlp,
-                   .weight = w.down,
-                   .bias = w.down_bias,
-                   .out = pass.hidden,
-                   .output = LinearOutput::kAccumulate});
+  AddBranch({.x = pass.mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, w.down_norm, pass);
+}
+
+void Transformer::AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const {
+  if (!norm) {
+    product.out = pass.hidden;
+    product.output = LinearOutput::kAccumulate;
+    backend_.Linear(product);
+    return;
+  }
+  product.out = pass.branch;
+  backend_.Linear(product);
+  backend_.RmsNorm(
+      {.x = pass.branch, .weight = norm, .out = pass.hidden, .eps = norm_eps_, .adds = true});
 }
 
 void Transformer::Logits(const TensorView& hidden, const TensorView& normed,

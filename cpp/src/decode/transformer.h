@@ -38,6 +38,9 @@ class Transformer {
   int64_t num_layers() const { return model_.num_layers; }
 
  private:
+  // A product into the residual stream, normalised on the way if there is a norm.
+  void AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const;
+
   Backend& backend_;
   const ModelConfig& model_;
   const ModelWeights& weights_;

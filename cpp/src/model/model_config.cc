@@ -74,6 +74,9 @@ void ValidateModelConfig(const ModelConfig& model) {
   CheckPositive("residual_scale", model.residual_scale);
   CheckPositive("logit_scale", model.logit_scale);
   if (model.attention_scale != 0.0) CheckPositive("attention_scale", model.attention_scale);
+  TIDAL_CHECK(!model.branch_norms || model.residual_scale == 1.0, ConfigError,
+              "residual_scale: got ", model.residual_scale,
+              " with branch_norms, which undo it; expected 1");
   TIDAL_CHECK(model.layers.empty() || static_cast<int64_t>(model.layers.size()) == model.num_layers,
               ConfigError, "layers: got ", model.layers.size(), ", expected none or num_layers ",
               model.num_layers);

@@ -98,6 +98,12 @@ class Planner {
         "hidden_size");
     AddMatrix(&layer.gate_up, WithSuffix(gate_up, ".weight"), gate_up_rows, m.hidden_size, sizes);
     AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
+    if (m.branch_norms) {
+      Add(&layer.o_norm, {prefix + "post_self_attn_layernorm.weight"}, {m.hidden_size}, 0,
+          "hidden_size");
+      Add(&layer.down_norm, {prefix + "post_mlp_layernorm.weight"}, {m.hidden_size}, 0,
+          "hidden_size");
+    }
     if (m.mlp_bias) {
       Add(&layer.gate_up_bias, WithSuffix(gate_up, ".bias"), gate_up_rows, 0, sizes);
       Add(&layer.down_bias, {mlp + "down_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
@@ -105,17 +111,22 @@ class Planner {
   }
 
   // The rows of q or k so that dim i turns with dim i + head_dim / 2, as the engine has it: a
-  // checkpoint has those that turn in front, and turns dim i with dim i + rotary_dim / 2. Scores
-  // are the same for any order that q and k share.
+  // checkpoint has those that turn in front, and turns dim i with dim i + rotary_dim / 2, or every
+  // other dim with its neighbour. Scores are the same for any order that q and k share.
   RowRuns RotatedRows(int64_t num_heads) const {
     const int64_t dim = model_.head_dim, rotary = model_.rotary_dim(), still = (dim - rotary) / 2;
-    if (still == 0) return {{0, num_heads * dim}};
+    const bool interleaved = model_.rope.interleaved;
+    if (still == 0 && !interleaved) return {{0, num_heads * dim}};
     RowRuns runs;
     for (int64_t begin = 0; begin < num_heads * dim; begin += dim) {
-      runs.insert(runs.end(), {{begin, rotary / 2},
-                               {begin + rotary, still},
-                               {begin + rotary / 2, rotary / 2},
-                               {begin + rotary + still, still}});
+      for (int64_t half : {0, 1}) {
+        if (interleaved) {
+          for (int64_t i = 0; i < rotary / 2; ++i) runs.push_back({begin + 2 * i + half, 1});
+        } else {
+          runs.push_back({begin + half * rotary / 2, rotary / 2});
+        }
+        if (still > 0) runs.push_back({begin + rotary + half * still, still});
+      }
     }
     return runs;
   }

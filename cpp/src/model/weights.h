@@ -24,6 +24,8 @@ struct LayerWeights {
   TensorView gate_up_bias;  // [2 I], or absent
   Weight down;              // [H, I]
   TensorView down_bias;     // [H], or absent
+  TensorView o_norm;        // [H]: of what attention adds, or absent
+  TensorView down_norm;     // [H]: of what the MLP adds, or absent
 };
 
 struct ModelWeights {

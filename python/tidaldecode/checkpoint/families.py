@@ -28,7 +28,9 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    has_partial_rotation: bool = False  # reads partial_rotary_factor
+    branch_norms: bool = False
+    partial_rotary_factor: float | None = None  # if config.json does not say; None: no such field
+    has_interleaved_rotation: bool = False
     # A sliding window, which must not be in use: the field that switches it on, if there is one;
     # sliding_window and max_window_layers (0: no such field) if config.json does not say.
     has_window: bool = False
@@ -131,8 +133,20 @@ FAMILIES: dict[str, Family] = {
         original_max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         rope_types={"su": "longrope", "yarn": "longrope"},
-        has_partial_rotation=True,
+        partial_rotary_factor=1.0,
         has_window=True,
         stacked={"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
+    ),
+    "glm4": Family(  # GLM-4-0414, dense
+        num_key_value_heads=2,
+        max_position_embeddings=131072,
+        head_dim=128,
+        rms_norm_eps=1.5625e-7,
+        attention_bias=True,
+        qkv_bias="attention_bias",
+        branch_norms=True,
+        partial_rotary_factor=0.5,
+        has_interleaved_rotation=True,
+        stacked={"mlp.gate_up_proj": _GATE_UP},
     ),
 }

@@ -75,6 +75,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    branch_norms: bool = False
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -260,6 +261,7 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
         o_bias=has(family.o_bias),
         mlp_bias=has(family.mlp_bias),
         qk_norm=family.qk_norm,
+        branch_norms=family.branch_norms,
         tie_word_embeddings=read_bool(
             raw, "tie_word_embeddings", where=where, default=family.tie_word_embeddings
         ),

@@ -29,6 +29,7 @@ class RopeConfig:
     type: str = "default"
     theta: float = 10000.0
     rotary_dim: int = 0
+    interleaved: bool = False
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -74,7 +75,11 @@ def read_rope(
     rotary_dim = _read_rotary_dim(raw, parameters, family, head_dim, where)
     theta_source = parameters if parameters.get("rope_theta") is not None else raw
     theta = read_float(theta_source, "rope_theta", where=where, default=family.rope_theta)
-    whole = RopeConfig(theta=theta, rotary_dim=0 if rotary_dim == head_dim else rotary_dim)
+    whole = RopeConfig(
+        theta=theta,
+        rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
+        interleaved=family.has_interleaved_rotation,
+    )
     if rope_type == "default":
         return whole
     if rope_type in ("linear", "dynamic"):
@@ -120,13 +125,13 @@ def _read_rotary_dim(
     where: str,
 ) -> int:
     """How many dims of a head turn; rope_parameters' share wins over the top-level one."""
-    rotary_dim = head_dim
+    rotary_dim = int(head_dim * (family.partial_rotary_factor or 1.0))
     for source in (raw, parameters):
         share = read_float(source, "partial_rotary_factor", where=where, default=None, high=1.0)
         if share is None:
             continue
         rotary_dim = int(head_dim * share)
-        if share != 1.0 and not family.has_partial_rotation:
+        if share != 1.0 and family.partial_rotary_factor is None:
             raise ConfigError(
                 f"{where}: partial_rotary_factor: got {share:g}, expected 1: models of this type "
                 "rotate all of a head"

@@ -76,6 +76,9 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
         if model.qk_norm:
             names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
         names.append(f"{prefix}.post_attention_layernorm.weight")
+        if model.branch_norms:
+            names.append(f"{prefix}.post_self_attn_layernorm.weight")
+            names.append(f"{prefix}.post_mlp_layernorm.weight")
         for part in ("gate_proj", "up_proj", "down_proj"):
             names.append(f"{prefix}.mlp.{part}.weight")
             if model.mlp_bias:

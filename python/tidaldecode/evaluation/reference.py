@@ -131,11 +131,16 @@ class ReferenceModel:
                 q, k = self._rotate(q, start), self._rotate(k, start)
             cache.k[layer, start:end], cache.v[layer, start:end] = k, v
             out = attend(layer, q).reshape(len(token_ids), -1)
-            x = x + share * self._linear(out, prefix + "self_attn.o_proj")
+            out = self._linear(out, prefix + "self_attn.o_proj")
+            x = x + share * self._branch_norm(out, prefix + "post_self_attn_layernorm.weight")
             normed = self._norm(x, prefix + "post_attention_layernorm.weight")
-            x = x + share * self._mlp(normed, prefix + "mlp.")
+            out = self._mlp(normed, prefix + "mlp.")
+            x = x + share * self._branch_norm(out, prefix + "post_mlp_layernorm.weight")
         cache.num_tokens = end
         return x
+
+    def _branch_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self._norm(x, name) if self.config.branch_norms else x
 
     def _qkv(self, x: np.ndarray, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         q, k, v = (
@@ -153,6 +158,8 @@ class ReferenceModel:
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         half = len(self._inv_freq)
         first, second, rest = np.split(x, [half, 2 * half], axis=-1)
+        if self.config.rope.interleaved:  # another order of dims, for q and k alike
+            first, second = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
         turned = (first * cos - second * sin, second * cos + first * sin)
         return np.concatenate((*turned, rest), axis=-1)
 

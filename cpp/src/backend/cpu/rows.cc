@@ -71,9 +71,14 @@ void CpuEmbed(CpuContext& context, const EmbedArgs& args) {
 void CpuRmsNorm(CpuContext& context, const RmsNormArgs& args) {
   const int64_t size = args.x.dim(1);
   const auto norm = context.kernels->rms_norm[StorageIndex(args.weight.dtype)];
+  // x is scratch where what it becomes is added.
+  const TensorView& normed = args.adds ? args.x : args.out;
   ForTokens(context, args.x.dim(0), size, [&](int64_t t) {
-    norm(args.x.data<float>() + t * size, args.weight.ptr, size, args.eps,
-         args.out.data<float>() + t * size);
+    float* row = normed.data<float>() + t * size;
+    norm(args.x.data<float>() + t * size, args.weight.ptr, size, args.eps, row);
+    if (!args.adds) return;
+    float* out = args.out.data<float>() + t * size;
+    for (int64_t i = 0; i < size; ++i) out[i] += row[i];
   });
 }
 
