@@ -222,6 +222,7 @@ def test_ours(served: Served):
     assert checked["choices"][0]["token_ids"] == dense["choices"][0]["token_ids"]
     ours = checked["usage"]["tidaldecode"]
     assert ours["accepted_tokens"] <= ours["drafted_tokens"] and ours["dense_passes"] > 0
+    assert ours["ngram_tokens"] == 0
 
 
 def test_usage_in_every_chunk(served: Served):
