@@ -225,6 +225,21 @@ def test_ours(served: Served):
     assert ours["ngram_tokens"] == 0
 
 
+def test_drafts_from_the_text_read_no_keys(demo_model: Path):
+    prompt = [*range(600, 640)] * 3
+    with serving(demo_model, engine={"attention": "full", "drafts": "ngram"}) as served:
+        plain, checked = (
+            complete(served, prompt=prompt, max_tokens=30, verify=verify)
+            for verify in (False, True)
+        )
+    assert checked["choices"][0]["text"] == plain["choices"][0]["text"]
+    ours = checked["usage"]["tidaldecode"]
+    assert ours["attention"] == "verified"
+    assert ours["ngram_tokens"] == ours["drafted_tokens"] > 0
+    dense = plain["usage"]["tidaldecode"]["kv_bytes_read"] / 29
+    assert ours["kv_bytes_read"] == pytest.approx(ours["dense_passes"] * dense)
+
+
 def test_usage_in_every_chunk(served: Served):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = stream(served, CHAT, messages=MESSAGES, max_tokens=6, stream_options=options)
