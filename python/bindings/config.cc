@@ -47,6 +47,8 @@ constexpr Names<KeepWeights, 4> kKeepWeights = {{{KeepWeights::kAsStored, "auto"
                                                  {KeepWeights::kDecoded, "decoded"},
                                                  {KeepWeights::kFloat8, "fp8"},
                                                  {KeepWeights::kInt4, "int4"}}};
+constexpr Names<Drafts, 3> kDrafts = {
+    {{Drafts::kTidal, "tidal"}, {Drafts::kNgram, "ngram"}, {Drafts::kBoth, "both"}}};
 constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},
                                                    {Granularity::kHead, "head"},
                                                    {Granularity::kLayer, "layer"}}};
@@ -179,6 +181,7 @@ void RegisterDecodeConfig(py::module_& module) {
   DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
   DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kKvDTypes);
   DefEnum(config, "weight_format", &DecodeConfig::weight_format, kKeepWeights);
+  DefEnum(config, "drafts", &DecodeConfig::drafts, kDrafts);
 
   py::class_<SamplingParams>(module, "SamplingParams")
       .def(py::init<>())

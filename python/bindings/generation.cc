@@ -155,6 +155,7 @@ std::vector<TokenLogprobs> PyGeneration::Logprobs(size_t sequence, size_t first)
 void RegisterGeneration(py::module_& module) {
   py::class_<Verification>(module, "Verification")
       .def_readonly("drafted_tokens", &Verification::drafted_tokens)
+      .def_readonly("ngram_tokens", &Verification::ngram_tokens)
       .def_readonly("accepted_tokens", &Verification::accepted_tokens)
       .def_readonly("dense_passes", &Verification::dense_passes);
 

@@ -84,6 +84,7 @@ class DecodeConfig(PlanConfig):
     kv_dtype: str
     weight_format: str
     verify: bool
+    drafts: str
     draft_tokens: int
     max_seq_len: int
     max_batch_size: int
@@ -147,6 +148,8 @@ class QuantizedWeight:
 class Verification:
     @property
     def drafted_tokens(self) -> int: ...
+    @property
+    def ngram_tokens(self) -> int: ...
     @property
     def accepted_tokens(self) -> int: ...
     @property

@@ -24,6 +24,7 @@ GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 SHADOWS = ("none", "int4")
 VERIFY_WORDS = ("greedy", "sample")  # beside True and False
+DRAFTS = ("tidal", "ngram", "both")
 
 _CHOICES = {
     "dtype": ("auto", *DTYPES),
@@ -34,6 +35,7 @@ _CHOICES = {
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
     "shadow": SHADOWS,
+    "drafts": DRAFTS,
 }
 _INT32_MAX = 2**31 - 1
 _INT_RANGES = {
@@ -173,12 +175,19 @@ class DecodeConfig(PlanConfig):
         attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
             token_budget are given or there is a plan for this model, else dense. Without layers and
             without a plan every layer chooses for itself, by shadow keys ("int4").
-        verify: True lets sparse steps only draft and a dense pass decide, so that the tokens are
-            those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is the same
-            for calls with temperature 0 and refuses others. Needs no correction_interval and allows
-            none. A dense decoder drafts nothing.
+        verify: True has tokens drafted first and a dense pass over the drafts decide, so that the
+            tokens are those of dense decoding, greedy or sampled. "sample" is the same; "greedy" is
+            the same for calls with temperature 0 and refuses others. Needs no correction_interval
+            and allows none.
+        drafts: what drafts, with verify. "tidal" is sparse steps; a dense decoder has none and
+            drafts nothing. "ngram" is the text itself, prompt and answer (prompt lookup): what
+            followed its last tokens, 4 of them if it can be, 2 at least, the last time that they
+            occurred in it. That takes no step, and a dense decoder has it too; where they never
+            occurred, a dense step gives the next token. "both" is the text where it drafts
+            anything, else sparse steps. None is "tidal".
         draft_tokens: drafts per dense pass, 1 to 64; "auto" (the same as None): one more than last
-            time if all were kept, else as many as were, from 1 to 16.
+            time if all were kept, else as many as were; from the text, where a draft takes no step,
+            twice as many as were kept; from 1 to 16.
         max_seq_len: tokens of one sequence, prompt and output; None is the model's
             max_position_embeddings, as far as memory allows.
         max_batch_size: sequences decoded together.
@@ -218,6 +227,7 @@ class DecodeConfig(PlanConfig):
     weight_format: str = "auto"
     attention: str = "auto"
     verify: bool | str | None = None
+    drafts: str | None = None
     draft_tokens: int | str | None = None
     max_seq_len: int | None = None
     max_batch_size: int | None = None
@@ -241,6 +251,8 @@ class DecodeConfig(PlanConfig):
             )
         for name in ("dtype", "kv_dtype", "load_format", "weight_format", "attention"):
             check_setting(name, getattr(self, name))
+        if self.drafts is not None:
+            check_setting("drafts", self.drafts)
         if is_auto(self.draft_tokens):
             object.__setattr__(self, "draft_tokens", None)
         for name in _INT_RANGES:

@@ -107,6 +107,7 @@ class Decoder(TextMethods, MeasuringMethods):
         sparse_min_context: int | str | None = None,
         correction_interval: int | None = None,
         verify: bool | str | None = None,
+        drafts: str | None = None,
         draft_tokens: int | str | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int | None = None,
@@ -306,7 +307,7 @@ class Decoder(TextMethods, MeasuringMethods):
             attention: "full" decodes this one densely, "tidal" sparsely; None is as the decoder.
             plan: how to decode sparsely, instead of the decoder's plan. Takes memory for its sets
                 while the request lives, if no other has the same.
-            verify: whether sparse steps only draft; None is as the decoder.
+            verify: whether tokens are drafted, and dense passes decide; None is as the decoder.
             priority: requests with lower ones go first.
             logprobs: as in generate().
             prompt_logprobs: as in generate().

@@ -275,10 +275,11 @@ def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -
             f"{_no_plan(folder)}, so it is decoded densely; to decode sparsely, {HOW_TO_CHOOSE}, "
             "or give a token_budget: every layer then chooses for itself"
         )
-    if plan is None and settings.verify:
+    if plan is None and settings.verify and settings.drafts in (None, "tidal"):
         reason = "attention='full'" if settings.attention == "full" else "there is no plan"
         notes.append(
-            f"verify: every step is dense ({reason}), so nothing is drafted and nothing is checked"
+            f"verify: every step is dense ({reason}), so nothing is drafted and nothing is "
+            "checked; drafts='ngram' drafts from the text"
         )
     if plan is None or folder.load_format == "dummy":
         return notes

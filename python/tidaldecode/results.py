@@ -23,9 +23,10 @@ class Timings:
 class Verification:
     """What verified decoding did for a sequence."""
 
-    drafted_tokens: int  # by sparse steps, and checked
+    drafted_tokens: int  # and checked
     accepted_tokens: int  # of those, kept
     dense_passes: int  # each checked drafts, or was a dense step, and drew one token more
+    ngram_tokens: int = 0  # of the drafted_tokens, from the text; the others took sparse steps
 
     @property
     def acceptance_rate(self) -> float:
@@ -121,6 +122,7 @@ def make_result(
             drafted_tokens=counts.drafted_tokens,
             accepted_tokens=counts.accepted_tokens,
             dense_passes=counts.dense_passes,
+            ngram_tokens=counts.ngram_tokens,
         )
         if counts.dense_passes
         else None,

@@ -18,9 +18,10 @@ class BatchInvariantDecoding : public DecoderTest {
     return config;
   }
 
-  DecodeConfig Verified() const {
+  DecodeConfig Verified(Drafts drafts = Drafts::kTidal) const {
     DecodeConfig config = Invariant(Tidal());
     config.verify = true;
+    config.drafts = drafts;
     config.draft_tokens = 7;
     config.token_budget = 8;
     return config;
@@ -60,11 +61,14 @@ TEST_P(BatchInvariantDecoding, WritesTheSameAloneAndBesideOthers) {
 }
 
 TEST_P(BatchInvariantDecoding, WritesWhatDenseDecodingWritesIfVerified) {
-  const auto dense = Make(Invariant(Dense())), verified = Make(Verified());
-  for (const SamplingParams& params : Params()) {
-    const std::vector<Ints> want = Together(*dense, params);
-    EXPECT_EQ(Together(*verified, params), want);
-    EXPECT_EQ(Alone(*verified, params), want);
+  const auto dense = Make(Invariant(Dense()));
+  for (const Drafts drafts : {Drafts::kTidal, Drafts::kNgram, Drafts::kBoth}) {
+    const auto verified = Make(Verified(drafts));
+    for (const SamplingParams& params : Params()) {
+      const std::vector<Ints> want = Together(*dense, params);
+      EXPECT_EQ(Together(*verified, params), want);
+      EXPECT_EQ(Alone(*verified, params), want);
+    }
   }
 }
 

@@ -12,7 +12,8 @@ class Forks : public SessionTest {};
 
 TEST_P(Forks, GoTheirOwnWays) {
   const Prompts prompts = MakePrompts({100, 30, 16, 1});
-  for (const DecodeConfig& config : {Dense(), Tidal(), Corrected(6), Verified()}) {
+  for (const DecodeConfig& config :
+       {Dense(), Tidal(), Corrected(6), Verified(), Verified(Drafts::kNgram)}) {
     const auto decoder = Make(config);
     // Sessions that were never forked, one for each way.
     std::vector<Ints> want;

@@ -83,7 +83,7 @@ class Guides : public SessionTest {
 
 TEST_P(Guides, EveryRowKeepsToItsOwn) {
   const Prompts prompts = MakePrompts({90, 40, 17, 3});
-  for (const DecodeConfig& config : {Tidal(), Verified(), Corrected(3)}) {
+  for (const DecodeConfig& config : {Tidal(), Verified(), Verified(Drafts::kNgram), Corrected(3)}) {
     const auto decoder = Make(config);
     std::vector<Ints> alone;
     const std::vector<SamplingParams> params = {Guided(1), Guided(3), Drawn(12), Guided(1)};
@@ -109,14 +109,18 @@ TEST_P(Guides, VerifiedTokensAreDenseOnes) {
   const Ints prompt = MakePrompts({90})[0];
   DecodeConfig dense = Tidal();
   dense.select_layers.clear();
-  const auto one = Make(dense), other = Make(Verified());
-  Answerer answers_one(*one), answers_other(*other);
-  for (const int64_t guide : {1, 2, 4}) {
-    const Ints want = One(*one, prompt, Guided(guide, 30));
-    const Ints got = One(*other, prompt, Guided(guide, 30));
-    ExpectGuided(got, guide);
-    if (is_cpu()) {
-      EXPECT_EQ(got, want);
+  const auto one = Make(dense);
+  Answerer answers_one(*one);
+  for (const Drafts drafts : {Drafts::kTidal, Drafts::kNgram, Drafts::kBoth}) {
+    const auto other = Make(Verified(drafts));
+    Answerer answers_other(*other);
+    for (const int64_t guide : {1, 2, 4}) {
+      const Ints want = One(*one, prompt, Guided(guide, 30));
+      const Ints got = One(*other, prompt, Guided(guide, 30));
+      ExpectGuided(got, guide);
+      if (is_cpu()) {
+        EXPECT_EQ(got, want);
+      }
     }
   }
 }

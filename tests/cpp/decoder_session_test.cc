@@ -78,8 +78,9 @@ TEST_P(Sessions, AppendedTokensAreReadAheadOfTheTurn) {
 
 // A turn without a prompt decodes on, through the plan: two such turns are one.
 TEST_P(Sessions, GoOnAsIfTheTurnHadNotEnded) {
-  const Ints prompt = MakePrompts({120})[0];
-  for (const DecodeConfig& config : {Dense(), Tidal(), Corrected(7), Corrected(4), Verified()}) {
+  const Ints prompt = KnowFewTokens(MakePrompts({120}))[0];
+  for (const DecodeConfig& config : {Dense(), Tidal(), Corrected(7), Corrected(4), Verified(),
+                                     Verified(Drafts::kNgram), Verified(Drafts::kBoth)}) {
     if (config.verify && !is_cpu()) continue;  // other rounds of drafts round another cache
     const auto decoder = Make(config);
     for (const SamplingParams& params : {Greedy(60), Drawn(60)}) {
@@ -113,7 +114,7 @@ TEST_P(Sessions, CorrectWhatIsLeftWhileTheyReadOn) {
 
 TEST_P(Sessions, KeepAStopTokenInTheirContext) {
   if (GetParam().dtype != DType::kFloat32) GTEST_SKIP() << "other chunks round another cache";
-  for (const DecodeConfig& config : {Dense(), Verified()}) {
+  for (const DecodeConfig& config : {Dense(), Verified(), Verified(Drafts::kNgram)}) {
     const auto decoder = Make(config);
     const Prompts prompts = MakePrompts({100, 20});
     const Ints all = One(*decoder, prompts[0], Greedy(30));
@@ -131,9 +132,9 @@ TEST_P(Sessions, KeepAStopTokenInTheirContext) {
 
 // However a turn ends, the tokens it gave are those that stay.
 TEST_P(Sessions, AStoppedTurnKeepsWhatItGave) {
-  for (const DecodeConfig& config : {Tidal(), Corrected(5), Verified()}) {
+  const Ints prompt = KnowFewTokens(MakePrompts({100}))[0];
+  for (const DecodeConfig& config : {Tidal(), Corrected(5), Verified(), Verified(Drafts::kNgram)}) {
     const auto decoder = Make(config);
-    const Ints prompt = MakePrompts({100})[0];
     const auto session = decoder->StartSession();
     Ints text = prompt;
     for (size_t count : {1, 4, 11}) {

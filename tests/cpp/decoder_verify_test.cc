@@ -27,6 +27,20 @@ class VerifiedDecoding : public DecoderTest {
     return config;
   }
 
+  // Whatever drafts, each so many tokens at most; the text for a dense plan as well.
+  std::vector<DecodeConfig> Ways(const std::vector<int64_t>& draft_tokens) const {
+    std::vector<DecodeConfig> ways;
+    for (int64_t count : draft_tokens) {
+      for (Drafts drafts : {Drafts::kTidal, Drafts::kNgram, Drafts::kBoth}) {
+        ways.push_back(Verified(count));
+        ways.back().drafts = drafts;
+      }
+      ways.push_back(ways.back());
+      ways.back().select_layers.clear();
+    }
+    return ways;
+  }
+
   static SamplingParams Drawn(int64_t max_new_tokens, uint64_t seed) {
     SamplingParams params = Greedy(max_new_tokens);
     params.temperature = 0.8;
@@ -120,11 +134,13 @@ TEST_P(VerifiedDecoding, WritesWhatDenseDecodingWrites) {
   for (uint64_t seed = 0; seed < 6; ++seed) {
     SCOPED_TRACE(seed);
     weights_ = TinyModel(model_, seed);
-    const Prompts prompts = MakePrompts({150, 40, 33, 7}, seed);
-    DecodeConfig config = Verified(Ints{0, 1, 3, 7, 16, 64}[seed]);
-    config.token_budget = Ints{2, 8, 32}[seed % 3];
-    for (const SamplingParams& params : {Greedy(50), Drawn(50, seed)}) {
-      ExpectDenseTokens(config, prompts, std::vector(4, params));
+    Prompts prompts = MakePrompts({150, 40, 33, 7}, seed);
+    if (seed > 2) prompts = KnowFewTokens(prompts, seed);
+    for (DecodeConfig config : Ways({Ints{0, 1, 3, 7, 16, 64}[seed]})) {
+      config.token_budget = Ints{2, 8, 32}[seed % 3];
+      for (const SamplingParams& params : {Greedy(50), Drawn(50, seed)}) {
+        ExpectDenseTokens(config, prompts, std::vector(4, params));
+      }
     }
   }
 }
@@ -178,14 +194,14 @@ TEST_P(VerifiedDecoding, CountsNothingElsewhere) {
 
 TEST_P(VerifiedDecoding, AppliesEverySamplingParameter) {
   if (!is_cpu()) GTEST_SKIP() << "on CUDA rounding moves tokens across the cuts of top-k and top-p";
-  const Prompts prompts = MakePrompts({80, 90, 100, 110});
+  const Prompts prompts = KnowFewTokens(MakePrompts({80, 90, 100, 110}));
   std::vector<SamplingParams> params;
   for (uint64_t seed = 0; seed < 4; ++seed) params.push_back(Drawn(60, seed));
   params[0].top_k = 5;
   params[1].top_p = 0.7;
   params[2].min_p = 0.1;
   params[3].temperature = 2.0;
-  for (int64_t draft_tokens : {0, 7}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+  for (const DecodeConfig& config : Ways({0, 7})) ExpectDenseTokens(config, prompts, params);
 }
 
 // The penalty looks at the tokens before the drawn one: no drafts, and not those drawn in vain.
@@ -195,7 +211,7 @@ TEST_P(VerifiedDecoding, PenalisesTokensOnlyOnceTheyStand) {
   params[0].repetition_penalty = 1.5;
   params[1].repetition_penalty = 3.0;  // beside it rows without one
   params[3].repetition_penalty = 0.7;
-  for (int64_t draft_tokens : {0, 1, 9}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+  for (const DecodeConfig& config : Ways({0, 1, 9})) ExpectDenseTokens(config, prompts, params);
 }
 
 TEST_P(VerifiedDecoding, HoldsToEveryRuleOfItsTokens) {
@@ -212,7 +228,7 @@ TEST_P(VerifiedDecoding, HoldsToEveryRuleOfItsTokens) {
   params[3].min_new_tokens = 25;
   params[3].repetition_penalty = 0.7;
   params[3].suppress_tokens = {317};
-  for (int64_t draft_tokens : {0, 1, 9}) ExpectDenseTokens(Verified(draft_tokens), prompts, params);
+  for (const DecodeConfig& config : Ways({0, 1, 9})) ExpectDenseTokens(config, prompts, params);
   for (size_t i = 0; i < 4; ++i) ExpectDenseTokens(Verified(), {prompts[i]}, {params[i]});
 }
 
@@ -234,12 +250,15 @@ TEST_P(VerifiedDecoding, StopTokensEndWhereTheyStand) {
 
 TEST_P(VerifiedDecoding, DraftsNeverPassTheEnd) {
   for (int64_t new_tokens : {1, 2, 3, 5, 12}) {
-    ExpectDenseTokens(Verified(16), MakePrompts({500, 40, 511 - 11}),
-                      {Greedy(new_tokens), Greedy(13 - new_tokens), Greedy(12)});
+    for (const DecodeConfig& config : Ways({16})) {
+      ExpectDenseTokens(config, MakePrompts({500, 40, 511 - 11}),
+                        {Greedy(new_tokens), Greedy(13 - new_tokens), Greedy(12)});
+    }
   }
-  DecodeConfig config = Verified(16);
-  config.num_pages = 32;  // for one sequence of 512 tokens, to the last slot
-  ExpectDenseTokens(config, MakePrompts({500}), {Greedy(12)});
+  for (DecodeConfig config : Ways({16})) {
+    config.num_pages = 32;  // for one sequence of 512 tokens, to the last slot
+    ExpectDenseTokens(config, MakePrompts({500}), {Greedy(12)});
+  }
 }
 
 TEST_P(VerifiedDecoding, RowsHaveNoSayInEachOther) {
@@ -308,10 +327,10 @@ TEST_P(VerifiedDecoding, ANanEndsItsSequenceAtTheSameToken) {
     Values& table = spoiled.tensor("model.embed_tokens.weight").values;
     std::fill_n(table.begin() + bad * model_.hidden_size, model_.hidden_size, NAN);
     std::swap(spoiled, weights_);
-    for (int64_t draft_tokens : {1, 4, 16}) {
+    for (const DecodeConfig& config : Ways({1, 4, 16})) {
       const auto params = std::vector(3, Greedy(30));
       const auto want = Finish(*Make(Dense())->Start(prompts, params));
-      const auto got = Finish(*Make(Verified(draft_tokens))->Start(prompts, params));
+      const auto got = Finish(*Make(config)->Start(prompts, params));
       for (size_t i = 0; i < prompts.size(); ++i) {
         EXPECT_EQ(got[i].token_ids, want[i].token_ids);
         EXPECT_EQ(got[i].finish_reason, want[i].finish_reason);
@@ -329,11 +348,11 @@ TEST_P(VerifiedDecoding, ANanEndsOnlyTheSequencesThatMeetIt) {
   const int32_t bad = Generate(*dense, prompts, Greedy(30))[1].token_ids[5];
   Values& table = weights_.tensor("model.embed_tokens.weight").values;
   std::fill_n(table.begin() + bad * model_.hidden_size, model_.hidden_size, NAN);
-  for (int64_t draft_tokens : {1, 4, 16}) {
-    const auto decoder = Make(Verified(draft_tokens));
+  for (const DecodeConfig& config : Ways({1, 4, 16})) {
+    const auto decoder = Make(config);
     const auto results = Generate(*decoder, prompts, Greedy(30));
     for (size_t i = 0; i < prompts.size(); ++i) {
-      SCOPED_TRACE(::testing::Message() << "prompt " << i << ", drafts " << draft_tokens);
+      SCOPED_TRACE(::testing::Message() << "prompt " << i << ", drafts " << config.draft_tokens);
       const Ints& tokens = results[i].token_ids;
       const bool met = std::count(prompts[i].begin(), prompts[i].end(), bad) > 0;
       const auto at = std::find(tokens.begin(), tokens.end(), bad);
@@ -394,102 +413,6 @@ TEST_P(VerifiedDecoding, KeepsTheDistribution) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, VerifiedDecoding, ::testing::ValuesIn(DecoderBackends()),
-                         CaseNameOf<BackendCase>);
-
-// What holds on every device.
-class Verifications : public DecoderTest {
- protected:
-  DecodeConfig Verified() const {
-    DecodeConfig config = Tidal();
-    config.verify = true;
-    return config;
-  }
-};
-
-TEST_P(Verifications, AreDeterministicWithGraphsAndWithout) {
-  const Prompts prompts = MakePrompts({150, 40, 90, 3});
-  DecodeConfig config = Verified();
-  const auto decoder = Make(config);
-  const auto want = Generate(*decoder, prompts, Greedy(60));
-  const auto again = Generate(*decoder, prompts, Greedy(60));
-  config.cuda_graphs = false;
-  const auto eager = Generate(*Make(config), prompts, Greedy(60));
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    EXPECT_EQ(want[i].token_ids.size(), 60u);
-    EXPECT_EQ(again[i].token_ids, want[i].token_ids);
-    EXPECT_EQ(eager[i].token_ids, want[i].token_ids);
-    EXPECT_EQ(eager[i].verification.drafted_tokens, want[i].verification.drafted_tokens);
-  }
-}
-
-TEST_P(Verifications, SampleTheSameTokensForTheSameSeeds) {
-  const Prompts prompts = MakePrompts({150, 40, 90, 3});
-  std::vector<SamplingParams> params(4, Greedy(40));
-  for (size_t i = 0; i < 4; ++i) {
-    params[i].temperature = 0.7 + 0.1 * static_cast<double>(i);
-    params[i].top_p = 0.9;
-    params[i].seed = i;
-  }
-  const auto decoder = Make(Verified());
-  const auto first = Finish(*decoder->Start(prompts, params));
-  const auto again = Finish(*decoder->Start(prompts, params));
-  for (SamplingParams& each : params) each.seed += 100;
-  const auto other = Finish(*decoder->Start(prompts, params));
-  for (size_t i = 0; i < 4; ++i) {
-    EXPECT_EQ(first[i].token_ids.size(), 40u);
-    EXPECT_EQ(first[i].token_ids, again[i].token_ids);
-    EXPECT_NE(first[i].token_ids, other[i].token_ids);
-  }
-}
-
-// Rows keep drafts at their own pace, own what they need, and give it back whenever they end.
-TEST_P(Verifications, CountForEachRowAndFreeAllOfThem) {
-  const auto decoder = Make(Verified());
-  const int64_t pages = decoder->num_free_pages(), rows = decoder->num_free_rows();
-  const Prompts prompts = MakePrompts({150, 40, 90, 250});
-  {
-    const auto generation = decoder->Start(prompts, std::vector(4, Greedy(60)));
-    while (!generation->done()) generation->Advance();
-    std::vector<int64_t> kept;
-    for (const SequenceResult& result : generation->results()) {
-      const Verification& counts = result.verification;
-      EXPECT_EQ(counts.accepted_tokens + counts.dense_passes, 59);
-      EXPECT_LE(counts.accepted_tokens, counts.drafted_tokens);
-      EXPECT_LE(counts.drafted_tokens, 16 * counts.dense_passes);
-      kept.push_back(counts.accepted_tokens);
-    }
-    std::sort(kept.begin(), kept.end());
-    EXPECT_LT(kept.front(), kept.back()) << "the rows kept as many: choose other prompts";
-    // Ended sequences hold nothing, even while their call lives.
-    EXPECT_EQ(decoder->num_free_pages(), pages);
-    EXPECT_EQ(decoder->num_free_rows(), rows);
-  }
-  {
-    const auto left = decoder->Start(prompts, std::vector(4, Greedy(60)));
-    while (left->results()[3].token_ids.size() < 7) left->Advance();
-    EXPECT_LT(decoder->num_free_pages(), pages);
-  }
-  EXPECT_EQ(decoder->num_free_pages(), pages);
-  EXPECT_EQ(decoder->num_free_rows(), rows);
-}
-
-// Teacher forcing dense steps with the tokens: each is the best, or as good to rounding.
-TEST_P(Verifications, DrawTheBestTokensOfDenseDecoding) {
-  const Ints prompt = MakePrompts({150})[0];
-  const Ints tokens = Generate(*Make(Verified()), {prompt}, Greedy(60))[0].token_ids;
-  Ints text = prompt;
-  text.insert(text.end(), tokens.begin(), tokens.end() - 1);
-  const auto logits = DecodeLogits(*Make(Dense()), text, 150);
-  double size = 0.0;
-  for (float logit : logits) size = std::max(size, std::abs(static_cast<double>(logit)));
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const auto row = logits.begin() + static_cast<int64_t>(i) * model_.vocab_size;
-    const double best = *std::max_element(row, row + model_.vocab_size);
-    EXPECT_LE(best - row[tokens[i]], size * ToleranceFor(Op::kLogits, GetParam().dtype).rel) << i;
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Backends, Verifications, ::testing::ValuesIn(DecoderBackends()),
                          CaseNameOf<BackendCase>);
 
 }  // namespace

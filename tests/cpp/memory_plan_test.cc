@@ -32,14 +32,17 @@ class MemoryPlanTest : public DecoderTest {
     DecodeConfig drafts = Verifying();
     drafts.draft_tokens = 33;
     drafts.max_batch_size = 2;
+    DecodeConfig ngrams = Dense();
+    ngrams.verify = true;
+    ngrams.drafts = Drafts::kNgram;
     DecodeConfig corrected = Tidal();
     corrected.correction_interval = 4;
     corrected.granularity = Granularity::kLayer;
     DecodeConfig scored = Tidal();
     scored.select_layers = {};
     scored.scored_layers = {2, 4};
-    std::vector<DecodeConfig> configs = {Dense(),   Tidal(), Verifying(), automatic,
-                                         few_pages, drafts,  corrected,   scored};
+    std::vector<DecodeConfig> configs = {Dense(), Tidal(), Verifying(), automatic, few_pages,
+                                         drafts,  ngrams,  corrected,   scored};
     if (GetParam().is_cpu()) {
       scored.shadow = Shadow::kInt4;
       configs.push_back(scored);

@@ -17,11 +17,17 @@
 namespace tidal::test {
 namespace {
 
-// A mask that nothing but these tokens has.
-std::vector<uint32_t> MaskOf(std::span<const int32_t> generated) {
+constexpr size_t kWords = (kVocabSize + 31) / 32;
+const std::vector<uint32_t> kNothing(kWords, 0);
+
+// A mask that nothing but these tokens has: half of all tokens, and `next`.
+std::vector<uint32_t> MaskOf(std::span<const int32_t> generated, int32_t next) {
   uint32_t hash = 0x811c9dc5u;
   for (int32_t token : generated) hash = (hash ^ static_cast<uint32_t>(token)) * 0x01000193u;
-  return {hash | 1u};
+  std::vector<uint32_t> mask(kWords);
+  for (uint32_t& word : mask) word = hash = (hash ^ (hash >> 15)) * 0x85ebca77u + 1;
+  mask[static_cast<size_t>(next / 32)] |= 1u << (next % 32);
+  return mask;
 }
 
 Request Guided(Request request) {
@@ -35,9 +41,11 @@ Request Guided(int64_t max_new_tokens) {
   return Guided(request);
 }
 
-Request GuidedVerified(int64_t max_new_tokens, int64_t draft_tokens) {
+Request GuidedVerified(int64_t max_new_tokens, int64_t draft_tokens,
+                       Drafts drafts = Drafts::kTidal) {
   Request request = TidalRequest(max_new_tokens, 0);
   request.decoding.verifies = true;
+  request.decoding.drafts = drafts;
   request.decoding.draft_tokens = draft_tokens;
   return Guided(request);
 }
@@ -45,7 +53,8 @@ Request GuidedVerified(int64_t max_new_tokens, int64_t draft_tokens) {
 // A rig with somebody who answers.
 class GuideRig : public Rig {
  public:
-  using Rig::Rig;
+  explicit GuideRig(const RigOptions& options = {})
+      : Rig(options), vocab_size_(options.vocab_size) {}
 
   // Follows the questions, and has their answers ready.
   void Ask() {
@@ -59,11 +68,11 @@ class GuideRig : public Rig {
       GuideAnswer answer = {.request = question.request, .number = question.number};
       if (told.size() >= end_at) {
         answer.is_complete = true;
-        answer.allowed = {0};
+        answer.allowed = kNothing;
       } else if (told.size() >= fail_at) {
         answer.error = "guide: it fails";
       } else {
-        answer.allowed = MaskOf(told);
+        answer.allowed = MaskOf(question.request, told);
       }
       answers.push_back(std::move(answer));
     }
@@ -83,9 +92,8 @@ class GuideRig : public Rig {
     if (has_rows || !batch.saves.empty()) {
       Drawn drawn = model.Run(batch);
       for (size_t i = 0; i < batch.rows.size(); ++i) {
-        const std::vector<uint32_t>& allowed = batch.rows[i].allowed;
-        for (size_t j = 0; j < allowed.size(); ++j) {
-          if (allowed[j] == 0) drawn.tokens[i][j] = -1;
+        for (size_t j = 0; j < batch.rows[i].allowed.size() / kWords; ++j) {
+          if (MaskAt(batch.rows[i], j) == kNothing) drawn.tokens[i][j] = -1;
         }
       }
       now_ms += model.last_ms();
@@ -106,37 +114,54 @@ class GuideRig : public Rig {
     EXPECT_FALSE(scheduler.HasWork());
   }
 
-  std::map<RequestId, size_t> num_given;  // tokens of each prompt
+  // What dense decoding writes.
+  Tokens Dense(const Tokens& prompt, int64_t count) const {
+    return FakeModel::Continue(prompt, count, 1.0f, vocab_size_);
+  }
+
   std::deque<GuideAnswer> answers;
   int64_t num_questions = 0;
   size_t end_at = 1'000, fail_at = 1'000;
 
   RequestId SubmitGuided(Tokens prompt, Request request) {
-    const size_t length = prompt.size();
-    const RequestId id = Submit(std::move(prompt), std::move(request));
-    num_given[id] = length;
+    const RequestId id = Submit(prompt, std::move(request));
+    prompts_[id] = std::move(prompt);
     Ask();
     return id;
   }
 
  private:
+  std::vector<uint32_t> MaskOf(RequestId id, std::span<const int32_t> generated) const {
+    Tokens all = prompts_.at(id);
+    all.insert(all.end(), generated.begin(), generated.end());
+    return test::MaskOf(generated, Dense(all, 1)[0]);
+  }
+
+  static std::vector<uint32_t> MaskAt(const BatchRow& row, size_t draw) {
+    const auto mask = row.allowed.begin() + static_cast<std::ptrdiff_t>(draw * kWords);
+    return {mask, mask + kWords};
+  }
+
   void CheckMasks(const BatchRow& row, RequestId id) const {
-    if (!num_given.contains(id)) {
+    if (!prompts_.contains(id)) {
       EXPECT_TRUE(row.allowed.empty());
       return;
     }
-    ASSERT_EQ(static_cast<int64_t>(row.allowed.size()), row.num_draws);
+    ASSERT_EQ(row.allowed.size(), static_cast<size_t>(row.num_draws) * kWords);
     const Sequence& sequence = *row.sequence;
     for (int64_t i = 0; i < row.num_draws; ++i) {
       const int64_t length = sequence.cached + row.num_tokens - row.num_draws + i + 1;
-      const auto before =
-          std::span(sequence.tokens).first(static_cast<size_t>(length)).subspan(num_given.at(id));
+      const auto before = std::span(sequence.tokens)
+                              .first(static_cast<size_t>(length))
+                              .subspan(prompts_.at(id).size());
       const bool is_past_end = before.size() >= std::min(end_at, fail_at);
-      EXPECT_EQ(row.allowed[static_cast<size_t>(i)], is_past_end ? 0 : MaskOf(before)[0])
+      EXPECT_EQ(MaskAt(row, static_cast<size_t>(i)), is_past_end ? kNothing : MaskOf(id, before))
           << "draw " << i << " of request " << id;
     }
   }
 
+  int32_t vocab_size_;
+  std::map<RequestId, Tokens> prompts_;
   std::map<RequestId, Tokens> told_;
 };
 
@@ -153,6 +178,30 @@ TEST(SchedulerGuides, EveryDrawGoesByTheMaskOfItsTokens) {
   EXPECT_EQ(rig.Generated(free), FakeModel::Continue(MakePrompt(4, 10), 12));
   const Verification counts = rig.scheduler.Get(verified).verification;
   EXPECT_GT(counts.drafted_tokens, counts.accepted_tokens) << "no draft was taken back";
+}
+
+TEST(SchedulerGuides, DraftsFromTheTextThatAGuideForbidsAreNotChecked) {
+  RigOptions options;
+  options.vocab_size = 3;
+  GuideRig rig(options);
+  int64_t num_drafted = 0, num_accepted = 0, num_free = 0;
+  for (int32_t i = 0; i < 20; ++i) {
+    const Tokens prompt = FakeModel::Continue(MakePrompt(i, 5), 30, 1.0f, 3);
+    for (const bool is_guided : {true, false}) {
+      Request request = GuidedVerified(20, 4, Drafts::kNgram);
+      if (!is_guided) request.sampling.guide = 0;
+      const RequestId id =
+          is_guided ? rig.SubmitGuided(prompt, request) : rig.Submit(prompt, request);
+      rig.RunToEnd();
+      EXPECT_EQ(rig.Generated(id), rig.Dense(prompt, 20));
+      const Verification counts = rig.scheduler.Get(id).verification;
+      EXPECT_EQ(counts.accepted_tokens + counts.dense_passes, 19);
+      (is_guided ? num_drafted : num_free) += counts.drafted_tokens;
+      if (is_guided) num_accepted += counts.accepted_tokens;
+    }
+  }
+  EXPECT_GT(num_accepted, 50);
+  EXPECT_LT(num_drafted, num_free) << "no draft was forbidden";
 }
 
 TEST(SchedulerGuides, WhoLacksAMaskWaitsAndOthersGoOn) {
@@ -258,9 +307,17 @@ TEST(SchedulerGuides, WhatAGuideWasToldIsWhatItHasToKnow) {
   EXPECT_FALSE(guidance.Ask(all.first(0), 0)) << "asked twice";
   guidance.Take({.number = question->number, .allowed = {1}});
   EXPECT_TRUE(guidance.HasMask(0));
-  question = guidance.Ask(all.first(2), 2);  // drafts
+  question = guidance.Ask(all.first(2), 2);  // drafts, about one after the other
   ASSERT_TRUE(question);
-  EXPECT_EQ(question->tokens, Tokens({5, 6}));
+  EXPECT_EQ(question->tokens, Tokens({5}));
+  EXPECT_FALSE(guidance.Ask(all.first(2), 2)) << "asked twice";
+  EXPECT_EQ(guidance.NumAllowed(all.first(2)), 0) << "the first mask allows token 0 only";
+  guidance.Take({.number = question->number, .allowed = {1 << 6}});
+  EXPECT_FALSE(guidance.HasMask(2));
+  question = guidance.Ask(all.first(2), 2);
+  ASSERT_TRUE(question);
+  EXPECT_EQ(question->keep, 1);
+  EXPECT_EQ(question->tokens, Tokens({6}));
   const Tokens other = {5, 9};
   question = guidance.Ask(other, 0);  // one of them was kept
   ASSERT_TRUE(question);
@@ -281,6 +338,7 @@ TEST(SchedulerGuides, RandomRequestsDrawByTheirMasksAndEnd) {
     options.num_pages = 20 + upto(40);
     options.limits.output_reserve = upto(8);
     options.limits.max_host_pages = seed % 2 == 0 ? 0 : upto(30);
+    if (seed % 3 > 0) options.vocab_size = static_cast<int32_t>(2 * (seed % 3));
     GuideRig rig(options);
     std::map<RequestId, std::pair<Tokens, int64_t>> exact;
     std::set<RequestId> all;
@@ -288,18 +346,20 @@ TEST(SchedulerGuides, RandomRequestsDrawByTheirMasksAndEnd) {
       if (all.size() < 25 && upto(5) == 0) {
         const Tokens prompt = MakePrompt(static_cast<int32_t>(all.size()), 1 + upto(25));
         const int64_t count = 1 + upto(20);
-        const int64_t kind = upto(3);
+        const int64_t kind = upto(4);
         if (kind == 0) {
           all.insert(rig.Submit(prompt, count));
           continue;
         }
         Request request = Guided(count);
         if (kind == 2) request = GuidedVerified(count, upto(5));
-        if (kind == 3) request = Guided(TidalRequest(count, 4));
-        if (kind == 3) request.decoding.plan = kOther;
+        if (kind == 3)
+          request = GuidedVerified(count, upto(5), upto(1) == 0 ? Drafts::kNgram : Drafts::kBoth);
+        if (kind == 4) request = Guided(TidalRequest(count, 4));
+        if (kind == 4) request.decoding.plan = kOther;
         const RequestId id = rig.SubmitGuided(prompt, request);
         all.insert(id);
-        if (kind < 3) exact.emplace(id, std::pair(prompt, count));
+        if (kind < 4) exact.emplace(id, std::pair(prompt, count));
       }
       if (!all.empty() && upto(60) == 0) {
         auto cancelled = std::next(all.begin(), upto(static_cast<int64_t>(all.size()) - 1));
@@ -313,7 +373,7 @@ TEST(SchedulerGuides, RandomRequestsDrawByTheirMasksAndEnd) {
     for (const auto& [id, asked] : exact) {
       if (rig.Reason(id) == FinishReason::kAbort) continue;
       EXPECT_EQ(rig.Reason(id), FinishReason::kLength);
-      EXPECT_EQ(rig.Generated(id), FakeModel::Continue(asked.first, asked.second)) << seed;
+      EXPECT_EQ(rig.Generated(id), rig.Dense(asked.first, asked.second)) << seed;
     }
     EXPECT_EQ(rig.pool.num_free(), options.num_pages);
     num_pauses += rig.scheduler.stats().num_pauses;

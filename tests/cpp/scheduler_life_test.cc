@@ -72,6 +72,7 @@ class RandomLife {
     options.limits.max_chunk_ms = 3.1 + static_cast<double>(Below(10)) * 0.1;
     options.limits.max_seq_len = 90;
     options.limits.max_host_pages = Chance(2) ? 0 : Below(30);
+    if (Chance(2)) options.vocab_size = 3;
     return options;
   }
 
@@ -90,6 +91,7 @@ class RandomLife {
     rig_.model.dense_len[request.decoding.plan] = request.decoding.dense_len;
     if (Chance(3)) request.decoding.plan = PlanId::kDense;
     request.decoding.verifies = Chance(2);
+    request.decoding.drafts = static_cast<Drafts>(Below(3));
     request.decoding.draft_tokens = Below(9);
     request.decoding.correction_interval = Below(6);
     request.priority = static_cast<int32_t>(Below(2));

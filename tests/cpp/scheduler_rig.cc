@@ -23,9 +23,10 @@ uint64_t FirstHash(float rotary) {
 
 }  // namespace
 
-FakeModel::FakeModel(PagePool& pool, const FakeSpeed& speed)
+FakeModel::FakeModel(PagePool& pool, const FakeSpeed& speed, int32_t vocab_size)
     : pool_(pool),
       speed_(speed),
+      vocab_size_(vocab_size),
       entries_(static_cast<size_t>(pool.num_pages() * pool.page_size())) {}
 
 CacheEntry& FakeModel::At(const Sequence& sequence, int64_t position) {
@@ -47,10 +48,10 @@ void FakeModel::CheckCached(const Sequence& sequence) {
 }
 
 // Whoever read tainted tokens draws something else, and sparse steps now and then do.
-int32_t FakeModel::Draw(const CacheEntry& entry, bool is_sparse) {
+int32_t FakeModel::Draw(const CacheEntry& entry, bool is_sparse, int32_t vocab_size) {
   uint64_t hash = entry.hash;
   if (!entry.is_clean || (is_sparse && hash % 4 == 0)) hash = Mix(hash);
-  return static_cast<int32_t>(Mix(hash) % kVocabSize);
+  return static_cast<int32_t>(Mix(hash) % static_cast<uint64_t>(vocab_size));
 }
 
 Drawn FakeModel::Run(const Batch& batch) {
@@ -76,7 +77,7 @@ Drawn FakeModel::Run(const Batch& batch) {
       const int32_t page = sequence.pages.pages().at(static_cast<size_t>(i / pool_.page_size()));
       EXPECT_FALSE(pool_.IsShared(page)) << "wrote to a page that others read";
       // A sparse step draws from what it read, and leaves K and V that are slightly wrong.
-      const int32_t draw = Draw({hash, is_clean}, is_sparse);
+      const int32_t draw = Draw({hash, is_clean}, is_sparse, vocab_size_);
       if (i >= end - row.num_draws) draws.push_back(draw);
       const int64_t logits = i - (end - row.num_logits);
       if (logits >= 0) row.logits[logits] = static_cast<float>(draw);
@@ -125,12 +126,12 @@ void FakeModel::Copy(const std::vector<PageCopy>& copies) {
   }
 }
 
-Tokens FakeModel::Continue(Tokens tokens, int64_t count, float rotary) {
+Tokens FakeModel::Continue(Tokens tokens, int64_t count, float rotary, int32_t vocab_size) {
   uint64_t hash = FirstHash(rotary);
   for (int32_t token : tokens) hash = Append(hash, token);
   Tokens generated;
   for (int64_t i = 0; i < count; ++i) {
-    generated.push_back(Draw({hash, true}, false));
+    generated.push_back(Draw({hash, true}, false, vocab_size));
     hash = Append(hash, generated.back());
   }
   return generated;
@@ -147,7 +148,7 @@ Rig::Rig(const RigOptions& options)
     : pool(options.num_pages, options.page_size),
       prefixes(pool),
       scheduler(pool, options.caches_prefixes ? &prefixes : nullptr, options.limits),
-      model(pool, options.speed),
+      model(pool, options.speed, options.vocab_size),
       limits(options.limits) {}
 
 Sequence Rig::MakeSequence(Tokens tokens, float rotary) {

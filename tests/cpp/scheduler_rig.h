@@ -38,7 +38,7 @@ struct FakeSpeed {
 
 class FakeModel {
  public:
-  FakeModel(PagePool& pool, const FakeSpeed& speed);
+  FakeModel(PagePool& pool, const FakeSpeed& speed, int32_t vocab_size = kVocabSize);
 
   // Runs a batch as a ModelRunner does, and fails the test where it asks for what cannot be.
   Drawn Run(const Batch& batch);
@@ -53,15 +53,17 @@ class FakeModel {
 
   // What dense decoding of the tokens writes, without any scheduler. Logits are one number a token:
   // what is drawn from them.
-  static Tokens Continue(Tokens tokens, int64_t count, float rotary = 1.0f);
+  static Tokens Continue(Tokens tokens, int64_t count, float rotary = 1.0f,
+                         int32_t vocab_size = kVocabSize);
 
  private:
   CacheEntry& At(const Sequence& sequence, int64_t position);
   void CheckCached(const Sequence& sequence);
-  static int32_t Draw(const CacheEntry& entry, bool is_sparse);
+  static int32_t Draw(const CacheEntry& entry, bool is_sparse, int32_t vocab_size);
 
   PagePool& pool_;
   FakeSpeed speed_;
+  int32_t vocab_size_;
   double last_ms_ = 0.0;
   std::vector<CacheEntry> entries_;                  // [num_pages * page_size]
   std::map<int32_t, std::vector<CacheEntry>> host_;  // pages in host memory
@@ -72,6 +74,7 @@ struct RigOptions {
   int64_t page_size = 4;
   bool caches_prefixes = true;
   FakeSpeed speed{};
+  int32_t vocab_size = kVocabSize;  // what is drawn is less; with few, texts repeat themselves
   SchedulerLimits limits{.max_rows = 4,
                          .max_pass_tokens = 64,
                          .max_check_tokens = 40,

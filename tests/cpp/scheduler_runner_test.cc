@@ -5,6 +5,7 @@
 #include <chrono>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "decode/model_runner.h"
@@ -101,18 +102,21 @@ TEST_P(SchedulerRunner, EverybodyWritesWhatItWritesAlone) {
   Machine machine(model_, config, weights_);
   DecodePolicy tidal = machine.PolicyOf(PlanId::kDecoder), verified = tidal;
   verified.verifies = true;
-  const DecodePolicy policies[] = {{}, tidal, verified};
-  const Prompts prompts = MakePrompts({90, 3, 41, 1, 60, 150, 77, 33, 20});
+  DecodePolicy from_text = verified, both = verified;
+  from_text.drafts = Drafts::kNgram;
+  both.drafts = Drafts::kBoth;
+  const DecodePolicy policies[] = {{}, tidal, verified, from_text, both};
+  const Prompts prompts = MakePrompts({90, 3, 41, 1, 60, 150, 77, 33, 20, 51});
   std::vector<RequestId> ids;
   for (size_t i = 0; i < prompts.size(); ++i) {
-    ids.push_back(machine.Submit(prompts[i], 24, policies[i % 3]));
+    ids.push_back(machine.Submit(prompts[i], 24, policies[i % 5]));
     for (int step = 0; step < 3; ++step) machine.Step();
   }
   while (machine.Step()) {
   }
 
   for (size_t i = 0; i < prompts.size(); ++i) {
-    EXPECT_EQ(machine.TokensOf(ids[i]), Alone(i % 3 == 1 ? Tidal() : Dense(), prompts[i], 24)) << i;
+    EXPECT_EQ(machine.TokensOf(ids[i]), Alone(i % 5 == 1 ? Tidal() : Dense(), prompts[i], 24)) << i;
   }
   EXPECT_EQ(machine.scheduler.stats().pages_held, 0);
 }
@@ -136,13 +140,16 @@ TEST_P(SchedulerRunner, AKnownPrefixChangesNothing) {
 }
 
 TEST_P(SchedulerRunner, APausedRequestGoesOnAsIfItHadNotBeen) {
-  for (const bool verifies : {false, true}) {
+  const std::pair<bool, Drafts> ways[] = {
+      {false, Drafts::kTidal}, {true, Drafts::kTidal}, {true, Drafts::kNgram}};
+  for (const auto& [verifies, drafts] : ways) {
     DecodeConfig config = verifies ? Tidal() : Dense();
     config.verify = verifies;
     config.num_pages = 14;
     Machine machine(model_, config, weights_);
     DecodePolicy policy = machine.PolicyOf(PlanId::kDecoder);
     policy.verifies = verifies;
+    policy.drafts = drafts;
     const Prompts prompts = MakePrompts({60, 41, 20});
     std::vector<RequestId> ids;
     for (const Ints& prompt : prompts) ids.push_back(machine.Submit(prompt, 70, policy));

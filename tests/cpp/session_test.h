@@ -19,9 +19,10 @@ class SessionTest : public DecoderTest {
     config.correction_interval = interval;
     return config;
   }
-  DecodeConfig Verified() const {
+  DecodeConfig Verified(Drafts drafts = Drafts::kTidal) const {
     DecodeConfig config = Tidal();
     config.verify = true;
+    config.drafts = drafts;
     return config;
   }
   static SamplingParams Drawn(int64_t max_new_tokens) {

@@ -168,6 +168,15 @@ Prompts DecoderTest::MakePrompts(const Ints& lengths, uint64_t seed) {
   return prompts;
 }
 
+Prompts DecoderTest::KnowFewTokens(Prompts prompts, uint64_t seed) {
+  model_.vocab_size = 16;
+  weights_ = TinyModel(model_, seed);
+  for (Ints& prompt : prompts) {
+    for (int32_t& token : prompt) token %= 16;
+  }
+  return prompts;
+}
+
 SamplingParams DecoderTest::Greedy(int64_t max_new_tokens) {
   SamplingParams params;
   params.max_new_tokens = max_new_tokens;

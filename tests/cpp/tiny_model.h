@@ -53,6 +53,8 @@ class DecoderTest : public ::testing::TestWithParam<BackendCase> {
 
   // Random prompts of the given lengths.
   static Prompts MakePrompts(const Ints& lengths, uint64_t seed = 11);
+  // Makes the model one of 16 tokens, whose texts repeat themselves, and the prompts of those.
+  Prompts KnowFewTokens(Prompts prompts, uint64_t seed = 5);
   static SamplingParams Greedy(int64_t max_new_tokens);
   static std::vector<SequenceResult> Generate(Decoder& decoder, const Prompts& prompts,
                                               const SamplingParams& params);

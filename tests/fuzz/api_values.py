@@ -114,6 +114,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "sparse_min_context": ("None", "0", "'auto'"),
     "correction_interval": ("None", "0", "3"),
     "verify": ("None", "True", "'greedy'"),
+    "drafts": ("None", "'ngram'", "'both'"),
     "draft_tokens": ("None", "2", "'auto'"),
     "max_seq_len": ("64", "32"),
     "max_batch_size": ("1", "2"),

@@ -61,7 +61,8 @@ def make_case(rng: random.Random) -> dict[str, Any]:
             options[name] = _some_size(rng, high)
     if rng.random() < 0.5:
         options["select_layers"] = [rng.randint(1, 40)]
-        options["verify"] = rng.random() < 0.3
+    options["verify"] = rng.random() < 0.3
+    options["drafts"] = rng.choice((None, "tidal", "ngram", "both"))
     return {"model": sizes, "options": options}
 
 

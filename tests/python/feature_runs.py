@@ -381,6 +381,7 @@ SAMPLING = [
     "0.01", "--repetition-penalty", "1.1", "--seed", "3", "--stop", "\n\n\n", "--stop-token-id",
     "0", "--ignore-eos",
 ]  # fmt: skip
+DRAFTING = ["--verify", "--drafts", "both", "--draft-tokens", "4"]
 
 
 @uses("tidaldecode generate")
@@ -396,8 +397,7 @@ def generate_command(bench: Bench) -> None:
     path = bench.folder / "prompt.txt"
     path.write_text(PROMPT)
     asked = bench.command(
-        "generate", model, "--prompt-file", str(path), *ENGINE, "--verify", "--draft-tokens", "4",
-        "--max-new-tokens", "6",
+        "generate", model, "--prompt-file", str(path), *ENGINE, *DRAFTING, "--max-new-tokens", "6",
     )  # fmt: skip
     assert asked.strip()
     bench.command("generate", model, "Who is there?", "--chat", "--system", "Be brief.", "-n", "4")
@@ -415,15 +415,15 @@ def chat_command(bench: Bench) -> None:
     roles = [m["role"] for m in json.loads((bench.folder / "talk.json").read_text())]
     assert roles == ["system", "user", "assistant"]
     bench.type("Hello\n")
-    bench.command("chat", str(bench.model), *ENGINE, "--verify", "--draft-tokens", "4", "-n", "4")
+    bench.command("chat", str(bench.model), *ENGINE, *DRAFTING, "-n", "4")
 
 
 @uses("tidaldecode info")
 def info_command(bench: Bench) -> None:
     assert bench.device in bench.command("info", on_device=False)
     text = bench.command(
-        "info", str(bench.model), *ENGINE, "--verify", "--draft-tokens", "4", "--max-batch-size",
-        "2", "--num-pages", "128", "--kv-dtype", bench.dtype, "--shadow", "none",
+        "info", str(bench.model), *ENGINE, *DRAFTING, "--max-batch-size", "2",
+        "--num-pages", "128", "--kv-dtype", bench.dtype, "--shadow", "none",
     )  # fmt: skip
     assert "KV cache" in text and "128 pages" in text
     bench.cache_model("org/name")

@@ -147,6 +147,24 @@ def own_plans(bench: Bench) -> None:
     assert results[3].verification.dense_passes > 0
 
 
+@uses("drafts")
+def drafts_from_the_text(bench: Bench) -> None:
+    prompt, texts = IDS * 4, {}
+    for drafts in ("tidal", "ngram", "both"):
+        for plan in ({"attention": "full"}, PLAN):
+            decoder = bench.open(verify=True, drafts=drafts, batch_invariant=True, **plan)
+            options = {"max_new_tokens": 48, "ignore_eos": True, "temperature": 0}
+            results = decoder.generate([prompt, IDS], **options)
+            texts[drafts, len(plan)] = [result.token_ids for result in results]
+            if drafts == "ngram":
+                checks = [result.verification for result in results]
+                assert all(each.ngram_tokens == each.drafted_tokens for each in checks)
+                assert checks[0].drafted_tokens > 0
+            unchecked = decoder.submit(prompt, verify=False, max_new_tokens=4).result()
+            assert unchecked.verification is None
+    assert len({str(text) for text in texts.values()}) == 1
+
+
 @uses("logprobs", "prompt_logprobs", "TokenLogprobs")
 def log_probabilities(bench: Bench) -> None:
     for options in ({}, PLAN, {**PLAN, "verify": True}):

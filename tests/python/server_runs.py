@@ -176,7 +176,7 @@ def serve_routes(bench: Bench) -> None:
 @uses("serve at other sockets")
 def serve_at_other_sockets(bench: Bench) -> None:
     small = ["--max-batch-size", "2", "--max-seq-len", "256", "--num-threads", "1", "--web"]
-    small += ["--prefix-cache", "--verify", "--draft-tokens", "3"]
+    small += ["--prefix-cache", "--verify", "--drafts", "both", "--draft-tokens", "3"]
     path = bench.folder / "socket"
     transport = httpx.HTTPTransport(uds=str(path))
     with httpx.Client(base_url="http://server", transport=transport) as client:

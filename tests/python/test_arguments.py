@@ -117,7 +117,8 @@ def test_a_setting_refuses_the_absurd(name: str, value):
 
 @pytest.mark.parametrize("value", ABSURD, ids=IDS)
 @pytest.mark.parametrize(
-    "name", ["draft_tokens", "sparse_min_context", "token_budget", "verify", "attention"]
+    "name",
+    ["draft_tokens", "drafts", "sparse_min_context", "token_budget", "verify", "attention"],
 )
 def test_so_do_the_constructor_and_the_memory_plan(folder: Path, name: str, value):
     is_quiet(lambda: Decoder(folder, **OPTIONS, **{name: value}), name)

@@ -1,5 +1,5 @@
 """benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs. That
-bench_verify.py, bench_prefill.py and bench_serve_core.py run.
+bench_verify.py, bench_drafts.py, bench_prefill.py and bench_serve_core.py run.
 """
 
 from __future__ import annotations
@@ -147,6 +147,24 @@ def test_verified_decoding_is_compared_with_dense(tmp_path: Path, demo_model: Pa
     assert results["accepted tokens"] + results["dense passes"] == 3 * 11
     assert set(results["decode ms per token"]) == {"dense", "tidal", "verified"}
     assert str(tmp_path) not in json.dumps(report) and "identical prompts" in printed
+
+
+def test_drafts_are_counted_by_task(tmp_path: Path, demo_model: Path):
+    report, printed = run_benchmark(
+        demo_model, "--dtype", "float32", "--context", 300, "--new-tokens", 40, "--prompts", 2,
+        "--tasks", "copy", "continue", "--select-layers", 2, 7, "--token-budget", 32,
+        tmp_path / "drafts.json", script="bench_drafts.py",
+    )  # fmt: skip
+    assert set(report["results"]) == {"copy", "continue"}
+    for task in report["results"].values():
+        assert set(task) == {"tidal", "ngram", "both"}
+        for name, counts in task.items():
+            assert counts["answers"] == counts["as dense"] == 2
+            assert counts["accepted tokens"] <= counts["drafted tokens"]
+            assert counts["ngram tokens"] <= counts["drafted tokens"]
+            assert (counts["ngram tokens"] == 0) is (name == "tidal")
+            assert (counts["sparse steps per token"] == 0) is (name == "ngram")
+    assert "copy both" in printed
 
 
 def test_loading_is_measured(tmp_path: Path):

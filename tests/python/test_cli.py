@@ -95,7 +95,12 @@ def test_settings_reach_the_call(run, model: str, options, text):
 
 @pytest.mark.parametrize(
     "options",
-    [["--verify"], ["--verify", "--draft-tokens", "3"], ["--correction-interval", "2"]],
+    [
+        ["--verify"],
+        ["--verify", "--draft-tokens", "3"],
+        ["--verify", "--drafts", "both"],
+        ["--correction-interval", "2"],
+    ],
     ids=" ".join,
 )
 def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypatch, options):
@@ -110,6 +115,7 @@ def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypa
     plan = ["--select-layers", "1", "--full-layers", "1", "--token-budget", "2"]
     assert run("generate", model, "hello >", *SMALL, *plan, *options)[:2] == (0, SCRIPT + "\n")
     assert seen["verify"] is ("--verify" in options)
+    assert seen.get("drafts") == ("both" if "both" in options else None)
     assert seen.get("draft_tokens") == (3 if "3" in options else None)
     assert seen.get("correction_interval") == (2 if "2" in options else None)
 

@@ -15,6 +15,7 @@ from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.rope_config import ROPE_TYPES, RopeConfig
 from tidaldecode.config import (
     ATTENTION_KINDS,
+    DRAFTS,
     DTYPES,
     GRANULARITIES,
     KV_DTYPES,
@@ -128,6 +129,7 @@ def test_sampling_defaults_are_the_engines():
         (_core.DecodeConfig, "dtype", DTYPES),
         (_core.DecodeConfig, "kv_dtype", KV_DTYPES),
         (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
+        (_core.DecodeConfig, "drafts", DRAFTS),
         (_core.DecodeConfig, "granularity", GRANULARITIES),
         (_core.DecodeConfig, "pooling", POOLINGS),
         (_core.DecodeConfig, "device", ("cpu", "cuda:0", "cuda:7")),

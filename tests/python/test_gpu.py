@@ -198,10 +198,15 @@ def test_batch_invariant_texts_depend_on_nothing_beside_them(make_folder):
     assert [greedy(dense, [prompt])[0] for prompt in prompts] == expected
     chunked = open_decoder(folder, "cuda", batch_invariant=True, prefill_chunk=32)
     assert greedy(chunked, prompts) == expected
-    for options in ({}, {"draft_tokens": 3}, {"draft_tokens": 40}, {"cuda_graphs": False}):
-        verified = open_decoder(
-            folder, "cuda", batch_invariant=True, verify=True, **TIDAL, **options
-        )
+    for options in (
+        TIDAL,
+        TIDAL | {"draft_tokens": 3},
+        TIDAL | {"draft_tokens": 40},
+        TIDAL | {"cuda_graphs": False},
+        TIDAL | {"drafts": "both"},
+        DENSE | {"drafts": "ngram"},
+    ):
+        verified = open_decoder(folder, "cuda", batch_invariant=True, verify=True, **options)
         assert greedy(verified, prompts) == expected
         assert greedy(verified, prompts[:1]) == expected[:1]
     tidal = open_decoder(folder, "cuda", batch_invariant=True, **TIDAL)

@@ -189,6 +189,20 @@ def expected(dense: Decoder) -> list[list[tuple[int, ...]]]:
     return answers(dense)
 
 
+@pytest.mark.parametrize("draft_tokens", ["auto", 8])
+@pytest.mark.parametrize("drafts", ["ngram", "both"])
+@pytest.mark.parametrize("plan", [{"attention": "full"}, TIDAL], ids=["full", "tidal"])
+def test_so_are_texts_drafted_from_themselves(folder: Path, expected, plan, drafts, draft_tokens):
+    way = {"verify": True, "drafts": drafts, "draft_tokens": draft_tokens}
+    with Decoder(folder, **way, **plan, **OPTIONS) as decoder:
+        assert answers(decoder) == expected
+        result = decoder.generate(
+            "1: ", guide=Guide.regex("(ab){40}"), temperature=1.0, seed=1, max_new_tokens=90
+        )
+        assert result.text == "ab" * 40
+        assert 0 < result.verification.accepted_tokens and 0 < result.verification.ngram_tokens
+
+
 @pytest.mark.parametrize("draft_tokens", ["auto", 1, 3, 8])
 @pytest.mark.parametrize("token_budget", [2, 12])
 def test_verified_texts_are_those_of_dense_decoding(

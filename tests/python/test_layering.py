@@ -20,8 +20,9 @@ MAX_FUNCTION_LINES = 60
 
 # Who decides what goes through the layers next sees values only: no runner, backend or model.
 DECIDING = ("tidal/", "core/", "kv/", "decode/batch.h", "engine/chunk_cost.h")
-DECIDING += ("engine/guidance.h", "engine/request_state.h", "engine/scheduler.h")
-DECIDING_FILES = ("chunk_cost", "guidance", "request_state", "scheduler")
+DECIDING += ("engine/guidance.h", "engine/ngram_index.h", "engine/request_state.h")
+DECIDING += ("engine/scheduler.h",)
+DECIDING_FILES = ("chunk_cost", "guidance", "ngram_index", "request_state", "scheduler")
 DECIDING_FILES += ("scheduler_guides", "scheduler_plan", "scheduler_room")
 
 # Folder -> prefixes its quoted includes may start with. "backend/*" is the seam: headers directly

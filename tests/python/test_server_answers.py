@@ -222,6 +222,22 @@ def test_ours(served: Served):
     assert checked["choices"][0]["token_ids"] == dense["choices"][0]["token_ids"]
     ours = checked["usage"]["tidaldecode"]
     assert ours["accepted_tokens"] <= ours["drafted_tokens"] and ours["dense_passes"] > 0
+    assert ours["ngram_tokens"] == 0
+
+
+def test_drafts_from_the_text_read_no_keys(demo_model: Path):
+    prompt = [*range(600, 640)] * 3
+    with serving(demo_model, engine={"attention": "full", "drafts": "ngram"}) as served:
+        plain, checked = (
+            complete(served, prompt=prompt, max_tokens=30, verify=verify)
+            for verify in (False, True)
+        )
+    assert checked["choices"][0]["text"] == plain["choices"][0]["text"]
+    ours = checked["usage"]["tidaldecode"]
+    assert ours["attention"] == "verified"
+    assert ours["ngram_tokens"] == ours["drafted_tokens"] > 0
+    dense = plain["usage"]["tidaldecode"]["kv_bytes_read"] / 29
+    assert ours["kv_bytes_read"] == pytest.approx(ours["dense_passes"] * dense)
 
 
 def test_usage_in_every_chunk(served: Served):

@@ -87,8 +87,8 @@ def test_tidal_turns_equal_the_reference(folder: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"correction_interval": 7}, {"verify": True}],
-    ids=["tidal", "corrected", "verified"],
+    [{}, {"correction_interval": 7}, {"verify": True}, {"verify": True, "drafts": "both"}],
+    ids=["tidal", "corrected", "verified", "both"],
 )
 def test_turns_without_a_prompt_are_one_turn(folder: Path, options):
     plan = {"select_layers": (1, 3), "full_layers": 1, "token_budget": 16}

@@ -22,6 +22,9 @@ TIDAL = {
     "sparse_min_context": 0,
 }
 LENGTHS = (40, 7, 97, 64, 1, 130)
+# Knows few tokens, and so repeats itself.
+REPEATING = TinyModel(num_layers=5, num_q_heads=8, num_kv_heads=4, vocab_size=20, seed=31)
+DRAFTS = ("tidal", "ngram", "both")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,84 @@ def test_verified_tokens_are_those_of_dense_decoding(
         assert one.token_ids == other.token_ids
         assert (one.finish_reason, one.stop_reason) == (other.finish_reason, other.stop_reason)
         assert one.text == other.text
+
+
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("repeating"), REPEATING)
+    return write_tokenizer(folder, REPEATING.vocab_size)
+
+
+class TestDraftsFromTheText:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        options=sampling,
+        lengths=st.lists(st.integers(1, 120), min_size=1, max_size=5),
+        drafts=st.sampled_from(DRAFTS[1:]),
+        draft_tokens=st.sampled_from(["auto", 1, 5, 12]),
+        plan=st.sampled_from([TIDAL, TIDAL | {"token_budget": 2}, {"attention": "full"}]),
+        num_pages=st.sampled_from([None, 32]),  # of 8 tokens: for one sequence of the longest
+    )
+    def test_tokens_are_those_of_dense_decoding(
+        self, repeating, options, lengths, drafts, draft_tokens, plan, num_pages
+    ):
+        options["stop_token_ids"] = [token % 20 for token in options["stop_token_ids"][:1]]
+        batch = [random_prompt(REPEATING, n, seed=i) for i, n in enumerate(lengths)]
+        way = {"drafts": drafts, "draft_tokens": draft_tokens, "num_pages": num_pages}
+        with (
+            open_decoder(repeating, attention="full", max_batch_size=3) as dense,
+            open_decoder(
+                repeating, verify=True, max_batch_size=3, page_size=8, **way, **plan
+            ) as got,
+        ):
+            expected = generate(dense, batch, **options)
+            for _ in range(2):  # the second time the prompts are in the prefix cache
+                for one, other in zip(generate(got, batch, **options), expected, strict=True):
+                    assert one.token_ids == other.token_ids
+                    assert (one.finish_reason, one.stop_reason) == (
+                        other.finish_reason, other.stop_reason
+                    )  # fmt: skip
+
+    @pytest.mark.parametrize("plan", [TIDAL, {"attention": "full"}], ids=["tidal", "full"])
+    @pytest.mark.parametrize("drafts", DRAFTS)
+    def test_counts_tell_where_drafts_came_from(self, repeating, plan, drafts):
+        prompts = [random_prompt(REPEATING, n, seed=n) for n in LENGTHS]
+        with open_decoder(repeating, verify=True, drafts=drafts, **plan) as decoder:
+            counts = [each.verification for each in generate(decoder, prompts, max_new_tokens=90)]
+        if drafts == "tidal" and plan is not TIDAL:
+            assert counts == [None] * len(prompts)
+            return
+        for each in counts:
+            assert each.accepted_tokens + each.dense_passes == 89
+        accepted, drafted, ngrams = (
+            sum(getattr(each, name) for each in counts)
+            for name in ("accepted_tokens", "drafted_tokens", "ngram_tokens")
+        )
+        assert 50 < accepted < drafted
+        if drafts == "tidal":
+            assert ngrams == 0
+        elif drafts == "ngram" or plan is not TIDAL:
+            assert ngrams == drafted
+        else:
+            assert 0 < ngrams < drafted
+
+    def test_a_request_decides_for_itself(self, repeating):
+        prompt = random_prompt(REPEATING, 60, seed=1)
+        options = {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}
+        with open_decoder(repeating, attention="full", drafts="ngram") as decoder:
+            plain = decoder.submit(prompt, **options)
+            verified = decoder.submit(prompt, verify=True, logprobs=2, **options)
+            assert decoder.config.drafts == "ngram" and plain.result().verification is None
+            assert verified.result().token_ids == plain.result().token_ids
+            assert verified.result().verification.ngram_tokens > 0
+            assert len(verified.result().logprobs) == 60
+            assert decoder.stats()["num_checks"] > 0
+
+    def test_a_dense_decoder_does_not_say_that_nothing_is_drafted(self, repeating, caplog):
+        for drafts in DRAFTS:
+            caplog.clear()
+            open_decoder(repeating, attention="full", verify=True, drafts=drafts).close()
+            assert ("nothing is drafted" in caplog.text) is (drafts == "tidal")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -205,6 +286,8 @@ class TestSettings:
         [
             ({"verify": "maybe"}, "verify: got 'maybe', expected True, False, 'greedy'"),
             ({"verify": 1}, "verify: got 1"),
+            ({"drafts": "text"}, "drafts: got 'text', expected one of 'tidal', 'ngram', 'both'"),
+            ({"drafts": True}, "drafts: got True"),
             ({"draft_tokens": 0}, "draft_tokens: got 0"),
             ({"draft_tokens": 65}, "draft_tokens: got 65"),
             ({"draft_tokens": "few"}, "draft_tokens: got 'few'"),

@@ -142,6 +142,15 @@ enum class KeepWeights : int32_t {
   kInt4,
 };
 
+// What drafts the tokens that a dense pass checks.
+enum class Drafts : int32_t {
+  kTidal,  // sparse steps
+  // The text so far: what followed its last tokens when they occurred in it before. Where they
+  // never did, a dense step decides on the next token. Dense plans draft so too.
+  kNgram,
+  kBoth,  // the text where it has drafts, else sparse steps
+};
+
 struct DecodeConfig : PlanConfig {
   Device device;
   DType dtype = DType::kBFloat16;                      // of the weights that are numbers
@@ -149,9 +158,10 @@ struct DecodeConfig : PlanConfig {
   // Of the cache: a float type, which on CUDA must equal dtype, or on the CPU int8.
   DType kv_dtype = DType::kBFloat16;
 
-  // Sparse steps only draft. One dense pass over the drafts of a sequence draws the tokens that
+  // Tokens are drafted first. One dense pass over the drafts of a sequence draws the tokens that
   // dense decoding would have, and keeps the drafts up to the first that differs.
   bool verify = false;
+  Drafts drafts = Drafts::kTidal;
   int64_t draft_tokens = 0;  // per pass; 0: by how many were kept, up to kMaxAutomaticDrafts
 
   // Memory.

@@ -40,7 +40,8 @@ enum class FinishReason : int32_t {
 // What verified decoding did for a sequence.
 struct Verification {
   int64_t drafted_tokens = 0;   // that were checked
-  int64_t accepted_tokens = 0;  // of those, kept
+  int64_t ngram_tokens = 0;     // of those, drafted from the text, without a step
+  int64_t accepted_tokens = 0;  // of drafted_tokens, kept
   int64_t dense_passes = 0;  // each checked drafts, or was a dense step; each drew one token more
 };
 

@@ -277,8 +277,7 @@ std::vector<StepKey> RecordedSteps(const Backend& backend, const DecodeConfig& c
   if (most == 0) return keys;
   for (int64_t b : StepSizes(config.device.type, 1, config.max_batch_size, most)) {
     keys.push_back({.batch_size = b});
-    if (plan.is_dense()) continue;
-    keys.push_back({.batch_size = b, .plan = PlanId::kDecoder});
+    if (!plan.is_dense()) keys.push_back({.batch_size = b, .plan = PlanId::kDecoder});
     // A pass over drafts has at least two tokens of a row.
     if (!Verifies(config, plan)) continue;
     for (int64_t t : StepSizes(config.device.type, 2, TokensPerRow(config, plan), most)) {

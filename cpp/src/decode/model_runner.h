@@ -47,7 +47,7 @@ class ModelRunner {
   void DropPlan(PlanId id) noexcept;
   const ActivePlan& plan(PlanId id) const { return *plans_.at(id); }
 
-  // Whether the engine checks what sparse steps draft. A dense one has nothing to draft with.
+  // Whether the engine drafts and checks.
   bool verifies() const;
 
   // What the choosing layers chose for the sequence in the last sparse step through a plan; empty

@@ -114,8 +114,12 @@ int64_t PagesOfLongest(const DecodeConfig& config) {
   return (config.max_seq_len + config.page_size - 1) / config.page_size;
 }
 
+bool CanDraft(const DecodeConfig& config, const DecodePlan& plan) {
+  return config.drafts != Drafts::kTidal || !plan.is_dense();
+}
+
 bool Verifies(const DecodeConfig& config, const DecodePlan& plan) {
-  return config.verify && !plan.is_dense();
+  return config.verify && CanDraft(config, plan);
 }
 
 int64_t TokensPerRow(const DecodeConfig& config, const DecodePlan& plan) {

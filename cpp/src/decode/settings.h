@@ -24,7 +24,10 @@ void ResolvePlanSettings(const Backend& backend, int64_t max_seq_len, PlanConfig
 // Returns how many pages a sequence of max_seq_len tokens takes.
 int64_t PagesOfLongest(const DecodeConfig& config);
 
-// Returns whether the engine checks what sparse steps draft. A dense one has nothing to draft with.
+// Returns whether there is something to draft with: the text, or the sparse steps of the plan.
+bool CanDraft(const DecodeConfig& config, const DecodePlan& plan);
+
+// Returns whether the engine drafts and checks.
 bool Verifies(const DecodeConfig& config, const DecodePlan& plan);
 
 // Returns how many tokens of one sequence the largest step takes: 1, or with verification 1 + the

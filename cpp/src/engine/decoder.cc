@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/checked.h"
+#include "decode/settings.h"
 #include "engine/decoder_impl.h"
 #include "tidal/error.h"
 
@@ -86,12 +87,15 @@ Decoder::Impl::Pause Decoder::Impl::PauseToEnd() const {
 }
 
 DecodePolicy Decoder::Impl::PolicyOf(const ActivePlan& plan, bool verifies) const {
-  if (plan.plan.is_dense()) return {};
-  return {.plan = plan.id,
-          .dense_len = plan.selection.dense_len(),
-          .correction_interval = verifies ? 0 : plan.config.correction_interval,
-          .verifies = verifies,
-          .draft_tokens = runner.config().draft_tokens};
+  const DecodeConfig& config = runner.config();
+  DecodePolicy policy = {.verifies = verifies && CanDraft(config, plan.plan),
+                         .drafts = config.drafts,
+                         .draft_tokens = config.draft_tokens};
+  if (plan.plan.is_dense()) return policy;
+  policy.plan = plan.id;
+  policy.dense_len = plan.selection.dense_len();
+  if (!verifies) policy.correction_interval = plan.config.correction_interval;
+  return policy;
 }
 
 // A replay keeps all its prompts; what they begin with alike once.

@@ -14,6 +14,15 @@ std::vector<uint32_t> Guidance::Masks(int64_t num_drafts, int64_t count) const {
   return masks;
 }
 
+int64_t Guidance::NumAllowed(std::span<const int32_t> drafts) const {
+  const size_t num_known = std::min(masks_.size(), drafts.size());
+  for (size_t i = 0; i < num_known; ++i) {
+    const auto token = static_cast<size_t>(drafts[i]);
+    if ((masks_[i].at(token / 32) >> (token % 32) & 1) == 0) return static_cast<int64_t>(i);
+  }
+  return static_cast<int64_t>(drafts.size());
+}
+
 std::optional<GuideQuestion> Guidance::Ask(std::span<const int32_t> generated, int64_t num_drafts) {
   const int64_t num_decided = static_cast<int64_t>(generated.size()) - num_drafts;
   if (num_decided != num_decided_) {
@@ -23,17 +32,19 @@ std::optional<GuideQuestion> Guidance::Ask(std::span<const int32_t> generated, i
   }
   const auto num_known = std::min(masks_.size(), static_cast<size_t>(num_drafts) + 1);
   masks_.resize(num_known);
+  const bool is_known = HasMask(num_drafts);
+  if (!is_known) generated = generated.first(static_cast<size_t>(num_decided) + num_known);
   const auto mismatch =
       std::mismatch(told_.begin(), told_.end(), generated.begin(), generated.end());
   const bool is_told = mismatch.first == told_.end() && mismatch.second == generated.end();
-  if (!is_told || HasMask(num_drafts)) is_asking_ = false;
-  if (is_asking_ || HasMask(num_drafts) || has_ended_ || !error_.empty()) return std::nullopt;
+  if (!is_told || is_known) is_asking_ = false;
+  if (is_asking_ || is_known || has_ended_ || !error_.empty()) return std::nullopt;
   GuideQuestion question = {.number = ++number_,
                             .keep = mismatch.first - told_.begin(),
                             .tokens = {mismatch.second, generated.end()}};
   told_.erase(mismatch.first, told_.end());
   told_.insert(told_.end(), question.tokens.begin(), question.tokens.end());
-  num_drafts_asked_ = num_drafts;
+  num_drafts_asked_ = static_cast<int64_t>(num_known);
   is_asking_ = true;
   return question;
 }

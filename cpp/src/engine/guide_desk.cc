@@ -75,6 +75,7 @@ void Decoder::Impl::TakeAnswers(std::vector<GuideAnswer> answers) {
   }
   auto lock = EnterToEnd();
   for (GuideAnswer& answer : answers) scheduler.TakeAnswer(std::move(answer));
+  AskGuides();  // about the drafts behind those
   is_woken = true;
   has_work.notify_all();
 }

@@ -34,7 +34,8 @@ RequestState::RequestState(RequestId new_id, Request asked, Sequence given, doub
       known_tokens(sequence.cached),
       num_given_(num_tokens()),
       draft_tokens_(request.decoding.draft_tokens == 0 ? kFirstDraftTokens
-                                                       : request.decoding.draft_tokens) {
+                                                       : request.decoding.draft_tokens),
+      ngram_tokens_(draft_tokens_) {
   if (request.sampling.guide != 0) guidance.emplace();
   if (request.reads_behind) {
     follows = request.reads_behind;
@@ -86,12 +87,37 @@ void RequestState::MaybeCorrect() {
   sequence.num_sparse = 0;
 }
 
-void RequestState::MaybeDraft(int64_t most) {
-  if (!request.decoding.verifies || round || must_step_ || !is_sparse()) return;
+// How many of the tokens to try a new round may have, 0: there can be none.
+int64_t RequestState::MostDrafts(int64_t tokens_to_try, int64_t most) const {
+  if (!request.decoding.verifies || round || must_step_) return 0;
   // The pass that checks draws one token more.
   int64_t room = request.sampling.max_new_tokens - num_new() - 1;
-  int64_t num_drafts = std::min({draft_tokens_, room, most});
+  return std::min({tokens_to_try, room, most});
+}
+
+void RequestState::MaybeDraftFromText(int64_t most) {
+  if (request.decoding.drafts == Drafts::kTidal) return;
+  int64_t num_drafts = MostDrafts(ngram_tokens_, most);
+  if (num_drafts <= 0) return;
+  if (!ngrams) ngrams.emplace();
+  std::optional<int64_t> next = ngrams->Find(sequence.tokens);
+  if (!next) return;
+  const std::span<const int32_t> first(&sequence.tokens[static_cast<size_t>(*next)], 1);
+  if (guidance && guidance->NumAllowed(first) == 0) return;
+  round = DraftRound{.begin = sequence.cached, .num_drafts = num_drafts, .is_ngram = true};
+  // Text that repeats itself is copied on into the drafts.
+  while (round->is_drafting()) AddDraft(sequence.tokens[static_cast<size_t>((*next)++)]);
+}
+
+void RequestState::MaybeDraftBySteps(int64_t most) {
+  if (request.decoding.drafts == Drafts::kNgram || !is_sparse()) return;
+  int64_t num_drafts = MostDrafts(draft_tokens_, most);
   if (num_drafts > 0) round = DraftRound{.begin = sequence.cached, .num_drafts = num_drafts};
+}
+
+void RequestState::MaybeJoinCheck() {
+  if (!request.decoding.verifies || round || must_step_) return;
+  round = DraftRound{.begin = sequence.cached};
 }
 
 void RequestState::DropDrafts() {
@@ -132,13 +158,17 @@ bool RequestState::Accept(int32_t token) {
   }
   must_step_ = false;
   sequence.tokens.push_back(token);
-  const std::vector<int32_t>& stops = request.sampling.stop_token_ids;
-  if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+  if (IsStop(token)) {
     finish_reason = FinishReason::kStop;
   } else if (num_new() >= request.sampling.max_new_tokens) {
     finish_reason = FinishReason::kLength;
   }
   return finish_reason != FinishReason::kNone;
+}
+
+bool RequestState::IsStop(int32_t token) const {
+  const std::vector<int32_t>& stops = request.sampling.stop_token_ids;
+  return std::find(stops.begin(), stops.end(), token) != stops.end();
 }
 
 // Goes on with the next forced token; behind the last one there are no logits to wait for.
@@ -158,12 +188,21 @@ void RequestState::AddDraft(int32_t token) {
   if (token >= 0) {
     sequence.tokens.push_back(token);
     ++round->num_drafted;
+    if (IsStop(token)) round->num_drafts = round->num_drafted;  // nothing comes behind it
     return;
   }
   round->num_drafts = round->num_drafted;
   if (round->num_drafted > 0) return;
   DropDrafts();
   must_step_ = true;
+}
+
+void RequestState::TakeAnswer(GuideAnswer answer) {
+  guidance->Take(std::move(answer));
+  if (!round || !round->is_ngram) return;  // steps draft by the masks
+  const auto drafts = generated().last(static_cast<size_t>(num_unchecked()));
+  const int64_t num_allowed = guidance->NumAllowed(drafts);
+  while (num_unchecked() > num_allowed) DropLastDraft();
 }
 
 std::span<const int32_t> RequestState::Check(std::span<const int32_t> draws) {
@@ -179,10 +218,11 @@ std::span<const int32_t> RequestState::Check(std::span<const int32_t> draws) {
     return {};
   }
   verification.drafted_tokens += checked.num_drafted;
+  if (checked.is_ngram) verification.ngram_tokens += checked.num_drafted;
   verification.accepted_tokens += num_kept;
   ++verification.dense_passes;
-  if (request.decoding.draft_tokens == 0) {
-    draft_tokens_ = NextDraftTokens(checked.num_drafted, num_kept);
+  if (request.decoding.draft_tokens == 0 && checked.num_drafted > 0) {
+    (checked.is_ngram ? ngram_tokens_ : draft_tokens_) = NextDraftTokens(checked, num_kept);
   }
   return draws.first(static_cast<size_t>(num_kept) + 1);
 }
@@ -215,8 +255,9 @@ std::string RequestState::ErrorText() const {
   return {};
 }
 
-int64_t NextDraftTokens(int64_t num_drafted, int64_t num_kept) {
-  int64_t next = num_kept == num_drafted ? num_drafted + 1 : num_kept;
+int64_t NextDraftTokens(const DraftRound& round, int64_t num_kept) {
+  int64_t next = num_kept == round.num_drafted ? num_kept + 1 : num_kept;
+  if (round.is_ngram) next = 2 * num_kept;
   return std::clamp<int64_t>(next, 1, kMaxAutomaticDrafts);
 }
 

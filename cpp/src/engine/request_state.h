@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "engine/guidance.h"
+#include "engine/ngram_index.h"
 #include "kv/sequence.h"
 #include "tidal/config.h"
 #include "tidal/decoder.h"
@@ -32,8 +33,9 @@ struct DecodePolicy {
   int64_t dense_len = 0;
   // Every so many tokens that were decoded sparsely their K and V are read again; 0: never.
   int64_t correction_interval = 0;
-  // Whether sparse steps only draft, and a dense pass decides. Then there are no corrections.
+  // Whether tokens are drafted first, and a dense pass decides. Then there are no corrections.
   bool verifies = false;
+  Drafts drafts = Drafts::kTidal;
   int64_t draft_tokens = 0;  // per round; 0: by how many were kept
 };
 
@@ -94,11 +96,12 @@ struct PageShortage {
   int64_t total = 0;
 };
 
-// Tokens that sparse steps drafted, until a dense pass has decided on them.
+// Tokens that were drafted, until a dense pass has decided on them and on the one behind them.
 struct DraftRound {
   int64_t begin = 0;       // cached tokens before it; the draft of index i is token begin + 1 + i
   int64_t num_drafts = 0;  // to draft
   int64_t num_drafted = 0;
+  bool is_ngram = false;  // its drafts come from the text, else from sparse steps
 
   bool is_drafting() const { return num_drafted < num_drafts; }
 };
@@ -160,8 +163,13 @@ class RequestState {
   // Begins to, unless tokens that a session may be left with would be read again: whoever stops a
   // turn keeps the tokens that he has heard of, as they were then.
   void MaybeCorrect();
-  // Begins a round of at most `most` drafts, if it has any to make.
-  void MaybeDraft(int64_t most);
+  // Each begins a round of at most `most` drafts, if there is none and it has any to make: all of
+  // them, from the text; or by sparse steps that are still to come.
+  void MaybeDraftFromText(int64_t most);
+  void MaybeDraftBySteps(int64_t most);
+  // Begins a round without drafts, for its next token to be decided in the pass that checks those
+  // of others, if there is none and it would take a dense step.
+  void MaybeJoinCheck();
   // Forgets the drafts that have not been checked, all of them.
   void DropDrafts();
   // Forgets the newest draft. Without any left, the next token is decided by a step.
@@ -175,8 +183,10 @@ class RequestState {
   // the forced one. Returns whether the request has ended by it; then finish_reason or ends_as says
   // how.
   bool Accept(int32_t token);
-  // A draft: what a sparse step drew.
+  // A draft, of a sparse step -1 for unusable logits.
   void AddDraft(int32_t token);
+  // Takes what its guide has answered, and forgets drafts that it forbids.
+  void TakeAnswer(GuideAnswer answer);
   // Compares the drafts with what dense decoding drew, and forgets those that differ and all behind
   // them. Returns the draws that count, of which the drafts kept are the first: none if NaNs in the
   // drafts' values spoilt the pass, so that a step without drafts must decide.
@@ -222,17 +232,22 @@ class RequestState {
   FinishReason ends_as = FinishReason::kNone;  // after the pass in flight: it was cancelled
   std::optional<DraftRound> round;
   std::optional<Guidance> guidance;  // if it is guided
+  std::optional<NgramIndex> ngrams;  // while it runs, if it drafts from the text
 
  private:
   bool AcceptForced(int32_t draw);
+  bool IsStop(int32_t token) const;
+  int64_t MostDrafts(int64_t tokens_to_try, int64_t most) const;
 
   int64_t num_given_;       // tokens of the prompt, or of a session so far
-  int64_t draft_tokens_;    // to try next
+  int64_t draft_tokens_;    // to try next by sparse steps
+  int64_t ngram_tokens_;    // to try next from the text
   bool must_step_ = false;  // drafts would be of no use: no draft until there is a new token
 };
 
 // How many tokens to draft after a round that kept so many: one more if all were kept, else as many
-// as were. The number follows the text, without a model of what a pass costs.
-int64_t NextDraftTokens(int64_t num_drafted, int64_t num_kept);
+// as were; from the text, where a draft takes no step, twice as many as were. The number follows
+// the text, without a model of what a pass costs.
+int64_t NextDraftTokens(const DraftRound& round, int64_t num_kept);
 
 }  // namespace tidal

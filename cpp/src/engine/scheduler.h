@@ -12,8 +12,8 @@
 // find its pages: several answers to one prompt, or many questions about one document.
 //
 // Decoding goes in turns: in a turn each decoding request takes one step, by plan, or one draft,
-// after the correction of its cache if that is due. A round of drafts is checked once all have been
-// made.
+// after the correction of its cache if that is due. Drafts from the text take no step. A round of
+// drafts is checked once all have been made.
 //
 // Pages are taken as tokens come. A request is let in if its prompt and output_reserve tokens after
 // it have room beside what others were let in for; a session's turn takes all that it may need.
@@ -158,6 +158,7 @@ class Scheduler {
   bool PlanCorrections(Batch& batch);
   bool PlanStep(Batch& batch);
   void TakeStep(RequestState& request, Batch& batch);
+  bool IsCheckNext() const;
   bool PlanChecks(Batch& batch);
   bool AnyWaiting() const;
   bool IsDue(const RequestState& request) const;

@@ -24,7 +24,7 @@ std::vector<GuideQuestion> Scheduler::AskGuides(double now_ms) {
 void Scheduler::TakeAnswer(GuideAnswer answer) {
   auto found = requests_.find(answer.request);
   if (found == requests_.end() || !found->second.guidance) return;
-  found->second.guidance->Take(std::move(answer));
+  found->second.TakeAnswer(std::move(answer));
 }
 
 std::optional<double> Scheduler::MasksAskedAt() const {

@@ -24,6 +24,11 @@ void WantLogits(const RequestState& request, BatchRow& row) {
   row.logits = scoring.logits->data() + (end - row.num_logits - first) * vocab_size;
 }
 
+// Whether it has a share in the turns.
+bool TakesTurns(const RequestState& request) {
+  return request.status == RequestStatus::kDecoding && !request.AwaitsReader();
+}
+
 }  // namespace
 
 Batch Scheduler::Next(double now_ms) {
@@ -270,10 +275,27 @@ void Scheduler::OpenTurn() {
   int64_t most_checked = limits_.max_check_tokens - 1;
   most = most == 0 ? most_checked : std::min(most, most_checked);
   for (RequestState* request : running_) {
-    if (request->status != RequestStatus::kDecoding || request->AwaitsReader()) continue;
+    if (!TakesTurns(*request)) continue;
     request->MaybeCorrect();
-    request->MaybeDraft(most);
+    request->MaybeDraftFromText(most_checked);
+    request->MaybeDraftBySteps(most);
   }
+  if (!IsCheckNext()) return;
+  // Whoever has no drafts shares the pass that checks those of others: one in place of two.
+  for (RequestState* request : running_) {
+    if (TakesTurns(*request)) request->MaybeJoinCheck();
+  }
+}
+
+// Whether there are drafts to check, and no more to make before that.
+bool Scheduler::IsCheckNext() const {
+  bool is_next = false;
+  for (const RequestState* request : running_) {
+    if (!request->round) continue;
+    if (request->round->is_drafting() && !request->LacksMask()) return false;
+    is_next = true;
+  }
+  return is_next;
 }
 
 bool Scheduler::PlanTurn(Batch& batch) {
@@ -368,23 +390,19 @@ void Scheduler::TakeStep(RequestState& request, Batch& batch) {
 }
 
 bool Scheduler::PlanChecks(Batch& batch) {
-  auto is_drafting = [](const RequestState* request) {
-    return request->round && request->round->is_drafting() && !request->LacksMask();
-  };
-  if (std::any_of(running_.begin(), running_.end(), is_drafting)) return false;
+  if (!IsCheckNext()) return false;
   int64_t tokens_left = limits_.max_check_tokens;
   for (RequestState* request : running_) {
     if (!request->round || request->round->is_drafting() || request->LacksMask()) continue;
-    int64_t count = request->round->num_drafted + 1;
-    if (!batch.rows.empty() && count > tokens_left) break;
+    if (!batch.rows.empty() && request->round->num_drafted + 1 > tokens_left) break;
     request->sequence.cached = request->round->begin;
-    // The newest draft may need a page, for which nobody is paused either.
-    if (!Grow(*request, count)) {
+    // The newest drafts may need pages, for which nobody is paused either.
+    while (request->round && !Grow(*request, request->round->num_drafted + 1)) {
       request->DropLastDraft();
-      if (!request->round) continue;
-      count = request->round->num_drafted + 1;
-      Grow(*request, count);
     }
+    if (!request->round) continue;
+    int64_t count = request->round->num_drafted + 1;
+    request->last_turn = turn_;
     AddRow(batch, *request, RowKind::kCheck,
            {.sequence = &request->sequence,
             .num_tokens = count,

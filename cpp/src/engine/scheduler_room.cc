@@ -212,6 +212,7 @@ void Scheduler::ForgetSaved(RequestState& request) noexcept {
 void Scheduler::LeaveRow(RequestState& request) noexcept {
   std::erase(running_, &request);
   free_rows_.push_back(request.sequence.sampling.slot);
+  request.ngrams.reset();
 }
 
 void Scheduler::ReleasePages(RequestState& request) noexcept {

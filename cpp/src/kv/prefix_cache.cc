@@ -3,22 +3,12 @@
 #include <algorithm>
 #include <new>
 
+#include "core/token_hash.h"
+
 namespace tidal {
-namespace {
-
-// The finaliser of MurmurHash3: every bit of the input reaches every bit of the output.
-uint64_t Mix(uint64_t bits) {
-  bits = (bits ^ (bits >> 33)) * 0xff51afd7ed558ccdULL;
-  bits = (bits ^ (bits >> 33)) * 0xc4ceb9fe1a85ec53ULL;
-  return bits ^ (bits >> 33);
-}
-
-}  // namespace
 
 size_t PrefixCache::TokensHash::operator()(std::span<const int32_t> tokens) const {
-  uint64_t hash = tokens.size();
-  for (int32_t token : tokens) hash = Mix(hash ^ static_cast<uint32_t>(token));
-  return hash;
+  return HashOf(tokens, tokens.size());
 }
 
 bool PrefixCache::TokensEqual::operator()(std::span<const int32_t> one,

@@ -104,6 +104,11 @@ def _root(
     pass
 
 
+_AsChat = Annotated[
+    bool, typer.Option("--chat", help="Put the text through the model's chat template.")
+]
+
+
 @app.command()
 def generate(
     model_dir: opt.ModelDir,
@@ -111,9 +116,7 @@ def generate(
         str | None, typer.Argument(help="The text to continue; - reads it from stdin.")
     ] = None,
     prompt_file: opt.PromptFile = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text through the model's chat template.")
-    ] = False,
+    chat: _AsChat = False,
     system: Annotated[str | None, typer.Option(help="A system message, with --chat.")] = None,
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -135,6 +138,7 @@ def generate(
     sparse_min_context: opt.SparseMinContext = None,
     correction_interval: opt.CorrectionInterval = None,
     verify: opt.Verify = False,
+    drafts: opt.Drafts = None,
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
     page_size: opt.PageSize = None,
@@ -184,6 +188,7 @@ def info(
     scored_layers: opt.ScoredLayers = None,
     shadow: opt.Shadow = None,
     verify: opt.Verify = False,
+    drafts: opt.Drafts = None,
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
     max_batch_size: opt.MaxBatchSize = None,

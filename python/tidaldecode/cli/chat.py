@@ -62,6 +62,7 @@ def chat(
     sparse_min_context: opt.SparseMinContext = None,
     correction_interval: opt.CorrectionInterval = None,
     verify: opt.Verify = False,
+    drafts: opt.Drafts = None,
     draft_tokens: opt.DraftTokens = None,
     max_seq_len: opt.MaxSeqLen = None,
     page_size: opt.PageSize = None,

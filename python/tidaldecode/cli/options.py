@@ -118,8 +118,15 @@ Verify = Annotated[
     bool,
     typer.Option(
         "--verify",
-        help="Sparse steps draft, dense passes decide: the tokens of dense decoding.",
+        help="Tokens are drafted, dense passes decide: the tokens of dense decoding.",
         rich_help_panel=_ENGINE,
+    ),
+]
+Drafts = Annotated[
+    str | None,
+    _engine_option(
+        "With --verify, what drafts: tidal (sparse steps), ngram (the text so far) or both.",
+        "drafts",
     ),
 ]
 DraftTokens = Annotated[

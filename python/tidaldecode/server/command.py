@@ -81,6 +81,7 @@ _ENGINE: dict[str, tuple[Any, Any]] = {
     "sparse_min_context": (opt.SparseMinContext, None),
     "correction_interval": (opt.CorrectionInterval, None),
     "verify": (opt.Verify, False),
+    "drafts": (opt.Drafts, None),
     "draft_tokens": (opt.DraftTokens, None),
     "max_seq_len": (opt.MaxSeqLen, None),
     "max_batch_size": (opt.MaxBatchSize, None),

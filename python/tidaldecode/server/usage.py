@@ -69,6 +69,7 @@ class Accounts:
             ours |= {
                 "attention": "verified",
                 "drafted_tokens": drafted,
+                "ngram_tokens": sum(check.ngram_tokens for check in checks),
                 "accepted_tokens": accepted,
                 "acceptance_rate": round(accepted / drafted, 4) if drafted else 0.0,
                 "dense_passes": sum(check.dense_passes for check in checks),
@@ -86,7 +87,8 @@ class Accounts:
         # Drafts and checks are spread evenly over the lengths the answer had.
         dense = self._between(PlanConfig(), first + 1, first + count) / count
         sparse = self._between(self._plan, first + 1, first + count) / count
-        return round(checks.dense_passes * dense + checks.drafted_tokens * sparse)
+        sparse_steps = checks.drafted_tokens - checks.ngram_tokens
+        return round(checks.dense_passes * dense + sparse_steps * sparse)
 
     def _between(self, plan: PlanConfig, first: int, last: int) -> int:
         """Bytes of one step at each length from the first to the last."""

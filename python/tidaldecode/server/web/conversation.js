@@ -5,7 +5,7 @@ import { Reading } from "./reading.js";
 export const MODES = [
   { name: "tidal", title: "Tidal", help: "a few layers choose tokens, the others read those" },
   { name: "full", title: "Dense", help: "every layer reads every token" },
-  { name: "verified", title: "Verified", help: "tidal drafts that dense passes check" },
+  { name: "verified", title: "Verified", help: "drafts that dense passes check" },
 ];
 
 // How often the page is drawn while an answer comes.
