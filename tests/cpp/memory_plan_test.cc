@@ -51,21 +51,52 @@ class MemoryPlanTest : public DecoderTest {
   }
 };
 
+void ExpectAllocatedAsPlanned(const ModelRunner& runner) {
+  const MemoryPlan& plan = runner.memory_plan();
+  std::vector<MemoryItem> planned = plan.scratch;
+  AddItem(planned, {"the model's weights", plan.weight_bytes});
+  AddItem(planned, {"the KV cache", plan.kv_bytes});
+  for (const MemoryItem& item : runner.allocated()) {
+    AddItem(planned, {item.purpose, -item.bytes});
+  }
+  for (const MemoryItem& left : planned) EXPECT_EQ(left.bytes, 0) << left.purpose;
+  EXPECT_EQ(plan.num_pages, runner.config().num_pages);
+  EXPECT_EQ(plan.max_seq_len, runner.config().max_seq_len);
+  EXPECT_LE(plan.total_bytes(), plan.usable_bytes);
+}
+
 TEST_P(MemoryPlanTest, IsWhatIsAllocated) {
   for (const DecodeConfig& config : Configs()) {
-    ModelRunner runner(model_, config, weights_, nullptr);
-    const MemoryPlan& plan = runner.memory_plan();
-    std::vector<MemoryItem> planned = plan.scratch;
-    AddItem(planned, {"the model's weights", plan.weight_bytes});
-    AddItem(planned, {"the KV cache", plan.kv_bytes});
-    for (const MemoryItem& item : runner.allocated()) {
-      AddItem(planned, {item.purpose, -item.bytes});
-    }
-    for (const MemoryItem& left : planned) EXPECT_EQ(left.bytes, 0) << left.purpose;
-    EXPECT_EQ(plan.num_pages, runner.config().num_pages);
-    EXPECT_EQ(plan.max_seq_len, runner.config().max_seq_len);
-    EXPECT_LE(plan.total_bytes(), plan.usable_bytes);
+    ExpectAllocatedAsPlanned(ModelRunner(model_, config, weights_, nullptr));
   }
+}
+
+TEST_P(MemoryPlanTest, CountsTheCodesOfWeightsThatStayInThem) {
+  model_.hidden_size = 256;
+  model_.intermediate_size = 512;
+  const ModelConfig& m = model_;
+  const DecodeConfig config = Tidal();
+  const std::vector<std::pair<int64_t, int64_t>> matrices = {
+      {m.q_size() + 2 * m.kv_size(), m.hidden_size},
+      {m.hidden_size, m.q_size()},
+      {2 * m.intermediate_size, m.hidden_size},
+      {m.hidden_size, m.intermediate_size}};
+  const auto weight_bytes = [&](WeightCodes codes) {
+    const RandomWeightSource source(m, config.dtype, 0, codes);
+    const ModelRunner runner(m, config, source, nullptr);
+    ExpectAllocatedAsPlanned(runner);
+    return runner.memory_plan().weight_bytes;
+  };
+  int64_t elements = 0, float8 = 0, int4 = 0;  // of a layer; random codes have scales of 16 bits
+  for (const auto& [rows, in] : matrices) {
+    elements += rows * in;
+    float8 += rows * (in + 2);
+    int4 += rows * (in / 2 + in / 128 * 2);
+  }
+  const int64_t plain = weight_bytes(WeightCodes::kNone);
+  const int64_t numbers = elements * DTypeBytes(config.dtype);
+  EXPECT_EQ(weight_bytes(WeightCodes::kFloat8), plain - m.num_layers * (numbers - float8));
+  EXPECT_EQ(weight_bytes(WeightCodes::kInt4), plain - m.num_layers * (numbers - int4));
 }
 
 TEST_P(MemoryPlanTest, IsTheSameWithoutLoading) {

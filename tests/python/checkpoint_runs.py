@@ -35,7 +35,7 @@ def quantised_checkpoints(bench: Bench) -> None:
         # Codes are not rounded to 16 bits on the way; steps multiply by what they stand for.
         scale = np.abs(results[0][2]).max()
         assert np.abs(results[2][2] - results[0][2]).max() < 0.05 * scale, kind.name
-    assert "decoded to" in bench.command("info", str(stored))
+    assert "int4 are kept so" in " ".join(bench.command("info", str(stored)).split())
 
 
 @uses("weight_format")
@@ -53,7 +53,4 @@ def weight_format(bench: Bench) -> None:
             assert [len(text.token_ids) for text in texts] == [6, 6]
             assert np.isfinite(decoder.step_logits(prompt, prefill=50)).all()
     bench.command("generate", str(bench.model), "Once", "-n", "4", "--weight-format", "int4")
-    if bench.device == "cpu":
-        assert held["int4"] == held["fp8"] == held["decoded"]
-    else:
-        assert held["int4"] < held["fp8"] < held["decoded"]
+    assert held["int4"] < held["fp8"] < held["decoded"]

@@ -1,7 +1,7 @@
 """Quantised checkpoints: each format means exactly what its description says, or is refused.
 
 The engine reads a folder in a format, and the same folder decoded by numpy (quantized_models.py);
-both must give the same bits.
+both must give the same bits. So must codes that stay in memory, and what they stand for in float32.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ TINY = TinyModel(
 )
 SMALL = TinyModel(num_layers=1, dtype="bfloat16")  # hidden 64, intermediate 96
 UP = "model.layers.0.mlp.up_proj"
+Opened = tuple[Path, dict[str, str]]
 
 
 def open_decoder(folder: Path, **options) -> tidaldecode.Decoder:
@@ -50,10 +51,22 @@ def open_decoder(folder: Path, **options) -> tidaldecode.Decoder:
     return tidaldecode.Decoder(folder, device="cpu", **(limits | options))
 
 
+# Matrices that stay in codes stand for float32 numbers.
+EXACT = {"dtype": "float32", "kv_dtype": "float32"}
+
+
 def assert_same(one: Path, other: Path, model: TinyModel, **options) -> None:
-    """Both folders give the same bits: logits of every position, and greedy tokens."""
+    """A quantised folder gives the bits of plain weights if it is decoded, and in float32 its own
+    whether it is or not."""
+    decoded = {"weight_format": "decoded"}
+    assert_same_bits((one, options | decoded), (other, options), model)
+    assert_same_bits((one, options | EXACT), (one, options | EXACT | decoded), model)
+
+
+def assert_same_bits(one: Opened, other: Opened, model: TinyModel) -> None:
+    """Two folders, each with its options: logits of every position, and greedy tokens."""
     prompt = random_prompt(model, 24)
-    with open_decoder(one, **options) as first, open_decoder(other, **options) as second:
+    with open_decoder(one[0], **one[1]) as first, open_decoder(other[0], **other[1]) as second:
         logits = first.logits(prompt, last=len(prompt))
         assert np.isfinite(logits).all()
         assert np.array_equal(logits, second.logits(prompt, last=len(prompt)))
@@ -291,14 +304,15 @@ def test_the_folder_says_what_it_stores(tmp_path: Path, capsys):
     assert found.weight_bytes < 0.7 * found.decoded_bytes
     assert app.main(["info", str(folder)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "compressed-tensors: FP8, a scale per row; decoded to bfloat16" in text
+    assert "compressed-tensors: FP8, a scale per row; FP8 and int4 are kept so on the CPU" in text
+    assert "all else is decoded to bfloat16" in text
     assert "activations are not quantised" in text
 
 
 def test_weight_only_checkpoints_say_nothing_of_activations(tmp_path: Path, capsys):
     assert app.main(["info", str(write_quantized(tmp_path, TINY, gptq(64, "gptq")))]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "gptq: int4, groups of 64; decoded" in text
+    assert "gptq: int4, groups of 64; FP8 and int4 are kept" in text
     assert "activations are not quantised" not in text
 
 
@@ -318,12 +332,6 @@ def test_fields_that_are_not_known_are_noted(tmp_path: Path):
     kind = gptq(32, "gptq", hyper_mode=3)
     (note,) = read_model_folder(write_quantized(tmp_path, SMALL, kind)).notes
     assert "'hyper_mode': not known here" in note
-
-
-def test_the_memory_plan_is_that_of_decoded_weights(tmp_path: Path):
-    one, other = write_both(tmp_path, TINY, KINDS[0])
-    plans = [tidaldecode.plan_memory(path, device="cpu", max_seq_len=64) for path in (one, other)]
-    assert plans[0].weight_bytes == plans[1].weight_bytes
 
 
 def test_random_weights_need_no_files(tmp_path: Path):

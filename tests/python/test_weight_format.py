@@ -1,7 +1,9 @@
-"""weight_format: numbers are rounded to codes while they are loaded, and to no others."""
+"""weight_format: numbers are rounded to codes while they are loaded, and to no others; codes that
+are kept are the float32 numbers that they stand for."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,22 @@ import tidaldecode
 from quantized_models import (
     FLOAT8,
     KINDS,
+    Kind,
+    int4_group,
     is_projection,
     quantized_tensors,
     to_float8,
+    write_both,
     write_quantized,
 )
+from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import ConfigError
 from tiny_models import TinyModel, random_prompt, random_weights, round_to, write_checkpoint
 
 MODEL = TinyModel(hidden_size=160, intermediate_size=320, head_dim=16, dtype="float32")
+WIDE = TinyModel(
+    hidden_size=128, intermediate_size=384, num_layers=2, head_dim=32, dtype="bfloat16"
+)
 FORMATS = ("fp8", "int4")
 
 
@@ -74,6 +83,34 @@ def test_codes_are_not_rounded_again(tmp_path: Path):
     folder = write_quantized(tmp_path, model, KINDS[0], stored)
     with pytest.raises(ConfigError, match="weight_format: the checkpoint is quantised already"):
         open_decoder(folder, weight_format="int4")
-    with open_decoder(folder, weight_format="decoded") as decoded, open_decoder(folder) as auto:
-        prompt = random_prompt(model, 8)
-        assert np.array_equal(decoded.logits(prompt), auto.logits(prompt))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_codes_that_are_kept_are_not_rounded_to_16_bits(tmp_path: Path, kind: Kind, dtype: str):
+    model = dataclasses.replace(WIDE, dtype=dtype)
+    stored, _ = quantized_tensors(model, kind)
+    folder = write_quantized(tmp_path, model, kind, stored)
+    # Of int8 nothing is kept.
+    decoded_dtype = dtype if kind.codes == "int8" else "float32"
+    prompt = random_prompt(model, 24)
+    with (
+        open_decoder(folder, kv_dtype="float32") as kept,
+        open_decoder(
+            folder, dtype=decoded_dtype, kv_dtype="float32", weight_format="decoded"
+        ) as decoded,
+    ):
+        assert np.array_equal(kept.logits(prompt, last=24), decoded.logits(prompt, last=24))
+        steps = [decoder.step_logits(prompt, prefill=9) for decoder in (kept, decoded)]
+        assert np.array_equal(*steps)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], int4_group(32, True)], ids=lambda kind: kind.name)
+def test_the_memory_plan_is_of_what_is_kept(tmp_path: Path, kind: Kind):
+    stored, plain = write_both(tmp_path, WIDE, kind)
+
+    def weight_bytes(folder: Path, **options) -> int:
+        return tidaldecode.plan_memory(folder, device="cpu", max_seq_len=64, **options).weight_bytes
+
+    assert weight_bytes(stored, weight_format="decoded") == weight_bytes(plain)
+    assert weight_bytes(stored) == read_model_folder(stored).weight_bytes

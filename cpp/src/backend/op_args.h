@@ -22,7 +22,7 @@ namespace tidal {
 struct Weight {
   TensorView data;  // [N, K] weight; uint8 [N, K] of kFloat8, [N, K / 2] of kInt4
   WeightCodes codes = WeightCodes::kNone;
-  int64_t group_size = 0;  // K, or 32, 64 or a multiple of 128; the last group may be smaller
+  int64_t group_size = 0;  // K, or a multiple of 32; the last group may be smaller
   TensorView scales;       // [K / group_size, N] float32, bfloat16 or float16
   TensorView zeros;        // likewise uint8, of kInt4; absent: 8. 0 of kFloat8
 

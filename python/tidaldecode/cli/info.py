@@ -109,8 +109,9 @@ def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
     if quantization is None:
         return []
     text = (
-        f"{quantization.text}; decoded to {folder.dtype} (or the dtype asked for) while loaded, "
-        "but float8 and int4 kept as they are on GPUs of compute capability 9.0"
+        f"{quantization.text}; FP8 and int4 are kept so on the CPU and on GPUs of compute "
+        f"capability 9.0, all else is decoded to {folder.dtype} (or the dtype asked for) while "
+        "loaded"
     )
     if quantization.quantizes_activations:
         text += "; activations are not quantised"

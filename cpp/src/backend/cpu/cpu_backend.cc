@@ -51,6 +51,7 @@ class CpuBackend final : public Backend {
   DType shadow_score_dtype() const override { return DType::kFloat32; }
   // A sparse layer's time follows the positions it reads, from the first one it leaves out.
   int64_t SparseMinContext(int64_t token_budget) const override { return token_budget; }
+  bool ReadsCodes(const Weight& weight) const override { return CpuReadsCodes(weight); }
 
   BackendMemory PlanReserve(const StepLimits& limits) const override {
     BackendMemory memory;

@@ -12,33 +12,60 @@ namespace {
 // Up to here the kernel for few rows runs, whose rows do not depend on each other (a batched decode
 // step equals its rows alone); OpenBLAS picks its loops by shape and does not promise that.
 constexpr int64_t kFewRows = 64;
-// One thread's piece of a large product: the widened weight panel (512 KiB at in_features 512)
-// stays in L2, and 512 rows make widening it a thousandth of the work.
+// One thread's piece of a large product: the decoded weight panel (512 KiB at in_features 512)
+// stays in L2, and 512 rows make decoding it a hundredth of the work.
 constexpr int64_t kPanelRows = 512;
 constexpr int64_t kPanelOutputs = 256;
+// Groups of codes have whole vectors of every instruction set.
+constexpr int64_t kCodesOfGroup = 32;
 
 int64_t CeilDiv(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Place among the kernels that read weights.
+int WeightIndex(const Weight& weight) {
+  switch (weight.codes) {
+    case WeightCodes::kFloat8:
+      return 3;
+    case WeightCodes::kInt4:
+      return 4;
+    default:
+      return StorageIndex(weight.data.dtype);
+  }
+}
+
+const void* At(const TensorView& tensor, int64_t i) {
+  return static_cast<const char*>(tensor.ptr) + i * DTypeBytes(tensor.dtype);
+}
+
+WeightRows RowsOf(const Weight& weight, int64_t begin, int64_t end) {
+  WeightRows rows;
+  rows.data = At(weight.data, begin * weight.data.dim(1));
+  rows.num_outputs = end - begin;
+  rows.in_features = rows.group_size = weight.num_inputs();
+  if (!weight.is_coded()) return rows;
+  rows.group_size = weight.group_size;
+  rows.scales = At(weight.scales, begin);
+  if (weight.zeros) rows.zeros = weight.zeros.data<uint8_t>() + begin;
+  rows.scale_dtype = weight.scales.dtype;
+  rows.group_stride = weight.num_outputs();
+  return rows;
+}
+
 void LinearFewRows(CpuContext& context, const LinearArgs& args) {
-  const int64_t num_rows = args.x.dim(0);
-  const int64_t in_features = args.x.dim(1);
   const int64_t num_outputs = args.weight.num_outputs();
-  const int64_t element_bytes = DTypeBytes(args.weight.data.dtype);
-  const auto kernel = context.kernels->linear[StorageIndex(args.weight.data.dtype)];
-  const int threads = context.ThreadsFor(num_outputs * in_features);
+  const auto kernel = context.kernels->linear[WeightIndex(args.weight)];
+  const int threads = context.ThreadsFor(num_outputs * args.x.dim(1));
   // 16 outputs: a cache line of `out`.
   context.ParallelRange(threads, num_outputs, 16, [&](int64_t begin, int64_t end) {
     LinearTile tile;
     tile.x = args.x.data<float>();
-    tile.weight =
-        static_cast<const char*>(args.weight.data.ptr) + begin * in_features * element_bytes;
-    if (args.bias) tile.bias = static_cast<const char*>(args.bias.ptr) + begin * element_bytes;
+    tile.weight = RowsOf(args.weight, begin, end);
+    if (args.bias) tile.bias = At(args.bias, begin);
+    tile.bias_dtype = args.bias.dtype;
     tile.out = args.out.data<float>() + begin;
-    tile.num_rows = num_rows;
-    tile.num_outputs = end - begin;
-    tile.in_features = in_features;
+    tile.num_rows = args.x.dim(0);
     tile.out_stride = num_outputs;
     tile.accumulate = args.output == LinearOutput::kAccumulate;
     kernel(tile);
@@ -47,22 +74,20 @@ void LinearFewRows(CpuContext& context, const LinearArgs& args) {
 
 void AddBias(const CpuContext& context, const LinearArgs& args, int64_t output, int64_t count,
              float* bias, const SgemmArgs& product) {
-  const char* src = static_cast<const char*>(args.bias.ptr) + output * DTypeBytes(args.bias.dtype);
-  context.kernels->widen[StorageIndex(args.bias.dtype)](src, count, bias);
+  context.kernels->widen[StorageIndex(args.bias.dtype)](At(args.bias, output), count, bias);
   for (int64_t row = 0; row < product.m; ++row) {
     float* out = product.c + row * product.ldc;
     for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
   }
 }
 
-// scratch: room for a widened panel and a bias, of the calling thread.
+// scratch: room for a decoded panel and a bias, of the calling thread.
 void RunPanel(const CpuContext& context, const LinearArgs& args, int64_t row, int64_t output,
               float* scratch) {
   const int64_t in_features = args.x.dim(1);
   const int64_t num_outputs = args.weight.num_outputs();
   const int64_t count = std::min(kPanelOutputs, num_outputs - output);
-  const char* weight = static_cast<const char*>(args.weight.data.ptr) +
-                       output * in_features * DTypeBytes(args.weight.data.dtype);
+  const WeightRows weight = RowsOf(args.weight, output, output + count);
   SgemmArgs product;
   product.m = std::min(kPanelRows, args.x.dim(0) - row);
   product.n = count;
@@ -70,10 +95,9 @@ void RunPanel(const CpuContext& context, const LinearArgs& args, int64_t row, in
   product.a = args.x.data<float>() + row * in_features;
   product.lda = in_features;
   if (args.weight.data.dtype == DType::kFloat32) {
-    product.b = reinterpret_cast<const float*>(weight);
+    product.b = static_cast<const float*>(weight.data);
   } else {
-    context.kernels->widen[StorageIndex(args.weight.data.dtype)](weight, count * in_features,
-                                                                 scratch);
+    context.kernels->decode[WeightIndex(args.weight)](weight, scratch);
     product.b = scratch;
   }
   product.ldb = in_features;
@@ -106,9 +130,15 @@ int64_t LinearScratchFloats(int64_t in_features) {
   return kPanelOutputs * (in_features + 1);
 }
 
+bool CpuReadsCodes(const Weight& weight) {
+  const int64_t group = weight.group_size;
+  return group == weight.num_inputs() || group % kCodesOfGroup == 0;
+}
+
 void CpuLinear(CpuContext& context, const LinearArgs& args) {
-  TIDAL_CHECK(!args.weight.is_coded(), UnsupportedError,
-              "Linear: a weight in codes on the CPU; expected numbers");
+  TIDAL_CHECK(!args.weight.is_coded() || CpuReadsCodes(args.weight), UnsupportedError,
+              "Linear: a weight in codes in groups of ", args.weight.group_size,
+              " inputs; expected a multiple of ", kCodesOfGroup, " or all inputs");
   if (args.x.dim(0) <= kFewRows) {
     LinearFewRows(context, args);
   } else {

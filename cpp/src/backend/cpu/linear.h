@@ -1,9 +1,14 @@
-// Scratch of Linear, for Reserve.
+// What Linear reads, and its scratch, for the backend.
 #pragma once
 
 #include <cstdint>
 
+#include "backend/op_args.h"
+
 namespace tidal {
+
+// Of a weight in codes.
+bool CpuReadsCodes(const Weight& weight);
 
 // Floats of scratch per thread.
 int64_t LinearScratchFloats(int64_t in_features);

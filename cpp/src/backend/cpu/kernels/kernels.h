@@ -1,7 +1,7 @@
 // The table of inner loops of the CPU backend: one per instruction set, chosen once at run time.
 //
 // A kernel is the work of one thread on one piece of an op; the ops (../*.cc) cut the work, run the
-// threads and own the scratch. Members that read stored weights come in threes, those that read a
+// threads and own the scratch. Members that read stored numbers come in threes, those that read a
 // cache in fours, indexed by StorageIndex: float32, bfloat16, float16, int8. The kernels throw
 // nothing and allocate nothing.
 #pragma once
@@ -12,16 +12,29 @@
 
 namespace tidal {
 
-// out[t, n] = x[t] . weight[n] (+ bias[n]) for t < num_rows and n < num_outputs. The bits of out[t,
-// n] depend on x[t], weight[n] and bias[n] only.
-struct LinearTile {
-  const float* x = nullptr;      // [num_rows, in_features]
-  const void* weight = nullptr;  // [num_outputs, in_features]
-  const void* bias = nullptr;    // [num_outputs], or absent
-  float* out = nullptr;          // out[t, n] is at t * out_stride + n
-  int64_t num_rows = 0;
+// Some outputs of a weight (op_args.h).
+struct WeightRows {
+  const void* data = nullptr;  // [num_outputs, in_features] numbers or codes
   int64_t num_outputs = 0;
   int64_t in_features = 0;
+  int64_t group_size = 0;  // in_features of numbers
+  // Of codes: the scale and the zero of output n and group g are at g * group_stride + n.
+  const void* scales = nullptr;
+  const uint8_t* zeros = nullptr;  // or absent
+  DType scale_dtype = DType::kFloat32;
+  int64_t group_stride = 0;
+};
+
+// out[t, n] = x[t] . weight[n] (+ bias[n]) for t < num_rows and all outputs n. The bits of out[t,
+// n] depend on x[t], weight[n] and bias[n] only; those of codes are those of the float32 numbers
+// they stand for.
+struct LinearTile {
+  const float* x = nullptr;  // [num_rows, in_features]
+  WeightRows weight;
+  const void* bias = nullptr;  // [num_outputs], or absent
+  DType bias_dtype = DType::kFloat32;
+  float* out = nullptr;  // out[t, n] is at t * out_stride + n
+  int64_t num_rows = 0;
   int64_t out_stride = 0;
   bool accumulate = false;
 };
@@ -129,7 +142,10 @@ inline constexpr int64_t kShadowMaxDim = 512;
 struct CpuKernels {
   const char* name;  // "AVX-512", "AVX2", "generic"
 
-  void (*linear[3])(const LinearTile& tile);
+  // These come in fives: float32, bfloat16, float16, and codes of float8 and of int4.
+  void (*linear[5])(const LinearTile& tile);
+  // dst [num_outputs, in_features] = the weight as float32
+  void (*decode[5])(const WeightRows& weight, float* dst);
   void (*attend_span[4])(const AttendSpan& span);
   void (*merge_spans)(const MergeSpans& merge);
   void (*softmax_row)(const SoftmaxRow& row);

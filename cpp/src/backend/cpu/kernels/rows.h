@@ -8,14 +8,6 @@
 
 namespace tidal::TIDAL_CPU_ISA {
 
-// Calls full(i) for whole vectors of [0, count) and part(i, rest) for what remains.
-template <typename Full, typename Part>
-inline void ForVectors(int64_t count, Full full, Part part) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) full(i);
-  if (i < count) part(i, static_cast<int>(count - i));
-}
-
 inline void Merge(const MergeSpans& merge) {
   const int64_t dim = merge.head_dim;
   float maximum = kMinusInf;

@@ -7,12 +7,16 @@
 #include "backend/cpu/kernels/linear.h"
 #include "backend/cpu/kernels/rows.h"
 #include "backend/cpu/kernels/shadow.h"
+#include "backend/cpu/kernels/weight_rows.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
 inline constexpr CpuKernels kTable = {
     .name = TIDAL_CPU_ISA_NAME,
-    .linear = {Linear<float>, Linear<BFloat16>, Linear<Float16>},
+    .linear = {Linear<Numbers<float>>, Linear<Numbers<BFloat16>>, Linear<Numbers<Float16>>,
+               Linear<Float8Codes>, Linear<Int4Codes>},
+    .decode = {Decode<Numbers<float>>, Decode<Numbers<BFloat16>>, Decode<Numbers<Float16>>,
+               Decode<Float8Codes>, Decode<Int4Codes>},
     .attend_span = {Attend<float>, Attend<BFloat16>, Attend<Float16>, Attend<int8_t>},
     .merge_spans = Merge,
     .softmax_row = Softmax,

@@ -52,9 +52,21 @@ inline float LoadScalar(const T* p) {
   return lanes[0];
 }
 
+// Calls full(i) for whole vectors of [0, count) and part(i, rest) for what remains.
+template <typename Full, typename Part>
+inline void ForVectors(int64_t count, Full full, Part part) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) full(i);
+  if (i < count) part(i, static_cast<int>(count - i));
+}
+
 template <typename A>
 inline A Smaller(A a, A b) {
   return b < a ? b : a;
+}
+template <typename A>
+inline A Larger(A a, A b) {
+  return a < b ? b : a;
 }
 
 }  // namespace tidal::TIDAL_CPU_ISA

@@ -87,6 +87,35 @@ inline void StorePartial(float* p, Vec a, int count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
+// kWidth float8 e4m3fn / 2^8: a float16 of the same bits has another bias.
+inline Vec LoadFloat8(const uint8_t* codes) {
+  __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+  wide = _mm_slli_epi16(wide, 7);
+  return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+}
+
+// A number for each code of 4 bits: (code - zero) * scale.
+struct Int4Table {
+  Vec low;   // of codes below 8
+  Vec high;  // of the others
+};
+inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
+  const Vec low = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+  const Vec high = _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15);
+  return {Mul(Sub(low, zero), scale), Mul(Sub(high, zero), scale)};
+}
+// The numbers of kWidth codes, the first of two in the lower bits.
+inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+  int32_t word;
+  std::memcpy(&word, codes, sizeof(word));
+  const __m256i places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  // Only the lowest 3 bits of an index count; the fourth chooses the table.
+  const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), places);
+  const Vec is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
+                          _mm256_permutevar8x32_ps(table.high, index), is_high);
+}
+
 // Lane i = the sum of v[i]'s lanes. Every v[i] is summed in the same order, that of ReduceAdd.
 inline Vec ReduceAddEach(const Vec* v) {
   Vec quads[2];

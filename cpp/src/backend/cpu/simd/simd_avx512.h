@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/float16.h"
 
@@ -87,6 +88,33 @@ inline Vec LoadPartial(const int8_t* p, int count) {
 }
 inline void StorePartial(float* p, Vec a, int count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), a);
+}
+
+// kWidth float8 e4m3fn / 2^8: a float16 of the same bits has another bias.
+inline Vec LoadFloat8(const uint8_t* codes) {
+  __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  wide = _mm256_slli_epi16(wide, 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+}
+
+// A number for each code of 4 bits: (code - zero) * scale.
+struct Int4Table {
+  Vec values;
+};
+inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
+  const Vec codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {Mul(Sub(codes, zero), scale)};
+}
+// The numbers of kWidth codes, the first of two in the lower bits.
+inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+  int64_t eight;
+  std::memcpy(&eight, codes, sizeof(eight));
+  // Each 128 bits have all 8 bytes: lane i takes byte i / 2, and of that the half i % 2.
+  const __m512i bytes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i places = _mm512_set1_epi64(int64_t{4} << 32);
+  const __m512i pairs = _mm512_shuffle_epi8(_mm512_set1_epi64(eight), bytes);
+  // Only the lowest 4 bits of an index count.
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(pairs, places), table.values);
 }
 
 // Lane i = the sum of v[i]'s lanes. Every v[i] is summed in the same order, that of ReduceAdd.

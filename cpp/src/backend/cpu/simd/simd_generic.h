@@ -106,6 +106,45 @@ inline void StorePartial(float* p, Vec a, int count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
+struct Float8Table {
+  float values[256];
+};
+constexpr Float8Table MakeFloat8Table() {
+  Float8Table table = {};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) * 0x1p-17f;
+    for (int i = 1; i < exponent; ++i) size *= 2.0f;
+    table.values[code] = code < 128 ? size : -size;
+  }
+  return table;
+}
+inline constexpr Float8Table kFloat8Table = MakeFloat8Table();
+
+// kWidth float8 e4m3fn (1 sign, 4 exponent and 3 mantissa bits) / 2^8.
+inline Vec LoadFloat8(const uint8_t* codes) {
+  const float* values = kFloat8Table.values;
+  return Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
+}
+
+// A number for each code of 4 bits: (code - zero) * scale.
+struct Int4Table {
+  float values[16];
+};
+inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
+  Int4Table table;
+  for (int code = 0; code < 16; ++code) {
+    table.values[code] = (static_cast<float>(code) - zero[0]) * scale[0];
+  }
+  return table;
+}
+// The numbers of kWidth codes, the first of two in the lower bits.
+inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+  const float* values = table.values;
+  return Vec{values[codes[0] & 15], values[codes[0] >> 4], values[codes[1] & 15],
+             values[codes[1] >> 4]};
+}
+
 inline float ReduceAdd(Vec a) {
   return (a[0] + a[2]) + (a[1] + a[3]);
 }
