@@ -118,5 +118,6 @@ def test_the_table_names_every_feature():
     listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
     assert listed == set(NAMES), "make the table anew: make gpu-test"
     for row in rows:
-        cells = [cell.strip() for cell in row.split("|")[2:5]]
-        assert cells == ["yes"] * 3, row
+        on_cpu, *on_cuda = (cell.strip() for cell in row.split("|")[2:5])
+        # A feature is new until the next run on a GPU, and the table says so.
+        assert on_cpu == "yes" and {*on_cuda} in ({"yes"}, {"not run"}), row
