@@ -9,9 +9,15 @@
 
 namespace tidal::TIDAL_CPU_ISA {
 
+// Asks for the line behind that of a number that each output has one of, for outputs to come.
+inline void PrefetchNext(const void* number) {
+  __builtin_prefetch(static_cast<const char*>(number) + 64);
+}
+
 // Numbers [i, i + count) of a type as float32; `lanes` has whole vectors.
 template <typename T>
 inline void LoadLanes(const T* numbers, int64_t count, float* lanes) {
+  PrefetchNext(numbers);
   ForVectors(
       count, [&](int64_t i) { Store(lanes + i, Load(numbers + i)); },
       [&](int64_t i, int rest) { Store(lanes + i, LoadPartial(numbers + i, rest)); });
@@ -94,6 +100,7 @@ struct Int4Codes {
     LoadScales(weight, n, g, kOutputs, scales);
     const uint8_t* zeros =
         weight.zeros == nullptr ? nullptr : weight.zeros + g * weight.group_stride + n;
+    if (zeros != nullptr) PrefetchNext(zeros);
 #pragma GCC unroll 8
     for (int c = 0; c < kOutputs; ++c) {
       const float zero = zeros == nullptr ? 8.0f : static_cast<float>(zeros[c]);
