@@ -39,7 +39,6 @@ void LinearBlock(const LinearTile& tile, int64_t row, int64_t output) {
   const uint8_t* data = static_cast<const uint8_t*>(weight.data) + output * row_bytes;
   // The first rows of a batch read the weights from memory. A row may end before the hardware has
   // seen a stream, but the outputs lie one behind the other: each step asks for what comes later.
-  constexpr int64_t kLeastAhead = 8 * 1024;
   constexpr int64_t kStepBytes = kOutputs * BytesOf<W>(kWidth);
   const uint8_t* ahead = data + (row > 0 ? 0 : Larger(kOutputs * row_bytes, kLeastAhead));
   constexpr int kSums = WholeVectors(kRows * kOutputs);
@@ -88,13 +87,13 @@ void LinearBlock(const LinearTile& tile, int64_t row, int64_t output) {
   StoreSums<kRows, kOutputs>(tile, row, output, sums);
 }
 
-template <typename W, int kOutputs>
-void LinearColumn(const LinearTile& tile, int64_t output) {
-  int64_t row = 0;
-  for (; row + kTileRows <= tile.num_rows; row += kTileRows) {
-    LinearBlock<W, kTileRows, kOutputs>(tile, row, output);
+// Rows from `row` on, kRows at a time, and those that are left together.
+template <typename W, int kRows, int kOutputs>
+void LinearRows(const LinearTile& tile, int64_t row, int64_t output) {
+  for (; row + kRows <= tile.num_rows; row += kRows) {
+    LinearBlock<W, kRows, kOutputs>(tile, row, output);
   }
-  for (; row < tile.num_rows; ++row) LinearBlock<W, 1, kOutputs>(tile, row, output);
+  if constexpr (kRows > 1) LinearRows<W, kRows - 1, kOutputs>(tile, row, output);
 }
 
 template <typename W>
@@ -107,9 +106,9 @@ void Linear(const LinearTile& tile) {
     }
   }
   for (; output + kTileOutputs <= num_outputs; output += kTileOutputs) {
-    LinearColumn<W, kTileOutputs>(tile, output);
+    LinearRows<W, kTileRows, kTileOutputs>(tile, 0, output);
   }
-  for (; output < num_outputs; ++output) LinearColumn<W, 1>(tile, output);
+  for (; output < num_outputs; ++output) LinearRows<W, kTileRows, 1>(tile, 0, output);
 }
 
 }  // namespace tidal::TIDAL_CPU_ISA

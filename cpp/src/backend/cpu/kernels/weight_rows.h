@@ -115,6 +115,9 @@ struct Int4Codes {
   }
 };
 
+// So many bytes are under way from memory while a core works.
+inline constexpr int64_t kLeastAhead = 8 * 1024;
+
 // Bytes of `inputs` neighbouring inputs.
 template <typename W>
 constexpr int64_t BytesOf(int64_t inputs) {
@@ -133,7 +136,10 @@ void Decode(const WeightRows& weight, float* dst) {
       float* to = dst + begin;
       ForVectors(
           Smaller(weight.group_size, size - begin),
-          [&](int64_t k) { Store(to + k, W::Load(from + BytesOf<W>(k), group[0])); },
+          [&](int64_t k) {
+            __builtin_prefetch(from + BytesOf<W>(k) + kLeastAhead);
+            Store(to + k, W::Load(from + BytesOf<W>(k), group[0]));
+          },
           [&](int64_t k, int rest) {
             StorePartial(to + k, W::LoadPartial(from + BytesOf<W>(k), group[0], rest), rest);
           });
