@@ -75,7 +75,7 @@ TEST_P(OpLinearIsa, CodesGiveTheBitsOfTheNumbersTheyStandFor) {
         coded.zeros = TensorView(matrix.zeros.data(), DType::kUInt8, {groups, outputs});
       }
       ASSERT_TRUE(backend_->ReadsCodes(coded));
-      for (int64_t tokens : {1, 2, 3, 4, 7, 64, 65, 70}) {
+      for (int64_t tokens : {1, 2, 3, 4, 7, 15, 16, 64, 65, 70}) {
         SCOPED_TRACE(how.name + ", " + std::to_string(in) + " x " + std::to_string(outputs) + ", " +
                      std::to_string(tokens) + " tokens");
         const TensorView plain(numbers.data(), DType::kFloat32, {outputs, in});

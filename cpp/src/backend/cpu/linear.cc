@@ -12,6 +12,9 @@ namespace {
 // Up to here the kernel for few rows runs, whose rows do not depend on each other (a batched decode
 // step equals its rows alone); OpenBLAS picks its loops by shape and does not promise that.
 constexpr int64_t kFewRows = 64;
+// From here on codes become float32 once for all rows; fewer rows are done sooner than that.
+constexpr int64_t kDecodedRows = 16;
+constexpr int64_t kLineOutputs = 16;  // a cache line of `out`
 // One thread's piece of a large product: the decoded weight panel (512 KiB at in_features 512)
 // stays in L2, and 512 rows make decoding it a hundredth of the work.
 constexpr int64_t kPanelRows = 512;
@@ -53,22 +56,38 @@ WeightRows RowsOf(const Weight& weight, int64_t begin, int64_t end) {
   return rows;
 }
 
+// Outputs [begin, end) of few rows.
+LinearTile TileOf(const LinearArgs& args, int64_t begin, int64_t end) {
+  LinearTile tile;
+  tile.x = args.x.data<float>();
+  tile.weight = RowsOf(args.weight, begin, end);
+  if (args.bias) tile.bias = At(args.bias, begin);
+  tile.bias_dtype = args.bias.dtype;
+  tile.out = args.out.data<float>() + begin;
+  tile.num_rows = args.x.dim(0);
+  tile.out_stride = args.weight.num_outputs();
+  tile.accumulate = args.output == LinearOutput::kAccumulate;
+  return tile;
+}
+
 void LinearFewRows(CpuContext& context, const LinearArgs& args) {
-  const int64_t num_outputs = args.weight.num_outputs();
-  const auto kernel = context.kernels->linear[WeightIndex(args.weight)];
-  const int threads = context.ThreadsFor(num_outputs * args.x.dim(1));
-  // 16 outputs: a cache line of `out`.
-  context.ParallelRange(threads, num_outputs, 16, [&](int64_t begin, int64_t end) {
-    LinearTile tile;
-    tile.x = args.x.data<float>();
-    tile.weight = RowsOf(args.weight, begin, end);
-    if (args.bias) tile.bias = At(args.bias, begin);
-    tile.bias_dtype = args.bias.dtype;
-    tile.out = args.out.data<float>() + begin;
-    tile.num_rows = args.x.dim(0);
-    tile.out_stride = num_outputs;
-    tile.accumulate = args.output == LinearOutput::kAccumulate;
-    kernel(tile);
+  const CpuKernels& kernels = *context.kernels;
+  const int64_t num_outputs = args.weight.num_outputs(), in_features = args.x.dim(1);
+  const int kind = WeightIndex(args.weight);
+  const int threads = context.ThreadsFor(num_outputs * in_features);
+  const bool decodes = args.weight.is_coded() && args.x.dim(0) >= kDecodedRows;
+  const int64_t scratch_floats = decodes ? LinearScratchFloats(in_features) : 0;
+  float* scratch = context.scratch.Take<float>(Scratch::kThreads, threads * scratch_floats);
+  context.ParallelRange(threads, num_outputs, kLineOutputs, [&](int64_t begin, int64_t end) {
+    if (!decodes) return kernels.linear[kind](TileOf(args, begin, end));
+    float* numbers = scratch + ThreadIndex() * scratch_floats;
+    for (int64_t first = begin; first < end; first += kLineOutputs) {
+      LinearTile tile = TileOf(args, first, std::min(first + kLineOutputs, end));
+      kernels.decode[kind](tile.weight, numbers);
+      tile.weight.data = numbers;
+      tile.weight.group_size = in_features;
+      kernels.linear[StorageIndex(DType::kFloat32)](tile);
+    }
   });
 }
 

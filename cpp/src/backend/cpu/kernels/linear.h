@@ -17,15 +17,15 @@ inline constexpr int kTileOutputs = 4;
 inline constexpr int kTileRows = kWidth == 16 ? 4 : 2;
 inline constexpr int kOneRowOutputs = kWidth == 16 ? 8 : 4;
 
+// sums: of kOutputs outputs of each row.
 template <int kRows, int kOutputs>
-void StoreSums(const LinearTile& tile, int64_t row, int64_t output,
-               const Vec (&acc)[kRows][kOutputs]) {
+void StoreSums(const LinearTile& tile, int64_t row, int64_t output, const float* sums) {
   float bias[WholeVectors(kOutputs)] = {};
   if (tile.bias != nullptr) LoadLanes(tile.bias, tile.bias_dtype, output, kOutputs, bias);
   for (int r = 0; r < kRows; ++r) {
     float* out = tile.out + (row + r) * tile.out_stride + output;
     for (int c = 0; c < kOutputs; ++c) {
-      const float sum = ReduceAdd(acc[r][c]) + bias[c];
+      const float sum = sums[r * kOutputs + c] + bias[c];
       out[c] = tile.accumulate ? out[c] + sum : sum;
     }
   }
@@ -39,15 +39,12 @@ void LinearBlock(const LinearTile& tile, int64_t row, int64_t output) {
   const uint8_t* data = static_cast<const uint8_t*>(weight.data) + output * row_bytes;
   // The first rows of a batch read the weights from memory. A row may end before the hardware has
   // seen a stream, but the outputs lie one behind the other: each step asks for what comes later.
-  constexpr int64_t kLeastAhead = 8 * 1024;
   constexpr int64_t kStepBytes = kOutputs * BytesOf<W>(kWidth);
   const uint8_t* ahead = data + (row > 0 ? 0 : Larger(kOutputs * row_bytes, kLeastAhead));
-  Vec acc[kRows][kOutputs];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kOutputs; ++c) acc[r][c] = Zero();
-  }
+  constexpr int kSums = WholeVectors(kRows * kOutputs);
+  Vec acc[kSums];  // of output c and row r at r * kOutputs + c
+#pragma GCC unroll 16
+  for (Vec& sum : acc) sum = Zero();
   typename W::Group group[kOutputs];
   auto step = [&](int64_t k, auto load_x, auto load_weight) {
     for (int64_t byte = 0; byte < kStepBytes; byte += 64) {
@@ -62,7 +59,9 @@ void LinearBlock(const LinearTile& tile, int64_t row, int64_t output) {
     for (int r = 0; r < kRows; ++r) {
       Vec a = load_x(x + r * size + k);
 #pragma GCC unroll 8
-      for (int c = 0; c < kOutputs; ++c) acc[r][c] = Fma(a, w[c], acc[r][c]);
+      for (int c = 0; c < kOutputs; ++c) {
+        acc[r * kOutputs + c] = Fma(a, w[c], acc[r * kOutputs + c]);
+      }
     }
   };
   int64_t k = 0;
@@ -82,16 +81,19 @@ void LinearBlock(const LinearTile& tile, int64_t row, int64_t output) {
       k = end;
     }
   }
-  StoreSums(tile, row, output, acc);
+  float sums[kSums];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; i += kWidth) Store(sums + i, ReduceAddEach(acc + i));
+  StoreSums<kRows, kOutputs>(tile, row, output, sums);
 }
 
-template <typename W, int kOutputs>
-void LinearColumn(const LinearTile& tile, int64_t output) {
-  int64_t row = 0;
-  for (; row + kTileRows <= tile.num_rows; row += kTileRows) {
-    LinearBlock<W, kTileRows, kOutputs>(tile, row, output);
+// Rows from `row` on, kRows at a time, and those that are left together.
+template <typename W, int kRows, int kOutputs>
+void LinearRows(const LinearTile& tile, int64_t row, int64_t output) {
+  for (; row + kRows <= tile.num_rows; row += kRows) {
+    LinearBlock<W, kRows, kOutputs>(tile, row, output);
   }
-  for (; row < tile.num_rows; ++row) LinearBlock<W, 1, kOutputs>(tile, row, output);
+  if constexpr (kRows > 1) LinearRows<W, kRows - 1, kOutputs>(tile, row, output);
 }
 
 template <typename W>
@@ -104,9 +106,9 @@ void Linear(const LinearTile& tile) {
     }
   }
   for (; output + kTileOutputs <= num_outputs; output += kTileOutputs) {
-    LinearColumn<W, kTileOutputs>(tile, output);
+    LinearRows<W, kTileRows, kTileOutputs>(tile, 0, output);
   }
-  for (; output < num_outputs; ++output) LinearColumn<W, 1>(tile, output);
+  for (; output < num_outputs; ++output) LinearRows<W, kTileRows, 1>(tile, 0, output);
 }
 
 }  // namespace tidal::TIDAL_CPU_ISA
