@@ -73,6 +73,7 @@ def layer_elements(model: ModelConfig) -> int:
     q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
     elements = (q_size + 2 * kv_size) * hidden + hidden * q_size + 3 * hidden * inner + 2 * hidden
     elements += 2 * model.head_dim if model.qk_norm else 0
+    elements += 2 * hidden if model.branch_norms else 0
     elements += q_size + 2 * kv_size if model.qkv_bias else 0
     elements += hidden if model.o_bias else 0
     elements += 2 * inner + hidden if model.mlp_bias else 0

@@ -126,9 +126,7 @@ class ReferenceModel:
         for layer in range(self.config.num_layers):
             prefix = f"model.layers.{layer}."
             normed = self._norm(x, prefix + "input_layernorm.weight")
-            q, k, v = self._qkv(normed, prefix + "self_attn.")
-            if not self.config.layers or self.config.layers[layer].has_rope:
-                q, k = self._rotate(q, start), self._rotate(k, start)
+            q, k, v = self._qkv(normed, layer, start)
             cache.k[layer, start:end], cache.v[layer, start:end] = k, v
             out = attend(layer, q).reshape(len(token_ids), -1)
             out = self._linear(out, prefix + "self_attn.o_proj")
@@ -142,7 +140,10 @@ class ReferenceModel:
     def _branch_norm(self, x: np.ndarray, name: str) -> np.ndarray:
         return self._norm(x, name) if self.config.branch_norms else x
 
-    def _qkv(self, x: np.ndarray, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _qkv(
+        self, x: np.ndarray, layer: int, start: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        prefix = f"model.layers.{layer}.self_attn."
         q, k, v = (
             self._linear(x, f"{prefix}{name}_proj").reshape(len(x), -1, self.config.head_dim)
             for name in "qkv"
@@ -150,6 +151,8 @@ class ReferenceModel:
         if self.config.qk_norm:
             q = self._norm(q, prefix + "q_norm.weight")
             k = self._norm(k, prefix + "k_norm.weight")
+        if not self.config.layers or self.config.layers[layer].has_rope:
+            q, k = self._rotate(q, start), self._rotate(k, start)
         return q, k, v
 
     def _rotate(self, x: np.ndarray, start: int) -> np.ndarray:
