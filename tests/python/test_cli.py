@@ -252,6 +252,19 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (TinyModel(family="smollm3", num_layers=6), "RoPE base 10000, none in 2 of 6 layers"),
+        (TinyModel(family="glm4"), "RoPE base 10000, 8 of 16 dims turn"),
+    ],
+    ids=["smollm3", "glm4"],
+)
+def test_info_says_what_turns(run, tmp_path: Path, model: TinyModel, expected: str):
+    folder = write_checkpoint(tmp_path / "model", model)
+    assert expected in " ".join(run("info", str(folder))[1].split())
+
+
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"], ["calibrate"]])
 def test_help_explains_every_command(run, command: list[str]):
     code, out, err = run(*command, "--help")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.terminal import one_line
 from tidaldecode.memory_plan import MemoryPlan
@@ -63,16 +64,23 @@ def show_memory(console: Console, plan: MemoryPlan) -> None:
         console.print(f"It does not fit. {one_line(plan.problem)}", style="bold", markup=False)
 
 
+def _describe_rotation(model: ModelConfig) -> str:
+    rope = model.rope
+    text = f"RoPE base {rope.theta:g}"
+    if rope.type != "default":
+        text += f", {rope.type}" + ("" if rope.type == "longrope" else f" x{rope.factor:g}")
+    if rope.rotary_dim:
+        text += f", {rope.rotary_dim} of {model.head_dim} dims turn"
+    still = sum(not layer.has_rope for layer in model.layers)
+    return text + (f", none in {still} of {model.num_layers} layers" if still else "")
+
+
 def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     model = folder.model
     num_weights = sum(_num_elements(entry.shape) for entry in folder.weights)
     num_files = len({entry.path for entry in folder.weights})
     stored = "quantised" if folder.quantization else folder.dtype
     kv_values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    rope = model.rope
-    scaling = "" if rope.type == "default" else f", {rope.type}"
-    if rope.type not in ("default", "longrope"):
-        scaling += f" x{rope.factor:g}"
     plan = find_plan(folder)
     plan_text = f"none; {HOW_TO_CHOOSE}"
     if plan is not None:
@@ -93,7 +101,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
         ("layers", f"{model.num_layers}, hidden {model.hidden_size}, "
                    f"MLP {model.intermediate_size}"),
         ("heads", f"{model.num_q_heads} query, {model.num_kv_heads} KV, size {model.head_dim}"),
-        ("positions", f"{model.max_position_embeddings:,}, RoPE base {rope.theta:g}{scaling}"),
+        ("positions", f"{model.max_position_embeddings:,}, {_describe_rotation(model)}"),
         ("vocabulary", f"{model.vocab_size:,}, tokenizer: "
                        f"{'yes' if Tokenizer.exists(folder.path) else 'none'}"),
         ("end of text", ", ".join(map(str, folder.eos_token_ids)) or "no token"),
