@@ -300,7 +300,7 @@ def tidal_versus_dense(options: argparse.Namespace, prompt: list[int]) -> dict[s
     return outcome
 
 
-# Of the cache with the checkpoint's weights, and of the weights with a cache of theirs.
+# Formats of the cache with the checkpoint's weights, and of the weights with a cache of theirs.
 FORMATS: dict[str, dict[str, str]] = {
     "as stored": {},
     "kv float32": {"kv_dtype": "float32"},

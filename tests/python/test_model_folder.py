@@ -205,7 +205,7 @@ def test_granites_factors_are_read(tmp_path: Path):
     assert scales == (3.0, 0.22, 0.4, 1 / 10)
     model = read(tmp_path, "granite", attention_multiplier=REMOVED, logits_scaling=REMOVED).model
     assert (model.attention_scale, model.logit_scale) == (1.0, 1.0)
-    # Of other families they are names like any other.
+    # In other families they are names like any other.
     assert read(tmp_path, embedding_multiplier=7.0).model.embedding_scale == 1.0
 
 

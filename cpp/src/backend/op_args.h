@@ -41,7 +41,7 @@ struct PagedKv {
   TensorView v_pages;     // [num_pages, Hkv, page_size, D] kv
   TensorView page_table;  // [B, max_pages] int32; entries past a row's last page are not read
   TensorView seq_lens;  // [B] int32: tokens in the cache, those of this pass included; 0 = idle row
-  // Of int8 pages, whose rows are codes x scale (core/int8_row.h); else absent.
+  // For int8 pages, whose rows are codes x scale (core/int8_row.h); else absent.
   TensorView k_scales = {};  // [num_pages, Hkv, page_size] float32
   TensorView v_scales = {};  // [num_pages, Hkv, page_size] float32
 };

@@ -27,7 +27,7 @@ template <typename T>
 struct TokenRows {
   const T* k[kTokenBlock];
   const T* v[kTokenBlock];  // without values: k
-  // Of int8 rows, which are codes x scale.
+  // For int8 rows, which are codes x scale.
   float k_scale[kTokenBlock];
   float v_scale[kTokenBlock];
 

@@ -18,7 +18,7 @@ struct WeightRows {
   int64_t num_outputs = 0;
   int64_t in_features = 0;
   int64_t group_size = 0;  // in_features of numbers
-  // Of codes: the scale and the zero of output n and group g are at g * group_stride + n.
+  // For codes: the scale and the zero of output n and group g are at g * group_stride + n.
   const void* scales = nullptr;
   const uint8_t* zeros = nullptr;  // or absent
   DType scale_dtype = DType::kFloat32;
