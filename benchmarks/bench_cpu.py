@@ -3,8 +3,8 @@ and weights beside each other, in one run.
 
     python benchmarks/bench_cpu.py MODEL_DIR --select-layers 2,4,9 --token-budget 64
 
-Method: benchmarks/README.md. Every number comes from the calls a user makes (`Decoder.generate`,
-`Decoder.stream`; transformers' `forward` with its cache); the contestants take turns within one
+Method: benchmarks/README.md. Every number comes from the calls a user makes (`Decoder.generate`;
+transformers' `forward` with its cache); the contestants take turns within one
 process, so that a machine that slows down slows all of them. Writes one JSON file.
 """
 
@@ -185,6 +185,19 @@ def decode_blocks(decoder: tidaldecode.Decoder, prompt: list[int], block: int) -
     return run
 
 
+def decode_beside(
+    options: argparse.Namespace, prompt: list[int], decoders: dict[str, tidaldecode.Decoder]
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Seconds that each took to read the prompt, and ms per token behind it, by name."""
+    prefill_s: dict[str, float] = {}
+    blocks: dict[str, Block] = {}
+    for name, decoder in decoders.items():
+        start = time.perf_counter()
+        blocks[name] = decode_blocks(decoder, prompt, options.block)
+        prefill_s[name] = round(time.perf_counter() - start, 2)
+    return prefill_s, interleaved(blocks, options.repetitions)
+
+
 def interleaved(blocks: dict[str, Block], repetitions: int) -> dict[str, dict[str, Any]]:
     """Each block in turn, `repetitions` times after one turn of warming up."""
     times: dict[str, list[float]] = {name: [] for name in blocks}
@@ -275,13 +288,7 @@ def tidal_versus_dense(options: argparse.Namespace, prompt: list[int]) -> dict[s
         "dense": open_decoder(options, room, attention="full"),
         "tidal": open_decoder(options, room, attention="tidal", **plan),
     }
-    prefill_s: dict[str, float] = {}
-    blocks: dict[str, Block] = {}
-    for name, decoder in decoders.items():
-        start = time.perf_counter()
-        blocks[name] = decode_blocks(decoder, prompt, options.block)
-        prefill_s[name] = round(time.perf_counter() - start, 2)
-    decode = interleaved(blocks, options.repetitions)
+    prefill_s, decode = decode_beside(options, prompt, decoders)
     outcome = {
         "context": len(prompt),
         "plan": decoders["tidal"].plan,
@@ -313,19 +320,12 @@ FORMATS: dict[str, dict[str, str]] = {
 
 def formats(options: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
     room = len(prompt) + options.block + 1
-    decoders, blocks = {}, {}
-    prefill_s: dict[str, float] = {}
-    for name, settings in FORMATS.items():
-        decoder = open_decoder(options, room, attention="full", **settings)
-        start = time.perf_counter()
-        decoders[name] = decoder
-        blocks[name] = decode_blocks(decoder, prompt, options.block)
-        prefill_s[name] = round(time.perf_counter() - start, 2)
-    decode = interleaved(blocks, options.repetitions)
-    memory = {
-        name: {"weights": plan.weight_bytes, "kv": plan.kv_bytes}
-        for name, plan in ((name, decoder.memory_plan()) for name, decoder in decoders.items())
+    decoders = {
+        name: open_decoder(options, room, attention="full", **settings)
+        for name, settings in FORMATS.items()
     }
+    prefill_s, decode = decode_beside(options, prompt, decoders)
+    plans = {name: decoder.memory_plan() for name, decoder in decoders.items()}
     times = {name: ratio(decode, name, "as stored") for name in FORMATS}
     print(f"{len(prompt)} tokens, dense, ms/token and times what the checkpoint as stored takes:")
     for name, measure in decode.items():
@@ -334,7 +334,10 @@ def formats(options: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
         decoder.close()
     return {
         "dtype": options.dtype,
-        "bytes": memory,
+        "bytes": {
+            name: {"weights": plan.weight_bytes, "kv": plan.kv_bytes}
+            for name, plan in plans.items()
+        },
         "prefill s": prefill_s,
         "decode ms per token": decode,
         "times as stored": times,
