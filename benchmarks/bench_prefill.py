@@ -68,7 +68,8 @@ def model_tflop(model: ModelConfig, num_tokens: int) -> float:
     """Of reading a prompt, in 10^12 operations."""
     qkv = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
     out = model.num_q_heads * model.head_dim
-    layer = model.hidden_size * (qkv + out + 3 * model.intermediate_size)
+    inner = model.experts_per_token * model.expert_intermediate_size or model.intermediate_size
+    layer = model.hidden_size * (qkv + out + 3 * inner)
     products = num_tokens * model.num_layers * layer + model.hidden_size * model.vocab_size
     visible = num_tokens * (num_tokens + 1) // 2
     attention = 2 * model.num_layers * model.num_q_heads * model.head_dim * visible

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tidaldecode import DecodeConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
-from tidaldecode.plan_bytes import VALUE_BYTES, layer_kv_bytes, row_bytes
+from tidaldecode.plan_bytes import VALUE_BYTES, plan_kv_bytes, row_bytes
 
 # Measured on an H200 (sum over 0.5 GB); its data sheet says 4.8.
 H200_READ_TB_PER_S = 4.65
@@ -29,25 +29,24 @@ def step_bytes(
 ) -> StepBytes:
     """Weights and keys and values that must be read.
 
-    weights = dtype x (layers x (qkv + o + gate + up + down + norms) + last norm + lm_head
-                       + batch embedding rows)
+    weights = layers x (qkv + o + MLP or its experts + norms) + last norm + lm_head
+              + batch embedding rows
     KV      = batch x sum over layers of what a layer of that kind reads (plan_bytes.py).
 
-    Every weight is read once for the whole batch. Left out: what is written (the new token's K and
-    V, scores, activations) and everything small that stays in a cache.
+    Every weight is read once for the whole batch; of experts those that tokens which choose at
+    random have. Left out: what is written (the new token's K and V, scores, activations) and
+    everything small that stays in a cache.
 
     Args:
         plan: one letter per layer, as the step runs it.
         context: tokens of each sequence in the cache, the newest included.
     """
-    hidden = model.hidden_size
-    weights = model.num_layers * layer_elements(model)
-    weights += hidden + model.vocab_size * hidden + batch_size * hidden
-    saved = saved_bytes(model, config.dtype, config.weight_format)
-    read = layer_kv_bytes(model, config, context, config.kv_dtype)
+    share = model.experts_per_token / model.num_experts if model.num_experts else 0.0
+    read_experts = round(model.num_experts * (1.0 - (1.0 - share) ** batch_size))
+    tables = (model.vocab_size + batch_size) * model.hidden_size * VALUE_BYTES[config.dtype]
     return StepBytes(
-        weights=weights * VALUE_BYTES[config.dtype] - saved,
-        kv=batch_size * sum(read[letter] for letter in plan),
+        weights=tables + _layers_bytes(model, config.dtype, config.weight_format, read_experts),
+        kv=batch_size * plan_kv_bytes(model, config, plan, context, config.kv_dtype),
     )
 
 
@@ -56,36 +55,42 @@ def step_bytes(
 _CODED_BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 128}
 
 
-def saved_bytes(model: ModelConfig, dtype: str, weight_format: str) -> int:
-    """What the layers' matrices take less in the codes of weight_format than in dtype."""
-    if weight_format not in _CODED_BYTES:
-        return 0
+def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_experts: int) -> int:
+    """All layers, of which those with experts have so many, and the last norm."""
+    number = VALUE_BYTES[dtype]
+    norm_number = number if model.norm_offset == 0.0 else 4
     hidden, inner = model.hidden_size, model.intermediate_size
     q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    matrices = hidden * (2 * q_size + 2 * kv_size + 3 * inner)
-    saved = matrices * (VALUE_BYTES[dtype] - _CODED_BYTES[weight_format])
-    return round(model.num_layers * saved)
+    attention = hidden * (2 * q_size + 2 * kv_size)
+    biases = q_size + 2 * kv_size if model.qkv_bias else 0
+    biases += hidden if model.o_bias else 0
+    norms = 2 * hidden * (model.input_norms + model.branch_norms)
+    if model.qk_norm:
+        norms += q_size + kv_size if model.wide_qk_norm else 2 * model.head_dim
+    matrices, small = 0, model.num_layers * biases
+    for has_experts in _expert_layers(model):
+        matrices += attention
+        if has_experts:
+            matrices += 3 * num_experts * hidden * model.expert_intermediate_size
+            small += model.num_experts * hidden  # the router
+        else:
+            matrices += 3 * hidden * inner
+            small += 2 * inner + hidden if model.mlp_bias else 0
+    sinks = 4 * model.num_layers * model.num_q_heads if model.attention_sinks else 0
+    norm_bytes = (model.num_layers * norms + hidden) * norm_number
+    matrix_bytes = round(matrices * _CODED_BYTES.get(weight_format, number))
+    return matrix_bytes + small * number + norm_bytes + sinks
 
 
-def layer_elements(model: ModelConfig) -> int:
-    """Weights of one layer, norms and biases included."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    elements = (q_size + 2 * kv_size) * hidden + hidden * q_size + 3 * hidden * inner + 2 * hidden
-    elements += 2 * model.head_dim if model.qk_norm else 0
-    elements += 2 * hidden if model.branch_norms else 0
-    elements += q_size + 2 * kv_size if model.qkv_bias else 0
-    elements += hidden if model.o_bias else 0
-    elements += 2 * inner + hidden if model.mlp_bias else 0
-    return elements
+def _expert_layers(model: ModelConfig) -> list[bool]:
+    return [layer.has_experts for layer in model.layers] or [False] * model.num_layers
 
 
 def loaded_bytes(model: ModelConfig, dtype: str, weight_format: str = "auto") -> int:
     """All weights in memory: those of a step, and the embedding table if it is one of its own."""
-    tables = 1 if model.tie_word_embeddings else 2
-    elements = model.num_layers * layer_elements(model) + model.hidden_size
-    elements += tables * model.vocab_size * model.hidden_size
-    return elements * VALUE_BYTES[dtype] - saved_bytes(model, dtype, weight_format)
+    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+    layers = _layers_bytes(model, dtype, weight_format, model.num_experts)
+    return tables * VALUE_BYTES[dtype] + layers
 
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:

@@ -18,6 +18,7 @@
 #include "kernels/attention_select.h"
 #include "kernels/attention_sparse.h"
 #include "kernels/embed.h"
+#include "kernels/gate_mul.h"
 #include "kernels/gather_rows.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope_append_kv.h"
@@ -26,7 +27,6 @@
 #include "kernels/score_keys.h"
 #include "kernels/score_shadow.h"
 #include "kernels/select_top_k.h"
-#include "kernels/silu_mul.h"
 
 namespace tidal {
 namespace {
@@ -76,6 +76,20 @@ void CheckShadowScores(const char* op, const TensorView& scores) {
               ": scores: ", DTypeName(scores.dtype), " with a shadow on CUDA; expected float16");
 }
 
+// A part of the model that the kernels do not have; null if they have all.
+const char* WhatIsMissing(const ModelConfig& model) {
+  if (model.has_windows()) return "layers with a window";
+  if (model.has_experts()) return "layers with experts";
+  if (model.attention_sinks) return "attention sinks";
+  if (model.attention_softcap != 0.0 || model.logit_softcap != 0.0) return "soft caps";
+  if (model.wide_qk_norm) return "norms of q and k over all heads";
+  if (model.norm_offset != 0.0) return "norms whose weights are about 0";
+  if (!model.input_norms) return "layers without norms of their inputs";
+  if (model.activation != Activation::kSilu) return "an MLP with another activation than SiLU";
+  if (model.rope.query_scale_beta != 0.0) return "queries that are scaled by their position";
+  return nullptr;
+}
+
 void CheckLimits(const StepLimits& limits) {
   const ModelConfig& model = limits.model;
   CheckDType(limits.dtype, "dtype");
@@ -89,6 +103,9 @@ void CheckLimits(const StepLimits& limits) {
               UnsupportedError, "num_q_heads: ", model.num_q_heads, " over ", model.num_kv_heads,
               " KV heads on CUDA; expected 1 to ", kMaxGroupSize,
               " query heads for each KV head (or use device=\"cpu\")");
+  const char* missing = WhatIsMissing(model);
+  TIDAL_CHECK(missing == nullptr, UnsupportedError, missing,
+              " on CUDA: not there yet; use device=\"cpu\"");
   int64_t page = limits.page_size;
   TIDAL_CHECK(page >= 8 && page <= 256 && (page & (page - 1)) == 0, UnsupportedError,
               "page_size: ", page, " on CUDA; expected 8, 16, 32, 64, 128 or 256");
@@ -407,11 +424,23 @@ void CudaBackend::AttentionSparse(const AttentionSparseArgs& args) {
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
-void CudaBackend::SiluMul(const SiluMulArgs& args) {
+void CudaBackend::GateMul(const GateMulArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("silu_mul", {&args.out, &args.gate_up});
-  LaunchSiluMul(args, stream());
+  CheckSameDType("gate_mul", {&args.out, &args.gate_up});
+  LaunchGateMul(args, stream());
+}
+
+void CudaBackend::SelectExperts(const SelectExpertsArgs&) {
+  throw UnsupportedError("SelectExperts on CUDA: not there yet; use device=\"cpu\"");
+}
+
+void CudaBackend::ExpertLinear(const ExpertLinearArgs&) {
+  throw UnsupportedError("ExpertLinear on CUDA: not there yet; use device=\"cpu\"");
+}
+
+void CudaBackend::AddExperts(const AddExpertsArgs&) {
+  throw UnsupportedError("AddExperts on CUDA: not there yet; use device=\"cpu\"");
 }
 
 void CudaBackend::ScaleLogits(const ScaleLogitsArgs& args) {

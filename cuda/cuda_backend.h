@@ -65,14 +65,17 @@ class CudaBackend final : public Backend {
   void ScoreKeys(const ScoreKeysArgs& args) override;
   void SelectTopK(const SelectTopKArgs& args) override;
   void AttentionSparse(const AttentionSparseArgs& args) override;
-  void SiluMul(const SiluMulArgs& args) override;
+  void GateMul(const GateMulArgs& args) override;
+  void SelectExperts(const SelectExpertsArgs& args) override;
+  void ExpertLinear(const ExpertLinearArgs& args) override;
+  void AddExperts(const AddExpertsArgs& args) override;
   void ScaleLogits(const ScaleLogitsArgs& args) override;
   void GatherRows(const GatherRowsArgs& args) override;
   void Sample(const SampleArgs& args) override;
   void Logprobs(const LogprobsArgs& args) override;
   void NormLinear(const NormLinearArgs& args) override;
   void QkvRopeAppend(const QkvRopeAppendArgs& args) override;
-  void GateUpSiluMul(const GateUpSiluMulArgs& args) override;
+  void GateUpMul(const GateUpMulArgs& args) override;
   void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) override;
 
  protected:

@@ -7,8 +7,8 @@
 #include "cuda_dtypes.h"
 #include "kernels/decode_weight.h"
 #include "kernels/folded_norm.h"
+#include "kernels/gate_mul.h"
 #include "kernels/rms_norm.h"
-#include "kernels/silu_mul.h"
 
 namespace tidal {
 namespace {
@@ -131,17 +131,17 @@ void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
 }
 
-void CudaBackend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
+void CudaBackend::GateUpMul(const GateUpMulArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("gate_up_silu_mul", {&args.linear.x, &args.silu_mul.out});
+  CheckSameDType("gate_up_mul", {&args.linear.x, &args.gate_mul.out});
   SkinnyRun run = NormBefore(args.linear, args.norm);
-  if (!Streams(args.linear) || !StreamsLinearSiluMul(args.linear, args.silu_mul)) {
+  if (!Streams(args.linear) || !StreamsLinearGateMul(args.linear, args.gate_mul)) {
     LinearAfter(run, args.linear);
-    SiluMul(args.silu_mul);
+    GateMul(args.gate_mul);
     return;
   }
-  LaunchLinearSiluMul(args.linear, args.silu_mul, run);
+  LaunchLinearGateMul(args.linear, args.gate_mul, run);
 }
 
 }  // namespace tidal

@@ -151,7 +151,7 @@ bool CudnnAttention::Run(const AttentionPrefillArgs& args) {
   RowExtents extents = ExtentsOf(shape.batch_size);
   LaunchRowExtents(args.q_starts, args.kv.seq_lens, shape.num_q_heads * shape.head_dim, extents,
                    stream_);
-  float sm_scale = args.sm_scale;
+  float sm_scale = args.rule.sm_scale;
   std::unordered_map<int64_t, void*> tensors = {
       {kQ, args.q.ptr},
       {kK, args.kv.k_pages.ptr},

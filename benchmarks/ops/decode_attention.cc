@@ -96,7 +96,7 @@ std::vector<int32_t> RandomSets(int64_t num_sets, int64_t budget, int64_t seq_le
 AttentionArgs Attention(const Inputs& in, int64_t cache) {
   return {.q = in.q,
           .kv = in.caches[static_cast<size_t>(cache)],
-          .sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+          .rule = {.sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim))},
           .out = in.out};
 }
 
@@ -152,7 +152,7 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
       bench.backend().ScoreKeys({.q = attention.q,
                                  .kv = attention.kv,
                                  .shadow = {},
-                                 .sm_scale = attention.sm_scale,
+                                 .rule = attention.rule,
                                  .scores = in.scores,
                                  .lse = in.lse});
     };

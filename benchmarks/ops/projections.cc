@@ -73,10 +73,10 @@ std::function<void(const Weight&)> OpOf(BenchDevice& bench, const Projection& ro
     };
   }
   if (row.op == "gate_up_silu_mul") {
-    SiluMulArgs silu_mul = {.gate_up = linear.out, .out = bench.Tensor(kDType, {b, kIntermediate})};
+    GateMulArgs gate_mul = {.gate_up = linear.out, .out = bench.Tensor(kDType, {b, kIntermediate})};
     return [=, &bench](const Weight& weight) mutable {
       linear.weight = weight;
-      bench.backend().GateUpSiluMul({norm, linear, silu_mul});
+      bench.backend().GateUpMul({norm, linear, gate_mul});
     };
   }
   std::vector<int32_t> rows(static_cast<size_t>(b));

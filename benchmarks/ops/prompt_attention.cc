@@ -62,7 +62,7 @@ std::vector<AttentionPrefillArgs> Chunks(BenchDevice& bench, const PromptRow& ro
     chunks.push_back({.q = q.Rows(0, count),
                       .q_starts = bench.Ints({0, static_cast<int32_t>(count)}, {2}),
                       .kv = kv,
-                      .sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim)),
+                      .rule = {.sm_scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim))},
                       .out = out.Rows(0, count),
                       .max_q_len = count,
                       .max_seq_len = seq_len});

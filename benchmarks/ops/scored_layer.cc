@@ -123,12 +123,14 @@ class Layer {
   }
 
   void Attend(size_t cache) const {
-    backend_.AttentionSparse(
-        {.attention = {.q = in_.q, .kv = in_.caches[cache], .sm_scale = kScale, .out = in_.out},
-         .token_idx = in_.token_idx,
-         .num_selected = in_.num_selected,
-         .set_sizes = SetSizes::kEqual,
-         .dense_len = 0});
+    backend_.AttentionSparse({.attention = {.q = in_.q,
+                                            .kv = in_.caches[cache],
+                                            .rule = {.sm_scale = kScale},
+                                            .out = in_.out},
+                              .token_idx = in_.token_idx,
+                              .num_selected = in_.num_selected,
+                              .set_sizes = SetSizes::kEqual,
+                              .dense_len = 0});
   }
 
  private:
@@ -138,7 +140,7 @@ class Layer {
     return {.q = in_.q,
             .kv = in_.caches[cache],
             .shadow = shadow,
-            .sm_scale = kScale,
+            .rule = {.sm_scale = kScale},
             .scores = shadow.codes ? in_.shadow_scores : in_.scores,
             .lse = in_.lse};
   }

@@ -11,6 +11,13 @@ __device__ __forceinline__ float SiluTimes(float gate, float up) {
   return gate / (1.0f + expf(-gate)) * up;
 }
 
+// gelu(gate) * up, by tanh: x / 2 * (1 + tanh(y)) is x / (1 + exp(-2 y)).
+__device__ __forceinline__ float GeluTanhTimes(float gate, float up) {
+  constexpr float kTwice = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+  float y = kTwice * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + expf(-y)) * up;
+}
+
 // Rotates element i of a head and its partner, element i + D / 2 (rotate-half layout). Intrinsics
 // keep the compiler from fusing the roundings in one kernel and not in another.
 __device__ __forceinline__ void RotatePair(float& low, float& high, float cosine, float sine) {

@@ -166,7 +166,7 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .q = static_cast<const T*>(args.q.ptr),
       .q_starts = args.q_starts.data<int32_t>(),
       .kv = kv,
-      .sm_scale = args.sm_scale,
+      .sm_scale = args.rule.sm_scale,
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = static_cast<int>(group_size),
       .queries_per_block = static_cast<int>(queries_per_block),

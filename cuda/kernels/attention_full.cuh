@@ -83,7 +83,7 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   AttentionFullParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
-      .sm_scale = attention.sm_scale,
+      .sm_scale = attention.rule.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,

@@ -322,13 +322,13 @@ void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) 
   int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
   int64_t num_tiles = CeilDiv(args.max_q_len, kQueryTile);
   if (num_tiles == 0 || batch_size == 0) return;
-  TIDAL_CHECK(args.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ", args.sm_scale,
-              " on CUDA; expected a positive number");
+  TIDAL_CHECK(args.rule.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ",
+              args.rule.sm_scale, " on CUDA; expected a positive number");
   PagedKvView<T> kv = MakePagedKvView<T>("attention_prefill", args.kv);
   AttentionPrefillParams<T> params{.q = static_cast<const T*>(args.q.ptr),
                                    .q_starts = args.q_starts.data<int32_t>(),
                                    .kv = kv,
-                                   .sm_scale_log2 = args.sm_scale * kLog2E,
+                                   .sm_scale_log2 = args.rule.sm_scale * kLog2E,
                                    .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
                                    .out = static_cast<T*>(args.out.ptr)};
 

@@ -638,8 +638,8 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const Attention
                                cudaStream_t stream) {
   int64_t batch_size = args.kv.seq_lens.dim(0);
   if (args.max_q_len == 0 || batch_size == 0 || args.q.dim(0) == 0) return;
-  TIDAL_CHECK(args.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ", args.sm_scale,
-              " on CUDA; expected a positive number");
+  TIDAL_CHECK(args.rule.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ",
+              args.rule.sm_scale, " on CUDA; expected a positive number");
   PagedKvView<T> kv = MakePagedKvView<T>("attention_prefill", args.kv);
   int64_t group_size = args.q.dim(1) / kv.num_kv_heads, tile_queries = kPrefillRows / group_size;
   int64_t row_tiles = CeilDiv(args.max_q_len, tile_queries);
@@ -654,7 +654,7 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const Attention
       .max_pages = kv.max_pages,
       .num_pages = static_cast<int>(args.kv.k_pages.dim(0)),
       .page_shift = kv.page_shift,
-      .sm_scale_log2 = args.sm_scale * kLog2E,
+      .sm_scale_log2 = args.rule.sm_scale * kLog2E,
       .num_kv_heads = kv.num_kv_heads,
       .group_size = static_cast<int>(group_size),
       .tile_queries = static_cast<int>(tile_queries),

@@ -176,7 +176,7 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   AttentionSparseParams<T> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
-      .sm_scale = attention.sm_scale,
+      .sm_scale = attention.rule.sm_scale,
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = group_size,
       .heads_per_block = heads_per_block,

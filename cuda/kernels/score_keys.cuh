@@ -88,7 +88,7 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
   ScoreKeysParams<T> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
-      .sm_scale = args.sm_scale,
+      .sm_scale = args.rule.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,

@@ -364,7 +364,7 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
       .codes = args.shadow.codes.data<uint8_t>(),
       .scales = static_cast<__half*>(args.shadow.scales.ptr),
       .balance = args.shadow.balance.data<float>(),
-      .sm_scale = args.sm_scale,
+      .sm_scale = args.rule.sm_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .newest = newest,
       .splits = splits,

@@ -106,7 +106,7 @@ struct AccumulateEpilogue {
 
 // out [T, I] = silu(gate) * up; a tile is 8 rows of gate and the same 8 of up.
 template <typename T>
-struct SiluMulEpilogue {
+struct GateMulEpilogue {
   T* out;
   const T* bias;  // [2 I] or null
   int intermediate_size;
@@ -115,8 +115,8 @@ struct SiluMulEpilogue {
   __device__ TileRows Rows(int tile) const { return {tile * 8, intermediate_size + tile * 8}; }
 
   struct Lane : FinishLane {
-    const SiluMulEpilogue& e;
-    __device__ Lane(const SiluMulEpilogue& epilogue, int lane, int first_token)
+    const GateMulEpilogue& e;
+    __device__ Lane(const GateMulEpilogue& epilogue, int lane, int first_token)
         : FinishLane(lane, first_token), e(epilogue) {}
     __device__ Started Begin(int) const { return {}; }
     __device__ void Finish(int tile, const Started&, const float (&values)[4]) const {

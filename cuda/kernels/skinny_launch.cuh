@@ -169,12 +169,12 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
 }
 
 template <typename T, int kTokens, WeightKind kKind>
-void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, const SkinnyRun& run) {
-  SiluMulEpilogue<T> epilogue = {};
-  epilogue.out = static_cast<T*>(silu_mul.out.ptr);
+void RunLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul, const SkinnyRun& run) {
+  GateMulEpilogue<T> epilogue = {};
+  epilogue.out = static_cast<T*>(gate_mul.out.ptr);
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
-  epilogue.intermediate_size = static_cast<int>(silu_mul.out.dim(1));
-  epilogue.num_tokens = static_cast<int>(silu_mul.out.dim(0));
+  epilogue.intermediate_size = static_cast<int>(gate_mul.out.dim(1));
+  epilogue.num_tokens = static_cast<int>(gate_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),
                      .max_stages = kMaxStages,
                      .scale_bytes_per_row = ScaleBytesPerRow(linear.weight)};

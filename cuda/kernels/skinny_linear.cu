@@ -113,8 +113,9 @@ bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& a
          (head_dim == 64 || head_dim == 128);
 }
 
-bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul) {
-  return StreamsLinear(linear) && silu_mul.out.dim(1) % (kTileRows / 2) == 0;
+bool StreamsLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul) {
+  return StreamsLinear(linear) && gate_mul.out.dim(1) % (kTileRows / 2) == 0 &&
+         gate_mul.activation == Activation::kSilu;
 }
 
 bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
@@ -148,10 +149,10 @@ void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& ap
   });
 }
 
-void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul,
+void LaunchLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul,
                          const SkinnyRun& run) {
-  DispatchKernel("gate_up_silu_mul", linear, [&](auto tag, auto width, auto kind) {
-    RunLinearSiluMul<typename decltype(tag)::Type, width(), kind()>(linear, silu_mul, run);
+  DispatchKernel("gate_up_mul", linear, [&](auto tag, auto width, auto kind) {
+    RunLinearGateMul<typename decltype(tag)::Type, width(), kind()>(linear, gate_mul, run);
   });
 }
 

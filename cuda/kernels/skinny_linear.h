@@ -15,7 +15,7 @@ bool StreamsWeight(const Weight& weight);
 int64_t MaxStreamedTokens(const Weight& weight);
 bool StreamsLinear(const LinearArgs& args);
 bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append);
-bool StreamsLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul);
+bool StreamsLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul);
 
 // Whether a kernel also makes the norm that FoldsNorm (folded_norm.h), if the product is stored.
 bool FitsNorm(const RmsNormArgs& norm, const Weight& weight);
@@ -31,7 +31,7 @@ struct SkinnyRun {
 void LaunchSkinnyLinear(const LinearArgs& args, const SkinnyRun& run);
 void LaunchLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append,
                             const SkinnyRun& run);
-void LaunchLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul,
+void LaunchLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul,
                          const SkinnyRun& run);
 
 }  // namespace tidal

@@ -19,6 +19,6 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
                          const SkinnyRun& run);
 
 template <typename T, int kTokens, WeightKind kKind>
-void RunLinearSiluMul(const LinearArgs& linear, const SiluMulArgs& silu_mul, const SkinnyRun& run);
+void RunLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul, const SkinnyRun& run);
 
 }  // namespace tidal

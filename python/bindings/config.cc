@@ -26,6 +26,8 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLlama3, "llama3"},
                                             {RopeType::kYarn, "yarn"},
                                             {RopeType::kLongrope, "longrope"}}};
+constexpr Names<Activation, 2> kActivations = {
+    {{Activation::kSilu, "silu"}, {Activation::kGeluTanh, "gelu_tanh"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
 constexpr Names<DType, 4> kKvDTypes = {{{DType::kFloat32, "float32"},
@@ -100,16 +102,19 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("mscale", &RopeConfig::mscale)
       .def_readwrite("mscale_all_dim", &RopeConfig::mscale_all_dim)
       .def_readwrite("truncate", &RopeConfig::truncate)
+      .def_readwrite("query_scale_beta", &RopeConfig::query_scale_beta)
       .def_readwrite("short_factor", &RopeConfig::short_factor)
       .def_readwrite("long_factor", &RopeConfig::long_factor);
   DefEnum(rope, "type", &RopeConfig::type, kRopeTypes);
 
   py::class_<LayerConfig>(module, "LayerConfig")
       .def(py::init<>())
-      .def_readwrite("has_rope", &LayerConfig::has_rope);
+      .def_readwrite("has_rope", &LayerConfig::has_rope)
+      .def_readwrite("window", &LayerConfig::window)
+      .def_readwrite("has_experts", &LayerConfig::has_experts);
 
-  py::class_<ModelConfig>(module, "ModelConfig")
-      .def(py::init<>())
+  py::class_<ModelConfig> model(module, "ModelConfig");
+  model.def(py::init<>())
       .def_readwrite("vocab_size", &ModelConfig::vocab_size)
       .def_readwrite("hidden_size", &ModelConfig::hidden_size)
       .def_readwrite("intermediate_size", &ModelConfig::intermediate_size)
@@ -122,15 +127,27 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("qkv_bias", &ModelConfig::qkv_bias)
       .def_readwrite("o_bias", &ModelConfig::o_bias)
       .def_readwrite("mlp_bias", &ModelConfig::mlp_bias)
-      .def_readwrite("qk_norm", &ModelConfig::qk_norm)
+      .def_readwrite("input_norms", &ModelConfig::input_norms)
       .def_readwrite("branch_norms", &ModelConfig::branch_norms)
+      .def_readwrite("qk_norm", &ModelConfig::qk_norm)
+      .def_readwrite("wide_qk_norm", &ModelConfig::wide_qk_norm)
+      .def_readwrite("norm_offset", &ModelConfig::norm_offset)
+      .def_readwrite("num_experts", &ModelConfig::num_experts)
+      .def_readwrite("experts_per_token", &ModelConfig::experts_per_token)
+      .def_readwrite("expert_intermediate_size", &ModelConfig::expert_intermediate_size)
+      .def_readwrite("normalized_routing", &ModelConfig::normalized_routing)
+      .def_readwrite("attention_sinks", &ModelConfig::attention_sinks)
       .def_readwrite("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
       .def_readwrite("embedding_scale", &ModelConfig::embedding_scale)
       .def_readwrite("residual_scale", &ModelConfig::residual_scale)
       .def_readwrite("attention_scale", &ModelConfig::attention_scale)
       .def_readwrite("logit_scale", &ModelConfig::logit_scale)
+      .def_readwrite("attention_softcap", &ModelConfig::attention_softcap)
+      .def_readwrite("logit_softcap", &ModelConfig::logit_softcap)
       .def_readwrite("rope", &ModelConfig::rope)
+      .def_readwrite("window_rope", &ModelConfig::window_rope)
       .def_readwrite("layers", &ModelConfig::layers);
+  DefEnum(model, "activation", &ModelConfig::activation, kActivations);
 }
 
 void RegisterDecodeConfig(py::module_& module) {

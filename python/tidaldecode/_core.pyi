@@ -21,12 +21,15 @@ class RopeConfig:
     mscale: float
     mscale_all_dim: float
     truncate: bool
+    query_scale_beta: float
     short_factor: list[float]
     long_factor: list[float]
     def __init__(self) -> None: ...
 
 class LayerConfig:
     has_rope: bool
+    window: int
+    has_experts: bool
     def __init__(self) -> None: ...
 
 class ModelConfig:
@@ -42,14 +45,26 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    input_norms: bool
     branch_norms: bool
+    qk_norm: bool
+    wide_qk_norm: bool
+    norm_offset: float
+    activation: str
+    num_experts: int
+    experts_per_token: int
+    expert_intermediate_size: int
+    normalized_routing: bool
+    attention_sinks: bool
     tie_word_embeddings: bool
     embedding_scale: float
     residual_scale: float
     attention_scale: float
     logit_scale: float
+    attention_softcap: float
+    logit_softcap: float
     rope: RopeConfig
+    window_rope: RopeConfig | None
     layers: list[LayerConfig]
     def __init__(self) -> None: ...
 

@@ -10,9 +10,11 @@ import os
 from dataclasses import fields
 
 from tidaldecode import _core
-from tidaldecode.checkpoint.model_config import LayerConfig, ModelConfig
+from tidaldecode.checkpoint.layer_kinds import LayerConfig
+from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.checkpoint.quantized_tensors import WEIGHT_DTYPES, QuantizedTensor
+from tidaldecode.checkpoint.rope_config import RopeConfig
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, DecodeConfig, PlanConfig
 from tidaldecode.plans import Plan
@@ -40,16 +42,21 @@ def resolve_device(device: str) -> str:
 
 def core_model(model: ModelConfig) -> _core.ModelConfig:
     """The same values in the engine's type."""
-    rope = _core.RopeConfig()
-    for field in fields(model.rope):
-        value = getattr(model.rope, field.name)
-        setattr(rope, field.name, list(value) if isinstance(value, tuple) else value)
     result = _core.ModelConfig()
     for field in fields(model):
-        if field.name not in ("rope", "layers"):
+        if field.name not in ("rope", "window_rope", "layers"):
             setattr(result, field.name, getattr(model, field.name))
-    result.rope = rope
+    result.rope = _core_rope(model.rope)
+    result.window_rope = None if model.window_rope is None else _core_rope(model.window_rope)
     result.layers = [_core_layer(layer) for layer in model.layers]
+    return result
+
+
+def _core_rope(rope: RopeConfig) -> _core.RopeConfig:
+    result = _core.RopeConfig()
+    for field in fields(rope):
+        value = getattr(rope, field.name)
+        setattr(result, field.name, list(value) if isinstance(value, tuple) else value)
     return result
 
 

@@ -15,16 +15,14 @@ _SCALE_BYTES = {"int8": 4}  # of one head of a token, by dtype
 _DEFAULTS = _core.PlanConfig()
 
 
-def kv_bytes_per_step(
-    model: ModelConfig, config: PlanConfig, seq_len: int, kv_dtype: str
-) -> int:
+def kv_bytes_per_step(model: ModelConfig, config: PlanConfig, seq_len: int, kv_dtype: str) -> int:
     """Bytes of keys and values that a step reads for one sequence.
 
     F and S read all K and V, s those of its set, P all K, or their shadow, and then K and V of its
-    set. A set counts as large as the budget allows. With sets per query head every head reads its
-    own positions: those that two heads of a KV head share count twice, up to the whole cache. A
-    sequence that the budget covers is read whole. Rewriting tokens (correction_interval) is not
-    counted.
+    set, w those of its window. A set counts as large as the budget allows. With sets per query head
+    every head reads its own positions: those that two heads of a KV head share count twice, up to
+    the whole cache. A sequence that the budget covers is read whole. Rewriting tokens
+    (correction_interval) is not counted.
 
     Args:
         model: its shape.
@@ -34,14 +32,28 @@ def kv_bytes_per_step(
     """
     if seq_len <= most_positions(config):
         config = PlanConfig()
+    return plan_kv_bytes(model, config, plan_letters(model.windows, config), seq_len, kv_dtype)
+
+
+def plan_kv_bytes(
+    model: ModelConfig, config: PlanConfig, letters: str, seq_len: int, kv_dtype: str
+) -> int:
+    """What the layers of a plan, a letter each, read together; else as kv_bytes_per_step()."""
     read = layer_kv_bytes(model, config, seq_len, kv_dtype)
-    return sum(read[letter] for letter in plan_letters(model.num_layers, config))
+    row = row_bytes(model, kv_dtype)
+    return sum(
+        row * min(seq_len, window) if letter == "w" else read[letter]
+        for letter, window in zip(letters, model.windows, strict=True)
+    )
 
 
 def layer_kv_bytes(
     model: ModelConfig, config: PlanConfig, seq_len: int, kv_dtype: str
 ) -> dict[str, int]:
-    """What a layer of each kind reads of one sequence, as kv_bytes_per_step() counts, by letter."""
+    """What a layer of each kind reads of one sequence, as kv_bytes_per_step() counts, by letter.
+
+    Layers with a window are none of these kinds.
+    """
     heads = model.num_q_heads // model.num_kv_heads if config.granularity == "head" else 1
     chosen = min(seq_len, most_positions(config) * heads)
     row = row_bytes(model, kv_dtype)

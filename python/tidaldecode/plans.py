@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,21 @@ class Plan:
         return f"{self.source}, {self.measured or 'not measured here'}"
 
 
-def read_plan_file(path: Path, num_layers: int) -> Plan:
+def read_plan_file(path: Path, windows: Sequence[int]) -> Plan:
     """Reads a tidal_plan.json: the layers and, each optional, the other fields of PlanConfig.
 
     A field that is missing has the engine's default, as if the layers were given by hand.
 
+    Args:
+        path: the file.
+        windows: of the model's layers, as in ModelConfig.
+
     Raises: ConfigError naming the file and the field.
     """
-    return _parse_plan(read_json_object(path), path, num_layers)
+    return _parse_plan(read_json_object(path), path, windows)
 
 
-def _parse_plan(raw: Mapping[str, Any], path: Path, num_layers: int) -> Plan:
+def _parse_plan(raw: Mapping[str, Any], path: Path, windows: Sequence[int]) -> Plan:
     where = str(path)
     allowed = ("description", *PLAN_FIELDS, *CALIBRATION_KEYS)
     unknown = [key for key in raw if key not in allowed]
@@ -101,7 +105,7 @@ def _parse_plan(raw: Mapping[str, Any], path: Path, num_layers: int) -> Plan:
         config = PlanConfig(**layers, **given)
     except ConfigError as cause:  # a layer in both lists
         raise ConfigError(f"{where}: {cause}") from None
-    check_layers(config, num_layers, where)
+    check_layers(config, windows, where)
     source, measured = PLAN_FILE, ""
     if "fingerprint" in raw:
         source, measured = f"{PLAN_FILE}, calibrated", _describe_calibration(raw)
@@ -184,7 +188,7 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
     path = folder.path / PLAN_FILE
     if os.path.lexists(path):
         raw = read_json_object(path)
-        plan = _parse_plan(raw, path, folder.model.num_layers)
+        plan = _parse_plan(raw, path, folder.model.windows)
         # Random weights are nobody's: a plan by hand or by calibration gives their step its shape.
         if "fingerprint" not in raw or folder.load_format == "dummy":
             return plan
@@ -204,27 +208,32 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
     if not is_kept(path):
         return None
     try:
-        plan = read_plan_file(path, folder.model.num_layers)
+        plan = read_plan_file(path, folder.model.windows)
     except ConfigError as error:
         _logger.warning("%s; the plan in the user's cache is not used: calibrate again", error)
         return None
     return replace(plan, source=f"{plan.source}, in the user's cache")
 
 
-def safe_config(num_layers: int) -> PlanConfig:
+def safe_config(windows: Sequence[int]) -> PlanConfig:
     """A plan for any model: every layer but the first two chooses for itself, by shadow keys.
 
     docs/quality.md has what it keeps of the answers of three models.
 
+    Args:
+        windows: of the model's layers, as in ModelConfig. Layers with one choose nothing.
+
     Raises: ConfigError for a model without such a layer.
     """
-    if num_layers <= FULL_LAYERS:
+    layers = [layer for layer, window in enumerate(windows) if not window and layer >= FULL_LAYERS]
+    if not layers:
+        those = "" if not any(windows) else " that attends to more than a window"
         raise ConfigError(
-            f"attention: sparse steps were asked for, but a model of {num_layers} layers has none "
-            f"to choose by itself behind {FULL_LAYERS} dense ones; give select_layers or "
-            "scored_layers"
+            f"attention: sparse steps were asked for, but a model of {len(windows)} layers has "
+            f"none{those} to choose by itself behind {FULL_LAYERS} dense ones; give select_layers "
+            "or scored_layers, or decode it densely (attention='full')"
         )
-    return PlanConfig(scored_layers=tuple(range(FULL_LAYERS, num_layers)), shadow="int4")
+    return PlanConfig(scored_layers=tuple(layers), shadow="int4")
 
 
 def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan | None:
@@ -254,10 +263,10 @@ def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan 
     if plan is None:
         if attention != "tidal" and asked.token_budget is None:
             return None
-        config = safe_config(folder.model.num_layers)
+        config = safe_config(folder.model.windows)
         plan = Plan(config=config, source=SAFE, is_safe=True)
     config = replace(plan.config, **asked.settings())
-    check_layers(config, folder.model.num_layers)
+    check_layers(config, folder.model.windows)
     if config != plan.config:
         plan = replace(plan, config=config, measured="")  # which was of other settings
     return plan
@@ -283,7 +292,7 @@ def plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -
         )
     if plan is None or folder.load_format == "dummy":
         return notes
-    letters = plan_letters(folder.model.num_layers, plan.config)
+    letters = plan_letters(folder.model.windows, plan.config)
     if plan.is_safe:
         notes.append(
             f"{_no_plan(folder)}, so every layer chooses for itself ({letters}); to read less, "
@@ -303,15 +312,28 @@ def log_plan_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolde
         _logger.warning("%s", note)
 
 
-def check_layers(config: PlanConfig, num_layers: int, where: str = "") -> None:
-    """Checks the layers of a plan, which selects, against the model's number of layers."""
+def check_layers(config: PlanConfig, windows: Sequence[int], where: str = "") -> None:
+    """Checks the layers of a plan, which selects, against the model's.
+
+    Args:
+        config: the plan.
+        windows: of the model's layers, as in ModelConfig.
+        where: its file, for messages.
+    """
     prefix = f"{where}: " if where else ""
     for name in LAYER_FIELDS:
         layers = getattr(config, name)
-        if layers and layers[-1] >= num_layers:
+        if layers and layers[-1] >= len(windows):
             raise ConfigError(
-                f"{prefix}{name}: got {list(layers)}, expected layers up to {num_layers - 1} (the "
-                f"model has {num_layers})"
+                f"{prefix}{name}: got {list(layers)}, expected layers up to {len(windows) - 1} "
+                f"(the model has {len(windows)})"
+            )
+        bound = [layer for layer in layers or () if windows[layer]]
+        if bound:
+            free = [layer for layer, window in enumerate(windows) if not window]
+            raise ConfigError(
+                f"{prefix}{name}: got {list(layers)}, of which {bound} attend to a window "
+                f"({windows[bound[0]]} tokens) and have nothing to choose, expected some of {free}"
             )
         if layers and config.full_layers is not None and config.full_layers > layers[0]:
             raise ConfigError(
@@ -320,9 +342,15 @@ def check_layers(config: PlanConfig, num_layers: int, where: str = "") -> None:
             )
 
 
-def plan_letters(num_layers: int, config: PlanConfig | _core.PlanConfig) -> str:
-    """The plan as the engine prints it (DecodePlan::ToString), without needing an engine."""
+def plan_letters(windows: Sequence[int], config: PlanConfig | _core.PlanConfig) -> str:
+    """The plan as the engine prints it (DecodePlan::ToString), without needing an engine.
+
+    Args:
+        windows: of the model's layers, as in ModelConfig.
+        config: the plan.
+    """
     kinds = dict.fromkeys(config.select_layers or (), "S")
     kinds |= dict.fromkeys(config.scored_layers or (), "P")
-    first = min(kinds, default=num_layers)
-    return "".join(kinds.get(layer, "F" if layer < first else "s") for layer in range(num_layers))
+    first = min(kinds, default=len(windows))
+    letters = ["w" if window else "F" if i < first else "s" for i, window in enumerate(windows)]
+    return "".join(kinds.get(i, letter) for i, letter in enumerate(letters))

@@ -37,7 +37,8 @@ PagedKv Cache() {
 }
 
 AttentionArgs Attention() {
-  return {.q = Float({2, 6, 20}), .kv = Cache(), .sm_scale = 1.0f, .out = Float({2, 6, 20})};
+  return {
+      .q = Float({2, 6, 20}), .kv = Cache(), .rule = {.sm_scale = 1.0f}, .out = Float({2, 6, 20})};
 }
 
 template <typename Args>

@@ -26,7 +26,7 @@ constexpr Row kTable[] = {
     // A float32 score of 300 is good to 2e-5, and so, relatively, is its exponential.
     {Op::kAttentionLargeScores, {1e-4, 1e-4}, {8e-3, 8e-3}, {2e-3, 2e-3}},
     {Op::kScores, {2e-5, 1e-5}, {0, 0}, {0, 0}},
-    {Op::kSiluMul, {1e-6, 1e-5}, {1e-4, 4e-3}, {1e-5, 1e-3}},
+    {Op::kGateMul, {1e-6, 1e-5}, {1e-4, 4e-3}, {1e-5, 1e-3}},
     // Parts round what stands between them; a rotation mixes the errors of two numbers.
     {Op::kFused, {1e-5, 1e-5}, {2e-2, 2e-2}, {3e-3, 3e-3}},
     {Op::kLogits, {1e-4, 1e-4}, {2e-2, 2e-2}, {4e-3, 4e-3}},

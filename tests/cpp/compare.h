@@ -20,7 +20,7 @@ enum class Op : int32_t {
   kAttention,
   kAttentionLargeScores,  // of some hundreds
   kScores,                // q.k and its log-sum-exp
-  kSiluMul,
+  kGateMul,
   kFused,   // several ops in one against its parts
   kLogits,  // a whole model
 };

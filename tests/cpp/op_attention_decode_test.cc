@@ -49,7 +49,7 @@ class OpAttentionDecode : public AttentionTest {
     const int64_t rows = kv.seq_lens.dim(0);
     return {.q = Put(q, act(), q_shape(rows)),
             .kv = kv,
-            .sm_scale = static_cast<float>(sm_scale()),
+            .rule = {.sm_scale = static_cast<float>(sm_scale())},
             .out = Output(act(), q_shape(rows))};
   }
 
@@ -75,7 +75,7 @@ class OpAttentionDecode : public AttentionTest {
     return {.q = attention.q,
             .kv = attention.kv,
             .shadow = {},
-            .sm_scale = attention.sm_scale,
+            .rule = attention.rule,
             .scores = Output(DType::kFloat32, {rows, shape().num_q_heads, max_len}),
             .lse = Output(DType::kFloat32, {rows, shape().num_q_heads})};
   }

@@ -50,7 +50,7 @@ class OpAttentionPrefill : public AttentionTest {
     return {.q = Put(q, act(), q_shape),
             .q_starts = PutInts(q_starts, {static_cast<int64_t>(q_starts.size())}),
             .kv = kv,
-            .sm_scale = static_cast<float>(sm_scale()),
+            .rule = {.sm_scale = static_cast<float>(sm_scale())},
             .out = Output(act(), q_shape),
             .max_q_len = *std::max_element(chunk.q_lens.begin(), chunk.q_lens.end()),
             .max_seq_len = *std::max_element(chunk.seq_lens.begin(), chunk.seq_lens.end())};
@@ -198,7 +198,7 @@ TEST_P(OpAttentionPrefill, LastQueryEqualsDecodeToRounding) {
   const AttentionPrefillArgs prefill = Args(kv, chunk, q);
   const TensorView decoded = Output(act(), {2, shape().num_q_heads, shape().head_dim});
   backend().AttentionPrefill(prefill);
-  backend().AttentionFull({.q = prefill.q, .kv = kv, .sm_scale = prefill.sm_scale, .out = decoded});
+  backend().AttentionFull({.q = prefill.q, .kv = kv, .rule = prefill.rule, .out = decoded});
   EXPECT_TRUE(Close(Get(prefill.out), Get(decoded), ToleranceFor(Op::kAttention, act())));
 }
 
@@ -226,7 +226,7 @@ TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
     seen.page_table = kv.page_table.Rows(0, 1);
     const TensorView decoded = Output(act(), {1, shape().num_q_heads, shape().head_dim});
     backend().AttentionFull(
-        {.q = args.q.Rows(i, 1), .kv = seen, .sm_scale = args.sm_scale, .out = decoded});
+        {.q = args.q.Rows(i, 1), .kv = seen, .rule = args.rule, .out = decoded});
     EXPECT_TRUE(SameBits(GetBytes(args.out.Rows(i, 1)), GetBytes(decoded), DTypeBytes(act())));
   }
 }

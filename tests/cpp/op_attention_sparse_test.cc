@@ -63,7 +63,7 @@ class OpAttentionSparse : public AttentionTest {
     }
     return {.attention = {.q = Put(q_, act(), q_shape),
                           .kv = kv,
-                          .sm_scale = static_cast<float>(sm_scale()),
+                          .rule = {.sm_scale = static_cast<float>(sm_scale())},
                           .out = Output(act(), q_shape)},
             .token_idx = PutInts(token_idx, {rows, num_sets(), token_budget_}),
             .num_selected = PutInts(num_selected, {rows, num_sets()}),

@@ -36,7 +36,7 @@ class OpBatchInvariantAttention : public AttentionTest {
   }
 
   AttentionArgs Args(const TensorView& q, const PagedKv& kv, const TensorView& out) const {
-    return {.q = q, .kv = kv, .sm_scale = static_cast<float>(sm_scale()), .out = out};
+    return {.q = q, .kv = kv, .rule = {.sm_scale = static_cast<float>(sm_scale())}, .out = out};
   }
 
   int64_t num_rows() const { return static_cast<int64_t>(seq_lens_.size()); }
@@ -103,7 +103,7 @@ TEST_P(OpBatchInvariantAttention, SelectAndScores) {
     backend().ScoreKeys({.q = q.Rows(first, count),
                          .kv = RowsOf(first, count),
                          .shadow = {},
-                         .sm_scale = static_cast<float>(sm_scale()),
+                         .rule = {.sm_scale = static_cast<float>(sm_scale())},
                          .scores = scores.Rows(first, count),
                          .lse = lse_alone.Rows(first, count)});
   };
@@ -171,7 +171,7 @@ TEST_P(OpBatchInvariantAttention, FewQueriesEqualDecodeSteps) {
       backend().AttentionPrefill({.q = q,
                                   .q_starts = PutInts(q_starts, {num_rows() + 1}),
                                   .kv = kv_,
-                                  .sm_scale = static_cast<float>(sm_scale()),
+                                  .rule = {.sm_scale = static_cast<float>(sm_scale())},
                                   .out = out,
                                   .max_q_len = count,
                                   .max_seq_len = 8512});
@@ -204,7 +204,7 @@ TEST_P(OpBatchInvariantAttention, PromptsInAnyChunks) {
     backend().AttentionPrefill({.q = q.Rows(first, count),
                                 .q_starts = PutInts({0, count}, {2}),
                                 .kv = kv,
-                                .sm_scale = static_cast<float>(sm_scale()),
+                                .rule = {.sm_scale = static_cast<float>(sm_scale())},
                                 .out = out.Rows(first, count),
                                 .max_q_len = count,
                                 .max_seq_len = kBehind + first + count});

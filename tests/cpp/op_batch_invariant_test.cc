@@ -116,7 +116,7 @@ TEST_P(OpBatchInvariant, LinearIntoTheResidualStream) {
       out);
 }
 
-TEST_P(OpBatchInvariant, GateUpSiluMul) {
+TEST_P(OpBatchInvariant, GateUpMul) {
   const int64_t size = shape().intermediate_size;
   const TensorView weight = Weight(2 * size, shape().hidden_size);
   const TensorView gate_up = Output(act(), {kMostTokens, 2 * size});
@@ -125,7 +125,7 @@ TEST_P(OpBatchInvariant, GateUpSiluMul) {
       [&](int64_t first, int64_t count) {
         const RmsNormArgs norm = NormOf(first, count);
         const TensorView between = gate_up.Rows(first, count);
-        backend().GateUpSiluMul(
+        backend().GateUpMul(
             {norm, {norm.out, weight, {}, between}, {between, out.Rows(first, count)}});
       },
       out);

@@ -141,7 +141,7 @@ TEST_P(OpCodedLinear, ANormInFrontIsTheSame) {
   }
 }
 
-TEST_P(OpCodedLinear, SiluMulBehindIsTheSame) {
+TEST_P(OpCodedLinear, GateMulBehindIsTheSame) {
   const int64_t in = shape().in_features, size = shape().out_features / 2;
   for (int64_t tokens : {1, 5, 12, 20, 70}) {
     SCOPED_TRACE(tokens);
@@ -152,14 +152,14 @@ TEST_P(OpCodedLinear, SiluMulBehindIsTheSame) {
         .eps = 1e-5f};
     LinearArgs linear = Args(tokens, Output(act(), {tokens, 2 * size}));
     linear.x = norm.out;
-    SiluMulArgs silu_mul = {.gate_up = linear.out, .out = Output(act(), {tokens, size})};
-    backend().GateUpSiluMul({norm, linear, silu_mul});
-    const Values fused = Get(silu_mul.out);
-    silu_mul.out = Output(act(), {tokens, size});
+    GateMulArgs gate_mul = {.gate_up = linear.out, .out = Output(act(), {tokens, size})};
+    backend().GateUpMul({norm, linear, gate_mul});
+    const Values fused = Get(gate_mul.out);
+    gate_mul.out = Output(act(), {tokens, size});
     backend().RmsNorm(norm);
     backend().Linear(linear);
-    backend().SiluMul(silu_mul);
-    EXPECT_TRUE(Close(fused, Get(silu_mul.out), ToleranceFor(Op::kFused, act())));
+    backend().GateMul(gate_mul);
+    EXPECT_TRUE(Close(fused, Get(gate_mul.out), ToleranceFor(Op::kFused, act())));
   }
 }
 

@@ -1,4 +1,4 @@
-// NormLinear, QkvRopeAppend, GateUpSiluMul: several ops in one give what the parts give in turn.
+// NormLinear, QkvRopeAppend, GateUpMul: several ops in one give what the parts give in turn.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -104,21 +104,21 @@ TEST_P(OpFused, NormLinear) {
   }
 }
 
-TEST_P(OpFused, GateUpSiluMul) {
+TEST_P(OpFused, GateUpMul) {
   for (bool with_bias : {false, true}) {
     int64_t size = shape().intermediate_size;
     RmsNormArgs norm = Norm();
     LinearArgs linear = Projection(norm, 2 * size, act(), with_bias);
-    SiluMulArgs silu_mul = {.gate_up = linear.out,
+    GateMulArgs gate_mul = {.gate_up = linear.out,
                             .out = Output(act(), {shape().num_tokens, size})};
-    backend().GateUpSiluMul({norm, linear, silu_mul});
-    Values fused = Get(silu_mul.out);
-    silu_mul.out = Output(act(), {shape().num_tokens, size});
+    backend().GateUpMul({norm, linear, gate_mul});
+    Values fused = Get(gate_mul.out);
+    gate_mul.out = Output(act(), {shape().num_tokens, size});
     Parts(norm, linear);
-    backend().SiluMul(silu_mul);
+    backend().GateMul(gate_mul);
     // A rounding of one factor counts as often as the other is large.
     const Values sizes = FactorSizes(Get(linear.out), size);
-    EXPECT_TRUE(Close(Divided(fused, sizes), Divided(Get(silu_mul.out), sizes),
+    EXPECT_TRUE(Close(Divided(fused, sizes), Divided(Get(gate_mul.out), sizes),
                       ToleranceFor(Op::kFused, act())));
   }
 }

@@ -106,7 +106,7 @@ class LargePool : public LargeMemory {
     }
 
     const TensorView out = Output(act(), {2, heads, dim});
-    const AttentionArgs attention = {.q = q, .kv = kv, .sm_scale = scale, .out = out};
+    const AttentionArgs attention = {.q = q, .kv = kv, .rule = {.sm_scale = scale}, .out = out};
     backend().AttentionFull(attention);
     results.push_back(GetBytes(out));
     const TensorView scores = Output(DType::kFloat32, {2, heads, 512});
@@ -134,7 +134,7 @@ class LargePool : public LargeMemory {
       backend().AttentionPrefill({.q = chunk,
                                   .q_starts = PutInts({0, queries, 2 * queries}, {3}),
                                   .kv = kv,
-                                  .sm_scale = scale,
+                                  .rule = {.sm_scale = scale},
                                   .out = chunk_out,
                                   .max_q_len = queries,
                                   .max_seq_len = 512});
@@ -215,7 +215,7 @@ TEST_P(LargeScores, AreFoundWhereTheyWereWritten) {
   const TensorView q = Put(random.Normal(rows * heads * dim, act()), act(), {rows, heads, dim});
   const AttentionArgs attention = {.q = q,
                                    .kv = kv,
-                                   .sm_scale = static_cast<float>(sm_scale()),
+                                   .rule = {.sm_scale = static_cast<float>(sm_scale())},
                                    .out = Output(act(), {rows, heads, dim})};
   std::vector<Bytes> got;
   try {

@@ -57,6 +57,32 @@ TEST_P(OpRmsNorm, AddsToTheResidualStream) {
   }
 }
 
+// Norms whose checkpoint leaves out the 1 are kept in float32 (ModelConfig::norm_offset).
+TEST_P(OpRmsNorm, WeightsMayBeFloat32) {
+  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  Random random(9);
+  const Values x = random.Normal(5 * 256, DType::kFloat32, 2.0);
+  const Values weight = random.Normal(256, DType::kFloat32, 1e-3, 1.0);
+  const TensorView out = Output(act(), {5, 256});
+  backend().RmsNorm({.x = Put(x, DType::kFloat32, {5, 256}),
+                     .weight = Put(weight, DType::kFloat32, {256}),
+                     .out = out,
+                     .eps = static_cast<float>(kEps)});
+  EXPECT_TRUE(
+      Close(Get(out), reference::RmsNorm(x, weight, kEps), ToleranceFor(Op::kRmsNorm, act())));
+}
+
+TEST_P(OpRmsNorm, WithoutAWeightItRoundsOnly) {
+  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const Values x = Random(10).Normal(3 * 100, DType::kFloat32, 2.0);
+  const TensorView out = Output(act(), {3, 100});
+  backend().RmsNorm(
+      {.x = Put(x, DType::kFloat32, {3, 100}), .weight = {}, .out = out, .eps = 1.0f});
+  EXPECT_EQ(Get(out), Rounded(x, act()));
+}
+
 TEST_P(OpRmsNorm, NanStaysInItsRow) {
   constexpr int64_t kHidden = 256;
   Open(GetParam(), SmallLimits(GetParam().dtype));
@@ -136,20 +162,50 @@ TEST_P(OpRopeTable, AFrequencyOf0LeavesItsDims) {
   }
 }
 
+// Ministral 3: the further a query is, the larger it is, in steps of the original length.
+TEST_P(OpRopeTable, QueriesMayGrowWithTheirPosition) {
+  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  constexpr int64_t kDim = 64;
+  constexpr int32_t kOriginal = 1000;
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const Ints positions = {0, 999, 1000, 1999, 131071, -1};
+  const auto rows = static_cast<int64_t>(positions.size());
+  const Values inv_freq = Random(12).Normal(kDim / 2, DType::kFloat32, 0.1);
+  const TensorView cos_sin = Output(DType::kFloat32, {rows, kDim});
+  const TensorView q_cos_sin = Output(DType::kFloat32, {rows, kDim});
+  backend().RopeTable({.positions = PutInts(positions, {rows}),
+                       .seq_idx = PutInts(Ints(positions.size(), 0), {rows}),
+                       .inv_freq = Put(inv_freq, DType::kFloat32, {1, kDim / 2}),
+                       .cos_sin = cos_sin,
+                       .q_cos_sin = q_cos_sin,
+                       .query_scale_beta = 0.1f,
+                       .original_len = kOriginal});
+  const Values plain = Get(cos_sin), of_queries = Get(q_cos_sin);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (positions[row] < 0) continue;  // not read
+    const double scale = 1.0 + 0.1 * std::log(1.0 + std::floor(positions[row] / kOriginal));
+    for (int64_t i = 0; i < kDim; ++i) {
+      ASSERT_NEAR(of_queries[row * kDim + i], scale * plain[row * kDim + i], 1e-6);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpRopeTable, ::testing::ValuesIn(EachDevice()),
                          CaseNameOf<BackendCase>);
 
 // Appends to two sequences whose pages lie interleaved, and looks at every byte of the cache.
 class OpRopeAppendKv : public AttentionTest {
  protected:
+  enum class Norms { kNone, kOfEachHead, kOfAllHeads };
+
   struct Inputs {
     Ints positions;
     Ints seq_idx;
-    Values qkv, cos_sin, q_norm, k_norm;
+    Values qkv, cos_sin, q_cos_sin, q_norm, k_norm;
   };
 
   // Tokens across page boundaries of both rows, idle rows between them.
-  Inputs MakeInputs(bool with_norms) {
+  Inputs MakeInputs(Norms norms) {
     Random random(4);
     const int32_t page = static_cast<int32_t>(shape().page_size);
     Inputs in;
@@ -165,10 +221,12 @@ class OpRopeAppendKv : public AttentionTest {
     const Values inv_freq = random.Normal(2 * dim / 2, DType::kFloat32, 0.1);
     in.cos_sin = Rounded(reference::RopeTable(in.positions, in.seq_idx, inv_freq, dim, 1.0),
                          DType::kFloat32);
-    if (with_norms) {
-      in.q_norm = random.Normal(dim, dtype(), 0.3, 1.0);
-      in.k_norm = random.Normal(dim, dtype(), 0.3, 1.0);
+    if (norms != Norms::kNone) {
+      const bool wide = norms == Norms::kOfAllHeads;
+      in.q_norm = random.Normal((wide ? shape().num_q_heads : 1) * dim, dtype(), 0.3, 1.0);
+      in.k_norm = random.Normal((wide ? shape().num_kv_heads : 1) * dim, dtype(), 0.3, 1.0);
     }
+    in.q_cos_sin = in.cos_sin;
     return in;
   }
 
@@ -187,7 +245,7 @@ class OpRopeAppendKv : public AttentionTest {
     return out;
   }
 
-  void RunAndCheck(bool with_norms);
+  void RunAndCheck(const Inputs& in);
   void CheckPages(const Inputs& in, const Values& heads, const Bytes& before,
                   const TensorView& pages);
 };
@@ -219,11 +277,10 @@ void OpRopeAppendKv::CheckPages(const Inputs& in, const Values& heads, const Byt
   EXPECT_TRUE(SameBits(after, before, DTypeBytes(dtype())));
 }
 
-void OpRopeAppendKv::RunAndCheck(bool with_norms) {
+void OpRopeAppendKv::RunAndCheck(const Inputs& in) {
   StepLimits limits = Limits();
-  limits.model.qk_norm = with_norms;
+  limits.model.qk_norm = !in.q_norm.empty();
   Open(GetParam().on, limits);
-  const Inputs in = MakeInputs(with_norms);
   const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
   const int64_t rows = static_cast<int64_t>(in.positions.size());
   const Shape pages_shape = {kNumPages, num_kv_heads, page_size, dim};
@@ -233,9 +290,12 @@ void OpRopeAppendKv::RunAndCheck(bool with_norms) {
   RopeAppendKvArgs args;
   args.qkv = Put(in.qkv, act(), {rows, QkvSize()});
   args.cos_sin = Put(in.cos_sin, DType::kFloat32, {rows, dim});
-  if (with_norms) {
-    args.q_norm = Put(in.q_norm, dtype(), {dim});
-    args.k_norm = Put(in.k_norm, dtype(), {dim});
+  if (!in.q_norm.empty()) {
+    args.q_norm = Put(in.q_norm, dtype(), {static_cast<int64_t>(in.q_norm.size())});
+    args.k_norm = Put(in.k_norm, dtype(), {static_cast<int64_t>(in.k_norm.size())});
+  }
+  if (in.q_cos_sin != in.cos_sin) {
+    args.q_cos_sin = Put(in.q_cos_sin, DType::kFloat32, {rows, dim});
   }
   args.norm_eps = static_cast<float>(kEps);
   args.positions = PutInts(in.positions, {rows});
@@ -249,11 +309,11 @@ void OpRopeAppendKv::RunAndCheck(bool with_norms) {
   backend().RopeAppendKv(args);
 
   Values q = Heads(in.qkv, 0, num_q_heads), k = Heads(in.qkv, num_q_heads, num_kv_heads);
-  if (with_norms) {
+  if (!in.q_norm.empty()) {
     q = reference::RmsNorm(q, in.q_norm, kEps);
     k = reference::RmsNorm(k, in.k_norm, kEps);
   }
-  q = reference::Rotate(q, in.cos_sin, dim);
+  q = reference::Rotate(q, in.q_cos_sin, dim);
   k = reference::Rotate(k, in.cos_sin, dim);
   Values got_q = Get(args.q);
   for (int64_t row = 0; row < rows; ++row) {  // idle rows are not read
@@ -268,18 +328,30 @@ void OpRopeAppendKv::RunAndCheck(bool with_norms) {
 }
 
 TEST_P(OpRopeAppendKv, RotatesAppendsAndTouchesNothingElse) {
-  RunAndCheck(false);
+  RunAndCheck(MakeInputs(Norms::kNone));
 }
 
 TEST_P(OpRopeAppendKv, NormalisesHeadsFirst) {
-  RunAndCheck(true);
+  RunAndCheck(MakeInputs(Norms::kOfEachHead));
+}
+
+TEST_P(OpRopeAppendKv, NormalisesAllHeadsTogetherFirst) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  RunAndCheck(MakeInputs(Norms::kOfAllHeads));
+}
+
+TEST_P(OpRopeAppendKv, QueriesMayHaveARotationOfTheirOwn) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  Inputs in = MakeInputs(Norms::kNone);
+  for (double& value : in.q_cos_sin) value *= 2.0;
+  RunAndCheck(in);
 }
 
 // What a cache of float32 is given is in one of int8 as codes, to half a scale.
 TEST_P(OpRopeAppendKv, Int8RowsAreTheNearest) {
   if (!GetParam().on.is_cpu()) GTEST_SKIP() << "CUDA has no cache of int8";
   Open(GetParam().on, Limits());
-  const Inputs in = MakeInputs(false);
+  const Inputs in = MakeInputs(Norms::kNone);
   const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
   const int64_t rows = static_cast<int64_t>(in.positions.size());
   const Shape pages_shape = {kNumPages, num_kv_heads, page_size, dim};

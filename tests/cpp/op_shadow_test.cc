@@ -77,7 +77,7 @@ class OpShadow : public AttentionTest {
     return {.q = Put(q_, act(), {rows(), shape().num_q_heads, dim()}),
             .kv = kv,
             .shadow = shadow,
-            .sm_scale = static_cast<float>(sm_scale()),
+            .rule = {.sm_scale = static_cast<float>(sm_scale())},
             .scores = Output(shadow.codes ? score_dtype() : DType::kFloat32,
                              {rows(), shape().num_q_heads, kMaxLen}),
             .lse = Output(DType::kFloat32, {rows(), shape().num_q_heads})};
@@ -175,7 +175,7 @@ TEST_P(OpShadow, HasTheBitsOfTheRule) {
             const int code = d % 2 == 0 ? want[d / 2] & 15 : want[d / 2] >> 4;
             product += q_codes[d % 2 * (width / 2) + d / 2] * (code - kShadowCodeBias);
           }
-          const float factor = query.factor * args.sm_scale;
+          const float factor = query.factor * args.rule.sm_scale;
           const float score = static_cast<float>(product) * (ToFloat(scale) * factor);
           const int64_t row = b * shape().num_q_heads + head * group + i;
           ASSERT_EQ(scores[row * kMaxLen + t], Rounded({score}, score_dtype())[0])

@@ -63,6 +63,19 @@ INSTANTIATE_TEST_SUITE_P(Plans, TidalPlan,
                                            PlanCase{"select_first", 5, 1, {1}, "FSsPs", {3}}),
                          [](const auto& plan) { return plan.param.name; });
 
+// Layers with a window are themselves, and the others are counted without them.
+TEST(DecodePlan, LayersWithAWindowStayWhatTheyAre) {
+  PlanLayers layers(9);
+  layers.windows = {0, 2, 5, 8};
+  EXPECT_EQ(DecodePlan::Dense(layers).ToString(), "wFwFFwFFw");
+  EXPECT_EQ(DecodePlan::Tidal(layers, 1, {3}).ToString(), "wFwSswssw");
+  EXPECT_EQ(DecodePlan::Tidal(layers, 1, {}, {4, 6}).ToString(), "wFwFPwPsw");
+  EXPECT_EQ(DecodePlan::Tidal(layers, 2, {4}).ToString(), "wFwFSwssw");
+  EXPECT_EQ(DecodePlan::Tidal(layers, 1, {1}).ToString(), "wSwsswssw");
+  EXPECT_TRUE(Throws<InvalidArgument>([&] { DecodePlan::Tidal(layers, 1, {5}); },
+                                      {"select_layers", "got layer 5", "window"}));
+}
+
 struct BadPlan {
   std::string name;
   int64_t num_layers;

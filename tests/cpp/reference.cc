@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <numeric>
 
 namespace tidal::test::reference {
@@ -95,33 +96,42 @@ Values Rotate(const Values& heads, const Values& cos_sin, int64_t head_dim) {
   return out;
 }
 
-Values SiluMul(const Values& gate_up, int64_t intermediate_size) {
+Values GateMul(const Values& gate_up, int64_t intermediate_size, Activation activation) {
+  auto act = [&](double x) {
+    if (activation == Activation::kSilu) return x / (1.0 + std::exp(-x));
+    const double inner = std::sqrt(2.0 / std::numbers::pi) * (x + 0.044715 * x * x * x);
+    return 0.5 * x * (1.0 + std::tanh(inner));
+  };
   Values out;
   for (int64_t row = 0; row < Size(gate_up); row += 2 * intermediate_size) {
     for (int64_t i = 0; i < intermediate_size; ++i) {
       const double gate = gate_up[row + i], up = gate_up[row + intermediate_size + i];
-      out.push_back(gate / (1.0 + std::exp(-gate)) * up);
+      out.push_back(act(gate) * up);
     }
   }
   return out;
 }
 
 HeadAttention AttendHead(const double* q, const Sequence& sequence, int64_t kv_head,
-                         const Ints& positions, double sm_scale) {
+                         const Ints& positions, const AttendRule& rule,
+                         std::optional<double> sink) {
   const int64_t dim = sequence.head_dim;
   HeadAttention result{Values(dim, 0.0), {}, -kInf};
   if (positions.empty()) return result;
   auto offset = [&](int32_t t) { return (t * sequence.num_kv_heads + kv_head) * dim; };
   for (int32_t t : positions) {
     const double* k = &sequence.k[offset(t)];
-    result.scores.push_back(sm_scale * std::inner_product(q, q + dim, k, 0.0));
+    const double score = rule.sm_scale * std::inner_product(q, q + dim, k, 0.0);
+    result.scores.push_back(rule.softcap > 0.0 ? rule.softcap * std::tanh(score / rule.softcap)
+                                               : score);
   }
   const double top = *std::max_element(result.scores.begin(), result.scores.end());
   double sum = 0.0;
   for (double score : result.scores) sum += std::exp(score - top);
   result.lse = top + std::log(sum);
+  const double of_tokens = sink ? 1.0 / (1.0 + std::exp(*sink - result.lse)) : 1.0;
   for (size_t i = 0; i < positions.size(); ++i) {
-    const double probability = std::exp(result.scores[i] - result.lse);
+    const double probability = of_tokens * std::exp(result.scores[i] - result.lse);
     const double* v = &sequence.v[offset(positions[i])];
     for (int64_t d = 0; d < dim; ++d) result.out[d] += probability * v[d];
   }
@@ -129,14 +139,16 @@ HeadAttention AttendHead(const double* q, const Sequence& sequence, int64_t kv_h
 }
 
 Values AttendRange(const double* q, int64_t num_q_heads, const Sequence& sequence, int64_t end,
-                   double sm_scale) {
-  Ints positions(end);
-  std::iota(positions.begin(), positions.end(), 0);
+                   const AttendRule& rule) {
+  const int64_t begin = rule.window == 0 ? 0 : std::max<int64_t>(end - rule.window, 0);
+  Ints positions(end - begin);
+  std::iota(positions.begin(), positions.end(), begin);
   Values out;
   const int64_t group_size = num_q_heads / sequence.num_kv_heads;
   for (int64_t head = 0; head < num_q_heads; ++head) {
     const double* q_head = q + head * sequence.head_dim;
-    const Values one = AttendHead(q_head, sequence, head / group_size, positions, sm_scale).out;
+    const auto sink = rule.sinks.empty() ? std::nullopt : std::optional(rule.sinks[head]);
+    const Values one = AttendHead(q_head, sequence, head / group_size, positions, rule, sink).out;
     out.insert(out.end(), one.begin(), one.end());
   }
   return out;

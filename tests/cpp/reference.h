@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tidal/config.h"
@@ -36,7 +37,8 @@ Values RopeTable(const Ints& positions, const Ints& seq_idx, const Values& inv_f
 // Rotates heads [T, num_heads, D] in the rotate-half layout.
 Values Rotate(const Values& heads, const Values& cos_sin, int64_t head_dim);
 
-Values SiluMul(const Values& gate_up, int64_t intermediate_size);
+Values GateMul(const Values& gate_up, int64_t intermediate_size,
+               Activation activation = Activation::kSilu);
 Values GatherRows(const Values& x, const Ints& rows, int64_t row_size);
 
 // What one sequence has in the cache: K and V, [seq_len, num_kv_heads, head_dim].
@@ -55,13 +57,25 @@ struct HeadAttention {
   double lse;     // -inf without positions
 };
 
-// One query head, `q` [head_dim], on the given positions.
-HeadAttention AttendHead(const double* q, const Sequence& sequence, int64_t kv_head,
-                         const Ints& positions, double sm_scale);
+// AttentionRule (backend/op_args.h) in double.
+struct AttendRule {
+  double sm_scale = 0.0;
+  double softcap = 0.0;
+  int64_t window = 0;
+  Values sinks = {};  // [num_q_heads], or empty
 
-// All query heads of one query, `q` [num_q_heads, head_dim], on positions [begin, end) each.
+  AttendRule(double scale) : sm_scale(scale) {}  // NOLINT: of most layers it is all
+};
+
+// One query head, `q` [head_dim], on the given positions, with a sink or none.
+HeadAttention AttendHead(const double* q, const Sequence& sequence, int64_t kv_head,
+                         const Ints& positions, const AttendRule& rule,
+                         std::optional<double> sink = std::nullopt);
+
+// All query heads of one query, `q` [num_q_heads, head_dim], on the positions below `end` that the
+// query at end - 1 sees.
 Values AttendRange(const double* q, int64_t num_q_heads, const Sequence& sequence, int64_t end,
-                   double sm_scale);
+                   const AttendRule& rule);
 
 struct SelectProblem {
   const float* scores = nullptr;  // [num_q_heads, max_len] of one row

@@ -110,7 +110,7 @@ Values ReferenceModel::Logits(int32_t token, Mode mode) {
     Values gate_up = Project(normed, prefix + "mlp.gate_proj");
     const Values up = Project(normed, prefix + "mlp.up_proj");
     gate_up.insert(gate_up.end(), up.begin(), up.end());
-    add(x, Project(reference::SiluMul(gate_up, inner), prefix + "mlp.down_proj"));
+    add(x, Project(reference::GateMul(gate_up, inner), prefix + "mlp.down_proj"));
   }
   const std::string head = model_.tie_word_embeddings ? "model.embed_tokens" : "lm_head";
   return Project(reference::RmsNorm(x, Weight("model.norm.weight"), model_.rms_norm_eps), head);

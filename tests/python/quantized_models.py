@@ -211,7 +211,7 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
 
 
 def is_projection(name: str) -> bool:
-    return name.endswith("_proj.weight")
+    return name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
 
 
 def quantized_tensors(

@@ -62,7 +62,7 @@ def test_only_raised_positions_are_noted():
 
 def test_floors_are_those_worked_out_by_hand(tmp_path: Path):
     model = read_model_folder(SHAPES["llama-3.1-8b"].write(tmp_path), "dummy").model
-    tidal = plan_letters(32, PlanConfig(select_layers=(2, 13)))
+    tidal = plan_letters([0] * 32, PlanConfig(select_layers=(2, 13)))
     assert kv_bytes_per_token(model, "bfloat16") == 131072
 
     def floor(plan: str, context: int, batch_size: int = 1) -> float:
@@ -208,7 +208,8 @@ def test_the_same_requests_go_to_a_decoder_and_to_a_server(tmp_path: Path):
             assert len(row["again_ms"]) == 3 and min(row["again_ms"]) > 0
         else:
             assert row["tokens_per_s"] > 0
-            assert row["ms_between_tokens"]["p99"] >= row["ms_between_tokens"]["p50"] > 0
+            # A reader that has to wait for the processor finds several tokens at once.
+            assert row["ms_between_tokens"]["p99"] >= row["ms_between_tokens"]["p50"] >= 0
         if row["through"] == "http":
             assert row["events"] > 0 and row["client_s"] > 0
     assert report["plan"] == "FFSssSss" and "http / submit" in printed

@@ -235,7 +235,8 @@ def test_small_searches(budgets: list[int], most: int):
 
 def test_a_model_without_room_for_a_sparse_layer_is_refused():
     search = Search(replace(MODEL, num_layers=2), Measuring(), seq_len=100, kv_dtype="float32")
-    with pytest.raises(UnsupportedError, match="got a model of 2 layers, expected at least 3"):
+    expected = "got a model with 1 layers behind the first, expected at least 2"
+    with pytest.raises(UnsupportedError, match=expected):
         search.run([64], 3)
 
 

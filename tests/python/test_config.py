@@ -299,7 +299,7 @@ def open_decoder(path: Path, **options: Any) -> Decoder:
 def test_the_engine_builds_the_plan_that_was_chosen(planned, options, plan):
     decoder = open_decoder(planned, **options)
     assert decoder.plan == plan
-    assert plan_letters(8, decoder.config) == plan
+    assert plan_letters([0] * 8, decoder.config) == plan
     assert decoder.config.attention == ("tidal" if decoder.config.choosing_layers else "full")
 
 
@@ -376,7 +376,7 @@ def test_what_eval_found_of_a_published_plan_is_remembered(folder: Path, tmp_pat
         plan.description == "published for Llama-3.1-8B, evaluated here: 9 of 10 answers, dense 10"
     )
     assert plan_notes(DecodeConfig(), plan, llama) == [
-        f"plan {plan_letters(32, PlanConfig(select_layers=(2, 13)))} {plan.description}"
+        f"plan {plan_letters([0] * 32, PlanConfig(select_layers=(2, 13)))} {plan.description}"
     ]
     other = choose_plan(DecodeConfig(token_budget=64), "auto", llama)
     assert other.description == "published for Llama-3.1-8B, not measured here"

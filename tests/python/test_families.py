@@ -8,18 +8,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tidaldecode import Decoder
+from tidaldecode import ConfigError, Decoder
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
-PLAN = {"select_layers": (1, 3), "token_budget": 24, "full_layers": 1, "sparse_min_context": 0}
+# So many layers that of those without a window one is sparse.
+LAYERS = {"olmo3": 12, "gemma3_text": 9}
+# Every layer of these attends to a window: there is nothing to choose.
+ONLY_WINDOWS = ("ministral",)
 
 
 def tiny(family: str) -> TinyModel:
     turns = {"partial_rotary_factor": 0.75} if family == "phi3" else {}
-    return TinyModel(family=family, num_layers=5, rope_extra=turns, seed=40)
+    return TinyModel(family=family, num_layers=LAYERS.get(family, 5), rope_extra=turns, seed=40)
+
+
+def plan(family: str) -> dict[str, Any]:
+    """Of the layers that see everything every second one selects, but the first of all."""
+    full = [layer for layer, kind in enumerate(tiny(family).kinds) if kind == "F" and layer > 0]
+    if not full:
+        pytest.skip("has no layer that sees everything")
+    return {
+        "select_layers": tuple(full[::2]), "token_budget": 24, "full_layers": 1,
+        "sparse_min_context": 0,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -42,7 +57,7 @@ def prompts(family: str) -> list[list[int]]:
 
 
 def test_a_plan_with_room_for_all_is_dense(family: str, folder: Path):
-    wide = PLAN | {"token_budget": 256, "recent_tokens": 8}
+    wide = plan(family) | {"token_budget": 256, "recent_tokens": 8}
     dense = open_decoder(folder, attention="full", max_batch_size=4)
     tidal = open_decoder(folder, max_batch_size=4, **wide)
     for a, b in zip(
@@ -54,17 +69,23 @@ def test_a_plan_with_room_for_all_is_dense(family: str, folder: Path):
 
 
 def test_sparse_steps_choose_and_rows_do_not_depend_on_each_other(family: str, folder: Path):
-    decoder = open_decoder(folder, max_batch_size=4, **PLAN)
+    decoder = open_decoder(folder, max_batch_size=4, **plan(family))
+    assert "s" in decoder.plan
+    assert decoder.plan.replace("w", "F").count("F") == decoder.plan.count("F") + sum(
+        kind == "w" for kind in tiny(family).kinds
+    )
     together = decoder.generate(prompts(family), **GREEDY)
     for prompt, answer in zip(prompts(family), together, strict=True):
         assert decoder.generate(prompt, **GREEDY).token_ids == answer.token_ids
         if len(prompt) > 24:
-            assert decoder.selection()[1].shape[-1] == 24
+            first = plan(family)["select_layers"][0]
+            assert decoder.selection()[first].shape[-1] == 24
 
 
 def test_verified_decoding_is_dense(family: str, folder: Path):
     dense = open_decoder(folder, attention="full").generate(prompts(family)[0], **GREEDY)
-    verified = open_decoder(folder, verify=True, **PLAN).generate(prompts(family)[0], **GREEDY)
+    decoder = open_decoder(folder, verify=True, **plan(family))
+    verified = decoder.generate(prompts(family)[0], **GREEDY)
     assert verified.token_ids == dense.token_ids
 
 
@@ -79,3 +100,25 @@ def test_chunks_turns_and_what_is_found_again_change_nothing(family: str, folder
     decoder.generate(first, max_new_tokens=1)
     again = decoder.generate(text, **GREEDY)
     assert again.token_ids == want.token_ids and again.cached_tokens > 0
+
+
+def test_layers_with_a_window_have_nothing_to_choose(family: str, folder: Path):
+    kinds = tiny(family).kinds
+    if "w" not in kinds:
+        pytest.skip("has no window")
+    layer = kinds.index("w", 1)
+    with pytest.raises(ConfigError, match=rf"select_layers.*\[{layer}\] attend to a window \(24"):
+        open_decoder(folder, select_layers=(layer,), full_layers=1)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_windows_hold_in_every_cache(family: str, folder: Path, kv_dtype: str):
+    """The text of a window alone decides, in a cache that rounds too: what is before it is not
+    read by any layer of a model of windows only."""
+    if family not in ONLY_WINDOWS:
+        pytest.skip("has layers that see everything")
+    reach = tiny(family).num_layers * 24  # a token further back reaches none of the last one's
+    tail = random_prompt(tiny(family), reach, seed=1)
+    decoder = open_decoder(folder, attention="full", kv_dtype=kv_dtype, prefix_cache=False)
+    logits = [decoder.logits(random_prompt(tiny(family), 60, seed=s) + tail) for s in (2, 3)]
+    assert np.array_equal(*logits)

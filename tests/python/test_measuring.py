@@ -45,7 +45,9 @@ def test_a_config_alone_is_a_model(tmp_path: Path, family: str, tie: bool):
     model = TinyModel(
         family=family, tie=tie, attention_bias=family in ("llama", "qwen3"), num_layers=6
     )
-    decoder = Decoder(write_config(tmp_path, model), load_format="dummy", **OPTIONS, **TIDAL)
+    full = [layer for layer, kind in enumerate(model.kinds) if kind == "F" and layer > 0]
+    plan = TIDAL | {"select_layers": full[::2]} if full else {"attention": "full"}
+    decoder = Decoder(write_config(tmp_path, model), load_format="dummy", **OPTIONS, **plan)
     result = decoder.generate(random_prompt(model, 40), max_new_tokens=5, ignore_eos=True)
     assert len(result.token_ids) == 5 and result.error is None
     assert np.isfinite(decoder.logits(random_prompt(model, 40), last=40)).all()

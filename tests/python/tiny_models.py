@@ -25,6 +25,14 @@ _FEW_ROPES = {
     "seed_oss": ("default",),
     "phi3": ("default", "longrope"),
     "glm4": ("default", "yarn"),
+    "ministral": ("default",),
+    "ministral3": ("yarn",),
+    "qwen3_moe": ("default", "yarn"),
+    "mixtral": ("default",),
+    "olmo2": ("default",),
+    "olmo3": ("default", "yarn"),
+    "gemma2": ("default",),
+    "gemma3_text": ("default", "linear"),
 }
 
 ARCHITECTURES = {
@@ -38,6 +46,14 @@ ARCHITECTURES = {
     "seed_oss": "SeedOssForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "glm4": "Glm4ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 FAMILIES = tuple(ARCHITECTURES)
 FAMILY_ROPES = [(name, rope) for name in FAMILIES for rope in _FEW_ROPES.get(name, ROPE_TYPES)]
@@ -61,17 +77,58 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_out_bias": False},
     "phi3": {"sliding_window": None},
     "glm4": {},
+    "qwen3_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "norm_topk_prob": True, "mlp_only_layers": [0], "use_sliding_window": False,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "ministral": {"sliding_window": 24},
+    "ministral3": {"sliding_window": None},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 24},
+    "gemma2": {
+        "sliding_window": 24, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 3.0, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3_text": {
+        "sliding_window": 24, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}  # fmt: skip
+# Families whose layers attend to a window, which layer by layer (w) or to everything (F).
+_EVERY = {"ministral": "w", "olmo3": "wwwF", "gemma2": "wF", "gemma3_text": "wwF"}
+_GEMMAS = ("gemma2", "gemma3_text")
+_BRANCH_NORMS = ("glm4", "olmo2", "olmo3", *_GEMMAS)
+# Of those the names of the norms, where they are not glm4's.
+_NORMS_OF_BRANCHES = {
+    "post_attention_layernorm": ("post_self_attn_layernorm",),
+    "post_feedforward_layernorm": ("post_mlp_layernorm",),
+}
+_NORMS_AROUND_BRANCHES = {
+    "pre_feedforward_layernorm": ("post_attention_layernorm",), **_NORMS_OF_BRANCHES
 }  # fmt: skip
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
 # How a family names parts of a layer, some of them several of ours below each other.
-_OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "phi3": {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
     "glm4": {"mlp.gate_up_proj": _GATE_UP},
     "granitemoehybrid": {
         "shared_mlp.input_linear": _GATE_UP, "shared_mlp.output_linear": ("mlp.down_proj",)
     },
+    "mixtral": {
+        "block_sparse_moe.gate": ("mlp.gate",),
+        **{
+            f"block_sparse_moe.experts.{expert}.{own}": (f"mlp.experts.{expert}.{part}_proj",)
+            for expert in range(4)
+            for own, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+        },
+    },
+    "olmo2": _NORMS_OF_BRANCHES,
+    "olmo3": _NORMS_OF_BRANCHES,
+    "gemma2": _NORMS_AROUND_BRANCHES,
+    "gemma3_text": _NORMS_AROUND_BRANCHES,
 }  # fmt: skip
 
 # Length up to which the scaled rope types behave as trained; prompts longer than this reach the
@@ -114,6 +171,28 @@ class TinyModel:
         return self.family not in ("qwen2", "glm4") and self.attention_bias
 
     @property
+    def has_input_norms(self) -> bool:
+        return self.family not in ("olmo2", "olmo3")
+
+    @property
+    def kinds(self) -> str:
+        """A letter a layer: w with a window, F without."""
+        pattern = _EVERY.get(self.family, "F")
+        return (pattern * self.num_layers)[: self.num_layers]
+
+    def num_experts(self, layer: int) -> int:
+        """Of a layer; 0: it has one MLP."""
+        own = _OWN_FIELDS[self.family] | self.fields
+        if layer in own.get("mlp_only_layers", ()):
+            return 0
+        return own.get("num_local_experts") or own.get("num_experts") or 0
+
+    @property
+    def expert_size(self) -> int:
+        own = _OWN_FIELDS[self.family] | self.fields
+        return own.get("moe_intermediate_size", self.intermediate_size)
+
+    @property
     def rotary_dim(self) -> int:
         """Dims of a head that turn."""
         share = 0.5 if self.family == "glm4" else 1.0
@@ -143,8 +222,15 @@ def rope_parameters(model: TinyModel) -> dict[str, Any]:
         }
     if model.rope in ("llama3", "yarn", "longrope"):
         parameters["original_max_position_embeddings"] = ORIGINAL_POSITIONS
+    if model.family == "ministral3":
+        parameters["original_max_position_embeddings"] = ORIGINAL_POSITIONS
+        parameters |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4}
     parameters |= model.rope_extra
-    return {key: value for key, value in parameters.items() if value is not None}
+    parameters = {key: value for key, value in parameters.items() if value is not None}
+    if model.family not in ("olmo3", "gemma3_text"):
+        return parameters
+    in_window = {"rope_type": "default", "rope_theta": 500.0}
+    return {"full_attention": parameters, "sliding_attention": in_window}
 
 
 def config_json(model: TinyModel) -> dict[str, Any]:
@@ -170,8 +256,10 @@ def config_json(model: TinyModel) -> dict[str, Any]:
     }
     if model.family not in ("qwen2", "phi3"):  # those derive it
         config["head_dim"] = model.head_dim
-    if model.family not in ("mistral", "qwen2", "phi3"):
+    if model.family not in ("mistral", "qwen2", "phi3", "ministral", "ministral3", "mixtral"):
         config["attention_bias"] = model.qkv_bias
+    if model.family in _GEMMAS:
+        del config["hidden_act"]
     if model.family in ("llama", "granite", "smollm3", "seed_oss"):
         config["mlp_bias"] = model.mlp_bias
     if model.family == "granitemoehybrid":
@@ -191,13 +279,15 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         return rng.normal(0.0, gain / np.sqrt(columns), (rows, columns))
 
     def norm(size: int, mean: float = 1.0) -> np.ndarray:
-        return mean * (1.0 + 0.2 * rng.normal(size=size))
+        offset = 1.0 if model.family in _GEMMAS else 0.0
+        return mean * (1.0 + 0.2 * rng.normal(size=size)) - offset
 
     weights = {"model.embed_tokens.weight": rng.normal(0.0, 0.4, (model.vocab_size, hidden))}
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
-        weights[prefix + "input_layernorm.weight"] = norm(hidden)
-        weights[prefix + "post_attention_layernorm.weight"] = norm(hidden)
+        if model.has_input_norms:
+            weights[prefix + "input_layernorm.weight"] = norm(hidden)
+            weights[prefix + "post_attention_layernorm.weight"] = norm(hidden)
         # Scores have a standard deviation of about gain^2, so at 1.5 a few positions stand out.
         for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
             weights[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, hidden, model.gain)
@@ -206,20 +296,26 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         weights[prefix + "self_attn.o_proj.weight"] = matrix(hidden, q_size, model.gain)
         if model.o_bias:
             weights[prefix + "self_attn.o_proj.bias"] = 0.3 * rng.normal(size=hidden)
-        if model.family == "glm4":
+        if model.family in _BRANCH_NORMS:
             weights[prefix + "post_self_attn_layernorm.weight"] = norm(hidden)
             weights[prefix + "post_mlp_layernorm.weight"] = norm(hidden)
-        if model.family == "qwen3":
+        if model.family in ("qwen3", "qwen3_moe", "gemma3_text"):
             weights[prefix + "self_attn.q_norm.weight"] = norm(model.head_dim, model.gain)
             weights[prefix + "self_attn.k_norm.weight"] = norm(model.head_dim, model.gain)
-        for name, rows, columns in (
-            ("gate", model.intermediate_size, hidden),
-            ("up", model.intermediate_size, hidden),
-            ("down", hidden, model.intermediate_size),
-        ):
-            weights[f"{prefix}mlp.{name}_proj.weight"] = matrix(rows, columns, model.gain)
-            if model.mlp_bias:
-                weights[f"{prefix}mlp.{name}_proj.bias"] = 0.3 * rng.normal(size=rows)
+        if model.family in ("olmo2", "olmo3"):
+            weights[prefix + "self_attn.q_norm.weight"] = norm(q_size, model.gain)
+            weights[prefix + "self_attn.k_norm.weight"] = norm(kv_size, model.gain)
+        count = model.num_experts(layer)
+        if count:
+            weights[prefix + "mlp.gate.weight"] = matrix(count, hidden, 2.0)
+        for mlp in [f"mlp.experts.{i}." for i in range(count)] or ["mlp."]:
+            inner = model.expert_size if count else model.intermediate_size
+            for name, rows, columns in (
+                ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)
+            ):  # fmt: skip
+                weights[f"{prefix}{mlp}{name}_proj.weight"] = matrix(rows, columns, model.gain)
+                if model.mlp_bias:
+                    weights[f"{prefix}{mlp}{name}_proj.bias"] = 0.3 * rng.normal(size=rows)
     weights["model.norm.weight"] = norm(hidden)
     if not model.tie:
         weights["lm_head.weight"] = matrix(model.vocab_size, hidden, 3.0)
@@ -229,12 +325,14 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
 
 def _in_own_parts(weights: dict[str, np.ndarray], model: TinyModel) -> dict[str, np.ndarray]:
     """The same as the model's family names and stacks them."""
-    for own, ours in _OWN_NAMES.get(model.family, {}).items():
+    own_parts: dict[str, np.ndarray] = {}
+    for own, ours in OWN_NAMES.get(model.family, {}).items():
         for layer in range(model.num_layers):
             prefix = f"model.layers.{layer}."
-            pieces = [weights.pop(f"{prefix}{part}.weight") for part in ours]
-            weights[f"{prefix}{own}.weight"] = np.concatenate(pieces)
-    return weights
+            pieces = [weights.pop(f"{prefix}{part}.weight", None) for part in ours]
+            if pieces[0] is not None:
+                own_parts[f"{prefix}{own}.weight"] = np.concatenate(pieces)
+    return weights | own_parts
 
 
 def random_prompt(model: TinyModel, length: int, seed: int = 0) -> list[int]:
@@ -338,10 +436,14 @@ def save_with_transformers(folder: Path, model: TinyModel, max_shard_size: str =
 
     config = AutoConfig.for_model(**config_json(model))
     torch_dtype = getattr(torch, model.dtype)
-    torch_model = AutoModelForCausalLM.from_config(config).to(torch_dtype)
     state = {k: torch.from_numpy(v).to(torch_dtype) for k, v in random_weights(model).items()}
-    missing, unexpected = torch_model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    if model.num_experts(model.num_layers - 1):  # which transformers stacks as it loads them
+        own = write_checkpoint(folder / "own", model)
+        torch_model = AutoModelForCausalLM.from_pretrained(own, dtype=torch_dtype)
+    else:
+        torch_model = AutoModelForCausalLM.from_config(config).to(torch_dtype)
+        missing, unexpected = torch_model.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     torch_model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

@@ -3,6 +3,7 @@
 // setting has its one default here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -33,18 +34,29 @@ struct RopeConfig {
   double mscale = 0.0;                           // yarn; 0 = unset
   double mscale_all_dim = 0.0;                   // yarn; 0 = unset
   bool truncate = true;                          // yarn
-  std::vector<double> short_factor;              // longrope, [rotary_dim / 2]
-  std::vector<double> long_factor;               // longrope, [rotary_dim / 2]
+  // The query at position p is multiplied by 1 + query_scale_beta * log(1 + floor(p / original)),
+  // with original_max_position_embeddings (ministral3); 0: by 1.
+  double query_scale_beta = 0.0;
+  std::vector<double> short_factor;  // longrope, [rotary_dim / 2]
+  std::vector<double> long_factor;   // longrope, [rotary_dim / 2]
 };
 
 // What the layers of a model may differ in.
 struct LayerConfig {
-  bool has_rope = true;  // false: its q and k are not rotated (NoPE)
+  bool has_rope = true;      // false: its q and k are not rotated (NoPE)
+  int64_t window = 0;        // a token attends to so many last ones, itself included; 0: to all
+  bool has_experts = false;  // its MLP is one of experts
 
   bool operator==(const LayerConfig&) const = default;
 };
 
-// A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+// What the MLP does to its gate.
+enum class Activation : int32_t {
+  kSilu,      // x / (1 + exp(-x))
+  kGeluTanh,  // GELU by tanh (arXiv 1606.08415)
+};
+
+// A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, gated MLP.
 struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -58,15 +70,30 @@ struct ModelConfig {
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
-  bool qk_norm = false;       // per-head RMSNorm of q and k before RoPE (qwen3)
+  bool input_norms = true;    // RMSNorm of what attention and MLP read; not of olmo2
   bool branch_norms = false;  // RMSNorm of what attention and MLP add (glm4)
+  bool qk_norm = false;       // RMSNorm of each head of q and k before RoPE (qwen3)
+  bool wide_qk_norm = false;  // with qk_norm: of all heads of q, and of k, together (olmo2)
+  double norm_offset = 0.0;   // is added to the weights of norms (gemma)
+  Activation activation = Activation::kSilu;
+  // Of layers with experts, each an MLP of expert_intermediate_size, of which every token has some,
+  // chosen and weighted by a softmax.
+  int64_t num_experts = 0;
+  int64_t experts_per_token = 0;
+  int64_t expert_intermediate_size = 0;
+  bool normalized_routing = true;  // a token's weights add up to 1
+  bool attention_sinks = false;    // a score of each head without a value, in the softmax (gpt_oss)
   bool tie_word_embeddings = false;
   double embedding_scale = 1.0;  // multiplies the embeddings
   double residual_scale = 1.0;   // multiplies what attention and MLP add
   double attention_scale = 0.0;  // of q.k; 0: 1 / sqrt(head_dim)
   double logit_scale = 1.0;      // multiplies the logits
+  // Scores, and logits, become softcap * tanh(x / softcap) (gemma2); 0: stay as they are.
+  double attention_softcap = 0.0;
+  double logit_softcap = 0.0;
   RopeConfig rope;
-  std::vector<LayerConfig> layers;  // [num_layers]; empty: all as by default
+  std::optional<RopeConfig> window_rope;  // of layers with a window; unset: rope
+  std::vector<LayerConfig> layers;        // [num_layers]; empty: all as by default
 
   int64_t group_size() const { return num_q_heads / num_kv_heads; }
   int64_t q_size() const { return num_q_heads * head_dim; }
@@ -74,6 +101,14 @@ struct ModelConfig {
   int64_t rotary_dim() const { return rope.rotary_dim == 0 ? head_dim : rope.rotary_dim; }
   LayerConfig layer(int64_t index) const {
     return layers.empty() ? LayerConfig{} : layers[static_cast<size_t>(index)];
+  }
+  bool has_windows() const {
+    return std::any_of(layers.begin(), layers.end(),
+                       [](const LayerConfig& each) { return each.window > 0; });
+  }
+  bool has_experts() const {
+    return std::any_of(layers.begin(), layers.end(),
+                       [](const LayerConfig& each) { return each.has_experts; });
   }
 };
 
@@ -109,7 +144,7 @@ struct PlanConfig {
   // Layers that choose positions, each list strictly ascending; both empty: dense decoding.
   std::vector<int64_t> select_layers;  // S: read everything densely on the way
   std::vector<int64_t> scored_layers;  // P: score all keys, attend to what they chose
-  int64_t full_layers = 2;             // dense layers before the first that chooses
+  int64_t full_layers = 2;             // so many first layers choose nothing
   // Positions a sparse layer attends to, per set, >= 1. kAutomatic: as many as top_p_mass asks for,
   // kAutomaticMass if that is 1, up to kAutomaticBudget.
   int64_t token_budget = 1024;

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "tidal/config.h"
+
 namespace tidal {
 
 enum class LayerKind : int32_t {
@@ -15,6 +17,16 @@ enum class LayerKind : int32_t {
   kSelect,  // S: dense attention, whose scores also choose a set of positions
   kScored,  // P: scores all keys to choose a set, then attends to that set only
   kSparse,  // s: attention over the last chosen set only
+  kWindow,  // w: the model attends to the last tokens only, whatever the plan
+};
+
+// The layers that a plan is for.
+struct PlanLayers {
+  int64_t count = 0;
+  std::vector<int64_t> windows;  // those with a window, ascending
+
+  PlanLayers(int64_t num_layers) : count(num_layers) {}  // NOLINT: all attend to everything
+  explicit PlanLayers(const ModelConfig& model);
 };
 
 // Names a plan that an engine can run, one of the two here or one that was added to them. The name
@@ -27,15 +39,15 @@ enum class PlanId : int64_t {
 // One LayerKind per layer; an immutable value, valid by construction.
 class DecodePlan {
  public:
-  // Every layer full: dense decoding, through the same code.
-  static DecodePlan Dense(int64_t num_layers);
+  // Every layer full, but for those with a window: dense decoding, through the same code.
+  static DecodePlan Dense(const PlanLayers& layers);
 
   // Layers before `full_layers` are full, those in `select_layers` select, those in
   // `scored_layers` are scored, all others are sparse; layers between `full_layers` and the first
-  // that chooses are full too (nothing is chosen yet). Throws InvalidArgument if both lists are
-  // empty, one is not strictly ascending or not within [full_layers, num_layers), or a layer is in
-  // both, or if full_layers < 1.
-  static DecodePlan Tidal(int64_t num_layers, int64_t full_layers,
+  // that chooses are full too (nothing is chosen yet). Those with a window are none of these.
+  // Throws InvalidArgument if both lists are empty, one is not strictly ascending or not within
+  // [full_layers, num_layers), or a layer is in both or has a window, or if full_layers < 1.
+  static DecodePlan Tidal(const PlanLayers& layers, int64_t full_layers,
                           const std::vector<int64_t>& select_layers,
                           const std::vector<int64_t>& scored_layers = {});
 

@@ -18,11 +18,11 @@ void Backend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   RopeAppendKv(args.append);
 }
 
-void Backend::GateUpSiluMul(const GateUpSiluMulArgs& args) {
+void Backend::GateUpMul(const GateUpMulArgs& args) {
   Check(args);
   RmsNorm(args.norm);
   Linear(args.linear);
-  SiluMul(args.silu_mul);
+  GateMul(args.gate_mul);
 }
 
 void Backend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {

@@ -133,7 +133,10 @@ class Backend {
   virtual void ScoreKeys(const ScoreKeysArgs& args) = 0;
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
-  virtual void SiluMul(const SiluMulArgs& args) = 0;
+  virtual void GateMul(const GateMulArgs& args) = 0;
+  virtual void SelectExperts(const SelectExpertsArgs& args) = 0;
+  virtual void ExpertLinear(const ExpertLinearArgs& args) = 0;
+  virtual void AddExperts(const AddExpertsArgs& args) = 0;
   virtual void ScaleLogits(const ScaleLogitsArgs& args) = 0;
   virtual void GatherRows(const GatherRowsArgs& args) = 0;
   virtual void Sample(const SampleArgs& args) = 0;
@@ -143,7 +146,7 @@ class Backend {
   // in turn; a backend does better where it can ---
   virtual void NormLinear(const NormLinearArgs& args);
   virtual void QkvRopeAppend(const QkvRopeAppendArgs& args);
-  virtual void GateUpSiluMul(const GateUpSiluMulArgs& args);
+  virtual void GateUpMul(const GateUpMulArgs& args);
   virtual void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args);
 
  protected:

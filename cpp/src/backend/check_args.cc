@@ -2,6 +2,7 @@
 // is reported.
 #include "backend/check_args.h"
 
+#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -137,7 +138,27 @@ class OpCheck {
                 ", Hkv = ", num_kv_heads.size, ", expected a multiple of Hkv query heads");
   }
 
+  void Rule(const AttentionRule& rule, Dim& num_q_heads) {
+    Optional("sinks", rule.sinks, {&num_q_heads}, float32_);
+    TIDAL_CHECK(rule.window >= 0, InvalidArgument, op_, ": window: got ", rule.window,
+                ", expected 0 or more");
+    TIDAL_CHECK(std::isfinite(rule.softcap) && rule.softcap >= 0.0f, InvalidArgument, op_,
+                ": softcap: got ", rule.softcap, ", expected 0 or more");
+  }
+
+  void NoWindow(const AttentionRule& rule) {
+    TIDAL_CHECK(rule.window == 0, InvalidArgument, op_, ": window: got ", rule.window,
+                ", expected 0: what is chosen from is all of the context");
+  }
+
+  void HeadNorm(const char* name, const TensorView& norm, const Dim& num_heads, Dim& head_dim) {
+    Dim all{"all heads' D", num_heads.size * head_dim.size};
+    const bool is_wide = norm && norm.rank == 1 && norm.dim(0) != head_dim.size;
+    Optional(name, norm, {is_wide ? &all : &head_dim}, norm_);
+  }
+
   const char* name() const { return op_; }
+  Kind& norm() { return norm_; }
   Kind& act() { return act_; }
   Kind& weight() { return weight_; }
   Kind& float32() { return float32_; }
@@ -149,6 +170,7 @@ class OpCheck {
   const char* op_;
   Kind act_{"act", kFloats};
   Kind weight_{"weight", kFloats};
+  Kind norm_{"weight or float32", kFloats};
   Kind kv_{"kv", kFloats | Bit(DType::kInt8)};
   Kind float32_{"float32", Bit(DType::kFloat32)};
   Kind scores_{"scores", Bit(DType::kFloat32) | Bit(DType::kFloat16)};
@@ -173,6 +195,7 @@ DecodeDims CheckQuery(OpCheck& op, const TensorView& q, const PagedKv& kv) {
 DecodeDims CheckDecode(OpCheck& op, const AttentionArgs& args) {
   DecodeDims dims = CheckQuery(op, args.q, args.kv);
   op.Tensor("out", args.out, {&dims.batch, &dims.num_q_heads, &dims.head_dim}, op.act());
+  op.Rule(args.rule, dims.num_q_heads);
   return dims;
 }
 
@@ -220,8 +243,10 @@ void Check(const RmsNormArgs& args, std::optional<DType> act) {
   OpCheck op("RmsNorm", act);
   Dim tokens{"T"}, hidden{"H"};
   op.Tensor("x", args.x, {&tokens, &hidden}, op.float32());
-  op.Tensor("weight", args.weight, {&hidden}, op.weight());
+  op.Optional("weight", args.weight, {&hidden}, op.norm());
   op.Tensor("out", args.out, {&tokens, &hidden}, args.adds ? op.float32() : op.act());
+  TIDAL_CHECK(args.weight || !args.adds, InvalidArgument,
+              "RmsNorm: weight: got none with adds, expected one");
 }
 
 void Check(const LinearArgs& args, std::optional<DType> act) {
@@ -243,6 +268,10 @@ void Check(const RopeTableArgs& args, std::optional<DType> act) {
   op.Tensor("inv_freq", args.inv_freq, {&batch, &half}, op.float32());
   Dim head_dim{"D", 2 * half.size};
   op.Tensor("cos_sin", args.cos_sin, {&tokens, &head_dim}, op.float32());
+  op.Optional("q_cos_sin", args.q_cos_sin, {&tokens, &head_dim}, op.float32());
+  TIDAL_CHECK(!args.q_cos_sin || args.original_len >= 1, InvalidArgument,
+              "RopeTable: original_len: got ", args.original_len,
+              " with q_cos_sin, expected at least 1");
 }
 
 void Check(const RopeAppendKvArgs& args, std::optional<DType> act) {
@@ -254,8 +283,9 @@ void Check(const RopeAppendKvArgs& args, std::optional<DType> act) {
   Dim qkv{"(Hq + 2 Hkv) * D", (num_q_heads.size + 2 * num_kv_heads.size) * head_dim.size};
   op.Tensor("qkv", args.qkv, {&tokens, &qkv}, op.act());
   op.Tensor("cos_sin", args.cos_sin, {&tokens, &head_dim}, op.float32());
-  op.Optional("q_norm", args.q_norm, {&head_dim}, op.weight());
-  op.Optional("k_norm", args.k_norm, {&head_dim}, op.weight());
+  op.HeadNorm("q_norm", args.q_norm, num_q_heads, head_dim);
+  op.HeadNorm("k_norm", args.k_norm, num_kv_heads, head_dim);
+  op.Optional("q_cos_sin", args.q_cos_sin, {&tokens, &head_dim}, op.float32());
   op.Tensor("positions", args.positions, {&tokens}, op.int32());
   op.Tensor("seq_idx", args.seq_idx, {&tokens}, op.int32());
   TIDAL_CHECK(head_dim.size % 2 == 0, InvalidArgument, "RopeAppendKv: q: got D = ", head_dim.size,
@@ -271,6 +301,7 @@ void Check(const AttentionPrefillArgs& args, std::optional<DType> act) {
   op.Groups(num_q_heads, num_kv_heads);
   Dim starts{"B + 1", batch.size + 1};
   op.Tensor("q_starts", args.q_starts, {&starts}, op.int32());
+  op.Rule(args.rule, num_q_heads);
 }
 
 void Check(const AttentionArgs& args, std::optional<DType> act) {
@@ -281,6 +312,7 @@ void Check(const AttentionArgs& args, std::optional<DType> act) {
 void Check(const AttentionSelectArgs& args, std::optional<DType> act) {
   OpCheck op("AttentionSelect", act);
   DecodeDims dims = CheckDecode(op, args.attention);
+  op.NoWindow(args.attention.rule);
   CheckScores(op, dims, args.scores, op.float32(), args.lse);
 }
 
@@ -296,6 +328,8 @@ void Check(const AppendShadowArgs& args, std::optional<DType> act) {
 void Check(const ScoreKeysArgs& args, std::optional<DType> act) {
   OpCheck op("ScoreKeys", act);
   DecodeDims dims = CheckQuery(op, args.q, args.kv);
+  op.Rule(args.rule, dims.num_q_heads);
+  op.NoWindow(args.rule);
   const bool has_shadow = static_cast<bool>(args.shadow.codes);
   CheckScores(op, dims, args.scores, has_shadow ? op.scores() : op.float32(), args.lse);
   if (has_shadow) op.Shadow(args.shadow, args.kv);
@@ -335,15 +369,52 @@ void Check(const SelectTopKArgs& args, std::optional<DType> act) {
 void Check(const AttentionSparseArgs& args, std::optional<DType> act) {
   OpCheck op("AttentionSparse", act);
   DecodeDims dims = CheckDecode(op, args.attention);
+  op.NoWindow(args.attention.rule);
   CheckSets(op, dims, args.token_idx, args.num_selected);
 }
 
-void Check(const SiluMulArgs& args, std::optional<DType> act) {
-  OpCheck op("SiluMul", act);
+void Check(const GateMulArgs& args, std::optional<DType> act) {
+  OpCheck op("GateMul", act);
   Dim tokens{"T"}, intermediate{"I"};
   op.Tensor("out", args.out, {&tokens, &intermediate}, op.act());
   Dim both{"2 * I", 2 * intermediate.size};
   op.Tensor("gate_up", args.gate_up, {&tokens, &both}, op.act());
+}
+
+void Check(const SelectExpertsArgs& args, std::optional<DType> act) {
+  OpCheck op("SelectExperts", act);
+  Dim tokens{"T"}, experts{"E"}, chosen{"k"};
+  op.Tensor("logits", args.logits, {&tokens, &experts}, op.float32());
+  op.Tensor("expert_ids", args.expert_ids, {&tokens, &chosen}, op.int32());
+  op.Tensor("weights", args.weights, {&tokens, &chosen}, op.float32());
+  TIDAL_CHECK(chosen.size >= 1 && chosen.size <= experts.size, InvalidArgument,
+              "SelectExperts: expert_ids: got k = ", chosen.size,
+              ", expected 1 to E = ", experts.size);
+}
+
+void Check(const ExpertLinearArgs& args, std::optional<DType> act) {
+  OpCheck op("ExpertLinear", act);
+  Dim tokens{"T"}, chosen{"k"}, rows{"T or T * k"}, in_features{"K"}, outputs{"E * N"};
+  op.Tensor("expert_ids", args.expert_ids, {&tokens, &chosen}, op.int32());
+  op.Tensor("x", args.x, {&rows, &in_features}, op.act());
+  op.Matrix("weight", args.weight, outputs, in_features);
+  Dim choices{"T * k", tokens.size * chosen.size}, out_features{"N"};
+  op.Tensor("out", args.out, {&choices, &out_features}, op.act());
+  TIDAL_CHECK(rows.size == tokens.size || rows.size == choices.size, InvalidArgument,
+              "ExpertLinear: x: got ", rows.size, " rows, expected T = ", tokens.size,
+              " or T * k = ", choices.size);
+  TIDAL_CHECK(out_features.size >= 1 && outputs.size % out_features.size == 0, InvalidArgument,
+              "ExpertLinear: weight: got ", outputs.size,
+              " outputs, expected a multiple of N = ", out_features.size);
+}
+
+void Check(const AddExpertsArgs& args, std::optional<DType> act) {
+  OpCheck op("AddExperts", act);
+  Dim tokens{"T"}, chosen{"k"}, hidden{"H"};
+  op.Tensor("weights", args.weights, {&tokens, &chosen}, op.float32());
+  op.Tensor("out", args.out, {&tokens, &hidden}, op.float32());
+  Dim choices{"T * k", tokens.size * chosen.size};
+  op.Tensor("x", args.x, {&choices, &hidden}, op.act());
 }
 
 void Check(const ScaleLogitsArgs& args, std::optional<DType> act) {
@@ -398,11 +469,11 @@ void Check(const QkvRopeAppendArgs& args, std::optional<DType> act) {
   CheckSameTensor("QkvRopeAppend", "linear.out", args.linear.out, "append.qkv", args.append.qkv);
 }
 
-void Check(const GateUpSiluMulArgs& args, std::optional<DType> act) {
+void Check(const GateUpMulArgs& args, std::optional<DType> act) {
   Check(NormLinearArgs{args.norm, args.linear}, act);
-  Check(args.silu_mul, act);
-  CheckSameTensor("GateUpSiluMul", "linear.out", args.linear.out, "silu_mul.gate_up",
-                  args.silu_mul.gate_up);
+  Check(args.gate_mul, act);
+  CheckSameTensor("GateUpMul", "linear.out", args.linear.out, "gate_mul.gate_up",
+                  args.gate_mul.gate_up);
 }
 
 void Check(const AppendShadowScoreKeysArgs& args, std::optional<DType> act) {

@@ -25,14 +25,17 @@ void Check(const AppendShadowArgs& args, std::optional<DType> act = std::nullopt
 void Check(const ScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectTopKArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::nullopt);
-void Check(const SiluMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const GateMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const SelectExpertsArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const ExpertLinearArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const AddExpertsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const ScaleLogitsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GatherRowsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SampleArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const LogprobsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const NormLinearArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const QkvRopeAppendArgs& args, std::optional<DType> act = std::nullopt);
-void Check(const GateUpSiluMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const GateUpMulArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AppendShadowScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 
 }  // namespace tidal

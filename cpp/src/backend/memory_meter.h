@@ -48,7 +48,10 @@ class MemoryMeter : public Backend {
   void ScoreKeys(const ScoreKeysArgs&) override { Refuse(); }
   void SelectTopK(const SelectTopKArgs&) override { Refuse(); }
   void AttentionSparse(const AttentionSparseArgs&) override { Refuse(); }
-  void SiluMul(const SiluMulArgs&) override { Refuse(); }
+  void GateMul(const GateMulArgs&) override { Refuse(); }
+  void SelectExperts(const SelectExpertsArgs&) override { Refuse(); }
+  void ExpertLinear(const ExpertLinearArgs&) override { Refuse(); }
+  void AddExperts(const AddExpertsArgs&) override { Refuse(); }
   void ScaleLogits(const ScaleLogitsArgs&) override { Refuse(); }
   void GatherRows(const GatherRowsArgs&) override { Refuse(); }
   void Sample(const SampleArgs&) override { Refuse(); }

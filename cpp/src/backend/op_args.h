@@ -25,6 +25,9 @@ struct Weight {
   int64_t group_size = 0;  // K, or a multiple of 32; the last group may be smaller
   TensorView scales;       // [K / group_size, N] float32, bfloat16 or float16
   TensorView zeros;        // likewise uint8, of kInt4; absent: 8. 0 of kFloat8
+  // From the scales and zeros of one group to those of the next, of rows that are part of a larger
+  // matrix; 0: N.
+  int64_t group_stride = 0;
 
   Weight() = default;
   Weight(const TensorView& numbers) : data(numbers) {}  // NOLINT: a plain matrix is one
@@ -32,6 +35,8 @@ struct Weight {
   int64_t num_outputs() const { return data.dim(0); }
   int64_t num_inputs() const { return data.dim(1) * (codes == WeightCodes::kInt4 ? 2 : 1); }
   bool is_coded() const { return codes != WeightCodes::kNone; }
+  // Outputs [begin, begin + count).
+  Weight Rows(int64_t begin, int64_t count) const;
 };
 
 // One layer's cache as a step sees it. Token t of row b lies in page page_table[b, t / page_size],
@@ -55,7 +60,7 @@ struct EmbedArgs {
 
 struct RmsNormArgs {
   TensorView x;       // [T, H] float32; with adds it is undefined afterwards
-  TensorView weight;  // [H] weight
+  TensorView weight;  // [H] weight or float32; absent: x is not normalised, out is x as act
   TensorView out;     // [T, H] act; float32 with adds
   float eps = 0.0f;
   bool adds = false;  // adds to out, instead of writing it
@@ -82,6 +87,11 @@ struct RopeTableArgs {
   TensorView inv_freq;             // [B, D / 2] float32
   float attention_scaling = 1.0f;  // multiplies cos and sin (yarn, longrope)
   TensorView cos_sin;              // out [T, D] float32: D/2 cosines, then D/2 sines
+  // For queries, whose cosines and sines are multiplied by 1 + query_scale_beta * log(1 +
+  // floor(position / original_len)); or absent.
+  TensorView q_cos_sin = {};  // out [T, D] float32
+  float query_scale_beta = 0.0f;
+  int64_t original_len = 0;
 };
 
 // Splits qkv, normalises q and k per head if asked, rotates them (rotate-half layout) and appends k
@@ -89,13 +99,24 @@ struct RopeTableArgs {
 struct RopeAppendKvArgs {
   TensorView qkv;      // [T, (Hq + 2 Hkv) * D] act
   TensorView cos_sin;  // [T, D] float32
-  TensorView q_norm;   // [D] weight, or absent
-  TensorView k_norm;   // [D] weight, or absent
+  // Weight or float32: [D] of each head, or [Hq * D] and [Hkv * D] of all together; or absent.
+  TensorView q_norm;
+  TensorView k_norm;
   float norm_eps = 0.0f;
-  TensorView positions;  // [T] int32; -1 = idle row: nothing is appended
-  TensorView seq_idx;    // [T] int32: row of kv.page_table
-  TensorView q;          // out [T, Hq, D] act
-  PagedKv kv;            // written
+  TensorView positions;       // [T] int32; -1 = idle row: nothing is appended
+  TensorView seq_idx;         // [T] int32: row of kv.page_table
+  TensorView q;               // out [T, Hq, D] act
+  PagedKv kv;                 // written
+  TensorView q_cos_sin = {};  // [T, D] float32: of q, where it is not cos_sin; or absent
+};
+
+// What the layers of a model may do to attention. The score of a query and a key is sm_scale * q.k,
+// or softcap * tanh(sm_scale * q.k / softcap); weights are the softmax of scores.
+struct AttentionRule {
+  float sm_scale = 0.0f;
+  float softcap = 0.0f;   // 0: none
+  int64_t window = 0;     // a query sees so many last tokens, its own included; 0: all before it
+  TensorView sinks = {};  // [Hq] float32: one more score of each head, without a value; or absent
 };
 
 // Causal attention of a prompt chunk over the paged cache, the chunk's own K and V included: the
@@ -106,7 +127,7 @@ struct AttentionPrefillArgs {
   // `out` is left as it is.
   TensorView q_starts;
   PagedKv kv;
-  float sm_scale = 0.0f;
+  AttentionRule rule;
   TensorView out;  // [T, Hq, D] act
   // Host bounds. In a recorded step they stay as they were when it was recorded.
   int64_t max_q_len = 0;    // on the queries of one row
@@ -117,16 +138,17 @@ struct AttentionPrefillArgs {
 struct AttentionArgs {
   TensorView q;  // [B, Hq, D] act
   PagedKv kv;
-  float sm_scale = 0.0f;
+  AttentionRule rule;
   TensorView out;  // [B, Hq, D] act
 };
 
-// AttentionArgs, and the scores it computed on the way. `out` equals AttentionFull's bit for bit.
+// AttentionArgs without a window, and the scores it computed on the way. `out` equals
+// AttentionFull's bit for bit.
 struct AttentionSelectArgs {
   AttentionArgs attention;
-  TensorView
-      scores;      // out [B, Hq, max_len] float32: sm_scale * q.k in [0, seq_len); the rest is left
-  TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
+  TensorView scores;  // out [B, Hq, max_len] float32: of [0, seq_len); the rest is left
+  // out [B, Hq] float32: log of the sum of exp(score) over tokens; -inf for an idle row
+  TensorView lse;
 };
 
 // One layer's keys in 4 bits (core/shadow_code.h), in pages beside the cache's: what is read to
@@ -150,10 +172,10 @@ struct AppendShadowArgs {
 struct ScoreKeysArgs {
   TensorView q;  // [B, Hq, D] act
   PagedKv kv;
-  ShadowKeys shadow;  // or absent
-  float sm_scale = 0.0f;
-  // out [B, Hq, max_len]: sm_scale * q.k in [0, seq_len); the rest is left. float32, with a shadow
-  // the backend's shadow_score_dtype.
+  ShadowKeys shadow;   // or absent
+  AttentionRule rule;  // without a window; sinks are not looked at
+  // out [B, Hq, max_len]: of [0, seq_len); the rest is left. float32, with a shadow the backend's
+  // shadow_score_dtype.
   TensorView scores;
   TensorView lse;  // out [B, Hq] float32: log of the sum of exp(score); -inf for an idle row
 };
@@ -185,8 +207,8 @@ struct SelectTopKArgs {
 // Whether the sets of long rows have about as many positions each.
 enum class SetSizes : int32_t { kEqual, kRagged };
 
-// Attention to the chosen positions only. Rows with seq_lens[b] <= dense_len attend to all
-// positions instead (on the CPU bit for bit as AttentionFull, elsewhere to rounding).
+// Attention without a window to the chosen positions only. Rows with seq_lens[b] <= dense_len
+// attend to all positions instead (on the CPU bit for bit as AttentionFull, elsewhere to rounding).
 struct AttentionSparseArgs {
   AttentionArgs attention;
   TensorView token_idx;     // [B, num_sets, token_budget] int32; num_sets is Hkv, Hq or 1
@@ -195,9 +217,34 @@ struct AttentionSparseArgs {
   int64_t dense_len = 0;
 };
 
-struct SiluMulArgs {
+struct GateMulArgs {
   TensorView gate_up;  // [T, 2 * I] act: gate, then up
-  TensorView out;      // [T, I] act: silu(gate) * up
+  TensorView out;      // [T, I] act: activation(gate) * up
+  Activation activation = Activation::kSilu;
+};
+
+// Which experts a token has, the most likely ones by its softmax over all, and their weights: these
+// likelihoods, or their shares. Equal likelihoods: the lower id.
+struct SelectExpertsArgs {
+  TensorView logits;       // [T, E] float32
+  TensorView expert_ids;   // out [T, k] int32, all different, the most likely first
+  TensorView weights;      // out [T, k] float32
+  bool normalized = true;  // shares: a token's weights add up to 1
+};
+
+// Products with the experts that tokens have chosen.
+struct ExpertLinearArgs {
+  TensorView x;           // [T, K] act, or [T * k, K]: a row for each choice
+  Weight weight;          // [E * N, K]: expert e is rows [e * N, (e + 1) * N)
+  TensorView expert_ids;  // [T, k] int32
+  TensorView out;         // [T * k, N] act: row t * k + j of token t's choice j
+};
+
+// What a token's experts give, weighted, into the residual stream.
+struct AddExpertsArgs {
+  TensorView x;        // [T * k, H] act
+  TensorView weights;  // [T, k] float32
+  TensorView out;      // [T, H] float32: is added to
 };
 
 // Several ops in one. Their tensors between the parts (norm.out is linear.x, and so on) are
@@ -216,11 +263,11 @@ struct QkvRopeAppendArgs {
   RopeAppendKvArgs append;  // .qkv is linear.out
 };
 
-// RmsNorm, Linear, SiluMul: the first half of the MLP.
-struct GateUpSiluMulArgs {
+// RmsNorm, Linear, GateMul: the first half of the MLP.
+struct GateUpMulArgs {
   RmsNormArgs norm;
   LinearArgs linear;     // .x is norm.out
-  SiluMulArgs silu_mul;  // .gate_up is linear.out
+  GateMulArgs gate_mul;  // .gate_up is linear.out
 };
 
 // AppendShadow of each row's newest token, ScoreKeys.
@@ -229,10 +276,11 @@ struct AppendShadowScoreKeysArgs {
   ScoreKeysArgs score;      // .shadow is append.shadow
 };
 
-// In place: logits x scale.
+// In place: logits x scale, then softcap * tanh(logits / softcap).
 struct ScaleLogitsArgs {
   TensorView logits;  // [R, V] float32
   float scale = 1.0f;
+  float softcap = 0.0f;  // 0: none
 };
 
 struct GatherRowsArgs {

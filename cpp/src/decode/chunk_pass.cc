@@ -11,7 +11,7 @@ void ChunkPass(Backend& backend, const Transformer& transformer, const Pass& pas
     backend.AttentionPrefill({.q = pass.q,
                               .q_starts = pass.q_starts,
                               .kv = transformer.Cache(layer, pass),
-                              .sm_scale = transformer.sm_scale(),
+                              .rule = transformer.Rule(layer),
                               .out = pass.attention_out,
                               .max_q_len = pass.max_q_len,
                               .max_seq_len = pass.max_seq_len});

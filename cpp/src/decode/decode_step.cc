@@ -30,10 +30,11 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const StepAtte
     transformer.BeginAttention(layer, pass);
     AttentionArgs attention = {.q = pass.q,
                                .kv = transformer.Cache(layer, pass),
-                               .sm_scale = transformer.sm_scale(),
+                               .rule = transformer.Rule(layer),
                                .out = pass.attention_out};
     switch (plan.kind(layer)) {
       case LayerKind::kFull:
+      case LayerKind::kWindow:  // attention.rule says which
         backend.AttentionFull(attention);
         break;
       case LayerKind::kSelect:

@@ -95,6 +95,7 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   limits.decoded_bytes = memory.decoded_bytes;
   backend_->Reserve(limits);
   buffers_ = std::make_unique<RunnerBuffers>(*backend_, model_, config_, plan_);
+  buffers_->passes.WriteConstants(*backend_, model_);
   cache_ = std::make_unique<PagedKvCache>(*backend_, model_, config_.kv_dtype, config_.num_pages,
                                           config_.page_size);
   host_pages_ = std::make_unique<HostPages>(

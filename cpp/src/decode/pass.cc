@@ -2,8 +2,18 @@
 
 #include <algorithm>
 #include <bit>
+#include <set>
+#include <vector>
+
+#include "model/rope.h"
 
 namespace tidal {
+
+RotationKind RotationOf(const ModelConfig& model, int64_t layer) {
+  const LayerConfig own = model.layer(layer);
+  if (!own.has_rope) return RotationKind::kStill;
+  return own.window > 0 && model.window_rope ? RotationKind::kWindow : RotationKind::kOfSequence;
+}
 
 PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act,
                          const PassSize& largest, int64_t max_pages)
@@ -19,37 +29,85 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act,
            .seq_idx = inputs_.Make(DType::kInt32, {t}),
            .q_starts = inputs_.Make(DType::kInt32, {b + 1}),
            .page_table = inputs_.Make(DType::kInt32, {b, max_pages}),
-           .inv_freq = inputs_.Make(DType::kFloat32, {b, m.head_dim / 2}),
            .hidden = activations_.Make(DType::kFloat32, {t, m.hidden_size}),
            .normed = activations_.Make(act, {t, m.hidden_size}),
-           .cos_sin = activations_.Make(DType::kFloat32, {t, m.head_dim}),
-           .still_freq = {},
-           .still_cos_sin = {},
            .qkv = activations_.Make(act, {t, m.q_size() + 2 * m.kv_size()}),
            .q = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .attention_out = activations_.Make(act, {t, m.num_q_heads, m.head_dim}),
            .gate_up = activations_.Make(act, {t, 2 * m.intermediate_size}),
            .mlp = activations_.Make(act, {t, m.intermediate_size}),
-           .branch = {}};
+           .router_logits = {},
+           .expert_ids = {},
+           .expert_weights = {},
+           .expert_gate_up = {},
+           .expert_mlp = {},
+           .expert_out = {},
+           .branch = {},
+           .rotations = {}};
   if (m.branch_norms) full_.branch = activations_.Make(DType::kFloat32, {t, m.hidden_size});
-  auto has_rope = [](const LayerConfig& layer) { return layer.has_rope; };
-  if (std::all_of(m.layers.begin(), m.layers.end(), has_rope)) return;
-  full_.still_freq = inputs_.Make(DType::kFloat32, {b, m.head_dim / 2});
-  full_.still_cos_sin = activations_.Make(DType::kFloat32, {t, m.head_dim});
+  if (m.has_experts()) MakeExperts(m, act);
+  MakeRotations(model);
+}
+
+void PassBuffers::MakeExperts(const ModelConfig& model, DType act) {
+  const int64_t t = largest_.num_tokens, k = model.experts_per_token;
+  const int64_t inner = model.expert_intermediate_size;
+  full_.router_logits = activations_.Make(DType::kFloat32, {t, model.num_experts});
+  full_.expert_ids = activations_.Make(DType::kInt32, {t, k});
+  full_.expert_weights = activations_.Make(DType::kFloat32, {t, k});
+  full_.expert_gate_up = activations_.Make(act, {t * k, 2 * inner});
+  full_.expert_mlp = activations_.Make(act, {t * k, inner});
+  full_.expert_out = activations_.Make(act, {t * k, model.hidden_size});
+}
+
+void PassBuffers::MakeRotations(const ModelConfig& model) {
+  const int64_t dim = model.head_dim;
+  std::set<RotationKind> kinds;
+  for (int64_t layer = 0; layer < model.num_layers; ++layer) {
+    kinds.insert(RotationOf(model, layer));
+  }
+  for (RotationKind kind : kinds) {
+    Rotation& rotation = full_.rotations[static_cast<size_t>(kind)];
+    rotation.inv_freq = inputs_.Make(DType::kFloat32, {largest_.batch_size, dim / 2});
+    rotation.cos_sin = activations_.Make(DType::kFloat32, {largest_.num_tokens, dim});
+    if (kind == RotationKind::kOfSequence && model.rope.query_scale_beta > 0.0) {
+      rotation.q_cos_sin = activations_.Make(DType::kFloat32, {largest_.num_tokens, dim});
+    }
+  }
+}
+
+void PassBuffers::WriteConstants(Backend& backend, const ModelConfig& model) const {
+  const TensorView& rows = full_.rotation(RotationKind::kWindow).inv_freq;
+  if (!rows) return;
+  const std::vector<float> inv_freq = ComputeWindowRope(model).inv_freq;
+  for (int64_t row = 0; row < rows.dim(0); ++row) {
+    backend.Upload(rows.Rows(row, 1), inv_freq.data());
+  }
 }
 
 Pass PassBuffers::Take(const PassSize& size) const {
   const auto& [num_tokens, batch_size] = size;
   Pass pass = full_;
-  for (TensorView* view : {&pass.seq_idx, &pass.hidden, &pass.normed, &pass.cos_sin, &pass.qkv,
-                           &pass.q, &pass.attention_out, &pass.gate_up, &pass.mlp}) {
+  for (TensorView* view : {&pass.seq_idx, &pass.hidden, &pass.normed, &pass.qkv, &pass.q,
+                           &pass.attention_out, &pass.gate_up, &pass.mlp}) {
     *view = view->Rows(0, num_tokens);
   }
-  for (TensorView* view : {&pass.page_table, &pass.inv_freq}) *view = view->Rows(0, batch_size);
+  pass.page_table = pass.page_table.Rows(0, batch_size);
   if (pass.branch) pass.branch = pass.branch.Rows(0, num_tokens);
-  if (pass.still_freq) {
-    pass.still_freq = pass.still_freq.Rows(0, batch_size);
-    pass.still_cos_sin = pass.still_cos_sin.Rows(0, num_tokens);
+  if (pass.router_logits) {
+    for (TensorView* view : {&pass.router_logits, &pass.expert_ids, &pass.expert_weights}) {
+      *view = view->Rows(0, num_tokens);
+    }
+    const int64_t choices = num_tokens * pass.expert_ids.dim(1);
+    for (TensorView* view : {&pass.expert_gate_up, &pass.expert_mlp, &pass.expert_out}) {
+      *view = view->Rows(0, choices);
+    }
+  }
+  for (Rotation& rotation : pass.rotations) {
+    if (rotation.cos_sin.rank == 0) continue;
+    rotation.inv_freq = rotation.inv_freq.Rows(0, batch_size);
+    rotation.cos_sin = rotation.cos_sin.Rows(0, num_tokens);
+    if (rotation.q_cos_sin) rotation.q_cos_sin = rotation.q_cos_sin.Rows(0, num_tokens);
   }
   pass.q_starts = pass.q_starts.Rows(0, batch_size + 1);
   pass.inputs = pass.inputs.Rows(0, 2 * num_tokens + batch_size);

@@ -2,6 +2,8 @@
 // a pass with one token per sequence; any other pass reads its tokens densely (chunk_pass.h).
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -16,6 +18,23 @@ struct PassSize {
   int64_t batch_size = 0;
 };
 
+// Ways to rotate q and k, of which a layer has one.
+enum class RotationKind : size_t {
+  kOfSequence,  // by frequencies that each sequence has
+  kWindow,      // by those of layers with a window
+  kStill,       // not at all: by frequencies of 0
+};
+inline constexpr size_t kNumRotations = 3;
+
+RotationKind RotationOf(const ModelConfig& model, int64_t layer);
+
+// Absent if no layer of the model has it.
+struct Rotation {
+  TensorView inv_freq;   // [B, D / 2] float32; but for kOfSequence written once, for all rows
+  TensorView cos_sin;    // [T, D] float32
+  TensorView q_cos_sin;  // [T, D] float32: of queries that are scaled by position, or absent
+};
+
 struct Pass {
   // What the host writes (pass_inputs.h). The first three are parts of `inputs`, in this order, so
   // that one copy brings them.
@@ -26,7 +45,6 @@ struct Pass {
   TensorView seq_idx;   // [T] int32: which of the B sequences a token belongs to
   TensorView q_starts;  // [B + 1] int32: where each sequence's tokens begin in the pass
   TensorView page_table;  // [B, max_pages] int32
-  TensorView inv_freq;    // [B, D / 2] float32
 
   // Host bounds of a chunk pass: at least the tokens of any sequence in the pass, and at least all
   // of seq_lens.
@@ -34,18 +52,25 @@ struct Pass {
   int64_t max_seq_len = 0;
 
   // What the layers write.
-  TensorView hidden;   // [T, H] float32: the residual stream
-  TensorView normed;   // [T, H] act
-  TensorView cos_sin;  // [T, D] float32
-  // For layers without rope, if the model has some: frequencies of 0 and what follows from them.
-  TensorView still_freq;     // [B, D / 2] float32
-  TensorView still_cos_sin;  // [T, D] float32
+  TensorView hidden;         // [T, H] float32: the residual stream
+  TensorView normed;         // [T, H] act
   TensorView qkv;            // [T, (Hq + 2 Hkv) * D] act
   TensorView q;              // [T, Hq, D] act
   TensorView attention_out;  // [T, Hq, D] act
   TensorView gate_up;        // [T, 2 I] act
   TensorView mlp;            // [T, I] act
-  TensorView branch;         // [T, H] float32: what a layer adds; absent without norms of it
+  // For layers with experts, if the model has some: k of E for each token, each of size I'.
+  TensorView router_logits;   // [T, E] float32
+  TensorView expert_ids;      // [T, k] int32
+  TensorView expert_weights;  // [T, k] float32
+  TensorView expert_gate_up;  // [T * k, 2 I'] act
+  TensorView expert_mlp;      // [T * k, I'] act
+  TensorView expert_out;      // [T * k, H] act
+  TensorView branch;          // [T, H] float32: what a layer adds; absent without norms of it
+
+  std::array<Rotation, kNumRotations> rotations;  // by RotationKind
+
+  const Rotation& rotation(RotationKind kind) const { return rotations[static_cast<size_t>(kind)]; }
 };
 
 // Memory for one pass after the other, of up to `largest`; the addresses never change, so a
@@ -56,12 +81,20 @@ class PassBuffers {
   PassBuffers(Backend& backend, const ModelConfig& model, DType act, const PassSize& largest,
               int64_t max_pages);
 
+  // Writes what is the same in every pass: to be called once, before the first.
+  void WriteConstants(Backend& backend, const ModelConfig& model) const;
+
   // The leading parts of all tensors.
   Pass Take(const PassSize& size) const;
 
   const PassSize& largest() const { return largest_; }
 
  private:
+  // Memory for layers with experts.
+  void MakeExperts(const ModelConfig& model, DType act);
+  // Memory of the rotations that the model's layers have.
+  void MakeRotations(const ModelConfig& model);
+
   PassSize largest_;
   DeviceTensors inputs_;
   DeviceTensors activations_;

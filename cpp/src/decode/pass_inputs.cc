@@ -52,7 +52,10 @@ void PassInputs::WriteOwner(int64_t row, const Sequence& sequence, const Pass& p
   const TensorView table = pass.page_table.Rows(row, 1);
   backend_.Upload(TensorView(table.ptr, DType::kInt32, {static_cast<int64_t>(pages.size())}),
                   pages.data());
-  if (!is_same_sequence) backend_.Upload(pass.inv_freq.Rows(row, 1), sequence.inv_freq.data());
+  const TensorView& inv_freq = pass.rotation(RotationKind::kOfSequence).inv_freq;
+  if (!is_same_sequence && inv_freq.rank > 0) {
+    backend_.Upload(inv_freq.Rows(row, 1), sequence.inv_freq.data());
+  }
   owner = {sequence.id, sequence.pages.version()};
 }
 

@@ -1,6 +1,6 @@
 #include "tidal/plan.h"
 
-#include <algorithm>
+#include <utility>
 
 #include "tidal/error.h"
 
@@ -17,6 +17,8 @@ void Assign(const char* name, const std::vector<int64_t>& layers, int64_t full_l
                 layer, " after ", previous, ", expected strictly ascending layers from ",
                 full_layers, " (full_layers) to ", num_layers - 1);
     LayerKind& own = kinds[static_cast<size_t>(layer)];
+    TIDAL_CHECK(own != LayerKind::kWindow, InvalidArgument, name, ": got layer ", layer,
+                ", which has a window, expected layers that attend to everything");
     TIDAL_CHECK(own == LayerKind::kSparse, InvalidArgument, name, ": got layer ", layer,
                 ", which select_layers has too, expected it in one of the two");
     own = kind;
@@ -24,7 +26,20 @@ void Assign(const char* name, const std::vector<int64_t>& layers, int64_t full_l
   }
 }
 
+// All of one kind but for those with a window.
+std::vector<LayerKind> KindsOf(const PlanLayers& layers, LayerKind kind) {
+  std::vector<LayerKind> kinds(static_cast<size_t>(layers.count), kind);
+  for (int64_t layer : layers.windows) kinds[static_cast<size_t>(layer)] = LayerKind::kWindow;
+  return kinds;
+}
+
 }  // namespace
+
+PlanLayers::PlanLayers(const ModelConfig& model) : count(model.num_layers) {
+  for (int64_t layer = 0; layer < count; ++layer) {
+    if (model.layer(layer).window > 0) windows.push_back(layer);
+  }
+}
 
 DecodePlan::DecodePlan(std::vector<LayerKind> kinds) : kinds_(std::move(kinds)) {
   for (int64_t layer = 0; layer < num_layers(); ++layer) {
@@ -34,26 +49,28 @@ DecodePlan::DecodePlan(std::vector<LayerKind> kinds) : kinds_(std::move(kinds)) 
   }
 }
 
-DecodePlan DecodePlan::Dense(int64_t num_layers) {
-  TIDAL_CHECK(num_layers >= 1, InvalidArgument, "plan: got ", num_layers, " layers, expected >= 1");
-  return DecodePlan(std::vector<LayerKind>(static_cast<size_t>(num_layers), LayerKind::kFull));
+DecodePlan DecodePlan::Dense(const PlanLayers& layers) {
+  TIDAL_CHECK(layers.count >= 1, InvalidArgument, "plan: got ", layers.count,
+              " layers, expected >= 1");
+  return DecodePlan(KindsOf(layers, LayerKind::kFull));
 }
 
-DecodePlan DecodePlan::Tidal(int64_t num_layers, int64_t full_layers,
+DecodePlan DecodePlan::Tidal(const PlanLayers& layers, int64_t full_layers,
                              const std::vector<int64_t>& select_layers,
                              const std::vector<int64_t>& scored_layers) {
   TIDAL_CHECK(!select_layers.empty() || !scored_layers.empty(), InvalidArgument,
               "select_layers: got none, and no scored_layers, expected at least one layer that "
               "chooses positions");
-  TIDAL_CHECK(full_layers >= 1 && full_layers < num_layers, InvalidArgument, "full_layers: got ",
-              full_layers, ", expected 1 to ", num_layers - 1, " (the model has ", num_layers,
+  TIDAL_CHECK(full_layers >= 1 && full_layers < layers.count, InvalidArgument, "full_layers: got ",
+              full_layers, ", expected 1 to ", layers.count - 1, " (the model has ", layers.count,
               " layers)");
-  std::vector<LayerKind> kinds(static_cast<size_t>(num_layers), LayerKind::kSparse);
+  std::vector<LayerKind> kinds = KindsOf(layers, LayerKind::kSparse);
   Assign("select_layers", select_layers, full_layers, LayerKind::kSelect, kinds);
   Assign("scored_layers", scored_layers, full_layers, LayerKind::kScored, kinds);
-  auto first = std::find_if(kinds.begin(), kinds.end(),
-                            [](LayerKind kind) { return kind != LayerKind::kSparse; });
-  std::fill(kinds.begin(), first, LayerKind::kFull);
+  for (LayerKind& kind : kinds) {
+    if (kind == LayerKind::kSelect || kind == LayerKind::kScored) break;
+    if (kind == LayerKind::kSparse) kind = LayerKind::kFull;
+  }
   return DecodePlan(std::move(kinds));
 }
 
@@ -67,7 +84,7 @@ std::vector<int64_t> DecodePlan::LayersOf(LayerKind wanted) const {
 
 std::string DecodePlan::ToString() const {
   std::string text;
-  for (LayerKind kind : kinds_) text += "FSPs"[static_cast<size_t>(kind)];
+  for (LayerKind kind : kinds_) text += "FSPsw"[static_cast<size_t>(kind)];
   return text;
 }
 

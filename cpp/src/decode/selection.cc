@@ -48,7 +48,7 @@ ScoreKeysArgs Selection::ScoreArgs(int64_t ordinal, const AttentionArgs& attenti
   return {.q = attention.q,
           .kv = attention.kv,
           .shadow = shadow,
-          .sm_scale = attention.sm_scale,
+          .rule = attention.rule,
           .scores = Scores(ordinal, b),
           .lse = lse_.Rows(0, b)};
 }

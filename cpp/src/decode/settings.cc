@@ -84,9 +84,9 @@ BackendOptions OptionsOf(const DecodeConfig& config) {
 
 DecodePlan MakeDecodePlan(const ModelConfig& model, const PlanConfig& config) {
   if (config.select_layers.empty() && config.scored_layers.empty()) {
-    return DecodePlan::Dense(model.num_layers);
+    return DecodePlan::Dense(PlanLayers(model));
   }
-  return DecodePlan::Tidal(model.num_layers, config.full_layers, config.select_layers,
+  return DecodePlan::Tidal(PlanLayers(model), config.full_layers, config.select_layers,
                            config.scored_layers);
 }
 

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "model/rope.h"
+
 namespace tidal {
 
 Transformer::Transformer(Backend& backend, const ModelConfig& model, const ModelWeights& weights,
@@ -10,7 +12,8 @@ Transformer::Transformer(Backend& backend, const ModelConfig& model, const Model
       model_(model),
       weights_(weights),
       cache_(cache),
-      rope_scaling_(rope_scaling),
+      rope_scaling_({rope_scaling,
+                     model.window_rope ? ComputeWindowRope(model).attention_scaling : 1.0f, 1.0f}),
       sm_scale_(static_cast<float>(model.attention_scale > 0.0
                                        ? model.attention_scale
                                        : 1.0 / std::sqrt(static_cast<double>(model.head_dim)))),
@@ -23,32 +26,47 @@ void Transformer::Begin(const Pass& pass) const {
                   .table = weights_.embedding,
                   .out = pass.hidden,
                   .scale = embedding_scale_});
-  RopeTableArgs table = {.positions = pass.positions,
-                         .seq_idx = pass.seq_idx,
-                         .inv_freq = pass.inv_freq,
-                         .attention_scaling = rope_scaling_,
-                         .cos_sin = pass.cos_sin};
-  backend_.RopeTable(table);
-  if (!pass.still_cos_sin) return;
-  table.inv_freq = pass.still_freq;
-  table.cos_sin = pass.still_cos_sin;
-  backend_.RopeTable(table);
+  for (size_t kind = 0; kind < kNumRotations; ++kind) {
+    const Rotation& rotation = pass.rotations[kind];
+    if (!rotation.cos_sin) continue;
+    backend_.RopeTable({.positions = pass.positions,
+                        .seq_idx = pass.seq_idx,
+                        .inv_freq = rotation.inv_freq,
+                        .attention_scaling = rope_scaling_[kind],
+                        .cos_sin = rotation.cos_sin,
+                        .q_cos_sin = rotation.q_cos_sin,
+                        .query_scale_beta = static_cast<float>(model_.rope.query_scale_beta),
+                        .original_len = model_.rope.original_max_position_embeddings});
+  }
+}
+
+AttentionRule Transformer::Rule(int64_t layer) const {
+  return {.sm_scale = sm_scale_,
+          .softcap = static_cast<float>(model_.attention_softcap),
+          .window = model_.layer(layer).window,
+          .sinks = weights_.layers[static_cast<size_t>(layer)].sinks};
+}
+
+RmsNormArgs Transformer::InputNorm(const TensorView& weight, const Pass& pass) const {
+  return {.x = pass.hidden, .weight = weight, .out = pass.normed, .eps = norm_eps_};
 }
 
 void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
+  const Rotation& rotation = pass.rotation(RotationOf(model_, layer));
   backend_.QkvRopeAppend({
-      .norm = {.x = pass.hidden, .weight = w.input_norm, .out = pass.normed, .eps = norm_eps_},
+      .norm = InputNorm(w.input_norm, pass),
       .linear = {.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv},
       .append = {.qkv = pass.qkv,
-                 .cos_sin = model_.layer(layer).has_rope ? pass.cos_sin : pass.still_cos_sin,
+                 .cos_sin = rotation.cos_sin,
                  .q_norm = w.q_norm,
                  .k_norm = w.k_norm,
                  .norm_eps = static_cast<float>(model_.rms_norm_eps),
                  .positions = pass.positions,
                  .seq_idx = pass.seq_idx,
                  .q = pass.q,
-                 .kv = Cache(layer, pass)},
+                 .kv = Cache(layer, pass),
+                 .q_cos_sin = rotation.q_cos_sin},
   });
 }
 
@@ -57,13 +75,43 @@ void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
   TensorView attention_out(pass.attention_out.ptr, pass.attention_out.dtype,
                            {pass.attention_out.dim(0), model_.q_size()});
   AddBranch({.x = attention_out, .weight = w.o, .bias = w.o_bias, .out = {}}, w.o_norm, pass);
-  backend_.GateUpSiluMul({
-      .norm = {.x = pass.hidden, .weight = w.post_norm, .out = pass.normed, .eps = norm_eps_},
+  if (model_.layer(layer).has_experts) {
+    AddExperts(w, pass);
+  } else {
+    AddMlp(w, pass);
+  }
+}
+
+void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
+  backend_.GateUpMul({
+      .norm = InputNorm(w.post_norm, pass),
       .linear =
           {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up},
-      .silu_mul = {.gate_up = pass.gate_up, .out = pass.mlp},
+      .gate_mul = {.gate_up = pass.gate_up, .out = pass.mlp, .activation = model_.activation},
   });
   AddBranch({.x = pass.mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, w.down_norm, pass);
+}
+
+void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
+  backend_.NormLinear({
+      .norm = InputNorm(w.post_norm, pass),
+      .linear = {.x = pass.normed, .weight = w.router, .bias = {}, .out = pass.router_logits},
+  });
+  backend_.SelectExperts({.logits = pass.router_logits,
+                          .expert_ids = pass.expert_ids,
+                          .weights = pass.expert_weights,
+                          .normalized = model_.normalized_routing});
+  backend_.ExpertLinear({.x = pass.normed,
+                         .weight = w.experts_gate_up,
+                         .expert_ids = pass.expert_ids,
+                         .out = pass.expert_gate_up});
+  backend_.GateMul(
+      {.gate_up = pass.expert_gate_up, .out = pass.expert_mlp, .activation = model_.activation});
+  backend_.ExpertLinear({.x = pass.expert_mlp,
+                         .weight = w.experts_down,
+                         .expert_ids = pass.expert_ids,
+                         .out = pass.expert_out});
+  backend_.AddExperts({.x = pass.expert_out, .weights = pass.expert_weights, .out = pass.hidden});
 }
 
 void Transformer::AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const {
@@ -85,8 +133,9 @@ void Transformer::Logits(const TensorView& hidden, const TensorView& normed,
       .norm = {.x = hidden, .weight = weights_.final_norm, .out = normed, .eps = norm_eps_},
       .linear = {.x = normed, .weight = weights_.lm_head, .bias = {}, .out = logits},
   });
-  if (model_.logit_scale != 1.0) {
-    backend_.ScaleLogits({logits, static_cast<float>(model_.logit_scale)});
+  if (model_.logit_scale != 1.0 || model_.logit_softcap != 0.0) {
+    backend_.ScaleLogits(
+        {logits, static_cast<float>(model_.logit_scale), static_cast<float>(model_.logit_softcap)});
   }
 }
 

@@ -2,6 +2,7 @@
 // itself.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "backend/backend.h"
@@ -13,8 +14,8 @@ namespace tidal {
 
 class Transformer {
  public:
-  // All referenced objects must outlive this one. `rope_scaling`:
-  // RopeFrequencies::attention_scaling.
+  // All referenced objects must outlive this one. `rope_scaling`: attention_scaling of the
+  // sequences' RopeFrequencies.
   Transformer(Backend& backend, const ModelConfig& model, const ModelWeights& weights,
               const PagedKvCache& cache, float rope_scaling);
 
@@ -34,10 +35,15 @@ class Transformer {
   PagedKv Cache(int64_t layer, const Pass& pass) const {
     return cache_.Layer(layer, pass.page_table, pass.seq_lens);
   }
-  float sm_scale() const { return sm_scale_; }
+  // How a layer's scores become weights.
+  AttentionRule Rule(int64_t layer) const;
   int64_t num_layers() const { return model_.num_layers; }
 
  private:
+  // The MLP of a layer into the residual stream.
+  void AddMlp(const LayerWeights& w, const Pass& pass) const;
+  void AddExperts(const LayerWeights& w, const Pass& pass) const;
+  RmsNormArgs InputNorm(const TensorView& weight, const Pass& pass) const;
   // A product into the residual stream, normalised on the way if there is a norm.
   void AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const;
 
@@ -45,7 +51,7 @@ class Transformer {
   const ModelConfig& model_;
   const ModelWeights& weights_;
   const PagedKvCache& cache_;
-  float rope_scaling_;
+  std::array<float, kNumRotations> rope_scaling_;  // by RotationKind
   float sm_scale_;
   // The residual stream is kept divided by residual_scale: then what the layers add needs no
   // factor, and norms undo the division, with eps divided by its square.

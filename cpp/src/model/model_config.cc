@@ -13,6 +13,7 @@ constexpr int64_t kMaxVocab = int64_t{1} << 22;
 constexpr int64_t kMaxHidden = int64_t{1} << 20;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxHeads = 4096;
+constexpr int64_t kMaxExperts = 4096;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
@@ -26,15 +27,16 @@ void CheckPositive(const char* field, double value) {
               ", expected a finite number > 0");
 }
 
-void ValidateRope(const ModelConfig& model) {
-  const RopeConfig& rope = model.rope;
+void ValidateRope(const ModelConfig& model, const RopeConfig& rope) {
   TIDAL_CHECK(rope.rotary_dim >= 0 && rope.rotary_dim <= model.head_dim && rope.rotary_dim % 2 == 0,
               ConfigError, "rope rotary_dim: got ", rope.rotary_dim,
               ", expected an even number up to head_dim ", model.head_dim);
   CheckPositive("rope theta", rope.theta);
   CheckPositive("rope factor", rope.factor);
+  TIDAL_CHECK(std::isfinite(rope.query_scale_beta) && rope.query_scale_beta >= 0.0, ConfigError,
+              "rope query_scale_beta: got ", rope.query_scale_beta, ", expected a number >= 0");
   bool needs_original = rope.type == RopeType::kLlama3 || rope.type == RopeType::kYarn ||
-                        rope.type == RopeType::kLongrope;
+                        rope.type == RopeType::kLongrope || rope.query_scale_beta > 0.0;
   if (needs_original) {
     CheckRange("rope original_max_position_embeddings", rope.original_max_position_embeddings,
                kMaxPositions);
@@ -54,6 +56,51 @@ void ValidateRope(const ModelConfig& model) {
   }
 }
 
+// Layers with a window rotate by frequencies that hold for all sequences, and the rows of q and k
+// lie in one order in all layers.
+void ValidateWindowRope(const ModelConfig& model) {
+  const RopeConfig& rope = *model.window_rope;
+  ValidateRope(model, rope);
+  TIDAL_CHECK(rope.type != RopeType::kDynamic && rope.type != RopeType::kLongrope &&
+                  rope.query_scale_beta == 0.0,
+              ConfigError,
+              "window_rope: got one that depends on length, expected one that does not: default, "
+              "linear, llama3 or yarn");
+  TIDAL_CHECK(
+      rope.rotary_dim == model.rope.rotary_dim && rope.interleaved == model.rope.interleaved,
+      ConfigError, "window_rope: got other dims that turn than those of rope, expected the same");
+}
+
+void ValidateLayers(const ModelConfig& model) {
+  TIDAL_CHECK(model.layers.empty() || static_cast<int64_t>(model.layers.size()) == model.num_layers,
+              ConfigError, "layers: got ", model.layers.size(), ", expected none or num_layers ",
+              model.num_layers);
+  for (const LayerConfig& layer : model.layers) {
+    TIDAL_CHECK(layer.window >= 0 && layer.window <= kMaxPositions, ConfigError,
+                "layers: window: got ", layer.window, ", expected 0 to ", kMaxPositions);
+  }
+  if (!model.has_experts()) return;
+  CheckRange("num_experts", model.num_experts, kMaxExperts);
+  CheckRange("experts_per_token", model.experts_per_token, model.num_experts);
+  CheckRange("expert_intermediate_size", model.expert_intermediate_size, kMaxHidden);
+}
+
+void ValidateScales(const ModelConfig& model) {
+  CheckPositive("embedding_scale", model.embedding_scale);
+  CheckPositive("residual_scale", model.residual_scale);
+  CheckPositive("logit_scale", model.logit_scale);
+  if (model.attention_scale != 0.0) CheckPositive("attention_scale", model.attention_scale);
+  if (model.attention_softcap != 0.0) CheckPositive("attention_softcap", model.attention_softcap);
+  if (model.logit_softcap != 0.0) CheckPositive("logit_softcap", model.logit_softcap);
+  TIDAL_CHECK(std::isfinite(model.norm_offset), ConfigError, "norm_offset: got ", model.norm_offset,
+              ", expected a finite number");
+  TIDAL_CHECK(!model.branch_norms || model.residual_scale == 1.0, ConfigError,
+              "residual_scale: got ", model.residual_scale,
+              " with branch_norms, which undo it; expected 1");
+  TIDAL_CHECK(model.input_norms || model.branch_norms, ConfigError,
+              "input_norms: got false without branch_norms, expected one of them");
+}
+
 }  // namespace
 
 void ValidateModelConfig(const ModelConfig& model) {
@@ -70,17 +117,10 @@ void ValidateModelConfig(const ModelConfig& model) {
               ", expected an even number (rotary halves)");
   TIDAL_CHECK(model.num_q_heads % model.num_kv_heads == 0, ConfigError, "num_kv_heads: got ",
               model.num_kv_heads, ", expected a divisor of num_q_heads ", model.num_q_heads);
-  CheckPositive("embedding_scale", model.embedding_scale);
-  CheckPositive("residual_scale", model.residual_scale);
-  CheckPositive("logit_scale", model.logit_scale);
-  if (model.attention_scale != 0.0) CheckPositive("attention_scale", model.attention_scale);
-  TIDAL_CHECK(!model.branch_norms || model.residual_scale == 1.0, ConfigError,
-              "residual_scale: got ", model.residual_scale,
-              " with branch_norms, which undo it; expected 1");
-  TIDAL_CHECK(model.layers.empty() || static_cast<int64_t>(model.layers.size()) == model.num_layers,
-              ConfigError, "layers: got ", model.layers.size(), ", expected none or num_layers ",
-              model.num_layers);
-  ValidateRope(model);
+  ValidateScales(model);
+  ValidateLayers(model);
+  ValidateRope(model, model.rope);
+  if (model.window_rope) ValidateWindowRope(model);
 }
 
 }  // namespace tidal

@@ -108,10 +108,7 @@ double LongropeAttentionScaling(const RopeConfig& rope) {
   return std::sqrt(1.0 + std::log(rope.factor) / std::log(original));
 }
 
-}  // namespace
-
-RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len) {
-  const RopeConfig& rope = model.rope;
+RopeFrequencies Compute(const ModelConfig& model, const RopeConfig& rope, int64_t seq_len) {
   const int64_t dim = model.rotary_dim();
   Frequencies freq;
   double scaling = 1.0;
@@ -139,6 +136,16 @@ RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len) {
   }
   freq.resize(static_cast<size_t>(model.head_dim / 2), 0.0);
   return {std::vector<float>(freq.begin(), freq.end()), static_cast<float>(scaling)};
+}
+
+}  // namespace
+
+RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len) {
+  return Compute(model, model.rope, seq_len);
+}
+
+RopeFrequencies ComputeWindowRope(const ModelConfig& model) {
+  return Compute(model, *model.window_rope, 0);
 }
 
 }  // namespace tidal

@@ -19,4 +19,7 @@ struct RopeFrequencies {
 // those of its prompt, or of the declared length of a session.
 RopeFrequencies ComputeRope(const ModelConfig& model, int64_t seq_len);
 
+// Those of layers with a window, if the model has them apart.
+RopeFrequencies ComputeWindowRope(const ModelConfig& model);
+
 }  // namespace tidal

@@ -256,7 +256,9 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
 CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
                        DType scale_dtype) {
   constexpr int64_t kInt4Group = 128;
-  if (codes == WeightCodes::kNone || !name.starts_with("model.layers.") || info.shape.size() != 2 ||
+  // A router is small, and what it chooses is sensitive.
+  if (codes == WeightCodes::kNone || !name.starts_with("model.layers.") ||
+      name.ends_with(".mlp.gate.weight") || info.shape.size() != 2 ||
       info.shape[1] % kCodesPerWord != 0) {
     return {};
   }

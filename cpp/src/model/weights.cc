@@ -32,6 +32,10 @@ struct Placement {
   int64_t columns;                 // 0: vectors
   std::string expected_from;       // how the shape follows from the config, for the error
   std::vector<RowRuns> runs = {};  // of each name's rows, in the order in which they are stacked
+  bool is_float32 = false;         // whatever the dtype of the others is
+  float added = 0.0f;              // to each number; with is_float32
+
+  DType dtype(DType others) const { return is_float32 ? DType::kFloat32 : others; }
 };
 
 // Shape of the i-th name.
@@ -56,7 +60,7 @@ class Planner {
     Add(&weights.embedding, {"model.embed_tokens.weight"}, {m.vocab_size}, m.hidden_size,
         "vocab_size x hidden_size");
     for (int64_t i = 0; i < m.num_layers; ++i) PlanLayer(i, weights.layers[static_cast<size_t>(i)]);
-    Add(&weights.final_norm, {"model.norm.weight"}, {m.hidden_size}, 0, "hidden_size");
+    AddNorm(&weights.final_norm, "model.norm.weight");
     if (!m.tie_word_embeddings) {
       AddMatrix(&weights.lm_head, {"lm_head.weight"}, {m.vocab_size}, m.hidden_size,
                 "vocab_size x hidden_size");
@@ -66,17 +70,15 @@ class Planner {
   void PlanLayer(int64_t index, LayerWeights& layer) {
     const ModelConfig& m = model_;
     std::string prefix = "model.layers." + std::to_string(index) + ".";
-    std::string attn = prefix + "self_attn.", mlp = prefix + "mlp.";
+    const std::string attn = prefix + "self_attn.", mlp = prefix + "mlp.";
     std::vector<std::string> qkv = {attn + "q_proj", attn + "k_proj", attn + "v_proj"};
     std::vector<int64_t> qkv_rows = {m.q_size(), m.kv_size(), m.kv_size()};
     std::string heads = Concat("num_q_heads ", m.num_q_heads, ", num_kv_heads ", m.num_kv_heads,
                                ", head_dim ", m.head_dim, ", hidden_size ", m.hidden_size);
-    std::string sizes =
-        Concat("hidden_size ", m.hidden_size, ", intermediate_size ", m.intermediate_size);
 
     const RowRuns q = RotatedRows(m.num_q_heads), k = RotatedRows(m.num_kv_heads);
-    const RowRuns v = {{0, m.kv_size()}}, one_head = RotatedRows(1);
-    Add(&layer.input_norm, {prefix + "input_layernorm.weight"}, {m.hidden_size}, 0, "hidden_size");
+    const RowRuns v = {{0, m.kv_size()}};
+    if (m.input_norms) AddNorm(&layer.input_norm, prefix + "input_layernorm.weight");
     AddMatrix(&layer.qkv, WithSuffix(qkv, ".weight"), qkv_rows, m.hidden_size, heads);
     placements_.back().runs = {q, k, v};
     if (m.qkv_bias) {
@@ -84,30 +86,57 @@ class Planner {
       placements_.back().runs = {q, k, v};
     }
     if (m.qk_norm) {
-      Add(&layer.q_norm, {attn + "q_norm.weight"}, {m.head_dim}, 0, "head_dim");
-      placements_.back().runs = {one_head};
-      Add(&layer.k_norm, {attn + "k_norm.weight"}, {m.head_dim}, 0, "head_dim");
-      placements_.back().runs = {one_head};
+      AddHeadNorm(&layer.q_norm, attn + "q_norm.weight", m.wide_qk_norm ? m.num_q_heads : 1);
+      AddHeadNorm(&layer.k_norm, attn + "k_norm.weight", m.wide_qk_norm ? m.num_kv_heads : 1);
+    }
+    if (m.attention_sinks) {
+      Add(&layer.sinks, {attn + "sinks"}, {m.num_q_heads}, 0, "num_q_heads");
+      placements_.back().is_float32 = true;
     }
     AddMatrix(&layer.o, {attn + "o_proj.weight"}, {m.hidden_size}, m.q_size(), heads);
     if (m.o_bias) Add(&layer.o_bias, {attn + "o_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
 
-    std::vector<std::string> gate_up = {mlp + "gate_proj", mlp + "up_proj"};
-    std::vector<int64_t> gate_up_rows = {m.intermediate_size, m.intermediate_size};
-    Add(&layer.post_norm, {prefix + "post_attention_layernorm.weight"}, {m.hidden_size}, 0,
-        "hidden_size");
-    AddMatrix(&layer.gate_up, WithSuffix(gate_up, ".weight"), gate_up_rows, m.hidden_size, sizes);
-    AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
+    if (m.input_norms) AddNorm(&layer.post_norm, prefix + "post_attention_layernorm.weight");
+    if (m.layer(index).has_experts) {
+      PlanExperts(mlp, layer);
+    } else {
+      PlanMlp(mlp, layer);
+    }
     if (m.branch_norms) {
-      Add(&layer.o_norm, {prefix + "post_self_attn_layernorm.weight"}, {m.hidden_size}, 0,
-          "hidden_size");
-      Add(&layer.down_norm, {prefix + "post_mlp_layernorm.weight"}, {m.hidden_size}, 0,
-          "hidden_size");
+      AddNorm(&layer.o_norm, prefix + "post_self_attn_layernorm.weight");
+      AddNorm(&layer.down_norm, prefix + "post_mlp_layernorm.weight");
     }
-    if (m.mlp_bias) {
-      Add(&layer.gate_up_bias, WithSuffix(gate_up, ".bias"), gate_up_rows, 0, sizes);
-      Add(&layer.down_bias, {mlp + "down_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
+  }
+
+  void PlanMlp(const std::string& mlp, LayerWeights& layer) {
+    const ModelConfig& m = model_;
+    const std::string sizes =
+        Concat("hidden_size ", m.hidden_size, ", intermediate_size ", m.intermediate_size);
+    const std::vector<std::string> gate_up = {mlp + "gate_proj", mlp + "up_proj"};
+    const std::vector<int64_t> rows = {m.intermediate_size, m.intermediate_size};
+    AddMatrix(&layer.gate_up, WithSuffix(gate_up, ".weight"), rows, m.hidden_size, sizes);
+    AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
+    if (!m.mlp_bias) return;
+    Add(&layer.gate_up_bias, WithSuffix(gate_up, ".bias"), rows, 0, sizes);
+    Add(&layer.down_bias, {mlp + "down_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
+  }
+
+  void PlanExperts(const std::string& mlp, LayerWeights& layer) {
+    const ModelConfig& m = model_;
+    const std::string sizes = Concat("num_experts ", m.num_experts, ", hidden_size ", m.hidden_size,
+                                     ", expert_intermediate_size ", m.expert_intermediate_size);
+    Add(&layer.router, {mlp + "gate.weight"}, {m.num_experts}, m.hidden_size, sizes);
+    std::vector<std::string> gate_up, down;
+    for (int64_t e = 0; e < m.num_experts; ++e) {
+      const std::string expert = Concat(mlp, "experts.", e, ".");
+      gate_up.push_back(expert + "gate_proj.weight");
+      gate_up.push_back(expert + "up_proj.weight");
+      down.push_back(expert + "down_proj.weight");
     }
+    const std::vector<int64_t> gate_up_rows(gate_up.size(), m.expert_intermediate_size);
+    const std::vector<int64_t> down_rows(down.size(), m.hidden_size);
+    AddMatrix(&layer.experts_gate_up, gate_up, gate_up_rows, m.hidden_size, sizes);
+    AddMatrix(&layer.experts_down, down, down_rows, m.expert_intermediate_size, sizes);
   }
 
   // The rows of q or k so that dim i turns with dim i + head_dim / 2, as the engine has it: a
@@ -136,6 +165,23 @@ class Planner {
     placements_.push_back(
         {target, nullptr, std::move(names), std::move(rows), columns, std::move(expected_from)});
     for (int64_t count : placements_.back().rows) placements_.back().runs.push_back({{0, count}});
+  }
+
+  void AddNorm(TensorView* target, std::string name) {
+    Add(target, {std::move(name)}, {model_.hidden_size}, 0, "hidden_size");
+    AddOffset(placements_.back());
+  }
+
+  void AddHeadNorm(TensorView* target, std::string name, int64_t num_heads) {
+    const std::string heads = num_heads == 1 ? "" : Concat(num_heads, " heads x ");
+    Add(target, {std::move(name)}, {num_heads * model_.head_dim}, 0, heads + "head_dim");
+    placements_.back().runs = {RotatedRows(num_heads)};
+    AddOffset(placements_.back());
+  }
+
+  void AddOffset(Placement& norm) const {
+    norm.is_float32 = model_.norm_offset != 0.0;
+    norm.added = static_cast<float>(model_.norm_offset);
   }
 
   void AddMatrix(Weight* target, std::vector<std::string> names, std::vector<int64_t> rows,
@@ -248,9 +294,10 @@ class Loader {
       return;
     }
     const int64_t rows = NumRows(placement);
+    const DType dtype = placement.dtype(dtype_);
     *placement.target = placement.columns == 0
-                            ? TensorView(nullptr, dtype_, {rows})
-                            : TensorView(nullptr, dtype_, {rows, placement.columns});
+                            ? TensorView(nullptr, dtype, {rows})
+                            : TensorView(nullptr, dtype, {rows, placement.columns});
     AllocateTensor(*placement.target, weights);
   }
 
@@ -262,12 +309,13 @@ class Loader {
 
   void LoadOne(const Placement& placement, const LoadProgress& progress) {
     int64_t columns = std::max<int64_t>(placement.columns, 1);
+    const NumbersAs as = {placement.dtype(dtype_), placement.added};
     char* target = static_cast<char*>(placement.target->ptr);
     for (size_t i = 0; i < placement.names.size(); ++i) {
       for (const RowRun& run : placement.runs[i]) {
-        LoadElements(placement.names[i], {run.begin * columns, run.count * columns}, target,
+        LoadElements(placement.names[i], {run.begin * columns, run.count * columns}, as, target,
                      progress);
-        target += run.count * columns * DTypeBytes(dtype_);
+        target += run.count * columns * DTypeBytes(as.dtype);
       }
     }
   }
@@ -346,22 +394,30 @@ class Loader {
     if (progress) progress(done_, total_);
   }
 
+  struct NumbersAs {
+    DType dtype;
+    float added;  // 0 but for float32
+  };
+
   // `run`: elements of the tensor.
-  void LoadElements(const std::string& name, const RowRun& run, char* target,
+  void LoadElements(const std::string& name, const RowRun& run, const NumbersAs& as, char* target,
                     const LoadProgress& progress) {
     DType from = source_.Find(name)->dtype;
-    int64_t piece = kPieceBytes / std::max(DTypeBytes(from), DTypeBytes(dtype_));  // elements
+    int64_t piece = kPieceBytes / std::max(DTypeBytes(from), DTypeBytes(as.dtype));  // elements
     for (int64_t done = 0; done < run.count; done += piece) {
       int64_t n = std::min(piece, run.count - done), begin = run.begin + done;
-      int64_t bytes = n * DTypeBytes(dtype_);
-      char* dst = target + done * DTypeBytes(dtype_);
+      int64_t bytes = n * DTypeBytes(as.dtype);
+      char* dst = target + done * DTypeBytes(as.dtype);
       void* host = backend_.BeginUpload(dst, bytes);
-      if (from == dtype_) {
+      if (from == as.dtype) {
         source_.Read(name, begin * DTypeBytes(from), bytes, host);
       } else {
         scratch_.resize(static_cast<size_t>(n * DTypeBytes(from)));
         source_.Read(name, begin * DTypeBytes(from), n * DTypeBytes(from), scratch_.data());
-        Convert({scratch_.data(), from}, {host, dtype_}, n);
+        Convert({scratch_.data(), from}, {host, as.dtype}, n);
+      }
+      if (as.added != 0.0f) {
+        for (int64_t i = 0; i < n; ++i) static_cast<float*>(host)[i] += as.added;
       }
       backend_.CommitUpload(dst, bytes);
       Report(bytes, progress);
@@ -409,7 +465,7 @@ WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DT
   ModelWeights weights;
   WeightMemory memory;
   for (const Placement& placement : Planner(model, weights).Take()) {
-    const int64_t bytes = NumElements(placement) * DTypeBytes(dtype);
+    const int64_t bytes = NumElements(placement) * DTypeBytes(placement.dtype(dtype));
     const Weight coded = InCodes(backend, placement, source);
     memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;
     if (coded.is_coded() && placement.matrix != &weights.lm_head) {

@@ -131,7 +131,7 @@ def calibrate(
         raise
     console = Console(highlight=False)
     console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
-    show_frontier(console, outcome, folder.model.num_layers)
+    show_frontier(console, outcome, folder.model.windows)
     show_judgement(console, job, outcome)
     if outcome.chosen.scores.loss > max_loss and not keep_anyway:
         print_note(_not_good_enough(job, outcome))

@@ -23,7 +23,7 @@ from tidaldecode.errors import UnsupportedError
 from tidaldecode.plan_bytes import kv_bytes_per_step
 from tidaldecode.plans import plan_letters
 
-_LEAST_LAYERS = 3
+_LEAST_LAYERS = 2
 # Layers in front that are dense in the first plan; the others all choose.
 _DENSE_LAYERS = 1
 # Of the attention, the shares that adaptive budgets hold, and the positions they hold at least.
@@ -106,9 +106,9 @@ class Candidate:
     def _shadow(self) -> dict[str, str]:
         return {"shadow": self.shadow} if self.scored_layers else {}
 
-    def letters(self, num_layers: int) -> str:
-        """The plan as the engine prints it."""
-        return plan_letters(num_layers, self.config())
+    def letters(self, windows: Sequence[int]) -> str:
+        """The plan as the engine prints it, on layers with these windows (ModelConfig)."""
+        return plan_letters(windows, self.config())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +173,13 @@ class Search:
 
         Raises: UnsupportedError for a model without room for a dense, a scored and a sparse layer.
         """
-        if self._model.num_layers < _LEAST_LAYERS:
+        layers = tuple(n for n in self._model.full_attention_layers if n >= _DENSE_LAYERS)
+        if len(layers) < _LEAST_LAYERS:
+            those = "" if len(layers) == self._model.num_layers - 1 else " without a window"
             raise UnsupportedError(
-                f"calibrate: got a model of {self._model.num_layers} layers, expected at least "
-                f"{_LEAST_LAYERS}: one dense, one that chooses, one sparse"
+                f"calibrate: got a model with {len(layers)} layers{those} behind the first, "
+                f"expected at least {_LEAST_LAYERS}: one that chooses, one sparse"
             )
-        layers = tuple(range(_DENSE_LAYERS, self._model.num_layers))
         sizes = _chain_sizes(len(layers))
         self._stage = Stage(number=0, count=len(sizes) + 3, title="")
         middle = budgets[(len(budgets) - 1) // 2]
@@ -222,7 +223,7 @@ class Search:
             if size <= _MOST_SELECT_LAYERS:
                 layers = canonical(candidate.scored_layers)
                 dense = replace(candidate, select_layers=layers, scored_layers=())
-                if "s" in dense.letters(self._model.num_layers):
+                if "s" in dense.letters(self._model.windows):
                     variants.append(dense)
             self._rank(variants)
             chain += variants

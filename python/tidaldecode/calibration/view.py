@@ -5,6 +5,8 @@ Called by command.py. Without colours when piped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +17,7 @@ from tidaldecode.cli.terminal import print_whole
 from tidaldecode.evaluation.kept import wilson_interval
 
 
-def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
+def show_frontier(console: Console, outcome: Outcome, windows: Sequence[int]) -> None:
     """A row per plan, by ascending bytes; the chosen one is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     table.add_column("plan", no_wrap=True)
@@ -24,7 +26,7 @@ def show_frontier(console: Console, outcome: Outcome, num_layers: int) -> None:
     for point in frontier(outcome.points):
         candidate, scores = point.candidate, point.scores
         options = candidate.options()
-        letters = candidate.letters(num_layers)
+        letters = candidate.letters(windows)
         same = f"{100 * scores.agreement:.0f}" if outcome.is_judged_by_questions else "-"
         table.add_row(
             f"{letters} *" if point == outcome.chosen else letters,

@@ -9,51 +9,82 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One `model_type`. A bias is there always, never, or as a field of config.json says."""
 
-    num_key_value_heads: int | None = None  # if config.json does not say; None: one a query head
+    # If config.json does not say; None: it must.
+    vocab_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None  # likewise; None: one a query head
     max_position_embeddings: int = 2048
     original_max_position_embeddings: int | None = None  # of scaled rope; None: the length itself
     head_dim: int | None = None  # None: hidden_size over heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_types: Mapping[str, str] = field(default_factory=dict)  # other names of them
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict)  # if config.json has none
+    has_query_scale: bool = False  # llama_4_scaling_beta
+    # Layers with a window rotate by parameters of their own: their base, if config.json does not
+    # say, and the field that has it in configs without rope_parameters.
+    window_rope_theta: float | None = None
+    window_rope_field: str | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # the field, if config.json does not say
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    input_norms: bool = True
     branch_norms: bool = False
+    qk_norm: bool = False
+    wide_qk_norm: bool = False
+    norm_offset: float = 0.0
+    activation: tuple[str, str] = ("hidden_act", "silu")  # the field, and what absent means
     partial_rotary_factor: float | None = None  # if config.json does not say; None: no such field
     has_interleaved_rotation: bool = False
-    # A sliding window, which must not be in use: the field that switches it on, if there is one;
-    # sliding_window and max_window_layers (0: no such field) if config.json does not say.
+    # A sliding window: the field that switches it on, if there is one; sliding_window if
+    # config.json does not say; and which layers have it.
     has_window: bool = False
     window_switch: str | None = None
     sliding_window: int | None = None
-    max_window_layers: int = 0
+    has_layer_types: bool = False  # layer_types says which, if it is there
+    max_window_layers: int = 0  # else: those from this field on; 0: no such field
+    full_layer_interval: int = 0  # else: all but every so-manyth; 0: all of them
+    full_layer_field: str | None = None  # that has this interval, where configs give it
+    windows_without_rope: bool = False  # else: those without rotation
     intermediate_size: str = "intermediate_size"  # the field
+    # Experts: their number and those of a token if config.json does not say, the fields of their
+    # size, and whether a token's weights add up to 1; None: norm_topk_prob says.
+    has_experts: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: tuple[str, int | None] = ("moe_intermediate_size", None)
+    normalized_routing: bool | None = True
+    has_layers_without_experts: bool = False  # decoder_sparse_step, mlp_only_layers
     # Granite's: embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     has_multipliers: bool = False
+    # Gemma's: embeddings times the root of hidden_size, query_pre_attn_scalar; and the soft caps
+    # attn_logit_softcapping and final_logit_softcapping, if config.json does not say.
+    has_gemma_scales: bool = False
+    softcaps: tuple[float, float] = (0.0, 0.0)
     # SmolLM3's: no_rope_layers, no_rope_layer_interval.
     has_layers_without_rope: bool = False
     # Granite 4's: layers of other kinds and experts, there if config.json does not say; and
     # position_embedding_type, without which nothing is rotated.
     is_hybrid: bool = False
     full_attention: tuple[str, ...] = ("full_attention",)  # names in layer_types
-    # Parts of a layer under other names than the engine's, and those that are stacked in one.
+    # Parts of a layer under other names than the engine's (* is an expert's number), and those that
+    # are stacked in one.
     renamed: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # Models of text and images: `text_config` says what the text part is, which is used alone. What is
 # of the whole folder stands beside it.
-WRAPPERS = ("mistral3",)
+WRAPPERS = ("mistral3", "gemma3")
 BESIDE_TEXT_CONFIG = (
     "_name_or_path", "auto_map", "dtype", "torch_dtype", "eos_token_id", "quantization_config",
     "tie_word_embeddings",
@@ -61,6 +92,13 @@ BESIDE_TEXT_CONFIG = (
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_NORMS_OF_BRANCHES = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+_NORMS_AROUND_BRANCHES = _NORMS_OF_BRANCHES | {
+    "pre_feedforward_layernorm": "post_attention_layernorm"
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
@@ -77,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         has_window=True,
         window_switch="use_sliding_window",
         sliding_window=4096,
+        has_layer_types=True,
         max_window_layers=28,
     ),
     "qwen3": Family(
@@ -89,7 +128,68 @@ FAMILIES: dict[str, Family] = {
         has_window=True,
         window_switch="use_sliding_window",
         sliding_window=4096,
+        has_layer_types=True,
         max_window_layers=28,
+    ),
+    "ministral": Family(
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        has_window=True,
+        sliding_window=4096,
+        has_layer_types=True,
+    ),
+    "ministral3": Family(
+        num_key_value_heads=8,
+        max_position_embeddings=262144,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1000000.0,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        has_query_scale=True,
+        has_window=True,
+    ),
+    "qwen3_moe": Family(
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        has_window=True,
+        window_switch="use_sliding_window",
+        sliding_window=4096,
+        has_experts=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_intermediate_size=("moe_intermediate_size", 768),
+        normalized_routing=None,
+        has_layers_without_experts=True,
+    ),
+    "mixtral": Family(
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1000000.0,
+        has_window=True,
+        has_experts=True,
+        num_experts=8,
+        experts_per_token=2,
+        expert_intermediate_size=("intermediate_size", 14336),
+        renamed={
+            "block_sparse_moe.gate": "mlp.gate",
+            "block_sparse_moe.experts.*.w1": "mlp.experts.*.gate_proj",
+            "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
+            "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
+        },
     ),
     "granite": Family(
         qkv_bias="attention_bias",
@@ -117,6 +217,8 @@ FAMILIES: dict[str, Family] = {
         mlp_bias="mlp_bias",
         has_window=True,
         window_switch="use_sliding_window",
+        has_layer_types=True,
+        windows_without_rope=True,
         has_layers_without_rope=True,
     ),
     "seed_oss": Family(
@@ -148,5 +250,75 @@ FAMILIES: dict[str, Family] = {
         partial_rotary_factor=0.5,
         has_interleaved_rotation=True,
         stacked={"mlp.gate_up_proj": _GATE_UP},
+    ),
+    "olmo2": Family(
+        rms_norm_eps=1e-5,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        input_norms=False,
+        branch_norms=True,
+        qk_norm=True,
+        wide_qk_norm=True,
+        renamed=_NORMS_OF_BRANCHES,
+    ),
+    "olmo3": Family(
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        window_rope_theta=500000.0,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        input_norms=False,
+        branch_norms=True,
+        qk_norm=True,
+        wide_qk_norm=True,
+        has_window=True,
+        sliding_window=4096,
+        has_layer_types=True,
+        full_layer_interval=4,
+        renamed=_NORMS_OF_BRANCHES,
+    ),
+    "gemma2": Family(
+        vocab_size=256000,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        head_dim=256,
+        tie_word_embeddings=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        branch_norms=True,
+        norm_offset=1.0,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        has_window=True,
+        sliding_window=4096,
+        has_layer_types=True,
+        full_layer_interval=2,
+        has_gemma_scales=True,
+        softcaps=(50.0, 30.0),
+        renamed=_NORMS_AROUND_BRANCHES,
+    ),
+    "gemma3_text": Family(
+        vocab_size=262208,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        head_dim=256,
+        rope_theta=1000000.0,
+        window_rope_theta=10000.0,
+        window_rope_field="rope_local_base_freq",
+        tie_word_embeddings=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        branch_norms=True,
+        qk_norm=True,
+        norm_offset=1.0,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        has_window=True,
+        sliding_window=4096,
+        has_layer_types=True,
+        full_layer_interval=6,
+        full_layer_field="sliding_window_pattern",
+        has_gemma_scales=True,
+        renamed=_NORMS_AROUND_BRANCHES,
     ),
 }

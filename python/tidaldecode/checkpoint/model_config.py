@@ -15,9 +15,10 @@ from typing import Any
 from tidaldecode.checkpoint.families import BESIDE_TEXT_CONFIG, FAMILIES, WRAPPERS, Family
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
+from tidaldecode.checkpoint.layer_kinds import LayerConfig, read_layers
 from tidaldecode.checkpoint.quant_scheme import Quantization
 from tidaldecode.checkpoint.quantization import read_quantization
-from tidaldecode.checkpoint.rope_config import RopeConfig, read_rope
+from tidaldecode.checkpoint.rope_config import RopeConfig, read_rope, read_window_rope
 from tidaldecode.errors import ConfigError, show
 
 # Caps far above any public model: a typing error or an attack stops here, before any allocation.
@@ -26,36 +27,28 @@ _MAX_HIDDEN = 2**17
 _MAX_INTERMEDIATE = 2**20
 _MAX_LAYERS = 1024
 _MAX_HEADS = 4096
+_MAX_EXPERTS = 4096
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one field
 _MAX_HEAD_DIM = 1024
 _MAX_POSITIONS = 2**28
 
 # Parts of a model_type and why models with it are refused; the first that fits speaks.
 _REFUSAL_REASONS = (
-    ("moe", "mixture-of-experts layers are not supported"),
-    ("mixtral", "mixture-of-experts layers are not supported"),
+    ("moe", "of models with experts Qwen3-MoE and Mixtral are supported"),
     ("deepseek", "latent attention and mixture-of-experts layers are not supported"),
-    ("gpt_oss", "attention sinks and mixture-of-experts layers are not supported"),
-    ("llama4", "mixture-of-experts and chunked attention layers are not supported"),
+    ("gpt_oss", "its experts, with biases and in MXFP4, are not supported"),
+    ("llama4", "chunked attention layers are not supported"),
     ("qwen3_next", "linear attention layers are not supported"),
     ("qwen3_5", "linear attention layers are not supported"),
     ("mamba", "state-space layers are not supported"),
-    ("gemma", "its scaled embeddings, soft caps and sliding layers are not supported"),
-    ("phimoe", "mixture-of-experts layers are not supported"),
+    ("gemma", "of these Gemma 2 and the text part of Gemma 3 are supported"),
     ("phi", "models with other parts than text, or of the first generations, are not supported"),
-    ("ministral3", "queries that are scaled by their position are not supported"),
     ("mllama", "models with a vision part are not supported"),
     ("_vl", "models with a vision part are not supported"),
     ("gpt2", "learned position embeddings are not supported"),
     ("t5", "encoder-decoder models are not supported"),
     ("bert", "encoder models are not supported"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerConfig:
-    """Fields and meaning of C++ LayerConfig (cpp/include/tidal/config.h)."""
-
-    has_rope: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +67,42 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    input_norms: bool = True
     branch_norms: bool = False
+    qk_norm: bool = False
+    wide_qk_norm: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    normalized_routing: bool = True
+    attention_sinks: bool = False
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float = 0.0
     logit_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
     rope: RopeConfig = field(default_factory=RopeConfig)
+    window_rope: RopeConfig | None = None
     layers: tuple[LayerConfig, ...] = ()
 
     @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each layer; 0 where it sees everything."""
+        return tuple(layer.window for layer in self.layers) or (0,) * self.num_layers
+
+    @property
+    def full_attention_layers(self) -> tuple[int, ...]:
+        """The layers that see everything, which are those that a plan is about."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window == 0)
 
     @property
     def rope_window(self) -> int | None:
@@ -199,20 +214,24 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
             "never done; if it is a plain model of its type, remove the field"
         )
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(f"{where}: hidden_act: got {show(activation)}, expected 'silu'")
+    if raw.get("use_bidirectional_attention"):
+        raise ConfigError(
+            f"{where}: use_bidirectional_attention: the model reads its text in both directions, "
+            "so it cannot continue one"
+        )
+    if family.has_experts:
+        return
     most = 0 if family.is_hybrid else 1  # beside a hybrid's experts there is an MLP
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+    for key in _EXPERT_COUNTS:
         count = raw.get(key)
         if count is None and family.is_hybrid and key == "num_local_experts":
             raise ConfigError(
-                f"{where}: {key} is missing, which means experts; expected 0: mixture-of-experts "
-                "layers are not supported"
+                f"{where}: {key} is missing, which means experts; expected 0: experts are not "
+                "supported in models of this type"
             )
         if isinstance(count, int) and count > most:
             raise ConfigError(
-                f"{where}: {key}: got {count}: mixture-of-experts layers are not supported"
+                f"{where}: {key}: got {count}: experts are not supported in models of this type"
             )
 
 
@@ -228,25 +247,19 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
 
     num_layers = size("num_hidden_layers", _MAX_LAYERS)
     hidden_size = size("hidden_size", _MAX_HIDDEN)
-    num_q_heads = size("num_attention_heads", _MAX_HEADS)
-    if raw.get("num_key_value_heads", 0) is None:
-        num_kv_heads = num_q_heads  # null: one KV head per query head
-    else:
-        default = family.num_key_value_heads or num_q_heads
-        num_kv_heads = size("num_key_value_heads", _MAX_HEADS, default=default)
-    if num_q_heads % num_kv_heads != 0:
-        raise ConfigError(
-            f"{where}: num_key_value_heads: got {num_kv_heads}, expected a divisor of "
-            f"num_attention_heads {num_q_heads}"
-        )
+    num_q_heads, num_kv_heads = _read_heads(raw, family, where)
     max_positions = size(
         "max_position_embeddings", _MAX_POSITIONS, default=family.max_position_embeddings
     )
     head_dim = _read_head_dim(raw, family.head_dim, hidden_size, num_q_heads, where)
-    _check_layer_types(raw, family, num_layers, where)
-    _refuse_windows(raw, family, num_layers, max_positions, where)
+    rope = {
+        "family": family,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_positions,
+        "where": where,
+    }
     return ModelConfig(
-        vocab_size=size("vocab_size", _MAX_VOCAB),
+        vocab_size=size("vocab_size", _MAX_VOCAB, **_default(family.vocab_size)),
         hidden_size=hidden_size,
         intermediate_size=size(family.intermediate_size, _MAX_INTERMEDIATE),
         num_layers=num_layers,
@@ -260,21 +273,109 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
         qkv_bias=has(family.qkv_bias),
         o_bias=has(family.o_bias),
         mlp_bias=has(family.mlp_bias),
-        qk_norm=family.qk_norm,
+        input_norms=family.input_norms,
         branch_norms=family.branch_norms,
+        qk_norm=family.qk_norm,
+        wide_qk_norm=family.wide_qk_norm,
+        norm_offset=family.norm_offset,
+        activation=_read_activation(raw, family, where),
         tie_word_embeddings=read_bool(
             raw, "tie_word_embeddings", where=where, default=family.tie_word_embeddings
         ),
-        rope=read_rope(
-            raw,
-            family=family,
-            head_dim=head_dim,
-            max_position_embeddings=max_positions,
-            where=where,
-        ),
-        layers=_read_layers(raw, family, num_layers, where),
+        rope=read_rope(raw, **rope),
+        window_rope=read_window_rope(raw, **rope),
+        layers=read_layers(raw, family, num_layers, max_positions, where),
+        **_read_experts(raw, family, where),
         **_read_multipliers(raw, family, where),
+        **_read_gemma_scales(raw, family, hidden_size, where),
     )
+
+
+def _default(value: int | None) -> dict[str, int]:
+    """Of a field; none, and it must be there."""
+    return {} if value is None else {"default": value}
+
+
+def _read_heads(raw: Mapping[str, Any], family: Family, where: str) -> tuple[int, int]:
+    """Query heads and KV heads."""
+    num_q_heads = read_int(
+        raw, "num_attention_heads", low=1, high=_MAX_HEADS, where=where,
+        **_default(family.num_attention_heads),
+    )  # fmt: skip
+    num_kv_heads = num_q_heads
+    if raw.get("num_key_value_heads", 0) is not None:  # null: one KV head per query head
+        default = family.num_key_value_heads or num_q_heads
+        num_kv_heads = read_int(
+            raw, "num_key_value_heads", low=1, high=_MAX_HEADS, where=where, default=default
+        )
+    if num_q_heads % num_kv_heads != 0:
+        raise ConfigError(
+            f"{where}: num_key_value_heads: got {num_kv_heads}, expected a divisor of "
+            f"num_attention_heads {num_q_heads}"
+        )
+    return num_q_heads, num_kv_heads
+
+
+def _read_experts(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    if not family.has_experts:
+        return {}
+
+    def size(key: str, high: int, default: int | None) -> int:
+        value: int = read_int(raw, key, low=1, high=high, where=where, default=default)
+        return value
+
+    count_field = next((key for key in _EXPERT_COUNTS if raw.get(key) is not None), "num_experts")
+    num_experts = size(count_field, _MAX_EXPERTS, family.num_experts)
+    chosen = size("num_experts_per_tok", _MAX_EXPERTS, family.experts_per_token)
+    if chosen > num_experts:
+        raise ConfigError(
+            f"{where}: num_experts_per_tok: got {chosen}, expected at most {count_field} "
+            f"{num_experts}"
+        )
+    normalized = family.normalized_routing
+    if normalized is None:
+        normalized = read_bool(raw, "norm_topk_prob", where=where, default=False)
+    size_field, default = family.expert_intermediate_size
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": chosen,
+        "expert_intermediate_size": size(size_field, _MAX_INTERMEDIATE, default),
+        "normalized_routing": normalized,
+    }
+
+
+def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> str:
+    field_name, default = family.activation
+    name = raw.get(field_name)
+    name = default if name is None else name
+    known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(
+            f"{where}: {field_name}: got {show(name)}, expected 'silu' or 'gelu_pytorch_tanh'"
+        )
+    return known[name]
+
+
+def _read_gemma_scales(
+    raw: Mapping[str, Any], family: Family, hidden_size: int, where: str
+) -> dict[str, float]:
+    if not family.has_gemma_scales:
+        return {}
+
+    def softcap(key: str, default: float) -> float:
+        if key in raw and raw[key] is None:
+            return 0.0
+        value: float = read_float(raw, key, where=where, default=default)
+        return value
+
+    query_scale = read_float(raw, "query_pre_attn_scalar", where=where, default=256.0)
+    attention, logits = family.softcaps
+    return {
+        "embedding_scale": hidden_size**0.5,
+        "attention_scale": query_scale**-0.5,
+        "attention_softcap": softcap("attn_logit_softcapping", attention),
+        "logit_softcap": softcap("final_logit_softcapping", logits),
+    }
 
 
 def _read_multipliers(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
@@ -291,39 +392,6 @@ def _read_multipliers(raw: Mapping[str, Any], family: Family, where: str) -> dic
         "attention_scale": number("attention_multiplier"),
         "logit_scale": 1.0 / number("logits_scaling"),
     }
-
-
-def _read_layers(
-    raw: Mapping[str, Any], family: Family, num_layers: int, where: str
-) -> tuple[LayerConfig, ...]:
-    """Layer by layer; () if all are as by default."""
-    if family.has_layers_without_rope:
-        rotates = _rotating_layers(raw, num_layers, where)
-    elif family.is_hybrid:
-        rotates = [raw.get("position_embedding_type") == "rope"] * num_layers
-    else:
-        return ()
-    return () if all(rotates) else tuple(LayerConfig(has_rope=bool(each)) for each in rotates)
-
-
-def _rotating_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> list[int]:
-    """1 for each layer that rotates q and k, else 0."""
-    rotates = raw.get("no_rope_layers")
-    if rotates is None:
-        interval = read_int(
-            raw, "no_rope_layer_interval", low=1, high=_MAX_LAYERS, where=where, default=4
-        )
-        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    if (
-        not isinstance(rotates, list)
-        or len(rotates) < num_layers
-        or any(value not in (0, 1) for value in rotates)
-    ):
-        raise ConfigError(
-            f"{where}: no_rope_layers: got {show(rotates)}, expected a list of {num_layers} "
-            "numbers (num_hidden_layers), 1 for a layer with rotation and 0 for one without"
-        )
-    return rotates[:num_layers]
 
 
 def _read_head_dim(
@@ -346,59 +414,6 @@ def _read_head_dim(
             f"expected an even integer from 2 to {_MAX_HEAD_DIM}"
         )
     return head_dim
-
-
-def _check_layer_types(raw: Mapping[str, Any], family: Family, num_layers: int, where: str) -> None:
-    """Refuses layers that do not attend to the whole context."""
-    layer_types = raw.get("layer_types")
-    if layer_types is None:
-        if family.is_hybrid:
-            raise ConfigError(
-                f"{where}: layer_types is missing, so all layers are state-space layers, which are "
-                "not supported"
-            )
-        return
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        count = len(layer_types) if isinstance(layer_types, list) else show(layer_types)
-        raise ConfigError(
-            f"{where}: layer_types: got {count}, expected a list of {num_layers} names "
-            "(num_hidden_layers)"
-        )
-    for index, kind in enumerate(layer_types):
-        if kind not in family.full_attention:
-            raise ConfigError(
-                f"{where}: layer_types: layer {index} is {show(kind)}, expected "
-                f"{family.full_attention[-1]!r}: other kinds of layers are not supported"
-            )
-
-
-def _refuse_windows(
-    raw: Mapping[str, Any], family: Family, num_layers: int, max_positions: int, where: str
-) -> None:
-    """Refuses a sliding window in use; one never reached is none."""
-    if not family.has_window:
-        return
-    if family.window_switch is not None:
-        uses_window = read_bool(raw, family.window_switch, where=where, default=False)
-        if raw.get("layer_types") is not None or not uses_window:
-            return
-        default = family.max_window_layers
-        first = read_int(
-            raw, "max_window_layers", low=0, high=2**31 - 1, where=where, default=default
-        )
-        if default and first >= num_layers:
-            return
-    window = raw.get("sliding_window", family.sliding_window)
-    if window is None:
-        return
-    window = read_int(
-        {"sliding_window": window}, "sliding_window", low=1, high=2**31 - 1, where=where
-    )
-    if window < max_positions:
-        raise ConfigError(
-            f"{where}: sliding_window: got {window}, expected null or at least "
-            f"max_position_embeddings {max_positions}: sliding attention is not supported"
-        )
 
 
 def _read_dtype(raw: Mapping[str, Any], where: str) -> str | None:

@@ -40,6 +40,7 @@ class RopeConfig:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    query_scale_beta: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -63,8 +64,55 @@ def read_rope(
 
     Raises: ConfigError for an unknown type, a missing key or a value out of range.
     """
-    parameters, name = _find_parameters(raw, where)
+    parameters, name = _find_parameters(raw, family, where)
     inside = f"{where}: {name}"
+    theta_source = parameters if parameters.get("rope_theta") is not None else raw
+    theta = read_float(theta_source, "rope_theta", where=where, default=family.rope_theta)
+    return _read(raw, parameters, theta, family, head_dim, max_position_embeddings, where, inside)
+
+
+def read_window_rope(
+    raw: Mapping[str, Any],
+    *,
+    family: Family,
+    head_dim: int,
+    max_position_embeddings: int,
+    where: str,
+) -> RopeConfig | None:
+    """The rotary embedding of layers with a window; None if the model has one for all.
+
+    Args and raises as read_rope().
+    """
+    if family.window_rope_theta is None:
+        return None
+    parameters: Mapping[str, Any] = {}
+    given = raw.get("rope_parameters")
+    if isinstance(given, Mapping) and not raw.get("rope_scaling"):
+        parameters = _of_layer_type(given, "sliding_attention", where)
+    source: tuple[Mapping[str, Any], str] = (parameters, "rope_theta")
+    if parameters.get("rope_theta") is None and family.window_rope_field is not None:
+        source = (raw, family.window_rope_field)
+    theta = read_float(*source, where=where, default=family.window_rope_theta)
+    inside = f"{where}: rope_parameters.sliding_attention"
+    rope = _read(raw, parameters, theta, family, head_dim, max_position_embeddings, where, inside)
+    if rope.type in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"{inside}: rope_type: got {show(rope.type)}, expected one that does not depend on the "
+            "length: default, linear, llama3 or yarn"
+        )
+    return rope
+
+
+def _read(
+    raw: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    theta: float,
+    family: Family,
+    head_dim: int,
+    max_position_embeddings: int,
+    where: str,
+    inside: str,
+) -> RopeConfig:
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if isinstance(rope_type, str):
         rope_type = family.rope_types.get(rope_type, rope_type)
@@ -73,13 +121,13 @@ def read_rope(
             f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
         )
     rotary_dim = _read_rotary_dim(raw, parameters, family, head_dim, where)
-    theta_source = parameters if parameters.get("rope_theta") is not None else raw
-    theta = read_float(theta_source, "rope_theta", where=where, default=family.rope_theta)
     whole = RopeConfig(
         theta=theta,
         rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
         interleaved=family.has_interleaved_rotation,
     )
+    if family.has_query_scale:
+        whole = _with_query_scale(parameters, whole, inside)
     if rope_type == "default":
         return whole
     if rope_type in ("linear", "dynamic"):
@@ -96,25 +144,63 @@ def read_rope(
     return _read_longrope(parameters, whole, ratio, rotary_dim, inside)
 
 
-def _find_parameters(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+def _with_query_scale(parameters: Mapping[str, Any], rope: RopeConfig, inside: str) -> RopeConfig:
+    beta: float = read_float(
+        parameters, "llama_4_scaling_beta", where=inside, default=0.0, low_is_allowed=True
+    )
+    original = read_int(
+        parameters, "original_max_position_embeddings", low=1, high=_MAX_POSITIONS, where=inside,
+        default=0,
+    )  # fmt: skip
+    if beta and not original:
+        raise ConfigError(
+            f"{inside}: llama_4_scaling_beta: got {beta:g} without "
+            "original_max_position_embeddings, expected both"
+        )
+    return replace(rope, query_scale_beta=beta, original_max_position_embeddings=original)
+
+
+def _find_parameters(
+    raw: Mapping[str, Any], family: Family, where: str
+) -> tuple[Mapping[str, Any], str]:
     """The flat RoPE dictionary and the name of the field it came from."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     parameters = raw.get(name)
     if parameters is None:
-        return {}, name
+        return family.rope_parameters, name
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"{where}: {name}: got {show(parameters)}, expected an object")
     nested = [key for key in parameters if key in _LAYER_TYPES]
+    if family.window_rope_theta is not None and name == "rope_parameters":
+        return _of_layer_type(parameters, "full_attention", where), f"{name}.full_attention"
     if not nested:
         return parameters, name
-    # Only full attention gets this far (model_config.py refuses other layers), so one entry counts.
     full = parameters.get("full_attention")
     if not isinstance(full, Mapping):
         raise ConfigError(
             f"{where}: {name}: given per layer type ({', '.join(nested)}) without an object for "
             "full_attention; expected one set of parameters for all layers"
         )
+    other = parameters.get("sliding_attention")
+    if other is not None and other != full:
+        raise ConfigError(
+            f"{where}: {name}: got other parameters for sliding_attention than for full_attention, "
+            "expected the same: models of this type rotate all layers alike"
+        )
     return full, f"{name}.full_attention"
+
+
+def _of_layer_type(parameters: Mapping[str, Any], layer_type: str, where: str) -> Mapping[str, Any]:
+    """Those of one type of layers; none: its defaults."""
+    flat = [key for key in parameters if key not in _LAYER_TYPES]
+    own = parameters.get(layer_type, {})
+    if flat or not isinstance(own, Mapping):
+        got = f"the key {show(flat[0])}" if flat else f"{layer_type} {show(own)}"
+        raise ConfigError(
+            f"{where}: rope_parameters: got {got}, expected an object each for full_attention and "
+            "sliding_attention, which models of this type rotate otherwise"
+        )
+    return own
 
 
 def _read_rotary_dim(

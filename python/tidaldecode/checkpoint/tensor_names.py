@@ -31,8 +31,11 @@ from tidaldecode.errors import WeightsError, show
 _PREFIX = "model."
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_ANCHOR = "layers.0.input_layernorm.weight"  # a tensor of every model, by which a prefix is found
+# A tensor of every model, by which a prefix is found.
+_ANCHOR = "layers.0.post_attention_layernorm.weight"
 
+_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_EXPERT = re.compile(r"\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _OWN_MODULE = re.compile(r"(model\.embed_tokens|model\.norm|lm_head)\.")
 # Tables, masks and cache scales that other programs store inside of layers; they follow from the
@@ -65,7 +68,9 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
     names = [_EMBEDDING]
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}"
-        names.append(f"{prefix}.input_layernorm.weight")
+        if model.input_norms:
+            names.append(f"{prefix}.input_layernorm.weight")
+            names.append(f"{prefix}.post_attention_layernorm.weight")
         for part in ("q_proj", "k_proj", "v_proj"):
             names.append(f"{prefix}.self_attn.{part}.weight")
             if model.qkv_bias:
@@ -75,11 +80,20 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
             names.append(f"{prefix}.self_attn.o_proj.bias")
         if model.qk_norm:
             names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
-        names.append(f"{prefix}.post_attention_layernorm.weight")
+        if model.attention_sinks:
+            names.append(f"{prefix}.self_attn.sinks")
         if model.branch_norms:
             names.append(f"{prefix}.post_self_attn_layernorm.weight")
             names.append(f"{prefix}.post_mlp_layernorm.weight")
-        for part in ("gate_proj", "up_proj", "down_proj"):
+        if model.layers and model.layers[layer].has_experts:
+            names.append(f"{prefix}.mlp.gate.weight")
+            names += [
+                f"{prefix}.mlp.experts.{expert}.{part}.weight"
+                for expert in range(model.num_experts)
+                for part in _MLP_PARTS
+            ]
+            continue
+        for part in _MLP_PARTS:
             names.append(f"{prefix}.mlp.{part}.weight")
             if model.mlp_bias:
                 names.append(f"{prefix}.mlp.{part}.bias")
@@ -103,9 +117,10 @@ def select_tensors(
     """
     model, quantization = checkpoint.model, checkpoint.quantization
     stored = join_parts(entries)
+    family = FAMILIES[checkpoint.family]
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
-    found = _in_engine_parts(found, FAMILIES[checkpoint.family], model)
+    found = _in_engine_parts(found, family, model)
     notes: list[str] = []
     if model.tie_word_embeddings:
         model = _settle_head(found, model, folder, notes)
@@ -142,8 +157,11 @@ def _in_engine_parts(
     for name, entry in found.items():
         layer = _LAYER.match(name)
         part, dot, kind = name[layer.end() :].rpartition(".") if layer else ("", "", "")
-        if layer and part in family.renamed:
-            name = f"{layer[0]}{family.renamed[part]}{dot}{kind}"
+        expert = _EXPERT.search(part)
+        pattern = _EXPERT.sub(".*.", part, count=1)
+        if layer and pattern in family.renamed:
+            own = family.renamed[pattern].replace("*", expert[1] if expert else "")
+            name = f"{layer[0]}{own}{dot}{kind}"
         if layer is None or part not in family.stacked:
             result[name] = entry
             continue

@@ -72,7 +72,23 @@ def _describe_rotation(model: ModelConfig) -> str:
     if rope.rotary_dim:
         text += f", {rope.rotary_dim} of {model.head_dim} dims turn"
     still = sum(not layer.has_rope for layer in model.layers)
-    return text + (f", none in {still} of {model.num_layers} layers" if still else "")
+    text += f", none in {still} of {model.num_layers} layers" if still else ""
+    if model.window_rope is None:
+        return text
+    other = model.window_rope
+    return (
+        text
+        + f"; in a window base {other.theta:g}"
+        + ("" if other.type == "default" else f", {other.type} x{other.factor:g}")
+    )
+
+
+def _describe_layers(model: ModelConfig) -> str:
+    text = f"{model.num_layers}, hidden {model.hidden_size}, MLP {model.intermediate_size}"
+    windows = sorted({window for window in model.windows if window})
+    for window in windows:
+        text += f"; {model.windows.count(window)} see a window of {window:,} tokens"
+    return text
 
 
 def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
@@ -84,7 +100,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     plan = find_plan(folder)
     plan_text = f"none; {HOW_TO_CHOOSE}"
     if plan is not None:
-        letters = plan_letters(model.num_layers, plan.config)
+        letters = plan_letters(model.windows, plan.config)
         budget = plan.config.token_budget or _core.DecodeConfig().token_budget
         plan_text = f"{letters}, token budget {budget} ({plan.description})"
         if plan.measured and not plan.is_published:
@@ -98,8 +114,7 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
             f"{num_files} {'file' if num_files == 1 else 'files'}",
         ),
         *_describe_quantization(folder),
-        ("layers", f"{model.num_layers}, hidden {model.hidden_size}, "
-                   f"MLP {model.intermediate_size}"),
+        ("layers", _describe_layers(model)),
         ("heads", f"{model.num_q_heads} query, {model.num_kv_heads} KV, size {model.head_dim}"),
         ("positions", f"{model.max_position_embeddings:,}, {_describe_rotation(model)}"),
         ("vocabulary", f"{model.vocab_size:,}, tokenizer: "

@@ -103,7 +103,7 @@ def _plan_of(setting: Setting, folder: ModelFolder) -> dict[str, Any] | None:
         is_adaptive = values["top_p_mass"] < 1
         least = values["min_token_budget"] if is_adaptive else values["token_budget"]
         values["recent_tokens"] = max(1, min(least // 4, least - values["sink_tokens"]))
-    return values | {"letters": plan_letters(folder.model.num_layers, core)}
+    return values | {"letters": plan_letters(folder.model.windows, core)}
 
 
 def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, is_auto
 from tidaldecode.errors import InvalidArgument, UnsupportedError, show
 from tidaldecode.evaluation.quest import page_bytes_per_step
+from tidaldecode.evaluation.reference import missing_in_numpy
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plan_bytes import kv_bytes_per_step, most_positions
 from tidaldecode.plans import FULL_LAYERS, HOW_TO_CHOOSE, Plan, find_plan, safe_config
@@ -29,7 +30,6 @@ LEAST_BUDGET = 16  # a page
 QUEST_CONTEXT = 4096
 QUEST_PARAMETERS = 10**9
 _PAGE_SIZE = 16
-_LEAST_LAYERS = 3
 _SINKS = 4  # as in StreamingLLM and LessIsMore
 _CLOSE = 0.01  # bytes are equal within it
 
@@ -101,11 +101,10 @@ def make_presets(
         InvalidArgument: a budget below LEAST_BUDGET.
         UnsupportedError: a model without room for a dense, a choosing and a sparse layer.
     """
-    num_layers = folder.model.num_layers
-    if num_layers < _LEAST_LAYERS:
+    if not _open_layers(folder):
         raise UnsupportedError(
-            f"compare: got a model of {num_layers} layers, expected at least {_LEAST_LAYERS}: two "
-            "dense, one that chooses"
+            f"compare: got a model of {folder.model.num_layers} layers, expected one with a layer "
+            f"behind the first {FULL_LAYERS} that attends to everything and can choose"
         )
     own = find_plan(folder)
     if token_budget is None:
@@ -148,9 +147,8 @@ def make_presets(
 
 def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
     """The presets of a model, the yardstick first."""
-    num_layers = folder.model.num_layers
     chosen = _select_layers(folder, own)
-    safe = safe_config(num_layers)
+    safe = safe_config(folder.model.windows)
     scored = {"scored_layers": safe.scored_layers, "shadow": safe.shadow}
     select = {"select_layers": chosen}
     presets = [
@@ -167,7 +165,7 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
         _Preset(
             name="streaming",
             options=lambda k: (
-                {"select_layers": (FULL_LAYERS,)} | _sets("layer", k, _SINKS, k - _SINKS)
+                {"select_layers": _open_layers(folder)[:1]} | _sets("layer", k, _SINKS, k - _SINKS)
             ),
         ),
     ]
@@ -211,21 +209,27 @@ def _with_budget(config: PlanConfig, budget: int) -> dict[str, Any]:
 
 
 def _select_layers(folder: ModelFolder, own: Plan | None) -> tuple[int, ...]:
-    """Select layers of the model's plan, else those published for it, else 2 and a middle layer."""
+    """Those of the model's plan, else those published for it, else the first and a middle one."""
     if own is not None and own.config.select_layers:
         return own.config.select_layers
     published = find_published(folder)
     if published is not None and published[0].select_layers:
         return published[0].select_layers
-    return tuple(sorted({FULL_LAYERS, max(FULL_LAYERS, folder.model.num_layers // 2)}))
+    layers = _open_layers(folder)
+    middle = folder.model.num_layers // 2
+    return tuple(sorted({layers[0], next((n for n in layers if n >= middle), layers[-1])}))
+
+
+def _open_layers(folder: ModelFolder) -> tuple[int, ...]:
+    """The layers that may choose."""
+    return tuple(n for n in folder.model.full_attention_layers if n >= FULL_LAYERS)
 
 
 def _why_no_quest(folder: ModelFolder) -> str | None:
     """Why page-wise selection cannot run with this model; None if it can."""
-    if folder.model.rope.type != "default":
-        return f"no preset `quest`: it has no rotary positions of type {folder.model.rope.type}"
-    if folder.quantization is not None:
-        return "no preset `quest`: it runs in numpy, which reads no quantised weights"
+    missing = missing_in_numpy(folder)
+    if missing is not None:
+        return f"no preset `quest`: it runs in numpy, which has no {missing}"
     parameters = sum(prod(entry.shape) for entry in folder.weights)
     if parameters > QUEST_PARAMETERS:
         return (

@@ -39,24 +39,34 @@ class Cache:
     num_tokens: int = 0
 
 
-class ReferenceModel:
-    """A model of any family with plain rotary positions.
+def missing_in_numpy(folder: ModelFolder) -> str | None:
+    """A part of a model that ReferenceModel does not have; None if it has all."""
+    model = folder.model
+    if model.rope.type != "default":
+        return f"rotary positions of type {model.rope.type!r}, only of type 'default'"
+    if any(model.windows):
+        return "layers with a window"
+    if model.attention_sinks:
+        return "attention sinks"
+    if model.rope.query_scale_beta:
+        return "queries that are scaled by their position"
+    if folder.quantization is not None:
+        return f"quantised weights ({folder.quantization.method})"
+    return None
 
-    Raises: UnsupportedError for scaled ones, and for quantised weights.
+
+class ReferenceModel:
+    """A model of any family with plain rotary positions and full attention.
+
+    Raises: UnsupportedError for other models, and for quantised weights.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
         self.config = folder.model
         rope = self.config.rope
-        if rope.type != "default":
-            raise UnsupportedError(
-                f"rope: got type {rope.type!r}, expected 'default', the only one in numpy"
-            )
-        if folder.quantization is not None:
-            raise UnsupportedError(
-                f"weights: got quantised ones ({folder.quantization.method}), expected float32, "
-                "bfloat16 or float16, which are what is read in numpy"
-            )
+        missing = missing_in_numpy(folder)
+        if missing is not None:
+            raise UnsupportedError(f"{folder.title}: the model in numpy has no {missing}")
         self._weights = {
             entry.name: _read_tensor(entry)
             for entry in folder.weights
@@ -86,7 +96,7 @@ class ReferenceModel:
                 hidden = np.triu(np.full((end - begin, end), -np.inf, np.float32), k=begin + 1)
                 for head in range(config.num_q_heads):
                     kv_head = head // config.group_size
-                    scores = q[begin:end, head] @ k[:end, kv_head].T * self._scale + hidden
+                    scores = self._scores(q[begin:end, head] @ k[:end, kv_head].T) + hidden
                     out[begin:end, head] = softmax(scores) @ v[:end, kv_head]
             return out
 
@@ -105,12 +115,12 @@ class ReferenceModel:
     def weights_of(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         """Dense attention weights of one query per head: [num_q_heads, n]."""
         grouped = q.reshape(self.config.num_kv_heads, self.config.group_size, -1)
-        scores = np.einsum("gqd,ngd->gqn", grouped, k) * self._scale
+        scores = self._scores(np.einsum("gqd,ngd->gqn", grouped, k))
         return softmax(scores).reshape(self.config.num_q_heads, -1)
 
-    @property
-    def _scale(self) -> np.float32:
-        return np.float32(self.config.attention_scale or self.config.head_dim**-0.5)
+    def _scores(self, products: np.ndarray) -> np.ndarray:
+        scale = np.float32(self.config.attention_scale or self.config.head_dim**-0.5)
+        return _capped(products * scale, self.config.attention_softcap)
 
     def _run(
         self,
@@ -125,17 +135,22 @@ class ReferenceModel:
         share = np.float32(self.config.residual_scale)
         for layer in range(self.config.num_layers):
             prefix = f"model.layers.{layer}."
-            normed = self._norm(x, prefix + "input_layernorm.weight")
+            normed = self._input_norm(x, prefix + "input_layernorm.weight")
             q, k, v = self._qkv(normed, layer, start)
             cache.k[layer, start:end], cache.v[layer, start:end] = k, v
             out = attend(layer, q).reshape(len(token_ids), -1)
             out = self._linear(out, prefix + "self_attn.o_proj")
             x = x + share * self._branch_norm(out, prefix + "post_self_attn_layernorm.weight")
-            normed = self._norm(x, prefix + "post_attention_layernorm.weight")
-            out = self._mlp(normed, prefix + "mlp.")
+            normed = self._input_norm(x, prefix + "post_attention_layernorm.weight")
+            has_experts = bool(self.config.layers) and self.config.layers[layer].has_experts
+            run = self._experts if has_experts else self._mlp
+            out = run(normed, prefix + "mlp.")
             x = x + share * self._branch_norm(out, prefix + "post_mlp_layernorm.weight")
         cache.num_tokens = end
         return x
+
+    def _input_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self._norm(x, name) if self.config.input_norms else x
 
     def _branch_norm(self, x: np.ndarray, name: str) -> np.ndarray:
         return self._norm(x, name) if self.config.branch_norms else x
@@ -144,16 +159,18 @@ class ReferenceModel:
         self, x: np.ndarray, layer: int, start: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         prefix = f"model.layers.{layer}.self_attn."
-        q, k, v = (
-            self._linear(x, f"{prefix}{name}_proj").reshape(len(x), -1, self.config.head_dim)
-            for name in "qkv"
-        )
+        q, k, v = (self._linear(x, f"{prefix}{name}_proj") for name in "qkv")
         if self.config.qk_norm:
-            q = self._norm(q, prefix + "q_norm.weight")
-            k = self._norm(k, prefix + "k_norm.weight")
+            q = self._head_norm(q, prefix + "q_norm.weight")
+            k = self._head_norm(k, prefix + "k_norm.weight")
+        q, k, v = (y.reshape(len(x), -1, self.config.head_dim) for y in (q, k, v))
         if not self.config.layers or self.config.layers[layer].has_rope:
             q, k = self._rotate(q, start), self._rotate(k, start)
         return q, k, v
+
+    def _head_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Of each head, or of all together: [tokens, heads * head_dim]."""
+        return self._norm(x.reshape(-1, len(self._weights[name])), name).reshape(x.shape)
 
     def _rotate(self, x: np.ndarray, start: int) -> np.ndarray:
         """Heads [tokens, heads, head_dim] of the positions from `start` on."""
@@ -169,7 +186,26 @@ class ReferenceModel:
     def _mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
         gate = self._linear(x, prefix + "gate_proj")
         up = self._linear(x, prefix + "up_proj")
-        return self._linear(gate / (1 + np.exp(-gate)) * up, prefix + "down_proj")
+        if self.config.activation == "gelu_tanh":
+            inner = np.float32((2 / np.pi) ** 0.5) * (gate + np.float32(0.044715) * gate**3)
+            gate = gate / 2 * (1 + np.tanh(inner))
+        else:
+            gate = gate / (1 + np.exp(-gate))
+        return self._linear(gate * up, prefix + "down_proj")
+
+    def _experts(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        """The most likely experts of each token, weighted."""
+        likely = softmax(x @ self._weights[prefix + "gate.weight"].T)
+        ids = np.argsort(-likely, axis=-1, kind="stable")[:, : self.config.experts_per_token]
+        weights = np.take_along_axis(likely, ids, axis=-1)
+        if self.config.normalized_routing:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        for expert in np.unique(ids):
+            token, choice = np.nonzero(ids == expert)
+            own = self._mlp(x[token], f"{prefix}experts.{expert}.")
+            out[token] += weights[token, choice, None] * own
+        return out
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         out = x @ self._weights[name + ".weight"].T
@@ -178,13 +214,17 @@ class ReferenceModel:
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         rms = np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.config.rms_norm_eps))
-        return x / rms * self._weights[name]
+        return x / rms * (self._weights[name] + np.float32(self.config.norm_offset))
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
         tied = self.config.tie_word_embeddings
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         logits = self._norm(x, "model.norm.weight") @ self._weights[head].T
-        return logits * np.float32(self.config.logit_scale)
+        return _capped(logits * np.float32(self.config.logit_scale), self.config.logit_softcap)
+
+
+def _capped(x: np.ndarray, softcap: float) -> np.ndarray:
+    return softcap * np.tanh(x / np.float32(softcap)) if softcap else x
 
 
 def _read_tensor(entry: TensorEntry) -> np.ndarray:

@@ -71,4 +71,4 @@ class Keys:
         if setting.is_quest:
             return "page-wise"
         plan = self._plan(setting)
-        return plan_letters(self._folder.model.num_layers, plan.config if plan else PlanConfig())
+        return plan_letters(self._folder.model.windows, plan.config if plan else PlanConfig())

@@ -8,8 +8,24 @@
 namespace tidal {
 namespace {
 
+// Spans end at multiples of kSpanTokens: the first that there is, and how many up to `length`.
+int64_t FirstSpan(const AttendRow& row) {
+  return row.begin / kSpanTokens;
+}
+
 int64_t NumSpans(int64_t length) {
   return (length + kSpanTokens - 1) / kSpanTokens;
+}
+
+int64_t NumSpans(const AttendRow& row, int64_t length) {
+  return NumSpans(length) - FirstSpan(row);
+}
+
+// Where the row's first query begins to see, rounded down to a whole block.
+int64_t BeginOf(const AttendRow& row, int64_t window) {
+  if (window == 0 || row.token_idx != nullptr) return 0;
+  const int64_t first_length = row.length - row.num_tokens + 1;
+  return std::max<int64_t>(first_length - window, 0) / kTokenBlock * kTokenBlock;
 }
 
 // The row that owns task or query `value`: the last one whose own begin at or before it.
@@ -61,11 +77,13 @@ Totals PlanAttendRows(const AttendBatch& batch) {
     row.first_query = totals.queries;
     const int64_t queries = row.num_tokens * batch.num_q_heads;
     if (queries == 0) continue;
+    row.begin = BeginOf(row, batch.rule.window);
     const int64_t units = UnitsOf(row, batch.num_q_heads, num_kv_heads).count;
-    totals.tasks += NumSpans(row.length) * units;
-    totals.records += NumSpans(row.length) * queries;
+    const int64_t spans = NumSpans(row, row.length), tokens = row.length - row.begin;
+    totals.tasks += spans * units;
+    totals.records += spans * queries;
     totals.queries += queries;
-    totals.elements += (batch.reads_values ? 2 : 1) * row.length * units * head_dim;
+    totals.elements += (batch.reads_values ? 2 : 1) * tokens * units * head_dim;
   }
   return totals;
 }
@@ -77,11 +95,12 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   const int64_t head_dim = kv.k_pages.dim(3);
   const AttendRow& row = FindRow<&AttendRow::first_task>(batch, task);
   const Units units = UnitsOf(row, batch.num_q_heads, num_kv_heads);
-  const int64_t spans = NumSpans(row.length);
+  const int64_t spans = NumSpans(row, row.length);
   const int64_t unit = (task - row.first_task) / spans;
   const int64_t span = (task - row.first_task) % spans;
   const int64_t length = LengthOf(row, unit);
-  if (span * kSpanTokens >= length) return;  // only longer lists have one
+  const int64_t span_begin = (FirstSpan(row) + span) * kSpanTokens;
+  if (span_begin >= length) return;  // only longer lists have one
   const int64_t head = unit * units.heads;
   const int64_t kv_head = head / (batch.num_q_heads / num_kv_heads);
   const int64_t first_row = kv_head * page_size;
@@ -94,7 +113,8 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.group_size = units.heads;
   args.num_queries = row.num_tokens * units.heads;
   args.head_dim = head_dim;
-  args.sm_scale = batch.sm_scale;
+  args.sm_scale = batch.rule.sm_scale;
+  args.softcap = batch.rule.softcap;
   args.k_pages = static_cast<const char*>(kv.k_pages.ptr) + head_bytes;
   if (batch.reads_values) args.v_pages = static_cast<const char*>(kv.v_pages.ptr) + head_bytes;
   if (kv.k_scales) {
@@ -105,9 +125,10 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.page_size = page_size;
   args.page_table = kv.page_table.data<int32_t>() + row.row * kv.page_table.dim(1);
   if (row.token_idx != nullptr) args.token_idx = row.token_idx + SetOf(row, unit) * row.set_stride;
-  args.begin = span * kSpanTokens;
-  args.end = std::min(length, args.begin + kSpanTokens);
+  args.begin = std::max(row.begin, span_begin);
+  args.end = std::min(length, span_begin + kSpanTokens);
   args.causal_len = length - row.num_tokens + 1;
+  args.window = batch.rule.window;
   if (row.scores != nullptr) {
     args.scores = row.scores + head * row.scores_stride;
     args.scores_stride = row.scores_stride;
@@ -131,8 +152,9 @@ void MergeQuery(const CpuContext& context, const AttendBatch& batch, const float
   MergeSpans args;
   args.partial = records + record * PartialStride(head_dim);
   args.stride = row.num_tokens * batch.num_q_heads * PartialStride(head_dim);
-  args.num_spans = NumSpans(LengthOf(row, unit));
+  args.num_spans = NumSpans(row, LengthOf(row, unit));
   args.head_dim = head_dim;
+  if (batch.rule.sinks) args.sink = batch.rule.sinks.data<float>() + head;
   args.out = batch.reads_values ? row.out + local * head_dim : nullptr;
   args.lse = row.lse == nullptr ? nullptr : row.lse + head;
   context.kernels->merge_spans(args);

@@ -20,7 +20,7 @@ struct AttendRow {
   const float* q = nullptr;  // [num_tokens, Hq, D]
   float* out = nullptr;      // [num_tokens, Hq, D]; absent where values are not read
   int64_t num_tokens = 0;    // the last query sees `length` tokens, the one before it one less, ...
-  int64_t length = 0;        // tokens attended to; with lists, of the longest
+  int64_t length = 0;  // tokens that the last query sees or is behind; with lists, of the longest
   // Positions attended to, one list of set_lengths[set] per set at token_idx + set * set_stride;
   // absent: all. With lists num_tokens is 1.
   const int32_t* token_idx = nullptr;
@@ -31,7 +31,9 @@ struct AttendRow {
   int64_t scores_stride = 0;
   float* lse = nullptr;  // [Hq], or absent
 
-  // Set by PlanAttendRows: where the row's tasks, records and queries begin among all rows'.
+  // Set by PlanAttendRows: the first token that is read, a multiple of kTokenBlock; and where the
+  // row's tasks, records and queries begin among all rows'.
+  int64_t begin = 0;
   int64_t first_task = 0;
   int64_t first_record = 0;
   int64_t first_query = 0;
@@ -40,7 +42,7 @@ struct AttendRow {
 struct AttendBatch {
   const PagedKv* kv = nullptr;
   int64_t num_q_heads = 0;
-  float sm_scale = 0.0f;
+  AttentionRule rule;
   bool reads_values = true;   // false: only scores and lse are wanted
   AttendRow* rows = nullptr;  // [num_rows]; num_tokens 0 = skipped
   int64_t num_rows = 0;

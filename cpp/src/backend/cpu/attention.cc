@@ -11,14 +11,14 @@ namespace tidal {
 namespace {
 
 // Rows that read all tokens; the callers add to them. `out` may be absent.
-AttendBatch DenseBatch(CpuContext& context, const TensorView& q, const PagedKv& kv, float sm_scale,
-                       float* out) {
+AttendBatch DenseBatch(CpuContext& context, const TensorView& q, const PagedKv& kv,
+                       const AttentionRule& rule, float* out) {
   const int64_t num_rows = q.dim(0);
   const int64_t row_size = q.dim(1) * q.dim(2);
   AttendBatch batch;
   batch.kv = &kv;
   batch.num_q_heads = q.dim(1);
-  batch.sm_scale = sm_scale;
+  batch.rule = rule;
   batch.reads_values = out != nullptr;
   batch.num_rows = num_rows;
   batch.rows = context.scratch.Take<AttendRow>(Scratch::kPlan, num_rows);
@@ -35,7 +35,7 @@ AttendBatch DenseBatch(CpuContext& context, const TensorView& q, const PagedKv& 
 }
 
 AttendBatch DenseBatch(CpuContext& context, const AttentionArgs& args) {
-  return DenseBatch(context, args.q, args.kv, args.sm_scale, args.out.data<float>());
+  return DenseBatch(context, args.q, args.kv, args.rule, args.out.data<float>());
 }
 
 // Makes a row read the positions of its sets only.
@@ -76,7 +76,7 @@ void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args) {
     CpuScoreShadow(context, args);
     return;
   }
-  AttendBatch batch = DenseBatch(context, args.q, args.kv, args.sm_scale, nullptr);
+  AttendBatch batch = DenseBatch(context, args.q, args.kv, args.rule, nullptr);
   HandOutScores(batch, args.scores, args.lse);
   AttendRows(context, batch);
 }

@@ -6,6 +6,7 @@
 #include "backend/cpu/attention_prefill.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "backend/cpu/attend_rows.h"
 #include "backend/cpu/blas.h"
@@ -84,7 +85,7 @@ void LoadQueries(const CpuContext& context, const AttentionPrefillArgs& args, co
   const int64_t stride = shape.num_q_heads * shape.head_dim;
   const float* q = args.q.data<float>() + task.first_token * stride + task.kv_head * unit;
   for (int64_t t = 0; t < task.num_tokens; ++t) {
-    context.kernels->scale(q + t * stride, args.sm_scale, unit, work.q + t * unit);
+    context.kernels->scale(q + t * stride, args.rule.sm_scale, unit, work.q + t * unit);
   }
   const int64_t rows = task.num_tokens * shape.group_size;
   std::fill_n(work.acc, rows * shape.head_dim, 0.0f);
@@ -109,9 +110,13 @@ void AddTokenBlock(const CpuContext& context, const AttentionPrefillArgs& args, 
          .b_transposed = true,
          .c = work.scores,
          .ldc = width});
+  const int64_t window = args.rule.window;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t seen = task.first_position + row / shape.group_size + 1 - begin;
+    const int64_t hidden = window == 0 ? 0 : seen - window;
     context.kernels->softmax_row({.scores = work.scores + row * width,
+                                  .softcap = args.rule.softcap,
+                                  .hidden = std::clamp<int64_t>(hidden, 0, count),
                                   .visible = std::clamp<int64_t>(seen, 0, count),
                                   .width = width,
                                   .maximum = work.maximum + row,
@@ -131,14 +136,23 @@ void AddTokenBlock(const CpuContext& context, const AttentionPrefillArgs& args, 
          .accumulate = true});
 }
 
+// What the weighted values are multiplied by, given the running softmax's maximum and sum.
+float OutputFactor(float maximum, float sum, const TensorView& sinks, int64_t head) {
+  if (!sinks) return sum == 0.0f ? 0.0f : 1.0f / sum;
+  const float sink = sinks.data<float>()[head];
+  if (sink <= maximum) return 1.0f / (sum + std::exp(sink - maximum));
+  const float rescaled = std::exp(maximum - sink);
+  return rescaled / (sum * rescaled + 1.0f);
+}
+
 void StoreOutput(const CpuContext& context, const AttentionPrefillArgs& args, const Shape& shape,
                  const Task& task, const Work& work) {
   const int64_t dim = shape.head_dim;
   for (int64_t row = 0; row < task.num_tokens * shape.group_size; ++row) {
     const int64_t token = task.first_token + row / shape.group_size;
     const int64_t head = task.kv_head * shape.group_size + row % shape.group_size;
-    const float sum = work.sum[row];
-    context.kernels->scale(work.acc + row * dim, sum == 0.0f ? 0.0f : 1.0f / sum, dim,
+    const float factor = OutputFactor(work.maximum[row], work.sum[row], args.rule.sinks, head);
+    context.kernels->scale(work.acc + row * dim, factor, dim,
                            args.out.data<float>() + (token * shape.num_q_heads + head) * dim);
   }
 }
@@ -146,8 +160,9 @@ void StoreOutput(const CpuContext& context, const AttentionPrefillArgs& args, co
 void RunTask(const CpuContext& context, const AttentionPrefillArgs& args, const Shape& shape,
              const Task& task, const Work& work) {
   LoadQueries(context, args, shape, task, work);
-  const int64_t end = task.first_position + task.num_tokens;
-  for (int64_t begin = 0; begin < end; begin += kScoreColumns) {
+  const int64_t end = task.first_position + task.num_tokens, window = args.rule.window;
+  const int64_t seen = window == 0 ? 0 : std::max<int64_t>(task.first_position + 1 - window, 0);
+  for (int64_t begin = seen / kScoreColumns * kScoreColumns; begin < end; begin += kScoreColumns) {
     AddTokenBlock(context, args, shape, task, work, begin, std::min(kScoreColumns, end - begin));
   }
   StoreOutput(context, args, shape, task, work);
@@ -198,7 +213,7 @@ void CpuAttentionPrefill(CpuContext& context, const AttentionPrefillArgs& args) 
   AttendBatch few;
   few.kv = &args.kv;
   few.num_q_heads = args.q.dim(1);
-  few.sm_scale = args.sm_scale;
+  few.rule = args.rule;
   few.rows = context.scratch.Take<AttendRow>(Scratch::kPlan, num_rows);
   few.num_rows = num_rows;
   int64_t longest = 0;

@@ -93,7 +93,10 @@ class CpuBackend final : public Backend {
   void ScoreKeys(const ScoreKeysArgs& args) override { Run(CpuScoreKeys, args); }
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
-  void SiluMul(const SiluMulArgs& args) override { Run(CpuSiluMul, args); }
+  void GateMul(const GateMulArgs& args) override { Run(CpuGateMul, args); }
+  void SelectExperts(const SelectExpertsArgs& args) override { Run(CpuSelectExperts, args); }
+  void ExpertLinear(const ExpertLinearArgs& args) override { Run(CpuExpertLinear, args); }
+  void AddExperts(const AddExpertsArgs& args) override { Run(CpuAddExperts, args); }
   void ScaleLogits(const ScaleLogitsArgs& args) override { Run(CpuScaleLogits, args); }
   void GatherRows(const GatherRowsArgs& args) override { Run(CpuGatherRows, args); }
   void Sample(const SampleArgs& args) override { Run(CpuSample, args); }
@@ -177,21 +180,30 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
   const int64_t rows = limits.max_batch_size;
   const int64_t head_dim = model.head_dim;
   const int64_t few = std::min(limits.tokens_per_row, kFewQueries);
-  const int64_t plan_bytes = std::max(Product({rows, static_cast<int64_t>(sizeof(AttendRow))}),
-                                      ShadowQueryBytes(rows, model.num_q_heads, head_dim));
+  const int64_t choices =
+      Product({std::max(limits.prefill_chunk, Product({rows, limits.tokens_per_row})),
+               model.experts_per_token});
+  const int64_t plan_bytes = std::max({Product({rows, static_cast<int64_t>(sizeof(AttendRow))}),
+                                       ShadowQueryBytes(rows, model.num_q_heads, head_dim),
+                                       4 * ChoiceInts(choices, model.num_experts)});
   visit(Scratch::kPlan, plan_bytes, char());
   visit(
       Scratch::kRecords,
       std::max(AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),
                AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)),
       float());
-  const int64_t in_features =
-      std::max({model.hidden_size, model.q_size(), model.intermediate_size});
+  const int64_t in_features = std::max(
+      {model.hidden_size, model.q_size(), model.intermediate_size, model.expert_intermediate_size});
   // Sample's candidates take two floats each.
   const int64_t thread_floats = std::max({LinearScratchFloats(in_features),
                                           PrefillScratchFloats(model.group_size(), head_dim),
-                                          2 * model.vocab_size, head_dim + 16});
+                                          2 * model.vocab_size, model.kv_size() + 16});
   visit(Scratch::kThreads, num_threads * thread_floats, float());
+  if (model.has_experts()) {
+    const int64_t inner = model.expert_intermediate_size;
+    visit(Scratch::kExperts,
+          std::max(model.num_experts, Product({choices, model.hidden_size + 2 * inner})), float());
+  }
   if (limits.token_budget > 0) {
     const int64_t sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     visit(Scratch::kKeys, SelectScratchWords(rows * sets, limits.max_seq_len), uint32_t());

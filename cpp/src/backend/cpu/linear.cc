@@ -52,7 +52,7 @@ WeightRows RowsOf(const Weight& weight, int64_t begin, int64_t end) {
   rows.scales = At(weight.scales, begin);
   if (weight.zeros) rows.zeros = weight.zeros.data<uint8_t>() + begin;
   rows.scale_dtype = weight.scales.dtype;
-  rows.group_stride = weight.num_outputs();
+  rows.group_stride = weight.group_stride > 0 ? weight.group_stride : weight.num_outputs();
   return rows;
 }
 

@@ -13,4 +13,7 @@ bool CpuReadsCodes(const Weight& weight);
 // Floats of scratch per thread.
 int64_t LinearScratchFloats(int64_t in_features);
 
+// Integers of scratch for so many choices of experts, for Reserve.
+int64_t ChoiceInts(int64_t num_choices, int64_t num_experts);
+
 }  // namespace tidal

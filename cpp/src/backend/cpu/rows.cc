@@ -1,5 +1,6 @@
-// The ops that treat tokens one by one: Embed, RmsNorm, RopeTable, RopeAppendKv, SiluMul,
+// The ops that treat tokens one by one: Embed, RmsNorm, RopeTable, RopeAppendKv, GateMul,
 // ScaleLogits, GatherRows.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -18,40 +19,61 @@ void ForTokens(CpuContext& context, int64_t num_tokens, int64_t elements, const 
   });
 }
 
-// One head, normalised if `norm` is there, then rotated.
-void NormAndRotate(const CpuContext& context, const float* x, const TensorView& norm, float eps,
-                   const float* cos_sin, int64_t head_dim, float* out) {
-  if (norm) {
-    context.kernels->rms_norm[StorageIndex(norm.dtype)](x, norm.ptr, head_dim, eps, out);
+// The heads of a token's q or k.
+struct Heads {
+  int64_t count;
+  int64_t dim;
+  TensorView norm;  // [dim], [count * dim] or absent
+  const float* cos_sin;
+};
+
+// Normalised if there is a norm, of each head or of all together, then rotated.
+void NormAndRotate(const CpuContext& context, const float* x, const Heads& heads, float eps,
+                   float* out) {
+  const int64_t size = heads.count * heads.dim;
+  if (heads.norm) {
+    const auto norm = context.kernels->rms_norm[StorageIndex(heads.norm.dtype)];
+    const int64_t width = heads.norm.dim(0);
+    for (int64_t i = 0; i < size; i += width) norm(x + i, heads.norm.ptr, width, eps, out + i);
     x = out;
   }
-  context.kernels->rotate_half(x, cos_sin, head_dim, out);
+  for (int64_t i = 0; i < size; i += heads.dim) {
+    context.kernels->rotate_half(x + i, heads.cos_sin, heads.dim, out + i);
+  }
 }
 
-// `rotated`: [head_dim] floats of the calling thread.
+// `rotated`: [Hkv * D] floats of the calling thread.
 void AppendToken(const CpuContext& context, const RopeAppendKvArgs& args, int64_t t,
                  float* rotated) {
   const int64_t num_q_heads = args.q.dim(1), head_dim = args.q.dim(2);
   const int64_t num_kv_heads = args.kv.k_pages.dim(1);
   const float* qkv = args.qkv.data<float>() + t * args.qkv.dim(1);
   const float* cos_sin = args.cos_sin.data<float>() + t * head_dim;
-  float* q = args.q.data<float>() + t * num_q_heads * head_dim;
-  for (int64_t h = 0; h < num_q_heads; ++h) {
-    NormAndRotate(context, qkv + h * head_dim, args.q_norm, args.norm_eps, cos_sin, head_dim,
-                  q + h * head_dim);
-  }
+  const float* q_cos_sin = args.q_cos_sin ? args.q_cos_sin.data<float>() + t * head_dim : cos_sin;
+  NormAndRotate(context, qkv, {num_q_heads, head_dim, args.q_norm, q_cos_sin}, args.norm_eps,
+                args.q.data<float>() + t * num_q_heads * head_dim);
   const int64_t position = args.positions.data<int32_t>()[t];
   if (position < 0) return;
   const int64_t seq = args.seq_idx.data<int32_t>()[t];
   const float* k = qkv + num_q_heads * head_dim;
   const float* v = k + num_kv_heads * head_dim;
+  NormAndRotate(context, k, {num_kv_heads, head_dim, args.k_norm, cos_sin}, args.norm_eps, rotated);
   for (int64_t h = 0; h < num_kv_heads; ++h) {
-    NormAndRotate(context, k + h * head_dim, args.k_norm, args.norm_eps, cos_sin, head_dim,
-                  rotated);
     const int64_t row = KvRow(args.kv, seq, position, h);
-    StoreKvRow(args.kv.k_pages, args.kv.k_scales, row, rotated);
+    StoreKvRow(args.kv.k_pages, args.kv.k_scales, row, rotated + h * head_dim);
     StoreKvRow(args.kv.v_pages, args.kv.v_scales, row, v + h * head_dim);
   }
+}
+
+// Scales a token's rotation for its query.
+void WriteQueryTable(const CpuContext& context, const RopeTableArgs& args, int64_t t) {
+  if (!args.q_cos_sin) return;
+  const int64_t size = args.cos_sin.dim(1);
+  const int32_t position = std::max(args.positions.data<int32_t>()[t], 0);
+  const float lengths = static_cast<float>(position / args.original_len);
+  const float scale = 1.0f + args.query_scale_beta * std::log(1.0f + lengths);
+  context.kernels->scale(args.cos_sin.data<float>() + t * size, scale, size,
+                         args.q_cos_sin.data<float>() + t * size);
 }
 
 }  // namespace
@@ -70,6 +92,10 @@ void CpuEmbed(CpuContext& context, const EmbedArgs& args) {
 
 void CpuRmsNorm(CpuContext& context, const RmsNormArgs& args) {
   const int64_t size = args.x.dim(1);
+  if (!args.weight) {
+    std::memcpy(args.out.ptr, args.x.ptr, static_cast<size_t>(args.x.bytes()));
+    return;
+  }
   const auto norm = context.kernels->rms_norm[StorageIndex(args.weight.dtype)];
   // x is scratch where what it becomes is added.
   const TensorView& normed = args.adds ? args.x : args.out;
@@ -90,6 +116,7 @@ void CpuRopeTable(CpuContext& context, const RopeTableArgs& args) {
     const int32_t position = args.positions.data<int32_t>()[t];
     if (position < 0) {
       std::memset(out, 0, static_cast<size_t>(2 * half) * sizeof(float));
+      WriteQueryTable(context, args, t);
       return;
     }
     const int64_t seq = args.seq_idx.data<int32_t>()[t];
@@ -101,19 +128,19 @@ void CpuRopeTable(CpuContext& context, const RopeTableArgs& args) {
       out[i] = std::cos(angle) * scaling;
       out[half + i] = std::sin(angle) * scaling;
     }
+    WriteQueryTable(context, args, t);
   });
 }
 
 void CpuRopeAppendKv(CpuContext& context, const RopeAppendKvArgs& args) {
-  const int64_t head_dim = args.q.dim(2);
-  // A cache line more than a head, so that no two threads write to one.
-  const int64_t stride = (head_dim + 15) / 16 * 16;
+  // Whole cache lines, so that no two threads write to one.
+  const int64_t stride = (args.kv.k_pages.dim(1) * args.q.dim(2) + 15) / 16 * 16;
   float* rotated = context.scratch.Take<float>(Scratch::kThreads, context.num_threads * stride);
   ForTokens(context, args.qkv.dim(0), args.qkv.dim(1),
             [&](int64_t t) { AppendToken(context, args, t, rotated + ThreadIndex() * stride); });
 }
 
-void CpuSiluMul(CpuContext& context, const SiluMulArgs& args) {
+void CpuGateMul(CpuContext& context, const GateMulArgs& args) {
   const int64_t size = args.out.dim(1);
   // A row of a decode step is cut too: exp and division make an element cost about four.
   const int threads = context.ThreadsFor(4 * args.out.numel());
@@ -124,8 +151,8 @@ void CpuSiluMul(CpuContext& context, const SiluMulArgs& args) {
       const int64_t t = i / pieces, first = i % pieces * kPiece;
       const float* gate = args.gate_up.data<float>() + t * 2 * size + first;
       const int64_t count = size - first < kPiece ? size - first : kPiece;
-      context.kernels->silu_mul(gate, gate + size, count,
-                                args.out.data<float>() + t * size + first);
+      context.kernels->gate_mul[static_cast<size_t>(args.activation)](
+          gate, gate + size, count, args.out.data<float>() + t * size + first);
     }
   });
 }
@@ -135,6 +162,7 @@ void CpuScaleLogits(CpuContext& context, const ScaleLogitsArgs& args) {
   ForTokens(context, args.logits.dim(0), size, [&](int64_t r) {
     float* row = args.logits.data<float>() + r * size;
     context.kernels->scale(row, args.scale, size, row);
+    context.kernels->softcap(row, args.softcap, size);
   });
 }
 

@@ -35,7 +35,7 @@ EncodedQueries EncodeQueries(CpuContext& context, const ScoreKeysArgs& args) {
         args.q.data<float>() + i * head_dim, args.shadow.balance.data<float>() + kv_head * head_dim,
         static_cast<int>(head_dim), queries.codes + i * head_dim);
     queries.sums[i] = query.sum;
-    queries.factors[i] = query.factor * args.sm_scale;
+    queries.factors[i] = query.factor * args.rule.sm_scale;
   }
   return queries;
 }
@@ -103,6 +103,7 @@ void CpuScoreShadow(CpuContext& context, const ScoreKeysArgs& args) {
     work.factors = queries.factors + query;
     work.num_queries = group_size;
     work.head_dim = head_dim;
+    work.softcap = args.rule.softcap;
     work.scores = args.scores.data<float>() + query * max_len;
     work.scores_stride = max_len;
     work.partial = records + (span * num_queries + query) * PartialStride(0);

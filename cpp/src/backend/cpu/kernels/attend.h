@@ -10,8 +10,6 @@
 
 namespace tidal::TIDAL_CPU_ISA {
 
-// 64 rows of K and V at head_dim 128 in float32 are 64 KiB: in L2, while a span streams by.
-inline constexpr int kTokenBlock = 64;
 // Queries handled together: 4 x 4 accumulators (AVX-512), 4 x 2 (others) and their operands fit the
 // registers.
 inline constexpr int kQueryBlock = 4;
@@ -192,12 +190,31 @@ inline void MulInPlace(float* x, const float* factors, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) Store(x + i, Mul(Load(x + i), Load(factors + i)));
 }
 
-// Turns the first `visible` of `width` scores (a multiple of kWidth) into exp(score - maximum) and
-// the rest into 0, brings the running maximum and sum up to date and rescales acc. A maximum of
-// -inf counts as 0, so that rows of nothing but -inf get weights 0 and not NaN.
-inline void SoftmaxStep(float* scores, int64_t visible, int64_t width, float* maximum, float* sum,
+// x = softcap * tanh(x / softcap); a softcap of 0 is none.
+inline void CapInPlace(float* x, float softcap, int64_t count) {
+  if (softcap == 0.0f) return;
+  const Vec cap = Set1(softcap), steepness = Set1(2.0f / softcap), twice = Set1(2.0f * softcap);
+  auto capped = [&](Vec a) {
+    return Sub(cap, Div(twice, Add(Exp(Mul(a, steepness)), Set1(1.0f))));
+  };
+  ForVectors(
+      count, [&](int64_t i) { Store(x + i, capped(Load(x + i))); },
+      [&](int64_t i, int rest) { StorePartial(x + i, capped(LoadPartial(x + i, rest)), rest); });
+}
+
+// Which scores of a block count: [hidden, visible).
+struct Seen {
+  int64_t hidden;
+  int64_t visible;
+};
+
+// Turns the seen of `width` scores (a multiple of kWidth) into exp(score - maximum) and the rest
+// into 0, brings the running maximum and sum up to date and rescales acc. A maximum of -inf counts
+// as 0, so that rows of nothing but -inf get weights 0 and not NaN.
+inline void SoftmaxStep(float* scores, const Seen& seen, int64_t width, float* maximum, float* sum,
                         float* acc, int64_t head_dim) {
-  for (int64_t i = visible; i < width; ++i) scores[i] = kMinusInf;
+  for (int64_t i = 0; i < seen.hidden; ++i) scores[i] = kMinusInf;
+  for (int64_t i = seen.visible; i < width; ++i) scores[i] = kMinusInf;
   Vec largest = Set1(kMinusInf);
   for (int64_t i = 0; i < width; i += kWidth) largest = Max(largest, Load(scores + i));
   float block_max = ReduceMax(largest);
@@ -227,6 +244,15 @@ struct SpanState {
   float scores[kQueryBlock * kTokenBlock];
 };
 
+// What query m sees of span elements [first, first + count).
+inline Seen SeenBy(const AttendSpan& span, int64_t m, int64_t first, int64_t count) {
+  if (span.token_idx != nullptr) return {0, count};
+  const int64_t length = span.causal_len + m / span.group_size;
+  auto clamp = [&](int64_t i) { return i < 0 ? 0 : Smaller(i, count); };
+  const int64_t hidden = span.window == 0 ? 0 : clamp(length - span.window - first);
+  return {hidden, clamp(length - first)};
+}
+
 // One block of tokens for kQueries queries from query m0 on.
 template <typename T, int kQueries>
 void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
@@ -249,16 +275,13 @@ void AttendBlock(const AttendSpan& span, int64_t m0, int64_t first, int count,
   for (int m = 0; m < kQueries; ++m) {
     float* scores = state.scores + m * kTokenBlock;
     if constexpr (kIsScaled<T>) MulInPlace(scores, state.now->k_scale, width);
+    CapInPlace(scores, span.softcap, width);
     if (span.scores != nullptr) {
       __builtin_memcpy(span.scores + (m0 + m) * span.scores_stride + first, scores,
                        static_cast<size_t>(count) * sizeof(float));
     }
-    int64_t visible = count;
-    if (span.token_idx == nullptr) {
-      visible = Smaller<int64_t>(count, span.causal_len + (m0 + m) / span.group_size - first);
-      if (visible < 0) visible = 0;
-    }
-    SoftmaxStep(scores, visible, width, acc[m] + dim, acc[m] + dim + 1, acc[m], dim);
+    const Seen seen = SeenBy(span, m0 + m, first, count);
+    SoftmaxStep(scores, seen, width, acc[m] + dim, acc[m] + dim + 1, acc[m], dim);
     if constexpr (kIsScaled<T>) MulInPlace(scores, state.now->v_scale, width);
   }
   if (span.v_pages == nullptr) return;

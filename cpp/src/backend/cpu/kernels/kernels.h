@@ -49,6 +49,7 @@ struct AttendSpan {
   int64_t num_queries = 0;
   int64_t head_dim = 0;
   float sm_scale = 0.0f;
+  float softcap = 0.0f;  // 0: none
 
   const void* k_pages = nullptr;    // page 0 of this KV head; page p is page_rows x p rows further
   const void* v_pages = nullptr;    // or absent: only scores, maximum and sum are made
@@ -61,10 +62,12 @@ struct AttendSpan {
   const int32_t* token_idx = nullptr;  // or absent
   int64_t begin = 0;                   // span elements [begin, end)
   int64_t end = 0;
-  // Query m sees positions below causal_len + m / group_size.
+  // Without a list query m sees positions below causal_len + m / group_size; with a window its last
+  // so many.
   int64_t causal_len = 0;
+  int64_t window = 0;  // 0: none
 
-  // Query m's sm_scale * q.k of element i goes to scores + m * scores_stride + i; or absent.
+  // Query m's score of element i goes to scores + m * scores_stride + i; or absent.
   float* scores = nullptr;
   int64_t scores_stride = 0;
 
@@ -72,6 +75,10 @@ struct AttendSpan {
   // sum.
   float* partial = nullptr;
 };
+
+// Tokens that a kernel takes at once. The cut decides the rounding, so a span begins at a multiple.
+// 64 rows of K and V at head_dim 128 in float32 are 64 KiB: in L2, while a span streams by.
+inline constexpr int64_t kTokenBlock = 64;
 
 // Floats of one record of AttendSpan; a multiple of a cache line so that threads share none.
 constexpr int64_t PartialStride(int64_t head_dim) {
@@ -84,13 +91,16 @@ struct MergeSpans {
   int64_t stride = 0;
   int64_t num_spans = 0;
   int64_t head_dim = 0;
-  float* out = nullptr;  // [head_dim], or absent
-  float* lse = nullptr;  // or absent
+  const float* sink = nullptr;  // a score without a value, not in lse; or absent
+  float* out = nullptr;         // [head_dim], or absent
+  float* lse = nullptr;         // or absent
 };
 
 // One row of a block of prefill scores, turned into weights in place.
 struct SoftmaxRow {
-  float* scores = nullptr;  // [width]; out: exp(score - maximum), 0 from `visible` on
+  float* scores = nullptr;  // [width]; out: exp(score - maximum), 0 outside of [hidden, visible)
+  float softcap = 0.0f;     // 0: none
+  int64_t hidden = 0;
   int64_t visible = 0;
   int64_t width = 0;
   float* maximum = nullptr;  // running
@@ -131,6 +141,7 @@ struct ShadowSpan {
   const float* factors = nullptr;  // [num_queries]: the query's factor x sm_scale
   int64_t num_queries = 0;
   int64_t head_dim = 0;  // at most kShadowMaxDim
+  float softcap = 0.0f;  // 0: none
 
   float* scores = nullptr;  // out: query m's of token i at m * scores_stride + i
   int64_t scores_stride = 0;
@@ -159,10 +170,12 @@ struct CpuKernels {
   // Rotate-half of one head: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin; out may be x.
   // cos_sin: head_dim / 2 cosines, then as many sines.
   void (*rotate_half)(const float* x, const float* cos_sin, int64_t head_dim, float* out);
-  // out = gate / (1 + exp(-gate)) * up
-  void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  // out = activation(gate) * up; by Activation
+  void (*gate_mul[2])(const float* gate, const float* up, int64_t count, float* out);
   // out = x * factor
   void (*scale)(const float* x, float factor, int64_t count, float* out);
+  // x = softcap * tanh(x / softcap); a softcap of 0 is none
+  void (*softcap)(float* x, float softcap, int64_t count);
 };
 
 inline int StorageIndex(DType dtype) {

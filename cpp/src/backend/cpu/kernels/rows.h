@@ -10,7 +10,7 @@ namespace tidal::TIDAL_CPU_ISA {
 
 inline void Merge(const MergeSpans& merge) {
   const int64_t dim = merge.head_dim;
-  float maximum = kMinusInf;
+  float maximum = merge.sink == nullptr ? kMinusInf : *merge.sink;
   for (int64_t s = 0; s < merge.num_spans; ++s) {
     float m = merge.partial[s * merge.stride + dim];
     maximum = m > maximum ? m : maximum;
@@ -34,15 +34,18 @@ inline void Merge(const MergeSpans& merge) {
           StorePartial(merge.out + d, Fma(w, LoadPartial(record + d, rest), out), rest);
         });
   }
+  const float total = merge.sink == nullptr ? sum : sum + ExpScalar(*merge.sink - shift);
   // No weight at all: no tokens, or all scores -inf.
-  if (sum != 0.0f && merge.out != nullptr) ScaleInPlace(merge.out, 1.0f / sum, dim);
+  if (total != 0.0f && merge.out != nullptr) ScaleInPlace(merge.out, 1.0f / total, dim);
   if (merge.lse != nullptr) {
     *merge.lse = sum == 0.0f ? kMinusInf : shift + __builtin_logf(sum);
   }
 }
 
 inline void Softmax(const SoftmaxRow& row) {
-  SoftmaxStep(row.scores, row.visible, row.width, row.maximum, row.sum, row.acc, row.head_dim);
+  CapInPlace(row.scores, row.softcap, row.width);
+  SoftmaxStep(row.scores, {row.hidden, row.visible}, row.width, row.maximum, row.sum, row.acc,
+              row.head_dim);
 }
 
 // Unsigned keys in the order of the floats; -0 equals +0, NaN is lowest.
@@ -145,13 +148,33 @@ inline void RotateHalf(const float* x, const float* cos_sin, int64_t head_dim, f
       });
 }
 
-inline void SiluMul(const float* gate, const float* up, int64_t count, float* out) {
-  auto silu = [](Vec g, Vec u) { return Mul(Div(g, Add(Set1(1.0f), Exp(Sub(Zero(), g)))), u); };
+// out = fn(gate) * up.
+template <typename Fn>
+void GateMul(const float* gate, const float* up, int64_t count, float* out, Fn fn) {
   ForVectors(
-      count, [&](int64_t i) { Store(out + i, silu(Load(gate + i), Load(up + i))); },
+      count, [&](int64_t i) { Store(out + i, Mul(fn(Load(gate + i)), Load(up + i))); },
       [&](int64_t i, int rest) {
-        StorePartial(out + i, silu(LoadPartial(gate + i, rest), LoadPartial(up + i, rest)), rest);
+        Vec gated = fn(LoadPartial(gate + i, rest));
+        StorePartial(out + i, Mul(gated, LoadPartial(up + i, rest)), rest);
       });
+}
+
+inline Vec Silu(Vec x) {
+  return Div(x, Add(Set1(1.0f), Exp(Sub(Zero(), x))));
+}
+
+inline void SiluMul(const float* gate, const float* up, int64_t count, float* out) {
+  GateMul(gate, up, count, out, Silu);
+}
+
+// x / 2 * (1 + tanh(y)) with y = sqrt(2 / pi) * (x + 0.044715 x^3), which is x / (1 + exp(-2 y)).
+inline void GeluTanhMul(const float* gate, const float* up, int64_t count, float* out) {
+  GateMul(gate, up, count, out, [](Vec x) {
+    constexpr float kTwice = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+    const Vec cube = Mul(Mul(x, x), x);
+    const Vec y = Mul(Set1(kTwice), Fma(Set1(0.044715f), cube, x));
+    return Div(x, Add(Set1(1.0f), Exp(Sub(Zero(), y))));
+  });
 }
 
 inline void Scale(const float* x, float factor, int64_t count, float* out) {

@@ -121,8 +121,9 @@ inline void ScoreShadow(const ShadowSpan& span) {
     }
   }
   for (int64_t m = 0; m < span.num_queries; ++m) {
-    SumWeights(span.scores + m * span.scores_stride + span.begin, span.end - span.begin,
-               span.partial + m * PartialStride(0));
+    float* scores = span.scores + m * span.scores_stride + span.begin;
+    CapInPlace(scores, span.softcap, span.end - span.begin);
+    SumWeights(scores, span.end - span.begin, span.partial + m * PartialStride(0));
   }
 }
 

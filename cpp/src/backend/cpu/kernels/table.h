@@ -25,8 +25,9 @@ inline constexpr CpuKernels kTable = {
     .widen = {Widen<float>, Widen<BFloat16>, Widen<Float16>, Widen<int8_t>},
     .rms_norm = {RmsNorm<float>, RmsNorm<BFloat16>, RmsNorm<Float16>},
     .rotate_half = RotateHalf,
-    .silu_mul = SiluMul,
+    .gate_mul = {SiluMul, GeluTanhMul},
     .scale = Scale,
+    .softcap = CapInPlace,
 };
 
 }  // namespace tidal::TIDAL_CPU_ISA

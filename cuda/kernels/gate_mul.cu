@@ -1,5 +1,5 @@
-// SiluMul: silu(gate) * up of the feed-forward network, in float32, rounded once.
-#include "kernels/silu_mul.h"
+// GateMul: activation(gate) * up of the feed-forward network, in float32, rounded once.
+#include "kernels/gate_mul.h"
 
 #include <algorithm>
 
@@ -16,8 +16,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
 
 // grid (ceil(I / (kThreads * kVec)), min(T, kMaxGridY)); a thread owns kVec columns of its rows.
-template <typename T, int kVec>
-__global__ void SiluMulKernel(const T* gate_up, T* out, int64_t num_tokens,
+template <typename T, int kVec, Activation kActivation>
+__global__ void GateMulKernel(const T* gate_up, T* out, int64_t num_tokens,
                               int64_t intermediate_size) {
   WaitForPreviousKernel();
   LetNextKernelStart();
@@ -28,25 +28,34 @@ __global__ void SiluMulKernel(const T* gate_up, T* out, int64_t num_tokens,
     LoadFloats<kVec>(gate_up + row * 2 * intermediate_size + column, gate);
     LoadFloats<kVec>(gate_up + (row * 2 + 1) * intermediate_size + column, up);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) gate[i] = SiluTimes(gate[i], up[i]);
+    for (int i = 0; i < kVec; ++i) {
+      gate[i] = kActivation == Activation::kSilu ? SiluTimes(gate[i], up[i])
+                                                 : GeluTanhTimes(gate[i], up[i]);
+    }
     StoreFloats<kVec>(out + row * intermediate_size + column, gate);
   }
 }
 
+template <typename T, int kVec>
+auto KernelOf(Activation activation) {
+  return activation == Activation::kSilu ? GateMulKernel<T, kVec, Activation::kSilu>
+                                         : GateMulKernel<T, kVec, Activation::kGeluTanh>;
+}
+
 }  // namespace
 
-void LaunchSiluMul(const SiluMulArgs& args, cudaStream_t stream) {
+void LaunchGateMul(const GateMulArgs& args, cudaStream_t stream) {
   int64_t num_tokens = args.out.dim(0), intermediate_size = args.out.dim(1);
   if (num_tokens == 0) return;
   bool vectorize = IsVectorizable(args.gate_up, intermediate_size, 8) &&
                    IsVectorizable(args.out, intermediate_size, 8);
-  DispatchHalf(args.out.dtype, "silu_mul", [&](auto tag) {
+  DispatchHalf(args.out.dtype, "gate_mul", [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    auto kernel = vectorize ? SiluMulKernel<T, 8> : SiluMulKernel<T, 1>;
+    auto kernel = vectorize ? KernelOf<T, 8>(args.activation) : KernelOf<T, 1>(args.activation);
     int64_t blocks = CeilDiv(intermediate_size, kThreads * (vectorize ? 8 : 1));
     dim3 grid(static_cast<unsigned>(blocks),
               static_cast<unsigned>(std::min(num_tokens, kMaxGridY)));
-    LaunchOverlapped("silu_mul", kernel, {.grid = grid, .block = kThreads}, stream,
+    LaunchOverlapped("gate_mul", kernel, {.grid = grid, .block = kThreads}, stream,
                      static_cast<const T*>(args.gate_up.ptr), static_cast<T*>(args.out.ptr),
                      num_tokens, intermediate_size);
   });

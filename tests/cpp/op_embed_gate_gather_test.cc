@@ -1,4 +1,4 @@
-// The small ops around the big ones: Embed, SiluMul, ScaleLogits, GatherRows.
+// The small ops around the big ones: Embed, GateMul, ScaleLogits, GatherRows.
 #include <gtest/gtest.h>
 
 #include "backend_test.h"
@@ -70,26 +70,46 @@ TEST_P(OpRows, ScaleLogitsScalesEveryLogit) {
   }
 }
 
-TEST_P(OpRows, SiluMulMatchesReference) {
+TEST_P(OpRows, GateMulMatchesReference) {
   Random random(3);
   for (int64_t num_rows : {1, 3, 64}) {
     SCOPED_TRACE(num_rows);
     constexpr int64_t kInner = 328;
     const Values gate_up = random.Normal(num_rows * 2 * kInner, act(), 3.0);
     const TensorView out = Output(act(), {num_rows, kInner});
-    backend().SiluMul({.gate_up = Put(gate_up, act(), {num_rows, 2 * kInner}), .out = out});
+    backend().GateMul({.gate_up = Put(gate_up, act(), {num_rows, 2 * kInner}), .out = out});
     EXPECT_TRUE(
-        Close(Get(out), reference::SiluMul(gate_up, kInner), ToleranceFor(Op::kSiluMul, act())));
+        Close(Get(out), reference::GateMul(gate_up, kInner), ToleranceFor(Op::kGateMul, act())));
   }
 }
 
-TEST_P(OpRows, SiluMulOfLargeGatesIsZeroOrIdentity) {
+TEST_P(OpRows, GateMulOfLargeGatesIsZeroOrIdentity) {
   constexpr int64_t kInner = 64;
   Values gate_up(2 * kInner, 1.0);
   for (int64_t i = 0; i < kInner; ++i) gate_up[i] = i % 2 == 0 ? 1000.0 : -1000.0;
-  const TensorView out = Output(act(), {1, kInner});
-  backend().SiluMul({.gate_up = Put(gate_up, act(), {1, 2 * kInner}), .out = out});
-  EXPECT_TRUE(Close(Get(out), reference::SiluMul(gate_up, kInner), {1e-30, 0.0}));
+  for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    const TensorView out = Output(act(), {1, kInner});
+    backend().GateMul({Put(gate_up, act(), {1, 2 * kInner}), out, activation});
+    EXPECT_TRUE(Close(Get(out), reference::GateMul(gate_up, kInner, activation), {1e-30, 0.0}));
+  }
+}
+
+TEST_P(OpRows, GateMulByGeluMatchesReference) {
+  constexpr int64_t kRows = 7, kInner = 331;
+  const Values gate_up = Random(13).Normal(kRows * 2 * kInner, act(), 3.0);
+  const TensorView out = Output(act(), {kRows, kInner});
+  backend().GateMul({Put(gate_up, act(), {kRows, 2 * kInner}), out, Activation::kGeluTanh});
+  EXPECT_TRUE(Close(Get(out), reference::GateMul(gate_up, kInner, Activation::kGeluTanh),
+                    ToleranceFor(Op::kGateMul, act())));
+}
+
+TEST_P(OpRows, ScaleLogitsCapsThem) {
+  const Values logits = Random(14).Normal(3 * 1001, DType::kFloat32, 40.0);
+  const TensorView put = Put(logits, DType::kFloat32, {3, 1001});
+  backend().ScaleLogits({put, 0.5f, 30.0f});
+  Values want = logits;
+  for (double& value : want) value = 30.0 * std::tanh(0.5 * value / 30.0);
+  EXPECT_TRUE(Close(Get(put), want, {1e-5, 1e-6}));
 }
 
 TEST_P(OpRows, GatherRowsCopiesBits) {

@@ -1,0 +1,210 @@
+// Experts: SelectExperts, ExpertLinear, AddExperts.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "coded_weight.h"
+#include "tidal/error.h"
+
+namespace tidal::test {
+namespace {
+
+struct ExpertShape {
+  std::string name;
+  int64_t num_experts = 0;
+  int64_t chosen = 0;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+};
+
+class OpExperts : public OpTest<ExpertShape> {
+ protected:
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped()) return;
+    if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+    StepLimits limits = SmallLimits(dtype());
+    limits.model.num_experts = shape().num_experts;
+    limits.model.experts_per_token = shape().chosen;
+    limits.model.expert_intermediate_size = std::max(shape().in_features, shape().out_features);
+    limits.model.layers.resize(static_cast<size_t>(limits.model.num_layers), {.has_experts = true});
+    Open(GetParam().on, limits);
+  }
+
+  // Different experts for each token, some of which nobody has.
+  Ints RandomChoices(int64_t tokens) {
+    Ints ids;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Ints order = random_.Permutation(shape().num_experts);
+      ids.insert(ids.end(), order.begin(), order.begin() + shape().chosen);
+    }
+    return ids;
+  }
+
+  Values Want(const Values& x, int64_t choices_of_row, const Values& weight, const Ints& ids) {
+    const auto [name, num_experts, chosen, in, out] = shape();
+    Values want;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const auto row = x.begin() + static_cast<int64_t>(i) / choices_of_row * in;
+      const auto expert = weight.begin() + ids[i] * out * in;
+      const Values one =
+          reference::Linear(Values(row, row + in), Values(expert, expert + out * in), {}, in);
+      want.insert(want.end(), one.begin(), one.end());
+    }
+    return want;
+  }
+
+  // Of a token's one row, and of a row for each choice.
+  void ExpectProducts(const Weight& weight, const Values& numbers) {
+    const auto [name, num_experts, chosen, in, out] = shape();
+    for (int64_t tokens : {1, 3, 40, 200}) {
+      for (int64_t rows : {tokens, tokens * chosen}) {
+        SCOPED_TRACE(Concat(tokens, " tokens, ", rows, " rows"));
+        const Ints ids = RandomChoices(tokens);
+        const Values x = random_.Normal(rows * in, act());
+        const ExpertLinearArgs args = {.x = Put(x, act(), {rows, in}),
+                                       .weight = weight,
+                                       .expert_ids = PutInts(ids, {tokens, chosen}),
+                                       .out = Output(act(), {tokens * chosen, out})};
+        backend().ExpertLinear(args);
+        EXPECT_TRUE(Close(Get(args.out), Want(x, tokens * chosen / rows, numbers, ids),
+                          ToleranceFor(Op::kLinear, act())));
+      }
+    }
+  }
+
+  Random random_{31};
+};
+
+TEST_P(OpExperts, TheMostLikelyAreSelected) {
+  const int64_t tokens = 50, num_experts = shape().num_experts, chosen = shape().chosen;
+  const Values logits = random_.Normal(tokens * num_experts, DType::kFloat32, 3.0);
+  for (bool normalized : {true, false}) {
+    const SelectExpertsArgs args = {.logits = Put(logits, DType::kFloat32, {tokens, num_experts}),
+                                    .expert_ids = Output(DType::kInt32, {tokens, chosen}),
+                                    .weights = Output(DType::kFloat32, {tokens, chosen}),
+                                    .normalized = normalized};
+    backend().SelectExperts(args);
+    Ints want_ids;
+    Values want_weights;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double* own = &logits[t * num_experts];
+      Ints order(num_experts);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return own[a] > own[b]; });
+      double all = 0.0, some = 0.0;
+      for (int64_t e = 0; e < num_experts; ++e) all += std::exp(own[e]);
+      for (int64_t j = 0; j < chosen; ++j) some += std::exp(own[order[j]]);
+      for (int64_t j = 0; j < chosen; ++j) {
+        want_ids.push_back(order[j]);
+        want_weights.push_back(std::exp(own[order[j]]) / (normalized ? some : all));
+      }
+    }
+    EXPECT_EQ(GetInts(args.expert_ids), want_ids);
+    EXPECT_TRUE(Close(Get(args.weights), want_weights, {1e-6, 1e-5}));
+  }
+}
+
+TEST_P(OpExperts, EqualLogitsSelectTheLowerIds) {
+  const int64_t num_experts = shape().num_experts, chosen = shape().chosen;
+  const SelectExpertsArgs args = {
+      .logits = Put(Values(num_experts, 0.5), DType::kFloat32, {1, num_experts}),
+      .expert_ids = Output(DType::kInt32, {1, chosen}),
+      .weights = Output(DType::kFloat32, {1, chosen})};
+  backend().SelectExperts(args);
+  Ints want(chosen);
+  std::iota(want.begin(), want.end(), 0);
+  EXPECT_EQ(GetInts(args.expert_ids), want);
+}
+
+// A token of NaN has experts that there are, and weights of NaN; the others are not touched by it.
+TEST_P(OpExperts, NanStaysInItsToken) {
+  const int64_t num_experts = shape().num_experts, chosen = shape().chosen;
+  Values logits = random_.Normal(3 * num_experts, DType::kFloat32);
+  std::fill_n(logits.begin() + num_experts, num_experts, std::nan(""));
+  const SelectExpertsArgs args = {.logits = Put(logits, DType::kFloat32, {3, num_experts}),
+                                  .expert_ids = Output(DType::kInt32, {3, chosen}),
+                                  .weights = Output(DType::kFloat32, {3, chosen})};
+  backend().SelectExperts(args);
+  const Values weights = Get(args.weights);
+  const Ints ids = GetInts(args.expert_ids);
+  for (int64_t i = 0; i < 3 * chosen; ++i) {
+    ASSERT_EQ(std::isnan(weights[i]), i / chosen == 1) << i;
+    ASSERT_TRUE(ids[i] >= 0 && ids[i] < num_experts) << i;
+  }
+}
+
+TEST_P(OpExperts, ProductsMatchReference) {
+  const auto [name, num_experts, chosen, in, out] = shape();
+  const double size = 1.0 / std::sqrt(static_cast<double>(in));
+  const Values numbers = random_.Normal(num_experts * out * in, dtype(), size);
+  ExpectProducts(Put(numbers, dtype(), {num_experts * out, in}), numbers);
+}
+
+TEST_P(OpExperts, ProductsOfCodesMatchReference) {
+  const auto [name, num_experts, chosen, in, out] = shape();
+  const double size = 1.0 / std::sqrt(static_cast<double>(in));
+  for (const CodesCase& how : {CodesCase{"fp8", WeightCodes::kFloat8},
+                               CodesCase{"int4", WeightCodes::kInt4, 32, DType::kBFloat16, true}}) {
+    SCOPED_TRACE(how.name);
+    const int64_t outputs = num_experts * out, values = how.codes == WeightCodes::kInt4 ? 2 : 1;
+    const CodedMatrix matrix = CodedMatrix::Make(random_, how, {outputs, in}, size);
+    const int64_t groups = (in + matrix.group_size - 1) / matrix.group_size;
+    Weight weight(PutBytes(matrix.codes, DType::kUInt8, {outputs, in / values}));
+    weight.codes = how.codes;
+    weight.group_size = matrix.group_size;
+    weight.scales = Put(matrix.scales, how.scale_dtype, {groups, outputs});
+    if (how.has_zeros) weight.zeros = PutBytes(matrix.zeros, DType::kUInt8, {groups, outputs});
+    if (backend().ReadsCodes(weight)) ExpectProducts(weight, matrix.values);
+  }
+}
+
+// Up to 64 tokens a token's products do not depend on the others.
+TEST_P(OpExperts, ATokenIsTheSameBitwiseBesideOthers) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "elsewhere where it is asked for";
+  const auto [name, num_experts, chosen, in, out] = shape();
+  constexpr int64_t kTokens = 40;
+  const Weight weight(
+      Put(random_.Normal(num_experts * out * in, dtype(), 0.1), dtype(), {num_experts * out, in}));
+  const TensorView x = Put(random_.Normal(kTokens * in, act()), act(), {kTokens, in});
+  const TensorView ids = PutInts(RandomChoices(kTokens), {kTokens, chosen});
+  const TensorView together = Output(act(), {kTokens * chosen, out});
+  backend().ExpertLinear({.x = x, .weight = weight, .expert_ids = ids, .out = together});
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const TensorView alone = Output(act(), {chosen, out});
+    backend().ExpertLinear(
+        {.x = x.Rows(t, 1), .weight = weight, .expert_ids = ids.Rows(t, 1), .out = alone});
+    ASSERT_TRUE(
+        SameBits(GetBytes(together.Rows(t * chosen, chosen)), GetBytes(alone), DTypeBytes(act())));
+  }
+}
+
+TEST_P(OpExperts, WhatTheyGiveIsAddedWeighted) {
+  const int64_t chosen = shape().chosen, hidden = shape().out_features;
+  for (int64_t tokens : {1, 7, 100}) {
+    const Values x = random_.Normal(tokens * chosen * hidden, act());
+    const Values weights = random_.Normal(tokens * chosen, DType::kFloat32);
+    Values want = random_.Normal(tokens * hidden, DType::kFloat32);
+    const TensorView out = Put(want, DType::kFloat32, {tokens, hidden});
+    backend().AddExperts({.x = Put(x, act(), {tokens * chosen, hidden}),
+                          .weights = Put(weights, DType::kFloat32, {tokens, chosen}),
+                          .out = out});
+    for (int64_t i = 0; i < tokens * chosen * hidden; ++i) {
+      want[i / (chosen * hidden) * hidden + i % hidden] += weights[i / hidden] * x[i];
+    }
+    EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kLinear, DType::kFloat32)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpExperts,
+                         ::testing::ValuesIn(Cases<ExpertShape>(AllBackends(),
+                                                                {{"8_of_2", 8, 2, 256, 512},
+                                                                 {"128_of_8", 128, 8, 64, 96}},
+                                                                {{"5_of_5", 5, 5, 64, 37}})),
+                         CaseNameOf<OpCase<ExpertShape>>);
+
+}  // namespace
+}  // namespace tidal::test
