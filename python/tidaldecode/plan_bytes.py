@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
+from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, is_auto
 from tidaldecode.plans import plan_letters
 
@@ -45,6 +46,21 @@ def plan_kv_bytes(
         row * min(seq_len, window) if letter == "w" else read[letter]
         for letter, window in zip(letters, model.windows, strict=True)
     )
+
+
+def weight_bytes_per_step(folder: ModelFolder) -> int:
+    """Bytes of weights, as stored, that a step of one sequence reads.
+
+    All but the embedding table, if the output matrix is another, and of experts those of a token.
+    """
+    model = folder.model
+    share = model.experts_per_token / model.num_experts if model.num_experts else 1.0
+    total = 0.0
+    for entry in folder.weights:
+        if entry.name == "model.embed_tokens.weight" and not model.tie_word_embeddings:
+            continue
+        total += entry.num_bytes * (share if ".mlp.experts." in entry.name else 1.0)
+    return round(total)
 
 
 def layer_kv_bytes(

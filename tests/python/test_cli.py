@@ -257,10 +257,17 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
     [
         (TinyModel(family="smollm3", num_layers=6), "RoPE base 10000, none in 2 of 6 layers"),
         (TinyModel(family="glm4"), "RoPE base 10000, 8 of 16 dims turn"),
+        (TinyModel(family="gemma3_text"), "RoPE base 10000; in a window base 500"),
+        (TinyModel(family="gemma2"), "MLP 96; 2 see a window of 24 tokens"),
+        (TinyModel(family="qwen3_moe"), "MLP 96; 3 have 6 experts of 64, 2 a token"),
+        # 4 layers of 30,848 numbers, the last norm and the output matrix; 4 x 512 x 64 of K and V.
+        (TinyModel(), "512 tokens dense 1.1 MB; every layer chooses 1.1 MB, at best 1.0x as fast"),
+        # 24 tokens of K and V in each of the 4 layers, which have nothing to choose.
+        (TinyModel(family="ministral"), "512 tokens dense 0.6 MB Memory"),
     ],
-    ids=["smollm3", "glm4"],
+    ids=lambda value: value.family if isinstance(value, TinyModel) else "",
 )
-def test_info_says_what_turns(run, tmp_path: Path, model: TinyModel, expected: str):
+def test_info_says_what_is_special(run, tmp_path: Path, model: TinyModel, expected: str):
     folder = write_checkpoint(tmp_path / "model", model)
     assert expected in " ".join(run("info", str(folder))[1].split())
 

@@ -36,10 +36,11 @@ def transformers_model(folder: Path):
 def transformers_tokens(folder: Path, prompt: list[int], new_tokens: int) -> list[int]:
     import torch
 
+    ids = torch.tensor([prompt])
     with torch.no_grad():
         out = transformers_model(folder).generate(
-            torch.tensor([prompt]), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-            do_sample=False, pad_token_id=2, eos_token_id=None,
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens, do_sample=False, pad_token_id=2, eos_token_id=None,
         )  # fmt: skip
     return out[0, len(prompt) :].tolist()
 

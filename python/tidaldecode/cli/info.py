@@ -11,12 +11,15 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.terminal import one_line
+from tidaldecode.config import PlanConfig
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plans import HOW_TO_CHOOSE, find_plan, plan_letters
+from tidaldecode.plan_bytes import kv_bytes_per_step, weight_bytes_per_step
+from tidaldecode.plans import FULL_LAYERS, HOW_TO_CHOOSE, find_plan, plan_letters, safe_config
 from tidaldecode.text.tokenizer import Tokenizer
 
 _GIB = 1024**3
 _LABEL_WIDTH = 16
+_CONTEXTS = (8192, 32768, 131072)
 
 
 def _print_pairs(console: Console, title: str, pairs: list[tuple[str, str]]) -> None:
@@ -55,6 +58,7 @@ def show_model(console: Console, folder: ModelFolder) -> None:
     Raises: ConfigError for a plan file that is wrong.
     """
     _print_pairs(console, "Model", _describe(folder))
+    _print_pairs(console, "Bytes that a step of one sequence reads", _describe_steps(folder))
 
 
 def show_memory(console: Console, plan: MemoryPlan) -> None:
@@ -85,6 +89,10 @@ def _describe_rotation(model: ModelConfig) -> str:
 
 def _describe_layers(model: ModelConfig) -> str:
     text = f"{model.num_layers}, hidden {model.hidden_size}, MLP {model.intermediate_size}"
+    experts = sum(layer.has_experts for layer in model.layers)
+    if experts:
+        text += f"; {experts} have {model.num_experts} experts of {model.expert_intermediate_size}"
+        text += f", {model.experts_per_token} a token"
     windows = sorted({window for window in model.windows if window})
     for window in windows:
         text += f"; {model.windows.count(window)} see a window of {window:,} tokens"
@@ -124,6 +132,32 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
         ("sampling", _describe_sampling(folder)),
         ("plan", plan_text),
     ]  # fmt: skip
+
+
+def _describe_steps(folder: ModelFolder) -> list[tuple[str, str]]:
+    """By context: weights with keys and values, dense and sparse, and what the latter can gain."""
+    model, kv_dtype = folder.model, folder.dtype
+    found = find_plan(folder)
+    config, name = (found.config, "the plan") if found else (None, "every layer chooses")
+    if config is None and any(n >= FULL_LAYERS for n in model.full_attention_layers):
+        config = safe_config(model.windows)
+    weights = weight_bytes_per_step(folder)
+    rows = []
+    for context in sorted({*_CONTEXTS, model.max_position_embeddings}):
+        if context > model.max_position_embeddings:
+            break
+        dense = weights + kv_bytes_per_step(model, PlanConfig(), context, kv_dtype)
+        text = f"dense {_amount(dense)}"
+        if config is not None:
+            sparse = weights + kv_bytes_per_step(model, config, context, kv_dtype)
+            text += f"; {name} {_amount(sparse)}, at best {dense / sparse:.1f}x as fast"
+        rows.append((f"{context:,} tokens", text))
+    return rows
+
+
+def _amount(num_bytes: int) -> str:
+    unit, name = (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB")
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
