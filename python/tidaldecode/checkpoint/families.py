@@ -143,7 +143,6 @@ FAMILIES: dict[str, Family] = {
         max_position_embeddings=262144,
         head_dim=128,
         rms_norm_eps=1e-5,
-        rope_theta=1000000.0,
         rope_parameters={
             "rope_type": "yarn",
             "rope_theta": 1000000.0,

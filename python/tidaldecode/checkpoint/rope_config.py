@@ -68,7 +68,9 @@ def read_rope(
     inside = f"{where}: {name}"
     theta_source = parameters if parameters.get("rope_theta") is not None else raw
     theta = read_float(theta_source, "rope_theta", where=where, default=family.rope_theta)
-    return _read(raw, parameters, theta, family, head_dim, max_position_embeddings, where, inside)
+    return _Config(raw, family, head_dim, max_position_embeddings, where).read(
+        parameters, theta, inside
+    )
 
 
 def read_window_rope(
@@ -94,7 +96,8 @@ def read_window_rope(
         source = (raw, family.window_rope_field)
     theta = read_float(*source, where=where, default=family.window_rope_theta)
     inside = f"{where}: rope_parameters.sliding_attention"
-    rope = _read(raw, parameters, theta, family, head_dim, max_position_embeddings, where, inside)
+    config = _Config(raw, family, head_dim, max_position_embeddings, where)
+    rope = config.read(parameters, theta, inside)
     if rope.type in ("dynamic", "longrope"):
         raise ConfigError(
             f"{inside}: rope_type: got {show(rope.type)}, expected one that does not depend on the "
@@ -103,45 +106,48 @@ def read_window_rope(
     return rope
 
 
-def _read(
-    raw: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-    theta: float,
-    family: Family,
-    head_dim: int,
-    max_position_embeddings: int,
-    where: str,
-    inside: str,
-) -> RopeConfig:
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if isinstance(rope_type, str):
-        rope_type = family.rope_types.get(rope_type, rope_type)
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
+@dataclass(frozen=True)
+class _Config:
+    """A config.json, and what is known of it when its rotations are read."""
+
+    raw: Mapping[str, Any]
+    family: Family
+    head_dim: int
+    max_position_embeddings: int
+    where: str
+
+    def read(self, parameters: Mapping[str, Any], theta: float, inside: str) -> RopeConfig:
+        """A rotation by its parameters, which are `inside` the file."""
+        family = self.family
+        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+        if isinstance(rope_type, str):
+            rope_type = family.rope_types.get(rope_type, rope_type)
+        if rope_type not in ROPE_TYPES:
+            raise ConfigError(
+                f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
+            )
+        rotary_dim = _read_rotary_dim(self.raw, parameters, family, self.head_dim, self.where)
+        whole = RopeConfig(
+            theta=theta,
+            rotary_dim=0 if rotary_dim == self.head_dim else rotary_dim,
+            interleaved=family.has_interleaved_rotation,
         )
-    rotary_dim = _read_rotary_dim(raw, parameters, family, head_dim, where)
-    whole = RopeConfig(
-        theta=theta,
-        rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
-        interleaved=family.has_interleaved_rotation,
-    )
-    if family.has_query_scale:
-        whole = _with_query_scale(parameters, whole, inside)
-    if rope_type == "default":
-        return whole
-    if rope_type in ("linear", "dynamic"):
-        factor = read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True)
-        return replace(whole, type=rope_type, factor=factor)
-    default = family.original_max_position_embeddings or max_position_embeddings
-    original = _original_length(raw, parameters, default, where, inside)
-    whole = replace(whole, type=rope_type, original_max_position_embeddings=original)
-    if rope_type == "llama3":
-        return _read_llama3(parameters, whole, inside)
-    ratio = max(1.0, max_position_embeddings / original)
-    if rope_type == "yarn":
-        return _read_yarn(parameters, whole, ratio, inside)
-    return _read_longrope(parameters, whole, ratio, rotary_dim, inside)
+        if family.has_query_scale:
+            whole = _with_query_scale(parameters, whole, inside)
+        if rope_type == "default":
+            return whole
+        if rope_type in ("linear", "dynamic"):
+            factor = read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True)
+            return replace(whole, type=rope_type, factor=factor)
+        default = family.original_max_position_embeddings or self.max_position_embeddings
+        original = _original_length(self.raw, parameters, default, self.where, inside)
+        whole = replace(whole, type=rope_type, original_max_position_embeddings=original)
+        if rope_type == "llama3":
+            return _read_llama3(parameters, whole, inside)
+        ratio = max(1.0, self.max_position_embeddings / original)
+        if rope_type == "yarn":
+            return _read_yarn(parameters, whole, ratio, inside)
+        return _read_longrope(parameters, whole, ratio, rotary_dim, inside)
 
 
 def _with_query_scale(parameters: Mapping[str, Any], rope: RopeConfig, inside: str) -> RopeConfig:
