@@ -30,10 +30,11 @@ constexpr Names<Activation, 2> kActivations = {
     {{Activation::kSilu, "silu"}, {Activation::kGeluTanh, "gelu_tanh"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
-constexpr Names<DType, 4> kKvDTypes = {{{DType::kFloat32, "float32"},
+constexpr Names<DType, 5> kKvDTypes = {{{DType::kFloat32, "float32"},
                                         {DType::kBFloat16, "bfloat16"},
                                         {DType::kFloat16, "float16"},
-                                        {DType::kInt8, "int8"}}};
+                                        {DType::kInt8, "int8"},
+                                        {DType::kFloat8, "fp8"}}};
 // Of a tensor in a file: also those that only parts of quantised matrices have.
 constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
                                             {DType::kBFloat16, "bfloat16"},
@@ -111,7 +112,9 @@ void RegisterModelConfig(py::module_& module) {
       .def(py::init<>())
       .def_readwrite("has_rope", &LayerConfig::has_rope)
       .def_readwrite("window", &LayerConfig::window)
-      .def_readwrite("has_experts", &LayerConfig::has_experts);
+      .def_readwrite("has_experts", &LayerConfig::has_experts)
+      .def_readwrite("k_scale", &LayerConfig::k_scale)
+      .def_readwrite("v_scale", &LayerConfig::v_scale);
 
   py::class_<ModelConfig> model(module, "ModelConfig");
   model.def(py::init<>())

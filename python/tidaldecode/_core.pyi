@@ -30,6 +30,8 @@ class LayerConfig:
     has_rope: bool
     window: int
     has_experts: bool
+    k_scale: float
+    v_scale: float
     def __init__(self) -> None: ...
 
 class ModelConfig:

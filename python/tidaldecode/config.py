@@ -16,7 +16,7 @@ from typing import Any
 from tidaldecode.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16", "float16")
-KV_DTYPES = (*DTYPES, "int8")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
 ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHT_FORMATS = ("auto", "decoded", "fp8", "int4")
@@ -162,7 +162,8 @@ class DecodeConfig(PlanConfig):
             "float32", "bfloat16" or "float16". Arithmetic accumulates in float32 everywhere.
         kv_dtype: of the KV cache: "auto" is dtype, and on CUDA nothing else is taken. The CPU takes
             "float32", "bfloat16", "float16", and "int8": a quarter of float32's memory and about as
-            exact as bfloat16, with a scale for each token and head.
+            exact as bfloat16, with a scale for each token and head. "fp8" (e4m3) is as small as
+            int8 and coarser: numbers of 4 significant bits, up to 448, and no scale.
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.

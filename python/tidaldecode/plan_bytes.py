@@ -11,7 +11,7 @@ from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig, is_auto
 from tidaldecode.plans import plan_letters
 
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of one number, by dtype
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # of a number
 _SCALE_BYTES = {"int8": 4}  # of one head of a token, by dtype
 _DEFAULTS = _core.PlanConfig()
 

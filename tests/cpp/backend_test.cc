@@ -28,7 +28,9 @@ void DecodeAs(const Bytes& bytes, Values& values) {
 }  // namespace
 
 std::string CaseName(const BackendCase& on) {
-  return std::string(on.is_cpu() ? "cpu_" : "cuda_") + DTypeName(on.dtype);
+  std::string name = std::string(on.is_cpu() ? "cpu_" : "cuda_") + DTypeName(on.dtype);
+  if (on.other_kv_dtype) name += std::string("_") + DTypeName(*on.other_kv_dtype);
+  return name;
 }
 
 std::vector<BackendCase> AllBackends() {
@@ -41,7 +43,8 @@ std::vector<BackendCase> AllBackends() {
 
 std::vector<BackendCase> AllCaches() {
   std::vector<BackendCase> caches = AllBackends();
-  caches.push_back({DeviceType::kCpu, DType::kInt8});
+  caches.push_back({DeviceType::kCpu, DType::kFloat32, DType::kInt8});
+  caches.push_back({DeviceType::kCpu, DType::kFloat32, DType::kFloat8});
   return caches;
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -24,17 +25,19 @@ using Bytes = std::vector<uint8_t>;
 struct BackendCase {
   DeviceType device = DeviceType::kCpu;
   DType dtype = DType::kFloat32;
+  std::optional<DType> other_kv_dtype = {};  // of a cache that has not that of the weights
 
+  DType kv_dtype() const { return other_kv_dtype.value_or(dtype); }
   bool is_cpu() const { return device == DeviceType::kCpu; }
 };
 
-std::string CaseName(const BackendCase& on);  // "cpu_bfloat16"
+std::string CaseName(const BackendCase& on);  // "cpu_bfloat16", "cpu_float32_int8"
 
 // Every backend with every dtype it runs: CPU float32, bfloat16, float16; CUDA bfloat16, float16.
 std::vector<BackendCase> AllBackends();
 // AllBackends with the CPU once, for settings that it has no other way to follow.
 std::vector<BackendCase> CudaBackendsAndCpu();
-// AllBackends, and the CPU with a cache of int8, for ops that read a cache and no weights.
+// AllBackends, and those with a cache of codes, for ops that read a cache.
 std::vector<BackendCase> AllCaches();
 // Every device once, for ops that meet no weights.
 std::vector<BackendCase> EachDevice();

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -66,6 +67,18 @@ TEST(CheckArgs, AnInt8CacheNeedsItsScales) {
   ExpectRefused(args, {"k_scales", "[num_pages = 9, Hkv = 2, page_size = 7]"});
   args.kv.k_scales = args.kv.v_scales = Float({9, 2, 7});
   EXPECT_NO_THROW(Check(args));
+}
+
+TEST(CheckArgs, OnlyAnFp8CacheHasOneScale) {
+  AttentionArgs args = Attention();
+  args.kv.v_scale = 0.5f;
+  ExpectRefused(args, {"v_scale", "0.5", "1 of pages other than fp8"});
+  args.kv.k_pages = args.kv.v_pages = Tensor(DType::kFloat8, {9, 2, 7, 20});
+  EXPECT_NO_THROW(Check(args));
+  for (float scale : {0.0f, -1.0f, std::nanf(""), INFINITY}) {
+    args.kv.k_scale = scale;
+    ExpectRefused(args, {"k_scale", "a finite number > 0"});
+  }
 }
 
 TEST(CheckArgs, LinearTiesItsThreeSizes) {

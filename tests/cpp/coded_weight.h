@@ -6,7 +6,7 @@
 #include <string>
 
 #include "backend_test.h"
-#include "model/weight_format.h"
+#include "core/float8.h"
 
 namespace tidal::test {
 

@@ -36,7 +36,7 @@ class OpAttentionDecode : public AttentionTest {
     }
     Open(GetParam().on, limits);
     seq_lens_ = seq_lens;
-    sequences_ = RandomSequences(random_, shape(), seq_lens_, dtype());
+    sequences_ = RandomSequences(random_, shape(), seq_lens_, kv_dtype());
     q_ = random_.Normal(batch_size() * q_size(), act(),
                         3.0);  // scores of stddev 3: a peaked softmax
   }

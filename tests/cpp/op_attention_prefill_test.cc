@@ -100,7 +100,7 @@ class OpAttentionPrefill : public AttentionTest {
   // Writes no row past the last, and reads nothing from there that matters.
   void ExpectIdleTokens(const Chunk& chunk) {
     Random random(4);
-    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
     const PagedKv kv = PutCache(sequences, shape().page_size);
     Values q = RandomQ(random, chunk);
     AttentionPrefillArgs args = Args(kv, chunk, q);
@@ -124,7 +124,7 @@ TEST_P(OpAttentionPrefill, MatchesReference) {
   Random random(1);
   for (const Chunk& chunk : Chunks()) {
     SCOPED_TRACE(chunk.name);
-    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
     const Values q = RandomQ(random, chunk);
     const AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size), chunk, q);
     backend().AttentionPrefill(args);
@@ -141,7 +141,7 @@ TEST_P(OpAttentionPrefill, ShortChunksBehindLongContexts) {
   const Values q = RandomQ(random, {"", {}, {kMost}});
   for (int32_t behind : {0, 63, 600, 1000, 5000, 20000}) {
     if (on().is_cpu() && behind > 63) continue;  // it splits nothing, and would take minutes
-    const auto sequences = RandomSequences(random, shape(), {behind + kMost}, dtype());
+    const auto sequences = RandomSequences(random, shape(), {behind + kMost}, kv_dtype());
     const PagedKv kv = PutCache(sequences, shape().page_size);
     for (int32_t count : {1, 7, 64, 100, 200, kMost}) {
       ExpectChunkMatches(sequences[0], kv, behind, q, count);
@@ -155,7 +155,7 @@ TEST_P(OpAttentionPrefill, ASplitChunkHasTheSameBitsEveryTime) {
   Random random(12);
   for (const Chunk& chunk : {Chunk{"few", {3000}, {40}}, Chunk{"more", {4100, 2500}, {200, 64}}}) {
     SCOPED_TRACE(chunk.name);
-    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
     const AttentionPrefillArgs args =
         Args(PutCache(sequences, shape().page_size), chunk, RandomQ(random, chunk));
     ExpectStepEqualsOps([&] { backend().AttentionPrefill(args); }, {args.out});
@@ -170,7 +170,7 @@ TEST_P(OpAttentionPrefill, ASplitChunkHasTheSameBitsEveryTime) {
 TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
   Random random(2);
   const Chunk chunk = {"", {300, 77, 1600}, {129, 77, 50}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
   const Values q = RandomQ(random, chunk);
   Ints page_sizes = {8, 16, 32, 64, 128, 256};
   if (on().is_cpu()) page_sizes.insert(page_sizes.end(), {1, 7});
@@ -192,7 +192,7 @@ TEST_P(OpAttentionPrefill, PageSizeDoesNotChangeBits) {
 TEST_P(OpAttentionPrefill, LastQueryEqualsDecodeToRounding) {
   Random random(3);
   const Chunk chunk = {"", {400, 65}, {1, 1}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
   const Values q = RandomQ(random, chunk);
   const PagedKv kv = PutCache(sequences, shape().page_size);
   const AttentionPrefillArgs prefill = Args(kv, chunk, q);
@@ -216,7 +216,7 @@ TEST_P(OpAttentionPrefill, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
   if (!on().is_cpu()) GTEST_SKIP() << "elsewhere they do to rounding";
   Random random(5);
   const Chunk chunk = {"", {520, 66}, {17, 3}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
   const PagedKv kv = PutCache(sequences, shape().page_size);
   const AttentionPrefillArgs args = Args(kv, chunk, RandomQ(random, chunk));
   backend().AttentionPrefill(args);
@@ -247,7 +247,7 @@ class OpAttentionPrefillCudnn : public OpAttentionPrefill {
 
   void ExpectMatch(Random& random, const Chunk& chunk, int64_t page_size) {
     SCOPED_TRACE(chunk.name);
-    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+    const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
     const Values q = RandomQ(random, chunk);
     const AttentionPrefillArgs args = Args(PutCache(sequences, page_size, kFreeSlots), chunk, q);
     backend().AttentionPrefill(args);
@@ -282,7 +282,7 @@ TEST_P(OpAttentionPrefillCudnn, MatchesReferenceAtEveryPageSize) {
 TEST_P(OpAttentionPrefillCudnn, TokensPastTheLastRowAreIdle) {
   Random random(9);
   const Chunk chunk = {"", {300, 77}, {130, 40}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
   Values q = RandomQ(random, chunk);
   AttentionPrefillArgs args = Args(PutCache(sequences, shape().page_size, kFreeSlots), chunk, q);
   backend().AttentionPrefill(args);
@@ -301,7 +301,7 @@ TEST_P(OpAttentionPrefillCudnn, TokensPastTheLastRowAreIdle) {
 TEST_P(OpAttentionPrefillCudnn, ARecordedStepIsLeftToTheOwnKernel) {
   Random random(10);
   const Chunk chunk = {"", {300}, {200}};
-  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, dtype());
+  const auto sequences = RandomSequences(random, shape(), chunk.seq_lens, kv_dtype());
   const AttentionPrefillArgs args =
       Args(PutCache(sequences, shape().page_size, kFreeSlots), chunk, RandomQ(random, chunk));
   Bytes eager;

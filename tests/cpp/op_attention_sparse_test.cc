@@ -28,7 +28,7 @@ class OpAttentionSparse : public AttentionTest {
     limits.token_budget = token_budget;
     Open(GetParam().on, limits);
     random_ = Random(7);
-    sequences_ = RandomSequences(random_, shape(), seq_lens_, dtype());
+    sequences_ = RandomSequences(random_, shape(), seq_lens_, kv_dtype());
     q_ = random_.Normal(batch_size() * q_size(), act(), 3.0);
   }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/float8.h"
 #include "paged_cache.h"
 
 namespace tidal::test {
@@ -393,6 +394,63 @@ TEST_P(OpRopeAppendKv, Int8RowsAreTheNearest) {
       }
     }
   }
+}
+
+// Half the distance between the numbers of fp8 around x.
+double HalfStepOfFp8(double x) {
+  return std::ldexp(1.0, std::max(std::ilogb(x), -6) - 4);
+}
+
+TEST_P(OpRopeAppendKv, Fp8CodesAreTheNearest) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "CUDA has no cache of fp8";
+  StepLimits limits = Limits();
+  limits.kv_dtype = DType::kFloat8;
+  Open(GetParam().on, limits);
+  Inputs in = MakeInputs(false);
+  const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
+  const int64_t rows = static_cast<int64_t>(in.positions.size());
+  in.qkv[QkvSize() - 1] = std::nan("");  // of the first token's last value
+  in.qkv[2 * QkvSize() - 1] = -5000.0;   // of the second's
+  RopeAppendKvArgs args;
+  args.qkv = Put(in.qkv, act(), {rows, QkvSize()});
+  args.cos_sin = Put(in.cos_sin, DType::kFloat32, {rows, dim});
+  args.positions = PutInts(in.positions, {rows});
+  args.seq_idx = PutInts(in.seq_idx, {rows});
+  args.q = Output(act(), {rows, num_q_heads, dim});
+  args.kv.k_pages = Output(DType::kFloat8, {kNumPages, num_kv_heads, page_size, dim});
+  args.kv.v_pages = Output(DType::kFloat8, {kNumPages, num_kv_heads, page_size, dim});
+  args.kv.page_table = PutInts(kPageTable, {2, kMaxPages});
+  args.kv.seq_lens = PutInts({1, 1}, {2});
+  // Some keys are beyond the largest number, and some values below the least normal one.
+  args.kv.k_scale = 1.0f / 128;
+  args.kv.v_scale = 3.0f;
+  backend().RopeAppendKv(args);
+  auto check = [&](const TensorView& pages, const Values& heads, double scale) {
+    Bytes codes = GetBytes(pages);
+    for (int64_t row = 0; row < rows; ++row) {
+      if (in.positions[row] < 0) continue;
+      const int32_t page = kPageTable[in.seq_idx[row] * kMaxPages + in.positions[row] / page_size];
+      for (int64_t h = 0; h < num_kv_heads; ++h) {
+        const double* head = &heads[(row * num_kv_heads + h) * dim];
+        const int64_t slot = (page * num_kv_heads + h) * page_size + in.positions[row] % page_size;
+        const bool is_nan = std::any_of(head, head + dim, [](double x) { return std::isnan(x); });
+        for (int64_t d = 0; d < dim; ++d) {
+          uint8_t& code = codes[slot * dim + d];
+          const double want = std::clamp(head[d] / scale, -448.0, 448.0);
+          ASSERT_EQ(std::isnan(Float8ToFloat(code)), is_nan) << row << ", " << h << ", " << d;
+          if (!is_nan) {
+            ASSERT_NEAR(Float8ToFloat(code), want, HalfStepOfFp8(want) + 1e-5 * std::fabs(want));
+          }
+          code = 0xff;
+        }
+      }
+    }
+    EXPECT_EQ(codes, Bytes(codes.size(), 0xff)) << "wrote elsewhere";
+  };
+  check(args.kv.k_pages,
+        reference::Rotate(Heads(in.qkv, num_q_heads, num_kv_heads), in.cos_sin, dim),
+        args.kv.k_scale);
+  check(args.kv.v_pages, Heads(in.qkv, num_q_heads + num_kv_heads, num_kv_heads), args.kv.v_scale);
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpRopeAppendKv,

@@ -37,7 +37,7 @@ class OpShadow : public AttentionTest {
     AttentionTest::SetUp();
     if (IsSkipped()) return;
     Open(GetParam().on, Limits());
-    sequences_ = RandomSequences(random_, shape(), seq_lens_, dtype());
+    sequences_ = RandomSequences(random_, shape(), seq_lens_, kv_dtype());
     balance_ = random_.Normal(heads() * dim(), DType::kFloat32, 1.0);
     for (double& factor : balance_) factor = static_cast<float>(std::exp(0.5 * factor));
     q_ = random_.Normal(rows() * shape().num_q_heads * dim(), act(), 1.0);
@@ -143,7 +143,7 @@ TEST_P(OpShadow, HasTheBitsOfTheRule) {
   const int64_t group = shape().num_q_heads / heads();
   const std::vector<float> balance(balance_.begin(), balance_.end());
   auto rounded = [&](const Values& values) {
-    const Values stored = StoredRow(values, dtype());
+    const Values stored = StoredKeys(values, dim(), kv_dtype());
     return std::vector<float>(stored.begin(), stored.end());
   };
   for (int64_t b = 0; b < rows(); ++b) {

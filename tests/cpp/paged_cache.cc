@@ -5,52 +5,54 @@
 #include <cmath>
 #include <limits>
 
+#include "core/float8.h"
 #include "core/int8_row.h"
 
 namespace tidal::test {
 
 namespace {
 
-// Rows [row_size] of int8 and their scales.
-struct Int8Rows {
+// What a cache of codes holds of rows [row_size].
+struct CodedRows {
   Bytes codes;
-  Values scales;
+  Values scales;  // [rows] of int8
 };
 
-Int8Rows EncodeRows(const Values& values, int64_t row_size) {
-  const int64_t num_rows = static_cast<int64_t>(values.size()) / row_size;
-  Int8Rows rows{Bytes(values.size()), Values(num_rows)};
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const std::vector<float> row(&values[i * row_size], &values[i * row_size] + row_size);
-    rows.scales[i] =
-        EncodeInt8Row(row.data(), row_size, reinterpret_cast<int8_t*>(&rows.codes[i * row_size]));
+CodedRows EncodeRows(const Values& values, int64_t row_size, DType dtype, float scale) {
+  const std::vector<float> numbers(values.begin(), values.end());
+  CodedRows rows{Bytes(values.size()), {}};
+  for (size_t begin = 0; begin < numbers.size(); begin += row_size) {
+    const float* row = &numbers[begin];
+    uint8_t* codes = &rows.codes[begin];
+    if (dtype == DType::kFloat8) {
+      EncodeFloat8Row(row, row_size, scale, reinterpret_cast<Float8*>(codes));
+    } else {
+      rows.scales.push_back(EncodeInt8Row(row, row_size, reinterpret_cast<int8_t*>(codes)));
+    }
   }
   return rows;
 }
 
-Values RandomRows(Random& random, int64_t count, int64_t row_size, DType dtype) {
-  if (dtype != DType::kInt8) return random.Normal(count, dtype);
-  const Values drawn = random.Normal(count, DType::kFloat32);
-  Values values;
-  for (auto row = drawn.begin(); row != drawn.end(); row += row_size) {
-    const Values stored = StoredRow(Values(row, row + row_size), dtype);
-    values.insert(values.end(), stored.begin(), stored.end());
+Values Stored(const Values& values, int64_t row_size, DType dtype, float scale) {
+  if (DTypeBytes(dtype) > 1) return Rounded(values, dtype);
+  const CodedRows rows = EncodeRows(values, row_size, dtype, scale);
+  Values stored(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    stored[i] = dtype == DType::kFloat8 ? Float8ToFloat(rows.codes[i]) * scale
+                                        : static_cast<float>(static_cast<int8_t>(rows.codes[i])) *
+                                              static_cast<float>(rows.scales[i / row_size]);
   }
-  return values;
+  return stored;
 }
 
 }  // namespace
 
-Values StoredRow(const Values& row, DType dtype) {
-  if (dtype != DType::kInt8) return Rounded(row, dtype);
-  const auto size = static_cast<int64_t>(row.size());
-  const Int8Rows encoded = EncodeRows(row, size);
-  const auto scale = static_cast<float>(encoded.scales[0]);
-  Values stored(row.size());
-  for (int64_t i = 0; i < size; ++i) {
-    stored[i] = static_cast<float>(static_cast<int8_t>(encoded.codes[i])) * scale;
-  }
-  return stored;
+Values StoredKeys(const Values& rows, int64_t row_size, DType dtype) {
+  return Stored(rows, row_size, dtype, kKeyScale);
+}
+
+Values StoredValues(const Values& rows, int64_t row_size, DType dtype) {
+  return Stored(rows, row_size, dtype, kValueScale);
 }
 
 std::vector<HeadShape> CommonHeadShapes() {
@@ -69,15 +71,17 @@ std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape
   std::vector<reference::Sequence> sequences;
   for (int32_t seq_len : seq_lens) {
     const int64_t count = seq_len * shape.num_kv_heads * shape.head_dim;
-    sequences.push_back({shape.num_kv_heads, shape.head_dim,
-                         RandomRows(random, count, shape.head_dim, dtype),
-                         RandomRows(random, count, shape.head_dim, dtype)});
+    const Values k = random.Normal(count, DType::kFloat32);
+    const Values v = random.Normal(count, DType::kFloat32);
+    sequences.push_back({shape.num_kv_heads, shape.head_dim, StoredKeys(k, shape.head_dim, dtype),
+                         StoredValues(v, shape.head_dim, dtype)});
   }
   return sequences;
 }
 
 StepLimits AttentionTest::Limits() const {
   StepLimits limits = SmallLimits(dtype());
+  limits.kv_dtype = kv_dtype();
   limits.model.num_q_heads = shape().num_q_heads;
   limits.model.num_kv_heads = shape().num_kv_heads;
   limits.model.head_dim = shape().head_dim;
@@ -119,18 +123,23 @@ PagedKv AttentionTest::PutCache(const std::vector<reference::Sequence>& sequence
     }
   }
   PagedKv kv;
-  auto put = [&](const Values& values, TensorView& pages, TensorView& scales) {
-    const Shape pages_shape = {num_pages, heads, page_size, dim};
-    if (dtype() != DType::kInt8) {
-      pages = Put(values, dtype(), pages_shape);
+  const Shape pages_shape = {num_pages, heads, page_size, dim};
+  auto put = [&](const Values& values, float scale, TensorView& pages, TensorView& scales) {
+    if (DTypeBytes(kv_dtype()) > 1) {
+      pages = Put(values, kv_dtype(), pages_shape);
       return;
     }
-    const Int8Rows rows = EncodeRows(values, dim);
-    pages = PutBytes(rows.codes, DType::kInt8, pages_shape);
+    const CodedRows rows = EncodeRows(values, dim, kv_dtype(), scale);
+    pages = PutBytes(rows.codes, kv_dtype(), pages_shape);
+    if (rows.scales.empty()) return;
     scales = Put(rows.scales, DType::kFloat32, {num_pages, heads, page_size});
   };
-  put(k, kv.k_pages, kv.k_scales);
-  put(v, kv.v_pages, kv.v_scales);
+  put(k, kKeyScale, kv.k_pages, kv.k_scales);
+  put(v, kValueScale, kv.v_pages, kv.v_scales);
+  if (kv_dtype() == DType::kFloat8) {
+    kv.k_scale = kKeyScale;
+    kv.v_scale = kValueScale;
+  }
   kv.page_table = PutInts(page_table, {batch_size, max_pages});
   kv.seq_lens = PutInts(seq_lens, {batch_size});
   return kv;

@@ -23,8 +23,12 @@ std::vector<HeadShape> CommonHeadShapes();
 // Sizes that divide nothing.
 std::vector<HeadShape> OddHeadShapes();
 
-// A row of K or V, one token's head, as a cache of the dtype holds it.
-Values StoredRow(const Values& row, DType dtype);
+// Scales of an fp8 cache, of which few values are beyond the largest number.
+inline constexpr float kKeyScale = 0.007f, kValueScale = 0.3f;
+
+// Rows of K or of V, one token's head each, as a cache of the dtype holds them.
+Values StoredKeys(const Values& rows, int64_t row_size, DType dtype);
+Values StoredValues(const Values& rows, int64_t row_size, DType dtype);
 
 // With stored rows.
 std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape& shape,
@@ -33,6 +37,7 @@ std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape
 class AttentionTest : public OpTest<HeadShape> {
  protected:
   StepLimits Limits() const;
+  DType kv_dtype() const { return GetParam().on.kv_dtype(); }
   double sm_scale() const;
 
   // Scatters the sequences over pages in random order. Free slots, spare pages and everything the
@@ -41,7 +46,7 @@ class AttentionTest : public OpTest<HeadShape> {
                    double unused = std::numeric_limits<double>::quiet_NaN());
 
   // Whether one NaN makes NaN of all its row of the cache.
-  bool SpreadsNan() const { return dtype() == DType::kInt8; }
+  bool SpreadsNan() const { return DTypeBytes(kv_dtype()) == 1; }
 
   // Random queries into q, and random K and V in place of what `kv` has as the newest token of each
   // row.

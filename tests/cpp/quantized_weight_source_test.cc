@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/float16.h"
+#include "core/float8.h"
 #include "model/weight_format.h"
 #include "throws.h"
 #include "tidal/error.h"

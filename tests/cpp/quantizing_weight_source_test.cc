@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend_test.h"
+#include "core/float8.h"
 #include "model/weight_format.h"
 #include "tidal/quantized_weights.h"
 #include "tidal/weights.h"
@@ -32,6 +33,7 @@ TEST(Float8, TheNearestCodeIsFound) {
   }
   EXPECT_EQ(FloatToFloat8(1e9f), 126);
   EXPECT_EQ(FloatToFloat8(-1e9f), 254);
+  EXPECT_EQ(FloatToFloat8(std::nanf("")) & 127, 127);
 }
 
 // A matrix of the layers and another, from noise.

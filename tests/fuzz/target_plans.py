@@ -19,7 +19,7 @@ from models import write_config
 
 _MOST_BYTES = 2**63 - 1
 _NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_KV_DTYPES = (*_NUM_BYTES, "int8")
+_KV_DTYPES = (*_NUM_BYTES, "int8", "fp8")
 _HIGHEST = {
     "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20,
     "num_hidden_layers": 1024, "num_key_value_heads": 4096, "group": 8, "head_dim": 1024,
@@ -100,7 +100,7 @@ def _check(plan: tidaldecode.MemoryPlan, case: dict[str, Any]) -> None:
     model, options = case["model"], case["options"]
     heads, head_dim = model["num_key_value_heads"], model["head_dim"]
     kv_dtype = options.get("kv_dtype", options.get("dtype", "bfloat16"))
-    row_bytes = head_dim + 4 if kv_dtype == "int8" else head_dim * _NUM_BYTES[kv_dtype]
+    row_bytes = head_dim * _NUM_BYTES.get(kv_dtype, 1) + (4 if kv_dtype == "int8" else 0)
     token_bytes = 2 * model["num_hidden_layers"] * heads * row_bytes
     # A budget without layers lets every layer but the first two choose, by keys in 4 bits.
     if "token_budget" in options and "select_layers" not in options:

@@ -53,7 +53,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"device": 0}, "device: got 0"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of 'auto'"),
         ({"dtype": None}, "dtype: got None"),
-        ({"kv_dtype": "fp8"}, "kv_dtype: got 'fp8'"),
+        ({"kv_dtype": "fp4"}, "kv_dtype: got 'fp4'"),
         ({"attention": "dense"}, "attention: got 'dense', expected one of 'auto', 'tidal', 'full'"),
         ({"token_budget": 0}, "token_budget: got 0"),
         ({"token_budget": -5}, "token_budget: got -5"),

@@ -23,6 +23,7 @@ def test_bytes_of_every_kind_of_layer(tmp_path: Path):
     assert kv_bytes_per_step(model, mixed, 100, "bfloat16") * 2 == of_mixed
     codes = model.num_kv_heads * (model.head_dim + 4)  # and a scale
     assert kv_bytes_per_step(model, PlanConfig(), 100, "int8") == codes * 6 * 200
+    assert kv_bytes_per_step(model, mixed, 100, "fp8") * 4 == of_mixed
     heads = replace(mixed, granularity="head")
     own = 20 * group
     assert kv_bytes_per_step(model, heads, 100, "float32") == half * (3 * 200 + 3 * own + 100)

@@ -290,15 +290,23 @@ def test_equal_scores_choose_the_lowest_positions(tmp_path, granularity, pooling
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "int8"), ("bfloat16", "int8")],
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "int8"),
+        ("bfloat16", "int8"),
+        ("float32", "fp8"),
+        ("bfloat16", "fp8"),
+    ],  # fmt: skip
 )
 def test_smaller_weights_and_cache(folder, tmp_path, dtype, kv_dtype):
     model = dataclasses.replace(MODEL, dtype=dtype)
     written = read_checkpoint(write_checkpoint(tmp_path, model))
     reference = ReferenceLlama(*written, kv_dtype=kv_dtype)
     # A value beside a rounding boundary may round the other way, and then rarely a set changes; of
-    # the coarser int8 not so rarely, so it is asked densely.
-    settings = TidalSettings() if kv_dtype == "int8" else TidalSettings((2, 4), 2, 16)
+    # the coarser types not so rarely, so they are asked densely.
+    is_coarse = kv_dtype in ("int8", "fp8")
+    settings = TidalSettings() if is_coarse else TidalSettings((2, 4), 2, 16)
     expected = reference.generate(PROMPT, NEW_TOKENS, settings)
     decoder = open_decoder(tmp_path, settings, dtype=dtype, kv_dtype=kv_dtype)
     assert greedy(decoder, [PROMPT])[0] == expected.token_ids

@@ -84,7 +84,7 @@ def test_an_event_loop_hears_every_token_of_drafts_that_were_kept(folder: Path):
         assert texts == [result.text for result in expected]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
 def test_paused_requests_go_on_from_host_memory(folder: Path, is_sparse: bool, kv_dtype: str):
     plan = {"attention": "tidal", "scored_layers": (1, 2), "token_budget": 32}

@@ -353,6 +353,9 @@ def round_to(value: np.ndarray, dtype: str) -> np.ndarray:
         bits = value.view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
         return np.where(np.isnan(value), value, rounded)
+    if dtype == "fp8":  # e4m3: 4 significant bits, at least 2^-9 apart; saturates at 448
+        step = np.exp2(np.maximum(np.frexp(value)[1] - 4, -9), dtype=np.float32)
+        return np.clip(np.round(value / step) * step, np.float32(-448), np.float32(448))
     return value
 
 

@@ -46,6 +46,9 @@ struct LayerConfig {
   bool has_rope = true;      // false: its q and k are not rotated (NoPE)
   int64_t window = 0;        // a token attends to so many last ones, itself included; 0: to all
   bool has_experts = false;  // its MLP is one of experts
+  // An fp8 cache holds keys / k_scale and values / v_scale, in the range of fp8's numbers.
+  float k_scale = 1.0f;
+  float v_scale = 1.0f;
 
   bool operator==(const LayerConfig&) const = default;
 };
@@ -190,7 +193,7 @@ struct DecodeConfig : PlanConfig {
   Device device;
   DType dtype = DType::kBFloat16;                      // of the weights that are numbers
   KeepWeights weight_format = KeepWeights::kAsStored;  // as whoever makes the WeightSource heeds
-  // The cache's: a float type, which on CUDA must equal dtype, or on the CPU int8.
+  // The cache's: a float type, which on CUDA must equal dtype; or on the CPU int8 or fp8.
   DType kv_dtype = DType::kBFloat16;
 
   // Tokens are drafted first. One dense pass over the drafts of a sequence draws the tokens that

@@ -1,12 +1,12 @@
 // Element types of tensors. The float types are storage types: all arithmetic accumulates in
-// float32. int8 are codes of a KV cache (core/int8_row.h).
+// float32. int8 and fp8 are codes of a KV cache (core/int8_row.h, core/float8.h).
 #pragma once
 
 #include <cstdint>
 
 namespace tidal {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt32, kUInt8, kInt8 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt32, kUInt8, kInt8, kFloat8 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -18,6 +18,7 @@ constexpr int64_t DTypeBytes(DType dtype) {
       return 2;
     case DType::kUInt8:
     case DType::kInt8:
+    case DType::kFloat8:
       return 1;
   }
   return 0;
@@ -37,6 +38,8 @@ constexpr const char* DTypeName(DType dtype) {
       return "uint8";
     case DType::kInt8:
       return "int8";
+    case DType::kFloat8:
+      return "fp8";
   }
   return "unknown";
 }

@@ -32,7 +32,7 @@ constexpr uint32_t kFloats = Bit(DType::kFloat32) | Bit(DType::kBFloat16) | Bit(
 std::string DTypeList(uint32_t dtypes) {
   std::string list;
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32,
-                      DType::kUInt8, DType::kInt8}) {
+                      DType::kUInt8, DType::kInt8, DType::kFloat8}) {
     if ((dtypes & Bit(dtype)) == 0) continue;
     if (!list.empty()) list += " or ";
     list += DTypeName(dtype);
@@ -115,10 +115,19 @@ class OpCheck {
       Tensor("k_scales", kv.k_scales, {&num_pages, &num_kv_heads, &page_size}, float32_);
       Tensor("v_scales", kv.v_scales, {&num_pages, &num_kv_heads, &page_size}, float32_);
     }
+    Scale("k_scale", kv.k_scale, kv.k_pages.dtype);
+    Scale("v_scale", kv.v_scale, kv.k_pages.dtype);
     Tensor("page_table", kv.page_table, {&batch, &max_pages}, int32_);
     Tensor("seq_lens", kv.seq_lens, {&batch}, int32_);
     TIDAL_CHECK(page_size.size >= 1, InvalidArgument, op_,
                 ": k_pages: got page_size 0, expected at least 1");
+  }
+
+  void Scale(const char* name, float scale, DType pages) {
+    const bool is_valid =
+        pages == DType::kFloat8 ? std::isfinite(scale) && scale > 0.0f : scale == 1.0f;
+    TIDAL_CHECK(is_valid, InvalidArgument, op_, ": ", name, ": got ", scale, ", expected ",
+                pages == DType::kFloat8 ? "a finite number > 0" : "1 of pages other than fp8");
   }
 
   void Shadow(const ShadowKeys& shadow, const PagedKv& kv) {
@@ -171,7 +180,7 @@ class OpCheck {
   Kind act_{"act", kFloats};
   Kind weight_{"weight", kFloats};
   Kind norm_{"weight or float32", kFloats};
-  Kind kv_{"kv", kFloats | Bit(DType::kInt8)};
+  Kind kv_{"kv", kFloats | Bit(DType::kInt8) | Bit(DType::kFloat8)};
   Kind float32_{"float32", Bit(DType::kFloat32)};
   Kind scores_{"scores", Bit(DType::kFloat32) | Bit(DType::kFloat16)};
   Kind int32_{"int32", Bit(DType::kInt32)};

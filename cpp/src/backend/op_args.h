@@ -49,6 +49,9 @@ struct PagedKv {
   // For int8 pages, whose rows are codes x scale (core/int8_row.h); else absent.
   TensorView k_scales = {};  // [num_pages, Hkv, page_size] float32
   TensorView v_scales = {};  // [num_pages, Hkv, page_size] float32
+  // For fp8 pages, whose numbers are code x scale (core/float8.h); of others 1.
+  float k_scale = 1.0f;
+  float v_scale = 1.0f;
 };
 
 struct EmbedArgs {

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "core/float16.h"
+#include "core/float8.h"
 #include "core/int8_row.h"
 #include "tidal/error.h"
 
@@ -48,9 +49,12 @@ Noise::Noise(DType dtype, Normal normal, uint64_t seed, int64_t block_elements)
     case DType::kInt8:
       Fill<int8_t>(block_, normal, seed);
       break;
+    case DType::kFloat8:
+      Fill<Float8>(block_, normal, seed);
+      break;
     default:
       throw InvalidArgument(Concat("random values: got dtype ", DTypeName(dtype),
-                                   ", expected float32, bfloat16, float16 or int8"));
+                                   ", expected float32, bfloat16, float16, int8 or fp8"));
   }
 }
 

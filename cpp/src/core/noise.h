@@ -24,7 +24,7 @@ class Noise {
   // Codes of int8 that stand for 1.
   static constexpr float kInt8PerUnit = 32.0f;
 
-  // `dtype`: float32, bfloat16, float16 or int8. Equal arguments give equal values.
+  // `dtype`: float32, bfloat16, float16, int8 or fp8. Equal arguments give equal values.
   // `block_elements` may be less where less is needed.
   Noise(DType dtype, Normal normal, uint64_t seed, int64_t block_elements = kBlockElements);
 

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "core/float16.h"
+#include "core/float8.h"
 #include "tidal/dtype.h"
 
 namespace tidal {
@@ -36,6 +37,10 @@ constexpr DType DTypeOf<uint8_t>() {
 template <>
 constexpr DType DTypeOf<int8_t>() {
   return DType::kInt8;
+}
+template <>
+constexpr DType DTypeOf<Float8>() {
+  return DType::kFloat8;
 }
 
 struct TensorView {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/float16.h"
+#include "core/float8.h"
 #include "core/philox.h"
 #include "decode/chunk_pass.h"
 #include "decode/transformer.h"
@@ -15,7 +16,7 @@ namespace {
 
 constexpr uint64_t kSeed = 1;
 
-// A tensor of any float type, or of int8 rows with scales, on the host.
+// A tensor of any float type, fp8 as it is stored, or of int8 rows with scales, on the host.
 std::vector<float> Fetch(Backend& backend, const TensorView& view, const TensorView& scales = {}) {
   std::vector<char> bytes(static_cast<size_t>(view.bytes()));
   backend.Download(bytes.data(), view);
@@ -37,6 +38,9 @@ std::vector<float> Fetch(Backend& backend, const TensorView& view, const TensorV
       break;
     case DType::kFloat16:
       widen(reinterpret_cast<const Float16*>(bytes.data()));
+      break;
+    case DType::kFloat8:
+      widen(reinterpret_cast<const Float8*>(bytes.data()));
       break;
     default:
       widen(reinterpret_cast<const float*>(bytes.data()));
@@ -143,6 +147,7 @@ class Measurement {
     for (int32_t page : sequence_.pages.pages()) {
       const TensorView scales = kv.k_scales ? kv.k_scales.Rows(page, 1) : TensorView();
       std::vector<float> k = Fetch(backend_, kv.k_pages.Rows(page, 1), scales);
+      for (float& value : k) value *= kv.k_scale;
       for (int64_t head = 0; head < model_.num_kv_heads; ++head) {
         for (int64_t slot = 0; slot < page_size && first + slot < num_tokens_; ++slot) {
           squares.Add(head, &k[static_cast<size_t>((head * page_size + slot) * model_.head_dim)]);

@@ -52,6 +52,10 @@ PagedKvCache::PagedKvCache(Backend& backend, const ModelConfig& model, DType dty
     };
     kv.k_pages = view(data);
     kv.v_pages = view(data + half);
+    if (dtype == DType::kFloat8) {
+      kv.k_scale = model.layer(layer).k_scale;
+      kv.v_scale = model.layer(layer).v_scale;
+    }
   }
 }
 

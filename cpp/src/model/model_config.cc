@@ -78,6 +78,8 @@ void ValidateLayers(const ModelConfig& model) {
   for (const LayerConfig& layer : model.layers) {
     TIDAL_CHECK(layer.window >= 0 && layer.window <= kMaxPositions, ConfigError,
                 "layers: window: got ", layer.window, ", expected 0 to ", kMaxPositions);
+    CheckPositive("layers k_scale", layer.k_scale);
+    CheckPositive("layers v_scale", layer.v_scale);
   }
   if (!model.has_experts()) return;
   CheckRange("num_experts", model.num_experts, kMaxExperts);

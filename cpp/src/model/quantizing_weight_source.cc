@@ -5,6 +5,7 @@
 
 #include "core/convert.h"
 #include "core/float16.h"
+#include "core/float8.h"
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "model/weight_format.h"

@@ -2,7 +2,7 @@
 // A kernel that reads a format as it is stored must give these numbers.
 //
 // Sources: compressed-tensors 0.20 (compressors/pack_quantized, naive_quantized), AutoAWQ
-// (packing_utils.py), AutoGPTQ (qlinear_cuda.py); float8 e4m3fn: OCP 8-bit floating point, 2023.
+// (packing_utils.py), AutoGPTQ (qlinear_cuda.py).
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,6 @@
 #include "tidal/quantized_weights.h"
 
 namespace tidal {
-
-// The value of a float8 e4m3fn: 1 sign, 4 exponent (bias 7) and 3 mantissa bits; no infinities,
-// NaN where all bits below the sign are set.
-float Float8ToFloat(uint8_t code);
-
-// The nearest float8, of two the even one; beyond the largest, 448, that.
-uint8_t FloatToFloat8(float value);
 
 // Scales and zeros of a matrix in one layout for all formats.
 struct DecodedBlocks {

@@ -25,6 +25,8 @@ class LayerConfig:
     has_rope: bool = True
     window: int = 0
     has_experts: bool = False
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 def read_layers(

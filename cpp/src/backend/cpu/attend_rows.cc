@@ -113,7 +113,7 @@ void RunSpan(const CpuContext& context, const AttendBatch& batch, float* records
   args.group_size = units.heads;
   args.num_queries = row.num_tokens * units.heads;
   args.head_dim = head_dim;
-  args.sm_scale = batch.rule.sm_scale;
+  args.sm_scale = batch.rule.sm_scale * kv.k_scale;
   args.softcap = batch.rule.softcap;
   args.k_pages = static_cast<const char*>(kv.k_pages.ptr) + head_bytes;
   if (batch.reads_values) args.v_pages = static_cast<const char*>(kv.v_pages.ptr) + head_bytes;
@@ -158,6 +158,10 @@ void MergeQuery(const CpuContext& context, const AttendBatch& batch, const float
   args.out = batch.reads_values ? row.out + local * head_dim : nullptr;
   args.lse = row.lse == nullptr ? nullptr : row.lse + head;
   context.kernels->merge_spans(args);
+  const float v_scale = batch.kv->v_scale;
+  if (args.out != nullptr && v_scale != 1.0f) {
+    context.kernels->scale(args.out, v_scale, head_dim, args.out);
+  }
 }
 
 }  // namespace

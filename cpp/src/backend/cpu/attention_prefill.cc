@@ -73,8 +73,8 @@ void GatherTokens(const CpuContext& context, const PagedKv& kv, const Task& task
   for (int64_t done = 0; done < count;) {
     const int64_t run = std::min(count - done, page_size - (begin + done) % page_size);
     const int64_t row = KvRow(kv, task.row, begin + done, task.kv_head);
-    LoadKvRows(context, kv.k_pages, kv.k_scales, row, run, work.k + done * head_dim);
-    LoadKvRows(context, kv.v_pages, kv.v_scales, row, run, work.v + done * head_dim);
+    LoadKvRows(context, KeysOf(kv), row, run, work.k + done * head_dim);
+    LoadKvRows(context, ValuesOf(kv), row, run, work.v + done * head_dim);
     done += run;
   }
 }

@@ -60,8 +60,8 @@ void AppendToken(const CpuContext& context, const RopeAppendKvArgs& args, int64_
   NormAndRotate(context, k, {num_kv_heads, head_dim, args.k_norm, cos_sin}, args.norm_eps, rotated);
   for (int64_t h = 0; h < num_kv_heads; ++h) {
     const int64_t row = KvRow(args.kv, seq, position, h);
-    StoreKvRow(args.kv.k_pages, args.kv.k_scales, row, rotated + h * head_dim);
-    StoreKvRow(args.kv.v_pages, args.kv.v_scales, row, v + h * head_dim);
+    StoreKvRow(KeysOf(args.kv), row, rotated + h * head_dim);
+    StoreKvRow(ValuesOf(args.kv), row, v + h * head_dim);
   }
 }
 

@@ -60,7 +60,7 @@ void CpuAppendShadow(CpuContext& context, const AppendShadowArgs& args) {
     if (position < 0) return;
     const int64_t slot = KvRow(args.kv, args.seq_idx.data<int32_t>()[token], position, head);
     float* key = keys + ThreadIndex() * stride;
-    LoadKvRows(context, args.kv.k_pages, args.kv.k_scales, slot, 1, key);
+    LoadKvRows(context, KeysOf(args.kv), slot, 1, key);
     EncodeShadowKey(key, args.shadow.balance.data<float>() + head * head_dim,
                     static_cast<int>(head_dim),
                     args.shadow.codes.data<uint8_t>() + slot * head_dim / 2,

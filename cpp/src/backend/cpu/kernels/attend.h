@@ -5,6 +5,8 @@
 // queries or on threads.
 #pragma once
 
+#include <type_traits>
+
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/simd/simd.h"
 
@@ -18,8 +20,9 @@ inline constexpr int kDimStep = kWidth == 16 ? 4 : 2;
 
 inline constexpr float kMinusInf = -__builtin_inff();
 
+// Whether each row has a scale of its own.
 template <typename T>
-inline constexpr bool kIsScaled = sizeof(T) == 1;
+inline constexpr bool kIsScaled = std::is_same_v<T, int8_t>;
 
 template <typename T>
 struct TokenRows {

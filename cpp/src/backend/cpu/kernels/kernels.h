@@ -2,7 +2,7 @@
 //
 // A kernel is the work of one thread on one piece of an op; the ops (../*.cc) cut the work, run the
 // threads and own the scratch. Members that read stored numbers come in threes, those that read a
-// cache in fours, indexed by StorageIndex: float32, bfloat16, float16, int8. The kernels throw
+// cache in fives, indexed by StorageIndex: float32, bfloat16, float16, int8, fp8. The kernels throw
 // nothing and allocate nothing.
 #pragma once
 
@@ -157,14 +157,14 @@ struct CpuKernels {
   void (*linear[5])(const LinearTile& tile);
   // dst [num_outputs, in_features] = the weight as float32
   void (*decode[5])(const WeightRows& weight, float* dst);
-  void (*attend_span[4])(const AttendSpan& span);
+  void (*attend_span[5])(const AttendSpan& span);
   void (*merge_spans)(const MergeSpans& merge);
   void (*softmax_row)(const SoftmaxRow& row);
   void (*rank_keys)(const RankKeys& rank);
   void (*score_shadow)(const ShadowSpan& span);
 
-  // dst[i] = float32(src[i]); of int8 the codes
-  void (*widen[4])(const void* src, int64_t count, float* dst);
+  // dst[i] = float32(src[i]); of int8 and fp8 without their scales
+  void (*widen[5])(const void* src, int64_t count, float* dst);
   // out = weight * (x / rms(x)); out may be x
   void (*rms_norm[3])(const float* x, const void* weight, int64_t size, float eps, float* out);
   // Rotate-half of one head: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin; out may be x.
@@ -186,6 +186,8 @@ inline int StorageIndex(DType dtype) {
       return 2;
     case DType::kInt8:
       return 3;
+    case DType::kFloat8:
+      return 4;
     default:
       return 0;
   }

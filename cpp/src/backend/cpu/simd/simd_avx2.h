@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/float16.h"
+#include "core/float8.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
@@ -70,6 +71,18 @@ inline Vec Load(const int8_t* p) {
   __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
 }
+// kWidth float8 e4m3fn in the places of a float16's sign, exponent and mantissa: their values /
+// 2^8, as its exponent has another bias. NaN becomes 480 / 2^8.
+inline __m128i WidenFloat8(const void* codes) {
+  __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(codes)));
+  wide = _mm_slli_epi16(wide, 7);
+  return _mm_and_si128(wide, _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+}
+inline Vec Load(const Float8* p) {
+  const __m128i bits = WidenFloat8(p), largest = _mm_set1_epi16(0x3f80);
+  const __m128i is_nan = _mm_cmpeq_epi16(_mm_and_si128(bits, largest), largest);
+  return Mul(_mm256_cvtph_ps(_mm_or_si128(bits, is_nan)), Set1(256.0f));
+}
 inline void Store(float* p, Vec a) {
   _mm256_storeu_ps(p, a);
 }
@@ -87,11 +100,9 @@ inline void StorePartial(float* p, Vec a, int count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
-// kWidth float8 e4m3fn / 2^8: a float16 of the same bits has another bias.
+// kWidth float8 e4m3fn that are numbers, / 2^8.
 inline Vec LoadFloat8(const uint8_t* codes) {
-  __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  wide = _mm_slli_epi16(wide, 7);
-  return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+  return _mm256_cvtph_ps(WidenFloat8(codes));
 }
 
 // A number for each code of 4 bits: (code - zero) * scale.

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "core/float16.h"
+#include "core/float8.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
@@ -64,6 +65,20 @@ inline Vec Load(const int8_t* p) {
   __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
+// kWidth float8 e4m3fn in the places of a float16's sign, exponent and mantissa: their values /
+// 2^8, as its exponent has another bias. NaN becomes 480 / 2^8.
+inline __m256i WidenFloat8(__m128i codes) {
+  __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+  return _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+}
+inline Vec DecodeFloat8(__m128i codes) {
+  const __m256i bits = WidenFloat8(codes), largest = _mm256_set1_epi16(0x3f80);
+  const __m256i is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(bits, largest), largest);
+  return Mul(_mm512_cvtph_ps(_mm256_or_si256(bits, is_nan)), Set1(256.0f));
+}
+inline Vec Load(const Float8* p) {
+  return DecodeFloat8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void Store(float* p, Vec a) {
   _mm512_storeu_ps(p, a);
 }
@@ -86,15 +101,16 @@ inline Vec LoadPartial(const int8_t* p, int count) {
   __m128i raw = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1u), p);
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
+inline Vec LoadPartial(const Float8* p, int count) {
+  return DecodeFloat8(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1u), p));
+}
 inline void StorePartial(float* p, Vec a, int count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), a);
 }
 
-// kWidth float8 e4m3fn / 2^8: a float16 of the same bits has another bias.
+// kWidth float8 e4m3fn that are numbers, / 2^8.
 inline Vec LoadFloat8(const uint8_t* codes) {
-  __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  wide = _mm256_slli_epi16(wide, 7);
-  return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+  return _mm512_cvtph_ps(WidenFloat8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
 }
 
 // A number for each code of 4 bits: (code - zero) * scale.

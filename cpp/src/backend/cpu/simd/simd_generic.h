@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/float16.h"
+#include "core/float8.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
@@ -89,6 +90,25 @@ inline Vec Load(const int8_t* p) {
   return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
              static_cast<float>(p[3])};
 }
+struct Float8Table {
+  float values[256];
+};
+constexpr Float8Table MakeFloat8Table() {
+  Float8Table table = {};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) * 0x1p-9f;
+    for (int i = 1; i < exponent; ++i) size *= 2.0f;
+    if (exponent == 15 && mantissa == 7) size = __builtin_nanf("");
+    table.values[code] = code < 128 ? size : -size;
+  }
+  return table;
+}
+inline constexpr Float8Table kFloat8Table = MakeFloat8Table();
+inline Vec Load(const Float8* p) {
+  const float* values = kFloat8Table.values;
+  return Vec{values[p[0].bits], values[p[1].bits], values[p[2].bits], values[p[3].bits]};
+}
 inline void Store(float* p, Vec a) {
   std::memcpy(p, &a, sizeof(a));
 }
@@ -106,25 +126,9 @@ inline void StorePartial(float* p, Vec a, int count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
-struct Float8Table {
-  float values[256];
-};
-constexpr Float8Table MakeFloat8Table() {
-  Float8Table table = {};
-  for (int code = 0; code < 256; ++code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    float size = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) * 0x1p-17f;
-    for (int i = 1; i < exponent; ++i) size *= 2.0f;
-    table.values[code] = code < 128 ? size : -size;
-  }
-  return table;
-}
-inline constexpr Float8Table kFloat8Table = MakeFloat8Table();
-
-// kWidth float8 e4m3fn (1 sign, 4 exponent and 3 mantissa bits) / 2^8.
+// kWidth float8 e4m3fn that are numbers, / 2^8.
 inline Vec LoadFloat8(const uint8_t* codes) {
-  const float* values = kFloat8Table.values;
-  return Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
+  return Mul(Load(reinterpret_cast<const Float8*>(codes)), Set1(0x1p-8f));
 }
 
 // A number for each code of 4 bits: (code - zero) * scale.
