@@ -163,7 +163,8 @@ class DecodeConfig(PlanConfig):
         kv_dtype: of the KV cache: "auto" is dtype, and on CUDA nothing else is taken. The CPU takes
             "float32", "bfloat16", "float16", and "int8": a quarter of float32's memory and about as
             exact as bfloat16, with a scale for each token and head. "fp8" (e4m3) is as small as
-            int8 and coarser: numbers of 4 significant bits, up to 448, and no scale.
+            int8 and coarser: 4 significant bits of a number, up to 448 times the layer's k_scale
+            or v_scale in the checkpoint, or 1.
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.

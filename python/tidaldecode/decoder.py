@@ -35,6 +35,7 @@ from tidaldecode.engine_config import (
     core_model,
     core_weights,
     log_rounding,
+    model_in_use,
 )
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.measuring import MeasuringMethods
@@ -145,7 +146,8 @@ class Decoder(TextMethods, MeasuringMethods):
         folder = self._folder
         try:
             config = core_config(self._settings, plan, folder)
-            core = _core.Decoder(core_model(folder.model), config, core_weights(folder), progress)
+            model = core_model(model_in_use(folder, config))
+            core = _core.Decoder(model, config, core_weights(folder), progress)
             log_rounding(config.weight_format, core.rounding_error)
             self._frontend.finish_loading()
         except BaseException:

@@ -10,6 +10,7 @@ import os
 from dataclasses import fields
 
 from tidaldecode import _core
+from tidaldecode.checkpoint.cache_scales import scaled_model
 from tidaldecode.checkpoint.layer_kinds import LayerConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
@@ -38,6 +39,16 @@ def resolve_device(device: str) -> str:
         return device
     usable = [entry["name"] for entry in _core.list_devices() if entry["available"]]
     return next((name for name in usable if name.startswith("cuda")), "cpu")
+
+
+def model_in_use(folder: ModelFolder, config: _core.DecodeConfig) -> ModelConfig:
+    """The folder's model; of an fp8 cache with the scales that the folder has for it.
+
+    Raises: WeightsError for scales that cannot be used.
+    """
+    if config.kv_dtype != "fp8":
+        return folder.model
+    return scaled_model(folder.model, folder.cache_scales)
 
 
 def core_model(model: ModelConfig) -> _core.ModelConfig:

@@ -173,12 +173,16 @@ class ReferenceLlama:
             q = self._norm(q, attention + "q_norm.weight")
             k = self._norm(k, attention + "k_norm.weight")
         positions = np.arange(start, start + len(x))
-        k, v = (self._round(kv) for kv in (self._rotate(k, positions), v))
+        k = self._round(self._rotate(k, positions), attention + "k_scale")
+        v = self._round(v, attention + "v_scale")
         return self._rotate(q, positions), k, v
 
-    def _round(self, kv: np.ndarray) -> np.ndarray:
+    def _round(self, kv: np.ndarray, scale_name: str) -> np.ndarray:
         if self.kv_dtype == "float32":
             return kv
+        if self.kv_dtype == "fp8":
+            scale = self.weights.get(scale_name, np.float64(1.0))
+            return round_to(kv / scale, "fp8").astype(np.float64) * scale
         if self.kv_dtype == "int8":
             kv = kv.astype(np.float32)
             scale = np.abs(kv).max(-1, keepdims=True) / np.float32(127)

@@ -324,8 +324,8 @@ def test_cache_scales_are_noted(tmp_path: Path):
     kind = dataclasses.replace(KINDS[0], config=config)
     notes = read_model_folder(write_quantized(tmp_path, SMALL, kind, stored | {name: scale})).notes
     assert len(notes) == 2
-    assert "kv_cache_scheme is not applied" in notes[0]
-    assert "scales of a quantised KV cache are not applied" in notes[1] and name in notes[1]
+    assert "kv_cache_scheme: the KV cache is quantised only by kv_dtype 'fp8'" in notes[0]
+    assert "scales of a quantised KV cache are used only" in notes[1] and name in notes[1]
 
 
 def test_fields_that_are_not_known_are_noted(tmp_path: Path):

@@ -64,7 +64,7 @@ def read_compressed_tensors(config: Mapping[str, Any], where: str) -> Quantizati
     ignored = read_names(config, "ignore", where)
     notes = notes_on_unknown(config, _KEYS, where)
     if config.get("kv_cache_scheme") is not None:
-        notes += (f"{where}: kv_cache_scheme is not applied: the KV cache is not quantised",)
+        notes += (f"{where}: kv_cache_scheme: the KV cache is quantised only by kv_dtype 'fp8'",)
     return Quantization(
         method="compressed-tensors",
         groups=tuple(

@@ -48,6 +48,7 @@ class ModelFolder:
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json, ascending
     load_format: str  # of DecodeConfig
     weights: tuple[TensorEntry | QuantizedTensor, ...]  # none for load_format "dummy"
+    cache_scales: tuple[TensorEntry, ...] = ()  # of an fp8 KV cache
     quantization: Quantization | None = None  # None: weights as they are
     notes: tuple[str, ...] = ()  # for the user: what was found and not taken as it stands
 
@@ -116,6 +117,7 @@ def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "aut
         eos_token_ids=tuple(sorted({*checkpoint.eos_token_ids, *generation.eos_token_ids})),
         load_format=load_format,
         weights=tuple(tensors.entries),
+        cache_scales=tensors.cache_scales,
         quantization=checkpoint.quantization,
         # Once each: an older model's generation settings are in its config.json.
         notes=tuple(dict.fromkeys((*checkpoint.notes, *generation.notes, *tensors.notes))),

@@ -230,7 +230,7 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
     entry = _take(stored, "weight_shape", scheme, ("I64", "I32"))
     if entry.shape != (2,):
         _refuse(entry, f"shape {show(list(entry.shape))}, expected [2]")
-    rows, columns = struct.unpack("<2q" if entry.dtype == "I64" else "<2i", _read(entry))
+    rows, columns = struct.unpack("<2q" if entry.dtype == "I64" else "<2i", read_tensor(entry))
     if rows != first or not 0 < columns <= second * 8 or second != -(-columns // 8):
         _refuse(
             entry,
@@ -254,7 +254,7 @@ def _check_order(stored: StoredParts, matrix: QuantizedTensor) -> None:
             f"{entry.dtype} {show(list(entry.shape))}, expected I32 [{columns}], the group of each "
             "column",
         )
-    if _read(entry) != array("i", (i // group_size for i in range(columns))).tobytes():
+    if read_tensor(entry) != array("i", (i // group_size for i in range(columns))).tobytes():
         _refuse(
             entry,
             "columns in the order of their activations (desc_act, actorder), which is not "
@@ -264,10 +264,10 @@ def _check_order(stored: StoredParts, matrix: QuantizedTensor) -> None:
 
 def is_all_zero(entry: TensorEntry) -> bool:
     """Whether a tensor holds nothing but zero bytes."""
-    return not _read(entry).strip(b"\0")
+    return not read_tensor(entry).strip(b"\0")
 
 
-def _read(entry: TensorEntry) -> bytes:
+def read_tensor(entry: TensorEntry) -> bytes:
     """A small tensor's bytes."""
     descriptor, _ = open_regular_file(entry.path, WeightsError)
     try:

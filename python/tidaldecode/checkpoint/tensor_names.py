@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tidaldecode.checkpoint.cache_scales import is_cache_scale
 from tidaldecode.checkpoint.families import FAMILIES, Family
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.checkpoint.model_config import CheckpointConfig, ModelConfig
@@ -40,7 +41,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _OWN_MODULE = re.compile(r"(model\.embed_tokens|model\.norm|lm_head)\.")
 # Tables, masks and cache scales that other programs store inside of layers; they follow from the
 # config or belong to another way of computing.
-_CACHE_SCALE = re.compile(r".*\.self_attn\.([kqv]_(scale|zero_point)|[kv]_proj\.output_scale)")
+_CACHE_SCALE = re.compile(
+    r".*\.self_attn\.((attn\.)?([kqv]|kv)_(scale|zero_point)|[kv]_proj\.([kv]_scale|output_scale))"
+)
 _BUFFER = re.compile(
     r"(.*\.)?rotary_emb\..*|.*\.(masked_bias|attn_bias|position_ids)"
     rf"|.*\.self_attn\.bias|{_CACHE_SCALE.pattern}"
@@ -61,6 +64,7 @@ class ModelTensors:
     entries: list[TensorEntry | QuantizedTensor]  # in file order
     model: ModelConfig  # untied where the checkpoint holds an output matrix of its own
     notes: tuple[str, ...]  # for the user: what was not taken as it stands
+    cache_scales: tuple[TensorEntry, ...] = ()  # cache_scales.py
 
 
 def expected_tensor_names(model: ModelConfig) -> list[str]:
@@ -139,7 +143,12 @@ def select_tensors(
         for name, entry in found.items()
         if name in needed
     ]
-    return ModelTensors(entries=selected, model=model, notes=tuple(notes))
+    scales = tuple(
+        replace(entry, name=name)
+        for name, entry in left_over.items()
+        if is_cache_scale(name) and isinstance(entry, TensorEntry)
+    )
+    return ModelTensors(entries=selected, model=model, notes=tuple(notes), cache_scales=scales)
 
 
 def _in_engine_parts(
@@ -347,8 +356,8 @@ def _notes_on(left_over: Mapping[str, Stored], model: ModelConfig, folder: Path)
     scales = [stored[name] for name in stored if _CACHE_SCALE.fullmatch(name)]
     if scales:
         yield (
-            f"{folder}: scales of a quantised KV cache are not applied, the cache is not "
-            f"quantised: {list_names(scales)}"
+            f"{folder}: scales of a quantised KV cache are used only with kv_dtype 'fp8': "
+            f"{list_names(scales)}"
         )
     unused = {name: text for name, text in stored.items() if not _BUFFER.fullmatch(name)}
     layers = {name for name in unused if _LAYER.match(name)}
