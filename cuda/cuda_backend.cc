@@ -11,12 +11,10 @@
 #include "common/launch_config.h"
 #include "cuda_dtypes.h"
 #include "kernels/append_shadow.h"
-#include "kernels/attention_few_queries.h"
 #include "kernels/attention_full.h"
-#include "kernels/attention_prefill.h"
-#include "kernels/attention_prefill_hopper.h"
 #include "kernels/attention_select.h"
 #include "kernels/attention_sparse.h"
+#include "kernels/decode_pages.h"
 #include "kernels/embed.h"
 #include "kernels/gate_mul.h"
 #include "kernels/gather_rows.h"
@@ -93,9 +91,10 @@ const char* WhatIsMissing(const ModelConfig& model) {
 void CheckLimits(const StepLimits& limits) {
   const ModelConfig& model = limits.model;
   CheckDType(limits.dtype, "dtype");
-  TIDAL_CHECK(limits.kv_dtype == limits.dtype, UnsupportedError,
-              "kv_dtype: ", DTypeName(limits.kv_dtype), " with ", DTypeName(limits.dtype),
-              " weights; on CUDA kv_dtype must equal dtype");
+  TIDAL_CHECK(limits.kv_dtype == limits.dtype || limits.kv_dtype == DType::kFloat8,
+              UnsupportedError, "kv_dtype: ", DTypeName(limits.kv_dtype), " with ",
+              DTypeName(limits.dtype), " weights; on CUDA expected ", DTypeName(limits.dtype),
+              " or fp8");
   TIDAL_CHECK(model.head_dim == 64 || model.head_dim == 128, UnsupportedError,
               "head_dim: ", model.head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
   TIDAL_CHECK(model.num_kv_heads > 0 && model.num_q_heads % model.num_kv_heads == 0 &&
@@ -211,6 +210,10 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     bytes.selection = SelectTopKScratchBytes(limits.max_batch_size * num_sets, limits.max_seq_len);
   }
+  if (limits.kv_dtype == DType::kFloat8) {
+    bytes.decoded_pages =
+        DecodedRowBytes(limits.max_seq_len, model.num_kv_heads, limits.page_size, model.head_dim);
+  }
   return bytes;
 }
 
@@ -222,6 +225,9 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   memory.scratch = {{kAttentionPurpose, bytes.attention.Total()},
                     {kProductsPurpose, kLinearWorkspaceBytes}};
   if (limits.decoded_bytes > 0) memory.scratch.push_back({kDecodedPurpose, limits.decoded_bytes});
+  if (bytes.decoded_pages > 0) {
+    memory.scratch.push_back({kDecodedPagesPurpose, bytes.decoded_pages});
+  }
   int64_t selection = bytes.selection.keys + bytes.selection.first_digits;
   if (selection > 0) memory.scratch.push_back({kSelectionPurpose, selection});
   int64_t launches = limits.model.num_layers * kLaunchesPerLayer + kLaunchesPerStep;
@@ -238,6 +244,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   GrowSelection(bytes.selection);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
   Grow(decoded_weight_, limits.decoded_bytes, kDecodedPurpose);
+  Grow(decoded_pages_, bytes.decoded_pages, kDecodedPagesPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;
   const ModelConfig& model = limits.model;
   cudnn_attention_->Prepare({.dtype = limits.dtype,
@@ -339,30 +346,11 @@ void CudaBackend::RopeTable(const RopeTableArgs& args) {
 void CudaBackend::RopeAppendKv(const RopeAppendKvArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("rope_append_kv", {&args.q, &args.qkv, &args.q_norm, &args.k_norm,
-                                    &args.kv.k_pages, &args.kv.v_pages});
+  CheckSameDType("rope_append_kv", {&args.q, &args.qkv, &args.q_norm, &args.k_norm});
+  CheckCacheDType("rope_append_kv", args.q, args.kv);
   LaunchRopeAppendKv(args, stream());
   // In a step, one token for each row is the newest of each.
   AllowEarlyReads(args.q.dim(0) == args.kv.seq_lens.dim(0));
-}
-
-void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
-  Enter();
-  Check(args);
-  CheckSameDType("attention_prefill", {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
-  if (batch_invariant_ ? in_step_ : HasFewQueries(args)) {
-    LaunchAttentionFewQueries(args, ScratchFor(args.q, args.kv), stream());
-  } else if (!PrefillByCudnn(args)) {
-    LaunchAttentionPrefill(args, ScratchFor(args.q, args.kv), stream());
-  }
-}
-
-bool CudaBackend::PrefillByCudnn(const AttentionPrefillArgs& args) {
-  // Plans are made when they are first asked for, and a recorded step may not wait for that.
-  if (!cudnn_attention_ || in_step_) return false;
-  TIDAL_CHECK(cudnn_attention_->Run(args), UnsupportedError,
-              "prefill_attention: cuDNN was asked for, but ", cudnn_attention_->problem());
-  return true;
 }
 
 void CudaBackend::AttentionFull(const AttentionArgs& args) {
@@ -385,7 +373,7 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
 void CudaBackend::AppendShadow(const AppendShadowArgs& args) {
   Enter();
   Check(args);
-  CheckDType(args.kv.k_pages.dtype, "append_shadow");
+  CheckCacheDType("append_shadow", args.kv.k_pages, args.kv);
   LaunchAppendShadow(args, stream());
   AllowEarlyReads(false);  // it writes what ScoreKeys reads
 }
@@ -393,7 +381,7 @@ void CudaBackend::AppendShadow(const AppendShadowArgs& args) {
 void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("score_keys", {&args.q, &args.kv.k_pages});
+  CheckCacheDType("score_keys", args.q, args.kv);
   if (args.shadow.codes) {
     CheckShadowScores("score_keys", args.scores);
     LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q, args.kv), attention_reads_,
@@ -459,7 +447,7 @@ void CudaBackend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
   Enter();
   Check(args);
   const ScoreKeysArgs& score = args.score;
-  CheckSameDType("append_shadow_score_keys", {&score.q, &score.kv.k_pages});
+  CheckCacheDType("append_shadow_score_keys", score.q, score.kv);
   CheckShadowScores("append_shadow_score_keys", score.scores);
   LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q, score.kv), attention_reads_,
                     stream());

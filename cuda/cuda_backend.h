@@ -1,6 +1,7 @@
 // The backend of one NVIDIA GPU: a stream, the scratch of its kernels, and the graphs of its steps.
 //
-// Weights, cache and activations are of one 16-bit dtype; the residual stream is float32.
+// Weights and activations are of one 16-bit dtype, and so is the cache unless it is fp8; the
+// residual stream is float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -84,6 +85,7 @@ class CudaBackend final : public Backend {
  private:
   static constexpr const char* kProductsPurpose = "matrix products";
   static constexpr const char* kDecodedPurpose = "weights decoded for prompts";
+  static constexpr const char* kDecodedPagesPurpose = "a layer's cache decoded for prompts";
   // Two of them: copy and file read overlap.
   static constexpr int64_t kWeightStagingBytes = 32 << 20;
 
@@ -108,6 +110,7 @@ class CudaBackend final : public Backend {
   struct ReserveBytes {
     AttentionScratchSize attention;
     SelectTopKBytes selection;
+    int64_t decoded_pages = 0;
   };
   ReserveBytes BytesToReserve(const StepLimits& limits) const;
   // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
@@ -127,6 +130,8 @@ class CudaBackend final : public Backend {
   void CodedLinear(const SkinnyRun& run, const LinearArgs& linear);
   // AttentionPrefill by cuDNN, if that is to do it and can; false: by the own kernel.
   bool PrefillByCudnn(const AttentionPrefillArgs& args);
+  // AttentionPrefill of an fp8 cache: some rows at a time, whose pages are decoded first.
+  void PrefillDecoded(const AttentionPrefillArgs& args);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
   void AllowEarlyReads(bool allow) {
     attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;
@@ -146,6 +151,7 @@ class CudaBackend final : public Backend {
   Buffer selection_digits_;  // zeros between ops
   Buffer linear_workspace_;
   Buffer decoded_weight_;                          // of one product at a time
+  Buffer decoded_pages_;                           // of one layer at a time
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
   Buffer download_;       // pinned

@@ -14,19 +14,26 @@ inline void CheckDType(DType dtype, const char* what) {
               " on CUDA; expected bfloat16 or float16: set dtype, or use device=\"cpu\"");
 }
 
-// Kernels are compiled for one 16-bit type in all the places where the seam says act, weight or kv.
+// Kernels are compiled for one 16-bit type in all the places where the seam says act or weight.
 inline void CheckSameDType(const char* op, std::initializer_list<const TensorView*> tensors) {
   const TensorView* first = *tensors.begin();
   CheckDType(first->dtype, op);
   for (const TensorView* tensor : tensors) {
     TIDAL_CHECK(!*tensor || tensor->dtype == first->dtype, UnsupportedError, op, ": ",
                 DTypeName(tensor->dtype), " beside ", DTypeName(first->dtype),
-                "; on CUDA activations, weights and cache share one dtype");
+                "; on CUDA activations and weights share one dtype, and a cache that is not fp8");
   }
 }
 
+// A cache may be of fp8 instead.
+inline void CheckCacheDType(const char* op, const TensorView& act, const PagedKv& kv) {
+  if (kv.k_pages.dtype == DType::kFloat8) return;  // and V: backend/check_args.cc
+  CheckSameDType(op, {&act, &kv.k_pages, &kv.v_pages});
+}
+
 inline void CheckSameDType(const char* op, const AttentionArgs& args) {
-  CheckSameDType(op, {&args.q, &args.kv.k_pages, &args.kv.v_pages, &args.out});
+  CheckSameDType(op, {&args.q, &args.out});
+  CheckCacheDType(op, args.q, args.kv);
 }
 
 }  // namespace tidal

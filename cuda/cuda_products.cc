@@ -119,8 +119,8 @@ void CudaBackend::NormLinear(const NormLinearArgs& args) {
 void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("qkv_rope_append", {&args.linear.x, &args.append.q, &args.append.kv.k_pages,
-                                     &args.append.kv.v_pages});
+  CheckSameDType("qkv_rope_append", {&args.linear.x, &args.append.q});
+  CheckCacheDType("qkv_rope_append", args.append.q, args.append.kv);
   SkinnyRun run = NormBefore(args.linear, args.norm);
   if (!Streams(args.linear) || !StreamsLinearRopeAppend(args.linear, args.append)) {
     LinearAfter(run, args.linear);

@@ -8,6 +8,7 @@
 #include "backend/op_args.h"
 #include "common/dispatch.h"
 #include "common/launch_config.h"
+#include "core/float8.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -34,6 +35,18 @@ void DispatchAttention(const char* op, const TensorView& q, const PagedKv& kv, F
         throw UnsupportedError(
             Concat(op, ": head_dim ", head_dim,
                    " on CUDA; compiled in are 64 and 128 (or use device=\"cpu\")"));
+    }
+  });
+}
+
+// Calls fn(TypeTag<T>, TypeTag<Stored>, head_dim) with the type of the cache's numbers too.
+template <typename Fn>
+void DispatchCachedAttention(const char* op, const TensorView& q, const PagedKv& kv, Fn&& fn) {
+  DispatchAttention(op, q, kv, [&](auto type, auto head_dim) {
+    if (kv.k_pages.dtype == DType::kFloat8) {
+      fn(type, TypeTag<Float8>{}, head_dim);
+    } else {
+      fn(type, type, head_dim);
     }
   });
 }

@@ -1,13 +1,19 @@
 // One warp's share of decode attention: flash-decoding (online softmax over a stream of K and V) of
-// the query heads of one KV head, in tiles of 16 tokens. Used by attention_full.cuh,
-// attention_sparse.cuh and, for the heads of several queries, attention_few_queries.cuh; by
-// score_keys.cuh for scores and their softmax state alone, without V.
+// the query heads of one KV head, in tiles of 16 tokens, of an fp8 cache 32. Used by
+// attention_full.cuh, attention_sparse.cuh and, for the heads of several queries,
+// attention_few_queries.cuh; by score_keys.cuh for scores and their softmax state alone, without V.
 //
 // The tensor cores see everything transposed: scores^T [16 tokens x 8 heads] = K [16 x D] . Q^T,
 // and out^T [D x 8 heads] += V^T [D x 16 tokens] . P^T. Tokens, of which there are many, fill the
 // 16 rows of an mma, and a group's up to 8 query heads its 8 columns, so K and V are read once for
 // the group and no instruction is spent on padding to 16 heads. More columns are more such mma with
 // the same fragments of K and V. Absent heads are zero columns that nobody reads.
+//
+// Codes of an fp8 cache lie in shared memory as they are stored and become numbers of T behind
+// ldmatrix, two at a time; which dims an mma's columns of K and rows of V^T are is free, so all is
+// laid out for what the lanes then have (LoadQuery, OutputDim). No number is multiplied by its
+// scale: those of K are in sm_scale, and those of V in the output's. A row of the cache that holds
+// a NaN is all NaN, so a look at a part of it is enough.
 //
 // A warp owns its stages of shared memory and waits for its own copies only; warps meet once, in
 // FinishBlock. Numerics: scores, maximum, sum and output are float32; the weights exp(score - max)
@@ -18,11 +24,13 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/async_copy.cuh"
 #include "common/cache_reads.h"
 #include "common/decode_split.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/float8.cuh"
 #include "common/launch_config.h"
 #include "common/merge_splits.cuh"
 #include "common/mma.cuh"
@@ -50,9 +58,9 @@ struct DecodeQuery {
 
 // The tokens of one row and KV head to attend to. Loads are from L2, which nothing stale is in:
 // they may come before WaitForPreviousKernel (CacheReads::kEarly).
-template <typename T>
+template <typename Stored>
 struct AttendedTokens {
-  const PagedKvView<T>& kv;
+  const PagedKvView<Stored>& kv;
   int batch;
   int kv_head;
   int seq_len;          // at least 1
@@ -76,7 +84,7 @@ struct AttendedTokens {
 // sum.
 enum class DecodeReads { kKeysAndValues, kKeys };
 
-// Tiles of 16 x D elements in a stage.
+// Tiles of K or V in a stage.
 template <DecodeReads kReads>
 inline constexpr int kStageTiles = kReads == DecodeReads::kKeysAndValues ? 2 : 1;
 
@@ -86,42 +94,46 @@ template <int kHeadDim, DecodeReads kReads = DecodeReads::kKeysAndValues>
 inline constexpr int kDecodeStages = 6 * 128 / kHeadDim / kStageTiles<kReads>;
 
 // kColumnTiles x 8 heads; with more than one, of several queries.
-template <typename T, int kHeadDim, int kStages = kDecodeStages<kHeadDim>, int kColumnTiles = 1,
-          DecodeReads kReads = DecodeReads::kKeysAndValues>
+template <typename T, typename Stored, int kHeadDim, int kStages = kDecodeStages<kHeadDim>,
+          int kColumnTiles = 1, DecodeReads kReads = DecodeReads::kKeysAndValues>
 class DecodeWarp {
  public:
   static constexpr bool kReadsValues = kReads == DecodeReads::kKeysAndValues;
+  static constexpr bool kIsCoded = std::is_same_v<Stored, Float8>;
   static constexpr int kColumns = 8 * kColumnTiles;
+  static constexpr int kTokens = kCopyTokens<Stored>;  // of a tile
+  static constexpr int kRowTiles = kTokens / kDecodeWarpTile;
   // Tiles whose copies are under way at a time: in all stages but that of the tile that is worked
   // on. With fewer stages than usual, which should hold all of a warp's tiles, in all of them.
   static constexpr int kAhead = kStages < kDecodeStages<kHeadDim, kReads> ? kStages : kStages - 1;
   static constexpr int kStageBytes =
-      kStageTiles<kReads> * kDecodeWarpTile * kHeadDim * static_cast<int>(sizeof(T));
+      kStageTiles<kReads> * kTokens * kHeadDim * static_cast<int>(sizeof(Stored));
   static constexpr int kSharedBytes = kDecodeWarps * kStages * kStageBytes;  // of a block
   static constexpr int kNoRow = -2;  // what no token's row is
 
   // `block_shared`: kSharedBytes, aligned to 128.
-  __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, const PagedKvView<T>& kv)
+  __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, const PagedKvView<Stored>& kv)
       : block_shared_(block_shared), k_(kv.k), v_(kv.v), lane_(threadIdx.x % kWarpSize) {
-    shared_ = reinterpret_cast<T*>(block_shared + threadIdx.x / kWarpSize * kWarpBytes);
+    shared_ = reinterpret_cast<Stored*>(block_shared + threadIdx.x / kWarpSize * kWarpBytes);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) max_[t][0] = max_[t][1] = NegativeInfinity();
   }
 
   // Attends to those of the tokens [span.begin, span.end) that are this warp's: every
-  // kDecodeWarps-th tile of 16. tokens: AttendedTokens, or what has its functions. late_row: the
-  // row that the kernel in front may be writing, or kNoRow. on_scores(first, scores, valid,
-  // key_tile): the finished scores of a tile, and its keys, which nobody needs any more. Returns
+  // kDecodeWarps-th tile. tokens: AttendedTokens, or what has its functions. late_row: the row that
+  // the kernel in front may be writing, or kNoRow. on_scores(first, scores, valid, key_tile): the
+  // finished scores of 16 tokens, and the keys of their tile, which nobody needs any more. Returns
   // after WaitForPreviousKernel.
   template <typename Tokens, typename OnScores>
   __device__ __forceinline__ void Attend(const Tokens& tokens, SplitSpan span,
                                          const DecodeQuery<T>& query, int late_row,
                                          const OnScores& on_scores) {
-    int begin = span.begin + static_cast<int>(threadIdx.x) / kWarpSize * kDecodeWarpTile;
-    int num_tiles = begin < span.end ? (span.end - begin - 1) / kDecodeTile + 1 : 0;
-    // Lane l looks up the l % 16-th token of a tile.
+    constexpr int kBlockTokens = kDecodeWarps * kTokens;
+    int begin = span.begin + static_cast<int>(threadIdx.x) / kWarpSize * kTokens;
+    int num_tiles = begin < span.end ? (span.end - begin - 1) / kBlockTokens + 1 : 0;
+    // Lane l looks up the l % kTokens-th token of a tile.
     auto position_of = [&](int tile) {
-      int token = begin + tile * kDecodeTile + lane_ % kDecodeWarpTile;
+      int token = begin + tile * kBlockTokens + lane_ % kTokens;
       int position = tokens.Position(min(token, span.end - 1));
       return token < span.end ? position : -1;
     };
@@ -155,9 +167,17 @@ class DecodeWarp {
       __syncwarp();              // for all lanes; and all are done with the tile before
       if constexpr (kAhead < kStages) copy_next();
 
-      float scores[kColumnTiles][4];
-      Scores(stage, begin + tile * kDecodeTile, valid[0], query.sm_scale, scores);
-      on_scores(begin + tile * kDecodeTile, scores[0], valid[0], KeyTile(stage));
+      float scores[kColumnTiles][kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        Scores(stage, m, begin + tile * kBlockTokens, valid[0], query.sm_scale, scores);
+      }
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        int first = m * kDecodeWarpTile;
+        on_scores(begin + tile * kBlockTokens + first, scores[0][m], valid[0] >> first,
+                  KeyTile(stage));
+      }
       Accumulate(stage, scores);
 
       if constexpr (kAhead == kStages) {
@@ -196,8 +216,8 @@ class DecodeWarp {
   }
 
  private:
-  static_assert(kDecodeWarpTile == kCopyTokens);
-  static constexpr int kTileElements = kDecodeWarpTile * kHeadDim;
+  static_assert(kRowTiles * kDecodeWarpTile == kTokens);
+  static constexpr int kTileElements = kTokens * kHeadDim;
   static constexpr int kWarpBytes = kStages * kStageBytes;
 
   // A warp's results in shared memory, in floats: out [kColumns, D] if there is one, in rows that
@@ -214,21 +234,21 @@ class DecodeWarp {
     return make_float2(MergeArea(warp)[kMergeMax + head], MergeArea(warp)[kMergeSum + head]);
   }
 
-  __device__ __forceinline__ T* KeyTile(int stage) const {
+  __device__ __forceinline__ Stored* KeyTile(int stage) const {
     return shared_ + stage * kStageTiles<kReads> * kTileElements;
   }
-  __device__ __forceinline__ T* ValueTile(int stage) const {
+  __device__ __forceinline__ Stored* ValueTile(int stage) const {
     return KeyTile(stage) + kTileElements;
   }
 
   // Starts the copies of a tile, if it is `present`; one group, possibly empty. `row`: of token
-  // lane % 16; -1 gives zeros.
+  // lane % kTokens; -1 gives zeros.
   __device__ __forceinline__ void Copy(int stage, bool present, int row) {
     if (present) {
       if constexpr (kReadsValues) {
-        CopyTokens<T, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
+        CopyTokens<Stored, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
       } else {
-        CopyKeys<T, kHeadDim>(KeyTile(stage), k_, row, policy_);
+        CopyKeys<Stored, kHeadDim>(KeyTile(stage), k_, row, policy_);
       }
     }
     CommitCopies();
@@ -246,12 +266,13 @@ class DecodeWarp {
 
   // Brings in what StartEarly left out; the query's loads are under way meanwhile.
   __device__ __forceinline__ void CopyLate(const int (&rows)[kAhead + 1], int late_row) {
-    constexpr int kChunks = kHeadDim / kChunkElements;
+    constexpr int kChunk = kElementsOfChunk<Stored>, kChunks = kHeadDim / kChunk;
+    constexpr unsigned kLanes = kFullWarp >> (kWarpSize - kTokens);
     bool waited = false;
 #pragma unroll
     for (int stage = 0; stage < kAhead; ++stage) {
-      // Lanes l and l + 16 have the same token.
-      unsigned late = __ballot_sync(kFullWarp, rows[stage] == late_row) & 0xffffu;
+      // With tiles of 16 tokens lanes l and l + 16 have the same.
+      unsigned late = __ballot_sync(kFullWarp, rows[stage] == late_row) & kLanes;
       if (late == 0) continue;
       if (!waited) {
         WaitCopies<0>();
@@ -261,8 +282,8 @@ class DecodeWarp {
       for (; late != 0; late &= late - 1) {
         if (lane_ < kStageTiles<kReads> * kChunks) {
           int chunk = lane_ % kChunks;
-          int64_t source = int64_t{late_row} * kHeadDim + chunk * kChunkElements;
-          int target = TileOffset<kHeadDim>(__ffs(late) - 1, chunk);
+          int64_t source = int64_t{late_row} * kHeadDim + chunk * kChunk;
+          int target = TileOffset<kHeadDim, Stored>(__ffs(late) - 1, chunk);
           bool is_key = lane_ < kChunks;
           CopyAsync16((is_key ? KeyTile(stage) : ValueTile(stage)) + target,
                       (is_key ? k_ : v_) + source, true, policy_);
@@ -282,12 +303,20 @@ class DecodeWarp {
     for (int t = 0; t < kColumnTiles; ++t) {
       int head = t * 8 + lane_ / 4;
       bool present = head < query.num_heads;
-      const T* source = query.Head(present ? head : 0, kHeadDim) + pair;
+      const T* source = query.Head(present ? head : 0, kHeadDim);
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
-        const T* of_step = source + step * 16;
-        query_[t][step][0] = present ? *reinterpret_cast<const uint32_t*>(of_step) : 0u;
-        query_[t][step][1] = present ? *reinterpret_cast<const uint32_t*>(of_step + 8) : 0u;
+        if constexpr (kIsCoded) {
+          // Of four dims 0 and 2, then 1 and 3, as DecodeFloat8Pair gives those of K.
+          uint2 four = present ? *reinterpret_cast<const uint2*>(source + step * 16 + pair * 2)
+                               : make_uint2(0u, 0u);
+          query_[t][step][0] = __byte_perm(four.x, four.y, kLowerHalves);
+          query_[t][step][1] = __byte_perm(four.x, four.y, kUpperHalves);
+        } else {
+          const T* of_step = source + step * 16 + pair;
+          query_[t][step][0] = present ? *reinterpret_cast<const uint32_t*>(of_step) : 0u;
+          query_[t][step][1] = present ? *reinterpret_cast<const uint32_t*>(of_step + 8) : 0u;
+        }
       }
       if constexpr (kColumnTiles > 1) {
 #pragma unroll
@@ -298,49 +327,84 @@ class DecodeWarp {
     }
   }
 
-  // scores[t][c]: sm_scale * q.k of token first + lane / 4 + (c / 2) * 8 and head t * 8 + lane % 4
-  // * 2 + c % 2; -inf where masked.
-  __device__ __forceinline__ void Scores(int stage, int first, unsigned valid, float sm_scale,
-                                         float (&scores)[kColumnTiles][4]) {
-    const T* key = KeyTile(stage);
-    int offset = TileOffset<kHeadDim>(lane_ % 16, lane_ / 16);
-    float dot[kColumnTiles][4] = {};
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      uint32_t a[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
-      LoadMatrix4(a, key + NextChunks(offset, step * 2));
+  // dot[t][c]: q.k, without scales, of token lane / 4 + (c / 2) * 8 of the 16 from `key` on and
+  // head t * 8 + lane % 4 * 2 + c % 2.
+  __device__ __forceinline__ void Multiply(const Stored* key, float (&dot)[kColumnTiles][4]) {
+    int offset = TileOffset<kHeadDim, Stored>(lane_ % 16, lane_ / 16);
+    auto multiply = [&](int step, const uint32_t(&a)[4]) {
 #pragma unroll
       for (int t = 0; t < kColumnTiles; ++t) {
         MultiplyAdd<T>(dot[t], a, query_[t][step][0], query_[t][step][1]);
       }
+    };
+    if constexpr (kIsCoded) {
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; step += 2) {
+        uint32_t codes[4];  // matrices: tokens 0-7 and 8-15 of dims 0-15, then of dims 16-31
+        LoadMatrix4(codes, key + NextChunks<Stored>(offset, step));
+#pragma unroll
+        for (int c = 0; c < 4 && step == 0; ++c) {
+          float zero = HasFloat8Nan(codes[c / 2]) ? __int_as_float(0x7fffffff) : 0.0f;
+#pragma unroll
+          for (int t = 0; t < kColumnTiles; ++t) dot[t][c] = zero;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          // A register has dims 4 (lane % 4) to 4 (lane % 4) + 3 of a token.
+          const uint32_t a[4] = {DecodeFloat8Pair<T>(codes[i] << 8),
+                                 DecodeFloat8Pair<T>(codes[i + 1] << 8),
+                                 DecodeFloat8Pair<T>(codes[i]), DecodeFloat8Pair<T>(codes[i + 1])};
+          multiply(step + i / 2, a);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        uint32_t a[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
+        LoadMatrix4(a, key + NextChunks<Stored>(offset, step * 2));
+        multiply(step, a);
+      }
     }
+  }
+
+  // scores[t][m][c]: sm_scale * q.k of token first + m * 16 + lane / 4 + (c / 2) * 8 and head t * 8
+  // + lane % 4 * 2 + c % 2; -inf where masked.
+  __device__ __forceinline__ void Scores(int stage, int m, int first, unsigned valid,
+                                         float sm_scale,
+                                         float (&scores)[kColumnTiles][kRowTiles][4]) {
+    float dot[kColumnTiles][4] = {};
+    Multiply(KeyTile(stage) + m * kDecodeWarpTile * kHeadDim, dot);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        int token = lane_ / 4 + c / 2 * 8;
+        int token = m * kDecodeWarpTile + lane_ / 4 + c / 2 * 8;
         bool is_valid = (valid >> token) & 1u;
         if constexpr (kColumnTiles > 1) {
           is_valid = is_valid && first + token < num_visible_[t][c % 2];
         }
-        scores[t][c] = is_valid ? __fmul_rn(dot[t][c], sm_scale) : NegativeInfinity();
+        scores[t][m][c] = is_valid ? __fmul_rn(dot[t][c], sm_scale) : NegativeInfinity();
       }
     }
   }
 
   // One step of the online softmax of a tile's scores.
-  __device__ __forceinline__ void Accumulate(int stage, const float (&scores)[kColumnTiles][4]) {
+  __device__ __forceinline__ void Accumulate(int stage,
+                                             const float (&scores)[kColumnTiles][kRowTiles][4]) {
     float rescale[kColumnTiles][2];
-    uint32_t b[kColumnTiles][2];
+    uint32_t b[kColumnTiles][kRowTiles][2];
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
-      float weights[4];
+      float weights[kRowTiles][4];
       UpdateState(t, scores[t], weights, rescale[t]);
       if constexpr (kReadsValues) {
         // Weights arrive as C [token, head] and leave as B [token (k), head (n)]: two 8 x 8
         // transposes.
-        b[t][0] = TransposeMatrix(PackPair<T>(weights[0], weights[1]));
-        b[t][1] = TransposeMatrix(PackPair<T>(weights[2], weights[3]));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          b[t][m][0] = TransposeMatrix(PackPair<T>(weights[m][0], weights[m][1]));
+          b[t][m][1] = TransposeMatrix(PackPair<T>(weights[m][2], weights[m][3]));
+        }
       }
     }
     if constexpr (kReadsValues) AddValues(stage, rescale, b);
@@ -348,47 +412,98 @@ class DecodeWarp {
 
   // Takes scores into the maximum and the sum of their heads; `weights` of the scores, and what
   // those before are now to be multiplied by. Lanes that share lane % 4 hold the same heads.
-  __device__ __forceinline__ void UpdateState(int t, const float (&scores)[4], float (&weights)[4],
-                                              float (&rescale)[2]) {
+  __device__ __forceinline__ void UpdateState(int t, const float (&scores)[kRowTiles][4],
+                                              float (&weights)[kRowTiles][4], float (&rescale)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float max = fmaxf(scores[i], scores[i + 2]);
+      float max = fmaxf(scores[0][i], scores[0][i + 2]);
+#pragma unroll
+      for (int m = 1; m < kRowTiles; ++m) max = fmaxf(max, fmaxf(scores[m][i], scores[m][i + 2]));
 #pragma unroll
       for (int mask = 4; mask < kWarpSize; mask *= 2) {
         max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
       }
       max = fmaxf(max, max_[t][i]);
-      float finite_max = FiniteMax(max);
+      float finite_max = FiniteMax(max), sum = 0.0f;
       rescale[i] = SoftmaxWeight(max_[t][i], finite_max);
-      weights[i] = SoftmaxWeight(scores[i], finite_max);
-      weights[i + 2] = SoftmaxWeight(scores[i + 2], finite_max);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        weights[m][i] = SoftmaxWeight(scores[m][i], finite_max);
+        weights[m][i + 2] = SoftmaxWeight(scores[m][i + 2], finite_max);
+        sum = __fadd_rn(sum, __fadd_rn(weights[m][i], weights[m][i + 2]));
+      }
       max_[t][i] = max;
-      sum_[t][i] = __fmaf_rn(sum_[t][i], rescale[i], __fadd_rn(weights[i], weights[i + 2]));
+      sum_[t][i] = __fmaf_rn(sum_[t][i], rescale[i], sum);
     }
   }
 
   // out_ = out_ x rescale + the tile's values, weighted.
   __device__ __forceinline__ void AddValues(int stage, const float (&rescale)[kColumnTiles][2],
-                                            const uint32_t (&b)[kColumnTiles][2]) {
-    const T* value = ValueTile(stage);
-    int offset = TileOffset<kHeadDim>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
+                                            uint32_t (&b)[kColumnTiles][kRowTiles][2]) {
+    const Stored* value = ValueTile(stage);
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      uint32_t a[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
-      LoadMatrix4Transposed(a, value + NextChunks(offset, step * 2));
+    for (int t = 0; t < kColumnTiles; ++t) {
 #pragma unroll
-      for (int t = 0; t < kColumnTiles; ++t) {
+      for (int step = 0; step < kHeadDim / 16; ++step) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           out_[t][step][c] = __fmul_rn(out_[t][step][c], rescale[t][c % 2]);
         }
-        MultiplyAdd<T>(out_[t][step], a, b[t][0], b[t][1]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      AddWeighted(value + m * kDecodeWarpTile * kHeadDim, m, b);
+    }
+  }
+
+  // out_ += the 16 tokens from `value` on, weighted by b[t][m].
+  __device__ __forceinline__ void AddWeighted(const Stored* value, int m,
+                                              uint32_t (&b)[kColumnTiles][kRowTiles][2]) {
+    auto multiply = [&](int step, const uint32_t(&a)[4]) {
+#pragma unroll
+      for (int t = 0; t < kColumnTiles; ++t) {
+        MultiplyAdd<T>(out_[t][step], a, b[t][m][0], b[t][m][1]);
+      }
+    };
+    if constexpr (kIsCoded) {
+      int offset = TileOffset<kHeadDim, Stored>(lane_ % 16, lane_ / 16);
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; step += 2) {
+        uint32_t codes[4];  // matrices: dims 0-15 of tokens 0-7 and 8-15, then dims 16-31
+        LoadMatrix4Transposed(codes, value + NextChunks<Stored>(offset, step));
+#pragma unroll
+        for (int i = 0; i < 2 && step == 0; ++i) {
+          bool is_nan = HasFloat8Nan(codes[i]);
+#pragma unroll
+          for (int t = 0; t < kColumnTiles; ++t) b[t][m][i] = is_nan ? 0x7fff7fffu : b[t][m][i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          // A register has dims 2 (lane / 4) and 2 (lane / 4) + 1 of two tokens.
+          const uint32_t a[4] = {DecodeFloat8Pair<T>(codes[i] << 8), DecodeFloat8Pair<T>(codes[i]),
+                                 DecodeFloat8Pair<T>(codes[i + 1] << 8),
+                                 DecodeFloat8Pair<T>(codes[i + 1])};
+          multiply(step + i / 2, a);
+        }
+      }
+    } else {
+      int offset = TileOffset<kHeadDim, Stored>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        uint32_t a[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
+        LoadMatrix4Transposed(a, value + NextChunks<Stored>(offset, step * 2));
+        multiply(step, a);
       }
     }
   }
 
-  // out_[t][step][c] is dim step * 16 + lane / 4 + (c / 2) * 8 of head t * 8 + lane % 4 * 2 + c %
-  // 2. The maximum is the same in the lanes of a head, the sum is not yet added up over them.
+  // out_[t][step][c] is dim step * 16 + OutputDim(c) of head t * 8 + lane % 4 * 2 + c % 2.
+  __device__ __forceinline__ int OutputDim(int c) const {
+    return kIsCoded ? lane_ / 4 * 2 + c / 2 : lane_ / 4 + c / 2 * 8;
+  }
+
+  // The maximum is the same in the lanes of a head, the sum is not yet added up over them.
   __device__ __forceinline__ void StoreForMerge(float* area) {
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
@@ -398,7 +513,7 @@ class DecodeWarp {
         for (int step = 0; step < kHeadDim / 16; ++step) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            int dim = step * 16 + lane_ / 4 + c / 2 * 8;
+            int dim = step * 16 + OutputDim(c);
             area[(first_head + c % 2) * kMergeStride + dim] = out_[t][step][c];
           }
         }
@@ -419,9 +534,9 @@ class DecodeWarp {
   }
 
   unsigned char* block_shared_;
-  T* shared_;  // this warp's
-  const T* k_;
-  const T* v_;
+  Stored* shared_;  // this warp's
+  const Stored* k_;
+  const Stored* v_;
   int lane_;
   uint64_t policy_ = EvictFirstPolicy();  // a cache row is read once a step
   uint32_t query_[kColumnTiles][kHeadDim / 16][2];

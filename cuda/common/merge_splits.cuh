@@ -127,8 +127,9 @@ __device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const Stat
 
 template <typename T>
 struct AttentionOutput {
-  T* out;      // [B, Hq, D]
-  float* lse;  // [B, Hq], or nullptr: log of the sum of exp(score)
+  T* out;       // [B, Hq, D]
+  float* lse;   // [B, Hq], or nullptr: log of the sum of exp(score)
+  float scale;  // of the values
 
   // A warp writes row batch * Hq + q_head.
   template <int kHeadDim>
@@ -138,7 +139,7 @@ struct AttentionOutput {
     float values[kDims];
 #pragma unroll
     for (int dim = 0; dim < kDims; ++dim) {
-      values[dim] = result.sum == 0.0f ? 0.0f : result.out.elements[dim] / result.sum;
+      values[dim] = result.sum == 0.0f ? 0.0f : result.out.elements[dim] / result.sum * scale;
     }
     StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
     if (lse != nullptr && lane == 0) lse[row] = result.LogSumExp();

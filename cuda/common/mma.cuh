@@ -6,8 +6,8 @@
 //   B [16 x 8]:  b0 (k = 2t, n = g), b1 (k = 2t + 8, n = g)
 //   C [16 x 8]:  c0 (g, 2t), c1 (g, 2t + 1), c2 (g + 8, 2t), c3 (g + 8, 2t + 1), float32
 // mma.m16n8k32 is the same on bytes: a register holds four neighbours along k, so 2t above is 4t
-// and 2t + 8 is 4t + 16; C is int32. Tiles in shared memory are rows of head_dim elements in
-// 16-byte chunks, swizzled by TileOffset.
+// and 2t + 8 is 4t + 16; C is int32. Tiles in shared memory are rows of head_dim elements of 16 or
+// 8 bits in 16-byte chunks, swizzled by TileOffset.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,27 +17,37 @@
 
 namespace tidal {
 
-inline constexpr int kChunkElements = 8;  // 16-bit elements in 16 bytes
+template <typename Element>
+inline constexpr int kElementsOfChunk = 16 / static_cast<int>(sizeof(Element));
+inline constexpr int kChunkElements = kElementsOfChunk<uint16_t>;
+
+// Rows of a tile that span all banks together: 128 bytes or more.
+template <int kHeadDim, typename Element>
+inline constexpr int kRowsOfLine = kHeadDim / kElementsOfChunk<Element> < 8 ? 2 : 1;
 
 // Element offset of a 16-byte chunk of a row. The exclusive-or spreads one chunk column of 8
 // consecutive rows over all 32 banks, which makes ldmatrix and the row-wise copies conflict-free.
-template <int kHeadDim>
+template <int kHeadDim, typename Element = uint16_t>
 __device__ __forceinline__ int TileOffset(int row, int chunk) {
-  static_assert(kHeadDim % 64 == 0, "a row must span all banks");
-  return row * kHeadDim + ((chunk ^ (row & 7)) * kChunkElements);
+  constexpr int kChunk = kElementsOfChunk<Element>, kRows = kRowsOfLine<kHeadDim, Element>;
+  static_assert(kRows * kHeadDim % (8 * kChunk) == 0, "a line must span all banks");
+  int line = row / kRows, chunk_of_line = row % kRows * (kHeadDim / kChunk) + chunk;
+  return line * (kRows * kHeadDim) + ((chunk_of_line ^ (line & 7)) * kChunk);
 }
 
 // TileOffset(row, chunk + even_chunks) from TileOffset(row, chunk), for chunk 0 or 1 and an even
 // number of chunks: the additions touch bits of their own, so one exclusive-or is all.
+template <typename Element = uint16_t>
 __device__ __forceinline__ int NextChunks(int tile_offset, int even_chunks) {
-  return tile_offset ^ (even_chunks * kChunkElements);
+  return tile_offset ^ (even_chunks * kElementsOfChunk<Element>);
 }
 
 // TileOffset(row + rows, chunk) from TileOffset(row, chunk), for rows a multiple of a power of two
-// > row.
-template <int kHeadDim>
+// > row, and whole lines.
+template <int kHeadDim, typename Element = uint16_t>
 __device__ __forceinline__ int NextRows(int tile_offset, int rows) {
-  return (tile_offset ^ ((rows & 7) * kChunkElements)) + rows * kHeadDim;
+  int lines = rows / kRowsOfLine<kHeadDim, Element>;
+  return (tile_offset ^ ((lines & 7) * kElementsOfChunk<Element>)) + rows * kHeadDim;
 }
 
 // Loads four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l / 8, and receives

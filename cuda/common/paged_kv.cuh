@@ -13,10 +13,11 @@
 
 namespace tidal {
 
-template <typename T>
+// Stored: the type of the cache's numbers, a 16-bit one or Float8.
+template <typename Stored>
 struct PagedKvView {
-  const T* k;                 // [num_pages * Hkv * page_size, D]: one row for each token and head
-  const T* v;                 // likewise
+  const Stored* k;            // [num_pages * Hkv * page_size, D]: one row for each token and head
+  const Stored* v;            // likewise
   const int32_t* page_table;  // [B, max_pages]
   const int32_t* seq_lens;    // [B]
   int max_pages;
@@ -49,50 +50,54 @@ __device__ __forceinline__ int64_t PagedRow(const int32_t* pages, int position, 
   return int64_t{pages[page]} * num_kv_heads * page_size + position - page * page_size;
 }
 
-inline constexpr int kCopyTokens = 16;  // one CopyTokens call
+// Tokens of one CopyTokens call, whose rows are 4 KB at head_dim 128.
+template <typename Stored>
+inline constexpr int kCopyTokens = 32 / static_cast<int>(sizeof(Stored));
 
-// Calls copy(target, source, present) for each 16-byte chunk that this lane is to copy of 16
-// tokens' rows of K or V: element `source` of the cache to element `target` of a swizzled tile
-// (TileOffset). `row`: of token lane % 16, from PagedKvView::Row, or -1: not present. One lane
-// looks up each token; the row reaches the lanes that copy it by shuffle, so whole warps call this.
-template <int kHeadDim, typename Copy>
+// Calls copy(target, source, present) for each 16-byte chunk that this lane is to copy of
+// kCopyTokens tokens' rows of K or V: element `source` of the cache to element `target` of a
+// swizzled tile (TileOffset). `row`: of token lane % kCopyTokens, from PagedKvView::Row, or -1: not
+// present. One lane looks up each token; the row reaches the lanes that copy it by shuffle, so
+// whole warps call this.
+template <typename Stored, int kHeadDim, typename Copy>
 __device__ __forceinline__ void ForEachChunk(int row, const Copy& copy) {
-  constexpr int kChunks = kHeadDim / kChunkElements, kTokensPerPass = kWarpSize / kChunks;
+  constexpr int kChunk = kElementsOfChunk<Stored>, kChunks = kHeadDim / kChunk;
+  constexpr int kTokensPerPass = kWarpSize / kChunks;
   int lane = threadIdx.x % kWarpSize;
   int chunk = lane % kChunks;
-  int first_target = TileOffset<kHeadDim>(lane / kChunks, chunk);
+  int first_target = TileOffset<kHeadDim, Stored>(lane / kChunks, chunk);
 #pragma unroll
-  for (int pass = 0; pass < kCopyTokens / kTokensPerPass; ++pass) {
+  for (int pass = 0; pass < kCopyTokens<Stored> / kTokensPerPass; ++pass) {
     int token = pass * kTokensPerPass + lane / kChunks;
     int token_row = __shfl_sync(kFullWarp, row, token);
-    int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunkElements;
-    int target = NextRows<kHeadDim>(first_target, pass * kTokensPerPass);
+    int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunk;
+    int target = NextRows<kHeadDim, Stored>(first_target, pass * kTokensPerPass);
     copy(target, source, token_row >= 0);
   }
 }
 
-// One warp starts the copies of 16 tokens' K and V into tiles in shared memory, as ForEachChunk
-// lays them out; of a row -1 nothing is read, and the token's K and V are zeros. `policy`: none, or
-// an L2 policy.
-template <typename T, int kHeadDim, typename... Policy>
-__device__ __forceinline__ void CopyTokens(T* key, T* value, const T* k, const T* v, int row,
-                                           Policy... policy) {
-  ForEachChunk<kHeadDim>(row, [&](int target, int64_t source, bool present) {
+// One warp starts the copies of kCopyTokens tokens' K and V into tiles in shared memory, as
+// ForEachChunk lays them out; of a row -1 nothing is read, and the token's K and V are zeros.
+// `policy`: none, or an L2 policy.
+template <typename Stored, int kHeadDim, typename... Policy>
+__device__ __forceinline__ void CopyTokens(Stored* key, Stored* value, const Stored* k,
+                                           const Stored* v, int row, Policy... policy) {
+  ForEachChunk<Stored, kHeadDim>(row, [&](int target, int64_t source, bool present) {
     CopyAsync16(key + target, k + source, present, policy...);
     CopyAsync16(value + target, v + source, present, policy...);
   });
 }
 
 // The same of K alone.
-template <typename T, int kHeadDim, typename... Policy>
-__device__ __forceinline__ void CopyKeys(T* key, const T* k, int row, Policy... policy) {
-  ForEachChunk<kHeadDim>(row, [&](int target, int64_t source, bool present) {
+template <typename Stored, int kHeadDim, typename... Policy>
+__device__ __forceinline__ void CopyKeys(Stored* key, const Stored* k, int row, Policy... policy) {
+  ForEachChunk<Stored, kHeadDim>(row, [&](int target, int64_t source, bool present) {
     CopyAsync16(key + target, k + source, present, policy...);
   });
 }
 
-template <typename T>
-PagedKvView<T> MakePagedKvView(const char* op, const PagedKv& kv) {
+template <typename Stored>
+PagedKvView<Stored> MakePagedKvView(const char* op, const PagedKv& kv) {
   constexpr int64_t kMinPageSize = 8, kMaxPageSize = 256;
   int64_t page_size = kv.k_pages.dim(2);
   TIDAL_CHECK(page_size >= kMinPageSize && page_size <= kMaxPageSize &&
@@ -103,8 +108,8 @@ PagedKvView<T> MakePagedKvView(const char* op, const PagedKv& kv) {
   TIDAL_CHECK(num_rows <= std::numeric_limits<int32_t>::max(), UnsupportedError, op,
               ": a cache of ", kv.k_pages.dim(0), " pages x ", kv.k_pages.dim(1), " KV heads x ",
               page_size, " tokens on CUDA; expected at most 2^31 - 1 rows (set num_pages lower)");
-  return {.k = static_cast<const T*>(kv.k_pages.ptr),
-          .v = static_cast<const T*>(kv.v_pages.ptr),
+  return {.k = static_cast<const Stored*>(kv.k_pages.ptr),
+          .v = static_cast<const Stored*>(kv.v_pages.ptr),
           .page_table = kv.page_table.data<int32_t>(),
           .seq_lens = kv.seq_lens.data<int32_t>(),
           .max_pages = static_cast<int>(kv.page_table.dim(1)),

@@ -28,6 +28,10 @@ class ShadowDims {
     return static_cast<int>(threadIdx.x) % kWarpSize * kDims;
   }
 
+  __device__ __forceinline__ void MultiplyBy(float scale) {
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) dims_[i] = __fmul_rn(dims_[i], scale);
+  }
   __device__ __forceinline__ void DivideBy(const float* balance) {
 #pragma unroll
     for (int i = 0; i < kDims; ++i) dims_[i] = __fdiv_rn(dims_[i], balance[FirstDim() + i]);
@@ -100,9 +104,12 @@ struct ShadowKey {
   __half scale;    // the same in all lanes
   uint32_t codes;  // the lane's, in its kDims / 2 low bytes
 
-  template <typename T>
-  __device__ __forceinline__ ShadowKey(const T* key, const float* balance) : codes(0) {
+  // key_scale: of a number in the cache.
+  template <typename Stored>
+  __device__ __forceinline__ ShadowKey(const Stored* key, float key_scale, const float* balance)
+      : codes(0) {
     ShadowDims<kHeadDim> dims(key);
+    dims.MultiplyBy(key_scale);
     dims.DivideBy(balance);
     dims.Rotate();
     scale = __float2half_rn(__fdiv_rn(dims.Largest(), kShadowKeyLevels));

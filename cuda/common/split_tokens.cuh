@@ -16,11 +16,11 @@ struct SplitPages {
   int32_t pages[kCount];
 };
 
-template <typename T>
+template <typename Stored>
 class SplitTokens {
  public:
   // By all threads of the block.
-  __device__ __forceinline__ SplitTokens(const PagedKvView<T>& kv, int batch, int kv_head,
+  __device__ __forceinline__ SplitTokens(const PagedKvView<Stored>& kv, int batch, int kv_head,
                                          SplitSpan span, SplitPages& shared)
       : kv_(kv),
         batch_(batch),
@@ -46,7 +46,7 @@ class SplitTokens {
   }
 
  private:
-  const PagedKvView<T>& kv_;
+  const PagedKvView<Stored>& kv_;
   int batch_;
   int kv_head_;
   const int32_t* pages_;

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/float8.cuh"
+
 namespace tidal {
 
 __device__ __forceinline__ float ToFloat32(float value) {
@@ -14,6 +16,9 @@ __device__ __forceinline__ float ToFloat32(__nv_bfloat16 value) {
 }
 __device__ __forceinline__ float ToFloat32(__half value) {
   return __half2float(value);
+}
+__device__ __forceinline__ float ToFloat32(Float8 value) {
+  return DecodeFloat8(value);
 }
 
 // Round to nearest even.
@@ -30,6 +35,10 @@ __device__ __forceinline__ __nv_bfloat16 FromFloat32<__nv_bfloat16>(float value)
 template <>
 __device__ __forceinline__ __half FromFloat32<__half>(float value) {
   return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ Float8 FromFloat32<Float8>(float value) {
+  return EncodeFloat8(value);
 }
 
 // N elements that travel as one load or store (at most 16 bytes); must be aligned to their size.

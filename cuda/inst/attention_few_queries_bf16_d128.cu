@@ -3,7 +3,8 @@
 
 namespace tidal {
 
-template void RunAttentionFewQueries<__nv_bfloat16, 128>(const AttentionPrefillArgs&,
-                                                         const AttentionScratch&, cudaStream_t);
+template void RunAttentionFewQueries<__nv_bfloat16, __nv_bfloat16, 128>(const AttentionPrefillArgs&,
+                                                                        const AttentionScratch&,
+                                                                        cudaStream_t);
 
 }  // namespace tidal

@@ -3,7 +3,7 @@
 
 namespace tidal {
 
-template void RunAttentionFewQueries<__half, 64>(const AttentionPrefillArgs&,
-                                                 const AttentionScratch&, cudaStream_t);
+template void RunAttentionFewQueries<__half, __half, 64>(const AttentionPrefillArgs&,
+                                                         const AttentionScratch&, cudaStream_t);
 
 }  // namespace tidal

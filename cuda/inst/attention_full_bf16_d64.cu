@@ -3,11 +3,9 @@
 
 namespace tidal {
 
-template void RunAttentionFull<__nv_bfloat16, 64, ScoreOutput::kNone>(const AttentionSelectArgs&,
-                                                                      const AttentionScratch&,
-                                                                      CacheReads, cudaStream_t);
-template void RunAttentionFull<__nv_bfloat16, 64, ScoreOutput::kStore>(const AttentionSelectArgs&,
-                                                                       const AttentionScratch&,
-                                                                       CacheReads, cudaStream_t);
+template void RunAttentionFull<__nv_bfloat16, __nv_bfloat16, 64, ScoreOutput::kNone>(
+    const AttentionSelectArgs&, const AttentionScratch&, CacheReads, cudaStream_t);
+template void RunAttentionFull<__nv_bfloat16, __nv_bfloat16, 64, ScoreOutput::kStore>(
+    const AttentionSelectArgs&, const AttentionScratch&, CacheReads, cudaStream_t);
 
 }  // namespace tidal

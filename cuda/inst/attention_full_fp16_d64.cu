@@ -3,11 +3,11 @@
 
 namespace tidal {
 
-template void RunAttentionFull<__half, 64, ScoreOutput::kNone>(const AttentionSelectArgs&,
-                                                               const AttentionScratch&, CacheReads,
-                                                               cudaStream_t);
-template void RunAttentionFull<__half, 64, ScoreOutput::kStore>(const AttentionSelectArgs&,
-                                                                const AttentionScratch&, CacheReads,
-                                                                cudaStream_t);
+template void RunAttentionFull<__half, __half, 64, ScoreOutput::kNone>(const AttentionSelectArgs&,
+                                                                       const AttentionScratch&,
+                                                                       CacheReads, cudaStream_t);
+template void RunAttentionFull<__half, __half, 64, ScoreOutput::kStore>(const AttentionSelectArgs&,
+                                                                        const AttentionScratch&,
+                                                                        CacheReads, cudaStream_t);
 
 }  // namespace tidal

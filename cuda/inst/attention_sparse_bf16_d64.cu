@@ -3,8 +3,8 @@
 
 namespace tidal {
 
-template void RunAttentionSparse<__nv_bfloat16, 64>(const AttentionSparseArgs&,
-                                                    const AttentionScratch&, CacheReads,
-                                                    cudaStream_t);
+template void RunAttentionSparse<__nv_bfloat16, __nv_bfloat16, 64>(const AttentionSparseArgs&,
+                                                                   const AttentionScratch&,
+                                                                   CacheReads, cudaStream_t);
 
 }  // namespace tidal

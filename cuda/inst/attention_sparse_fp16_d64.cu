@@ -3,7 +3,8 @@
 
 namespace tidal {
 
-template void RunAttentionSparse<__half, 64>(const AttentionSparseArgs&, const AttentionScratch&,
-                                             CacheReads, cudaStream_t);
+template void RunAttentionSparse<__half, __half, 64>(const AttentionSparseArgs&,
+                                                     const AttentionScratch&, CacheReads,
+                                                     cudaStream_t);
 
 }  // namespace tidal

@@ -3,7 +3,8 @@
 
 namespace tidal {
 
-template void RunScoreKeys<__nv_bfloat16, 64>(const ScoreKeysArgs&, const AttentionScratch&,
-                                              CacheReads, cudaStream_t);
+template void RunScoreKeys<__nv_bfloat16, __nv_bfloat16, 64>(const ScoreKeysArgs&,
+                                                             const AttentionScratch&, CacheReads,
+                                                             cudaStream_t);
 
 }  // namespace tidal

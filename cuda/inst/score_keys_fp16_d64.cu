@@ -3,7 +3,7 @@
 
 namespace tidal {
 
-template void RunScoreKeys<__half, 64>(const ScoreKeysArgs&, const AttentionScratch&, CacheReads,
-                                       cudaStream_t);
+template void RunScoreKeys<__half, __half, 64>(const ScoreKeysArgs&, const AttentionScratch&,
+                                               CacheReads, cudaStream_t);
 
 }  // namespace tidal

@@ -12,9 +12,10 @@ namespace {
 
 constexpr int kWarpsPerBlock = 4;
 
-template <typename T>
+template <typename Stored>
 struct AppendShadowParams {
-  const T* k_pages;
+  const Stored* k_pages;
+  float k_scale;         // of an fp8 cache
   const float* balance;  // [Hkv, D]
   const int32_t* positions;
   const int32_t* seq_idx;
@@ -28,9 +29,9 @@ struct AppendShadowParams {
 };
 
 // grid (ceil(T * Hkv / kWarpsPerBlock)).
-template <typename T, int kHeadDim>
+template <typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
-    AppendShadowKernel(const AppendShadowParams<T> p) {
+    AppendShadowKernel(const AppendShadowParams<Stored> p) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
@@ -41,14 +42,15 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   if (position < 0) return;
   const int32_t* pages = p.page_table + p.seq_idx[token] * p.max_pages;
   int64_t row = PagedRow(pages, position, p.num_kv_heads, p.page_size) + head * p.page_size;
-  ShadowKey<kHeadDim> key(p.k_pages + row * kHeadDim, p.balance + head * kHeadDim);
+  ShadowKey<kHeadDim> key(p.k_pages + row * kHeadDim, p.k_scale, p.balance + head * kHeadDim);
   key.Store(p.codes, p.scales, row);
 }
 
-template <typename T>
-AppendShadowParams<T> MakeParams(const AppendShadowArgs& args) {
-  AppendShadowParams<T> p = {};
-  p.k_pages = static_cast<const T*>(args.kv.k_pages.ptr);
+template <typename Stored>
+AppendShadowParams<Stored> MakeParams(const AppendShadowArgs& args) {
+  AppendShadowParams<Stored> p = {};
+  p.k_pages = static_cast<const Stored*>(args.kv.k_pages.ptr);
+  p.k_scale = args.kv.k_scale;
   p.balance = args.shadow.balance.data<float>();
   p.positions = args.positions.data<int32_t>();
   p.seq_idx = args.seq_idx.data<int32_t>();
@@ -62,6 +64,17 @@ AppendShadowParams<T> MakeParams(const AppendShadowArgs& args) {
   return p;
 }
 
+template <typename Stored>
+void Launch(const AppendShadowArgs& args, cudaStream_t stream) {
+  AppendShadowParams<Stored> params = MakeParams<Stored>(args);
+  auto kernel = args.kv.k_pages.dim(3) == 64 ? AppendShadowKernel<Stored, 64>
+                                             : AppendShadowKernel<Stored, 128>;
+  LaunchShape shape = {.grid = static_cast<unsigned>(
+                           CeilDiv(params.num_tokens * params.num_kv_heads, kWarpsPerBlock)),
+                       .block = kWarpsPerBlock * kWarpSize};
+  LaunchOverlapped("append_shadow", kernel, shape, stream, params);
+}
+
 }  // namespace
 
 void LaunchAppendShadow(const AppendShadowArgs& args, cudaStream_t stream) {
@@ -69,15 +82,12 @@ void LaunchAppendShadow(const AppendShadowArgs& args, cudaStream_t stream) {
   if (num_tokens == 0) return;
   TIDAL_CHECK(head_dim == 64 || head_dim == 128, UnsupportedError, "append_shadow: head_dim ",
               head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
-  DispatchHalf(args.kv.k_pages.dtype, "append_shadow", [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    AppendShadowParams<T> params = MakeParams<T>(args);
-    auto kernel = head_dim == 64 ? AppendShadowKernel<T, 64> : AppendShadowKernel<T, 128>;
-    LaunchShape shape = {
-        .grid = static_cast<unsigned>(CeilDiv(num_tokens * params.num_kv_heads, kWarpsPerBlock)),
-        .block = kWarpsPerBlock * kWarpSize};
-    LaunchOverlapped("append_shadow", kernel, shape, stream, params);
-  });
+  if (args.kv.k_pages.dtype == DType::kFloat8) {
+    Launch<Float8>(args, stream);
+    return;
+  }
+  DispatchHalf(args.kv.k_pages.dtype, "append_shadow",
+               [&](auto tag) { Launch<typename decltype(tag)::Type>(args, stream); });
 }
 
 }  // namespace tidal

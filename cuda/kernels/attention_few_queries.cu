@@ -13,10 +13,12 @@ bool HasFewQueries(const AttentionPrefillArgs& args) {
 
 void LaunchAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                                cudaStream_t stream) {
-  DispatchAttention("attention_few_queries", args.q, args.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunAttentionFewQueries<T, head_dim()>(args, scratch, stream);
-  });
+  DispatchCachedAttention("attention_few_queries", args.q, args.kv,
+                          [&](auto type, auto stored, auto head_dim) {
+                            using T = typename decltype(type)::Type;
+                            using Stored = typename decltype(stored)::Type;
+                            RunAttentionFewQueries<T, Stored, head_dim()>(args, scratch, stream);
+                          });
 }
 
 }  // namespace tidal

@@ -17,11 +17,11 @@
 
 namespace tidal {
 
-template <typename T>
+template <typename T, typename Stored>
 struct AttentionFewQueriesParams {
   const T* q;               // [T, Hq, D]
   const int32_t* q_starts;  // [B + 1]
-  PagedKvView<T> kv;
+  PagedKvView<Stored> kv;
   float sm_scale;
   int num_q_heads;
   int group_size;
@@ -35,9 +35,9 @@ struct AttentionFewQueriesParams {
   AttentionOutput<T> output;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 using FewQueriesWarp =
-    DecodeWarp<T, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kMaxGroupSize>;
+    DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kMaxGroupSize>;
 
 // What a block has of a row's queries in this launch, and the length of their splits.
 struct QueryShare {
@@ -51,9 +51,9 @@ struct QueryShare {
 // tokens. By row, each query's tokens are split as those of a decode step are, by their number; of
 // the neighbours here the first have one length of splits and the others, if any, the next, and a
 // block is for one length.
-template <typename T>
-__device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T>& params, int index,
-                                              int num_queries, int num_visible) {
+template <typename T, typename Stored>
+__device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T, Stored>& params,
+                                              int index, int num_queries, int num_visible) {
   int per_block = params.queries_per_block, first = index * per_block;
   QueryShare share = {.first = first,
                       .count = min(num_queries - first, per_block),
@@ -82,11 +82,11 @@ __device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T>
 // grid (NumSplitBlocks, num_kv_heads x blocks for a row's queries, batch_size), 4 warps: a block
 // takes splits of one row's tokens for some of its queries and all query heads of one KV head.
 // Shared: 24 KB a warp.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
-    AttentionFewQueriesKernel(const AttentionFewQueriesParams<T> params) {
+    AttentionFewQueriesKernel(const AttentionFewQueriesParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  using Warp = FewQueriesWarp<T, kHeadDim>;
+  using Warp = FewQueriesWarp<T, Stored, kHeadDim>;
   WaitForPreviousKernel();
   int batch = params.first_batch + blockIdx.z, blocks_of_row = gridDim.y / params.kv.num_kv_heads;
   int kv_head = blockIdx.y / blocks_of_row;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  AttendedTokens<Stored> tokens{params.kv, batch, kv_head, seq_len, nullptr};
   DecodeQuery<T> query{.rows = params.q + work.first_row * kHeadDim,
                        .num_heads = work.num_heads,
                        .sm_scale = params.sm_scale,
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     warp.Attend(tokens, splits.Span(work.split), query, Warp::kNoRow,
-                [](int, const float(&)[4], unsigned, T*) {});
+                [](int, const float(&)[4], unsigned, void*) {});
     warp.FinishBlock();
     MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
                                   [&](int head) { return warp.BlockResult(head); });
@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
 }
 
 // Makes one launch, for batch_size rows from params.first_batch on.
-template <typename T, int kHeadDim>
-void LaunchFewQueries(const AttentionFewQueriesParams<T>& params, int64_t blocks_of_row,
+template <typename T, typename Stored, int kHeadDim>
+void LaunchFewQueries(const AttentionFewQueriesParams<T, Stored>& params, int64_t blocks_of_row,
                       int64_t batch_size, int num_sms, cudaStream_t stream) {
-  auto kernel = AttentionFewQueriesKernel<T, kHeadDim>;
-  constexpr int kSharedBytes = FewQueriesWarp<T, kHeadDim>::kSharedBytes;
+  auto kernel = AttentionFewQueriesKernel<T, Stored, kHeadDim>;
+  constexpr int kSharedBytes = FewQueriesWarp<T, Stored, kHeadDim>::kSharedBytes;
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   int64_t blocks_of_split = params.kv.num_kv_heads * blocks_of_row;
@@ -152,21 +152,21 @@ void LaunchFewQueries(const AttentionFewQueriesParams<T>& params, int64_t blocks
 
 // Split by batch all rows are one launch, which the scratch is enough for; by row as many as it is
 // enough for, and launch after launch where a row has more queries than one takes.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                             cudaStream_t stream) {
   constexpr const char* kOp = "attention_few_queries";
   int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
   if (args.max_q_len == 0 || batch_size == 0) return;
   const bool by_row = scratch.splitting == Splitting::kByRow;
-  PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
+  PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
   int64_t group_size = num_q_heads / kv.num_kv_heads;
   int64_t queries_per_block = kFewQueriesColumns / group_size;
-  AttentionFewQueriesParams<T> params{
+  AttentionFewQueriesParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
       .q_starts = args.q_starts.data<int32_t>(),
       .kv = kv,
-      .sm_scale = args.rule.sm_scale,
+      .sm_scale = args.rule.sm_scale * args.kv.k_scale,
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = static_cast<int>(group_size),
       .queries_per_block = static_cast<int>(queries_per_block),
@@ -176,7 +176,7 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms),
       .splitting = scratch.splitting,
       .partials = {},
-      .output = {.out = static_cast<T*>(args.out.ptr), .lse = nullptr}};
+      .output = {.out = static_cast<T*>(args.out.ptr), .lse = nullptr, .scale = args.kv.v_scale}};
   for (int64_t query = 0; query < args.max_q_len; query += kMaxFewQueries) {
     int64_t max_queries = std::min<int64_t>(args.max_q_len - query, kMaxFewQueries);
     int64_t blocks_of_row = CeilDiv(max_queries, queries_per_block) + (by_row ? 1 : 0);
@@ -193,7 +193,7 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       params.first_batch = static_cast<int>(row);
       params.partials =
           TakePartials(kOp, scratch, count * rows_of_one, params.splits.num_splits, kHeadDim);
-      LaunchFewQueries<T, kHeadDim>(params, blocks_of_row, count, scratch.num_sms, stream);
+      LaunchFewQueries<T, Stored, kHeadDim>(params, blocks_of_row, count, scratch.num_sms, stream);
     }
   }
 }

@@ -8,11 +8,13 @@ namespace tidal {
 
 void LaunchAttentionFull(const AttentionArgs& args, const AttentionScratch& scratch,
                          CacheReads reads, cudaStream_t stream) {
-  DispatchAttention("attention_full", args.q, args.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunAttentionFull<T, head_dim(), ScoreOutput::kNone>(
-        {.attention = args, .scores = {}, .lse = {}}, scratch, reads, stream);
-  });
+  DispatchCachedAttention(
+      "attention_full", args.q, args.kv, [&](auto type, auto stored, auto head_dim) {
+        using T = typename decltype(type)::Type;
+        using Stored = typename decltype(stored)::Type;
+        RunAttentionFull<T, Stored, head_dim(), ScoreOutput::kNone>(
+            {.attention = args, .scores = {}, .lse = {}}, scratch, reads, stream);
+      });
 }
 
 }  // namespace tidal

@@ -15,10 +15,10 @@
 
 namespace tidal {
 
-template <typename T>
+template <typename T, typename Stored>
 struct AttentionFullParams {
   const T* q;  // [B, Hq, D]
-  PagedKvView<T> kv;
+  PagedKvView<Stored> kv;
   float sm_scale;
   int group_size;
   SplitRule splits;
@@ -31,11 +31,11 @@ struct AttentionFullParams {
 // grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
 // tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
 // 24 KB a warp.
-template <typename T, int kHeadDim, ScoreOutput kScores>
+template <typename T, typename Stored, int kHeadDim, ScoreOutput kScores>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
-    AttentionFullKernel(const AttentionFullParams<T> params) {
+    AttentionFullKernel(const AttentionFullParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  using Warp = DecodeWarp<T, kHeadDim>;
+  using Warp = DecodeWarp<T, Stored, kHeadDim>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
@@ -52,16 +52,16 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  AttendedTokens<T> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  AttendedTokens<Stored> tokens{params.kv, batch, kv_head, seq_len, nullptr};
   DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   ScoreWriter scores(params.scores, work.first_row, work.num_heads);
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     warp.Attend(tokens, splits.Span(work.split), query, late_row,
-                [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
+                [&](int first, const float(&tile)[4], unsigned valid, void* key_tile) {
                   if constexpr (kScores == ScoreOutput::kStore) {
-                    scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+                    scores.Store(first, tile, valid, static_cast<float*>(key_tile));
                   }
                 });
     warp.FinishBlock();
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   }
 }
 
-template <typename T, int kHeadDim, ScoreOutput kScores>
+template <typename T, typename Stored, int kHeadDim, ScoreOutput kScores>
 void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
                       CacheReads reads, cudaStream_t stream) {
   constexpr bool kStores = kScores == ScoreOutput::kStore;
@@ -78,23 +78,24 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   const AttentionArgs& attention = args.attention;
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
-  PagedKvView<T> kv = MakePagedKvView<T>(kOp, attention.kv);
+  PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, attention.kv);
   SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
-  AttentionFullParams<T> params{
+  AttentionFullParams<T, Stored> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
-      .sm_scale = attention.rule.sm_scale,
+      .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr),
-                 .lse = kStores ? args.lse.data<float>() : nullptr},
+                 .lse = kStores ? args.lse.data<float>() : nullptr,
+                 .scale = attention.kv.v_scale},
       .scores = {}};
   if constexpr (kStores) params.scores = MakeScoreRows(args.scores);
 
-  auto kernel = AttentionFullKernel<T, kHeadDim, kScores>;
-  using Warp = DecodeWarp<T, kHeadDim>;
+  auto kernel = AttentionFullKernel<T, Stored, kHeadDim, kScores>;
+  using Warp = DecodeWarp<T, Stored, kHeadDim>;
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         Warp::kSharedBytes));
   int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,

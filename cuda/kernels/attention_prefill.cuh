@@ -37,6 +37,7 @@ struct AttentionPrefillParams {
   const int32_t* q_starts;  // [B + 1]
   PagedKvView<T> kv;
   float sm_scale_log2;  // sm_scale x log2(e), > 0
+  float out_scale;
   int group_size;
   T* out;  // [T, Hq, D]
 };
@@ -70,8 +71,9 @@ class PrefillWarp {
     Accumulate(value, weights);
   }
 
-  // Writes the warp's valid rows; `out`: its first row, rows are row_stride elements apart.
-  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_rows) {
+  // Writes the warp's valid rows x out_scale; `out`: its first row, rows are row_stride elements
+  // apart.
+  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_rows, float out_scale) {
     __syncwarp();  // every lane is done reading the queries, whose place the output takes
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -80,7 +82,7 @@ class PrefillWarp {
         float sum = sum_[m][half];
 #pragma unroll
         for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
-        float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: every score was masked
+        float scale = sum == 0.0f ? 0.0f : out_scale / sum;  // 0: every score was masked
         int row = m * 16 + half * 8 + lane_ / 4;
 #pragma unroll
         for (int n = 0; n < kDimTiles; ++n) {
@@ -246,9 +248,9 @@ __device__ __forceinline__ void CopyQueries(T* shared, const T* q, int64_t row_s
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void CopyKvTile(T* key, T* value, const PagedKvView<T>& kv,
                                            const PrefillTask& task, int first_token) {
-  static_assert(kKvTile == kPrefillWarps * kCopyTokens);
-  int warp_token = threadIdx.x / kWarpSize * kCopyTokens;
-  int token = first_token + warp_token + threadIdx.x % kCopyTokens;
+  static_assert(kKvTile == kPrefillWarps * kCopyTokens<T>);
+  int warp_token = threadIdx.x / kWarpSize * kCopyTokens<T>;
+  int token = first_token + warp_token + threadIdx.x % kCopyTokens<T>;
   int row = token < task.kv_end ? kv.Row(task.batch, task.kv_head, token) : -1;
   int offset = warp_token * kHeadDim;
   CopyTokens<T, kHeadDim>(key + offset, value + offset, kv.k, kv.v, row);
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   WaitCopies<0>();
   __syncthreads();  // also if there was no tile: nobody still copies queries
   T* out = params.out + q_head * kHeadDim + (task.first_row + warp_first) * row_stride;
-  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position));
+  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position), params.out_scale);
 }
 
 template <typename T, int kHeadDim>
@@ -328,7 +330,8 @@ void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) 
   AttentionPrefillParams<T> params{.q = static_cast<const T*>(args.q.ptr),
                                    .q_starts = args.q_starts.data<int32_t>(),
                                    .kv = kv,
-                                   .sm_scale_log2 = args.rule.sm_scale * kLog2E,
+                                   .sm_scale_log2 = args.rule.sm_scale * args.kv.k_scale * kLog2E,
+                                   .out_scale = args.kv.v_scale,
                                    .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
                                    .out = static_cast<T*>(args.out.ptr)};
 

@@ -80,6 +80,7 @@ struct PrefillHopperParams {
   int num_pages;
   int page_shift;       // log2(page_size)
   float sm_scale_log2;  // sm_scale x log2(e), > 0
+  float out_scale;
   int num_kv_heads;
   int group_size;
   int tile_queries;  // of a tile: as many as have all heads in it
@@ -366,7 +367,7 @@ class PrefillGroup {
       float sum = sum_[half];
 #pragma unroll
       for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
-      float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: every score was -inf
+      float scale = sum == 0.0f ? 0.0f : params.out_scale / sum;  // 0: every score was -inf
       int row = first_row_ + half * 8 + lane_ / 4;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -654,7 +655,8 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const Attention
       .max_pages = kv.max_pages,
       .num_pages = static_cast<int>(args.kv.k_pages.dim(0)),
       .page_shift = kv.page_shift,
-      .sm_scale_log2 = args.rule.sm_scale * kLog2E,
+      .sm_scale_log2 = args.rule.sm_scale * args.kv.k_scale * kLog2E,
+      .out_scale = args.kv.v_scale,
       .num_kv_heads = kv.num_kv_heads,
       .group_size = static_cast<int>(group_size),
       .tile_queries = static_cast<int>(tile_queries),

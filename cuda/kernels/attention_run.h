@@ -1,6 +1,6 @@
 // What the dispatch files (attention_*.cu, score_keys.cu) call and the instantiation files
-// (cuda/inst) define: one function for each kernel, dtype and head_dim, so that each kernel is
-// compiled in a file of its own.
+// (cuda/inst) define: one function for each kernel, dtype of activations, type of the cache's
+// numbers (T or Float8) and head_dim, so that each kernel is compiled in a file of its own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,22 +15,22 @@ namespace tidal {
 enum class ScoreOutput { kNone, kStore };
 
 // With kNone, `scores` and `lse` of the arguments are ignored. Defined in attention_full.cuh.
-template <typename T, int kHeadDim, ScoreOutput kScores>
+template <typename T, typename Stored, int kHeadDim, ScoreOutput kScores>
 void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& scratch,
                       CacheReads reads, cudaStream_t stream);
 
 // Defined in score_keys.cuh.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, CacheReads reads,
                   cudaStream_t stream);
 
 // Defined in attention_sparse.cuh.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                         CacheReads reads, cudaStream_t stream);
 
 // Defined in attention_few_queries.cuh.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                             cudaStream_t stream);
 

@@ -9,10 +9,12 @@ namespace tidal {
 void LaunchAttentionSelect(const AttentionSelectArgs& args, const AttentionScratch& scratch,
                            CacheReads reads, cudaStream_t stream) {
   const AttentionArgs& attention = args.attention;
-  DispatchAttention("attention_select", attention.q, attention.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunAttentionFull<T, head_dim(), ScoreOutput::kStore>(args, scratch, reads, stream);
-  });
+  DispatchCachedAttention(
+      "attention_select", attention.q, attention.kv, [&](auto type, auto stored, auto head_dim) {
+        using T = typename decltype(type)::Type;
+        using Stored = typename decltype(stored)::Type;
+        RunAttentionFull<T, Stored, head_dim(), ScoreOutput::kStore>(args, scratch, reads, stream);
+      });
 }
 
 }  // namespace tidal

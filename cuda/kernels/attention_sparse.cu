@@ -9,10 +9,12 @@ namespace tidal {
 void LaunchAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                            CacheReads reads, cudaStream_t stream) {
   const AttentionArgs& attention = args.attention;
-  DispatchAttention("attention_sparse", attention.q, attention.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunAttentionSparse<T, head_dim()>(args, scratch, reads, stream);
-  });
+  DispatchCachedAttention("attention_sparse", attention.q, attention.kv,
+                          [&](auto type, auto stored, auto head_dim) {
+                            using T = typename decltype(type)::Type;
+                            using Stored = typename decltype(stored)::Type;
+                            RunAttentionSparse<T, Stored, head_dim()>(args, scratch, reads, stream);
+                          });
 }
 
 }  // namespace tidal

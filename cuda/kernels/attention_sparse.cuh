@@ -1,6 +1,6 @@
 // Position persistent sparse attention: a decode query attends to a list of positions chosen by an
 // earlier layer (TidalDecode, arXiv 2410.05076, sec. 3.2). Rows of K and V are gathered through the
-// page table, 128 or 256 contiguous bytes each. Where the work is short, latency is what counts: a
+// page table, 64 to 256 contiguous bytes each. Where the work is short, latency is what counts: a
 // row's splits are then a cluster of blocks, which merge through shared memory. The inner loop is
 // common/decode_warp.cuh.
 #pragma once
@@ -23,14 +23,18 @@ enum class SplitMerge { kCluster, kLastBlock };
 // Stages of a warp. A cluster's blocks attend to so little that few stages hold it all, and small
 // blocks find room beside those of the kernel in front, to read early; only dense rows, which are
 // rare in a sparse step, go round in them.
-template <int kHeadDim, SplitMerge kMerge>
-inline constexpr int kSparseStages =
-    kMerge == SplitMerge::kCluster ? kMaxClusterSpan / kDecodeTile : kDecodeStages<kHeadDim>;
+template <typename Stored, int kHeadDim, SplitMerge kMerge>
+inline constexpr int kSparseStages = kMerge == SplitMerge::kCluster
+                                         ? kMaxClusterSpan / (kDecodeWarps * kCopyTokens<Stored>)
+                                         : kDecodeStages<kHeadDim>;
 
-template <typename T>
+template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
+using SparseWarp = DecodeWarp<T, Stored, kHeadDim, kSparseStages<Stored, kHeadDim, kMerge>>;
+
+template <typename T, typename Stored>
 struct AttentionSparseParams {
   const T* q;  // [B, Hq, D]
-  PagedKvView<T> kv;
+  PagedKvView<Stored> kv;
   float sm_scale;
   int num_q_heads;
   int group_size;               // query heads of one KV head
@@ -52,11 +56,11 @@ struct AttentionSparseParams {
 // of one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
 // positions. With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4
 // KB at head_dim 64).
-template <typename T, int kHeadDim, SplitMerge kMerge>
+template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
-    AttentionSparseKernel(const AttentionSparseParams<T> params) {
+    AttentionSparseKernel(const AttentionSparseParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  using Warp = DecodeWarp<T, kHeadDim, kSparseStages<kHeadDim, kMerge>>;
+  using Warp = SparseWarp<T, Stored, kHeadDim, kMerge>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int batch = blockIdx.z, first_head = blockIdx.y * params.heads_per_block;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  AttendedTokens<T> tokens{
+  AttendedTokens<Stored> tokens{
       .kv = params.kv,
       .batch = batch,
       .kv_head = first_head / params.group_size,
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     warp.Attend(tokens, splits.Span(work.split), query, late_row,
-                [](int, const float(&)[4], unsigned, T*) {});
+                [](int, const float(&)[4], unsigned, void*) {});
     warp.FinishBlock();
     auto block_result = [&](int head) { return warp.BlockResult(head); };
     if constexpr (kMerge == SplitMerge::kCluster) {
@@ -99,11 +103,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   }
 }
 
-template <typename T, int kHeadDim, SplitMerge kMerge>
-void LaunchSparse(const AttentionSparseParams<T>& params, const dim3& grid, cudaStream_t stream) {
-  auto kernel = AttentionSparseKernel<T, kHeadDim, kMerge>;
-  constexpr int kSharedBytes =
-      DecodeWarp<T, kHeadDim, kSparseStages<kHeadDim, kMerge>>::kSharedBytes;
+template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
+void LaunchSparse(const AttentionSparseParams<T, Stored>& params, const dim3& grid,
+                  cudaStream_t stream) {
+  auto kernel = AttentionSparseKernel<T, Stored, kHeadDim, kMerge>;
+  constexpr int kSharedBytes = SparseWarp<T, Stored, kHeadDim, kMerge>::kSharedBytes;
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   LaunchOverlapped("attention_sparse", kernel,
@@ -158,25 +162,25 @@ inline SparseSplits ChooseSparseSplits(const AttentionSparseArgs& args, int64_t 
   return chosen;
 }
 
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch& scratch,
                         CacheReads reads, cudaStream_t stream) {
   constexpr const char* kOp = "attention_sparse";
   const AttentionArgs& attention = args.attention;
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
-  PagedKvView<T> kv = MakePagedKvView<T>(kOp, attention.kv);
+  PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, attention.kv);
   int group_size = static_cast<int>(num_q_heads / kv.num_kv_heads);
   int64_t num_sets = args.token_idx.dim(1), token_budget = args.token_idx.dim(2);
   int heads_per_block = num_sets == num_q_heads ? 1 : group_size;
   int64_t num_blocks = num_q_heads / heads_per_block;
-  SparseSplits chosen =
-      ChooseSparseSplits(args, num_blocks, scratch,
-                         RunsHopperCode(AttentionSparseKernel<T, kHeadDim, SplitMerge::kCluster>));
-  AttentionSparseParams<T> params{
+  SparseSplits chosen = ChooseSparseSplits(
+      args, num_blocks, scratch,
+      RunsHopperCode(AttentionSparseKernel<T, Stored, kHeadDim, SplitMerge::kCluster>));
+  AttentionSparseParams<T, Stored> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
-      .sm_scale = attention.rule.sm_scale,
+      .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = group_size,
       .heads_per_block = heads_per_block,
@@ -190,7 +194,9 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .most_splits = chosen.num_splits,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, chosen.num_splits, kHeadDim),
-      .output = {.out = static_cast<T*>(attention.out.ptr), .lse = nullptr}};
+      .output = {.out = static_cast<T*>(attention.out.ptr),
+                 .lse = nullptr,
+                 .scale = attention.kv.v_scale}};
 
   int num_split_blocks = chosen.merge == SplitMerge::kCluster
                              ? chosen.num_splits
@@ -198,9 +204,9 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
                                               batch_size * num_blocks, scratch.num_sms);
   dim3 grid(num_split_blocks, static_cast<unsigned>(num_blocks), static_cast<unsigned>(batch_size));
   if (chosen.merge == SplitMerge::kCluster) {
-    LaunchSparse<T, kHeadDim, SplitMerge::kCluster>(params, grid, stream);
+    LaunchSparse<T, Stored, kHeadDim, SplitMerge::kCluster>(params, grid, stream);
   } else {
-    LaunchSparse<T, kHeadDim, SplitMerge::kLastBlock>(params, grid, stream);
+    LaunchSparse<T, Stored, kHeadDim, SplitMerge::kLastBlock>(params, grid, stream);
   }
 }
 

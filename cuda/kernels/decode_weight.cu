@@ -1,12 +1,11 @@
 #include "kernels/decode_weight.h"
 
-#include <cuda_fp8.h>
-
 #include <algorithm>
 
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
+#include "common/float8.cuh"
 #include "common/vec.cuh"
 #include "kernels/weight_codes.cuh"
 
@@ -40,9 +39,7 @@ __device__ __forceinline__ void ReadCodes(const unsigned char* codes, int zero,
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) {
       uint32_t word = i < 4 ? packed.x : packed.y;
-      __nv_fp8_e4m3 code;
-      code.__x = static_cast<__nv_fp8_storage_t>((word >> (8 * (i % 4))) & 0xffu);
-      values[i] = static_cast<float>(code);
+      values[i] = DecodeFloat8({static_cast<uint8_t>(word >> (8 * (i % 4)))});
     }
   }
 }

@@ -3,6 +3,8 @@
 // cache.
 #include "kernels/rope_append_kv.h"
 
+#include <type_traits>
+
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
@@ -16,7 +18,7 @@ namespace {
 
 constexpr int kWarpsPerBlock = 8;
 
-template <typename T>
+template <typename T, typename Stored>
 struct RopeAppendKvParams {
   const T* qkv;               // [T, Hq + 2 Hkv, D]
   const float* cos_sin;       // [T, D]
@@ -26,8 +28,10 @@ struct RopeAppendKvParams {
   const int32_t* seq_idx;     // [T]
   const int32_t* page_table;  // [B, max_pages]
   T* q;                       // [T, Hq, D]
-  T* k_pages;                 // [num_pages, Hkv, page_size, D]
-  T* v_pages;
+  Stored* k_pages;            // [num_pages, Hkv, page_size, D]
+  Stored* v_pages;
+  float k_scale;  // of an fp8 cache
+  float v_scale;
   float norm_eps;
   int64_t num_tokens;
   int64_t max_pages;
@@ -53,6 +57,21 @@ struct HeadVector {
   __device__ void Store(T* destination, int lane) const {
     StoreFloats<kPairs>(destination + lane * kPairs, low);
     StoreFloats<kPairs>(destination + (kWarpSize + lane) * kPairs, high);
+  }
+
+  // Divides a row of an fp8 cache by its scale. All of it becomes NaN if a number is not finite.
+  __device__ void DivideForFloat8(float scale) {
+    bool is_finite = true;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      is_finite = is_finite && isfinite(low[i]) && isfinite(high[i]);
+    }
+    is_finite = __all_sync(kFullWarp, is_finite);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] = is_finite ? __fdiv_rn(low[i], scale) : __int_as_float(0x7fffffff);
+      high[i] = is_finite ? __fdiv_rn(high[i], scale) : __int_as_float(0x7fffffff);
+    }
   }
 
   template <typename T>
@@ -82,9 +101,9 @@ struct HeadVector {
 
 // grid (ceil(T * (Hq + 2 Hkv) / kWarpsPerBlock)); a warp owns one head of one token: q heads, then
 // k heads, then v heads.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
-    RopeAppendKvKernel(const RopeAppendKvParams<T> p) {
+    RopeAppendKvKernel(const RopeAppendKvParams<T, Stored> p) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int lane = threadIdx.x % kWarpSize;
@@ -110,13 +129,16 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     const int32_t* pages = p.page_table + p.seq_idx[token] * p.max_pages;
     int kv_head = head - p.num_q_heads - (is_v ? p.num_kv_heads : 0);
     int64_t row = PagedRow(pages, position, p.num_kv_heads, p.page_size) + kv_head * p.page_size;
+    if constexpr (std::is_same_v<Stored, Float8>) {
+      vector.DivideForFloat8(is_v ? p.v_scale : p.k_scale);
+    }
     vector.Store((is_v ? p.v_pages : p.k_pages) + row * kHeadDim, lane);
   }
 }
 
-template <typename T>
-RopeAppendKvParams<T> MakeParams(const RopeAppendKvArgs& args) {
-  RopeAppendKvParams<T> p = {};
+template <typename T, typename Stored>
+RopeAppendKvParams<T, Stored> MakeParams(const RopeAppendKvArgs& args) {
+  RopeAppendKvParams<T, Stored> p = {};
   p.qkv = static_cast<const T*>(args.qkv.ptr);
   p.cos_sin = args.cos_sin.data<float>();
   p.q_norm = static_cast<const T*>(args.q_norm.ptr);
@@ -125,8 +147,10 @@ RopeAppendKvParams<T> MakeParams(const RopeAppendKvArgs& args) {
   p.seq_idx = args.seq_idx.data<int32_t>();
   p.page_table = args.kv.page_table.data<int32_t>();
   p.q = static_cast<T*>(args.q.ptr);
-  p.k_pages = static_cast<T*>(args.kv.k_pages.ptr);
-  p.v_pages = static_cast<T*>(args.kv.v_pages.ptr);
+  p.k_pages = static_cast<Stored*>(args.kv.k_pages.ptr);
+  p.v_pages = static_cast<Stored*>(args.kv.v_pages.ptr);
+  p.k_scale = args.kv.k_scale;
+  p.v_scale = args.kv.v_scale;
   p.norm_eps = args.norm_eps;
   p.num_tokens = args.q.dim(0);
   p.max_pages = args.kv.page_table.dim(1);
@@ -134,6 +158,17 @@ RopeAppendKvParams<T> MakeParams(const RopeAppendKvArgs& args) {
   p.num_kv_heads = static_cast<int>(args.kv.k_pages.dim(1));
   p.page_size = static_cast<int>(args.kv.k_pages.dim(2));
   return p;
+}
+
+template <typename T, typename Stored>
+void Launch(const RopeAppendKvArgs& args, cudaStream_t stream) {
+  RopeAppendKvParams<T, Stored> params = MakeParams<T, Stored>(args);
+  int64_t num_warps = params.num_tokens * (params.num_q_heads + 2 * params.num_kv_heads);
+  auto kernel =
+      args.q.dim(2) == 64 ? RopeAppendKvKernel<T, Stored, 64> : RopeAppendKvKernel<T, Stored, 128>;
+  LaunchShape shape = {.grid = static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)),
+                       .block = kWarpsPerBlock * kWarpSize};
+  LaunchOverlapped("rope_append_kv", kernel, shape, stream, params);
 }
 
 }  // namespace
@@ -145,12 +180,11 @@ void LaunchRopeAppendKv(const RopeAppendKvArgs& args, cudaStream_t stream) {
               head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
   DispatchHalf(args.q.dtype, "rope_append_kv", [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    RopeAppendKvParams<T> params = MakeParams<T>(args);
-    int64_t num_warps = num_tokens * (params.num_q_heads + 2 * params.num_kv_heads);
-    auto kernel = head_dim == 64 ? RopeAppendKvKernel<T, 64> : RopeAppendKvKernel<T, 128>;
-    LaunchShape shape = {.grid = static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)),
-                         .block = kWarpsPerBlock * kWarpSize};
-    LaunchOverlapped("rope_append_kv", kernel, shape, stream, params);
+    if (args.kv.k_pages.dtype == DType::kFloat8) {
+      Launch<T, Float8>(args, stream);
+    } else {
+      Launch<T, T>(args, stream);
+    }
   });
 }
 

@@ -8,10 +8,12 @@ namespace tidal {
 
 void LaunchScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, CacheReads reads,
                      cudaStream_t stream) {
-  DispatchAttention("score_keys", args.q, args.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunScoreKeys<T, head_dim()>(args, scratch, reads, stream);
-  });
+  DispatchCachedAttention("score_keys", args.q, args.kv,
+                          [&](auto type, auto stored, auto head_dim) {
+                            using T = typename decltype(type)::Type;
+                            using Stored = typename decltype(stored)::Type;
+                            RunScoreKeys<T, Stored, head_dim()>(args, scratch, reads, stream);
+                          });
 }
 
 }  // namespace tidal

@@ -16,10 +16,10 @@
 
 namespace tidal {
 
-template <typename T>
+template <typename T, typename Stored>
 struct ScoreKeysParams {
   const T* q;  // [B, Hq, D]
-  PagedKvView<T> kv;
+  PagedKvView<Stored> kv;
   float sm_scale;
   int group_size;
   SplitRule splits;
@@ -29,19 +29,19 @@ struct ScoreKeysParams {
   LseOutput output;
 };
 
-template <typename T, int kHeadDim>
-using ScoreWarp =
-    DecodeWarp<T, kHeadDim, kDecodeStages<kHeadDim, DecodeReads::kKeys>, 1, DecodeReads::kKeys>;
+template <typename T, typename Stored, int kHeadDim>
+using ScoreWarp = DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim, DecodeReads::kKeys>, 1,
+                             DecodeReads::kKeys>;
 
 // grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
 // tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
 // 24 KB a warp, and 8 KB of pages.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
-    ScoreKeysKernel(const ScoreKeysParams<T> params) {
+    ScoreKeysKernel(const ScoreKeysParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ SplitPages pages;
-  using Warp = ScoreWarp<T, kHeadDim>;
+  using Warp = ScoreWarp<T, Stored, kHeadDim>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
@@ -64,12 +64,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     SplitSpan span = splits.Span(work.split);
-    SplitTokens<T> tokens(params.kv, batch, kv_head, span, pages);
+    SplitTokens<Stored> tokens(params.kv, batch, kv_head, span, pages);
     bool has_late = params.reads == CacheReads::kEarly && span.end == seq_len;
     int late_row = has_late ? tokens.Row(seq_len - 1) : Warp::kNoRow;
     warp.Attend(tokens, span, query, late_row,
-                [&](int first, const float(&tile)[4], unsigned valid, T* key_tile) {
-                  scores.Store(first, tile, valid, reinterpret_cast<float*>(key_tile));
+                [&](int first, const float(&tile)[4], unsigned valid, void* key_tile) {
+                  scores.Store(first, tile, valid, static_cast<float*>(key_tile));
                 });
     warp.FinishBlock();
     MergeStatesInLastBlock(work, params.partials, params.output,
@@ -77,18 +77,18 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, CacheReads reads,
                   cudaStream_t stream) {
   constexpr const char* kOp = "score_keys";
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
   if (batch_size == 0) return;
-  PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
+  PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
   SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
-  ScoreKeysParams<T> params{
+  ScoreKeysParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
-      .sm_scale = args.rule.sm_scale,
+      .sm_scale = args.rule.sm_scale * args.kv.k_scale,
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,
@@ -96,8 +96,8 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
       .scores = MakeScoreRows(args.scores),
       .output = {.lse = args.lse.data<float>()}};
 
-  auto kernel = ScoreKeysKernel<T, kHeadDim>;
-  constexpr int kSharedBytes = ScoreWarp<T, kHeadDim>::kSharedBytes;
+  auto kernel = ScoreKeysKernel<T, Stored, kHeadDim>;
+  constexpr int kSharedBytes = ScoreWarp<T, Stored, kHeadDim>::kSharedBytes;
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,

@@ -36,13 +36,14 @@ struct HalfRows {
   bool are_aligned;  // four scores of a quad in one store
 };
 
-template <typename T>
+template <typename T, typename Stored>
 struct ScoreShadowParams {
-  const T* q;            // [B, Hq, D]
-  PagedKvView<T> kv;     // K of the newest tokens is read if their shadows are to be written
-  uint8_t* codes;        // [num_pages * Hkv * page_size, D / 2]
-  __half* scales;        // [num_pages * Hkv * page_size]
-  const float* balance;  // [Hkv, D]
+  const T* q;              // [B, Hq, D]
+  PagedKvView<Stored> kv;  // K of the newest tokens is read if their shadows are to be written
+  float k_scale;           // of an fp8 cache
+  uint8_t* codes;          // [num_pages * Hkv * page_size, D / 2]
+  __half* scales;          // [num_pages * Hkv * page_size]
+  const float* balance;    // [Hkv, D]
   float sm_scale;
   int group_size;
   NewestShadow newest;
@@ -79,10 +80,10 @@ __device__ __forceinline__ Vec<uint32_t, kWords> LoadCodes(const uint8_t* source
 }
 
 // One warp's share of a split: every kShadowWarps-th tile.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 class ShadowWarp {
  public:
-  __device__ __forceinline__ ShadowWarp(const ScoreShadowParams<T>& params,
+  __device__ __forceinline__ ShadowWarp(const ScoreShadowParams<T, Stored>& params,
                                         ScoreShadowShared<kHeadDim>& shared, int batch, int kv_head,
                                         int64_t first_row)
       : params_(params),
@@ -97,7 +98,7 @@ class ShadowWarp {
   // first products; it fills shared.queries.
   template <typename Prepare>
   __device__ __forceinline__ void Score(SplitSpan span, const Prepare& prepare) {
-    SplitTokens<T> tokens(params_.kv, batch_, kv_head_, span, shared_.pages);
+    SplitTokens<Stored> tokens(params_.kv, batch_, kv_head_, span, shared_.pages);
     end_ = span.end;
     first_ = span.begin + warp_ * kShadowTile + lane_ / 4 * kQuad;
     int begin = span.begin + warp_ * kShadowTile;
@@ -124,7 +125,7 @@ class ShadowWarp {
   // Writes the shadow of the token at `position`, scores it, and counts it in. By one whole warp.
   __device__ __forceinline__ void AppendAndScore(int position) {
     int row = params_.kv.Row(batch_, kv_head_, position);
-    ShadowKey<kHeadDim> key(params_.kv.k + int64_t{row} * kHeadDim,
+    ShadowKey<kHeadDim> key(params_.kv.k + int64_t{row} * kHeadDim, params_.k_scale,
                             params_.balance + kv_head_ * kHeadDim);
     key.Store(params_.codes, params_.scales, row);
     int dim = ShadowDims<kHeadDim>::FirstDim();
@@ -286,7 +287,7 @@ class ShadowWarp {
     sum_[i] = sum;
   }
 
-  const ScoreShadowParams<T>& params_;
+  const ScoreShadowParams<T, Stored>& params_;
   ScoreShadowShared<kHeadDim>& shared_;
   int batch_;
   int kv_head_;
@@ -305,9 +306,9 @@ class ShadowWarp {
 
 // grid (NumSplitBlocks, num_kv_heads, batch_size), 8 warps: a block takes splits of one row's keys
 // for all query heads of one KV head.
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
-    ScoreShadowKernel(const ScoreShadowParams<T> params) {
+    ScoreShadowKernel(const ScoreShadowParams<T, Stored> params) {
   __shared__ ScoreShadowShared<kHeadDim> shared;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
   }
 
   for (; work.split < work.num_used; work.split += gridDim.x) {
-    ShadowWarp<T, kHeadDim> warp(params, shared, batch, kv_head, first_row);
+    ShadowWarp<T, Stored, kHeadDim> warp(params, shared, batch, kv_head, first_row);
     SplitSpan span = splits.Span(work.split);
     bool has_newest = params.newest == NewestShadow::kWrite && span.end == seq_len;
     if (has_newest) --span.end;
@@ -351,16 +352,17 @@ __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, typename Stored, int kHeadDim>
 void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const AttentionScratch& scratch,
                     CacheReads reads, cudaStream_t stream) {
   constexpr const char* kOp = "score_shadow";
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
-  PagedKvView<T> kv = MakePagedKvView<T>(kOp, args.kv);
+  PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
   SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
-  ScoreShadowParams<T> params{
+  ScoreShadowParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
+      .k_scale = args.kv.k_scale,
       .codes = args.shadow.codes.data<uint8_t>(),
       .scales = static_cast<__half*>(args.shadow.scales.ptr),
       .balance = args.shadow.balance.data<float>(),
@@ -377,8 +379,8 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
   int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
                                   batch_size * kv.num_kv_heads, scratch.num_sms);
   dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
-  LaunchOverlapped(kOp, ScoreShadowKernel<T, kHeadDim>, {.grid = grid, .block = kShadowThreads},
-                   stream, params);
+  LaunchOverlapped(kOp, ScoreShadowKernel<T, Stored, kHeadDim>,
+                   {.grid = grid, .block = kShadowThreads}, stream, params);
 }
 
 }  // namespace
@@ -386,10 +388,12 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
 void LaunchScoreShadow(const ScoreKeysArgs& args, NewestShadow newest,
                        const AttentionScratch& scratch, CacheReads reads, cudaStream_t stream) {
   if (args.q.dim(0) == 0) return;
-  DispatchAttention("score_shadow", args.q, args.kv, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::Type;
-    RunScoreShadow<T, head_dim()>(args, newest, scratch, reads, stream);
-  });
+  DispatchCachedAttention(
+      "score_shadow", args.q, args.kv, [&](auto type, auto stored, auto head_dim) {
+        using T = typename decltype(type)::Type;
+        using Stored = typename decltype(stored)::Type;
+        RunScoreShadow<T, Stored, head_dim()>(args, newest, scratch, reads, stream);
+      });
 }
 
 }  // namespace tidal

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/elementwise.cuh"
+#include "common/float8.cuh"
 #include "common/paged_kv.cuh"
 #include "common/vec.cuh"
 #include "kernels/skinny_linear.cuh"
@@ -143,8 +144,11 @@ struct RopeAppendEpilogue {
   const int32_t* seq_idx;     // [T]
   const int32_t* page_table;  // [B, max_pages]
   T* q;                       // [T, Hq, D]
-  T* k_pages;                 // [num_pages, Hkv, page_size, D]
-  T* v_pages;
+  void* k_pages;              // [num_pages, Hkv, page_size, D] T, or Float8 of an fp8 cache
+  void* v_pages;
+  bool is_float8;
+  float k_scale;  // of an fp8 cache
+  float v_scale;
   int64_t max_pages;
   int num_q_heads;
   int num_kv_heads;
@@ -188,28 +192,42 @@ struct RopeAppendEpilogue {
       for (int i = 0; i < 2; ++i) {
         if (token + i >= e.num_tokens) continue;
         float low = values[i] + bias_low, high = values[i + 2] + bias_high;
-        if (position[i] < 0) low = high = 0.0f;
-        T* target = Target(head, i);
-        if (target == nullptr) continue;
-        if (position[i] >= 0 && head < e.num_q_heads + e.num_kv_heads) {
+        if (position[i] < 0) {
+          low = high = 0.0f;
+        } else if (head < e.num_q_heads + e.num_kv_heads) {
           const float* angles = e.cos_sin + int64_t{token + i} * e.head_dim;
           RotatePair(low, high, angles[dim], angles[dim + half]);
         }
-        target[dim] = FromFloat32<T>(low);
-        target[dim + half] = FromFloat32<T>(high);
+        if (head < e.num_q_heads) {
+          T* target = e.q + (int64_t{token + i} * e.num_q_heads + head) * e.head_dim;
+          target[dim] = FromFloat32<T>(low);
+          target[dim + half] = FromFloat32<T>(high);
+        } else if (position[i] >= 0) {
+          Append(head - e.num_q_heads, i, dim, low, high);
+        }
       }
     }
 
-    // The head's D elements in q or the cache; null for K and V of an idle row.
-    __device__ T* Target(int head, int i) const {
-      if (head < e.num_q_heads) {
-        return e.q + (int64_t{token + i} * e.num_q_heads + head) * e.head_dim;
+    // Elements dim and dim + D / 2 of a head of K, or behind those of V. Where a number of an fp8
+    // row is not finite, all are not, unless a weight is not.
+    __device__ void Append(int head, int i, int dim, float low, float high) const {
+      bool is_v = head >= e.num_kv_heads;
+      int kv_head = head - (is_v ? e.num_kv_heads : 0), half = e.head_dim / 2;
+      int64_t row = cache_row[i] + int64_t{kv_head} * e.page_size;
+      void* pages = is_v ? e.v_pages : e.k_pages;
+      if (e.is_float8) {
+        auto target = static_cast<Float8*>(pages) + row * e.head_dim + dim;
+        float scale = is_v ? e.v_scale : e.k_scale;
+        auto divided = [&](float value) {
+          return isfinite(value) ? __fdiv_rn(value, scale) : __int_as_float(0x7fffffff);
+        };
+        target[0] = EncodeFloat8(divided(low));
+        target[half] = EncodeFloat8(divided(high));
+      } else {
+        auto target = static_cast<T*>(pages) + row * e.head_dim + dim;
+        target[0] = FromFloat32<T>(low);
+        target[half] = FromFloat32<T>(high);
       }
-      if (position[i] < 0) return nullptr;
-      bool is_v = head >= e.num_q_heads + e.num_kv_heads;
-      int kv_head = head - e.num_q_heads - (is_v ? e.num_kv_heads : 0);
-      return (is_v ? e.v_pages : e.k_pages) +
-             (cache_row[i] + int64_t{kv_head} * e.page_size) * e.head_dim;
     }
   };
 };

@@ -152,8 +152,11 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
   epilogue.seq_idx = append.seq_idx.data<int32_t>();
   epilogue.page_table = append.kv.page_table.data<int32_t>();
   epilogue.q = static_cast<T*>(append.q.ptr);
-  epilogue.k_pages = static_cast<T*>(append.kv.k_pages.ptr);
-  epilogue.v_pages = static_cast<T*>(append.kv.v_pages.ptr);
+  epilogue.k_pages = append.kv.k_pages.ptr;
+  epilogue.v_pages = append.kv.v_pages.ptr;
+  epilogue.is_float8 = append.kv.k_pages.dtype == DType::kFloat8;
+  epilogue.k_scale = append.kv.k_scale;
+  epilogue.v_scale = append.kv.v_scale;
   epilogue.max_pages = append.kv.page_table.dim(1);
   epilogue.num_q_heads = static_cast<int>(append.q.dim(1));
   epilogue.num_kv_heads = static_cast<int>(append.kv.k_pages.dim(1));

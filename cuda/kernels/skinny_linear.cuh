@@ -462,7 +462,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t zero = s.zeros == nullptr ? 8u : stored[RowOfRun(group, m, half, row)];
-          zeros.of[m][half] = PairOps<T>::kIntegers + zero * 0x00010001u;
+          zeros.of[m][half] = Int4Ops<T>::kIntegers + zero * 0x00010001u;
         }
       }
     }

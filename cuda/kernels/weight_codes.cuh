@@ -3,7 +3,7 @@
 //
 // A lane takes 8 neighbouring inputs of a row, as of 16-bit weights; within a register they pair up
 // otherwise, as a few operations on four or eight codes at once give them, and the tokens' inputs
-// are put into the same order. e4m3: OCP 8-bit floating point, 2023.
+// are put into the same order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,29 +11,19 @@
 
 #include <cstdint>
 
+#include "common/float8.cuh"
 #include "kernels/skinny_layout.h"
 #include "tidal/dtype.h"
 
 namespace tidal {
 
-// Selectors of __byte_perm: of two pairs of elements both lower ones, both upper ones.
-inline constexpr uint32_t kLowerHalves = 0x5410, kUpperHalves = 0x7632;
-
 template <typename T>
-struct PairOps;
+struct Int4Ops;
 
 template <>
-struct PairOps<__nv_bfloat16> {
-  static constexpr uint32_t kFloat8Magnitude = 0x07f007f0;  // exponent and mantissa behind the sign
-  static constexpr int kFloat8Shift = 4;
-  static constexpr uint32_t kFloat8Scale = 0x7b807b80;  // 2^120: from a bias of 127 to one of 7
-  static constexpr uint32_t kIntegers = 0x43004300;     // 128, whose last bits count by 1
+struct Int4Ops<__nv_bfloat16> {
+  static constexpr uint32_t kIntegers = 0x43004300;  // 128, whose last bits count by 1
 
-  __device__ static uint32_t Multiply(uint32_t a, uint32_t b) {
-    __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
-    return *reinterpret_cast<uint32_t*>(&product);
-  }
   __device__ static uint32_t Subtract(uint32_t a, uint32_t b) {
     __nv_bfloat162 difference =
         __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
@@ -42,34 +32,19 @@ struct PairOps<__nv_bfloat16> {
 };
 
 template <>
-struct PairOps<__half> {
-  static constexpr uint32_t kFloat8Magnitude = 0x3f803f80;
-  static constexpr int kFloat8Shift = 1;
-  static constexpr uint32_t kFloat8Scale = 0x5c005c00;  // 2^8: from a bias of 15 to one of 7
-  static constexpr uint32_t kIntegers = 0x64006400;     // 1024
+struct Int4Ops<__half> {
+  static constexpr uint32_t kIntegers = 0x64006400;  // 1024
 
-  __device__ static uint32_t Multiply(uint32_t a, uint32_t b) {
-    __half2 product = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
-    return *reinterpret_cast<uint32_t*>(&product);
-  }
   __device__ static uint32_t Subtract(uint32_t a, uint32_t b) {
     __half2 difference = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
     return *reinterpret_cast<uint32_t*>(&difference);
   }
 };
 
-// Two float8 in the upper bytes of both halves of a register.
-template <typename T>
-__device__ __forceinline__ uint32_t DecodeFloat8Pair(uint32_t codes) {
-  using Ops = PairOps<T>;
-  uint32_t bits = (codes & 0x80008000u) | ((codes >> Ops::kFloat8Shift) & Ops::kFloat8Magnitude);
-  return Ops::Multiply(bits, Ops::kFloat8Scale);
-}
-
 // Two int4 in the lowest bits of both halves of a register, less `zeros`: two kIntegers + zero.
 template <typename T>
 __device__ __forceinline__ uint32_t DecodeInt4Pair(uint32_t codes, uint32_t zeros) {
-  using Ops = PairOps<T>;
+  using Ops = Int4Ops<T>;
   return Ops::Subtract((codes & 0x000f000fu) | Ops::kIntegers, zeros);
 }
 

@@ -160,11 +160,11 @@ class DecodeConfig(PlanConfig):
         device: "auto" (the first CUDA device that works, else the CPU), "cpu", "cuda", "cuda:1".
         dtype: of the weights: "auto" (the checkpoint's; on CUDA float32 becomes bfloat16),
             "float32", "bfloat16" or "float16". Arithmetic accumulates in float32 everywhere.
-        kv_dtype: of the KV cache: "auto" is dtype, and on CUDA nothing else is taken. The CPU takes
-            "float32", "bfloat16", "float16", and "int8": a quarter of float32's memory and about as
-            exact as bfloat16, with a scale for each token and head. "fp8" (e4m3) is as small as
-            int8 and coarser: 4 significant bits of a number, up to 448 times the layer's k_scale
-            or v_scale in the checkpoint, or 1.
+        kv_dtype: of the KV cache: "auto" is dtype. "fp8" (e4m3) takes half of 16 bits: 4
+            significant bits, numbers up to 448 times the layer's k_scale or v_scale in the
+            checkpoint, or 1 without. CUDA takes nothing else; the CPU also "float32", "bfloat16",
+            "float16", and "int8", as small as fp8 and about as exact as bfloat16, with a scale for
+            each token and head.
         load_format: "auto" reads the folder's weight files; "dummy" looks for none and gives the
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.

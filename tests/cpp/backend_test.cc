@@ -43,8 +43,18 @@ std::vector<BackendCase> AllBackends() {
 
 std::vector<BackendCase> AllCaches() {
   std::vector<BackendCase> caches = AllBackends();
-  caches.push_back({DeviceType::kCpu, DType::kFloat32, DType::kInt8});
-  caches.push_back({DeviceType::kCpu, DType::kFloat32, DType::kFloat8});
+  caches.insert(caches.end(), {{DeviceType::kCpu, DType::kFloat32, DType::kInt8},
+                               {DeviceType::kCpu, DType::kFloat32, DType::kFloat8},
+                               {DeviceType::kCuda, DType::kBFloat16, DType::kFloat8},
+                               {DeviceType::kCuda, DType::kFloat16, DType::kFloat8}});
+  return caches;
+}
+
+std::vector<BackendCase> CudaCachesAndCpu() {
+  std::vector<BackendCase> caches = CudaBackendsAndCpu();
+  caches.insert(caches.end(), {{DeviceType::kCpu, DType::kFloat32, DType::kFloat8},
+                               {DeviceType::kCuda, DType::kBFloat16, DType::kFloat8},
+                               {DeviceType::kCuda, DType::kFloat16, DType::kFloat8}});
   return caches;
 }
 

@@ -39,6 +39,8 @@ std::vector<BackendCase> AllBackends();
 std::vector<BackendCase> CudaBackendsAndCpu();
 // AllBackends, and those with a cache of codes, for ops that read a cache.
 std::vector<BackendCase> AllCaches();
+// The same with a cache of fp8 besides.
+std::vector<BackendCase> CudaCachesAndCpu();
 // Every device once, for ops that meet no weights.
 std::vector<BackendCase> EachDevice();
 

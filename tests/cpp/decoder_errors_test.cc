@@ -205,7 +205,7 @@ TEST_P(DecoderErrors, OtherCacheDtypeOnCuda) {
   if (is_cpu()) GTEST_SKIP() << "the CPU takes any pair of dtypes";
   DecodeConfig config = Dense();
   config.kv_dtype = GetParam().dtype == DType::kBFloat16 ? DType::kFloat16 : DType::kBFloat16;
-  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(config); }, {"float16"}));
+  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(config); }, {"float16", "or fp8"}));
 }
 
 TEST_P(DecoderErrors, ShapesCudaDoesNotRun) {

@@ -41,8 +41,10 @@ class MemoryPlanTest : public DecoderTest {
     DecodeConfig scored = Tidal();
     scored.select_layers = {};
     scored.scored_layers = {2, 4};
+    DecodeConfig coded = drafts;
+    coded.kv_dtype = DType::kFloat8;
     std::vector<DecodeConfig> configs = {Dense(), Tidal(), Verifying(), automatic, few_pages,
-                                         drafts,  ngrams,  corrected,   scored};
+                                         drafts,  ngrams,  corrected,   scored,    coded};
     if (GetParam().is_cpu()) {
       scored.shadow = Shadow::kInt4;
       configs.push_back(scored);

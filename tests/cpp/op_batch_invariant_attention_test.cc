@@ -22,7 +22,7 @@ class OpBatchInvariantAttention : public AttentionTest {
     limits.token_budget = kTokenBudget;
     limits.max_seq_len = 16384;
     Open(GetParam().on, limits, {.device = {}, .batch_invariant = true});
-    const auto sequences = RandomSequences(random_, shape(), seq_lens_, dtype());
+    const auto sequences = RandomSequences(random_, shape(), seq_lens_, kv_dtype());
     kv_ = PutCache(sequences, shape().page_size);
   }
 
@@ -222,7 +222,7 @@ TEST_P(OpBatchInvariantAttention, PromptsInAnyChunks) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpBatchInvariantAttention,
-                         ::testing::ValuesIn(Cases<HeadShape>(CudaBackendsAndCpu(),
+                         ::testing::ValuesIn(Cases<HeadShape>(CudaCachesAndCpu(),
                                                               {{"gqa", 16, 8, 64, 64},
                                                                {"mha", 8, 8, 128, 16},
                                                                {"group8", 16, 2, 64, 64}})),

@@ -7,7 +7,7 @@ import numpy as np
 import tidaldecode
 from feature_runs import Bench, uses
 from quantized_models import KINDS, write_both
-from tiny_models import TinyModel, random_prompt, write_checkpoint
+from tiny_models import TinyModel, random_prompt, random_weights, write_checkpoint
 
 
 @uses("quantised checkpoints")
@@ -54,3 +54,40 @@ def weight_format(bench: Bench) -> None:
             assert np.isfinite(decoder.step_logits(prompt, prefill=50)).all()
     bench.command("generate", str(bench.model), "Once", "-n", "4", "--weight-format", "int4")
     assert held["int4"] < held["fp8"] < held["decoded"]
+
+
+@uses("kv_dtype")
+def kv_dtype(bench: Bench) -> None:
+    model = TinyModel(
+        hidden_size=256, intermediate_size=512, num_layers=4, head_dim=64, dtype=bench.dtype
+    )
+    scales = {
+        f"model.layers.{layer}.self_attn.{half}_scale": np.float32(0.03125)
+        for layer in range(4)
+        for half in "kv"
+    }
+    folder = write_checkpoint(bench.folder / "scales", model, random_weights(model) | scales)
+    prompt = random_prompt(model, 200)
+    limits = {"device": bench.device, "dtype": bench.dtype, "max_seq_len": 512}
+    plans = (
+        {"attention": "full"},
+        {"select_layers": (2,), "token_budget": 32, "sparse_min_context": 0},
+        {"scored_layers": (2,), "shadow": "int4", "token_budget": 32, "sparse_min_context": 0},
+    )
+    bytes_of = {}
+    for choice in ("auto", "fp8"):
+        for plan in plans:
+            with tidaldecode.Decoder(folder, kv_dtype=choice, **limits, **plan) as decoder:
+                memory = decoder.memory_plan()
+                bytes_of[choice] = memory.kv_bytes / memory.num_pages
+                texts = decoder.generate([prompt, prompt[:9]], max_new_tokens=6, ignore_eos=True)
+                assert [len(text.token_ids) for text in texts] == [6, 6]
+                assert np.isfinite(decoder.step_logits(prompt, prefill=150)).all()
+                with decoder.session() as session:
+                    session.append(prompt)
+                    with session.fork() as fork:
+                        assert fork.generate([7], max_new_tokens=4, ignore_eos=True).token_ids
+        bench.command("generate", str(bench.model), "Once", "-n", "4", "--kv-dtype", choice)
+    assert bytes_of["fp8"] < 0.6 * bytes_of["auto"]
+    with tidaldecode.Decoder(folder, kv_dtype="fp8", verify=True, **limits, **plans[1]) as decoder:
+        assert decoder.generate(prompt, max_new_tokens=8, ignore_eos=True).token_ids

@@ -193,7 +193,7 @@ struct DecodeConfig : PlanConfig {
   Device device;
   DType dtype = DType::kBFloat16;                      // of the weights that are numbers
   KeepWeights weight_format = KeepWeights::kAsStored;  // as whoever makes the WeightSource heeds
-  // The cache's: a float type, which on CUDA must equal dtype; or on the CPU int8 or fp8.
+  // The cache's: a float type, which on CUDA must equal dtype; fp8; or on the CPU int8.
   DType kv_dtype = DType::kBFloat16;
 
   // Tokens are drafted first. One dense pass over the drafts of a sequence draws the tokens that

@@ -51,7 +51,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for error
 Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, _engine_option("Weights: auto, float32, bfloat16 or float16.")]
 KvDType = Annotated[
-    str, _engine_option("KV cache: auto (dtype), float32, bfloat16, float16, int8 or fp8 (CPU).")
+    str, _engine_option("KV cache: auto (dtype), fp8; CPU: float32, bfloat16, float16, int8.")
 ]
 WeightFormat = Annotated[
     str,
