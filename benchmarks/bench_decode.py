@@ -35,7 +35,7 @@ from shapes import DEFAULT_SHAPES, NEARLY_EMPTY, SHAPES, Point
 from step_bytes import H200_READ_TB_PER_S, kv_bytes_per_token, loaded_bytes, step_bytes
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
-from tidaldecode.config import WEIGHT_FORMATS
+from tidaldecode.config import KV_DTYPES, WEIGHT_FORMATS
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
 
@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--select-layers", type=int, nargs="+", help="default: the model's plan")
     add("--device", default="auto")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--kv-dtype", default="auto", choices=["auto", *KV_DTYPES])
     add("--weight-format", default="auto", choices=WEIGHT_FORMATS)
     add("--steps", type=int, default=30, help="timed steps per row, at least")
     add("--warmup", type=int, default=4, help="untimed steps before every round of them")
@@ -135,7 +136,7 @@ def fitting_points(
 ) -> tuple[list[Point], list[str]]:
     """The points whose cache fits beside the weights, and a line for each that does not."""
     model, dtype = read_model_folder(target.folder, target.load_format).model, args.dtype
-    kv_dtype = "float32" if device == "cpu" else dtype
+    kv_dtype = dtype if args.kv_dtype == "auto" else args.kv_dtype
     name = "cuda:0" if device == "cuda" else device
     free = next((d["free_bytes"] for d in _core.list_devices() if d["name"] == name), 0)
     room = free - loaded_bytes(model, dtype, args.weight_format)
@@ -163,6 +164,7 @@ def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
         load_format=target.load_format,
         device=args.device,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         weight_format=args.weight_format,
         select_layers=target.select_layers,
         token_budget=args.token_budget,

@@ -61,7 +61,8 @@ def peer_table(kind: str, rows: list[Report], ops: list[Report]) -> Table:
     table = Table(title=f"{kind}: {'milliseconds' if unit == 'ms' else 'microseconds'} of peers")
     table.add_column(kind, no_wrap=True)
     table.add_column("context", justify="right", no_wrap=True)
-    ours = {op_label(op): op["us"] for op in ops} if kind == "attention" else {}
+    same = [op for op in ops if op.get("kv_dtype") != "fp8"]  # as the peers' caches
+    ours = {op_label(op): op["us"] for op in same} if kind == "attention" else {}
     for title in (["tidaldecode"] if ours else []) + peers:
         table.add_column(title, justify="right")
     cells: dict[tuple[str, int], dict[str, float]] = {}

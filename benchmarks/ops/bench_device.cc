@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <numeric>
 #include <random>
+#include <span>
 
 namespace tidal {
 
@@ -44,18 +45,15 @@ TensorView BenchDevice::PageTable(int64_t rows, int64_t pages_per_row) {
   return Ints(pages, {rows, pages_per_row});
 }
 
-TensorView BenchDevice::RandomHalf(std::initializer_list<int64_t> shape) {
-  TensorView view = Tensor(kDType, shape);
-  constexpr int64_t kBlock = (int64_t{1} << 22) + 7;  // odd: repeats do not line up with pages
-  if (noise_.empty()) {
-    std::mt19937 engine(1);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < kBlock; ++i) noise_.push_back(FromFloat<BFloat16>(normal(engine)));
-  }
-  for (int64_t begin = 0; begin < view.numel(); begin += kBlock) {
-    int64_t count = std::min(kBlock, view.numel() - begin);
-    TensorView part(view.data<BFloat16>() + begin, kDType, {count});
-    backend_->Upload(part, noise_.data());
+TensorView BenchDevice::Random(DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView view = Tensor(dtype, shape);
+  const Noise& noise = noise_.try_emplace(dtype, dtype, Normal{}, 1).first->second;
+  for (int64_t done = 0; done < view.bytes();) {
+    std::span<const char> piece = noise.From(done);
+    const int64_t bytes = std::min(view.bytes() - done, static_cast<int64_t>(piece.size()));
+    TensorView part(static_cast<char*>(view.ptr) + done, dtype, {bytes / DTypeBytes(dtype)});
+    backend_->Upload(part, piece.data());
+    done += bytes;
   }
   return view;
 }

@@ -3,11 +3,13 @@
 
 #include <functional>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/noise.h"
 
 namespace tidal {
 
@@ -36,7 +38,8 @@ class BenchDevice {
   // A page_table [rows, pages_per_row] of different pages in random order.
   TensorView PageTable(int64_t rows, int64_t pages_per_row);
   // Random normal values; a block of them repeated, since generation is slower than the device.
-  TensorView RandomHalf(std::initializer_list<int64_t> shape);
+  TensorView Random(DType dtype, std::initializer_list<int64_t> shape);
+  TensorView RandomHalf(std::initializer_list<int64_t> shape) { return Random(kDType, shape); }
 
   // Microseconds of one of the ops that `step` queues, recorded and replayed.
   double TimeOfStep(const std::function<void()>& step, int64_t ops_per_step);
@@ -50,7 +53,7 @@ class BenchDevice {
   int samples_;
   std::unique_ptr<Backend> backend_;
   std::vector<Buffer> buffers_;
-  std::vector<BFloat16> noise_;
+  std::map<DType, Noise> noise_;
   int64_t step_id_ = 0;
 };
 

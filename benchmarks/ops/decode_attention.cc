@@ -29,6 +29,9 @@ struct Row {
   // leave them, of RaggedSize() positions.
   float top_p_mass = 1.0f;
   SetSizes set_sizes = SetSizes::kEqual;  // as the op is told
+  DType kv_dtype = kDType;
+
+  int64_t head_bytes() const { return kHeadDim * DTypeBytes(kv_dtype); }  // of K or V of a token
 };
 
 // Between 64 and token_budget, mostly few, now and then all: for 4096, 819 on average.
@@ -64,6 +67,15 @@ std::vector<Row> Rows() {
     }
   }
   for (int64_t k : {256, 1024, 4096}) rows.push_back({"attention_sparse", mha, 1, 102400, k});
+  std::vector<Row> coded = {
+      {"attention_full", gqa, 1, 10240},          {"attention_full", gqa, 1, 32768},
+      {"attention_full", gqa, 1, 131072},         {"attention_full", gqa, 8, 32768},
+      {"attention_select", gqa, 1, 131072},       {"score_keys", gqa, 1, 131072},
+      {"attention_sparse", gqa, 1, 131072, 1024}, {"attention_sparse", gqa, 8, 16384, 1024}};
+  for (Row& row : coded) {
+    row.kv_dtype = DType::kFloat8;
+    rows.push_back(row);
+  }
   return rows;
 }
 
@@ -109,8 +121,8 @@ Inputs MakeInputs(BenchDevice& bench, const Row& row, int64_t num_pages, int64_t
   std::vector<int32_t> lens(static_cast<size_t>(b), static_cast<int32_t>(row.seq_len));
   TensorView seq_lens = bench.Ints(lens, {b});
   for (int64_t i = 0; i < num_caches; ++i) {
-    TensorView k = bench.RandomHalf({num_pages, hkv, kPageSize, kHeadDim});
-    TensorView v = bench.RandomHalf({num_pages, hkv, kPageSize, kHeadDim});
+    TensorView k = bench.Random(row.kv_dtype, {num_pages, hkv, kPageSize, kHeadDim});
+    TensorView v = bench.Random(row.kv_dtype, {num_pages, hkv, kPageSize, kHeadDim});
     in.caches.push_back(
         {.k_pages = k, .v_pages = v, .page_table = page_table, .seq_lens = seq_lens});
   }
@@ -184,16 +196,18 @@ std::function<void(int64_t)> OpOf(BenchDevice& bench, const Row& row, const Inpu
 
 void Report(const Row& row, int64_t num_caches, int64_t bytes, int samples, double us) {
   std::printf(
-      "{\"op\": \"%s\", \"shape\": \"%s\", \"num_q_heads\": %lld, \"num_kv_heads\": %lld, "
+      "{\"op\": \"%s\", \"shape\": \"%s\", \"kv_dtype\": \"%s\", \"num_q_heads\": %lld, "
+      "\"num_kv_heads\": %lld, "
       "\"head_dim\": %lld, \"batch_size\": %lld, \"seq_len\": %lld, \"token_budget\": %lld, "
       "\"top_p_mass\": %.2f, \"set_sizes\": \"%s\", \"caches\": %lld, \"median_of\": %d, "
       "\"us\": %.2f, \"tb_per_s\": %.3f}\n",
-      row.op.c_str(), row.shape.name.c_str(), static_cast<long long>(row.shape.num_q_heads),
-      static_cast<long long>(row.shape.num_kv_heads), static_cast<long long>(kHeadDim),
-      static_cast<long long>(row.batch_size), static_cast<long long>(row.seq_len),
-      static_cast<long long>(row.token_budget), static_cast<double>(row.top_p_mass),
-      row.set_sizes == SetSizes::kRagged ? "ragged" : "equal", static_cast<long long>(num_caches),
-      samples, us, row.op == "select_top_k" ? 0.0 : static_cast<double>(bytes) / us * 1e-6);
+      row.op.c_str(), row.shape.name.c_str(), DTypeName(row.kv_dtype),
+      static_cast<long long>(row.shape.num_q_heads), static_cast<long long>(row.shape.num_kv_heads),
+      static_cast<long long>(kHeadDim), static_cast<long long>(row.batch_size),
+      static_cast<long long>(row.seq_len), static_cast<long long>(row.token_budget),
+      static_cast<double>(row.top_p_mass), row.set_sizes == SetSizes::kRagged ? "ragged" : "equal",
+      static_cast<long long>(num_caches), samples, us,
+      row.op == "select_top_k" ? 0.0 : static_cast<double>(bytes) / us * 1e-6);
   std::fflush(stdout);
 }
 
@@ -201,10 +215,10 @@ void Measure(BenchDevice& bench, const Row& row) {
   bench.Clear();
   int64_t pages_per_row = (row.seq_len + kPageSize - 1) / kPageSize;
   int64_t num_pages = pages_per_row * row.batch_size;
-  int64_t cache_bytes = 2 * num_pages * kPageSize * row.shape.num_kv_heads * kHeadDim * 2;
+  int64_t cache_bytes = 2 * num_pages * kPageSize * row.shape.num_kv_heads * row.head_bytes();
   int64_t read_bytes = cache_bytes;
   if (row.op == "score_keys") read_bytes /= 2;  // no values
-  if (row.op == "attention_sparse") read_bytes = 4 * kHeadDim * NumSelected(row);
+  if (row.op == "attention_sparse") read_bytes = 2 * row.head_bytes() * NumSelected(row);
   // Caches of sparse rows need not be whole: few of them already leave the L2 cold.
   auto wanted = static_cast<int64_t>(std::ceil(kBytesPerReplay / static_cast<double>(read_bytes)));
   int64_t num_caches = std::clamp<int64_t>(wanted, 4, kMaxCaches);

@@ -124,8 +124,11 @@ def test_a_run_on_a_shape(tmp_path: Path):
 
 
 def test_a_run_on_a_model_folder(tmp_path: Path, demo_model: Path):
-    report, _ = run_benchmark(demo_model, "--context", 512, "--steps", 3, tmp_path / "steps.json")
+    report, _ = run_benchmark(
+        demo_model, "--context", 512, "--steps", 3, "--kv-dtype", "fp8", tmp_path / "steps.json"
+    )
     assert report["models"][0]["weights"] == "the folder's"
+    assert report["models"][0]["kv_dtype"] == "fp8"
     assert [row["attention"] for row in report["rows"]] == ["dense", "dense", "tidal"]
     assert [row["floor_ms"] for row in report["rows"]] == [None] * 3
 
