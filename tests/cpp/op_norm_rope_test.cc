@@ -405,7 +405,7 @@ TEST_P(OpRopeAppendKv, Fp8CodesAreTheNearest) {
   StepLimits limits = Limits();
   limits.kv_dtype = DType::kFloat8;
   Open(GetParam().on, limits);
-  Inputs in = MakeInputs(false);
+  Inputs in = MakeInputs(Norms::kNone);
   const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
   const int64_t rows = static_cast<int64_t>(in.positions.size());
   in.qkv[QkvSize() - 1] = std::nan("");  // of the first token's last value
