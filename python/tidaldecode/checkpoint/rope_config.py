@@ -124,7 +124,8 @@ class _Config:
             rope_type = family.rope_types.get(rope_type, rope_type)
         if rope_type not in ROPE_TYPES:
             raise ConfigError(
-                f"{inside}: rope_type: got {show(rope_type)}, expected one of {', '.join(ROPE_TYPES)}"
+                f"{inside}: rope_type: got {show(rope_type)}, expected one of "
+                f"{', '.join(ROPE_TYPES)}"
             )
         rotary_dim = _read_rotary_dim(self.raw, parameters, family, self.head_dim, self.where)
         whole = RopeConfig(
