@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from test_gpu import BASE, DENSE, TIDAL, cuda_is_missing, greedy, open_decoder, prompts_for
-from tiny_models import TinyModel, random_prompt, random_weights, write_checkpoint
+from tiny_models import random_prompt, random_weights, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,7 +148,7 @@ def test_forks_and_found_pages(folder: Path):
 
 
 def test_the_cache_takes_half(tmp_path: Path):
-    model = TinyModel(num_layers=2, head_dim=128, dtype="bfloat16")
+    model = dataclasses.replace(BASE, num_layers=2, head_dim=128)
     folder = write_checkpoint(tmp_path, model)
     plans = [
         open_decoder(folder, "cuda", num_pages=16, **options).memory_plan() for options in ({}, FP8)
