@@ -367,7 +367,7 @@ class Decoder(TextMethods, MeasuringMethods):
 
     @property
     def plan(self) -> str:
-        """One letter per layer: F full, S select, s sparse ("FFSssSss")."""
+        """One letter per layer: F full, S select, P scored, s sparse, w window ("FFSssPss")."""
         return self._open_core().plan
 
     @property

@@ -19,6 +19,7 @@ from tidaldecode.calibration import run as run_module
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli import app as cli
+from tiny_models import TinyModel, write_checkpoint, write_tokenizer
 
 
 @pytest.fixture
@@ -197,3 +198,23 @@ def test_no_chat_is_plain_text(run, model: Path):
     update_json(model / "tokenizer_config.json", chat_template=None)
     code, _, err = run(*SMALL, "--chat")
     assert code == 2 and "chat template" in err
+
+
+def test_a_model_of_windows_alone_is_refused_before_anybody_waits(tmp_path: Path, capsys):
+    model = TinyModel(family="ministral", max_position_embeddings=2048)
+    folder = write_tokenizer(write_checkpoint(tmp_path / "model", model), model.vocab_size)
+    assert cli.main(["calibrate", str(folder), "--device", "cpu", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: calibrate: got a model with 0 layers without a window behind")
+
+
+def test_of_a_model_with_windows_the_other_layers_choose(tmp_path: Path, capsys):
+    model = TinyModel(family="gemma3_text", num_layers=9, max_position_embeddings=2048)
+    folder = write_tokenizer(write_checkpoint(tmp_path / "model", model), model.vocab_size)
+    options = ("--context", "256", "--token-budget", "32", "--max-loss", "9")
+    assert cli.main(["calibrate", str(folder), "--device", "cpu", *options]) == 0
+    plan = json.loads((folder / "tidal_plan.json").read_text())
+    assert set(choosing_layers(plan)) < {2, 5, 8}
+    printed = capsys.readouterr().out
+    assert "w a window of the model's" in printed and "Plan:" in printed
+    assert Decoder(folder, device="cpu", max_seq_len=256).plan.count("w") == 6

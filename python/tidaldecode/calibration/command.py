@@ -16,7 +16,7 @@ from rich.console import Console
 from tidaldecode.calibration.data import builtin_text
 from tidaldecode.calibration.plan_store import check_output, plan_content, store_plan
 from tidaldecode.calibration.run import Job, Outcome, calibrate_model
-from tidaldecode.calibration.search import frontier
+from tidaldecode.calibration.search import frontier, open_layers
 from tidaldecode.calibration.view import show_frontier, show_judgement
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
@@ -105,6 +105,7 @@ def calibrate(
     given = locals()
     _check(text, builtin, max_loss)
     folder = read_model_folder(model_dir)
+    open_layers(folder.model)  # refuses before anybody waits
     contexts = _contexts(context, folder, device)
     if max_choosing_layers is not None:
         check_integer("max_choosing_layers", max_choosing_layers, low=1)

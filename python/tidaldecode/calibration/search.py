@@ -132,6 +132,21 @@ class Stage:
         return f"Stage {self.number} of {self.count}, {self.title}"
 
 
+def open_layers(model: ModelConfig) -> tuple[int, ...]:
+    """The layers that may choose.
+
+    Raises: UnsupportedError for a model without room for one that chooses and a sparse one.
+    """
+    layers = tuple(n for n in model.full_attention_layers if n >= _DENSE_LAYERS)
+    if len(layers) < _LEAST_LAYERS:
+        those = "" if len(layers) == model.num_layers - 1 else " without a window"
+        raise UnsupportedError(
+            f"calibrate: got a model with {len(layers)} layers{those} behind the first, "
+            f"expected at least {_LEAST_LAYERS}: one that chooses, one sparse"
+        )
+    return layers
+
+
 # Losses of candidates: on everything, or quickly; (candidates, is_quick, stage) -> scores.
 Measure = Callable[[Sequence[Candidate], bool, Stage], Sequence[Scores]]
 
@@ -173,13 +188,7 @@ class Search:
 
         Raises: UnsupportedError for a model without room for a dense, a scored and a sparse layer.
         """
-        layers = tuple(n for n in self._model.full_attention_layers if n >= _DENSE_LAYERS)
-        if len(layers) < _LEAST_LAYERS:
-            those = "" if len(layers) == self._model.num_layers - 1 else " without a window"
-            raise UnsupportedError(
-                f"calibrate: got a model with {len(layers)} layers{those} behind the first, "
-                f"expected at least {_LEAST_LAYERS}: one that chooses, one sparse"
-            )
+        layers = open_layers(self._model)
         sizes = _chain_sizes(len(layers))
         self._stage = Stage(number=0, count=len(sizes) + 3, title="")
         middle = budgets[(len(budgets) - 1) // 2]
