@@ -43,9 +43,10 @@ def show_frontier(console: Console, outcome: Outcome, windows: Sequence[int]) ->
     print_whole(console, table)
     console.print(
         "*: chosen. Layers: F dense, S dense and choosing, P choosing by shadows of its keys, s "
-        "sparse, w a window of the model's. Mass: of the attention, what a set holds in at most the budget. KV MB: of keys "
-        "and values a step reads; share: of dense; loss: nats a token over dense, of text and of "
-        "answers, and one for all answers lost; same: answers as dense, %",
+        "sparse, w a window of the model's. Mass: of the attention, what a set holds in at most "
+        "the budget. KV MB: of keys and values a step reads; share: of dense; loss: nats a token "
+        "over dense, of text and of answers, and one for all answers lost; same: answers as dense, "
+        "%",
         highlight=False,
     )
 
