@@ -69,7 +69,7 @@ class OpAttentionRule : public AttentionTest {
   // step asks.
   void ExpectMatch(const RuleCase& rule, const Ints& seq_lens, const Ints& q_lens, bool decodes) {
     SCOPED_TRACE(rule.name);
-    auto sequences = RandomSequences(random_, shape(), seq_lens, dtype());
+    auto sequences = RandomSequences(random_, shape(), seq_lens, kv_dtype());
     const int64_t tokens = std::accumulate(q_lens.begin(), q_lens.end(), int64_t{0});
     const Values q = random_.Normal(tokens * q_size(), act(), 3.0);
     reference::AttendRule reference_rule(sm_scale());
@@ -145,7 +145,7 @@ TEST_P(OpAttentionRule, AFewQueriesEqualDecodeStepsBitwiseOnTheCpu) {
       reference::AttendRule unused(sm_scale());
       const AttentionRule made = Make(rule, unused);
       const PagedKv kv =
-          PutCache(RandomSequences(random_, shape(), {seq_len}, dtype()), shape().page_size);
+          PutCache(RandomSequences(random_, shape(), {seq_len}, kv_dtype()), shape().page_size);
       const Shape q_shape = {kQueries, shape().num_q_heads, shape().head_dim};
       const TensorView q = Put(random_.Normal(kQueries * q_size(), act(), 3.0), act(), q_shape);
       const TensorView out = Output(act(), q_shape);
@@ -174,7 +174,7 @@ TEST_P(OpAttentionRule, ChoosingAndChosenMatchReference) {
   for (const RuleCase& rule : Rules()) {
     if (rule.window > 0) continue;
     SCOPED_TRACE(rule.name);
-    const auto sequences = RandomSequences(random_, shape(), seq_lens, dtype());
+    const auto sequences = RandomSequences(random_, shape(), seq_lens, kv_dtype());
     const Values q = random_.Normal(2 * q_size(), act(), 3.0);
     reference::AttendRule reference_rule(sm_scale());
     const PagedKv kv = PutCache(sequences, shape().page_size);
