@@ -215,6 +215,15 @@ def _stored_plan(folder: ModelFolder) -> Plan | None:
     return replace(plan, source=f"{plan.source}, in the user's cache")
 
 
+def layers_free_to_choose(windows: Sequence[int]) -> tuple[int, ...]:
+    """The layers that attend to everything, behind those that are dense by default.
+
+    Args:
+        windows: of the model's layers, as in ModelConfig.
+    """
+    return tuple(n for n, window in enumerate(windows) if not window and n >= FULL_LAYERS)
+
+
 def safe_config(windows: Sequence[int]) -> PlanConfig:
     """A plan for any model: every layer but the first two chooses for itself, by shadow keys.
 
@@ -225,7 +234,7 @@ def safe_config(windows: Sequence[int]) -> PlanConfig:
 
     Raises: ConfigError for a model without such a layer.
     """
-    layers = [layer for layer, window in enumerate(windows) if not window and layer >= FULL_LAYERS]
+    layers = layers_free_to_choose(windows)
     if not layers:
         those = "" if not any(windows) else " that attends to more than a window"
         raise ConfigError(
@@ -233,7 +242,7 @@ def safe_config(windows: Sequence[int]) -> PlanConfig:
             f"none{those} to choose by itself behind {FULL_LAYERS} dense ones; give select_layers "
             "or scored_layers, or decode it densely (attention='full')"
         )
-    return PlanConfig(scored_layers=tuple(layers), shadow="int4")
+    return PlanConfig(scored_layers=layers, shadow="int4")
 
 
 def choose_plan(asked: PlanConfig, attention: str, folder: ModelFolder) -> Plan | None:

@@ -14,7 +14,14 @@ from tidaldecode.cli.terminal import one_line
 from tidaldecode.config import PlanConfig
 from tidaldecode.memory_plan import MemoryPlan
 from tidaldecode.plan_bytes import kv_bytes_per_step, weight_bytes_per_step
-from tidaldecode.plans import FULL_LAYERS, HOW_TO_CHOOSE, find_plan, plan_letters, safe_config
+from tidaldecode.plans import (
+    HOW_TO_CHOOSE,
+    Plan,
+    find_plan,
+    layers_free_to_choose,
+    plan_letters,
+    safe_config,
+)
 from tidaldecode.text.tokenizer import Tokenizer
 
 _GIB = 1024**3
@@ -57,8 +64,9 @@ def show_model(console: Console, folder: ModelFolder) -> None:
 
     Raises: ConfigError for a plan file that is wrong.
     """
-    _print_pairs(console, "Model", _describe(folder))
-    _print_pairs(console, "Bytes that a step of one sequence reads", _describe_steps(folder))
+    plan = find_plan(folder)
+    _print_pairs(console, "Model", _describe(folder, plan))
+    _print_pairs(console, "Bytes that a step of one sequence reads", _describe_steps(folder, plan))
 
 
 def show_memory(console: Console, plan: MemoryPlan) -> None:
@@ -99,13 +107,12 @@ def _describe_layers(model: ModelConfig) -> str:
     return text
 
 
-def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
+def _describe(folder: ModelFolder, plan: Plan | None) -> list[tuple[str, str]]:
     model = folder.model
     num_weights = sum(_num_elements(entry.shape) for entry in folder.weights)
     num_files = len({entry.path for entry in folder.weights})
     stored = "quantised" if folder.quantization else folder.dtype
     kv_values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    plan = find_plan(folder)
     plan_text = f"none; {HOW_TO_CHOOSE}"
     if plan is not None:
         letters = plan_letters(model.windows, plan.config)
@@ -134,12 +141,11 @@ def _describe(folder: ModelFolder) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _describe_steps(folder: ModelFolder) -> list[tuple[str, str]]:
+def _describe_steps(folder: ModelFolder, plan: Plan | None) -> list[tuple[str, str]]:
     """By context: weights with keys and values, dense and sparse, and what the latter can gain."""
     model, kv_dtype = folder.model, folder.dtype
-    found = find_plan(folder)
-    config, name = (found.config, "the plan") if found else (None, "every layer chooses")
-    if config is None and any(n >= FULL_LAYERS for n in model.full_attention_layers):
+    config, name = (plan.config, "the plan") if plan else (None, "every layer chooses")
+    if config is None and layers_free_to_choose(model.windows):
         config = safe_config(model.windows)
     weights = weight_bytes_per_step(folder)
     rows = []

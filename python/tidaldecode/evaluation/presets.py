@@ -20,7 +20,14 @@ from tidaldecode.evaluation.quest import page_bytes_per_step
 from tidaldecode.evaluation.reference import missing_in_numpy
 from tidaldecode.evaluation.settings import Setting
 from tidaldecode.plan_bytes import kv_bytes_per_step, most_positions
-from tidaldecode.plans import FULL_LAYERS, HOW_TO_CHOOSE, Plan, find_plan, safe_config
+from tidaldecode.plans import (
+    FULL_LAYERS,
+    HOW_TO_CHOOSE,
+    Plan,
+    find_plan,
+    layers_free_to_choose,
+    safe_config,
+)
 from tidaldecode.published_plans import find_published
 
 PRESETS = "presets"
@@ -101,7 +108,7 @@ def make_presets(
         InvalidArgument: a budget below LEAST_BUDGET.
         UnsupportedError: a model without room for a dense, a choosing and a sparse layer.
     """
-    if not _open_layers(folder):
+    if not layers_free_to_choose(folder.model.windows):
         raise UnsupportedError(
             f"compare: got a model of {folder.model.num_layers} layers, expected one with a layer "
             f"behind the first {FULL_LAYERS} that attends to everything and can choose"
@@ -151,6 +158,7 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
     safe = safe_config(folder.model.windows)
     scored = {"scored_layers": safe.scored_layers, "shadow": safe.shadow}
     select = {"select_layers": chosen}
+    first = layers_free_to_choose(folder.model.windows)[:1]
     presets = [
         _Preset(name="all-P", options=lambda k: scored | _sets("layer", k, 1, k // 4)),
         # The sets of query heads are ranked by q.k as it is (docs/algorithm.md).
@@ -165,7 +173,7 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
         _Preset(
             name="streaming",
             options=lambda k: (
-                {"select_layers": _open_layers(folder)[:1]} | _sets("layer", k, _SINKS, k - _SINKS)
+                {"select_layers": first} | _sets("layer", k, _SINKS, k - _SINKS)
             ),
         ),
     ]
@@ -215,14 +223,9 @@ def _select_layers(folder: ModelFolder, own: Plan | None) -> tuple[int, ...]:
     published = find_published(folder)
     if published is not None and published[0].select_layers:
         return published[0].select_layers
-    layers = _open_layers(folder)
+    layers = layers_free_to_choose(folder.model.windows)
     middle = folder.model.num_layers // 2
     return tuple(sorted({layers[0], next((n for n in layers if n >= middle), layers[-1])}))
-
-
-def _open_layers(folder: ModelFolder) -> tuple[int, ...]:
-    """The layers that may choose."""
-    return tuple(n for n in folder.model.full_attention_layers if n >= FULL_LAYERS)
 
 
 def _why_no_quest(folder: ModelFolder) -> str | None:
