@@ -239,10 +239,7 @@ TEST_P(OpAttentionRule, ChoosingAndChosenMatchReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionRule,
-                         ::testing::ValuesIn(Cases<HeadShape>(AllCaches(),
-                                                              {{"mha_d64_page16", 4, 4, 64, 16},
-                                                               {"group4_d128_page8", 8, 2, 128, 8}},
-                                                              OddHeadShapes())),
+                         ::testing::ValuesIn(Cases(AllCaches(), FewHeadShapes(), OddHeadShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 
 }  // namespace

@@ -62,6 +62,10 @@ std::vector<HeadShape> CommonHeadShapes() {
           {"group8_d64_page64", 8, 1, 64, 64}};
 }
 
+std::vector<HeadShape> FewHeadShapes() {
+  return {{"mha_d64_page16", 4, 4, 64, 16}, {"group4_d128_page8", 8, 2, 128, 8}};
+}
+
 std::vector<HeadShape> OddHeadShapes() {
   return {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}};
 }

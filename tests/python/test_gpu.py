@@ -161,11 +161,9 @@ def test_other_models(make_folder, model):
             assert_greedy(tokens, logits, TOLERANCE[model.dtype])
 
 
-@pytest.mark.parametrize("attention", [DENSE, TIDAL], ids=["dense", "tidal"])
-def test_graphs_equal_eager_bitwise(make_folder, attention):
-    folder = make_folder(BASE)
-    graphs = open_decoder(folder, "cuda", cuda_graphs=True, **attention)
-    eager = open_decoder(folder, "cuda", cuda_graphs=False, **attention)
+def assert_graphs_equal_eager_bitwise(folder, **options):
+    graphs = open_decoder(folder, "cuda", cuda_graphs=True, **options)
+    eager = open_decoder(folder, "cuda", cuda_graphs=False, **options)
     ids = random_prompt(BASE, 260)
     expected = eager.step_logits(ids, prefill=30)
     for _ in range(2):  # the first run records, the second replays
@@ -173,6 +171,11 @@ def test_graphs_equal_eager_bitwise(make_folder, attention):
     prompts = prompts_for(BASE)
     for batch in (prompts, prompts[:3], prompts[:1], prompts):
         assert greedy(graphs, batch) == greedy(eager, batch)
+
+
+@pytest.mark.parametrize("attention", [DENSE, TIDAL], ids=["dense", "tidal"])
+def test_graphs_equal_eager_bitwise(make_folder, attention):
+    assert_graphs_equal_eager_bitwise(make_folder(BASE), **attention)
 
 
 @pytest.mark.parametrize("attention", [DENSE, TIDAL], ids=["dense", "tidal"])

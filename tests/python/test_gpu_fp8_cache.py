@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from test_gpu import BASE, DENSE, TIDAL, cuda_is_missing, greedy, open_decoder, prompts_for
+from test_gpu import (
+    BASE,
+    DENSE,
+    TIDAL,
+    assert_graphs_equal_eager_bitwise,
+    cuda_is_missing,
+    greedy,
+    open_decoder,
+    prompts_for,
+)
 from tiny_models import random_prompt, random_weights, write_checkpoint
 
 pytestmark = [
@@ -74,15 +83,7 @@ def test_as_exact_as_on_the_cpu(
 
 @PLANS
 def test_graphs_equal_eager_bitwise(folder: Path, plan: dict[str, Any]):
-    graphs = open_decoder(folder, "cuda", cuda_graphs=True, **FP8, **plan)
-    eager = open_decoder(folder, "cuda", cuda_graphs=False, **FP8, **plan)
-    ids = random_prompt(BASE, 260)
-    expected = eager.step_logits(ids, prefill=30)
-    for _ in range(2):  # the first run records, the second replays
-        assert np.array_equal(graphs.step_logits(ids, prefill=30), expected)
-    prompts = prompts_for(BASE)
-    for batch in (prompts, prompts[:3], prompts[:1], prompts):
-        assert greedy(graphs, batch) == greedy(eager, batch)
+    assert_graphs_equal_eager_bitwise(folder, **FP8, **plan)
 
 
 @PLANS
