@@ -4,16 +4,18 @@
 
 The runs are of one model, with other seeds, contexts or settings; of a run that was cut off the
 prompts count that all of its settings have answered. Answers kept are those of prompts that the
-dense model answers rightly; intervals are Wilson's, 95 %; bytes are of a cache in 16 bits.
+dense model answers rightly; intervals are Wilson's, 95 %; bytes are of a cache in 16 bits, with
+sets of an adaptive plan as large as they were in the mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
@@ -54,6 +56,7 @@ def describe(folder: ModelFolder, name: str) -> tuple[str, str, PlanConfig]:
     kinds = {"S": plan.select_layers or (), "P": plan.scored_layers or ()}
     parts = [f"{len(layers)} {kind}" for kind, layers in kinds.items() if layers]
     parts += [f"K={budget:,}", plan.granularity or "layer"]
+    parts += [f"mass {plan.top_p_mass:g}"] if plan.top_p_mass else []
     parts += ["4 bits"] if plan.shadow == "int4" else []
     return ", ".join(parts), "P" if kinds["P"] else "S", plan
 
@@ -75,7 +78,14 @@ def read_rows(folder: ModelFolder, files: Sequence[Path]) -> list[Row]:
             for place in found:
                 row.found[place[0]] += 1
                 row.kept[place[0]] += of_setting[place] == 1
+            sizes: dict[int, list[float]] = defaultdict(list)
+            for record in records:
+                if record["setting"] == name:
+                    sizes[record["context"]].append(record["set_size"])
             for context in {place[0] for place in found}:
+                if plan.top_p_mass:  # the sets are as large as their attention needs
+                    size = max(1, round(statistics.fmean(sizes[context])))
+                    plan = replace(plan, token_budget=size, min_token_budget=1)
                 read, dense = (
                     kv_bytes_per_step(folder.model, config, context, KV_DTYPE)
                     for config in (plan, PlanConfig())
