@@ -63,7 +63,12 @@ def _config(family: str, **values: Any) -> dict[str, Any]:
         "tied": "tie_word_embeddings",
         "dtype": "torch_dtype",
     }
-    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+    architecture = {
+        "llama": "LlamaForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "granite": "GraniteForCausalLM",
+    }[family]
     fields = {names.get(key, key): value for key, value in values.items()}
     return {"architectures": [architecture], "model_type": family, "hidden_act": "silu", **fields}
 
@@ -138,6 +143,32 @@ _ALL = (
         points=((NEARLY_EMPTY, 1), (131072, 1)),
         select_layers=(2, 31),
         notes={"about": "no published plan: layers 2 and 31 stand for one; needs 8-bit weights"},
+        with_peers=False,
+    ),
+    Shape(
+        name="qwen3-30b-a3b",
+        config=_config(
+            "qwen3_moe", layers=48, hidden=2048, intermediate=6144, q_heads=32, kv_heads=4,
+            head_dim=128, vocab=151936, positions=262144, theta=10000000.0, eps=1e-6, tied=False,
+            dtype="bfloat16", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+            norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8), (131072, 4)),
+        select_layers=(2, 19),
+        notes={"about": "no published plan: layers 2 and 19 stand for one"},
+        with_peers=False,
+    ),
+    Shape(
+        name="granite-3.3-8b",
+        config=_config(
+            "granite", layers=40, hidden=4096, intermediate=12800, q_heads=32, kv_heads=8,
+            vocab=49159, positions=131072, theta=10000000.0, eps=1e-5, tied=True, dtype="bfloat16",
+            embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0078125,
+            logits_scaling=16.0,
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8)),
+        select_layers=(2, 15),
+        notes={"about": "no published plan: layers 2 and 15 stand for one"},
         with_peers=False,
     ),
     Shape(

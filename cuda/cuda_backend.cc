@@ -16,6 +16,7 @@
 #include "kernels/attention_sparse.h"
 #include "kernels/decode_pages.h"
 #include "kernels/embed.h"
+#include "kernels/expert_choices.h"
 #include "kernels/gate_mul.h"
 #include "kernels/gather_rows.h"
 #include "kernels/rms_norm.h"
@@ -40,6 +41,7 @@ constexpr const char* kSelectionPurpose = "selection";
 // the libraries', as they are first used. The test of the plan in tests/python/test_gpu.py compares
 // it with what the device then really has less.
 constexpr int64_t kLaunchesPerLayer = 15;  // a scored layer, and biases of o and down
+constexpr int64_t kLaunchesOfExperts = 5;  // more than those of one MLP
 constexpr int64_t kLaunchesPerStep = 8;
 constexpr int64_t kBytesPerLaunch = 64 << 10;
 constexpr int64_t kCodeBytes = 256 << 20;
@@ -77,14 +79,8 @@ void CheckShadowScores(const char* op, const TensorView& scores) {
 // A part of the model that the kernels do not have; null if they have all.
 const char* WhatIsMissing(const ModelConfig& model) {
   if (model.has_windows()) return "layers with a window";
-  if (model.has_experts()) return "layers with experts";
   if (model.attention_sinks) return "attention sinks";
   if (model.attention_softcap != 0.0 || model.logit_softcap != 0.0) return "soft caps";
-  if (model.wide_qk_norm) return "norms of q and k over all heads";
-  if (model.norm_offset != 0.0) return "norms whose weights are about 0";
-  if (!model.input_norms) return "layers without norms of their inputs";
-  if (model.activation != Activation::kSilu) return "an MLP with another activation than SiLU";
-  if (model.rope.query_scale_beta != 0.0) return "queries that are scaled by their position";
   return nullptr;
 }
 
@@ -210,6 +206,11 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
     int64_t num_sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     bytes.selection = SelectTopKScratchBytes(limits.max_batch_size * num_sets, limits.max_seq_len);
   }
+  if (model.has_experts()) {
+    const int64_t steps = limits.max_batch_size * limits.tokens_per_row;
+    const int64_t tokens = std::max(steps, limits.prefill_chunk);
+    bytes.expert_order = ExpertOrder::OrderBytes(tokens * model.experts_per_token);
+  }
   if (limits.kv_dtype == DType::kFloat8) {
     bytes.decoded_pages =
         DecodedRowBytes(limits.max_seq_len, model.num_kv_heads, limits.page_size, model.head_dim);
@@ -228,9 +229,11 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   if (bytes.decoded_pages > 0) {
     memory.scratch.push_back({kDecodedPagesPurpose, bytes.decoded_pages});
   }
+  if (bytes.expert_order > 0) memory.scratch.push_back({kExpertsPurpose, bytes.expert_order});
   int64_t selection = bytes.selection.keys + bytes.selection.first_digits;
   if (selection > 0) memory.scratch.push_back({kSelectionPurpose, selection});
-  int64_t launches = limits.model.num_layers * kLaunchesPerLayer + kLaunchesPerStep;
+  int64_t of_layer = kLaunchesPerLayer + (limits.model.has_experts() ? kLaunchesOfExperts : 0);
+  int64_t launches = limits.model.num_layers * of_layer + kLaunchesPerStep;
   memory.reserve_bytes = kCodeBytes + limits.num_recorded_steps * launches * kBytesPerLaunch;
   memory.host_bytes = 2 * (kWeightStagingBytes + kInputStagingBytes) + kDownloadBytes;
   return memory;
@@ -245,6 +248,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
   Grow(decoded_weight_, limits.decoded_bytes, kDecodedPurpose);
   Grow(decoded_pages_, bytes.decoded_pages, kDecodedPagesPurpose);
+  Grow(expert_order_, bytes.expert_order, kExpertsPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;
   const ModelConfig& model = limits.model;
   cudnn_attention_->Prepare({.dtype = limits.dtype,
@@ -333,7 +337,7 @@ void CudaBackend::Embed(const EmbedArgs& args) {
 void CudaBackend::RmsNorm(const RmsNormArgs& args) {
   Enter();
   Check(args);
-  if (!args.adds) CheckSameDType("rms_norm", {&args.out, &args.weight});
+  if (!args.adds) CheckNormDType("rms_norm", args.out, args.weight);
   LaunchRmsNorm(args, LaunchNext::kAfterWait, stream());
 }
 
@@ -346,7 +350,9 @@ void CudaBackend::RopeTable(const RopeTableArgs& args) {
 void CudaBackend::RopeAppendKv(const RopeAppendKvArgs& args) {
   Enter();
   Check(args);
-  CheckSameDType("rope_append_kv", {&args.q, &args.qkv, &args.q_norm, &args.k_norm});
+  CheckSameDType("rope_append_kv", {&args.q, &args.qkv});
+  CheckNormDType("rope_append_kv", args.q, args.q_norm);
+  CheckNormDType("rope_append_kv", args.q, args.k_norm);
   CheckCacheDType("rope_append_kv", args.q, args.kv);
   LaunchRopeAppendKv(args, stream());
   // In a step, one token for each row is the newest of each.
@@ -417,18 +423,6 @@ void CudaBackend::GateMul(const GateMulArgs& args) {
   Check(args);
   CheckSameDType("gate_mul", {&args.out, &args.gate_up});
   LaunchGateMul(args, stream());
-}
-
-void CudaBackend::SelectExperts(const SelectExpertsArgs&) {
-  throw UnsupportedError("SelectExperts on CUDA: not there yet; use device=\"cpu\"");
-}
-
-void CudaBackend::ExpertLinear(const ExpertLinearArgs&) {
-  throw UnsupportedError("ExpertLinear on CUDA: not there yet; use device=\"cpu\"");
-}
-
-void CudaBackend::AddExperts(const AddExpertsArgs&) {
-  throw UnsupportedError("AddExperts on CUDA: not there yet; use device=\"cpu\"");
 }
 
 void CudaBackend::ScaleLogits(const ScaleLogitsArgs& args) {

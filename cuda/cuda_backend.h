@@ -20,6 +20,7 @@
 #include "cuda_linear.h"
 #include "cuda_memory.h"
 #include "cudnn_attention.h"
+#include "kernels/expert_choices.h"
 #include "kernels/select_top_k.h"
 #include "kernels/skinny_linear.h"
 
@@ -77,6 +78,7 @@ class CudaBackend final : public Backend {
   void NormLinear(const NormLinearArgs& args) override;
   void QkvRopeAppend(const QkvRopeAppendArgs& args) override;
   void GateUpMul(const GateUpMulArgs& args) override;
+  void ExpertMlp(const ExpertMlpArgs& args) override;
   void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) override;
 
  protected:
@@ -85,6 +87,7 @@ class CudaBackend final : public Backend {
  private:
   static constexpr const char* kProductsPurpose = "matrix products";
   static constexpr const char* kDecodedPurpose = "weights decoded for prompts";
+  static constexpr const char* kExpertsPurpose = "choices of experts";
   static constexpr const char* kDecodedPagesPurpose = "a layer's cache decoded for prompts";
   // Two of them: copy and file read overlap.
   static constexpr int64_t kWeightStagingBytes = 32 << 20;
@@ -111,6 +114,7 @@ class CudaBackend final : public Backend {
     AttentionScratchSize attention;
     SelectTopKBytes selection;
     int64_t decoded_pages = 0;
+    int64_t expert_order = 0;
   };
   ReserveBytes BytesToReserve(const StepLimits& limits) const;
   // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
@@ -128,6 +132,10 @@ class CudaBackend final : public Backend {
   SkinnyRun NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   void LinearAfter(const SkinnyRun& run, const LinearArgs& linear);
   void CodedLinear(const SkinnyRun& run, const LinearArgs& linear);
+  // How many choices the kernel for such a product takes at once (kernels/expert_linear.h).
+  int64_t ChoicesOfTile(const ExpertLinearArgs& args) const;
+  // Scratch for the order of the product's choices.
+  ExpertOrder OrderFor(const ExpertLinearArgs& args);
   // AttentionPrefill by cuDNN, if that is to do it and can; false: by the own kernel.
   bool PrefillByCudnn(const AttentionPrefillArgs& args);
   // AttentionPrefill of an fp8 cache: some rows at a time, whose pages are decoded first.
@@ -152,6 +160,7 @@ class CudaBackend final : public Backend {
   Buffer linear_workspace_;
   Buffer decoded_weight_;                          // of one product at a time
   Buffer decoded_pages_;                           // of one layer at a time
+  Buffer expert_order_;                            // likewise
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
   Buffer download_;       // pinned

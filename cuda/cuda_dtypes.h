@@ -25,6 +25,11 @@ inline void CheckSameDType(const char* op, std::initializer_list<const TensorVie
   }
 }
 
+// The weights of a norm may be float32 instead.
+inline void CheckNormDType(const char* op, const TensorView& act, const TensorView& weight) {
+  if (weight.dtype != DType::kFloat32) CheckSameDType(op, {&act, &weight});
+}
+
 // A cache may be of fp8 instead.
 inline void CheckCacheDType(const char* op, const TensorView& act, const PagedKv& kv) {
   if (kv.k_pages.dtype == DType::kFloat8) return;  // and V: backend/check_args.cc

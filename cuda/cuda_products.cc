@@ -49,7 +49,7 @@ void* CudaBackend::LinearWorkspace() {
 // The norm that a kernel makes for a weight in codes adds squares in another order than the one in
 // front of it.
 SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
-  CheckSameDType("rms_norm", {&norm.out, &norm.weight});
+  CheckNormDType("rms_norm", norm.out, norm.weight);
   CheckLinearDTypes(linear);
   SkinnyRun run = {.num_sms = num_sms_, .stream = stream()};
   if (!Streams(linear)) {

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "tidal/config.h"
+
 namespace tidal {
 
 // silu(gate) * up.
@@ -16,6 +18,10 @@ __device__ __forceinline__ float GeluTanhTimes(float gate, float up) {
   constexpr float kTwice = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
   float y = kTwice * (gate + 0.044715f * gate * gate * gate);
   return gate / (1.0f + expf(-y)) * up;
+}
+
+__device__ __forceinline__ float ActivationTimes(Activation activation, float gate, float up) {
+  return activation == Activation::kSilu ? SiluTimes(gate, up) : GeluTanhTimes(gate, up);
 }
 
 // Rotates element i of a head and its partner, element i + D / 2 (rotate-half layout). Intrinsics

@@ -62,9 +62,9 @@ bool FoldsNorm(const RmsNormArgs& norm) {
   const int64_t hidden_size = norm.x.dim(1);
   // The products with the norm's weights are rounded before they are scaled: float16 could
   // overflow.
-  return hidden_size % kEqualShares == 0 && norm.out.dtype == DType::kBFloat16 &&
-         IsVectorizable(norm.x, hidden_size, 4) && IsVectorizable(norm.weight, hidden_size, 8) &&
-         IsVectorizable(norm.out, hidden_size, 8);
+  return hidden_size % kEqualShares == 0 && norm.out.dtype == DType::kBFloat16 && norm.weight &&
+         norm.weight.dtype == norm.out.dtype && IsVectorizable(norm.x, hidden_size, 4) &&
+         IsVectorizable(norm.weight, hidden_size, 8) && IsVectorizable(norm.out, hidden_size, 8);
 }
 
 void LaunchFoldedNorm(const RmsNormArgs& norm, float* scales, cudaStream_t stream) {

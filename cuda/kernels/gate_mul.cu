@@ -16,9 +16,9 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
 
 // grid (ceil(I / (kThreads * kVec)), min(T, kMaxGridY)); a thread owns kVec columns of its rows.
-template <typename T, int kVec, Activation kActivation>
+template <typename T, int kVec>
 __global__ void GateMulKernel(const T* gate_up, T* out, int64_t num_tokens,
-                              int64_t intermediate_size) {
+                              int64_t intermediate_size, Activation activation) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
@@ -28,18 +28,9 @@ __global__ void GateMulKernel(const T* gate_up, T* out, int64_t num_tokens,
     LoadFloats<kVec>(gate_up + row * 2 * intermediate_size + column, gate);
     LoadFloats<kVec>(gate_up + (row * 2 + 1) * intermediate_size + column, up);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      gate[i] = kActivation == Activation::kSilu ? SiluTimes(gate[i], up[i])
-                                                 : GeluTanhTimes(gate[i], up[i]);
-    }
+    for (int i = 0; i < kVec; ++i) gate[i] = ActivationTimes(activation, gate[i], up[i]);
     StoreFloats<kVec>(out + row * intermediate_size + column, gate);
   }
-}
-
-template <typename T, int kVec>
-auto KernelOf(Activation activation) {
-  return activation == Activation::kSilu ? GateMulKernel<T, kVec, Activation::kSilu>
-                                         : GateMulKernel<T, kVec, Activation::kGeluTanh>;
 }
 
 }  // namespace
@@ -51,13 +42,13 @@ void LaunchGateMul(const GateMulArgs& args, cudaStream_t stream) {
                    IsVectorizable(args.out, intermediate_size, 8);
   DispatchHalf(args.out.dtype, "gate_mul", [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    auto kernel = vectorize ? KernelOf<T, 8>(args.activation) : KernelOf<T, 1>(args.activation);
+    auto kernel = vectorize ? GateMulKernel<T, 8> : GateMulKernel<T, 1>;
     int64_t blocks = CeilDiv(intermediate_size, kThreads * (vectorize ? 8 : 1));
     dim3 grid(static_cast<unsigned>(blocks),
               static_cast<unsigned>(std::min(num_tokens, kMaxGridY)));
     LaunchOverlapped("gate_mul", kernel, {.grid = grid, .block = kThreads}, stream,
                      static_cast<const T*>(args.gate_up.ptr), static_cast<T*>(args.out.ptr),
-                     num_tokens, intermediate_size);
+                     num_tokens, intermediate_size, args.activation);
   });
 }
 

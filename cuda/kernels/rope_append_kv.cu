@@ -1,6 +1,5 @@
-// RopeAppendKv: between the qkv projection and attention. Splits qkv, applies the per-head RMSNorm
-// of qwen3 if there is one, rotates q and k (rotate-half layout), appends k and v to the paged
-// cache.
+// RopeAppendKv: between the qkv projection and attention. Splits qkv, applies the RMSNorm of q and
+// k if there is one, rotates q and k (rotate-half layout), appends k and v to the paged cache.
 #include "kernels/rope_append_kv.h"
 
 #include <type_traits>
@@ -21,9 +20,12 @@ constexpr int kWarpsPerBlock = 8;
 template <typename T, typename Stored>
 struct RopeAppendKvParams {
   const T* qkv;               // [T, Hq + 2 Hkv, D]
-  const float* cos_sin;       // [T, D]
-  const T* q_norm;            // [D] or null
-  const T* k_norm;            // [D] or null
+  const float* q_cos_sin;     // [T, D]
+  const float* k_cos_sin;     // [T, D]
+  const void* q_norm;         // T or float32: [D], or wide [Hq * D]; or null
+  const void* k_norm;         // likewise
+  bool is_norm_float;         // of float32
+  bool is_norm_wide;          // over all heads of a token
   const int32_t* positions;   // [T]; -1 = idle
   const int32_t* seq_idx;     // [T]
   const int32_t* page_table;  // [B, max_pages]
@@ -74,14 +76,15 @@ struct HeadVector {
     }
   }
 
-  template <typename T>
-  __device__ void Normalize(const T* weight, float eps, int lane) {
+  // A lane's part.
+  __device__ float SumOfSquares() const {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) sum += low[i] * low[i] + high[i] * high[i];
-    float scale = 1.0f / sqrtf(WarpSum(sum) / (2.0f * kPairs * kWarpSize) + eps);
-    HeadVector weights;
-    weights.Load(weight, lane);
+    return sum;
+  }
+
+  __device__ void Multiply(const HeadVector& weights, float scale) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       low[i] *= scale * weights.low[i];
@@ -98,6 +101,40 @@ struct HeadVector {
     }
   }
 };
+
+// The norm of a head of q or k. A wide one is over all heads of its kind, whose numbers the warp
+// reads beside its own.
+template <int kPairs, typename T, typename Stored>
+__device__ void Normalize(const RopeAppendKvParams<T, Stored>& p, int64_t token, int head,
+                          HeadVector<kPairs>& vector, int lane) {
+  constexpr int kHeadDim = 2 * kPairs * kWarpSize;
+  bool is_q = head < p.num_q_heads;
+  const void* norm = is_q ? p.q_norm : p.k_norm;
+  if (norm == nullptr) return;
+  int first = is_q ? 0 : p.num_q_heads, place = 0, count = kHeadDim;
+  float sum = 0.0f;
+  if (p.is_norm_wide) {
+    int heads = is_q ? p.num_q_heads : p.num_kv_heads;
+    const T* of_token = p.qkv + token * (p.num_q_heads + 2 * p.num_kv_heads) * kHeadDim;
+    for (int other = first; other < first + heads; ++other) {
+      HeadVector<kPairs> beside;
+      beside.Load(of_token + other * kHeadDim, lane);
+      sum += beside.SumOfSquares();
+    }
+    place = (head - first) * kHeadDim;
+    count = heads * kHeadDim;
+  } else {
+    sum = vector.SumOfSquares();
+  }
+  float scale = 1.0f / sqrtf(WarpSum(sum) / static_cast<float>(count) + p.norm_eps);
+  HeadVector<kPairs> weights;
+  if (p.is_norm_float) {
+    weights.Load(static_cast<const float*>(norm) + place, lane);
+  } else {
+    weights.Load(static_cast<const T*>(norm) + place, lane);
+  }
+  vector.Multiply(weights, scale);
+}
 
 // grid (ceil(T * (Hq + 2 Hkv) / kWarpsPerBlock)); a warp owns one head of one token: q heads, then
 // k heads, then v heads.
@@ -119,9 +156,10 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   HeadVector<kHeadDim / 2 / kWarpSize> vector = {};
   if (position >= 0) {
     vector.Load(p.qkv + index * kHeadDim, lane);
-    const T* norm = is_q ? p.q_norm : p.k_norm;
-    if (!is_v && norm != nullptr) vector.Normalize(norm, p.norm_eps, lane);
-    if (!is_v) vector.Rotate(p.cos_sin + token * kHeadDim, lane);
+    if (!is_v) {
+      Normalize(p, token, head, vector, lane);
+      vector.Rotate((is_q ? p.q_cos_sin : p.k_cos_sin) + token * kHeadDim, lane);
+    }
   }
   if (is_q) {
     vector.Store(p.q + (token * p.num_q_heads + head) * kHeadDim, lane);
@@ -140,9 +178,12 @@ template <typename T, typename Stored>
 RopeAppendKvParams<T, Stored> MakeParams(const RopeAppendKvArgs& args) {
   RopeAppendKvParams<T, Stored> p = {};
   p.qkv = static_cast<const T*>(args.qkv.ptr);
-  p.cos_sin = args.cos_sin.data<float>();
-  p.q_norm = static_cast<const T*>(args.q_norm.ptr);
-  p.k_norm = static_cast<const T*>(args.k_norm.ptr);
+  p.k_cos_sin = args.cos_sin.data<float>();
+  p.q_cos_sin = args.q_cos_sin ? args.q_cos_sin.data<float>() : p.k_cos_sin;
+  p.q_norm = args.q_norm.ptr;
+  p.k_norm = args.k_norm.ptr;
+  p.is_norm_float = args.q_norm && args.q_norm.dtype == DType::kFloat32;
+  p.is_norm_wide = args.q_norm && args.q_norm.numel() != args.q.dim(2);
   p.positions = args.positions.data<int32_t>();
   p.seq_idx = args.seq_idx.data<int32_t>();
   p.page_table = args.kv.page_table.data<int32_t>();

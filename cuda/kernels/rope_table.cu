@@ -9,22 +9,39 @@
 namespace tidal {
 namespace {
 
+struct RopeTableParams {
+  const int32_t* positions;  // [T]
+  const int32_t* seq_idx;    // [T]
+  const float* inv_freq;     // [B, D / 2]
+  float attention_scaling;
+  float* cos_sin;    // [T, D]
+  float* q_cos_sin;  // [T, D] or null
+  float query_scale_beta;
+  int64_t original_len;
+};
+
 // grid (T), D / 2 threads: one per frequency. An idle row gets position 0; it is not read.
-__global__ void RopeTableKernel(const int32_t* positions, const int32_t* seq_idx,
-                                const float* inv_freq, float attention_scaling, float* cos_sin) {
+__global__ void RopeTableKernel(const RopeTableParams p) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int half = blockDim.x, i = threadIdx.x;
-  int32_t position = positions[blockIdx.x];
-  float angle = 0.0f, scaling = attention_scaling;
+  int32_t position = p.positions[blockIdx.x];
+  float angle = 0.0f, scaling = p.attention_scaling;
   if (position >= 0) {
-    float frequency = inv_freq[static_cast<int64_t>(seq_idx[blockIdx.x]) * half + i];
+    float frequency = p.inv_freq[static_cast<int64_t>(p.seq_idx[blockIdx.x]) * half + i];
     angle = static_cast<float>(position) * frequency;
     if (frequency == 0.0f) scaling = 1.0f;
   }
-  float* out = cos_sin + static_cast<int64_t>(blockIdx.x) * 2 * half;
-  out[i] = cosf(angle) * scaling;
-  out[half + i] = sinf(angle) * scaling;
+  float cosine = cosf(angle) * scaling, sine = sinf(angle) * scaling;
+  int64_t place = static_cast<int64_t>(blockIdx.x) * 2 * half + i;
+  p.cos_sin[place] = cosine;
+  p.cos_sin[place + half] = sine;
+  if (p.q_cos_sin == nullptr) return;
+  float lengths = 0.0f;
+  if (position >= 0) lengths = static_cast<float>(position / p.original_len);
+  float scale = 1.0f + p.query_scale_beta * logf(1.0f + lengths);
+  p.q_cos_sin[place] = cosine * scale;
+  p.q_cos_sin[place + half] = sine * scale;
 }
 
 }  // namespace
@@ -36,9 +53,17 @@ void LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream) {
               " on CUDA; expected 2 to 2048");
   LaunchShape shape = {.grid = static_cast<unsigned>(num_tokens),
                        .block = static_cast<unsigned>(half)};
-  LaunchOverlapped("rope_table", RopeTableKernel, shape, stream, args.positions.data<int32_t>(),
-                   args.seq_idx.data<int32_t>(), args.inv_freq.data<float>(),
-                   args.attention_scaling, args.cos_sin.data<float>());
+  RopeTableParams params = {
+      .positions = args.positions.data<int32_t>(),
+      .seq_idx = args.seq_idx.data<int32_t>(),
+      .inv_freq = args.inv_freq.data<float>(),
+      .attention_scaling = args.attention_scaling,
+      .cos_sin = args.cos_sin.data<float>(),
+      .q_cos_sin = args.q_cos_sin ? args.q_cos_sin.data<float>() : nullptr,
+      .query_scale_beta = args.query_scale_beta,
+      .original_len = args.original_len,
+  };
+  LaunchOverlapped("rope_table", RopeTableKernel, shape, stream, params);
 }
 
 }  // namespace tidal

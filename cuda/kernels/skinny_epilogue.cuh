@@ -105,11 +105,12 @@ struct AccumulateEpilogue {
   };
 };
 
-// out [T, I] = silu(gate) * up; a tile is 8 rows of gate and the same 8 of up.
+// out [T, I] = activation(gate) * up; a tile is 8 rows of gate and the same 8 of up.
 template <typename T>
 struct GateMulEpilogue {
   T* out;
   const T* bias;  // [2 I] or null
+  Activation activation;
   int intermediate_size;
   int num_tokens;
 
@@ -128,7 +129,7 @@ struct GateMulEpilogue {
         float gate = values[i] + BiasOf(e.bias, output);
         float up = values[i + 2] + BiasOf(e.bias, e.intermediate_size + output);
         e.out[int64_t{token + i} * e.intermediate_size + output] =
-            FromFloat32<T>(SiluTimes(gate, up));
+            FromFloat32<T>(ActivationTimes(e.activation, gate, up));
       }
     }
   };
@@ -139,7 +140,8 @@ struct GateMulEpilogue {
 template <typename T>
 struct RopeAppendEpilogue {
   const T* bias;              // [(Hq + 2 Hkv) * D] or null
-  const float* cos_sin;       // [T, D]
+  const float* q_cos_sin;     // [T, D]
+  const float* k_cos_sin;     // [T, D]
   const int32_t* positions;   // [T]; -1 = idle
   const int32_t* seq_idx;     // [T]
   const int32_t* page_table;  // [B, max_pages]
@@ -195,7 +197,8 @@ struct RopeAppendEpilogue {
         if (position[i] < 0) {
           low = high = 0.0f;
         } else if (head < e.num_q_heads + e.num_kv_heads) {
-          const float* angles = e.cos_sin + int64_t{token + i} * e.head_dim;
+          const float* angles =
+              (head < e.num_q_heads ? e.q_cos_sin : e.k_cos_sin) + int64_t{token + i} * e.head_dim;
           RotatePair(low, high, angles[dim], angles[dim + half]);
         }
         if (head < e.num_q_heads) {

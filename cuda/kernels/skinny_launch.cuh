@@ -147,7 +147,8 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
                          const SkinnyRun& run) {
   RopeAppendEpilogue<T> epilogue = {};
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
-  epilogue.cos_sin = append.cos_sin.data<float>();
+  epilogue.k_cos_sin = append.cos_sin.data<float>();
+  epilogue.q_cos_sin = append.q_cos_sin ? append.q_cos_sin.data<float>() : epilogue.k_cos_sin;
   epilogue.positions = append.positions.data<int32_t>();
   epilogue.seq_idx = append.seq_idx.data<int32_t>();
   epilogue.page_table = append.kv.page_table.data<int32_t>();
@@ -176,6 +177,7 @@ void RunLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul, con
   GateMulEpilogue<T> epilogue = {};
   epilogue.out = static_cast<T*>(gate_mul.out.ptr);
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
+  epilogue.activation = gate_mul.activation;
   epilogue.intermediate_size = static_cast<int>(gate_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(gate_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <type_traits>
 
 #include "backend/op_args.h"
 
@@ -141,6 +142,20 @@ SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
 inline bool IsGrouped(const Weight& weight) {
   return weight.is_coded() &&
          (weight.codes == WeightCodes::kInt4 || weight.group_size < weight.num_inputs());
+}
+
+// Calls fn(kind) with a WeightKind as a constant.
+template <typename Fn>
+void DispatchKind(const Weight& weight, const Fn& fn) {
+  if (!weight.is_coded()) {
+    fn(std::integral_constant<WeightKind, WeightKind::kHalf>());
+  } else if (weight.codes == WeightCodes::kInt4) {
+    fn(std::integral_constant<WeightKind, WeightKind::kInt4>());
+  } else if (IsGrouped(weight)) {
+    fn(std::integral_constant<WeightKind, WeightKind::kFloat8Grouped>());
+  } else {
+    fn(std::integral_constant<WeightKind, WeightKind::kFloat8>());
+  }
 }
 
 // Groups of inputs in a chunk; 1 if they are as long or longer.

@@ -40,19 +40,6 @@ bool FitsTokens(const Weight& weight) {
              .Total() <= kMaxSharedBytes;
 }
 
-template <typename Fn>
-void DispatchKind(const Weight& weight, const Fn& fn) {
-  if (!weight.is_coded()) {
-    fn(std::integral_constant<WeightKind, WeightKind::kHalf>());
-  } else if (weight.codes == WeightCodes::kInt4) {
-    fn(std::integral_constant<WeightKind, WeightKind::kInt4>());
-  } else if (IsGrouped(weight)) {
-    fn(std::integral_constant<WeightKind, WeightKind::kFloat8Grouped>());
-  } else {
-    fn(std::integral_constant<WeightKind, WeightKind::kFloat8>());
-  }
-}
-
 // Calls fn(dtype, width, kind) for the narrowest kernel that takes the tokens; kAnyWidth takes any
 // number, of plain weights.
 template <typename Fn>
@@ -114,8 +101,7 @@ bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& a
 }
 
 bool StreamsLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul) {
-  return StreamsLinear(linear) && gate_mul.out.dim(1) % (kTileRows / 2) == 0 &&
-         gate_mul.activation == Activation::kSilu;
+  return StreamsLinear(linear) && gate_mul.out.dim(1) % (kTileRows / 2) == 0;
 }
 
 bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {

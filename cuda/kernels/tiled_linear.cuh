@@ -11,24 +11,35 @@
 
 namespace tidal {
 
-template <typename T, typename Epilogue>
+// Rows of the tokens' inputs one after the other.
+template <typename T>
+struct InputsInTurn {
+  const T* x;
+  int num_inputs;
+  __device__ const T* Row(int token) const { return x + int64_t{token} * num_inputs; }
+};
+
+// Inputs: const T* Row(int token) const.
+template <typename T, typename Epilogue, typename Inputs = InputsInTurn<T>>
 class TiledBlock {
  public:
   __device__ TiledBlock(const SkinnyParams<T>& params, const Epilogue& epilogue,
-                        unsigned char* shared)
+                        const Inputs& inputs, unsigned char* shared)
       : p_(params),
         epilogue_(epilogue),
+        inputs_(inputs),
         shared_(shared),
         lane_(static_cast<int>(threadIdx.x) % kWarpSize),
         warp_(static_cast<int>(threadIdx.x) / kWarpSize) {
     num_chunks_ = (p_.num_inputs + kChunk - 1) / kChunk;
     num_parts_ = kMultiplyWarps / cluster_.size();
     first_part_ = cluster_.rank() * num_parts_;
-    first_token_ = static_cast<int>(blockIdx.x) / cluster_.size() * kBlockTokens;
     first_tile_ = static_cast<int>(blockIdx.y) * kBlockTiles;
   }
 
-  __device__ void Run() {
+  // Of the tokens from first_token on.
+  __device__ void Run(int first_token) {
+    first_token_ = first_token;
     Cursor ahead = FirstChunk();
 #pragma unroll
     for (int stage = 0; stage < kTiledStages - 1; ++stage) {
@@ -133,8 +144,8 @@ class TiledBlock {
     for (int below = 0; below < kBlockTokens; below += kRows) {
       int token = first_token_ + row + below;
       bool present = input < p_.num_inputs && token < p_.num_tokens;
-      const T* source = p_.x + int64_t{token} * p_.num_inputs + input;
-      CopyAsync16(target + below * kChunkBytes, present ? source : p_.x, present);
+      const T* source = present ? inputs_.Row(token) + input : p_.x;
+      CopyAsync16(target + below * kChunkBytes, source, present);
     }
   }
 
@@ -241,6 +252,7 @@ class TiledBlock {
 
   const SkinnyParams<T>& p_;
   const Epilogue& epilogue_;
+  const Inputs& inputs_;
   unsigned char* shared_;
   BlockCluster cluster_;
   int lane_;
@@ -248,7 +260,7 @@ class TiledBlock {
   int num_chunks_;  // of a row
   int first_part_;  // of this block
   int num_parts_;
-  int first_token_;
+  int first_token_ = 0;
   int first_tile_;
 };
 
@@ -260,7 +272,9 @@ __global__ void __launch_bounds__(kTiledThreads, 1)
                       const __grid_constant__ Epilogue epilogue) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  TiledBlock<T, Epilogue>(params, epilogue, shared_bytes).Run();
+  const InputsInTurn<T> inputs = {params.x, params.num_inputs};
+  TiledBlock<T, Epilogue> block(params, epilogue, inputs, shared_bytes);
+  block.Run(static_cast<int>(blockIdx.x) / BlockCluster().size() * kBlockTokens);
 #endif
 }
 

@@ -25,7 +25,6 @@ class OpExperts : public OpTest<ExpertShape> {
   void SetUp() override {
     OpTest::SetUp();
     if (IsSkipped()) return;
-    if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
     StepLimits limits = SmallLimits(dtype());
     limits.model.num_experts = shape().num_experts;
     limits.model.experts_per_token = shape().chosen;
@@ -196,6 +195,83 @@ TEST_P(OpExperts, WhatTheyGiveIsAddedWeighted) {
       want[i / (chosen * hidden) * hidden + i % hidden] += weights[i / hidden] * x[i];
     }
     EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kLinear, DType::kFloat32)));
+  }
+}
+
+// What the parts give in turn, choices and weights included, for few tokens and for many.
+TEST_P(OpExperts, AnMlpIsItsParts) {
+  const auto [name, num_experts, chosen, hidden, out] = shape();
+  constexpr int64_t kInner = 32;
+  const double size = 1.0 / std::sqrt(static_cast<double>(hidden));
+  const Weight gate_up(Put(random_.Normal(num_experts * 2 * kInner * hidden, dtype(), size),
+                           dtype(), {num_experts * 2 * kInner, hidden}));
+  const Weight down(Put(random_.Normal(num_experts * hidden * kInner, dtype(), 0.2), dtype(),
+                        {num_experts * hidden, kInner}));
+  for (int64_t tokens : {1, 3, 150}) {
+    SCOPED_TRACE(tokens);
+    const int64_t choices = tokens * chosen;
+    const Values logits = random_.Normal(tokens * num_experts, DType::kFloat32, 3.0);
+    const Values x = random_.Normal(tokens * hidden, act());
+    const Values residual = random_.Normal(tokens * hidden, DType::kFloat32);
+    auto make = [&] {
+      ExpertMlpArgs args;
+      args.select = {.logits = Put(logits, DType::kFloat32, {tokens, num_experts}),
+                     .expert_ids = Output(DType::kInt32, {tokens, chosen}),
+                     .weights = Output(DType::kFloat32, {tokens, chosen})};
+      args.gate_up = {.x = Put(x, act(), {tokens, hidden}),
+                      .weight = gate_up,
+                      .expert_ids = args.select.expert_ids,
+                      .out = Output(act(), {choices, 2 * kInner})};
+      args.gate_mul = {.gate_up = args.gate_up.out,
+                       .out = Output(act(), {choices, kInner}),
+                       .activation = Activation::kGeluTanh};
+      args.down = {.x = args.gate_mul.out,
+                   .weight = down,
+                   .expert_ids = args.select.expert_ids,
+                   .out = Output(act(), {choices, hidden})};
+      args.add = {.x = args.down.out,
+                  .weights = args.select.weights,
+                  .out = Put(residual, DType::kFloat32, {tokens, hidden})};
+      return args;
+    };
+    const ExpertMlpArgs want = make(), got = make();
+    backend().SelectExperts(want.select);
+    backend().ExpertLinear(want.gate_up);
+    backend().GateMul(want.gate_mul);
+    backend().ExpertLinear(want.down);
+    backend().AddExperts(want.add);
+    backend().ExpertMlp(got);
+    EXPECT_EQ(GetInts(got.select.expert_ids), GetInts(want.select.expert_ids));
+    EXPECT_EQ(Get(got.select.weights), Get(want.select.weights));
+    EXPECT_TRUE(Close(Get(got.add.out), Get(want.add.out), ToleranceFor(Op::kLinear, act())));
+  }
+}
+
+TEST_P(OpExperts, AnMlpIsOfTensorsThatBelongTogether) {
+  ExpertMlpArgs args;
+  const auto [name, num_experts, chosen, hidden, out] = shape();
+  const Weight weight(Output(dtype(), {num_experts * hidden, hidden}));
+  args.select = {.logits = Output(DType::kFloat32, {2, num_experts}),
+                 .expert_ids = Output(DType::kInt32, {2, chosen}),
+                 .weights = Output(DType::kFloat32, {2, chosen})};
+  args.gate_up = {.x = Output(act(), {2, hidden}),
+                  .weight = weight,
+                  .expert_ids = Output(DType::kInt32, {2, chosen}),
+                  .out = Output(act(), {2 * chosen, hidden})};
+  args.gate_mul = {.gate_up = args.gate_up.out, .out = Output(act(), {2 * chosen, hidden / 2})};
+  args.down = {.x = args.gate_mul.out,
+               .weight = Weight(Output(dtype(), {num_experts * hidden, hidden / 2})),
+               .expert_ids = args.select.expert_ids,
+               .out = Output(act(), {2 * chosen, hidden})};
+  args.add = {.x = args.down.out,
+              .weights = args.select.weights,
+              .out = Output(DType::kFloat32, {2, hidden})};
+  try {
+    backend().ExpertMlp(args);
+    FAIL() << "experts of another selection were taken";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("gate_up.expert_ids"), std::string::npos)
+        << error.what();
   }
 }
 

@@ -60,7 +60,6 @@ TEST_P(OpRmsNorm, AddsToTheResidualStream) {
 
 // Norms whose checkpoint leaves out the 1 are kept in float32 (ModelConfig::norm_offset).
 TEST_P(OpRmsNorm, WeightsMayBeFloat32) {
-  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   Open(GetParam(), SmallLimits(GetParam().dtype));
   Random random(9);
   const Values x = random.Normal(5 * 256, DType::kFloat32, 2.0);
@@ -75,7 +74,6 @@ TEST_P(OpRmsNorm, WeightsMayBeFloat32) {
 }
 
 TEST_P(OpRmsNorm, WithoutAWeightItRoundsOnly) {
-  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   Open(GetParam(), SmallLimits(GetParam().dtype));
   const Values x = Random(10).Normal(3 * 100, DType::kFloat32, 2.0);
   const TensorView out = Output(act(), {3, 100});
@@ -165,7 +163,6 @@ TEST_P(OpRopeTable, AFrequencyOf0LeavesItsDims) {
 
 // Ministral 3: the further a query is, the larger it is, in steps of the original length.
 TEST_P(OpRopeTable, QueriesMayGrowWithTheirPosition) {
-  if (!GetParam().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   constexpr int64_t kDim = 64;
   constexpr int32_t kOriginal = 1000;
   Open(GetParam(), SmallLimits(GetParam().dtype));
@@ -344,12 +341,10 @@ TEST_P(OpRopeAppendKv, NormalisesHeadsFirst) {
 }
 
 TEST_P(OpRopeAppendKv, NormalisesAllHeadsTogetherFirst) {
-  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   RunAndCheck(MakeInputs(Norms::kOfAllHeads));
 }
 
 TEST_P(OpRopeAppendKv, QueriesMayHaveARotationOfTheirOwn) {
-  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   Inputs in = MakeInputs(Norms::kNone);
   for (double& value : in.q_cos_sin) value *= 2.0;
   RunAndCheck(in);

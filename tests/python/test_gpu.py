@@ -139,11 +139,6 @@ class TestDense:
         dataclasses.replace(BASE, rope="longrope"),
         dataclasses.replace(BASE, rope="dynamic"),
         dataclasses.replace(BASE, intermediate_size=392, hidden_size=264, vocab_size=1003),
-        dataclasses.replace(BASE, family="granite", tie=True),
-        dataclasses.replace(BASE, family="granitemoehybrid"),
-        dataclasses.replace(BASE, family="smollm3", num_layers=4),
-        dataclasses.replace(BASE, family="seed_oss"),
-        dataclasses.replace(BASE, family="glm4"),
         dataclasses.replace(
             BASE, family="phi3", rope="longrope", rope_extra={"partial_rotary_factor": 0.75}
         ),

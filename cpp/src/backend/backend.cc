@@ -25,6 +25,15 @@ void Backend::GateUpMul(const GateUpMulArgs& args) {
   GateMul(args.gate_mul);
 }
 
+void Backend::ExpertMlp(const ExpertMlpArgs& args) {
+  Check(args);
+  SelectExperts(args.select);
+  ExpertLinear(args.gate_up);
+  GateMul(args.gate_mul);
+  ExpertLinear(args.down);
+  AddExperts(args.add);
+}
+
 void Backend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
   Check(args);
   AppendShadow(args.append);

@@ -147,6 +147,7 @@ class Backend {
   virtual void NormLinear(const NormLinearArgs& args);
   virtual void QkvRopeAppend(const QkvRopeAppendArgs& args);
   virtual void GateUpMul(const GateUpMulArgs& args);
+  virtual void ExpertMlp(const ExpertMlpArgs& args);
   virtual void AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args);
 
  protected:

@@ -36,6 +36,7 @@ void Check(const LogprobsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const NormLinearArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const QkvRopeAppendArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GateUpMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const ExpertMlpArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AppendShadowScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 
 }  // namespace tidal

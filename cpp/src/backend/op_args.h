@@ -273,6 +273,16 @@ struct GateUpMulArgs {
   GateMulArgs gate_mul;  // .gate_up is linear.out
 };
 
+// SelectExperts, ExpertLinear, GateMul, ExpertLinear, AddExperts: an MLP behind its router. The
+// choices and their weights are kept.
+struct ExpertMlpArgs {
+  SelectExpertsArgs select;
+  ExpertLinearArgs gate_up;  // .expert_ids is select.expert_ids
+  GateMulArgs gate_mul;      // .gate_up is gate_up.out
+  ExpertLinearArgs down;     // .x is gate_mul.out, .expert_ids is select.expert_ids
+  AddExpertsArgs add;        // .x is down.out, .weights is select.weights
+};
+
 // AppendShadow of each row's newest token, ScoreKeys.
 struct AppendShadowScoreKeysArgs {
   AppendShadowArgs append;  // positions[b] = seq_lens[b] - 1, -1 of an idle row; seq_idx[b] = b

@@ -93,25 +93,27 @@ void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
 }
 
 void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
-  backend_.NormLinear({
-      .norm = InputNorm(w.post_norm, pass),
-      .linear = {.x = pass.normed, .weight = w.router, .bias = {}, .out = pass.router_logits},
+  // The experts read the normed inputs too, which NormLinear would not keep.
+  backend_.RmsNorm(InputNorm(w.post_norm, pass));
+  backend_.Linear({.x = pass.normed, .weight = w.router, .bias = {}, .out = pass.router_logits});
+  backend_.ExpertMlp({
+      .select = {.logits = pass.router_logits,
+                 .expert_ids = pass.expert_ids,
+                 .weights = pass.expert_weights,
+                 .normalized = model_.normalized_routing},
+      .gate_up = {.x = pass.normed,
+                  .weight = w.experts_gate_up,
+                  .expert_ids = pass.expert_ids,
+                  .out = pass.expert_gate_up},
+      .gate_mul = {.gate_up = pass.expert_gate_up,
+                   .out = pass.expert_mlp,
+                   .activation = model_.activation},
+      .down = {.x = pass.expert_mlp,
+               .weight = w.experts_down,
+               .expert_ids = pass.expert_ids,
+               .out = pass.expert_out},
+      .add = {.x = pass.expert_out, .weights = pass.expert_weights, .out = pass.hidden},
   });
-  backend_.SelectExperts({.logits = pass.router_logits,
-                          .expert_ids = pass.expert_ids,
-                          .weights = pass.expert_weights,
-                          .normalized = model_.normalized_routing});
-  backend_.ExpertLinear({.x = pass.normed,
-                         .weight = w.experts_gate_up,
-                         .expert_ids = pass.expert_ids,
-                         .out = pass.expert_gate_up});
-  backend_.GateMul(
-      {.gate_up = pass.expert_gate_up, .out = pass.expert_mlp, .activation = model_.activation});
-  backend_.ExpertLinear({.x = pass.expert_mlp,
-                         .weight = w.experts_down,
-                         .expert_ids = pass.expert_ids,
-                         .out = pass.expert_out});
-  backend_.AddExperts({.x = pass.expert_out, .weights = pass.expert_weights, .out = pass.hidden});
 }
 
 void Transformer::AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const {

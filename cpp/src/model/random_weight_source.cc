@@ -47,7 +47,7 @@ RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, ui
     : dtype_(dtype),
       seed_(seed),
       codes_(codes),
-      norm_elements_(std::max(model.hidden_size, model.head_dim)),
+      norm_elements_(std::max(model.hidden_size, model.q_size())),
       threads_(std::make_unique<CopyThreads>()) {
   ValidateModelConfig(model);
   TIDAL_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,

@@ -1,0 +1,87 @@
+// Experts: which a token has, their products, and what they add (kernels/expert_choices.h,
+// expert_linear.h).
+#include "backend/check_args.h"
+#include "cuda_backend.h"
+#include "cuda_dtypes.h"
+#include "kernels/expert_choices.h"
+#include "kernels/expert_linear.h"
+#include "kernels/gate_mul.h"
+
+namespace tidal {
+namespace {
+
+// From so many choices for each expert on, in the mean, tiles of many are the faster way
+// (estimated).
+constexpr int64_t kManyChoices = 8;
+
+void CheckExperts(const ExpertLinearArgs& args) {
+  CheckSameDType("expert_linear", {&args.x, &args.out});
+  if (!args.weight.is_coded()) CheckSameDType("expert_linear", {&args.x, &args.weight.data});
+  TIDAL_CHECK(TakesExperts(args.weight, args.out.dim(1)), UnsupportedError,
+              "expert_linear: ", args.weight.num_inputs(), " inputs and ", args.out.dim(1),
+              " outputs of an expert on CUDA; expected a multiple of 8, and of 2 (or use "
+              "device=\"cpu\")");
+}
+
+}  // namespace
+
+int64_t CudaBackend::ChoicesOfTile(const ExpertLinearArgs& args) const {
+  if (!TilesExperts(args.weight)) return kStreamedChoices;
+  const int64_t num_experts = args.weight.num_outputs() / args.out.dim(1);
+  const bool is_many = batch_invariant_ ? !in_step_ : args.out.dim(0) >= kManyChoices * num_experts;
+  return is_many ? kTiledChoices : kStreamedChoices;
+}
+
+ExpertOrder CudaBackend::OrderFor(const ExpertLinearArgs& args) {
+  const int64_t num_choices = args.expert_ids.numel();
+  void* memory = Grow(expert_order_, ExpertOrder::OrderBytes(num_choices), kExpertsPurpose);
+  return ExpertOrder::In(memory, num_choices, args.weight.num_outputs() / args.out.dim(1),
+                         ChoicesOfTile(args));
+}
+
+void CudaBackend::SelectExperts(const SelectExpertsArgs& args) {
+  Enter();
+  Check(args);
+  LaunchSelectExperts(args, stream());
+}
+
+void CudaBackend::ExpertLinear(const ExpertLinearArgs& args) {
+  Enter();
+  Check(args);
+  CheckExperts(args);
+  if (args.out.dim(0) == 0) return;
+  const ExpertOrder order = OrderFor(args);
+  LaunchOrderChoices(args.expert_ids, args.weight.num_outputs() / args.out.dim(1), order, stream());
+  LaunchExpertLinear(args, nullptr, order, stream());
+}
+
+void CudaBackend::AddExperts(const AddExpertsArgs& args) {
+  Enter();
+  Check(args);
+  CheckDType(args.x.dtype, "add_experts");
+  LaunchAddExperts(args, stream());
+}
+
+void CudaBackend::ExpertMlp(const ExpertMlpArgs& args) {
+  Enter();
+  Check(args);
+  CheckExperts(args.gate_up);
+  CheckExperts(args.down);
+  if (args.gate_up.out.dim(0) == 0) return;
+  const ExpertOrder order = OrderFor(args.gate_up);
+  if (OrdersAtOnce(args.select)) {
+    LaunchSelectAndOrder(args.select, order, stream());
+  } else {
+    LaunchSelectExperts(args.select, stream());
+    LaunchOrderChoices(args.select.expert_ids, args.select.logits.dim(1), order, stream());
+  }
+  LaunchExpertLinear(args.gate_up, &args.gate_mul, order, stream());
+  if (ChoicesOfTile(args.down) == order.tile_choices) {
+    LaunchExpertLinear(args.down, nullptr, order, stream());
+  } else {
+    ExpertLinear(args.down);
+  }
+  LaunchAddExperts(args.add, stream());
+}
+
+}  // namespace tidal

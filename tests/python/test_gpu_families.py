@@ -1,0 +1,114 @@
+"""Every family on CUDA against the CPU backend: `pytest -m gpu`. As test_gpu.py, of small
+models."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from test_families import LAYERS, ONLY_WINDOWS
+from test_gpu import BASE, TOLERANCE, cuda_is_missing, greedy, open_decoder, open_pair
+from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(cuda_is_missing()), reason=cuda_is_missing()),
+]
+
+EXPERTS = ("qwen3_moe", "mixtral")
+LENGTHS = (200, 33, 65, 1)
+NEW_TOKENS = 32
+
+
+def tiny(family: str) -> TinyModel:
+    turns = {"partial_rotary_factor": 0.75} if family == "phi3" else {}
+    layers = LAYERS.get(family, 5)
+    return dataclasses.replace(  # wide enough that heads of 64 are those of every family
+        BASE, family=family, num_layers=layers, hidden_size=512, rope_extra=turns
+    )
+
+
+def plan(family: str) -> dict[str, Any]:
+    """Of the layers that see everything every second one chooses, but the first of all."""
+    full = [layer for layer, kind in enumerate(tiny(family).kinds) if kind == "F" and layer > 0]
+    return {
+        "attention": "tidal", "select_layers": tuple(full[::2]), "token_budget": 48,
+        "full_layers": 1, "sparse_min_context": 0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(family), tiny(family))
+
+
+def assert_near(actual: np.ndarray, expected: np.ndarray, family: str) -> None:
+    """At all positions; but where rounding decides between two experts it may decide otherwise."""
+    away = np.abs(actual - expected).max(-1) / np.abs(expected).max()
+    share = (away <= TOLERANCE["bfloat16"]).mean()
+    assert share >= (0.9 if family in EXPERTS else 1.0), f"up to {away.max():.1e}, {share:.2f}"
+
+
+def test_as_on_the_cpu(family: str, folder: Path):
+    cuda, cpu = open_pair(folder, "bfloat16", max_batch_size=4)
+    prompts = [random_prompt(BASE, length, seed=length) for length in LENGTHS]
+    for prompt in prompts:
+        logits = cuda.logits(prompt, last=len(prompt))
+        assert_near(logits, cpu.logits(prompt, last=len(prompt)), family)
+    for prompt, tokens in zip(prompts, greedy(cuda, prompts, NEW_TOKENS), strict=True):
+        text = prompt + tokens
+        logits = cuda.step_logits(text, prefill=len(prompt))
+        assert_near(logits, cpu.step_logits(text, prefill=len(prompt)), family)
+
+
+def test_a_plan_as_on_the_cpu(family: str, folder: Path):
+    if family in ONLY_WINDOWS:
+        pytest.skip("has nothing to choose")
+    cuda, cpu = open_pair(folder, "bfloat16", **plan(family))
+    prompt = random_prompt(BASE, 200, seed=2)
+    text = prompt + greedy(cuda, [prompt], NEW_TOKENS)[0]
+    actual, expected = (d.step_logits(text, prefill=len(prompt)) for d in (cuda, cpu))
+    # Where rounding decides which position is the last of a set, it may decide otherwise.
+    away = np.abs(actual - expected).max(-1) / np.abs(expected).max()
+    assert np.median(away) <= TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_graphs_equal_eager_bitwise(family: str, folder: Path, kv_dtype: str):
+    own = {} if family in ONLY_WINDOWS else plan(family)
+    text = random_prompt(BASE, 200)
+    eager, graphs = (
+        open_decoder(folder, "cuda", cuda_graphs=on, kv_dtype=kv_dtype, **own)
+        for on in (False, True)
+    )
+    expected = eager.step_logits(text, prefill=60)
+    for _ in range(2):  # the first run records, the second replays
+        assert np.array_equal(graphs.step_logits(text, prefill=60), expected)
+
+
+def test_verified_is_dense_and_rows_do_not_depend_on_each_other(family: str, folder: Path):
+    prompts = [random_prompt(BASE, length, seed=length) for length in LENGTHS]
+    options: dict[str, Any] = {"batch_invariant": True, "max_batch_size": 4}
+    dense = open_decoder(folder, "cuda", **options)
+    want = greedy(dense, prompts, NEW_TOKENS)
+    assert [greedy(dense, [prompt], NEW_TOKENS)[0] for prompt in prompts] == want
+    if family not in ONLY_WINDOWS:
+        verified = open_decoder(folder, "cuda", verify=True, **options, **plan(family))
+        assert greedy(verified, prompts, NEW_TOKENS) == want
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "int4"])
+def test_codes_are_the_decoded_model_to_rounding(family: str, folder: Path, weight_format: str):
+    cuda, cpu = open_pair(folder, "bfloat16", weight_format=weight_format)
+    prompt = random_prompt(BASE, 100, seed=7)
+    logits = cuda.logits(prompt, last=len(prompt))
+    assert_near(logits, cpu.logits(prompt, last=len(prompt)), family)
