@@ -1,6 +1,7 @@
 #include "kernels/expert_choices.h"
 
 #include <algorithm>
+#include <climits>
 
 #include "common/check.h"
 #include "common/dependent_launch.cuh"
@@ -28,12 +29,17 @@ struct SelectParams {
   bool normalized;
 };
 
-// Of two likelihoods the first that counts: the higher, and of equals that of the lower id.
-__device__ __forceinline__ bool Precedes(float a, int a_id, float b, int b_id) {
-  return a > b || (a == b && a_id < b_id);
+// Likelihoods as integers in the same order, NaN below all.
+__device__ __forceinline__ unsigned KeyOf(float likely) {
+  return isnan(likely) ? 0u : __float_as_uint(likely) + 1;
+}
+__device__ __forceinline__ float LikelihoodOf(unsigned key) {
+  return key == 0 ? NAN : __uint_as_float(key - 1);
 }
 
-// By a warp. NaN is the least likely, and makes all weights NaN.
+// By a warp. NaN makes all weights of a token NaN. Up to kHeld experts a lane are held in
+// registers; without, read again for each choice.
+template <int kHeld>
 __device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
   const float* logits = p.logits + token * p.num_experts;
   float top = -INFINITY;
@@ -48,48 +54,67 @@ __device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
     top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
   }
   is_nan = __any_sync(kFullWarp, is_nan);
-  auto likelihood = [&](int e) {
-    float likely = expf(logits[e] - top);
-    return isnan(likely) ? -1.0f : likely;
-  };
+  unsigned held[kHeld > 0 ? kHeld : 1];
   float total = 0.0f, sum = 0.0f;
-  if (!p.normalized) {
-    for (int e = lane; e < p.num_experts; e += kWarpSize) total += likelihood(e);
-    total = WarpSum(total);
+  if constexpr (kHeld > 0) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      int e = lane + i * kWarpSize;
+      float likely = e < p.num_experts ? expf(logits[e] - top) : 0.0f;
+      total += likely;
+      held[i] = KeyOf(likely);
+    }
+  } else {
+    for (int e = lane; e < p.num_experts; e += kWarpSize) total += expf(logits[e] - top);
   }
-  float last = INFINITY;
+  total = WarpSum(total);
+
+  unsigned last = UINT_MAX;
   int last_id = -1;
   int32_t* ids = p.expert_ids + token * p.chosen;
   float* weights = p.weights + token * p.chosen;
   for (int j = 0; j < p.chosen; ++j) {
-    float best = -2.0f;
-    int best_id = p.num_experts;
-    for (int e = lane; e < p.num_experts; e += kWarpSize) {
-      float likely = likelihood(e);
-      if (Precedes(last, last_id, likely, e) && Precedes(likely, e, best, best_id)) {
-        best = likely;
-        best_id = e;
-      }
-    }
+    unsigned best = 0;
+    int best_id = INT_MAX;
+    // The best behind the last one; of equals the lower id.
+    auto take = [&](unsigned key, int e) {
+      bool is_behind = key < last || (key == last && e > last_id);
+      if (!is_behind || (best_id != INT_MAX && key <= best)) return;
+      best = key;
+      best_id = e;
+    };
+    if constexpr (kHeld > 0) {
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      float other = __shfl_xor_sync(kFullWarp, best, offset);
-      int other_id = __shfl_xor_sync(kFullWarp, best_id, offset);
-      if (Precedes(other, other_id, best, best_id)) {
-        best = other;
-        best_id = other_id;
+      for (int i = 0; i < kHeld; ++i) {
+        if (lane + i * kWarpSize < p.num_experts) take(held[i], lane + i * kWarpSize);
       }
+    } else {
+      for (int e = lane; e < p.num_experts; e += kWarpSize) take(KeyOf(expf(logits[e] - top)), e);
     }
-    last = best;
-    last_id = best_id;
-    sum += best;
+    unsigned key = __reduce_max_sync(kFullWarp, best);
+    int id = __reduce_min_sync(kFullWarp, best == key ? best_id : INT_MAX);
+    last = key;
+    last_id = id;
+    float likely = LikelihoodOf(key);
+    sum += likely;
     if (lane == j % kWarpSize) {  // which scales it below
-      ids[j] = best_id;
-      weights[j] = best;
+      ids[j] = id;
+      weights[j] = likely;
     }
   }
   float share = is_nan ? NAN : 1.0f / (p.normalized ? sum : total);
   for (int j = lane; j < p.chosen; j += kWarpSize) weights[j] *= share;
+}
+
+__device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
+  constexpr int kFew = 4, kSome = 16;
+  if (p.num_experts <= kFew * kWarpSize) {
+    SelectOf<kFew>(p, token, lane);
+  } else if (p.num_experts <= kSome * kWarpSize) {
+    SelectOf<kSome>(p, token, lane);
+  } else {
+    SelectOf<0>(p, token, lane);
+  }
 }
 
 // grid (ceil(T / kSelectWarps)); a warp has a token.

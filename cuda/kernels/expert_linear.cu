@@ -5,7 +5,9 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "kernels/expert_linear.cuh"
+#include "kernels/expert_run.h"
 #include "kernels/skinny_launch.cuh"
+#include "kernels/skinny_linear.h"
 #include "kernels/tiled_linear.cuh"
 
 namespace tidal {
@@ -99,7 +101,7 @@ ExpertParams<T> MakeParams(const ExpertLinearArgs& args, const GateMulArgs* gate
 }
 
 template <typename T, WeightKind kKind, bool kGated>
-void LaunchStreamed(const ExpertParams<T>& params, cudaStream_t stream) {
+void LaunchInRegisters(const ExpertParams<T>& params, cudaStream_t stream) {
   const int64_t row_tiles = CeilDiv(params.num_outputs, kTileRows);
   LaunchShape shape = {.grid = dim3(static_cast<unsigned>(CeilDiv(row_tiles, kExpertRowTiles)),
                                     static_cast<unsigned>(params.order.max_tiles)),
@@ -134,22 +136,33 @@ bool TakesExperts(const Weight& weight, int64_t num_outputs) {
 }
 
 bool TilesExperts(const Weight& weight) {
-  return !weight.is_coded() && RunsHopperCode(TiledExpertKernel<__nv_bfloat16, false>);
+  return !weight.is_coded() && StreamsWeight(weight);
+}
+
+// Scales are copied for 8 rows at a time.
+static bool StreamsExperts(const Weight& weight, int64_t num_outputs) {
+  return StreamsWeight(weight) && (!weight.is_coded() || num_outputs % kTileRows == 0);
 }
 
 void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mul,
-                        const ExpertOrder& order, cudaStream_t stream) {
+                        const ExpertOrder& order, const ExpertRun& run) {
   const bool is_tiled = order.tile_choices == kTiledChoices;
+  const bool streams = StreamsExperts(args.weight, args.out.dim(1));
   DispatchHalf(args.x.dtype, "expert_linear", [&](auto tag) {
     using T = typename decltype(tag)::Type;
     const ExpertParams<T> params = MakeParams<T>(args, gate_mul, order);
     auto launch = [&](auto gated) {
       if (is_tiled) {
-        LaunchTiledExperts<T, gated()>(params, stream);
+        LaunchTiledExperts<T, gated()>(params, run.stream);
         return;
       }
-      DispatchKind(args.weight,
-                   [&](auto kind) { LaunchStreamed<T, kind(), gated()>(params, stream); });
+      DispatchKind(args.weight, [&](auto kind) {
+        if (streams) {
+          RunStreamedExperts<T, kind()>(params, args.weight, gated(), run);
+        } else {
+          LaunchInRegisters<T, kind(), gated()>(params, run.stream);
+        }
+      });
     };
     if (gate_mul != nullptr) {
       launch(std::true_type());
