@@ -76,10 +76,7 @@ void CheckShadowScores(const char* op, const TensorView& scores) {
 
 // A part of the model that the kernels do not have; null if they have all.
 const char* WhatIsMissing(const ModelConfig& model) {
-  if (model.has_windows()) return "layers with a window";
   if (model.has_experts()) return "layers with experts";
-  if (model.attention_sinks) return "attention sinks";
-  if (model.attention_softcap != 0.0 || model.logit_softcap != 0.0) return "soft caps";
   if (model.wide_qk_norm) return "norms of q and k over all heads";
   if (model.norm_offset != 0.0) return "norms whose weights are about 0";
   if (!model.input_norms) return "layers without norms of their inputs";
