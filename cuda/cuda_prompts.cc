@@ -28,8 +28,11 @@ void CudaBackend::AttentionPrefill(const AttentionPrefillArgs& args) {
 }
 
 bool CudaBackend::PrefillByCudnn(const AttentionPrefillArgs& args) {
-  // Plans are made when they are first asked for, and a recorded step may not wait for that.
+  // Plans are made when they are first asked for, and a recorded step may not wait for that. They
+  // know scores of sm_scale * q.k alone.
+  const AttentionRule& rule = args.rule;
   if (!cudnn_attention_ || in_step_) return false;
+  if (rule.window > 0 || rule.softcap != 0.0f || rule.sinks) return false;
   TIDAL_CHECK(args.kv.k_pages.dtype != DType::kFloat8, UnsupportedError,
               "prefill_attention: cuDNN was asked for, but the cache is fp8");
   TIDAL_CHECK(cudnn_attention_->Run(args), UnsupportedError,
@@ -54,7 +57,7 @@ void CudaBackend::PrefillDecoded(const AttentionPrefillArgs& args) {
     part.q_starts = args.q_starts.Rows(row, count + 1);
     part.kv.page_table = args.kv.page_table.Rows(row, count);
     part.kv.seq_lens = args.kv.seq_lens.Rows(row, count);
-    part.kv = LaunchDecodePages(part.kv, args.q.dtype, pages_of_row, memory, stream());
+    part.kv = LaunchDecodePages(part, pages_of_row, memory, stream());
     LaunchAttentionPrefill(part, ScratchFor(part.q, part.kv), stream());
   }
 }

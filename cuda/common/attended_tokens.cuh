@@ -6,6 +6,7 @@
 
 #include "common/launch_config.h"
 #include "common/paged_kv.cuh"
+#include "common/score_rule.cuh"
 
 namespace tidal {
 
@@ -16,34 +17,54 @@ struct DecodeQuery {
   const T* rows;  // [num_heads / heads_per_query, query_stride, D]: the first heads_per_query each
   int num_heads;  // at least 1
   float sm_scale;
+  SoftCap cap;  // of scores
   int heads_per_query = kMaxGroupSize;
   int64_t query_stride = 0;
-  int num_visible = 0;  // tokens that the first query sees; of several, each sees one more
+  // With several queries: of the tokens that are read, those up to the first query's own, and how
+  // many last ones it sees; each further query has one more before it.
+  int num_visible = 0;
+  unsigned window = 0;
+
+  // Of products q.k.
+  template <int kTiles>
+  __device__ __forceinline__ void MakeScores(float (&products)[kTiles][4]) const {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) products[t][c] = __fmul_rn(products[t][c], sm_scale);
+    }
+    cap.CapAll(products);
+  }
 
   __device__ __forceinline__ const T* Head(int head, int head_dim) const {
     return rows + (head / heads_per_query * query_stride + head % heads_per_query) * head_dim;
   }
 };
 
-// The tokens of one row and KV head to attend to. Loads are from L2, which nothing stale is in:
-// they may come before WaitForPreviousKernel (CacheReads::kEarly).
+// The tokens of one row and KV head to attend to: those of a list, or all from `begin` on. Loads
+// are from L2, which nothing stale is in: they may come before WaitForPreviousKernel
+// (CacheReads::kEarly).
 template <typename Stored>
 struct AttendedTokens {
   const PagedKvView<Stored>& kv;
   int batch;
   int kv_head;
-  int seq_len;          // at least 1
-  const int32_t* list;  // positions, or nullptr: all of them
+  int seq_len;                    // at least 1
+  const int32_t* list = nullptr;  // positions, or nullptr
+  int begin = 0;
+  int first = 0;  // tokens before it are not seen
 
   // Of the i-th attended token.
   __device__ __forceinline__ int Position(int i) const {
-    return list == nullptr ? i : __ldcg(list + i);
+    return list == nullptr ? begin + i : __ldcg(list + i);
   }
 
-  // Row of k and v. -1 for a position outside the sequence: an entry that no selection writes must
-  // not become a read of memory that is not ours. No branches, so that lookups run side by side.
+  // Row of k and v. -1 for a position that is not seen or outside the sequence: an entry that no
+  // selection writes must not become a read of memory that is not ours. No branches, so that
+  // lookups run side by side.
   __device__ __forceinline__ int Row(int position) const {
-    bool is_inside = static_cast<unsigned>(position) < static_cast<unsigned>(seq_len);
+    bool is_inside =
+        static_cast<unsigned>(position - first) < static_cast<unsigned>(seq_len - first);
     int row = kv.Row(batch, kv_head, is_inside ? position : 0);
     return is_inside ? row : -1;
   }

@@ -118,7 +118,7 @@ class DecodeWarp {
       float scores[kColumnTiles][kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        Scores(stage, m, begin + tile * kBlockTokens, valid[0], query.sm_scale, scores);
+        Scores(stage, m, begin + tile * kBlockTokens, valid[0], query, scores);
       }
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -315,13 +315,14 @@ class DecodeWarp {
     }
   }
 
-  // scores[t][m][c]: sm_scale * q.k of token first + m * 16 + lane / 4 + (c / 2) * 8 and head t * 8
-  // + lane % 4 * 2 + c % 2; -inf where masked.
+  // scores[t][m][c]: sm_scale * q.k, capped, of token first + m * 16 + lane / 4 + (c / 2) * 8 and
+  // head t * 8 + lane % 4 * 2 + c % 2; -inf where masked.
   __device__ __forceinline__ void Scores(int stage, int m, int first, unsigned valid,
-                                         float sm_scale,
+                                         const DecodeQuery<T>& query,
                                          float (&scores)[kColumnTiles][kRowTiles][4]) {
     float dot[kColumnTiles][4] = {};
     Multiply(KeyTile(stage) + m * kDecodeWarpTile * kHeadDim, dot);
+    query.MakeScores(dot);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
 #pragma unroll
@@ -329,9 +330,11 @@ class DecodeWarp {
         int token = m * kDecodeWarpTile + lane_ / 4 + c / 2 * 8;
         bool is_valid = (valid >> token) & 1u;
         if constexpr (kColumnTiles > 1) {
-          is_valid = is_valid && first + token < num_visible_[t][c % 2];
+          // How many tokens the query's own comes after it.
+          int behind = num_visible_[t][c % 2] - 1 - (first + token);
+          is_valid = is_valid && static_cast<unsigned>(behind) < query.window;
         }
-        scores[t][m][c] = is_valid ? __fmul_rn(dot[t][c], sm_scale) : NegativeInfinity();
+        scores[t][m][c] = is_valid ? dot[t][c] : NegativeInfinity();
       }
     }
   }

@@ -15,8 +15,9 @@ inline constexpr int kMaxGroupSize = 8;  // query heads of one KV head: the N of
 // take for one KV head and split (at a group of 8, two queries each).
 inline constexpr int kMaxFewQueries = 32;
 inline constexpr int kFewQueriesColumns = 16;
-// One more than the queries fill: those of two lengths of split do not share a block.
-inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns + 1;
+// Two more than the queries fill: those of two lengths of split do not share a block, nor those
+// whose windows begin in different places.
+inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns + 2;
 
 inline constexpr int kDecodeWarps = 4;      // of a block of a decode kernel
 inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: the M of one mma

@@ -9,6 +9,7 @@
 #include "common/dependent_launch.cuh"
 #include "common/launch_config.h"
 #include "common/reduce.cuh"
+#include "common/score_rule.cuh"
 #include "common/softmax_state.cuh"
 #include "common/vec.cuh"
 
@@ -127,19 +128,27 @@ __device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const Stat
 
 template <typename T>
 struct AttentionOutput {
-  T* out;       // [B, Hq, D]
-  float* lse;   // [B, Hq], or nullptr: log of the sum of exp(score)
-  float scale;  // of the values
+  T* out;              // [B, Hq, D]
+  float* lse;          // [B, Hq], or nullptr: log of the sum of exp(score)
+  float scale;         // of the values
+  const float* sinks;  // [Hq], or nullptr; not in lse
+  uint32_t num_q_heads;
 
   // A warp writes row batch * Hq + q_head.
   template <int kHeadDim>
   __device__ __forceinline__ void Store(int64_t row, const HeadResult<kHeadDim>& result) const {
     constexpr int kDims = kHeadDim / kWarpSize;
     int lane = threadIdx.x % kWarpSize;
-    float values[kDims];
+    float values[kDims], sum = result.sum, keep = 1.0f;
+    if (sinks != nullptr) {
+      uint32_t head = static_cast<uint32_t>(row) % num_q_heads;
+      SumWithSink with_sink(result.max, result.sum, __ldg(sinks + head));
+      sum = with_sink.sum;
+      keep = with_sink.keep;
+    }
 #pragma unroll
     for (int dim = 0; dim < kDims; ++dim) {
-      values[dim] = result.sum == 0.0f ? 0.0f : result.out.elements[dim] / result.sum * scale;
+      values[dim] = sum == 0.0f ? 0.0f : result.out.elements[dim] * keep / sum * scale;
     }
     StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
     if (lse != nullptr && lane == 0) lse[row] = result.LogSumExp();

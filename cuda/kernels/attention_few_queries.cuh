@@ -23,6 +23,8 @@ struct AttentionFewQueriesParams {
   const int32_t* q_starts;  // [B + 1]
   PagedKvView<Stored> kv;
   float sm_scale;
+  SoftCap cap;
+  DecodeWindow window;
   int num_q_heads;
   int group_size;
   int queries_per_block;
@@ -39,44 +41,53 @@ template <typename T, typename Stored, int kHeadDim>
 using FewQueriesWarp =
     DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kMaxGroupSize>;
 
-// What a block has of a row's queries in this launch, and the length of their splits.
+// What a block has of a row's queries in this launch, and the splits of their tokens.
 struct QueryShare {
   int first;        // of those of the launch
   int count;        // 0: nothing
-  int num_visible;  // tokens that the first of them sees
+  int num_visible;  // tokens up to that of the first of them
+  int begin;        // of the tokens that are split
   int span_length;
 };
 
-// The index-th block of a row with num_queries in this launch, of which the first sees num_visible
-// tokens. By row, each query's tokens are split as those of a decode step are, by their number; of
-// the neighbours here the first have one length of splits and the others, if any, the next, and a
-// block is for one length.
+// The index-th block of a row with num_queries in this launch, of which the first has num_visible
+// tokens up to its own. By row, each query's tokens are split as those of a decode step are, by
+// their number: a block is for neighbours whose splits begin in one place and have one length. Of
+// the queries here either changes once at most.
 template <typename T, typename Stored>
 __device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T, Stored>& params,
                                               int index, int num_queries, int num_visible) {
-  int per_block = params.queries_per_block, first = index * per_block;
-  QueryShare share = {.first = first,
-                      .count = min(num_queries - first, per_block),
-                      .num_visible = num_visible + first,
-                      .span_length = 0};
+  const DecodeWindow& window = params.window;
+  int per_block = params.queries_per_block;
   if (params.splitting == Splitting::kByBatch) {
-    int last_visible = share.num_visible + max(share.count, 1) - 1;
-    share.span_length = SpanLength(last_visible, params.splits);
-    return share;
+    int first = index * per_block, count = min(num_queries - first, per_block);
+    int begin = window.Begin(num_visible + first);
+    int num_tokens = num_visible + first + max(count, 1) - 1 - begin;
+    return {.first = first,
+            .count = count,
+            .num_visible = num_visible + first,
+            .begin = begin,
+            .span_length = SpanLength(num_tokens, params.splits)};
   }
-  share.span_length = SpanLength(num_visible, params.splits);
-  int64_t most = MostTokens(share.span_length, params.splits) - num_visible + 1;
-  int num_alike = static_cast<int>(min(most, int64_t{num_queries}));
-  int num_blocks = (num_alike + per_block - 1) / per_block;
-  if (index < num_blocks) {
-    share.count = min(num_alike - first, per_block);
-    return share;
+  for (int first = 0; first < num_queries;) {
+    int visible = num_visible + first, begin = window.Begin(visible);
+    int length = window.SpanLengthFor(visible, params.splits);
+    int64_t most = min(MostTokens(length, params.splits), int64_t{window.Most()});
+    int num_alike =
+        static_cast<int>(min(most - (visible - begin) + 1, int64_t{num_queries - first}));
+    int num_blocks = (num_alike + per_block - 1) / per_block;
+    if (index < num_blocks) {
+      int before = index * per_block;
+      return {.first = first + before,
+              .count = min(num_alike - before, per_block),
+              .num_visible = visible + before,
+              .begin = begin,
+              .span_length = length};
+    }
+    index -= num_blocks;
+    first += num_alike;
   }
-  share.first = num_alike + (index - num_blocks) * per_block;
-  share.count = min(num_queries - share.first, per_block);
-  share.num_visible = num_visible + share.first;
-  share.span_length = SpanLength(num_visible + num_alike, params.splits);
-  return share;
+  return {};
 }
 
 // grid (NumSplitBlocks, num_kv_heads x blocks for a row's queries, batch_size), 4 warps: a block
@@ -97,8 +108,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   QueryShare share = ShareOf(params, blockIdx.y % blocks_of_row,
                              min(queries_left, params.max_queries), seq_len - queries_left + 1);
   if (share.count <= 0) return;
-  int num_visible = share.num_visible;
-  RowSplits splits(num_visible + share.count - 1, share.span_length);
+  RowSplits splits(share.num_visible + share.count - 1 - share.begin, share.span_length);
   int block = blockIdx.z * gridDim.y + blockIdx.y;
   BlockWork work{.first_row = int64_t{first_token + share.first} * params.num_q_heads +
                               kv_head * params.group_size,
@@ -115,13 +125,20 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  AttendedTokens<Stored> tokens{params.kv, batch, kv_head, seq_len, nullptr};
+  AttendedTokens<Stored> tokens{.kv = params.kv,
+                                .batch = batch,
+                                .kv_head = kv_head,
+                                .seq_len = seq_len,
+                                .begin = share.begin,
+                                .first = params.window.First(share.num_visible)};
   DecodeQuery<T> query{.rows = params.q + work.first_row * kHeadDim,
                        .num_heads = work.num_heads,
                        .sm_scale = params.sm_scale,
+                       .cap = params.cap,
                        .heads_per_query = work.heads_per_query,
                        .query_stride = work.query_stride,
-                       .num_visible = num_visible};
+                       .num_visible = share.num_visible - share.begin,
+                       .window = static_cast<unsigned>(params.window.size)};
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     warp.Attend(tokens, splits.Span(work.split), query, Warp::kNoRow,
@@ -167,6 +184,8 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .q_starts = args.q_starts.data<int32_t>(),
       .kv = kv,
       .sm_scale = args.rule.sm_scale * args.kv.k_scale,
+      .cap = MakeSoftCap(args.rule, 1.0f),
+      .window = ChooseWindow(scratch.splitting, args.rule),
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = static_cast<int>(group_size),
       .queries_per_block = static_cast<int>(queries_per_block),
@@ -176,10 +195,16 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms),
       .splitting = scratch.splitting,
       .partials = {},
-      .output = {.out = static_cast<T*>(args.out.ptr), .lse = nullptr, .scale = args.kv.v_scale}};
+      .output = {.out = static_cast<T*>(args.out.ptr),
+                 .lse = nullptr,
+                 .scale = args.kv.v_scale,
+                 .sinks = SinksOf(args.rule),
+                 .num_q_heads = static_cast<uint32_t>(num_q_heads)}};
+  // By row queries differ in the length of splits, and in the begin of a window, at most once each.
+  const int64_t num_more = !by_row ? 0 : args.rule.window == 0 ? 1 : 2;
   for (int64_t query = 0; query < args.max_q_len; query += kMaxFewQueries) {
     int64_t max_queries = std::min<int64_t>(args.max_q_len - query, kMaxFewQueries);
-    int64_t blocks_of_row = CeilDiv(max_queries, queries_per_block) + (by_row ? 1 : 0);
+    int64_t blocks_of_row = CeilDiv(max_queries, queries_per_block) + num_more;
     int64_t rows_of_one = kv.num_kv_heads * blocks_of_row * kFewQueriesColumns;
     int64_t bytes_of_one = PartialBytes(rows_of_one * params.splits.num_splits, kHeadDim);
     int64_t counters_of_one = kv.num_kv_heads * blocks_of_row * int64_t{sizeof(uint32_t)};

@@ -20,12 +20,14 @@ struct AttentionFullParams {
   const T* q;  // [B, Hq, D]
   PagedKvView<Stored> kv;
   float sm_scale;
+  SoftCap cap;
+  DecodeWindow window;
   int group_size;
   SplitRule splits;
   CacheReads reads;
   PartialResults partials;
   AttentionOutput<T> output;
-  ScoreRows scores;  // with kStore: sm_scale * q.k for positions < seq_len
+  ScoreRows scores;  // with kStore, of positions < seq_len
 };
 
 // grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
@@ -39,7 +41,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
   int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  RowSplits splits(seq_len, params.splits);
+  int begin = params.window.Begin(seq_len);
+  RowSplits splits(seq_len - begin, params.window.SpanLengthFor(seq_len, params.splits));
   BlockWork work{.first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size,
                  .first_partial = int64_t{batch} * num_q_heads + kv_head * params.group_size,
                  .num_heads = params.group_size,
@@ -52,8 +55,14 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  AttendedTokens<Stored> tokens{params.kv, batch, kv_head, seq_len, nullptr};
-  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
+  AttendedTokens<Stored> tokens{.kv = params.kv,
+                                .batch = batch,
+                                .kv_head = kv_head,
+                                .seq_len = seq_len,
+                                .begin = begin,
+                                .first = params.window.First(seq_len)};
+  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale,
+                       params.cap};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   ScoreWriter scores(params.scores, work.first_row, work.num_heads);
   for (; work.split < work.num_used; work.split += gridDim.x) {
@@ -84,13 +93,17 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
       .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
+      .cap = MakeSoftCap(attention.rule, 1.0f),
+      .window = ChooseWindow(scratch.splitting, attention.rule),
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr),
                  .lse = kStores ? args.lse.data<float>() : nullptr,
-                 .scale = attention.kv.v_scale},
+                 .scale = attention.kv.v_scale,
+                 .sinks = SinksOf(attention.rule),
+                 .num_q_heads = static_cast<uint32_t>(num_q_heads)},
       .scores = {}};
   if constexpr (kStores) params.scores = MakeScoreRows(args.scores);
 

@@ -18,6 +18,7 @@
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
+#include "common/score_rule.cuh"
 #include "common/softmax_state.cuh"
 #include "kernels/attention_run.h"
 
@@ -36,7 +37,7 @@ struct AttentionPrefillParams {
   const T* q;               // [T, Hq, D]
   const int32_t* q_starts;  // [B + 1]
   PagedKvView<T> kv;
-  float sm_scale_log2;  // sm_scale x log2(e), > 0
+  PromptRule rule;
   float out_scale;
   int group_size;
   T* out;  // [T, Hq, D]
@@ -47,7 +48,7 @@ struct PrefillTask {
   int batch;
   int kv_head;
   int first_row;  // of q and out: its first query
-  int kv_end;     // tokens that the last query of the tile sees: its position + 1, <= seq_len
+  int kv_end;     // tokens up to the last query's of the tile: its position + 1, <= seq_len
 };
 
 // The work of one warp: 32 queries against tiles of 64 tokens. In fragments, lane l holds of each
@@ -56,24 +57,37 @@ template <typename T, int kHeadDim>
 class PrefillWarp {
  public:
   // `query`: this warp's 32 rows in shared memory, swizzled by TileOffset.
-  __device__ __forceinline__ PrefillWarp(T* query, int first_position)
-      : query_(query), first_position_(first_position), lane_(threadIdx.x % kWarpSize) {}
+  __device__ __forceinline__ PrefillWarp(T* query, int first_position,
+                                         const AttentionPrefillParams<T>& params)
+      : query_(query),
+        first_position_(first_position),
+        params_(params),
+        lane_(threadIdx.x % kWarpSize) {}
 
-  __device__ __forceinline__ void Attend(const T* key, const T* value, int first_token,
-                                         float sm_scale_log2) {
+  // Whether some query of the warp sees some token of the tile.
+  __device__ __forceinline__ bool Sees(int first_token) const {
+    return first_token < first_position_ + kWarpQueries &&
+           first_token + kKvTile > first_position_ - params_.rule.window + 1;
+  }
+
+  __device__ __forceinline__ void Attend(const T* key, const T* value, int first_token) {
     float scores[kRowTiles][kTokenTiles][4];
     Scores(key, scores);
-    // Some token of the tile lies after the warp's first query. Tokens past kv_end are masked with
-    // it.
-    if (first_token > first_position_ - (kKvTile - 1)) Mask(first_token, scores);
+    params_.rule.cap.CapAll(scores);
+    // Some token of the tile lies after the warp's first query, or before the window of its last.
+    // Tokens past kv_end are masked with them.
+    if (first_token > first_position_ - (kKvTile - 1) ||
+        first_token < first_position_ + kWarpQueries - params_.rule.window) {
+      Mask(first_token, scores);
+    }
     uint32_t weights[kRowTiles][kTokenTiles][2];
-    Softmax(sm_scale_log2, scores, weights);
+    Softmax(params_.rule.weight_scale, scores, weights);
     Accumulate(value, weights);
   }
 
   // Writes the warp's valid rows x out_scale; `out`: its first row, rows are row_stride elements
   // apart.
-  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_rows, float out_scale) {
+  __device__ __forceinline__ void Store(T* out, int64_t row_stride, int num_rows, int q_head) {
     __syncwarp();  // every lane is done reading the queries, whose place the output takes
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -82,7 +96,7 @@ class PrefillWarp {
         float sum = sum_[m][half];
 #pragma unroll
         for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
-        float scale = sum == 0.0f ? 0.0f : out_scale / sum;  // 0: every score was masked
+        float scale = params_.out_scale * params_.rule.OutputScale(q_head, max_[m][half], sum);
         int row = m * 16 + half * 8 + lane_ / 4;
 #pragma unroll
         for (int n = 0; n < kDimTiles; ++n) {
@@ -144,17 +158,19 @@ class PrefillWarp {
     }
   }
 
-  // A query sees the tokens up to its own position.
+  // A query sees the tokens up to its own position, and so many of them.
   __device__ __forceinline__ void Mask(int first_token, ScoreTile scores) {
     // Of this lane's first row and first column: how far its query lies after its token.
-    int visible = first_position_ + lane_ / 4 - first_token - lane_ % 4 * 2;
+    int behind = first_position_ + lane_ / 4 - first_token - lane_ % 4 * 2;
+    auto window = static_cast<unsigned>(params_.rule.window);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          if (n * 8 + c % 2 - m * 16 - c / 2 * 8 > visible) scores[m][n][c] = NegativeInfinity();
+          auto distance = static_cast<unsigned>(behind + m * 16 + c / 2 * 8 - n * 8 - c % 2);
+          if (distance >= window) scores[m][n][c] = NegativeInfinity();
         }
       }
     }
@@ -162,8 +178,7 @@ class PrefillWarp {
 
   // Scores to weights 2^(scale * (score - max)); rescales what was accumulated under the old
   // maximum.
-  __device__ __forceinline__ void Softmax(float sm_scale_log2, ScoreTile scores,
-                                          WeightTile weights) {
+  __device__ __forceinline__ void Softmax(float scale, ScoreTile scores, WeightTile weights) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -175,15 +190,15 @@ class PrefillWarp {
         }
         max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
         max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
-        float scaled_max = FiniteMax(max) * sm_scale_log2;
-        float rescale = FastExp2(max_[m][half] * sm_scale_log2 - scaled_max);
+        float scaled_max = FiniteMax(max) * scale;
+        float rescale = FastExp2(max_[m][half] * scale - scaled_max);
         max_[m][half] = max;
 
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-          float low = FastExp2(scores[m][n][half * 2] * sm_scale_log2 - scaled_max);
-          float high = FastExp2(scores[m][n][half * 2 + 1] * sm_scale_log2 - scaled_max);
+          float low = FastExp2(scores[m][n][half * 2] * scale - scaled_max);
+          float high = FastExp2(scores[m][n][half * 2 + 1] * scale - scaled_max);
           weights[m][n][half] = PackPair<T>(low, high);
           sum += low + high;
         }
@@ -220,6 +235,7 @@ class PrefillWarp {
 
   T* query_;
   int first_position_;
+  const AttentionPrefillParams<T>& params_;
   int lane_;
   float out_[kRowTiles][kDimTiles][4] = {};
   float max_[kRowTiles][2] = {{NegativeInfinity(), NegativeInfinity()},
@@ -293,13 +309,16 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   int64_t row_stride = int64_t{num_q_heads} * kHeadDim;
   const T* q = params.q + q_head * kHeadDim;
   CopyQueries<T, kHeadDim>(query, q + task.first_row * row_stride, row_stride, num_queries);
-  CopyKvTile<T, kHeadDim>(stages, stages + kKvElements, params.kv, task, 0);
+  // The tile that the first query's window begins in.
+  int kv_begin = max(tile_position - params.rule.window + 1, 0) / kKvTile * kKvTile;
+  T* first_stage = stages + kv_begin / kKvTile % 2 * 2 * kKvElements;
+  CopyKvTile<T, kHeadDim>(first_stage, first_stage + kKvElements, params.kv, task, kv_begin);
   CommitCopies();
 
   int warp_first = threadIdx.x / kWarpSize * kWarpQueries;
   int first_position = tile_position + warp_first;
-  PrefillWarp<T, kHeadDim> warp(query + warp_first * kHeadDim, first_position);
-  for (int first_token = 0; first_token < task.kv_end; first_token += kKvTile) {
+  PrefillWarp<T, kHeadDim> warp(query + warp_first * kHeadDim, first_position, params);
+  for (int first_token = kv_begin; first_token < task.kv_end; first_token += kKvTile) {
     WaitCopies<0>();
     __syncthreads();  // the tile has landed for all; and all are done with the one before
     T* key = stages + first_token / kKvTile % 2 * 2 * kKvElements;
@@ -308,15 +327,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
       CopyKvTile<T, kHeadDim>(next, next + kKvElements, params.kv, task, first_token + kKvTile);
     }
     CommitCopies();
-    // Not if the warp has no query, or if all of the tile lies after its last one.
-    if (first_position < task.kv_end && first_token < first_position + kWarpQueries) {
-      warp.Attend(key, key + kKvElements, first_token, params.sm_scale_log2);
+    if (first_position < task.kv_end && warp.Sees(first_token)) {  // and the warp has a query
+      warp.Attend(key, key + kKvElements, first_token);
     }
   }
   WaitCopies<0>();
   __syncthreads();  // also if there was no tile: nobody still copies queries
   T* out = params.out + q_head * kHeadDim + (task.first_row + warp_first) * row_stride;
-  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position), params.out_scale);
+  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position), q_head);
 }
 
 template <typename T, int kHeadDim>
@@ -330,7 +348,7 @@ void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) 
   AttentionPrefillParams<T> params{.q = static_cast<const T*>(args.q.ptr),
                                    .q_starts = args.q_starts.data<int32_t>(),
                                    .kv = kv,
-                                   .sm_scale_log2 = args.rule.sm_scale * args.kv.k_scale * kLog2E,
+                                   .rule = MakePromptRule(args.rule, args.kv.k_scale),
                                    .out_scale = args.kv.v_scale,
                                    .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
                                    .out = static_cast<T*>(args.out.ptr)};

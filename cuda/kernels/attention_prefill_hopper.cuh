@@ -28,17 +28,17 @@
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
+#include "common/score_rule.cuh"
 #include "common/shared_barrier.cuh"
 #include "common/softmax_state.cuh"
 #include "common/tensor_copy.cuh"
 #include "common/warpgroup_mma.cuh"
 #include "kernels/attention_run.h"
+#include "kernels/prefill_hopper_task.cuh"
 
 namespace tidal {
 
 inline constexpr int kPrefillGroups = 2;
-inline constexpr int kPrefillRows = kPromptRows;      // of a tile of queries
-inline constexpr int kPrefillTokens = kPromptTokens;  // of a tile of K or V
 static_assert(kPrefillRows == kPrefillGroups * kWarpgroupRows);
 inline constexpr int kPrefillStages = 3;
 inline constexpr int kGroupsThreads = kPrefillGroups * kWarpgroupThreads;
@@ -59,90 +59,9 @@ struct PrefillMaps {
   CUtensorMap v;  // likewise
 };
 
-// What the splits of tiles leave to be merged: for each split of each split tile
-// [D / 8 + 1][kGroupsThreads]. A thread's last is the maxima and sums of its two rows, the others
-// are its part of the unnormalised output.
-struct PrefillParts {
-  float4* values;
-  uint32_t* counters;  // [split tiles]: splits that are written
-};
-
 // Float4s that a split of a tile leaves.
 template <int kHeadDim>
 inline constexpr int kPrefillPart = (kHeadDim / 8 + 1) * kGroupsThreads;
-
-template <typename T>
-struct PrefillHopperParams {
-  const int32_t* q_starts;    // [B + 1]
-  const int32_t* seq_lens;    // [B]
-  const int32_t* page_table;  // [B, max_pages]
-  int max_pages;
-  int num_pages;
-  int page_shift;       // log2(page_size)
-  float sm_scale_log2;  // sm_scale x log2(e), > 0
-  float out_scale;
-  int num_kv_heads;
-  int group_size;
-  int tile_queries;  // of a tile: as many as have all heads in it
-  int row_tiles;     // of a row of the batch and a KV head
-  int num_tiles;
-  PromptSplits splits;
-  PrefillParts parts;
-  T* out;  // [T, Hq, D]
-};
-
-// What a block works on.
-struct PrefillHopperTask {
-  int batch;
-  int kv_head;
-  int first_query;     // of q and out
-  int num_rows;        // 1 to 128: its queries x the heads of a group
-  int first_position;  // of its first query
-  int kv_end;          // tokens that its last query sees
-  // The tiles of K and V that are the block's; none if the tile has fewer splits.
-  int first_tile;
-  int end_tile;
-  int split_tile;  // of those that are split; negative: it is not
-  int split;
-  int num_used;  // splits of the tile that have tokens
-};
-
-// The blocks of a grid in their order: whole tiles, then the first split of all others, the second
-// and so on, so that blocks that read the same tokens run at the same time. Of a KV head the last
-// queries, which see the most tokens, come first.
-template <typename T>
-__device__ __forceinline__ PrefillHopperTask TaskOf(const PrefillHopperParams<T>& params,
-                                                    int block) {
-  const PromptSplits& splits = params.splits;
-  int tile = block, split = 0;
-  if (block >= splits.num_whole) {
-    int num_split = params.num_tiles - splits.num_whole;
-    split = (block - splits.num_whole) / num_split;
-    tile = splits.num_whole + (block - splits.num_whole) % num_split;
-  }
-  int of_batch = tile / params.row_tiles;
-  int first_query = (params.row_tiles - 1 - tile % params.row_tiles) * params.tile_queries;
-  int batch = of_batch / params.num_kv_heads;
-  int q_start = __ldg(params.q_starts + batch);
-  int q_len = __ldg(params.q_starts + batch + 1) - q_start;
-  int num_queries = min(params.tile_queries, q_len - first_query);
-  int first_position = __ldg(params.seq_lens + batch) - q_len + first_query;
-  int kv_end = first_position + num_queries;
-  int num_tiles = (kv_end + kPrefillTokens - 1) / kPrefillTokens;
-  bool is_split = tile >= splits.num_whole;
-  int span = is_split ? splits.span : num_tiles;
-  return {.batch = batch,
-          .kv_head = of_batch % params.num_kv_heads,
-          .first_query = q_start + first_query,
-          .num_rows = num_queries * params.group_size,
-          .first_position = first_position,
-          .kv_end = kv_end,
-          .first_tile = split * span,
-          .end_tile = min((split + 1) * span, num_tiles),
-          .split_tile = tile - splits.num_whole,
-          .split = split,
-          .num_used = is_split ? (num_tiles + span - 1) / span : 1};
-}
 
 // Panels of 64 dims, one after the other: [panel][row][64].
 template <typename T, int kHeadDim>
@@ -274,7 +193,14 @@ class PrefillGroup {
   __device__ __forceinline__ PrefillGroup(Shared& shared, int group,
                                           const PrefillHopperParams<T>& params,
                                           const PrefillHopperTask& task)
-      : shared_(shared), task_(task), group_(group), sm_scale_log2_(params.sm_scale_log2) {
+      : shared_(shared),
+        params_(params),
+        task_(task),
+        group_(group),
+        whole_tiles_(
+            task.first_position + group * kWarpgroupRows / params.group_size,
+            task.first_position + (group * kWarpgroupRows + kWarpgroupRows - 1) / params.group_size,
+            params.rule.window) {
     lane_ = threadIdx.x % kWarpSize;
     int first_row = group * kWarpgroupRows;
     first_row_ = first_row + threadIdx.x % kWarpgroupThreads / kWarpSize * 16;
@@ -283,8 +209,6 @@ class PrefillGroup {
       int row = first_row_ + lane_ / 4 + half * 8;
       position_[half] = task.first_position + row / params.group_size;
     }
-    // The first tile that has a token after the group's first query.
-    first_masked_tile_ = (task.first_position + first_row / params.group_size + 1) / kPrefillTokens;
   }
 
   // Tile i's product with V waits for tile i + 1's scores to be issued. Rows that see none of a
@@ -360,15 +284,16 @@ class PrefillGroup {
 
   // Writes the block's rows of `out`. The way leads through the place of the queries, so that whole
   // rows are written.
-  __device__ __forceinline__ void Store(const PrefillHopperParams<T>& params) {
+  __device__ __forceinline__ void Store() {
     SyncThreads(kGroupBarrier + group_, kWarpgroupThreads);  // all warps are done with the queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = sum_[half];
 #pragma unroll
       for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
-      float scale = sum == 0.0f ? 0.0f : params.out_scale / sum;  // 0: every score was -inf
       int row = first_row_ + half * 8 + lane_ / 4;
+      int head = task_.kv_head * params_.group_size + row % params_.group_size;
+      float scale = params_.out_scale * params_.rule.OutputScale(head, max_[half], sum);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         float low = out_[n * 4 + half * 2] * scale, high = out_[n * 4 + half * 2 + 1] * scale;
@@ -378,8 +303,8 @@ class PrefillGroup {
     }
     __syncwarp();
     constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
-    int chunk = lane_ % kChunks, group_size = params.group_size;
-    int num_q_heads = params.num_kv_heads * group_size;
+    int chunk = lane_ % kChunks, group_size = params_.group_size;
+    int num_q_heads = params_.num_kv_heads * group_size;
     const T* panel = shared_.query + chunk / 8 * Shared::kQueryPanel;
     // Its first query and head; row r is r / group_size queries and r % group_size heads further.
     int64_t first = int64_t{task_.first_query} * num_q_heads + task_.kv_head * group_size;
@@ -388,7 +313,7 @@ class PrefillGroup {
       int row = first_row_ + pass * kRowsPerPass + lane_ / kChunks;
       if (row >= task_.num_rows) break;
       int64_t target = first + row / group_size * num_q_heads + row % group_size;
-      *reinterpret_cast<uint4*>(params.out + target * kHeadDim + chunk * kChunkElements) =
+      *reinterpret_cast<uint4*>(params_.out + target * kHeadDim + chunk * kChunkElements) =
           *reinterpret_cast<const uint4*>(panel + PanelOffset(row, chunk % 8));
     }
   }
@@ -461,21 +386,23 @@ class PrefillGroup {
     if (sum_[0] + sum_[1] < 0.0f) asm volatile("nanosleep.u32 0;\n" ::: "memory");
   }
 
-  // A query sees the tokens up to its own position.
+  // A query sees the tokens up to its own position, and so many of them.
   __device__ __forceinline__ void Mask(int tile, float (&scores)[kScores]) {
     int first_token = tile * kPrefillTokens + lane_ % 4 * 2;  // of this thread's first column
-    int visible[2] = {position_[0] - first_token, position_[1] - first_token};
+    int behind[2] = {position_[0] - first_token, position_[1] - first_token};
+    auto window = static_cast<unsigned>(params_.rule.window);
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      int column = i / 4 * 8 + i % 2;
-      if (column > visible[i % 4 / 2]) scores[i] = NegativeInfinity();
+      auto distance = static_cast<unsigned>(behind[i % 4 / 2] - (i / 4 * 8 + i % 2));
+      if (distance >= window) scores[i] = NegativeInfinity();
     }
   }
 
   // Scores to weights 2^(scale * (score - max)), in place; `rescale`: from the old maximum to the
   // new one, for what was accumulated under the old.
   __device__ __forceinline__ void Softmax(int tile, float (&scores)[kScores], float (&rescale)[2]) {
-    if (tile >= first_masked_tile_) Mask(tile, scores);
+    params_.rule.cap.CapAll(scores);
+    if (tile < whole_tiles_.begin || tile >= whole_tiles_.end) Mask(tile, scores);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float max = max_[half];
@@ -483,14 +410,14 @@ class PrefillGroup {
       for (int i = half * 2; i < kScores; i += 4) max = fmaxf(max, fmaxf(scores[i], scores[i + 1]));
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
-      float scaled_max = FiniteMax(max) * sm_scale_log2_;
-      rescale[half] = FastExp2(max_[half] * sm_scale_log2_ - scaled_max);
+      float scaled_max = FiniteMax(max) * params_.rule.weight_scale;
+      rescale[half] = FastExp2(max_[half] * params_.rule.weight_scale - scaled_max);
       max_[half] = max;
       float sum = 0.0f;
 #pragma unroll
       for (int i = half * 2; i < kScores; i += 4) {
-        scores[i] = FastExp2(scores[i] * sm_scale_log2_ - scaled_max);
-        scores[i + 1] = FastExp2(scores[i + 1] * sm_scale_log2_ - scaled_max);
+        scores[i] = FastExp2(scores[i] * params_.rule.weight_scale - scaled_max);
+        scores[i + 1] = FastExp2(scores[i + 1] * params_.rule.weight_scale - scaled_max);
         sum += scores[i] + scores[i + 1];
       }
       sum_[half] = sum_[half] * rescale[half] + sum;
@@ -531,9 +458,9 @@ class PrefillGroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float max = fmaxf(max_[half], maxima[half]);
-      float scaled_max = FiniteMax(max) * sm_scale_log2_;
-      keep[half] = FastExp2(max_[half] * sm_scale_log2_ - scaled_max);
-      weight[half] = FastExp2(maxima[half] * sm_scale_log2_ - scaled_max);
+      float scaled_max = FiniteMax(max) * params_.rule.weight_scale;
+      keep[half] = FastExp2(max_[half] * params_.rule.weight_scale - scaled_max);
+      weight[half] = FastExp2(maxima[half] * params_.rule.weight_scale - scaled_max);
       max_[half] = max;
       sum_[half] = sum_[half] * keep[half] + sums[half] * weight[half];
     }
@@ -562,13 +489,13 @@ class PrefillGroup {
   }
 
   Shared& shared_;
+  const PrefillHopperParams<T>& params_;
   const PrefillHopperTask& task_;
   int group_;
-  float sm_scale_log2_;
+  WholeTiles whole_tiles_;
   int lane_;
   int first_row_;    // of this warp, in the block
   int position_[2];  // of the queries of this thread's rows
-  int first_masked_tile_;
   float out_[kOutputs] = {};
   uint32_t weights_[kScores / 2] = {};  // of the tile before
   float max_[2] = {NegativeInfinity(), NegativeInfinity()};
@@ -598,7 +525,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     PrefillGroup<T, kHeadDim> group(shared, warpgroup - 1, params, task);
     group.Attend();
     if (task.num_used > 1 && !group.Merge(params.parts, params.splits.num_splits)) return;
-    group.Store(params);
+    group.Store();
   }
 }
 
@@ -645,8 +572,12 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const Attention
   int64_t group_size = args.q.dim(1) / kv.num_kv_heads, tile_queries = kPrefillRows / group_size;
   int64_t row_tiles = CeilDiv(args.max_q_len, tile_queries);
   int64_t num_tiles = row_tiles * kv.num_kv_heads * batch_size;
-  PromptSplits splits = ChoosePromptSplits(
-      scratch.splitting, num_tiles, CeilDiv(args.max_seq_len, kPrefillTokens), scratch.num_sms);
+  // Tiles of tokens that one of queries sees at most: those of a window may begin anywhere.
+  PromptRule rule = MakePromptRule(args.rule, args.kv.k_scale);
+  int64_t most_tiles = std::min(CeilDiv(args.max_seq_len, kPrefillTokens),
+                                CeilDiv(rule.window + tile_queries, kPrefillTokens) + 1);
+  PromptSplits splits =
+      ChoosePromptSplits(scratch.splitting, num_tiles, most_tiles, scratch.num_sms);
   int64_t num_split = num_tiles - splits.num_whole;
   PrefillHopperParams<T> params{
       .q_starts = args.q_starts.data<int32_t>(),
@@ -655,7 +586,7 @@ void RunAttentionPrefillHopper(const AttentionPrefillArgs& args, const Attention
       .max_pages = kv.max_pages,
       .num_pages = static_cast<int>(args.kv.k_pages.dim(0)),
       .page_shift = kv.page_shift,
-      .sm_scale_log2 = args.rule.sm_scale * args.kv.k_scale * kLog2E,
+      .rule = rule,
       .out_scale = args.kv.v_scale,
       .num_kv_heads = kv.num_kv_heads,
       .group_size = static_cast<int>(group_size),

@@ -28,6 +28,14 @@ inline constexpr int kSparseStages = kMerge == SplitMerge::kCluster
                                          ? kMaxClusterSpan / (kDecodeWarps * kCopyTokens<Stored>)
                                          : kDecodeStages<kHeadDim>;
 
+// Blocks that an SM is to have registers for: of a cluster's, more than run at once where there are
+// many find room beside the kernel in front.
+template <typename Stored, int kHeadDim, SplitMerge kMerge>
+inline constexpr int kSparseBlocksPerSm = kMerge == SplitMerge::kLastBlock ? kDecodeBlocksPerSm
+                                          : kHeadDim == 64                 ? 4
+                                          : sizeof(Stored) == 2            ? 3
+                                                                           : kDecodeBlocksPerSm;
+
 template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
 using SparseWarp = DecodeWarp<T, Stored, kHeadDim, kSparseStages<Stored, kHeadDim, kMerge>>;
 
@@ -36,6 +44,7 @@ struct AttentionSparseParams {
   const T* q;  // [B, Hq, D]
   PagedKvView<Stored> kv;
   float sm_scale;
+  SoftCap cap;
   int num_q_heads;
   int group_size;               // query heads of one KV head
   int heads_per_block;          // that share a list: group_size, or 1 if each has its own
@@ -57,7 +66,7 @@ struct AttentionSparseParams {
 // positions. With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4
 // KB at head_dim 64).
 template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
+__global__ void __launch_bounds__(kDecodeThreads, kSparseBlocksPerSm<Stored, kHeadDim, kMerge>)
     AttentionSparseKernel(const AttentionSparseParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   using Warp = SparseWarp<T, Stored, kHeadDim, kMerge>;
@@ -87,7 +96,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
       .kv_head = first_head / params.group_size,
       .seq_len = seq_len,
       .list = is_dense ? nullptr : params.token_idx + set * params.token_budget};
-  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale};
+  DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale,
+                       params.cap};
   int late_row = params.reads == CacheReads::kEarly ? tokens.Row(seq_len - 1) : Warp::kNoRow;
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
@@ -181,6 +191,7 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
       .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
+      .cap = MakeSoftCap(attention.rule, 1.0f),
       .num_q_heads = static_cast<int>(num_q_heads),
       .group_size = group_size,
       .heads_per_block = heads_per_block,
@@ -196,7 +207,9 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, chosen.num_splits, kHeadDim),
       .output = {.out = static_cast<T*>(attention.out.ptr),
                  .lse = nullptr,
-                 .scale = attention.kv.v_scale}};
+                 .scale = attention.kv.v_scale,
+                 .sinks = SinksOf(attention.rule),
+                 .num_q_heads = static_cast<uint32_t>(num_q_heads)}};
 
   int num_split_blocks = chosen.merge == SplitMerge::kCluster
                              ? chosen.num_splits

@@ -3,6 +3,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/float8.cuh"
+#include "common/score_rule.cuh"
 
 namespace tidal {
 namespace {
@@ -15,12 +16,14 @@ struct DecodePagesParams {
   const Float8* v;            // likewise
   const int32_t* page_table;  // [B, max_pages]
   const int32_t* seq_lens;    // [B]
+  const int32_t* q_starts;    // [B + 1]
   T* decoded_k;               // [B * pages_of_row, page_numbers]
   T* decoded_v;               // likewise
   int32_t* decoded_table;     // [B, pages_of_row]
   int64_t page_numbers;       // of K or V, of all heads
   int64_t max_pages;
   int page_size;
+  int window;
 };
 
 // Four codes in a row. Of one that is NaN all are (decode_warp.cuh).
@@ -38,7 +41,11 @@ __global__ void __launch_bounds__(kThreads) DecodePagesKernel(const DecodePagesP
   bool is_v = blockIdx.z == 1;
   int64_t target = int64_t{row} * gridDim.x + page;
   if (threadIdx.x == 0 && !is_v) p.decoded_table[target] = static_cast<int32_t>(target);
-  if (int64_t{page} * p.page_size >= p.seq_lens[row]) return;
+  int seq_len = p.seq_lens[row], first_token = page * p.page_size;
+  // Where the first tile of tokens begins that the first query sees any of.
+  int first_position = seq_len - (p.q_starts[row + 1] - p.q_starts[row]);
+  int begin = max(first_position - p.window + 1, 0) / kPromptTokens * kPromptTokens;
+  if (first_token >= seq_len || first_token + p.page_size <= begin) return;
   int64_t source = p.page_table[row * p.max_pages + page];
   auto from = reinterpret_cast<const uint4*>((is_v ? p.v : p.k) + source * p.page_numbers);
   auto to = reinterpret_cast<uint4*>((is_v ? p.decoded_v : p.decoded_k) + target * p.page_numbers);
@@ -53,8 +60,10 @@ __global__ void __launch_bounds__(kThreads) DecodePagesKernel(const DecodePagesP
 
 }  // namespace
 
-PagedKv LaunchDecodePages(const PagedKv& kv, DType dtype, int64_t pages_of_row, void* memory,
+PagedKv LaunchDecodePages(const AttentionPrefillArgs& args, int64_t pages_of_row, void* memory,
                           cudaStream_t stream) {
+  const PagedKv& kv = args.kv;
+  const DType dtype = args.q.dtype;
   const int64_t num_rows = kv.seq_lens.dim(0), num_pages = num_rows * pages_of_row;
   PagedKv decoded = kv;
   decoded.k_pages.dtype = decoded.v_pages.dtype = dtype;
@@ -70,12 +79,14 @@ PagedKv LaunchDecodePages(const PagedKv& kv, DType dtype, int64_t pages_of_row, 
         .v = kv.v_pages.data<Float8>(),
         .page_table = kv.page_table.data<int32_t>(),
         .seq_lens = kv.seq_lens.data<int32_t>(),
+        .q_starts = args.q_starts.data<int32_t>(),
         .decoded_k = static_cast<T*>(decoded.k_pages.ptr),
         .decoded_v = static_cast<T*>(decoded.v_pages.ptr),
         .decoded_table = decoded.page_table.data<int32_t>(),
         .page_numbers = kv.k_pages.dim(1) * kv.k_pages.dim(2) * kv.k_pages.dim(3),
         .max_pages = kv.page_table.dim(1),
-        .page_size = static_cast<int>(kv.k_pages.dim(2))};
+        .page_size = static_cast<int>(kv.k_pages.dim(2)),
+        .window = PromptWindow(args.rule)};
     dim3 grid(static_cast<unsigned>(pages_of_row), static_cast<unsigned>(num_rows), 2);
     DecodePagesKernel<T><<<grid, kThreads, 0, stream>>>(params);
     TIDAL_LAUNCH_CHECK("decode_pages");

@@ -21,9 +21,11 @@ inline int64_t DecodedRowBytes(int64_t num_tokens, int64_t num_kv_heads, int64_t
   return num_pages * (2 * numbers * DTypeBytes(DType::kFloat16) + DTypeBytes(DType::kInt32));
 }
 
-// Decodes the pages of all rows of `kv`, of which none has more than pages_of_row, into `memory`,
-// aligned to 16. Returns them as a cache of `dtype`, with the scales of `kv`.
-PagedKv LaunchDecodePages(const PagedKv& kv, DType dtype, int64_t pages_of_row, void* memory,
+// Decodes the pages of all rows, of which none has more than pages_of_row, into `memory`, aligned
+// to
+// 16. Returns them as a cache of the queries' dtype, with the scales of the old one. Pages in front
+// of the tile of kPromptTokens in which a row's first window begins are left as they are.
+PagedKv LaunchDecodePages(const AttentionPrefillArgs& args, int64_t pages_of_row, void* memory,
                           cudaStream_t stream);
 
 }  // namespace tidal

@@ -21,6 +21,7 @@ struct ScoreKeysParams {
   const T* q;  // [B, Hq, D]
   PagedKvView<Stored> kv;
   float sm_scale;
+  SoftCap cap;
   int group_size;
   SplitRule splits;
   CacheReads reads;
@@ -59,7 +60,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     return;
   }
 
-  DecodeQuery<T> query{params.q + first_row * kHeadDim, work.num_heads, params.sm_scale};
+  DecodeQuery<T> query{params.q + first_row * kHeadDim, work.num_heads, params.sm_scale,
+                       params.cap};
   ScoreWriter scores(params.scores, first_row, work.num_heads);
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
@@ -89,6 +91,7 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
       .sm_scale = args.rule.sm_scale * args.kv.k_scale,
+      .cap = MakeSoftCap(args.rule, 1.0f),
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .splits = splits,
       .reads = reads,

@@ -16,6 +16,7 @@
 #include "common/merge_splits.cuh"
 #include "common/mma.cuh"
 #include "common/paged_kv.cuh"
+#include "common/score_rule.cuh"
 #include "common/shadow_code.cuh"
 #include "common/split_tokens.cuh"
 
@@ -45,6 +46,7 @@ struct ScoreShadowParams {
   __half* scales;          // [num_pages * Hkv * page_size]
   const float* balance;    // [Hkv, D]
   float sm_scale;
+  SoftCap cap;
   int group_size;
   NewestShadow newest;
   SplitRule splits;
@@ -138,13 +140,14 @@ class ShadowWarp {
         product += query.codes[i % 2 * (kHeadDim / 2) + (dim + i) / 2] * code;
       }
       product = __reduce_add_sync(kFullWarp, product) - kShadowCodeBias * query.sum;
-      float score = ScoreOf(product, __half2float(key.scale), query.factor);
+      float score[1] = {ScoreOf(product, __half2float(key.scale), query.factor)};
+      params_.cap.CapAll(score);
       if (lane_ == 0) {
-        scores_[head * params_.scores.row_length + position] = __float2half_rn(score);
+        scores_[head * params_.scores.row_length + position] = __float2half_rn(score[0]);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (lane_ * 2 + i == head) CountIn(i, {score});
+        if (lane_ * 2 + i == head) CountIn(i, score);
       }
     }
   }
@@ -217,7 +220,7 @@ class ShadowWarp {
     }
   }
 
-  // In the order of the CPU's roundings.
+  // In the order of the CPU's roundings; before a soft cap.
   __device__ __forceinline__ static float ScoreOf(int product, float scale, float factor) {
     return __fmul_rn(static_cast<float>(product), __fmul_rn(scale, factor));
   }
@@ -245,6 +248,7 @@ class ShadowWarp {
         scores[i][2 * pair + 1] = ScoreOf(products[2 + i], scales[pair].y, factor_[i]);
       }
     }
+    params_.cap.CapAll(scores);
     if (!is_whole) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
@@ -367,6 +371,7 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
       .scales = static_cast<__half*>(args.shadow.scales.ptr),
       .balance = args.shadow.balance.data<float>(),
       .sm_scale = args.rule.sm_scale,
+      .cap = MakeSoftCap(args.rule, 1.0f),
       .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
       .newest = newest,
       .splits = splits,

@@ -14,6 +14,7 @@ namespace tidal::test {
 namespace {
 
 constexpr int32_t kLongest = 800;
+constexpr int32_t kLongContext = 9000;
 
 struct RuleCase {
   std::string name;
@@ -43,9 +44,8 @@ class OpAttentionRule : public AttentionTest {
   void SetUp() override {
     AttentionTest::SetUp();
     if (IsSkipped()) return;
-    if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
     StepLimits limits = Limits();
-    limits.max_seq_len = kLongest;
+    limits.max_seq_len = kLongContext;
     Open(GetParam().on, limits);
   }
 
@@ -67,11 +67,12 @@ class OpAttentionRule : public AttentionTest {
 
   // Chunks of q_lens[b] queries at the end of sequences of seq_lens[b] tokens; whether a decode
   // step asks.
-  void ExpectMatch(const Ints& seq_lens, const Ints& q_lens, bool decodes) {
+  void ExpectMatch(const Ints& seq_lens, const Ints& q_lens, bool decodes,
+                   const std::vector<RuleCase>& rules = Rules()) {
     const auto sequences = RandomSequences(random_, shape(), seq_lens, kv_dtype());
     const int64_t tokens = std::accumulate(q_lens.begin(), q_lens.end(), int64_t{0});
     const Values q = random_.Normal(tokens * q_size(), act(), 3.0);
-    for (const RuleCase& rule : Rules()) {
+    for (const RuleCase& rule : rules) {
       SCOPED_TRACE(rule.name);
       ExpectRule(rule, sequences, q, q_lens, decodes);
     }
@@ -129,15 +130,25 @@ class OpAttentionRule : public AttentionTest {
 };
 
 TEST_P(OpAttentionRule, DecodeMatchesReference) {
-  ExpectMatch({1, 64, 130, kLongest}, {1, 1, 1, 1}, true);
+  ExpectMatch({1, 64, 0, 130, kLongest}, {1, 1, 1, 1, 1}, true);
 }
 
 TEST_P(OpAttentionRule, PromptsMatchReference) {
-  ExpectMatch({40, 345, kLongest}, {40, 70, 35}, false);
+  ExpectMatch({40, 0, 345, kLongest}, {40, 0, 70, 35}, false);
 }
 
 TEST_P(OpAttentionRule, AFewQueriesMatchReference) {
-  ExpectMatch({3, 40, 775}, {3, 1, 9}, false);
+  ExpectMatch({3, 40, 0, 775}, {3, 1, 0, 9}, false);
+}
+
+// Tokens are split among processors, and so are those of a window.
+TEST_P(OpAttentionRule, WindowsBehindLongContextsMatchReference) {
+  const std::vector<RuleCase> rules = {{"a window of few tokens", 0.0, 1000, 0.0},
+                                       {"a window of many, and the others", 4.0, 4500, 5.0}};
+  const Ints seq_lens = {kLongContext, 6001};
+  ExpectMatch(seq_lens, {1, 1}, true, rules);
+  ExpectMatch(seq_lens, {5, 17}, false, rules);
+  ExpectMatch(seq_lens, {70, 40}, false, rules);
 }
 
 // So on the CPU a pass over drafts draws what decode steps would, wherever a window begins.
@@ -238,8 +249,15 @@ TEST_P(OpAttentionRule, ChoosingAndChosenMatchReference) {
   }
 }
 
+std::vector<HeadShape> RuleShapes() {
+  std::vector<HeadShape> shapes = FewHeadShapes();
+  shapes.insert(shapes.end(),
+                {{"group3_d64_page32", 6, 2, 64, 32}, {"group8_d128_page256", 8, 1, 128, 256}});
+  return shapes;
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionRule,
-                         ::testing::ValuesIn(Cases(AllCaches(), FewHeadShapes(), OddHeadShapes())),
+                         ::testing::ValuesIn(Cases(AllCaches(), RuleShapes(), OddHeadShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 
 }  // namespace

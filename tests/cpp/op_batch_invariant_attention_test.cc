@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "paged_cache.h"
+#include "tidal/error.h"
 
 namespace tidal::test {
 namespace {
@@ -24,6 +25,28 @@ class OpBatchInvariantAttention : public AttentionTest {
     Open(GetParam().on, limits, {.device = {}, .batch_invariant = true});
     const auto sequences = RandomSequences(random_, shape(), seq_lens_, kv_dtype());
     kv_ = PutCache(sequences, shape().page_size);
+    rule_ = {.sm_scale = static_cast<float>(sm_scale())};
+  }
+
+  // Caps scores and has sinks.
+  void CapScores() {
+    const int64_t heads = shape().num_q_heads;
+    rule_.softcap = 4.0f;
+    rule_.sinks = Put(random_.Normal(heads, DType::kFloat32, 4.0), DType::kFloat32, {heads});
+  }
+
+  // With all kinds of rules. On a device of 132 processors and with 8 KV heads the begin of the
+  // longest window, and the length of splits, change among the queries of one check.
+  void ForEachRule(const std::function<void()>& test) {
+    for (int64_t window : {0, 1, 262, 8195}) {
+      SCOPED_TRACE(Concat("window ", window));
+      rule_.window = window;
+      test();
+    }
+    SCOPED_TRACE("a window, a cap and sinks");
+    rule_.window = 262;
+    CapScores();
+    test();
   }
 
   TensorView RandomQ(int64_t count) {
@@ -36,7 +59,7 @@ class OpBatchInvariantAttention : public AttentionTest {
   }
 
   AttentionArgs Args(const TensorView& q, const PagedKv& kv, const TensorView& out) const {
-    return {.q = q, .kv = kv, .rule = {.sm_scale = static_cast<float>(sm_scale())}, .out = out};
+    return {.q = q, .kv = kv, .rule = rule_, .out = out};
   }
 
   int64_t num_rows() const { return static_cast<int64_t>(seq_lens_.size()); }
@@ -63,6 +86,38 @@ class OpBatchInvariantAttention : public AttentionTest {
     }
   }
 
+  // The last `count` tokens of all rows in one call, one fewer of the last row: each as a decode
+  // step has it.
+  void ExpectCheckEqualsSteps(int64_t count) {
+    Ints q_starts = {0};
+    for (int64_t row = 0; row < num_rows(); ++row) {
+      const int64_t queries = row + 1 == num_rows() ? std::max<int64_t>(count - 1, 1) : count;
+      q_starts.push_back(q_starts.back() + static_cast<int32_t>(queries));
+    }
+    const TensorView q = RandomQ(q_starts.back()), out = OutputLike(q), alone = OutputLike(q);
+    backend().RunStep(NewStep(), [&] {
+      backend().AttentionPrefill({.q = q,
+                                  .q_starts = PutInts(q_starts, {num_rows() + 1}),
+                                  .kv = kv_,
+                                  .rule = rule_,
+                                  .out = out,
+                                  .max_q_len = count,
+                                  .max_seq_len = 8512});
+    });
+    for (int64_t row = 0; row < num_rows(); ++row) {
+      for (int32_t query = q_starts[row]; query < q_starts[row + 1]; ++query) {
+        PagedKv kv = RowsOf(row, 1);
+        kv.seq_lens = PutInts({seq_lens_[row] - (q_starts[row + 1] - 1 - query)}, {1});
+        backend().RunStep(NewStep(), [&] {
+          backend().AttentionFull(Args(q.Rows(query, 1), kv, alone.Rows(query, 1)));
+        });
+        ASSERT_TRUE(SameBits(GetBytes(out.Rows(query, 1)), GetBytes(alone.Rows(query, 1)),
+                             DTypeBytes(act())))
+            << "row " << row << ", query " << query - q_starts[row];
+      }
+    }
+  }
+
   PagedKv RowsOf(int64_t first, int64_t count) const {
     PagedKv kv = kv_;
     kv.page_table = kv.page_table.Rows(first, count);
@@ -73,21 +128,25 @@ class OpBatchInvariantAttention : public AttentionTest {
   Random random_{5};
   Ints seq_lens_;
   PagedKv kv_;
+  AttentionRule rule_;
 };
 
 TEST_P(OpBatchInvariantAttention, Full) {
   Prepare(Lengths());
   const TensorView q = RandomQ(num_rows()), out = OutputLike(q);
-  ExpectSame(
-      [&](int64_t first, int64_t count) {
-        backend().AttentionFull(
-            Args(q.Rows(first, count), RowsOf(first, count), out.Rows(first, count)));
-      },
-      out);
+  ForEachRule([&] {
+    ExpectSame(
+        [&](int64_t first, int64_t count) {
+          backend().AttentionFull(
+              Args(q.Rows(first, count), RowsOf(first, count), out.Rows(first, count)));
+        },
+        out);
+  });
 }
 
 TEST_P(OpBatchInvariantAttention, SelectAndScores) {
   Prepare(Lengths());
+  CapScores();
   const int64_t heads = shape().num_q_heads;
   const TensorView q = RandomQ(num_rows()), out = OutputLike(q);
   const TensorView scores = Output(DType::kFloat32, {num_rows(), heads, 8512});
@@ -103,7 +162,7 @@ TEST_P(OpBatchInvariantAttention, SelectAndScores) {
     backend().ScoreKeys({.q = q.Rows(first, count),
                          .kv = RowsOf(first, count),
                          .shadow = {},
-                         .rule = {.sm_scale = static_cast<float>(sm_scale())},
+                         .rule = rule_,
                          .scores = scores.Rows(first, count),
                          .lse = lse_alone.Rows(first, count)});
   };
@@ -117,6 +176,7 @@ TEST_P(OpBatchInvariantAttention, SparseAndItsDenseRows) {
   for (Granularity granularity : {Granularity::kLayer, Granularity::kKvHead, Granularity::kHead}) {
     SCOPED_TRACE(static_cast<int>(granularity));
     Prepare(Lengths(), granularity);
+    CapScores();
     const int64_t num_sets = NumSets(granularity, shape().num_q_heads, shape().num_kv_heads);
     Ints token_idx, num_selected;
     for (int32_t n : seq_lens_) {
@@ -158,37 +218,12 @@ TEST_P(OpBatchInvariantAttention, FewQueriesEqualDecodeSteps) {
   Prepare({8460, 300, 80, 8448, 2049});
   std::vector<int64_t> counts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 17};
   if (!on().is_cpu()) counts.insert(counts.end(), {33, 65});
-  for (int64_t count : counts) {
-    SCOPED_TRACE(count);
-    // Rows of different numbers of queries; the last has one fewer than the others.
-    Ints q_starts = {0};
-    for (int64_t row = 0; row < num_rows(); ++row) {
-      const int64_t queries = row + 1 == num_rows() ? std::max<int64_t>(count - 1, 1) : count;
-      q_starts.push_back(q_starts.back() + static_cast<int32_t>(queries));
+  ForEachRule([&] {
+    for (int64_t count : counts) {
+      SCOPED_TRACE(count);
+      ExpectCheckEqualsSteps(count);
     }
-    const TensorView q = RandomQ(q_starts.back()), out = OutputLike(q), alone = OutputLike(q);
-    backend().RunStep(NewStep(), [&] {
-      backend().AttentionPrefill({.q = q,
-                                  .q_starts = PutInts(q_starts, {num_rows() + 1}),
-                                  .kv = kv_,
-                                  .rule = {.sm_scale = static_cast<float>(sm_scale())},
-                                  .out = out,
-                                  .max_q_len = count,
-                                  .max_seq_len = 8512});
-    });
-    for (int64_t row = 0; row < num_rows(); ++row) {
-      for (int32_t query = q_starts[row]; query < q_starts[row + 1]; ++query) {
-        PagedKv kv = RowsOf(row, 1);
-        kv.seq_lens = PutInts({seq_lens_[row] - (q_starts[row + 1] - 1 - query)}, {1});
-        backend().RunStep(NewStep(), [&] {
-          backend().AttentionFull(Args(q.Rows(query, 1), kv, alone.Rows(query, 1)));
-        });
-        ASSERT_TRUE(SameBits(GetBytes(out.Rows(query, 1)), GetBytes(alone.Rows(query, 1)),
-                             DTypeBytes(act())))
-            << "row " << row << ", query " << query - q_starts[row];
-      }
-    }
-  }
+  });
 }
 
 // Outside steps, where prompts are read: chunks of any length, beside others or alone. As usual
@@ -204,21 +239,23 @@ TEST_P(OpBatchInvariantAttention, PromptsInAnyChunks) {
     backend().AttentionPrefill({.q = q.Rows(first, count),
                                 .q_starts = PutInts({0, count}, {2}),
                                 .kv = kv,
-                                .rule = {.sm_scale = static_cast<float>(sm_scale())},
+                                .rule = rule_,
                                 .out = out.Rows(first, count),
                                 .max_q_len = count,
                                 .max_seq_len = kBehind + first + count});
   };
-  attend(0, kTokens, whole);
-  const Bytes want = GetBytes(whole);
-  for (int32_t chunk : {5, 33, 64, 200, 500}) {
-    SCOPED_TRACE(chunk);
-    const TensorView out = OutputLike(q);
-    for (int32_t first = 0; first < kTokens; first += chunk) {
-      attend(first, std::min(chunk, kTokens - first), out);
+  ForEachRule([&] {
+    attend(0, kTokens, whole);
+    const Bytes want = GetBytes(whole);
+    for (int32_t chunk : {5, 33, 64, 200, 500}) {
+      SCOPED_TRACE(chunk);
+      const TensorView out = OutputLike(q);
+      for (int32_t first = 0; first < kTokens; first += chunk) {
+        attend(first, std::min(chunk, kTokens - first), out);
+      }
+      EXPECT_TRUE(SameBits(GetBytes(out), want, DTypeBytes(act())));
     }
-    EXPECT_TRUE(SameBits(GetBytes(out), want, DTypeBytes(act())));
-  }
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpBatchInvariantAttention,

@@ -188,14 +188,16 @@ TEST_P(OpShadow, HasTheBitsOfTheRule) {
 
 TEST_P(OpShadow, TheNewestTokenIsAppendedAndScoredInOne) {
   const PagedKv kv = PutCache(sequences_, shape().page_size);
-  const ScoreKeysArgs apart = ScoreArgs(kv, FullShadow(kv));
+  ScoreKeysArgs apart = ScoreArgs(kv, FullShadow(kv));
+  apart.rule.softcap = 0.7f;
   backend().ScoreKeys(apart);
   Ints newest, seq_idx;
   for (int64_t b = 0; b < rows(); ++b) {
     newest.push_back(seq_lens_[b] - 1);
     seq_idx.push_back(static_cast<int32_t>(b));
   }
-  const ScoreKeysArgs both = ScoreArgs(kv, FullShadow(kv, 1));
+  ScoreKeysArgs both = ScoreArgs(kv, FullShadow(kv, 1));
+  both.rule = apart.rule;
   backend().AppendShadowScoreKeys({.append = {.kv = kv,
                                               .positions = PutInts(newest, {rows()}),
                                               .seq_idx = PutInts(seq_idx, {rows()}),
@@ -205,6 +207,28 @@ TEST_P(OpShadow, TheNewestTokenIsAppendedAndScoredInOne) {
   EXPECT_EQ(GetBytes(both.shadow.scales), GetBytes(apart.shadow.scales));
   EXPECT_TRUE(SameBits(GetBytes(both.scores), GetBytes(apart.scores), DTypeBytes(score_dtype())));
   EXPECT_TRUE(Close(Get(both.lse), Get(apart.lse), {.abs = 1e-5, .rel = 1e-6}));
+}
+
+TEST_P(OpShadow, ScoresAreCapped) {
+  constexpr double kCap = 0.7;
+  const PagedKv kv = PutCache(sequences_, shape().page_size);
+  const ShadowKeys shadow = FullShadow(kv);
+  const ScoreKeysArgs plain = ScoreArgs(kv, shadow);
+  ScoreKeysArgs capped = ScoreArgs(kv, shadow);
+  capped.rule.softcap = static_cast<float>(kCap);
+  backend().ScoreKeys(plain);
+  backend().ScoreKeys(capped);
+  Values want = Get(plain.scores), got = Get(capped.scores), want_lse;
+  for (double& score : want) score = kCap * std::tanh(score / kCap);
+  const double rounding = score_dtype() == DType::kFloat16 ? 1e-3 : 1e-5;
+  EXPECT_TRUE(Close(got, want, {.abs = rounding, .rel = rounding}));
+  for (int64_t row = 0; row < rows() * shape().num_q_heads; ++row) {
+    const auto first = want.begin() + row * kMaxLen;
+    want_lse.push_back(
+        std::log(std::accumulate(first, first + seq_lens_[row / shape().num_q_heads], 0.0,
+                                 [](double sum, double score) { return sum + std::exp(score); })));
+  }
+  EXPECT_TRUE(Close(Get(capped.lse), want_lse, {.abs = rounding, .rel = rounding}));
 }
 
 TEST_P(OpShadow, ScoresAreThoseOfTheCodesToTheQuerysRounding) {
