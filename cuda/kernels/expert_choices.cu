@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kSelectWarps = 8;
 constexpr int kOrderThreads = 1024;
+constexpr int64_t kLeastOrderThreads = 128;
 constexpr int64_t kMaxTokensAtOnce = kOrderThreads / kWarpSize;  // a warp each
 constexpr int kAddThreads = 128;
 constexpr int kAddVec = 4;
@@ -125,18 +126,18 @@ __global__ void SelectExpertsKernel(const SelectParams p) {
   if (token < p.num_tokens) SelectOf(p, token, static_cast<int>(threadIdx.x % kWarpSize));
 }
 
-// By one block of kOrderThreads. counts [E], shared.
+// By one block. counts [E], shared.
 __device__ void OrderChoices(const int32_t* expert_ids, int num_choices, int num_experts,
                              const ExpertOrder& out, int* counts) {
   __shared__ unsigned long long warp_sums[kMaxWarps];
-  int thread = static_cast<int>(threadIdx.x);
-  for (int e = thread; e < num_experts; e += kOrderThreads) counts[e] = 0;
+  int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  for (int e = thread; e < num_experts; e += num_threads) counts[e] = 0;
   __syncthreads();
-  for (int i = thread; i < num_choices; i += kOrderThreads) atomicAdd(counts + expert_ids[i], 1);
+  for (int i = thread; i < num_choices; i += num_threads) atomicAdd(counts + expert_ids[i], 1);
   __syncthreads();
   // Choices before an expert's in the lower half of a number, tiles in the upper.
   unsigned long long before = 0;
-  for (int first = 0; first < num_experts; first += kOrderThreads) {
+  for (int first = 0; first < num_experts; first += num_threads) {
     int e = first + thread;
     int count = e < num_experts ? counts[e] : 0;
     int tiles = (count + out.tile_choices - 1) / out.tile_choices;
@@ -155,7 +156,7 @@ __device__ void OrderChoices(const int32_t* expert_ids, int num_choices, int num
   }
   if (thread == 0) *out.num_tiles = static_cast<int>(before >> 32);
   __syncthreads();
-  for (int i = thread; i < num_choices; i += kOrderThreads) {
+  for (int i = thread; i < num_choices; i += num_threads) {
     out.order[atomicAdd(counts + expert_ids[i], 1)] = i;
   }
 }
@@ -215,9 +216,9 @@ SelectParams MakeParams(const SelectExpertsArgs& args) {
           .normalized = args.normalized};
 }
 
-LaunchShape OneBlock(int64_t num_experts) {
+LaunchShape OneBlock(int64_t num_threads, int64_t num_experts) {
   return {.grid = 1,
-          .block = kOrderThreads,
+          .block = static_cast<unsigned>(num_threads),
           .shared_bytes = static_cast<size_t>(num_experts) * sizeof(int)};
 }
 
@@ -257,8 +258,8 @@ void LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stream) {
 
 void LaunchOrderChoices(const TensorView& expert_ids, int64_t num_experts, const ExpertOrder& order,
                         cudaStream_t stream) {
-  LaunchOverlapped("expert_linear", OrderChoicesKernel, OneBlock(num_experts), stream,
-                   expert_ids.data<int32_t>(), static_cast<int>(expert_ids.numel()),
+  LaunchOverlapped("expert_linear", OrderChoicesKernel, OneBlock(kOrderThreads, num_experts),
+                   stream, expert_ids.data<int32_t>(), static_cast<int>(expert_ids.numel()),
                    static_cast<int>(num_experts), order);
 }
 
@@ -268,8 +269,9 @@ bool OrdersAtOnce(const SelectExpertsArgs& args) {
 
 void LaunchSelectAndOrder(const SelectExpertsArgs& args, const ExpertOrder& order,
                           cudaStream_t stream) {
-  LaunchOverlapped("select_experts", SelectAndOrderKernel, OneBlock(args.logits.dim(1)), stream,
-                   MakeParams(args), order);
+  const int64_t num_threads = std::max(kLeastOrderThreads, args.logits.dim(0) * kWarpSize);
+  LaunchOverlapped("select_experts", SelectAndOrderKernel,
+                   OneBlock(num_threads, args.logits.dim(1)), stream, MakeParams(args), order);
 }
 
 void LaunchAddExperts(const AddExpertsArgs& args, cudaStream_t stream) {

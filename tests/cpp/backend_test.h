@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -75,7 +76,8 @@ class BackendFixture : public ::testing::Test {
   void Open(const BackendCase& on, const StepLimits& limits, BackendOptions options = {});
 
   Backend& backend() { return *backend_; }
-  DType act() const { return act_; }
+  // Known once a backend is open.
+  DType act() const { return backend_ ? act_ : throw std::logic_error("act: nothing is open"); }
   const BackendCase& on() const { return on_; }
   // A step that was never recorded.
   StepKey NewStep() { return {.batch_size = ++num_steps_}; }

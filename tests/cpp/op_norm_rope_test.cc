@@ -255,6 +255,11 @@ class OpRopeAppendKv : public AttentionTest {
     return args;
   }
 
+  void OpenWithNorms() {
+    StepLimits limits = Limits();
+    limits.model.qk_norm = true;
+    Open(GetParam().on, limits);
+  }
   void RunAndCheck(const Inputs& in);
   void CheckPages(const Inputs& in, const Values& heads, const Bytes& before,
                   const TensorView& pages);
@@ -288,9 +293,6 @@ void OpRopeAppendKv::CheckPages(const Inputs& in, const Values& heads, const Byt
 }
 
 void OpRopeAppendKv::RunAndCheck(const Inputs& in) {
-  StepLimits limits = Limits();
-  limits.model.qk_norm = !in.q_norm.empty();
-  Open(GetParam().on, limits);
   const auto [name, num_q_heads, num_kv_heads, dim, page_size] = shape();
   const int64_t rows = static_cast<int64_t>(in.positions.size());
   const Shape pages_shape = {kNumPages, num_kv_heads, page_size, dim};
@@ -333,18 +335,22 @@ void OpRopeAppendKv::RunAndCheck(const Inputs& in) {
 }
 
 TEST_P(OpRopeAppendKv, RotatesAppendsAndTouchesNothingElse) {
+  Open(GetParam().on, Limits());
   RunAndCheck(MakeInputs(Norms::kNone));
 }
 
 TEST_P(OpRopeAppendKv, NormalisesHeadsFirst) {
+  OpenWithNorms();
   RunAndCheck(MakeInputs(Norms::kOfEachHead));
 }
 
 TEST_P(OpRopeAppendKv, NormalisesAllHeadsTogetherFirst) {
+  OpenWithNorms();
   RunAndCheck(MakeInputs(Norms::kOfAllHeads));
 }
 
 TEST_P(OpRopeAppendKv, QueriesMayHaveARotationOfTheirOwn) {
+  Open(GetParam().on, Limits());
   Inputs in = MakeInputs(Norms::kNone);
   for (double& value : in.q_cos_sin) value *= 2.0;
   RunAndCheck(in);
