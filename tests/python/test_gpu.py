@@ -144,6 +144,7 @@ class TestDense:
         dataclasses.replace(BASE, family="smollm3", num_layers=4),
         dataclasses.replace(BASE, family="seed_oss"),
         dataclasses.replace(BASE, family="glm4"),
+        dataclasses.replace(BASE, family="glm4", num_q_heads=32, num_kv_heads=2),
         dataclasses.replace(
             BASE, family="phi3", rope="longrope", rope_extra={"partial_rotary_factor": 0.75}
         ),
