@@ -15,6 +15,20 @@
 
 namespace tidal {
 
+// The query heads of one of the blocks for all KV heads.
+struct BlockHeads {
+  int kv_head;
+  int first;
+  int count;
+
+  __device__ __forceinline__ BlockHeads(const HeadParts& parts, int block)
+      : kv_head(parts.count == 1 ? block : block / parts.count) {
+    int of_group = (block - kv_head * parts.count) * parts.heads;
+    first = kv_head * parts.group_size + of_group;
+    count = min(parts.heads, parts.group_size - of_group);
+  }
+};
+
 // Tokens of a split: whole units, as even as these allow, but no fewer than the least, since a
 // split that is not needed costs a merge. num_tokens <= kMaxAttendedTokens.
 __host__ __device__ __forceinline__ int SpanLength(int num_tokens, const SplitRule& rule) {

@@ -9,15 +9,32 @@
 
 namespace tidal {
 
-inline constexpr int kMaxGroupSize = 8;  // query heads of one KV head: the N of one mma.m16n8k16
+inline constexpr int kMaxGroupSize = 16;  // query heads of one KV head
+// Query heads of a block of a decode kernel, all of one KV head: the N of one mma.m16n8k16.
+inline constexpr int kBlockHeads = 8;
+
+// How a KV head's query heads are dealt to blocks: as evenly as may be to the fewest that have
+// room. Where these are several, they find the same lines of the cache in the L2.
+struct HeadParts {
+  int group_size;
+  int count;  // blocks
+  int heads;  // of each block, but of the last maybe fewer
+};
+
+inline HeadParts PartsOfGroup(int64_t num_q_heads, int64_t num_kv_heads) {
+  int group_size = static_cast<int>(num_q_heads / num_kv_heads);
+  int count = (group_size + kBlockHeads - 1) / kBlockHeads;
+  return {.group_size = group_size, .count = count, .heads = (group_size + count - 1) / count};
+}
 
 // attention_few_queries: queries of a row, query heads of a block, and blocks that a row's queries
-// take for one KV head and split (at a group of 8, two queries each).
+// take for one KV head and split (at a group of 8, two queries each). Larger groups take up to
+// twice as many, but where there are splits they are half as many (ChooseSplits).
 inline constexpr int kMaxFewQueries = 32;
 inline constexpr int kFewQueriesColumns = 16;
 // Two more than the queries fill: those of two lengths of split do not share a block, nor those
 // whose windows begin in different places.
-inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kMaxGroupSize / kFewQueriesColumns + 2;
+inline constexpr int kMaxBlocksOfRow = kMaxFewQueries * kBlockHeads / kFewQueriesColumns + 2;
 
 inline constexpr int kDecodeWarps = 4;      // of a block of a decode kernel
 inline constexpr int kDecodeWarpTile = 16;  // tokens one warp takes at a time: the M of one mma
@@ -65,18 +82,19 @@ enum class Splitting { kByBatch, kByRow };
 // Tokens of a split that is worth its merge even where other rows fill the device.
 inline constexpr int kRowSpan = 4 * kDecodeTile;
 
-// For attention to all tokens of a row. kByRow: the lengths of splits are whole tiles of a block,
-// so that rows whose lengths differ little have the same, and few queries of a row can share one.
-inline SplitRule ChooseSplits(Splitting splitting, int64_t batch_size, int64_t num_kv_heads,
+// For attention to all tokens of a row, by `num_blocks` blocks for each split. kByRow: the lengths
+// of splits are whole tiles of a block, so that rows whose lengths differ little have the same, and
+// few queries of a row can share one.
+inline SplitRule ChooseSplits(Splitting splitting, int64_t batch_size, int64_t num_blocks,
                               int num_sms) {
   // Not bounded by the table's capacity, which page_size rounds: it must not change results.
   constexpr int64_t kAnyLength = INT32_MAX;
   if (splitting == Splitting::kByRow) {
-    return {.num_splits = ChooseNumSplits(num_kv_heads, num_sms, kAnyLength),
+    return {.num_splits = ChooseNumSplits(num_blocks, num_sms, kAnyLength),
             .unit = kDecodeTile,
             .least = kRowSpan};
   }
-  return EvenSplits(ChooseNumSplits(batch_size * num_kv_heads, num_sms, kAnyLength));
+  return EvenSplits(ChooseNumSplits(batch_size * num_blocks, num_sms, kAnyLength));
 }
 
 // Blocks for the splits of each of num_rows (batch row, head) pairs. kByRow, where there may be

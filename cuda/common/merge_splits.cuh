@@ -325,8 +325,8 @@ __device__ __forceinline__ void MergeInCluster(const BlockWork& work,
     StoreAlone(work, output, block_result);
     return;
   }
-  __shared__ LaneDims<kHeadDim> outs[kMaxGroupSize][kWarpSize];
-  __shared__ float2 states[kMaxGroupSize];
+  __shared__ LaneDims<kHeadDim> outs[kBlockHeads][kWarpSize];
+  __shared__ float2 states[kBlockHeads];
   int lane = threadIdx.x % kWarpSize;
   ForEachHead(work.num_heads, 0, 1, [&](int head) {
     HeadResult<kHeadDim> result = block_result(head);

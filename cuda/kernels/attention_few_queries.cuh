@@ -39,7 +39,7 @@ struct AttentionFewQueriesParams {
 
 template <typename T, typename Stored, int kHeadDim>
 using FewQueriesWarp =
-    DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kMaxGroupSize>;
+    DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim>, kFewQueriesColumns / kBlockHeads>;
 
 // What a block has of a row's queries in this launch, and the splits of their tokens.
 struct QueryShare {
@@ -178,6 +178,8 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
   const bool by_row = scratch.splitting == Splitting::kByRow;
   PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
   int64_t group_size = num_q_heads / kv.num_kv_heads;
+  // As many splits as decode attention makes.
+  int64_t head_blocks = kv.num_kv_heads * PartsOfGroup(num_q_heads, kv.num_kv_heads).count;
   int64_t queries_per_block = kFewQueriesColumns / group_size;
   AttentionFewQueriesParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
@@ -192,7 +194,7 @@ void RunAttentionFewQueries(const AttentionPrefillArgs& args, const AttentionScr
       .first_batch = 0,
       .first_query = 0,
       .max_queries = 0,
-      .splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms),
+      .splits = ChooseSplits(scratch.splitting, batch_size, head_blocks, scratch.num_sms),
       .splitting = scratch.splitting,
       .partials = {},
       .output = {.out = static_cast<T*>(args.out.ptr),

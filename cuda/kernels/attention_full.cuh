@@ -22,7 +22,7 @@ struct AttentionFullParams {
   float sm_scale;
   SoftCap cap;
   DecodeWindow window;
-  int group_size;
+  HeadParts parts;
   SplitRule splits;
   CacheReads reads;
   PartialResults partials;
@@ -30,26 +30,28 @@ struct AttentionFullParams {
   ScoreRows scores;  // with kStore, of positions < seq_len
 };
 
-// grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
-// tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
-// 24 KB a warp.
+// grid (NumSplitBlocks, HeadParts of all KV heads, batch_size), 4 warps: a block takes splits of
+// one row's tokens for the query heads of one KV head, or a part of them; a warp takes every fourth
+// tile of 16 tokens. Shared: 24 KB a warp.
 template <typename T, typename Stored, int kHeadDim, ScoreOutput kScores>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionFullKernel(const AttentionFullParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   using Warp = DecodeWarp<T, Stored, kHeadDim>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
-  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int batch = blockIdx.z;
+  BlockHeads heads(params.parts, blockIdx.y);
+  int64_t first_row = int64_t{batch} * params.output.num_q_heads + heads.first;
   int seq_len = __ldcg(params.kv.seq_lens + batch);
   int begin = params.window.Begin(seq_len);
   RowSplits splits(seq_len - begin, params.window.SpanLengthFor(seq_len, params.splits));
-  BlockWork work{.first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size,
-                 .first_partial = int64_t{batch} * num_q_heads + kv_head * params.group_size,
-                 .num_heads = params.group_size,
+  BlockWork work{.first_row = first_row,
+                 .first_partial = first_row,
+                 .num_heads = heads.count,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
-                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+                 .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
   if (work.split >= work.num_used) {
     EndUnusedSplit<HeadResult<kHeadDim>>(work, params.output);
     return;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
 
   AttendedTokens<Stored> tokens{.kv = params.kv,
                                 .batch = batch,
-                                .kv_head = kv_head,
+                                .kv_head = heads.kv_head,
                                 .seq_len = seq_len,
                                 .begin = begin,
                                 .first = params.window.First(seq_len)};
@@ -88,14 +90,16 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
   PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, attention.kv);
-  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
+  HeadParts parts = PartsOfGroup(num_q_heads, kv.num_kv_heads);
+  int head_blocks = kv.num_kv_heads * parts.count;
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, head_blocks, scratch.num_sms);
   AttentionFullParams<T, Stored> params{
       .q = static_cast<const T*>(attention.q.ptr),
       .kv = kv,
       .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
       .cap = MakeSoftCap(attention.rule, 1.0f),
       .window = ChooseWindow(scratch.splitting, attention.rule),
-      .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .parts = parts,
       .splits = splits,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
@@ -111,9 +115,9 @@ void RunAttentionFull(const AttentionSelectArgs& args, const AttentionScratch& s
   using Warp = DecodeWarp<T, Stored, kHeadDim>;
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         Warp::kSharedBytes));
-  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
-                                  batch_size * kv.num_kv_heads, scratch.num_sms);
-  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits, batch_size * head_blocks,
+                                  scratch.num_sms);
+  dim3 grid(num_blocks, head_blocks, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, kernel,
                    {.grid = grid, .block = kDecodeThreads, .shared_bytes = Warp::kSharedBytes},
                    stream, params);

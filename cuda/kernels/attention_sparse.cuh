@@ -46,8 +46,7 @@ struct AttentionSparseParams {
   float sm_scale;
   SoftCap cap;
   int num_q_heads;
-  int group_size;               // query heads of one KV head
-  int heads_per_block;          // that share a list: group_size, or 1 if each has its own
+  HeadParts parts;              // of one head each if each has a list of its own
   int num_sets;                 // lists of a row: Hkv, Hq or 1
   int token_budget;             // positions a list has room for
   int dense_len;                // rows with seq_len <= dense_len attend to all positions
@@ -61,26 +60,31 @@ struct AttentionSparseParams {
   AttentionOutput<T> output;
 };
 
-// grid (NumSplitBlocks, num_q_heads / heads_per_block, batch_size), 4 warps: a block takes splits
-// of one list for the heads that share it and a KV head; a warp takes every fourth tile of 16
-// positions. With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4
-// KB at head_dim 64).
+// grid (NumSplitBlocks, HeadParts of all KV heads, batch_size), 4 warps: a block takes splits of
+// one list for heads that share it and a KV head; a warp takes every fourth tile of 16 positions.
+// With kCluster, clusters of num_splits blocks. Shared: kSparseStages x 8 KB a warp (4 KB at
+// head_dim 64).
 template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
 __global__ void __launch_bounds__(kDecodeThreads, kSparseBlocksPerSm<Stored, kHeadDim, kMerge>)
     AttentionSparseKernel(const AttentionSparseParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   using Warp = SparseWarp<T, Stored, kHeadDim, kMerge>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
-  int batch = blockIdx.z, first_head = blockIdx.y * params.heads_per_block;
+  int batch = blockIdx.z;
+  BlockHeads heads(params.parts, blockIdx.y);
   int seq_len = __ldcg(params.kv.seq_lens + batch);
-  int64_t set = int64_t{batch} * params.num_sets + (params.num_sets == 1 ? 0 : blockIdx.y);
+  int set_of_row = params.num_sets == 1                    ? 0
+                   : params.num_sets == params.num_q_heads ? heads.first
+                                                           : heads.kv_head;
+  int64_t set = int64_t{batch} * params.num_sets + set_of_row;
   int num_selected = __ldcg(params.num_selected + set);
   bool is_dense = seq_len <= params.dense_len;
   RowSplits splits(is_dense ? seq_len : min(num_selected, params.token_budget),
                    is_dense ? params.dense_splits : params.splits);
-  BlockWork work{.first_row = int64_t{batch} * params.num_q_heads + first_head,
-                 .first_partial = int64_t{batch} * params.num_q_heads + first_head,
-                 .num_heads = params.heads_per_block,
+  int64_t first_row = int64_t{batch} * params.num_q_heads + heads.first;
+  BlockWork work{.first_row = first_row,
+                 .first_partial = first_row,
+                 .num_heads = heads.count,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = params.most_splits,
                  .num_used = splits.num_used,
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kSparseBlocksPerSm<Stored, kHe
   AttendedTokens<Stored> tokens{
       .kv = params.kv,
       .batch = batch,
-      .kv_head = first_head / params.group_size,
+      .kv_head = heads.kv_head,
       .seq_len = seq_len,
       .list = is_dense ? nullptr : params.token_idx + set * params.token_budget};
   DecodeQuery<T> query{params.q + work.first_row * kHeadDim, work.num_heads, params.sm_scale,
@@ -159,8 +163,9 @@ inline SparseSplits ChooseSparseSplits(const AttentionSparseArgs& args, int64_t 
                          .merge = SplitMerge::kCluster};
   if (by_row) {
     int64_t num_kv_heads = args.attention.kv.k_pages.dim(1);
+    int64_t head_blocks = num_kv_heads * PartsOfGroup(args.attention.q.dim(1), num_kv_heads).count;
     chosen.of_dense_rows =
-        ChooseSplits(scratch.splitting, batch_size, num_kv_heads, scratch.num_sms);
+        ChooseSplits(scratch.splitting, batch_size, head_blocks, scratch.num_sms);
     int64_t most = CeilDiv(std::max<int64_t>(args.dense_len, 0), chosen.of_dense_rows.least);
     most = std::min<int64_t>(most, chosen.of_dense_rows.num_splits);
     chosen.num_splits = std::max(num_splits, static_cast<int>(most));
@@ -180,10 +185,13 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
   int64_t batch_size = attention.q.dim(0), num_q_heads = attention.q.dim(1);
   if (batch_size == 0) return;
   PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, attention.kv);
-  int group_size = static_cast<int>(num_q_heads / kv.num_kv_heads);
   int64_t num_sets = args.token_idx.dim(1), token_budget = args.token_idx.dim(2);
-  int heads_per_block = num_sets == num_q_heads ? 1 : group_size;
-  int64_t num_blocks = num_q_heads / heads_per_block;
+  HeadParts parts = PartsOfGroup(num_q_heads, kv.num_kv_heads);
+  if (num_sets == num_q_heads) {
+    parts.count = parts.group_size;
+    parts.heads = 1;
+  }
+  int64_t num_blocks = int64_t{kv.num_kv_heads} * parts.count;
   SparseSplits chosen = ChooseSparseSplits(
       args, num_blocks, scratch,
       RunsHopperCode(AttentionSparseKernel<T, Stored, kHeadDim, SplitMerge::kCluster>));
@@ -193,8 +201,7 @@ void RunAttentionSparse(const AttentionSparseArgs& args, const AttentionScratch&
       .sm_scale = attention.rule.sm_scale * attention.kv.k_scale,
       .cap = MakeSoftCap(attention.rule, 1.0f),
       .num_q_heads = static_cast<int>(num_q_heads),
-      .group_size = group_size,
-      .heads_per_block = heads_per_block,
+      .parts = parts,
       .num_sets = static_cast<int>(num_sets),
       .token_budget = static_cast<int>(token_budget),
       .dense_len = static_cast<int>(std::min<int64_t>(args.dense_len, kMaxAttendedTokens)),

@@ -22,7 +22,7 @@ struct ScoreKeysParams {
   PagedKvView<Stored> kv;
   float sm_scale;
   SoftCap cap;
-  int group_size;
+  HeadParts parts;
   SplitRule splits;
   CacheReads reads;
   PartialResults partials;
@@ -34,9 +34,9 @@ template <typename T, typename Stored, int kHeadDim>
 using ScoreWarp = DecodeWarp<T, Stored, kHeadDim, kDecodeStages<kHeadDim, DecodeReads::kKeys>, 1,
                              DecodeReads::kKeys>;
 
-// grid (NumSplitBlocks, num_kv_heads, batch_size), 4 warps: a block takes splits of one row's
-// tokens for all query heads of one KV head; a warp takes every fourth tile of 16 tokens. Shared:
-// 24 KB a warp, and 8 KB of pages.
+// grid (NumSplitBlocks, HeadParts of all KV heads, batch_size), 4 warps: a block takes splits of
+// one row's tokens for the query heads of one KV head, or a part of them; a warp takes every fourth
+// tile of 16 tokens. Shared: 24 KB a warp, and 8 KB of pages.
 template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     ScoreKeysKernel(const ScoreKeysParams<T, Stored> params) {
@@ -44,17 +44,18 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   __shared__ SplitPages pages;
   using Warp = ScoreWarp<T, Stored, kHeadDim>;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
-  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int batch = blockIdx.z, num_q_heads = params.kv.num_kv_heads * params.parts.group_size;
+  BlockHeads heads(params.parts, blockIdx.y);
   int seq_len = __ldcg(params.kv.seq_lens + batch);
   RowSplits splits(seq_len, params.splits);
-  int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
+  int64_t first_row = int64_t{batch} * num_q_heads + heads.first;
   BlockWork work{.first_row = first_row,
                  .first_partial = first_row,
-                 .num_heads = params.group_size,
+                 .num_heads = heads.count,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
-                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+                 .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
   if (work.split >= work.num_used) {
     EndUnusedSplit<HeadState>(work, params.output);
     return;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
   for (; work.split < work.num_used; work.split += gridDim.x) {
     Warp warp(shared_bytes, params.kv);
     SplitSpan span = splits.Span(work.split);
-    SplitTokens<Stored> tokens(params.kv, batch, kv_head, span, pages);
+    SplitTokens<Stored> tokens(params.kv, batch, heads.kv_head, span, pages);
     bool has_late = params.reads == CacheReads::kEarly && span.end == seq_len;
     int late_row = has_late ? tokens.Row(seq_len - 1) : Warp::kNoRow;
     warp.Attend(tokens, span, query, late_row,
@@ -86,13 +87,15 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
   if (batch_size == 0) return;
   PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
-  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
+  HeadParts parts = PartsOfGroup(num_q_heads, kv.num_kv_heads);
+  int head_blocks = kv.num_kv_heads * parts.count;
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, head_blocks, scratch.num_sms);
   ScoreKeysParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
       .sm_scale = args.rule.sm_scale * args.kv.k_scale,
       .cap = MakeSoftCap(args.rule, 1.0f),
-      .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .parts = parts,
       .splits = splits,
       .reads = reads,
       .partials = TakePartials(kOp, scratch, batch_size * num_q_heads, splits.num_splits, kHeadDim),
@@ -103,9 +106,9 @@ void RunScoreKeys(const ScoreKeysArgs& args, const AttentionScratch& scratch, Ca
   constexpr int kSharedBytes = ScoreWarp<T, Stored, kHeadDim>::kSharedBytes;
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
-                                  batch_size * kv.num_kv_heads, scratch.num_sms);
-  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits, batch_size * head_blocks,
+                                  scratch.num_sms);
+  dim3 grid(num_blocks, head_blocks, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, kernel,
                    {.grid = grid, .block = kDecodeThreads, .shared_bytes = kSharedBytes}, stream,
                    params);

@@ -47,7 +47,7 @@ struct ScoreShadowParams {
   const float* balance;    // [Hkv, D]
   float sm_scale;
   SoftCap cap;
-  int group_size;
+  HeadParts parts;
   NewestShadow newest;
   SplitRule splits;
   CacheReads reads;
@@ -59,8 +59,8 @@ struct ScoreShadowParams {
 template <int kHeadDim>
 struct ScoreShadowShared {
   SplitPages pages;
-  ShadowQueryCodes<kHeadDim> queries[kMaxGroupSize];
-  float2 states[kShadowWarps][kMaxGroupSize];  // of each warp: maximum and sum
+  ShadowQueryCodes<kHeadDim> queries[kBlockHeads];
+  float2 states[kShadowWarps][kBlockHeads];  // of each warp: maximum and sum
 };
 
 // Loads what is read once a step: from L2, which nothing stale is in.
@@ -86,12 +86,13 @@ template <typename T, typename Stored, int kHeadDim>
 class ShadowWarp {
  public:
   __device__ __forceinline__ ShadowWarp(const ScoreShadowParams<T, Stored>& params,
-                                        ScoreShadowShared<kHeadDim>& shared, int batch, int kv_head,
-                                        int64_t first_row)
+                                        ScoreShadowShared<kHeadDim>& shared, int batch,
+                                        const BlockHeads& heads, int64_t first_row)
       : params_(params),
         shared_(shared),
         batch_(batch),
-        kv_head_(kv_head),
+        kv_head_(heads.kv_head),
+        num_heads_(heads.count),
         lane_(static_cast<int>(threadIdx.x) % kWarpSize),
         warp_(static_cast<int>(threadIdx.x) / kWarpSize),
         scores_(params.scores.first + first_row * params.scores.row_length) {}
@@ -131,7 +132,7 @@ class ShadowWarp {
                             params_.balance + kv_head_ * kHeadDim);
     key.Store(params_.codes, params_.scales, row);
     int dim = ShadowDims<kHeadDim>::FirstDim();
-    for (int head = 0; head < params_.group_size; ++head) {
+    for (int head = 0; head < num_heads_; ++head) {
       const ShadowQueryCodes<kHeadDim>& query = shared_.queries[head];
       int product = 0;
 #pragma unroll
@@ -264,7 +265,7 @@ class ShadowWarp {
 
   __device__ __forceinline__ void Store(int head, const float (&scores)[kQuad], int token,
                                         bool is_whole) const {
-    if (head >= params_.group_size) return;
+    if (head >= num_heads_) return;
     __half* target = scores_ + head * params_.scores.row_length + token;
     if (is_whole && params_.scores.are_aligned) {
       uint2 four = {PackPair<__half>(scores[0], scores[1]), PackPair<__half>(scores[2], scores[3])};
@@ -295,6 +296,7 @@ class ShadowWarp {
   ScoreShadowShared<kHeadDim>& shared_;
   int batch_;
   int kv_head_;
+  int num_heads_;
   int lane_;
   int warp_;
   int first_ = 0;   // of this lane's tokens
@@ -308,42 +310,44 @@ class ShadowWarp {
   float sum_[2] = {};
 };
 
-// grid (NumSplitBlocks, num_kv_heads, batch_size), 8 warps: a block takes splits of one row's keys
-// for all query heads of one KV head.
+// grid (NumSplitBlocks, HeadParts of all KV heads, batch_size), 8 warps: a block takes splits of
+// one row's keys for the query heads of one KV head, or a part of them. The newest shadow is then
+// written by several, all with the same bytes.
 template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kShadowThreads, kDecodeBlocksPerSm)
     ScoreShadowKernel(const ScoreShadowParams<T, Stored> params) {
   __shared__ ScoreShadowShared<kHeadDim> shared;
   if (params.reads == CacheReads::kInOrder) WaitForPreviousKernel();
-  int kv_head = blockIdx.y, batch = blockIdx.z, num_q_heads = gridDim.y * params.group_size;
+  int batch = blockIdx.z, num_q_heads = params.kv.num_kv_heads * params.parts.group_size;
+  BlockHeads heads(params.parts, blockIdx.y);
   int seq_len = __ldcg(params.kv.seq_lens + batch);
   RowSplits splits(seq_len, params.splits);
-  int64_t first_row = int64_t{batch} * num_q_heads + kv_head * params.group_size;
+  int64_t first_row = int64_t{batch} * num_q_heads + heads.first;
   BlockWork work{.first_row = first_row,
                  .first_partial = first_row,
-                 .num_heads = params.group_size,
+                 .num_heads = heads.count,
                  .split = static_cast<int>(blockIdx.x),
                  .num_splits = params.splits.num_splits,
                  .num_used = splits.num_used,
-                 .counter_index = static_cast<int>(batch * gridDim.y + kv_head)};
+                 .counter_index = static_cast<int>(batch * gridDim.y + blockIdx.y)};
   if (work.split >= work.num_used) {
     EndUnusedSplit<HeadState>(work, params.output);
     return;
   }
 
   for (; work.split < work.num_used; work.split += gridDim.x) {
-    ShadowWarp<T, Stored, kHeadDim> warp(params, shared, batch, kv_head, first_row);
+    ShadowWarp<T, Stored, kHeadDim> warp(params, shared, batch, heads, first_row);
     SplitSpan span = splits.Span(work.split);
     bool has_newest = params.newest == NewestShadow::kWrite && span.end == seq_len;
     if (has_newest) --span.end;
     warp.Score(span, [&] {
       WaitForPreviousKernel();
       LetNextKernelStart();
-      static_assert(kShadowWarps == kMaxGroupSize, "a warp for each head");
+      static_assert(kShadowWarps == kBlockHeads, "a warp for each head");
       int head = static_cast<int>(threadIdx.x) / kWarpSize;
-      if (head < params.group_size) {
+      if (head < heads.count) {
         shared.queries[head].Encode(params.q + (first_row + head) * kHeadDim,
-                                    params.balance + kv_head * kHeadDim, params.sm_scale);
+                                    params.balance + heads.kv_head * kHeadDim, params.sm_scale);
       } else {
         shared.queries[head].Clear();
       }
@@ -362,7 +366,9 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
   constexpr const char* kOp = "score_shadow";
   int64_t batch_size = args.q.dim(0), num_q_heads = args.q.dim(1);
   PagedKvView<Stored> kv = MakePagedKvView<Stored>(kOp, args.kv);
-  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, kv.num_kv_heads, scratch.num_sms);
+  HeadParts parts = PartsOfGroup(num_q_heads, kv.num_kv_heads);
+  int head_blocks = kv.num_kv_heads * parts.count;
+  SplitRule splits = ChooseSplits(scratch.splitting, batch_size, head_blocks, scratch.num_sms);
   ScoreShadowParams<T, Stored> params{
       .q = static_cast<const T*>(args.q.ptr),
       .kv = kv,
@@ -372,7 +378,7 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
       .balance = args.shadow.balance.data<float>(),
       .sm_scale = args.rule.sm_scale,
       .cap = MakeSoftCap(args.rule, 1.0f),
-      .group_size = static_cast<int>(num_q_heads / kv.num_kv_heads),
+      .parts = parts,
       .newest = newest,
       .splits = splits,
       .reads = reads,
@@ -381,9 +387,9 @@ void RunScoreShadow(const ScoreKeysArgs& args, NewestShadow newest, const Attent
                  .row_length = args.scores.dim(2),
                  .are_aligned = IsVectorizable(args.scores, args.scores.dim(2), kQuad)},
       .output = {.lse = args.lse.data<float>()}};
-  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits,
-                                  batch_size * kv.num_kv_heads, scratch.num_sms);
-  dim3 grid(num_blocks, kv.num_kv_heads, static_cast<unsigned>(batch_size));
+  int num_blocks = NumSplitBlocks(scratch.splitting, splits.num_splits, batch_size * head_blocks,
+                                  scratch.num_sms);
+  dim3 grid(num_blocks, head_blocks, static_cast<unsigned>(batch_size));
   LaunchOverlapped(kOp, ScoreShadowKernel<T, Stored, kHeadDim>,
                    {.grid = grid, .block = kShadowThreads}, stream, params);
 }

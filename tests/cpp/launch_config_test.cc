@@ -1,4 +1,4 @@
-// How attention over prompts is dealt to CUDA blocks: host arithmetic, which needs no device.
+// How attention is dealt to CUDA blocks: host arithmetic, which needs no device.
 #include "common/launch_config.h"
 
 #include <gtest/gtest.h>
@@ -67,6 +67,42 @@ TEST(PromptSplits, FewTilesBehindALongContextFillTheDevice) {
   for (int64_t num_tiles = 8; num_tiles < 500; num_tiles += 8) {
     const double share = static_cast<double>(num_tiles * kTokenTiles) / kSms;
     EXPECT_LE(Time(num_tiles, kTokenTiles), share * 1.11) << num_tiles;
+  }
+}
+
+TEST(HeadParts, EachHeadOfAGroupHasABlockWithRoom) {
+  for (int64_t group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
+    const HeadParts parts = PartsOfGroup(3 * group_size, 3);
+    EXPECT_EQ(parts.group_size, group_size);
+    EXPECT_LE(parts.heads, kBlockHeads);
+    EXPECT_GE(parts.count * parts.heads, group_size);
+    EXPECT_LT((parts.count - 1) * parts.heads, group_size) << "a block without heads";
+    EXPECT_EQ(parts.count == 1, group_size <= kBlockHeads);
+  }
+}
+
+// As many blocks as kernels/attention_few_queries.cuh makes of a call's rows, or by row of one.
+TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
+  for (Splitting splitting : {Splitting::kByBatch, Splitting::kByRow}) {
+    for (int64_t num_kv_heads : {1, 2, 3, 8, 40}) {
+      for (int64_t group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
+        const int64_t num_q_heads = num_kv_heads * group_size;
+        const int64_t head_blocks = num_kv_heads * PartsOfGroup(num_q_heads, num_kv_heads).count;
+        for (int64_t batch_size : {1, 2, 7, 64}) {
+          const bool by_row = splitting == Splitting::kByRow;
+          const AttentionScratchSize scratch =
+              SizeOfAttentionScratch(splitting, batch_size, num_q_heads, 128, kSms);
+          const int num_splits = ChooseSplits(splitting, batch_size, head_blocks, kSms).num_splits;
+          if (num_splits == 1) continue;  // nothing to merge
+          const int64_t per_block = kFewQueriesColumns / group_size;
+          const int64_t blocks = (kMaxFewQueries + per_block - 1) / per_block + (by_row ? 2 : 0);
+          const int64_t counters = (by_row ? 1 : batch_size) * num_kv_heads * blocks;
+          ASSERT_LE(PartialBytes(counters * kFewQueriesColumns * num_splits, 128),
+                    scratch.partial_bytes);
+          ASSERT_LE(counters * int64_t{sizeof(uint32_t)}, scratch.counter_bytes);
+        }
+      }
+    }
   }
 }
 

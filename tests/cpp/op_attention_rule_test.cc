@@ -251,8 +251,9 @@ TEST_P(OpAttentionRule, ChoosingAndChosenMatchReference) {
 
 std::vector<HeadShape> RuleShapes() {
   std::vector<HeadShape> shapes = FewHeadShapes();
-  shapes.insert(shapes.end(),
-                {{"group3_d64_page32", 6, 2, 64, 32}, {"group8_d128_page256", 8, 1, 128, 256}});
+  shapes.insert(shapes.end(), {{"group3_d64_page32", 6, 2, 64, 32},
+                               {"group8_d128_page256", 8, 1, 128, 256},
+                               {"group12_d64_page64", 12, 1, 64, 64}});
   return shapes;
 }
 

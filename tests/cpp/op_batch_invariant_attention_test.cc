@@ -262,7 +262,8 @@ INSTANTIATE_TEST_SUITE_P(Backends, OpBatchInvariantAttention,
                          ::testing::ValuesIn(Cases<HeadShape>(CudaCachesAndCpu(),
                                                               {{"gqa", 16, 8, 64, 64},
                                                                {"mha", 8, 8, 128, 16},
-                                                               {"group8", 16, 2, 64, 64}})),
+                                                               {"group8", 16, 2, 64, 64},
+                                                               {"group16", 32, 2, 64, 32}})),
                          CaseNameOf<OpCase<HeadShape>>);
 
 }  // namespace

@@ -56,10 +56,11 @@ Values StoredValues(const Values& rows, int64_t row_size, DType dtype) {
 }
 
 std::vector<HeadShape> CommonHeadShapes() {
-  return {{"mha_d64_page16", 4, 4, 64, 16},      {"group2_d128_page8", 4, 2, 128, 8},
-          {"group3_d64_page32", 6, 2, 64, 32},   {"group4_d128_page64", 8, 2, 128, 64},
-          {"group5_d64_page128", 5, 1, 64, 128}, {"group7_d128_page256", 14, 2, 128, 256},
-          {"group8_d64_page64", 8, 1, 64, 64}};
+  return {{"mha_d64_page16", 4, 4, 64, 16},       {"group2_d128_page8", 4, 2, 128, 8},
+          {"group3_d64_page32", 6, 2, 64, 32},    {"group4_d128_page64", 8, 2, 128, 64},
+          {"group5_d64_page128", 5, 1, 64, 128},  {"group7_d128_page256", 14, 2, 128, 256},
+          {"group8_d64_page64", 8, 1, 64, 64},    {"group11_d64_page16", 11, 1, 64, 16},
+          {"group16_d128_page32", 32, 2, 128, 32}};
 }
 
 std::vector<HeadShape> FewHeadShapes() {

@@ -18,7 +18,7 @@ struct HeadShape {
   int64_t page_size = 0;
 };
 
-// What every backend takes: head_dim 64 and 128, groups of 1 to 8, pages of 8 to 256 tokens.
+// What every backend takes: head_dim 64 and 128, groups of 1 to 16, pages of 8 to 256 tokens.
 std::vector<HeadShape> CommonHeadShapes();
 // Two that every backend takes, where more of them would tell little.
 std::vector<HeadShape> FewHeadShapes();

@@ -10,7 +10,7 @@ namespace tidal::TIDAL_CPU_ISA {
 
 inline void Merge(const MergeSpans& merge) {
   const int64_t dim = merge.head_dim;
-  float maximum = merge.sink == nullptr ? kMinusInf : *merge.sink;
+  float maximum = kMinusInf;
   for (int64_t s = 0; s < merge.num_spans; ++s) {
     float m = merge.partial[s * merge.stride + dim];
     maximum = m > maximum ? m : maximum;
@@ -34,9 +34,15 @@ inline void Merge(const MergeSpans& merge) {
           StorePartial(merge.out + d, Fma(w, LoadPartial(record + d, rest), out), rest);
         });
   }
-  const float total = merge.sink == nullptr ? sum : sum + ExpScalar(*merge.sink - shift);
+  // The sum is of tokens alone: beside a high sink nothing might be left of it.
+  float total = sum, keep = 1.0f;
+  if (merge.sink != nullptr) {
+    const float top = *merge.sink > maximum ? *merge.sink : shift;
+    keep = ExpScalar(maximum - top);
+    total = sum * keep + ExpScalar(*merge.sink - top);
+  }
   // No weight at all: no tokens, or all scores -inf.
-  if (total != 0.0f && merge.out != nullptr) ScaleInPlace(merge.out, 1.0f / total, dim);
+  if (total != 0.0f && merge.out != nullptr) ScaleInPlace(merge.out, keep / total, dim);
   if (merge.lse != nullptr) {
     *merge.lse = sum == 0.0f ? kMinusInf : shift + __builtin_logf(sum);
   }
