@@ -28,7 +28,8 @@ void CheckExperts(const ExpertLinearArgs& args) {
 int64_t CudaBackend::ChoicesOfTile(const ExpertLinearArgs& args) const {
   if (!TilesExperts(args.weight)) return kStreamedChoices;
   const int64_t num_experts = args.weight.num_outputs() / args.out.dim(1);
-  return args.out.dim(0) >= kManyChoices * num_experts ? kTiledChoices : kStreamedChoices;
+  const bool is_many = batch_invariant_ ? !in_step_ : args.out.dim(0) >= kManyChoices * num_experts;
+  return is_many ? kTiledChoices : kStreamedChoices;
 }
 
 ExpertOrder CudaBackend::OrderFor(const ExpertLinearArgs& args) {
@@ -51,7 +52,7 @@ void CudaBackend::ExpertLinear(const ExpertLinearArgs& args) {
   if (args.out.dim(0) == 0) return;
   const ExpertOrder order = OrderFor(args);
   LaunchOrderChoices(args.expert_ids, args.weight.num_outputs() / args.out.dim(1), order, stream());
-  LaunchExpertLinear(args, nullptr, order, {num_sms_, stream()});
+  LaunchExpertLinear(args, nullptr, order, stream());
 }
 
 void CudaBackend::AddExperts(const AddExpertsArgs& args) {
@@ -74,10 +75,9 @@ void CudaBackend::ExpertMlp(const ExpertMlpArgs& args) {
     LaunchSelectExperts(args.select, stream());
     LaunchOrderChoices(args.select.expert_ids, args.select.logits.dim(1), order, stream());
   }
-  const ExpertRun run = {num_sms_, stream()};
-  LaunchExpertLinear(args.gate_up, &args.gate_mul, order, run);
+  LaunchExpertLinear(args.gate_up, &args.gate_mul, order, stream());
   if (ChoicesOfTile(args.down) == order.tile_choices) {
-    LaunchExpertLinear(args.down, nullptr, order, run);
+    LaunchExpertLinear(args.down, nullptr, order, stream());
   } else {
     ExpertLinear(args.down);
   }

@@ -5,9 +5,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "kernels/expert_linear.cuh"
-#include "kernels/expert_run.h"
 #include "kernels/skinny_launch.cuh"
-#include "kernels/skinny_linear.h"
 #include "kernels/tiled_linear.cuh"
 
 namespace tidal {
@@ -101,7 +99,7 @@ ExpertParams<T> MakeParams(const ExpertLinearArgs& args, const GateMulArgs* gate
 }
 
 template <typename T, WeightKind kKind, bool kGated>
-void LaunchInRegisters(const ExpertParams<T>& params, cudaStream_t stream) {
+void LaunchStreamed(const ExpertParams<T>& params, cudaStream_t stream) {
   const int64_t row_tiles = CeilDiv(params.num_outputs, kTileRows);
   LaunchShape shape = {.grid = dim3(static_cast<unsigned>(CeilDiv(row_tiles, kExpertRowTiles)),
                                     static_cast<unsigned>(params.order.max_tiles)),
@@ -136,33 +134,22 @@ bool TakesExperts(const Weight& weight, int64_t num_outputs) {
 }
 
 bool TilesExperts(const Weight& weight) {
-  return !weight.is_coded() && StreamsWeight(weight);
-}
-
-// Scales are copied for 8 rows at a time.
-static bool StreamsExperts(const Weight& weight, int64_t num_outputs) {
-  return StreamsWeight(weight) && (!weight.is_coded() || num_outputs % kTileRows == 0);
+  return !weight.is_coded() && RunsHopperCode(TiledExpertKernel<__nv_bfloat16, false>);
 }
 
 void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mul,
-                        const ExpertOrder& order, const ExpertRun& run) {
+                        const ExpertOrder& order, cudaStream_t stream) {
   const bool is_tiled = order.tile_choices == kTiledChoices;
-  const bool streams = StreamsExperts(args.weight, args.out.dim(1));
   DispatchHalf(args.x.dtype, "expert_linear", [&](auto tag) {
     using T = typename decltype(tag)::Type;
     const ExpertParams<T> params = MakeParams<T>(args, gate_mul, order);
     auto launch = [&](auto gated) {
       if (is_tiled) {
-        LaunchTiledExperts<T, gated()>(params, run.stream);
+        LaunchTiledExperts<T, gated()>(params, stream);
         return;
       }
-      DispatchKind(args.weight, [&](auto kind) {
-        if (streams) {
-          RunStreamedExperts<T, kind()>(params, args.weight, gated(), run);
-        } else {
-          LaunchInRegisters<T, kind(), gated()>(params, run.stream);
-        }
-      });
+      DispatchKind(args.weight,
+                   [&](auto kind) { LaunchStreamed<T, kind(), gated()>(params, stream); });
     };
     if (gate_mul != nullptr) {
       launch(std::true_type());

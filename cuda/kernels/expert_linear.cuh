@@ -1,7 +1,7 @@
-// The product of few tokens with their experts on any device and for any shape (others:
-// expert_streams.cuh). A tile is up to 8 choices of one expert; a block has 32 of its outputs. Four
-// warps share the inputs of 16 outputs, read them straight into registers, as the fragments of an
-// mma (skinny_sums.cuh), and add up.
+// The product of few tokens with their experts: bound by reading the weights of each chosen expert
+// once, at memory speed. A tile is up to 8 choices of one expert; a block has 32 of its outputs.
+// Four warps share the inputs of 16 outputs, read them straight into registers, as the fragments of
+// an mma (skinny_sums.cuh), and add up.
 #pragma once
 
 #include <cstdint>

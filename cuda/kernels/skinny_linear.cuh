@@ -31,11 +31,38 @@
 #include "common/vec.cuh"
 #include "kernels/folded_norm.cuh"
 #include "kernels/skinny_layout.h"
-#include "kernels/skinny_params.cuh"
 #include "kernels/skinny_sums.cuh"
 #include "kernels/weight_codes.cuh"
 
 namespace tidal {
+
+template <typename T>
+struct SkinnyParams {
+  const unsigned char* weight;  // [N, K], as the kernel's WeightKind says
+  WeightScales weight_scales;   // unless kHalf
+  int num_outputs;              // N
+  int num_inputs;               // K
+  int num_tokens;               // 1 to the kernel's kTokens
+  int num_tiles;                // of all blocks together
+  const T* x;                   // [T, K]; with kNormed: RmsNorm of the next three
+  const float* hidden;          // [T, K]
+  const T* norm_weight;         // [K]
+  float norm_eps;
+  const float* scales;  // [T]: of the tokens' results; null: 1
+  SkinnyLayout layout;
+};
+
+// The weight rows of a tile: 8 from `first` on and 8 from `second` on.
+struct TileRows {
+  int first;
+  int second;
+};
+
+// Returns the scale that another kernel left for a token, or 1.
+template <typename T>
+__device__ __forceinline__ float GivenScale(const SkinnyParams<T>& params, int token) {
+  return params.scales == nullptr || token >= params.num_tokens ? 1.0f : params.scales[token];
+}
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
@@ -47,39 +74,22 @@ namespace tidal {
 //     Finish(tile, started, values): lane l holds rows l / 4 of the first and the second 8, for
 //     tokens 2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
-// All tiles are of the same tokens, whose inputs are the rows of x.
-struct SameTokens {
-  static constexpr bool kAreChosen = false;
-};
-
-// Tokens: SameTokens; or, with kAreChosen, what the kernel in front has chosen, up to kTokens for
-// each tile:
-//   int NumTiles() const: whole groups of them, and
-//   const T* Row(int tile, int token) const: of x, the same for all tiles of a group; null: none.
-template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind,
-          typename Tokens = SameTokens>
+template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind>
 class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   using Shape = SkinnyShape<kTokens, kKind>;
   using Reader = WeightReader<T, kKind>;
   using Shape::kRowTiles, Shape::kTokenTiles, Shape::kRowBytes, Shape::kWeightBytes, Shape::kWarps;
-  static constexpr bool kChosen = Tokens::kAreChosen;
-  static_assert(!kNormed || (kTokens == kTileTokens && !kChosen));
+  static_assert(!kNormed || kTokens == kTileTokens);
   using Lane = typename Epilogue::Lane;
 
  public:
   __device__ SkinnyBlock(const SkinnyParams<T>& params, const Epilogue& epilogue,
-                         unsigned char* shared, const Tokens& tokens = Tokens())
-      : p_(params), epilogue_(epilogue), tokens_(tokens), shared_(shared) {
+                         unsigned char* shared)
+      : p_(params), epilogue_(epilogue), shared_(shared) {
     num_chunks_ = (p_.num_inputs + kChunk - 1) / kChunk;
     int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-    if constexpr (kChosen) {
-      WaitForPreviousKernel();
-      num_groups_ = (tokens_.NumTiles() / kRowTiles - first + blocks - 1) / blocks;
-      num_tiles_ = num_groups_ * kRowTiles;
-    } else {
-      num_tiles_ = (p_.num_tiles - first + blocks - 1) / blocks;
-      num_groups_ = (num_tiles_ + kRowTiles - 1) / kRowTiles;
-    }
+    num_tiles_ = (p_.num_tiles - first + blocks - 1) / blocks;
+    num_groups_ = (num_tiles_ + kRowTiles - 1) / kRowTiles;
     group_full_ = reinterpret_cast<SharedBarrier*>(shared + p_.layout.Barriers());
     group_empty_ = group_full_ + p_.layout.num_buffers;
   }
@@ -104,23 +114,18 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     unsigned char* const end_of_stages = first_stage + num_stages * stage_bytes;
     Cursor ahead(num_chunks_, warp);  // of the next copy
     Sources sources;
-    InputRows rows;
-    if constexpr (kChosen) LetNextKernelStart();
     for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
       CopyWeight(ahead, stage, lane, sources);
-      if constexpr (kChosen) CopyInputs(ahead, stage, lane, rows);
       CommitCopies();
       ahead.Next();
     }
-    if constexpr (!kChosen) {
-      WaitForPreviousKernel();
-      LetNextKernelStart();
-      Cursor inputs(num_chunks_, warp);
-      for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
-        CopyInputs(inputs, stage, lane, rows);
-        CommitCopies();
-        inputs.Next();
-      }
+    WaitForPreviousKernel();
+    LetNextKernelStart();
+    Cursor inputs(num_chunks_, warp);
+    for (unsigned char* stage = first_stage; stage != end_of_stages; stage += stage_bytes) {
+      CopyInputs(inputs, stage, lane);
+      CommitCopies();
+      inputs.Next();
     }
 
     Sums sums = {};
@@ -136,7 +141,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
       MultiplyStage(at, stage, lane, sums, totals);
       __syncwarp();  // all are done with the stage
       CopyWeight(ahead, stage, lane, sources);
-      CopyInputs(ahead, stage, lane, rows);
+      CopyInputs(ahead, stage, lane);
       CommitCopies();
       ahead.Next();
       int group = at.group, chunk = at.chunk;
@@ -189,10 +194,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
   // The number of the block's index-th tile among all.
   __device__ int TileOf(int index) const {
-    if constexpr (kChosen) {  // those of a group are neighbours
-      auto group = static_cast<int>(blockIdx.x + index / kRowTiles * gridDim.x);
-      return group * kRowTiles + index % kRowTiles;
-    }
     return static_cast<int>(blockIdx.x + index * gridDim.x);
   }
 
@@ -233,12 +234,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     int num_tiles;      // that are there
     bool are_whole;     // all of their rows are there
     int scale_row;      // of the lane's run of scales; -1: none
-  };
-
-  // Likewise of the inputs of chosen tokens: rows of x, or null.
-  struct InputRows {
-    int group = -1;
-    const T* rows[kTokens * kChunkBytes / 16 / kWarpSize];
   };
 
   static constexpr int kRowLanes = kRowBytes / 16;  // that share a row, 16 bytes each
@@ -344,7 +339,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
   }
 
   // Likewise the inputs of all tokens, 16 bytes a lane.
-  __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane, InputRows& rows) {
+  __device__ void CopyInputs(const Cursor& at, unsigned char* stage, int lane) {
     if (at.group >= num_groups_ || (kNormed && at.group > 0)) return;
     unsigned char* target = InputsOf(stage);
     if constexpr (kNormed) {
@@ -355,8 +350,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
         CopyAsync16(target + token * kHiddenRowBytes + lane * 16, inside ? source : p_.hidden,
                     inside);
       }
-    } else if constexpr (kChosen) {
-      CopyChosenInputs(at, target, lane, rows);
     } else {
       constexpr int kRowLanes = kChunkBytes / 16, kRows = kWarpSize / kRowLanes;
       int piece = lane % kRowLanes, input = at.FirstInput() + piece * 8;
@@ -366,23 +359,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
         CopyAsync16(target + token * kChunkBytes + SwapHalves(token, piece * 16),
                     inside ? source : p_.x, inside);
       }
-    }
-  }
-
-  // Of as many tokens as there may be: zeros of those that are not there.
-  __device__ void CopyChosenInputs(const Cursor& at, unsigned char* target, int lane,
-                                   InputRows& rows) {
-    constexpr int kLanes = kChunkBytes / 16, kRows = kWarpSize / kLanes;
-    const bool is_new = rows.group != at.group;
-    rows.group = at.group;
-    int piece = lane % kLanes, input = at.FirstInput() + piece * 8;
-#pragma unroll
-    for (int i = 0; i < kTokens / kRows; ++i) {
-      int token = i * kRows + lane / kLanes;
-      if (is_new) rows.rows[i] = tokens_.Row(TileOf(at.group * kRowTiles), token);
-      bool present = rows.rows[i] != nullptr && input < p_.num_inputs;
-      CopyAsync16(target + token * kChunkBytes + SwapHalves(token, piece * 16),
-                  present ? rows.rows[i] + input : p_.x, present);
     }
   }
 
@@ -661,7 +637,6 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
 
   const SkinnyParams<T>& p_;
   const Epilogue& epilogue_;
-  Tokens tokens_;
   unsigned char* shared_;
   uint64_t policy_ = EvictFirstPolicy();  // what other kernels will want stays in the L2
   SharedBarrier* group_full_;             // [num_buffers]: all parts of a group are handed in
