@@ -26,8 +26,9 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLlama3, "llama3"},
                                             {RopeType::kYarn, "yarn"},
                                             {RopeType::kLongrope, "longrope"}}};
-constexpr Names<Activation, 2> kActivations = {
-    {{Activation::kSilu, "silu"}, {Activation::kGeluTanh, "gelu_tanh"}}};
+constexpr Names<Activation, 3> kActivations = {{{Activation::kSilu, "silu"},
+                                                {Activation::kGeluTanh, "gelu_tanh"},
+                                                {Activation::kClampedSwiglu, "clamped_swiglu"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
 constexpr Names<DType, 5> kKvDTypes = {{{DType::kFloat32, "float32"},
@@ -135,6 +136,8 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("qk_norm", &ModelConfig::qk_norm)
       .def_readwrite("wide_qk_norm", &ModelConfig::wide_qk_norm)
       .def_readwrite("norm_offset", &ModelConfig::norm_offset)
+      .def_readwrite("swiglu_limit", &ModelConfig::swiglu_limit)
+      .def_readwrite("swiglu_alpha", &ModelConfig::swiglu_alpha)
       .def_readwrite("num_experts", &ModelConfig::num_experts)
       .def_readwrite("experts_per_token", &ModelConfig::experts_per_token)
       .def_readwrite("expert_intermediate_size", &ModelConfig::expert_intermediate_size)

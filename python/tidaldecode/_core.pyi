@@ -53,6 +53,8 @@ class ModelConfig:
     wide_qk_norm: bool
     norm_offset: float
     activation: str
+    swiglu_limit: float
+    swiglu_alpha: float
     num_experts: int
     experts_per_token: int
     expert_intermediate_size: int

@@ -73,6 +73,8 @@ class ModelConfig:
     wide_qk_norm: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0

@@ -90,17 +90,14 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
             names.append(f"{prefix}.post_self_attn_layernorm.weight")
             names.append(f"{prefix}.post_mlp_layernorm.weight")
         if model.layers and model.layers[layer].has_experts:
-            names.append(f"{prefix}.mlp.gate.weight")
-            names += [
-                f"{prefix}.mlp.experts.{expert}.{part}.weight"
-                for expert in range(model.num_experts)
-                for part in _MLP_PARTS
-            ]
-            continue
-        for part in _MLP_PARTS:
-            names.append(f"{prefix}.mlp.{part}.weight")
+            experts = [f"experts.{expert}." for expert in range(model.num_experts)]
+            modules = ["gate", *(expert + part for expert in experts for part in _MLP_PARTS)]
+        else:
+            modules = list(_MLP_PARTS)
+        for module in modules:
+            names.append(f"{prefix}.mlp.{module}.weight")
             if model.mlp_bias:
-                names.append(f"{prefix}.mlp.{part}.bias")
+                names.append(f"{prefix}.mlp.{module}.bias")
     names.append("model.norm.weight")
     if not model.tie_word_embeddings:
         names.append(_HEAD)
