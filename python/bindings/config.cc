@@ -231,17 +231,19 @@ void RegisterWeights(py::module_& module) {
   py::class_<WeightFileEntry>(module, "WeightFileEntry")
       .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
                        std::string path, int64_t file_offset,
-                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity) {
+                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity,
+                       std::vector<int64_t> strides) {
              const auto& [device, inode, size, mtime_ns] = identity;
              return WeightFileEntry{
                  .name = std::move(name),
                  .info = {Parse(kStoredDTypes, "dtype", dtype), std::move(shape)},
                  .path = std::move(path),
                  .file_offset = file_offset,
-                 .identity = {device, inode, size, mtime_ns}};
+                 .identity = {device, inode, size, mtime_ns},
+                 .strides = std::move(strides)};
            }),
            py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
-           py::arg("file_offset"), py::arg("identity"));
+           py::arg("file_offset"), py::arg("identity"), py::arg("strides"));
   py::class_<QuantizedWeight>(module, "QuantizedWeight")
       .def(py::init([](std::string name, std::vector<int64_t> shape, const std::string& format,
                        const std::pair<int64_t, int64_t>& block, WeightFileEntry codes,

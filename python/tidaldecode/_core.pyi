@@ -149,6 +149,7 @@ class WeightFileEntry:
         path: str | bytes,
         file_offset: int,
         identity: tuple[int, int, int, int],  # device, inode, size and mtime_ns of the file
+        strides: list[int],  # in elements; empty: one behind the other
     ) -> None: ...
 
 class QuantizedWeight:

@@ -134,6 +134,7 @@ def _file_entry(entry: TensorEntry) -> _core.WeightFileEntry:
         os.fsencode(entry.path),
         entry.file_offset,
         entry.identity,
+        list(entry.strides),
     )
 
 
