@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tidaldecode.checkpoint.cache_scales import is_cache_scale
 from tidaldecode.checkpoint.families import FAMILIES, Family
+from tidaldecode.checkpoint.fused_experts import split_experts
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.checkpoint.model_config import CheckpointConfig, ModelConfig
 from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT
@@ -121,6 +122,8 @@ def select_tensors(
     family = FAMILIES[checkpoint.family]
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
+    if family.has_fused_experts:
+        found = split_experts(found, model)
     found = _in_engine_parts(found, family, model)
     notes: list[str] = []
     if model.tie_word_embeddings:
