@@ -73,6 +73,9 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
         if has_experts:
             matrices += 3 * num_experts * hidden * model.expert_intermediate_size
             small += model.num_experts * hidden  # the router
+            if model.mlp_bias:
+                of_expert = 2 * model.expert_intermediate_size + hidden
+                small += model.num_experts + num_experts * of_expert
         else:
             matrices += 3 * hidden * inner
             small += 2 * inner + hidden if model.mlp_bias else 0

@@ -26,8 +26,9 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLlama3, "llama3"},
                                             {RopeType::kYarn, "yarn"},
                                             {RopeType::kLongrope, "longrope"}}};
-constexpr Names<Activation, 2> kActivations = {
-    {{Activation::kSilu, "silu"}, {Activation::kGeluTanh, "gelu_tanh"}}};
+constexpr Names<Activation, 3> kActivations = {{{Activation::kSilu, "silu"},
+                                                {Activation::kGeluTanh, "gelu_tanh"},
+                                                {Activation::kClampedSwiglu, "clamped_swiglu"}}};
 constexpr Names<DType, 3> kDTypes = {
     {{DType::kFloat32, "float32"}, {DType::kBFloat16, "bfloat16"}, {DType::kFloat16, "float16"}}};
 constexpr Names<DType, 5> kKvDTypes = {{{DType::kFloat32, "float32"},
@@ -41,11 +42,12 @@ constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
                                             {DType::kFloat16, "float16"},
                                             {DType::kInt32, "int32"},
                                             {DType::kUInt8, "uint8"}}};
-constexpr Names<WeightFormat, 5> kWeightFormats = {{{WeightFormat::kFloat8, "float8"},
+constexpr Names<WeightFormat, 6> kWeightFormats = {{{WeightFormat::kFloat8, "float8"},
                                                     {WeightFormat::kInt8, "int8"},
                                                     {WeightFormat::kInt4Packed, "int4_packed"},
                                                     {WeightFormat::kInt4Gptq, "int4_gptq"},
-                                                    {WeightFormat::kInt4Awq, "int4_awq"}}};
+                                                    {WeightFormat::kInt4Awq, "int4_awq"},
+                                                    {WeightFormat::kMxfp4, "mxfp4"}}};
 constexpr Names<KeepWeights, 4> kKeepWeights = {{{KeepWeights::kAsStored, "auto"},
                                                  {KeepWeights::kDecoded, "decoded"},
                                                  {KeepWeights::kFloat8, "fp8"},
@@ -135,6 +137,8 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("qk_norm", &ModelConfig::qk_norm)
       .def_readwrite("wide_qk_norm", &ModelConfig::wide_qk_norm)
       .def_readwrite("norm_offset", &ModelConfig::norm_offset)
+      .def_readwrite("swiglu_limit", &ModelConfig::swiglu_limit)
+      .def_readwrite("swiglu_alpha", &ModelConfig::swiglu_alpha)
       .def_readwrite("num_experts", &ModelConfig::num_experts)
       .def_readwrite("experts_per_token", &ModelConfig::experts_per_token)
       .def_readwrite("expert_intermediate_size", &ModelConfig::expert_intermediate_size)
@@ -228,17 +232,19 @@ void RegisterWeights(py::module_& module) {
   py::class_<WeightFileEntry>(module, "WeightFileEntry")
       .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
                        std::string path, int64_t file_offset,
-                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity) {
+                       const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity,
+                       std::vector<int64_t> strides) {
              const auto& [device, inode, size, mtime_ns] = identity;
              return WeightFileEntry{
                  .name = std::move(name),
                  .info = {Parse(kStoredDTypes, "dtype", dtype), std::move(shape)},
                  .path = std::move(path),
                  .file_offset = file_offset,
-                 .identity = {device, inode, size, mtime_ns}};
+                 .identity = {device, inode, size, mtime_ns},
+                 .strides = std::move(strides)};
            }),
            py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
-           py::arg("file_offset"), py::arg("identity"));
+           py::arg("file_offset"), py::arg("identity"), py::arg("strides"));
   py::class_<QuantizedWeight>(module, "QuantizedWeight")
       .def(py::init([](std::string name, std::vector<int64_t> shape, const std::string& format,
                        const std::pair<int64_t, int64_t>& block, WeightFileEntry codes,

@@ -53,6 +53,8 @@ class ModelConfig:
     wide_qk_norm: bool
     norm_offset: float
     activation: str
+    swiglu_limit: float
+    swiglu_alpha: float
     num_experts: int
     experts_per_token: int
     expert_intermediate_size: int
@@ -147,6 +149,7 @@ class WeightFileEntry:
         path: str | bytes,
         file_offset: int,
         identity: tuple[int, int, int, int],  # device, inode, size and mtime_ns of the file
+        strides: list[int],  # in elements; empty: one behind the other
     ) -> None: ...
 
 class QuantizedWeight:

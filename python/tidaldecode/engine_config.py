@@ -27,7 +27,12 @@ _ZERO_IS_AUTO = ("draft_tokens", "max_seq_len", "num_pages", "prefill_chunk", "n
 # Fields whose value here is not simply the engine's.
 _TRANSLATED = ("device", "dtype", "kv_dtype", "load_format", "attention", "verify")
 # Types of tensors in files, and the engine's own; codes of 8 bits are bytes, whatever they mean.
-_STORED_DTYPES = WEIGHT_DTYPES | {"I32": "int32", "I8": "uint8", "F8_E4M3": "uint8"}
+_STORED_DTYPES = WEIGHT_DTYPES | {
+    "I32": "int32",
+    "I8": "uint8",
+    "U8": "uint8",
+    "F8_E4M3": "uint8",
+}
 
 
 def resolve_device(device: str) -> str:
@@ -134,6 +139,7 @@ def _file_entry(entry: TensorEntry) -> _core.WeightFileEntry:
         os.fsencode(entry.path),
         entry.file_offset,
         entry.identity,
+        list(entry.strides),
     )
 
 

@@ -194,6 +194,20 @@ TEST(CheckArgs, SelectTopKTakesAMassOfASum) {
   }
 }
 
+TEST(CheckArgs, ExpertsHaveABiasForEachOutput) {
+  ExpertLinearArgs good = {.x = Float({3, 8}),
+                           .weight = Weight(Half({20, 8})),
+                           .bias = Half({20}),
+                           .expert_ids = Int({3, 2}),
+                           .out = Float({6, 5})};
+  EXPECT_NO_THROW(Check(good));
+  ExpertLinearArgs bad = good;
+  bad.bias = Half({5});
+  ExpectRefused(bad, {"ExpertLinear", "bias", "[5]", "E * N = 20"});
+  bad.bias = Float({20});
+  ExpectRefused(bad, {"ExpertLinear", "bias", "float32", "bfloat16"});
+}
+
 TEST(CheckArgs, SparseTakesAnyKindOfSet) {
   AttentionSparseArgs args;
   args.attention = Attention();

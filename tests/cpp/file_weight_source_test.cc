@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "throws.h"
 #include "tidal/error.h"
@@ -92,6 +94,56 @@ TEST_F(FileWeights, ALargePieceCutShortSaysHowMuchIsMissing) {
   std::string bytes(kAsked, '\0');
   EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("a", 0, kAsked, bytes.data()); },
                                    {"a", path_, "4000000 bytes early"}));
+}
+
+// Every other row of a matrix, and its transposed: what each piece of them is.
+TEST_F(FileWeights, TensorsWithStridesArriveInTheirOwnOrder) {
+  constexpr int64_t kRows = 70, kColumns = 1300;  // as stored, of float32
+  std::vector<uint32_t> stored(kRows * kColumns);
+  for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint32_t>(i);
+  std::ofstream(path_, std::ios::binary)
+      .write(reinterpret_cast<const char*>(stored.data()), kRows * kColumns * 4);
+  auto with = [&](const char* name, int64_t first, std::vector<int64_t> shape,
+                  std::vector<int64_t> strides) {
+    WeightFileEntry entry = Entry(name, first * 4);
+    entry.info.shape = std::move(shape);
+    entry.strides = std::move(strides);
+    return entry;
+  };
+  const std::vector<WeightFileEntry> entries = {
+      with("odd rows", kColumns, {kRows / 2, kColumns}, {2 * kColumns, 1}),
+      with("even columns, transposed", 0, {kColumns / 2, kRows}, {2, kColumns}),
+      with("a column", 3, {kRows}, {kColumns}),
+  };
+  const FileWeightSource source(entries);
+  for (const WeightFileEntry& entry : entries) {
+    SCOPED_TRACE(entry.name);
+    const std::vector<int64_t>& shape = entry.info.shape;
+    const bool is_matrix = shape.size() == 2;
+    const int64_t columns = is_matrix ? shape[1] : 1, count = shape[0] * columns;
+    for (const auto& [begin, end] :
+         {std::pair<int64_t, int64_t>{0, count}, {count / 3, count / 2}, {count - 1, count}}) {
+      std::vector<uint32_t> got(static_cast<size_t>(end - begin));
+      source.Read(entry.name, begin * 4, (end - begin) * 4, got.data());
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t column = is_matrix ? i % columns * entry.strides[1] : 0;
+        ASSERT_EQ(got[static_cast<size_t>(i - begin)],
+                  entry.file_offset / 4 + i / columns * entry.strides[0] + column)
+            << i;
+      }
+    }
+    EXPECT_TRUE(Throws<InvalidArgument>([&] { source.Read(entry.name, 2, 4, nullptr); },
+                                        {entry.name, "whole elements"}));
+  }
+}
+
+TEST_F(FileWeights, StridesThatLeaveTheFileAreAnError) {
+  for (const std::vector<int64_t>& strides : std::vector<std::vector<int64_t>>{
+           {2}, {0}, {-1}, {int64_t{1} << 62}, {1, 1}}) {  // of two float32 in 8 bytes
+    WeightFileEntry entry = Entry("a", 6);
+    entry.strides = strides;
+    EXPECT_TRUE(Throws<WeightsError>([&] { FileWeightSource({entry}); }, {"a", "strides", path_}));
+  }
 }
 
 TEST_F(FileWeights, AMissingFileOrTensorIsAnError) {

@@ -103,6 +103,26 @@ TEST_P(OpRows, GateMulByGeluMatchesReference) {
                     ToleranceFor(Op::kGateMul, act())));
 }
 
+TEST_P(OpRows, GateMulClampsBothOfASwiglu) {
+  if (!on().is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  constexpr int64_t kRows = 7, kInner = 331;
+  Values gate_up = Random(15).Normal(kRows * 2 * kInner, act(), 3.0);
+  gate_up[5] = 1000.0;
+  gate_up[6] = -1000.0;
+  gate_up[kInner + 7] = 1000.0;
+  gate_up[8] = gate_up[kInner + 9] = std::nan("");
+  for (double limit : {7.0, 2.0}) {
+    const TensorView out = Output(act(), {kRows, kInner});
+    backend().GateMul({.gate_up = Put(gate_up, act(), {kRows, 2 * kInner}),
+                       .out = out,
+                       .activation = Activation::kClampedSwiglu,
+                       .limit = static_cast<float>(limit),
+                       .alpha = 1.7f});
+    EXPECT_TRUE(Close(Get(out), reference::ClampedSwiglu(gate_up, kInner, limit, 1.7f),
+                      ToleranceFor(Op::kGateMul, act())));
+  }
+}
+
 TEST_P(OpRows, ScaleLogitsCapsThem) {
   const Values logits = Random(14).Normal(3 * 1001, DType::kFloat32, 40.0);
   const TensorView put = Put(logits, DType::kFloat32, {3, 1001});

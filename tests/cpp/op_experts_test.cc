@@ -43,33 +43,38 @@ class OpExperts : public OpTest<ExpertShape> {
     return ids;
   }
 
-  Values Want(const Values& x, int64_t choices_of_row, const Values& weight, const Ints& ids) {
+  // `bias`: of all experts, or none.
+  Values Want(const Values& x, int64_t choices_of_row, const Values& weight, const Values& bias,
+              const Ints& ids) {
     const auto [name, num_experts, chosen, in, out] = shape();
     Values want;
     for (size_t i = 0; i < ids.size(); ++i) {
       const auto row = x.begin() + static_cast<int64_t>(i) / choices_of_row * in;
       const auto expert = weight.begin() + ids[i] * out * in;
-      const Values one =
-          reference::Linear(Values(row, row + in), Values(expert, expert + out * in), {}, in);
+      const auto own = bias.begin() + (bias.empty() ? 0 : ids[i] * out);
+      const Values one = reference::Linear(Values(row, row + in), Values(expert, expert + out * in),
+                                           bias.empty() ? Values() : Values(own, own + out), in);
       want.insert(want.end(), one.begin(), one.end());
     }
     return want;
   }
 
   // Of a token's one row, and of a row for each choice.
-  void ExpectProducts(const Weight& weight, const Values& numbers) {
+  void ExpectProducts(const Weight& weight, const Values& numbers, const Values& bias = {}) {
     const auto [name, num_experts, chosen, in, out] = shape();
     for (int64_t tokens : {1, 3, 40, 200}) {
       for (int64_t rows : {tokens, tokens * chosen}) {
         SCOPED_TRACE(Concat(tokens, " tokens, ", rows, " rows"));
         const Ints ids = RandomChoices(tokens);
         const Values x = random_.Normal(rows * in, act());
-        const ExpertLinearArgs args = {.x = Put(x, act(), {rows, in}),
-                                       .weight = weight,
-                                       .expert_ids = PutInts(ids, {tokens, chosen}),
-                                       .out = Output(act(), {tokens * chosen, out})};
+        const ExpertLinearArgs args = {
+            .x = Put(x, act(), {rows, in}),
+            .weight = weight,
+            .bias = bias.empty() ? TensorView() : Put(bias, dtype(), {num_experts * out}),
+            .expert_ids = PutInts(ids, {tokens, chosen}),
+            .out = Output(act(), {tokens * chosen, out})};
         backend().ExpertLinear(args);
-        EXPECT_TRUE(Close(Get(args.out), Want(x, tokens * chosen / rows, numbers, ids),
+        EXPECT_TRUE(Close(Get(args.out), Want(x, tokens * chosen / rows, numbers, bias, ids),
                           ToleranceFor(Op::kLinear, act())));
       }
     }
@@ -141,6 +146,14 @@ TEST_P(OpExperts, ProductsMatchReference) {
   const double size = 1.0 / std::sqrt(static_cast<double>(in));
   const Values numbers = random_.Normal(num_experts * out * in, dtype(), size);
   ExpectProducts(Put(numbers, dtype(), {num_experts * out, in}), numbers);
+}
+
+TEST_P(OpExperts, EachExpertHasItsBias) {
+  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
+  const auto [name, num_experts, chosen, in, out] = shape();
+  const Values numbers = random_.Normal(num_experts * out * in, dtype(), 0.1);
+  const Values bias = random_.Normal(num_experts * out, dtype());
+  ExpectProducts(Put(numbers, dtype(), {num_experts * out, in}), numbers, bias);
 }
 
 TEST_P(OpExperts, ProductsOfCodesMatchReference) {

@@ -24,9 +24,9 @@
 namespace tidal::test {
 namespace {
 
-constexpr WeightFormat kFormats[] = {WeightFormat::kFloat8, WeightFormat::kInt8,
+constexpr WeightFormat kFormats[] = {WeightFormat::kFloat8,     WeightFormat::kInt8,
                                      WeightFormat::kInt4Packed, WeightFormat::kInt4Gptq,
-                                     WeightFormat::kInt4Awq};
+                                     WeightFormat::kInt4Awq,    WeightFormat::kMxfp4};
 
 // The value of a float8 e4m3fn by the definition of the format.
 double Float8Value(int code) {
@@ -35,6 +35,13 @@ double Float8Value(int code) {
   if (exponent == 15 && mantissa == 7) return NAN;
   if (exponent == 0) return sign * std::ldexp(mantissa, -9);
   return sign * std::ldexp(8 + mantissa, exponent - 10);
+}
+
+// The same of a float4 e2m1.
+double Float4Value(int code) {
+  const int exponent = (code >> 1) & 3, mantissa = code & 1;
+  const double sign = code & 8 ? -1.0 : 1.0;
+  return sign * (exponent == 0 ? 0.5 * mantissa : std::ldexp(2 + mantissa, exponent - 2));
 }
 
 TEST(Float8, EveryCodeIsWhatItsBitsSay) {
@@ -55,7 +62,9 @@ class Stored {
  public:
   Stored(WeightFormat format, Shape shape, bool has_zeros, int zero_offset = 0)
       : path_(Concat(::testing::TempDir(), "tidal_quantized_", getpid(), ".bin")) {
-    const bool is_bytes = format == WeightFormat::kFloat8 || format == WeightFormat::kInt8;
+    const bool is_mxfp4 = format == WeightFormat::kMxfp4;
+    const bool is_bytes =
+        is_mxfp4 || format == WeightFormat::kFloat8 || format == WeightFormat::kInt8;
     weight.name = "m.weight";
     weight.shape = {shape.out, shape.in};
     weight.format = format;
@@ -69,11 +78,12 @@ class Stored {
         code = static_cast<char>(code ^ 1);
     }
     for (int64_t i = 0; i < Count(parts.scales); ++i) {
-      scales.push_back(std::ldexp(static_cast<float>(random_() % 2001) - 1000.0f, -12));
+      scales.push_back(is_mxfp4 ? std::ldexp(1.0f, static_cast<int>(random_() % 255) - 127)
+                                : std::ldexp(static_cast<float>(random_() % 2001) - 1000.0f, -12));
     }
     if (has_zeros) zeros = RandomBytes(Count(parts.zeros) * 4);
     weight.codes = Entry("m.codes", is_bytes ? DType::kUInt8 : DType::kInt32, parts.codes);
-    weight.scales = Entry("m.scales", DType::kFloat32, parts.scales);
+    weight.scales = Entry("m.scales", is_mxfp4 ? DType::kUInt8 : DType::kFloat32, parts.scales);
     if (has_zeros) weight.zeros = Entry("m.zeros", DType::kInt32, parts.zeros);
     Write();
   }
@@ -86,8 +96,14 @@ class Stored {
     weight.codes.file_offset = 6;
     file.write(codes.data(), static_cast<std::streamsize>(codes.size()));
     weight.scales.file_offset = weight.codes.file_offset + static_cast<int64_t>(codes.size());
-    file.write(reinterpret_cast<const char*>(scales.data()),
-               static_cast<std::streamsize>(scales.size() * sizeof(float)));
+    if (weight.format == WeightFormat::kMxfp4) {
+      for (float scale : scales) {
+        file.put(static_cast<char>(std::isnan(scale) ? 255 : std::ilogb(scale) + 127));
+      }
+    } else {
+      file.write(reinterpret_cast<const char*>(scales.data()),
+                 static_cast<std::streamsize>(scales.size() * sizeof(float)));
+    }
     if (weight.zeros) {
       weight.zeros->file_offset =
           weight.scales.file_offset + static_cast<int64_t>(scales.size() * sizeof(float));
@@ -173,12 +189,17 @@ class Stored {
         return Nibble(codes, (i / 8 * out + o) * 8 + i % 8);
       case WeightFormat::kInt4Awq:
         return Nibble(codes, i * out + AwqPlace(o));
+      case WeightFormat::kMxfp4:
+        return Float4Value(Nibble(codes, o * in + i));
     }
     return 0;
   }
 
   int Zero(int64_t o, int64_t block, int64_t blocks) const {
-    if (weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8) return 0;
+    if (weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8 ||
+        weight.format == WeightFormat::kMxfp4) {
+      return 0;
+    }
     if (!weight.zeros) return 8;
     const int64_t out = weight.shape[0], row = (out + 7) / 8 * 8;
     const int stored = weight.format == WeightFormat::kInt4Packed
@@ -238,7 +259,9 @@ TEST(QuantizedWeights, EveryFormatMeansWhatItsDefinitionSays) {
                                       {40, 24, 1, 24}, {512, 640, 1, 128}, {16, 32, 16, 32}};
     for (const Shape& shape : shapes) {
       for (bool has_zeros : {false, true}) {
-        if (has_zeros && (is_bytes || shape.block_rows != 1)) continue;
+        if (has_zeros && (is_bytes || format == WeightFormat::kMxfp4 || shape.block_rows != 1)) {
+          continue;
+        }
         for (int offset : {0, 1}) {
           if (offset && !has_zeros) continue;
           SCOPED_TRACE(Concat("format ", static_cast<int>(format), ": ", shape.out, " x ", shape.in,
@@ -258,14 +281,15 @@ TEST(QuantizedWeights, CodesMeanTheSameNumbers) {
   std::mt19937 random(3);
   for (WeightFormat format : kFormats) {
     const bool is_float8 = format == WeightFormat::kFloat8;
-    const bool is_int4 = !is_float8 && format != WeightFormat::kInt8;
+    const bool is_decoded = format == WeightFormat::kInt8 || format == WeightFormat::kMxfp4;
+    const bool is_int4 = !is_float8 && !is_decoded;
     for (const Shape& shape : {Shape{16, 64, 1, 32}, {40, 24, 1, 24}, {72, 256, 8, 128}}) {
       const bool has_zeros = is_int4 && shape.block_rows == 1;
       SCOPED_TRACE(Concat("format ", static_cast<int>(format), ": ", shape.out, " x ", shape.in));
       const Stored stored(format, shape, has_zeros, has_zeros);
       const QuantizedWeightSource source({}, {stored.weight}, DType::kFloat32);
       const CodedInfo* info = source.FindCodes("m.weight");
-      if (format == WeightFormat::kInt8) {
+      if (is_decoded) {
         EXPECT_EQ(info, nullptr);
         continue;
       }
@@ -422,6 +446,16 @@ TEST(QuantizedWeights, AScaleThatIsNotFiniteIsRefused) {
     EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("m.weight", 0, 4, &value); },
                                      {"m.scales", "expected finite", "damaged"}));
   }
+}
+
+TEST(QuantizedWeights, ANanScaleOfMxfp4IsRefused) {
+  Stored stored(WeightFormat::kMxfp4, {4, 64, 1, 32}, false);
+  stored.scales[3] = std::nanf("");
+  stored.Write();
+  const QuantizedWeightSource source({}, {stored.weight}, DType::kBFloat16);
+  uint16_t value;
+  EXPECT_TRUE(Throws<WeightsError>([&] { source.Read("m.weight", 0, 2, &value); },
+                                   {"m.scales", "holds nan", "expected finite", "damaged"}));
 }
 
 TEST(QuantizedWeights, OnlyWholeElementsInsideTheTensorAreRead) {

@@ -112,6 +112,19 @@ Values GateMul(const Values& gate_up, int64_t intermediate_size, Activation acti
   return out;
 }
 
+Values ClampedSwiglu(const Values& gate_up, int64_t intermediate_size, double limit, double alpha) {
+  Values out;
+  for (int64_t row = 0; row < Size(gate_up); row += 2 * intermediate_size) {
+    for (int64_t i = 0; i < intermediate_size; ++i) {
+      double gate = gate_up[row + i], up = gate_up[row + intermediate_size + i];
+      if (gate > limit) gate = limit;
+      if (std::abs(up) > limit) up = std::copysign(limit, up);
+      out.push_back((up + 1.0) * gate / (1.0 + std::exp(-alpha * gate)));
+    }
+  }
+  return out;
+}
+
 HeadAttention AttendHead(const double* q, const Sequence& sequence, int64_t kv_head,
                          const Ints& positions, const AttendRule& rule,
                          std::optional<double> sink) {

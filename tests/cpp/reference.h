@@ -39,6 +39,7 @@ Values Rotate(const Values& heads, const Values& cos_sin, int64_t head_dim);
 
 Values GateMul(const Values& gate_up, int64_t intermediate_size,
                Activation activation = Activation::kSilu);
+Values ClampedSwiglu(const Values& gate_up, int64_t intermediate_size, double limit, double alpha);
 Values GatherRows(const Values& x, const Ints& rows, int64_t row_size);
 
 // What one sequence has in the cache: K and V, [seq_len, num_kv_heads, head_dim].

@@ -190,7 +190,7 @@ RIGHT = {
     replay().greedy: (core_config(settings, None, folder), 3, [1]),
     _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder), None),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
-    _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4)),
+    _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4), []),
     _core.QuantizedWeight: ("a", [2, 2], "float8", (1, 2), core_weights(folder)[0],
                             core_weights(folder)[1], None, 0),
 }

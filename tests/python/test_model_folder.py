@@ -44,9 +44,10 @@ def test_every_family_is_read(tmp_path: Path, family: str):
         2,
         16,
     )
-    assert model.qkv_bias == (family in ("qwen2", "seed_oss", "glm4"))
+    assert model.qkv_bias == (family in ("qwen2", "seed_oss", "glm4", "gpt_oss"))
     assert model.qk_norm == (family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text"))
-    assert not model.o_bias and not model.mlp_bias and not model.tie_word_embeddings
+    assert model.o_bias == model.mlp_bias == model.attention_sinks == (family == "gpt_oss")
+    assert not model.tie_word_embeddings
     kinds = TinyModel(family=family).kinds
     assert "".join("w" if window else "F" for window in model.windows) == kinds
 
@@ -151,8 +152,7 @@ def test_what_the_model_does_not_need_may_be_anything(tmp_path: Path, changes: d
         ({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config: .*'hqq'"),
         ({"num_local_experts": 8}, "num_local_experts: got 8: experts are not supported in models"),
-        ({"model_type": "gpt_oss"}, "'gpt_oss', .*MXFP4"),
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe', .*Qwen3-MoE and Mixtral are supported"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe', .*Qwen3-MoE, Mixtral and gpt-oss are"),
         ({"model_type": "gemma4"}, "'gemma4', .*Gemma 2 and the text part of Gemma 3"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu' or 'gelu_pytorch_tanh'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: .* both directions"),
@@ -226,6 +226,9 @@ def test_phi3s_older_names_of_longrope(tmp_path: Path, name: str):
         ("qwen3_moe", {"mlp_only_layers": [1.5]}, "mlp_only_layers: got"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: got 0"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob: got 1"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit: got 0"),
+        ("gpt_oss", {"swiglu_alpha": "steep"}, "swiglu_alpha: got 'steep'"),
+        ("gpt_oss", {"num_local_experts": 1}, "num_experts_per_tok: got 2, expected at most"),
         ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping: got -1"),
         ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: got 0"),
         ("ministral3", {"rope_parameters": {"rope_theta": 1e6, "llama_4_scaling_beta": 0.1}},

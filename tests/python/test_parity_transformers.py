@@ -182,6 +182,16 @@ VARIANTS = {
     "phi3, in part, longrope": TinyModel(
         family="phi3", rope="longrope", rope_extra={"partial_rotary_factor": 0.5}, seed=27
     ),
+    "gpt_oss, limit of old": TinyModel(family="gpt_oss", fields={"swiglu_limit": None}, seed=31),
+    "gpt_oss, another slope, all see everything": TinyModel(
+        family="gpt_oss", fields={"swiglu_alpha": 0.8, "layer_types": ["full_attention"] * 4},
+        rope="yarn", rope_extra={"truncate": False}, seed=32,
+    ),
+    "gpt_oss, odd sizes, every expert, tied": TinyModel(
+        family="gpt_oss", hidden_size=60, intermediate_size=76, head_dim=14, num_q_heads=6,
+        num_kv_heads=3, tie=True, seed=33,
+        fields={"num_local_experts": 5, "num_experts_per_tok": 5},
+    ),
     "yarn, other betas": TinyModel(rope="yarn", rope_extra={"beta_fast": 8.0, "beta_slow": 0.5}),
     "yarn, not truncated": TinyModel(rope="yarn", rope_extra={"truncate": False}),
     "yarn, attention factor": TinyModel(rope="yarn", rope_extra={"attention_factor": 1.3}),

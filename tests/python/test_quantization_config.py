@@ -146,7 +146,7 @@ REFUSED = [
     ({}, "quant_method: got None, supported are compressed-tensors .*fp8, awq .*gptq"),
     *[
         ({"quant_method": method}, f"quant_method: got '{method}', supported are")
-        for method in ("bitsandbytes", "gguf", "mxfp4", "modelopt", "quark", "aqlm", "hqq")
+        for method in ("bitsandbytes", "gguf", "modelopt", "quark", "aqlm", "hqq")
     ],
     ({"quant_method": ["fp8"]}, "quant_method: got"),
     # fp8

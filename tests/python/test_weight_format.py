@@ -26,6 +26,7 @@ from tidaldecode.errors import ConfigError
 from tiny_models import TinyModel, random_prompt, random_weights, round_to, write_checkpoint
 
 MODEL = TinyModel(hidden_size=160, intermediate_size=320, head_dim=16, dtype="float32")
+EXPERTS = dataclasses.replace(MODEL, family="gpt_oss")  # each of which lies in a larger tensor
 WIDE = TinyModel(
     hidden_size=128, intermediate_size=384, num_layers=2, head_dim=32, dtype="bfloat16"
 )
@@ -52,16 +53,26 @@ def rounded(weight: np.ndarray, weight_format: str) -> np.ndarray:
     return result
 
 
+def all_rounded(weights: dict[str, np.ndarray], weight_format: str) -> dict[str, np.ndarray]:
+    """The same with the matrices of all layers rounded."""
+    meant = dict(weights)
+    for name, weight in weights.items():
+        if is_projection(name):
+            meant[name] = rounded(weight, weight_format)
+        elif name.endswith((".gate_up_proj", ".down_proj")):  # of all experts, transposed
+            meant[name] = np.stack([rounded(one.T, weight_format).T for one in weight])
+    return meant
+
+
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_the_layers_matrices_are_rounded_and_nothing_else(tmp_path: Path, weight_format, caplog):
-    weights = random_weights(MODEL)
-    meant = {
-        name: rounded(weight, weight_format) if is_projection(name) else weight
-        for name, weight in weights.items()
-    }
-    stored = write_checkpoint(tmp_path / "stored", MODEL, weights)
-    decoded = write_checkpoint(tmp_path / "meant", MODEL, meant)
-    prompt = random_prompt(MODEL, 20)
+@pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["llama", "gpt_oss"])
+def test_the_layers_matrices_are_rounded_and_nothing_else(
+    tmp_path: Path, model: TinyModel, weight_format: str, caplog
+):
+    weights = random_weights(model)
+    stored = write_checkpoint(tmp_path / "stored", model, weights)
+    decoded = write_checkpoint(tmp_path / "meant", model, all_rounded(weights, weight_format))
+    prompt = random_prompt(model, 20)
     with open_decoder(decoded, dtype="float32") as plain:
         want = plain.logits(prompt)
     with open_decoder(stored, dtype="float32", weight_format=weight_format) as decoder:

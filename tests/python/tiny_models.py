@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _FEW_ROPES = {
     "ministral3": ("yarn",),
     "qwen3_moe": ("default", "yarn"),
     "mixtral": ("default",),
+    "gpt_oss": ("default", "yarn"),
     "olmo2": ("default",),
     "olmo3": ("default", "yarn"),
     "gemma2": ("default",),
@@ -48,6 +50,7 @@ ARCHITECTURES = {
     "glm4": "Glm4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -82,6 +85,9 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "mlp_only_layers": [0], "use_sliding_window": False,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "gpt_oss": {
+        "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 1.5,
+    },
     "ministral": {"sliding_window": 24},
     "ministral3": {"sliding_window": None},
     "olmo2": {},
@@ -96,7 +102,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Families whose layers attend to a window, which layer by layer (w) or to everything (F).
-_EVERY = {"ministral": "w", "olmo3": "wwwF", "gemma2": "wF", "gemma3_text": "wwF"}
+_EVERY = {"ministral": "w", "gpt_oss": "wF", "olmo3": "wwwF", "gemma2": "wF", "gemma3_text": "wwF"}
 _GEMMAS = ("gemma2", "gemma3_text")
 _BRANCH_NORMS = ("glm4", "olmo2", "olmo3", *_GEMMAS)
 # Of those the names of the norms, where they are not glm4's.
@@ -125,6 +131,7 @@ OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             for own, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
         },
     },
+    "gpt_oss": {"mlp.router": ("mlp.gate",)},  # and fused_experts()
     "olmo2": _NORMS_OF_BRANCHES,
     "olmo3": _NORMS_OF_BRANCHES,
     "gemma2": _NORMS_AROUND_BRANCHES,
@@ -162,13 +169,17 @@ class TinyModel:
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family in ("qwen2", "seed_oss", "glm4") or self.attention_bias
+        return self.family in ("qwen2", "seed_oss", "glm4", "gpt_oss") or self.attention_bias
 
     @property
     def o_bias(self) -> bool:
-        if self.family == "seed_oss":
-            return bool(self.fields.get("attention_out_bias"))
+        if self.family in ("seed_oss", "gpt_oss"):
+            return self.family == "gpt_oss" or bool(self.fields.get("attention_out_bias"))
         return self.family not in ("qwen2", "glm4") and self.attention_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.family == "gpt_oss" or self.mlp_bias
 
     @property
     def has_input_norms(self) -> bool:
@@ -305,16 +316,20 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         if model.family in ("olmo2", "olmo3"):
             weights[prefix + "self_attn.q_norm.weight"] = norm(q_size, model.gain)
             weights[prefix + "self_attn.k_norm.weight"] = norm(kv_size, model.gain)
+        if model.family == "gpt_oss":
+            weights[prefix + "self_attn.sinks"] = rng.normal(size=model.num_q_heads)
         count = model.num_experts(layer)
         if count:
             weights[prefix + "mlp.gate.weight"] = matrix(count, hidden, 2.0)
+            if model.has_mlp_bias:
+                weights[prefix + "mlp.gate.bias"] = rng.normal(size=count)
         for mlp in [f"mlp.experts.{i}." for i in range(count)] or ["mlp."]:
             inner = model.expert_size if count else model.intermediate_size
             for name, rows, columns in (
                 ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)
             ):  # fmt: skip
                 weights[f"{prefix}{mlp}{name}_proj.weight"] = matrix(rows, columns, model.gain)
-                if model.mlp_bias:
+                if model.has_mlp_bias:
                     weights[f"{prefix}{mlp}{name}_proj.bias"] = 0.3 * rng.normal(size=rows)
     weights["model.norm.weight"] = norm(hidden)
     if not model.tie:
@@ -329,10 +344,29 @@ def _in_own_parts(weights: dict[str, np.ndarray], model: TinyModel) -> dict[str,
     for own, ours in OWN_NAMES.get(model.family, {}).items():
         for layer in range(model.num_layers):
             prefix = f"model.layers.{layer}."
-            pieces = [weights.pop(f"{prefix}{part}.weight", None) for part in ours]
-            if pieces[0] is not None:
-                own_parts[f"{prefix}{own}.weight"] = np.concatenate(pieces)
+            for kind in ("weight", "bias"):
+                pieces = [weights.pop(f"{prefix}{part}.{kind}", None) for part in ours]
+                if pieces[0] is not None:
+                    own_parts[f"{prefix}{own}.{kind}"] = np.concatenate(pieces)
+    if model.family == "gpt_oss":
+        own_parts |= _fused_experts(weights, model)
     return weights | own_parts
+
+
+_FUSED = {("gate", "up"): "gate_up_proj", ("down",): "down_proj"}
+
+
+def _fused_experts(weights: dict[str, np.ndarray], model: TinyModel) -> dict[str, np.ndarray]:
+    """Takes out the experts: those of a layer transposed, rows of gate and up in turn."""
+    fused: dict[str, np.ndarray] = {}
+    for layer, parts, kind in product(range(model.num_layers), _FUSED, ("weight", "bias")):
+        prefix, experts = f"model.layers.{layer}.mlp.experts.", []
+        for expert in range(model.num_experts(layer)):
+            pieces = [weights.pop(f"{prefix}{expert}.{part}_proj.{kind}") for part in parts]
+            rows = np.stack(pieces, axis=1)
+            experts.append(rows.reshape(-1, *rows.shape[2:]).T)
+        fused[prefix + _FUSED[parts] + ("_bias" if kind == "bias" else "")] = np.stack(experts)
+    return fused
 
 
 def random_prompt(model: TinyModel, length: int, seed: int = 0) -> list[int]:

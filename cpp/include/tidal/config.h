@@ -53,10 +53,11 @@ struct LayerConfig {
   bool operator==(const LayerConfig&) const = default;
 };
 
-// What the MLP does to its gate.
+// What the MLP makes of its gate and of up, which stands beside it.
 enum class Activation : int32_t {
-  kSilu,      // x / (1 + exp(-x))
-  kGeluTanh,  // GELU by tanh (arXiv 1606.08415)
+  kSilu,           // up * gate / (1 + exp(-gate))
+  kGeluTanh,       // up * GELU(gate), by tanh (arXiv 1606.08415)
+  kClampedSwiglu,  // (up + 1) * gate / (1 + exp(-alpha * gate)), both clamped first (gpt_oss)
 };
 
 // A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, gated MLP.
@@ -72,13 +73,16 @@ struct ModelConfig {
   double rms_norm_eps = 1e-6;
   bool qkv_bias = false;
   bool o_bias = false;
-  bool mlp_bias = false;
+  bool mlp_bias = false;      // with experts, of each of them and of what chooses them
   bool input_norms = true;    // RMSNorm of what attention and MLP read; not of olmo2
   bool branch_norms = false;  // RMSNorm of what attention and MLP add (glm4)
   bool qk_norm = false;       // RMSNorm of each head of q and k before RoPE (qwen3)
   bool wide_qk_norm = false;  // with qk_norm: of all heads of q, and of k, together (olmo2)
   double norm_offset = 0.0;   // is added to the weights of norms (gemma)
   Activation activation = Activation::kSilu;
+  // Of kClampedSwiglu: a gate is at most the limit, up at most that far from 0.
+  double swiglu_limit = 7.0;
+  double swiglu_alpha = 1.702;
   // Of layers with experts, each an MLP of expert_intermediate_size, of which every token has some,
   // chosen and weighted by a softmax.
   int64_t num_experts = 0;

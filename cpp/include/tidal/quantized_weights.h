@@ -33,6 +33,9 @@ enum class WeightFormat : int32_t {
   // int32 [in, out / 8], 8 codes along `out`, those of rows 0, 2, 4, 6, 1, 3, 5, 7 from the lowest
   // bits on; scales [column blocks, out], zeros as the codes.
   kInt4Awq,
+  // Bytes [out, in / 2], two codes of float4 e2m1 along `in` in each, the first in the lower bits;
+  // scales bytes [row blocks, column blocks], each the power of 2 of itself less 127 (OCP MX).
+  kMxfp4,
 };
 
 // One matrix. Its element (o, i) is (code(o, i) - zero) * scale, the product in float32; scale and
@@ -42,9 +45,9 @@ struct QuantizedWeight {
   std::vector<int64_t> shape;  // [out, in]
   WeightFormat format = WeightFormat::kFloat8;
   int64_t block_rows = 1;     // of a block; the last blocks of a matrix may be smaller
-  int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in the int4 formats
+  int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in formats of 4 bits
   WeightFileEntry codes;
-  WeightFileEntry scales;                // float32, bfloat16 or float16
+  WeightFileEntry scales;                // float32, bfloat16 or float16; uint8 of kMxfp4
   std::optional<WeightFileEntry> zeros;  // of int4 formats, in blocks of one row; absent: 8
   int32_t zero_offset = 0;               // added to every stored zero, modulo 16
 };

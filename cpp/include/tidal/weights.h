@@ -93,10 +93,14 @@ struct WeightFileEntry {
   std::string path;
   int64_t file_offset = 0;  // of the tensor's first byte, from the start of the file
   FileIdentity identity;    // of the file when its header was read
+  // Elements from one to the next along each of its one or two dimensions, where it is part of
+  // another tensor or a transposed one; empty: they lie one behind the other.
+  std::vector<int64_t> strides = {};
 };
 
 // Tensors in files, read with pread. A file that was cut short, replaced or changed since its
-// header was read is a WeightsError.
+// header was read is a WeightsError. Of a tensor with strides all bytes from its first element to
+// its last are in memory from one piece to the next.
 class FileWeightSource final : public WeightSource {
  public:
   explicit FileWeightSource(std::vector<WeightFileEntry> entries);
@@ -115,9 +119,13 @@ class FileWeightSource final : public WeightSource {
   };
 
   int FileDescriptor(const WeightFileEntry& entry) const;
+  void ReadBytes(const WeightFileEntry& entry, int64_t offset, int64_t bytes, void* dst) const;
+  void ReadStrided(const WeightFileEntry& entry, int64_t offset, int64_t bytes, void* dst) const;
 
   std::unordered_map<std::string, WeightFileEntry> entries_;
   mutable std::unordered_map<std::string, OpenFile> open_files_;
+  mutable const WeightFileEntry* span_of_ = nullptr;  // with strides, that was read last
+  mutable std::vector<char> span_;
   std::unique_ptr<CopyThreads> threads_;
 };
 

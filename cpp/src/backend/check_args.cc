@@ -225,6 +225,7 @@ void Check(const ExpertLinearArgs& args, std::optional<DType> act) {
   TIDAL_CHECK(out_features.size >= 1 && outputs.size % out_features.size == 0, InvalidArgument,
               "ExpertLinear: weight: got ", outputs.size,
               " outputs, expected a multiple of N = ", out_features.size);
+  op.Optional("bias", args.bias, {&outputs}, op.weight());
 }
 
 void Check(const AddExpertsArgs& args, std::optional<DType> act) {

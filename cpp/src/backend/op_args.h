@@ -222,8 +222,11 @@ struct AttentionSparseArgs {
 
 struct GateMulArgs {
   TensorView gate_up;  // [T, 2 * I] act: gate, then up
-  TensorView out;      // [T, I] act: activation(gate) * up
+  TensorView out;      // [T, I] act: what the activation makes of the two
   Activation activation = Activation::kSilu;
+  // Of kClampedSwiglu. A NaN stays one.
+  float limit = 0.0f;
+  float alpha = 0.0f;
 };
 
 // Which experts a token has, the most likely ones by its softmax over all, and their weights: these
@@ -239,6 +242,7 @@ struct SelectExpertsArgs {
 struct ExpertLinearArgs {
   TensorView x;           // [T, K] act, or [T * k, K]: a row for each choice
   Weight weight;          // [E * N, K]: expert e is rows [e * N, (e + 1) * N)
+  TensorView bias = {};   // [E * N] weight, or absent
   TensorView expert_ids;  // [T, k] int32
   TensorView out;         // [T * k, N] act: row t * k + j of token t's choice j
 };

@@ -82,12 +82,20 @@ void Transformer::FinishLayer(int64_t layer, const Pass& pass) const {
   }
 }
 
+GateMulArgs Transformer::GateMul(const TensorView& gate_up, const TensorView& out) const {
+  return {.gate_up = gate_up,
+          .out = out,
+          .activation = model_.activation,
+          .limit = static_cast<float>(model_.swiglu_limit),
+          .alpha = static_cast<float>(model_.swiglu_alpha)};
+}
+
 void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
   backend_.GateUpMul({
       .norm = InputNorm(w.post_norm, pass),
       .linear =
           {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up},
-      .gate_mul = {.gate_up = pass.gate_up, .out = pass.mlp, .activation = model_.activation},
+      .gate_mul = GateMul(pass.gate_up, pass.mlp),
   });
   AddBranch({.x = pass.mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, w.down_norm, pass);
 }
@@ -95,7 +103,8 @@ void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
 void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
   // The experts read the normed inputs too, which NormLinear would not keep.
   backend_.RmsNorm(InputNorm(w.post_norm, pass));
-  backend_.Linear({.x = pass.normed, .weight = w.router, .bias = {}, .out = pass.router_logits});
+  backend_.Linear(
+      {.x = pass.normed, .weight = w.router, .bias = w.router_bias, .out = pass.router_logits});
   backend_.ExpertMlp({
       .select = {.logits = pass.router_logits,
                  .expert_ids = pass.expert_ids,
@@ -103,13 +112,13 @@ void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
                  .normalized = model_.normalized_routing},
       .gate_up = {.x = pass.normed,
                   .weight = w.experts_gate_up,
+                  .bias = w.experts_gate_up_bias,
                   .expert_ids = pass.expert_ids,
                   .out = pass.expert_gate_up},
-      .gate_mul = {.gate_up = pass.expert_gate_up,
-                   .out = pass.expert_mlp,
-                   .activation = model_.activation},
+      .gate_mul = GateMul(pass.expert_gate_up, pass.expert_mlp),
       .down = {.x = pass.expert_mlp,
                .weight = w.experts_down,
+               .bias = w.experts_down_bias,
                .expert_ids = pass.expert_ids,
                .out = pass.expert_out},
       .add = {.x = pass.expert_out, .weights = pass.expert_weights, .out = pass.hidden},

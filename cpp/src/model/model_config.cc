@@ -94,6 +94,8 @@ void ValidateScales(const ModelConfig& model) {
   if (model.attention_scale != 0.0) CheckPositive("attention_scale", model.attention_scale);
   if (model.attention_softcap != 0.0) CheckPositive("attention_softcap", model.attention_softcap);
   if (model.logit_softcap != 0.0) CheckPositive("logit_softcap", model.logit_softcap);
+  CheckPositive("swiglu_limit", model.swiglu_limit);
+  CheckPositive("swiglu_alpha", model.swiglu_alpha);
   TIDAL_CHECK(std::isfinite(model.norm_offset), ConfigError, "norm_offset: got ", model.norm_offset,
               ", expected a finite number");
   TIDAL_CHECK(!model.branch_norms || model.residual_scale == 1.0, ConfigError,

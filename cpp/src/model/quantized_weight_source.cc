@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "core/convert.h"
@@ -54,24 +55,32 @@ void CheckMatrix(const QuantizedWeight& weight) {
               ", expected positive sizes");
 }
 
-void CheckParts(const QuantizedWeight& weight) {
-  const bool is_bytes =
-      weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8;
-  const PartShapes expected = ExpectedParts(weight);
-  CheckShape(weight, weight.codes, expected.codes);
-  CheckDType(weight.codes, is_bytes ? DType::kUInt8 : DType::kInt32);
-  TIDAL_CHECK(is_bytes || weight.block_columns % 8 == 0 || weight.block_columns == weight.shape[1],
-              WeightsError, weight.name, ": groups of ", weight.block_columns,
-              " columns, expected a multiple of 8");
-  if (!IsVectorOf(weight.scales.info.shape, expected.scales)) {
-    CheckShape(weight, weight.scales, expected.scales);
+void CheckScales(const QuantizedWeight& weight, const std::vector<int64_t>& expected) {
+  if (!IsVectorOf(weight.scales.info.shape, expected)) {
+    CheckShape(weight, weight.scales, expected);
   }
+  if (weight.format == WeightFormat::kMxfp4) return CheckDType(weight.scales, DType::kUInt8);
   const DType dtype = weight.scales.info.dtype;
   TIDAL_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
               WeightsError, weight.scales.name, ": dtype ", DTypeName(dtype),
               ", expected float32, bfloat16 or float16");
+}
+
+void CheckParts(const QuantizedWeight& weight) {
+  const bool is_bytes =
+      weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8;
+  const bool is_mxfp4 = weight.format == WeightFormat::kMxfp4;
+  const PartShapes expected = ExpectedParts(weight);
+  CheckShape(weight, weight.codes, expected.codes);
+  CheckDType(weight.codes, is_bytes || is_mxfp4 ? DType::kUInt8 : DType::kInt32);
+  TIDAL_CHECK(!is_mxfp4 || weight.shape[1] % 8 == 0, WeightsError, weight.name, ": ",
+              weight.shape[1], " columns, expected a multiple of 8");
+  TIDAL_CHECK(is_bytes || weight.block_columns % 8 == 0 || weight.block_columns == weight.shape[1],
+              WeightsError, weight.name, ": groups of ", weight.block_columns,
+              " columns, expected a multiple of 8");
+  CheckScales(weight, expected.scales);
   if (!weight.zeros) return;
-  TIDAL_CHECK(!is_bytes && weight.block_rows == 1, WeightsError, weight.zeros->name,
+  TIDAL_CHECK(!is_bytes && !is_mxfp4 && weight.block_rows == 1, WeightsError, weight.zeros->name,
               ": zero points of this format are not supported");
   CheckShape(weight, *weight.zeros, expected.zeros);
   CheckDType(*weight.zeros, DType::kInt32);
@@ -88,12 +97,21 @@ std::vector<WeightFileEntry> AllEntries(std::vector<WeightFileEntry> entries,
   return entries;
 }
 
+// What a scale of kMxfp4 stands for (e8m0).
+float PowerOf2(uint8_t scale) {
+  return scale == 0xff ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, scale - 127);
+}
+
 std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEntry& entry) {
   const int64_t count = NumElements(entry.info.shape);
   std::vector<char> data(static_cast<size_t>(count * DTypeBytes(entry.info.dtype)));
   files.Read(entry.name, 0, static_cast<int64_t>(data.size()), data.data());
   std::vector<float> scales(static_cast<size_t>(count));
-  ConvertNumbers({data.data(), entry.info.dtype}, {scales.data(), DType::kFloat32}, count);
+  if (entry.info.dtype == DType::kUInt8) {
+    for (size_t i = 0; i < scales.size(); ++i) scales[i] = PowerOf2(static_cast<uint8_t>(data[i]));
+  } else {
+    ConvertNumbers({data.data(), entry.info.dtype}, {scales.data(), DType::kFloat32}, count);
+  }
   for (float scale : scales) {
     TIDAL_CHECK(std::isfinite(scale), WeightsError, entry.name, ": holds ", scale,
                 ", expected finite scales; is ", entry.path, " damaged?");
@@ -103,12 +121,13 @@ std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEnt
 
 // kNone for what is only decoded.
 CodedInfo CodedInfoOf(const QuantizedWeight& weight) {
+  if (weight.format == WeightFormat::kInt8 || weight.format == WeightFormat::kMxfp4) return {};
   CodedInfo coded = {.group_size = weight.block_columns,
                      .scale_dtype = weight.scales.info.dtype,
                      .has_zeros = weight.zeros.has_value()};
   if (weight.format == WeightFormat::kFloat8) {
     coded.codes = WeightCodes::kFloat8;
-  } else if (weight.format != WeightFormat::kInt8 && weight.shape[1] % 8 == 0) {
+  } else if (weight.shape[1] % 8 == 0) {
     coded.codes = WeightCodes::kInt4;
   }
   return coded;

@@ -75,6 +75,11 @@ void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, con
   }
 }
 
+// The numbers that the codes of float4 e2m1 stand for.
+constexpr std::array<float, 16> kFloat4Values = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,
+                                                 4.0f,  6.0f,  -0.0f, -0.5f, -1.0f, -1.5f,
+                                                 -2.0f, -3.0f, -4.0f, -6.0f};
+
 // The values of the 16 codes in one block.
 template <typename T>
 std::array<T, 16> BlockTable(const QuantizedWeight& weight, const DecodedBlocks& blocks,
@@ -86,7 +91,10 @@ std::array<T, 16> BlockTable(const QuantizedWeight& weight, const DecodedBlocks&
                        : blocks.zeros[static_cast<size_t>(row * blocks.columns + block)];
   std::array<T, 16> table;
   for (int code = 0; code < 16; ++code) {
-    table[static_cast<size_t>(code)] = FromFloat<T>(static_cast<float>(code - zero) * scale);
+    const auto i = static_cast<size_t>(code);
+    const float value =
+        weight.format == WeightFormat::kMxfp4 ? kFloat4Values[i] : static_cast<float>(code - zero);
+    table[i] = FromFloat<T>(value * scale);
   }
   return table;
 }
@@ -178,6 +186,8 @@ PartShapes ExpectedParts(const QuantizedWeight& weight) {
       return {{in_words, out}, {blocks, row_blocks}, {blocks, out_words}};
     case WeightFormat::kInt4Awq:
       return {{in, out_words}, {blocks, row_blocks}, {blocks, out_words}};
+    case WeightFormat::kMxfp4:
+      return {{out, in / 2}, {row_blocks, blocks}, {}};
     default:
       return {{out, in}, {row_blocks, blocks}, {}};
   }
@@ -224,6 +234,7 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
     case WeightFormat::kInt8:
       return DecodeBytes(weight, blocks, rows, out);
     case WeightFormat::kInt4Packed:
+    case WeightFormat::kMxfp4:
       return DecodePacked(weight, blocks, rows, out);
     case WeightFormat::kInt4Gptq:
       return DecodeGptq(weight, blocks, rows, out);

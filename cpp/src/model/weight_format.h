@@ -2,7 +2,7 @@
 // A kernel that reads a format as it is stored must give these numbers.
 //
 // Sources: compressed-tensors 0.20 (compressors/pack_quantized, naive_quantized), AutoAWQ
-// (packing_utils.py), AutoGPTQ (qlinear_cuda.py).
+// (packing_utils.py), AutoGPTQ (qlinear_cuda.py), transformers (integrations/mxfp4.py).
 #pragma once
 
 #include <cstdint>

@@ -129,14 +129,20 @@ class Planner {
     std::vector<std::string> gate_up, down;
     for (int64_t e = 0; e < m.num_experts; ++e) {
       const std::string expert = Concat(mlp, "experts.", e, ".");
-      gate_up.push_back(expert + "gate_proj.weight");
-      gate_up.push_back(expert + "up_proj.weight");
-      down.push_back(expert + "down_proj.weight");
+      gate_up.push_back(expert + "gate_proj");
+      gate_up.push_back(expert + "up_proj");
+      down.push_back(expert + "down_proj");
     }
     const std::vector<int64_t> gate_up_rows(gate_up.size(), m.expert_intermediate_size);
     const std::vector<int64_t> down_rows(down.size(), m.hidden_size);
-    AddMatrix(&layer.experts_gate_up, gate_up, gate_up_rows, m.hidden_size, sizes);
-    AddMatrix(&layer.experts_down, down, down_rows, m.expert_intermediate_size, sizes);
+    AddMatrix(&layer.experts_gate_up, WithSuffix(gate_up, ".weight"), gate_up_rows, m.hidden_size,
+              sizes);
+    AddMatrix(&layer.experts_down, WithSuffix(down, ".weight"), down_rows,
+              m.expert_intermediate_size, sizes);
+    if (!m.mlp_bias) return;
+    Add(&layer.router_bias, {mlp + "gate.bias"}, {m.num_experts}, 0, sizes);
+    Add(&layer.experts_gate_up_bias, WithSuffix(gate_up, ".bias"), gate_up_rows, 0, sizes);
+    Add(&layer.experts_down_bias, WithSuffix(down, ".bias"), down_rows, 0, sizes);
   }
 
   // The rows of q or k so that dim i turns with dim i + head_dim / 2, as the engine has it: a

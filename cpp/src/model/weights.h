@@ -29,9 +29,12 @@ struct LayerWeights {
   TensorView o_norm;        // [H]: of what attention adds, or absent
   TensorView down_norm;     // [H]: of what the MLP adds, or absent
   // Of a layer with experts in place of gate_up and down; I' is their intermediate size.
-  TensorView router;       // [E, H], of numbers
-  Weight experts_gate_up;  // [E * 2 I', H]: expert by expert gate_proj and up_proj stacked
-  Weight experts_down;     // [E * H, I']
+  TensorView router;                // [E, H], of numbers
+  TensorView router_bias;           // [E], or absent
+  Weight experts_gate_up;           // [E * 2 I', H]: expert by expert gate_proj, up_proj stacked
+  TensorView experts_gate_up_bias;  // [E * 2 I'], or absent
+  Weight experts_down;              // [E * H, I']
+  TensorView experts_down_bias;     // [E * H], or absent
 };
 
 struct ModelWeights {

@@ -43,6 +43,8 @@ class Family:
     wide_qk_norm: bool = False
     norm_offset: float = 0.0
     activation: tuple[str, str] = ("hidden_act", "silu")  # the field, and what absent means
+    has_clamped_swiglu: bool = False  # in place of it, with swiglu_limit and swiglu_alpha
+    attention_sinks: bool = False
     partial_rotary_factor: float | None = None  # if config.json does not say; None: no such field
     has_interleaved_rotation: bool = False
     # A sliding window: the field that switches it on, if there is one; sliding_window if
@@ -64,6 +66,7 @@ class Family:
     expert_intermediate_size: tuple[str, int | None] = ("moe_intermediate_size", None)
     normalized_routing: bool | None = True
     has_layers_without_experts: bool = False  # decoder_sparse_step, mlp_only_layers
+    has_fused_experts: bool = False  # stored as fused_experts.py says
     # Granite's: embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     has_multipliers: bool = False
     # Gemma's: embeddings times the root of hidden_size, query_pre_attn_scalar; and the soft caps
@@ -189,6 +192,39 @@ FAMILIES: dict[str, Family] = {
             "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
             "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
         },
+    ),
+    "gpt_oss": Family(
+        vocab_size=201088,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=150000.0,
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        attention_bias=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=True,
+        has_clamped_swiglu=True,
+        attention_sinks=True,
+        has_window=True,
+        sliding_window=128,
+        has_layer_types=True,
+        full_layer_interval=2,
+        has_experts=True,
+        num_experts=128,
+        experts_per_token=4,
+        expert_intermediate_size=("intermediate_size", 2880),
+        has_fused_experts=True,
+        renamed={"mlp.router": "mlp.gate"},
     ),
     "granite": Family(
         qkv_bias="attention_bias",

@@ -34,9 +34,8 @@ _MAX_POSITIONS = 2**28
 
 # Parts of a model_type and why models with it are refused; the first that fits speaks.
 _REFUSAL_REASONS = (
-    ("moe", "of models with experts Qwen3-MoE and Mixtral are supported"),
+    ("moe", "of models with experts Qwen3-MoE, Mixtral and gpt-oss are supported"),
     ("deepseek", "latent attention and mixture-of-experts layers are not supported"),
-    ("gpt_oss", "its experts, with biases and in MXFP4, are not supported"),
     ("llama4", "chunked attention layers are not supported"),
     ("qwen3_next", "linear attention layers are not supported"),
     ("qwen3_5", "linear attention layers are not supported"),
@@ -73,6 +72,8 @@ class ModelConfig:
     wide_qk_norm: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
@@ -278,13 +279,14 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
         qk_norm=family.qk_norm,
         wide_qk_norm=family.wide_qk_norm,
         norm_offset=family.norm_offset,
-        activation=_read_activation(raw, family, where),
+        attention_sinks=family.attention_sinks,
         tie_word_embeddings=read_bool(
             raw, "tie_word_embeddings", where=where, default=family.tie_word_embeddings
         ),
         rope=read_rope(raw, **rope),
         window_rope=read_window_rope(raw, **rope),
         layers=read_layers(raw, family, num_layers, max_positions, where),
+        **_read_activation(raw, family, where),
         **_read_experts(raw, family, where),
         **_read_multipliers(raw, family, where),
         **_read_gemma_scales(raw, family, hidden_size, where),
@@ -344,7 +346,13 @@ def _read_experts(raw: Mapping[str, Any], family: Family, where: str) -> dict[st
     }
 
 
-def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> str:
+def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    if family.has_clamped_swiglu:
+        return {
+            "activation": "clamped_swiglu",
+            "swiglu_limit": read_float(raw, "swiglu_limit", where=where, default=7.0),
+            "swiglu_alpha": read_float(raw, "swiglu_alpha", where=where, default=1.702),
+        }
     field_name, default = family.activation
     name = raw.get(field_name)
     name = default if name is None else name
@@ -353,7 +361,7 @@ def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> str:
         raise ConfigError(
             f"{where}: {field_name}: got {show(name)}, expected 'silu' or 'gelu_pytorch_tanh'"
         )
-    return known[name]
+    return {"activation": known[name]}
 
 
 def _read_gemma_scales(

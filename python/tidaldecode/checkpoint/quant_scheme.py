@@ -23,6 +23,7 @@ from tidaldecode.checkpoint.module_names import (
 from tidaldecode.errors import ConfigError, show
 
 OTHER_CHECKPOINT = "or use the float32, bfloat16 or float16 checkpoint"
+MXFP4_GROUP = 32  # columns that share a scale
 
 _MAX_GROUP = 2**20
 
@@ -31,7 +32,8 @@ _MAX_GROUP = 2**20
 class QuantScheme:
     """How a matrix [out, in] is stored."""
 
-    format: str  # of the engine: "float8", "int8", "int4_packed", "int4_gptq" or "int4_awq"
+    # Of the engine: "float8", "int8", "int4_packed", "int4_gptq", "int4_awq" or "mxfp4".
+    format: str
     block: tuple[int | None, int | None]  # rows and columns that share a scale; None: all
     has_zeros: bool = False  # whether zero points are stored
     zero_offset: int = 0  # added to a stored zero point, modulo 16
@@ -52,7 +54,7 @@ class QuantScheme:
             scales = "a scale per row" if columns is None else f"groups of {columns}"
         else:
             scales = f"a scale per block of {rows} x {columns}"
-        bits = {"float8": "FP8", "int8": "int8"}.get(self.format, "int4")
+        bits = {"float8": "FP8", "int8": "int8", "mxfp4": "MXFP4"}.get(self.format, "int4")
         return f"{bits}, {scales}"
 
 
@@ -68,7 +70,7 @@ class QuantGroup:
 class Quantization:
     """What quantization_config says, checked."""
 
-    method: str  # "compressed-tensors", "fp8", "awq" or "gptq"
+    method: str  # "compressed-tensors", "fp8", "awq", "gptq" or "mxfp4"
     groups: tuple[QuantGroup, ...]
     ignored: TargetNames | PartialNames = TargetNames()
     notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands

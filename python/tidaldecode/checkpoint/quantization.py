@@ -13,6 +13,7 @@ from tidaldecode.checkpoint.compressed_tensors import read_compressed_tensors
 from tidaldecode.checkpoint.fields import read_bool
 from tidaldecode.checkpoint.module_names import PartialNames
 from tidaldecode.checkpoint.quant_scheme import (
+    MXFP4_GROUP,
     OTHER_CHECKPOINT,
     QuantGroup,
     Quantization,
@@ -28,7 +29,7 @@ from tidaldecode.errors import ConfigError, show
 
 SUPPORTED = (
     "compressed-tensors (float-quantized and int-quantized in 8 bits, pack-quantized in 4), fp8, "
-    "awq (4 bits, gemm) and gptq (4 bits)"
+    "awq (4 bits, gemm), gptq (4 bits) and mxfp4"
 )
 
 
@@ -56,6 +57,7 @@ def read_quantization(raw: Mapping[str, Any], where: str) -> Quantization | None
         "fp8": _read_fp8,
         "awq": _read_awq,
         "gptq": _read_gptq,
+        "mxfp4": _read_mxfp4,
     }
     if not isinstance(method, str) or method not in readers:
         raise ConfigError(
@@ -153,4 +155,18 @@ def _read_gptq(config: Mapping[str, Any], where: str) -> Quantization:
         method="gptq",
         groups=(QuantGroup(targets=(), scheme=scheme),),
         notes=notes_on_unknown(config, _GPTQ_KEYS, where),
+    )
+
+
+_MXFP4_KEYS = frozenset("quant_method modules_to_not_convert dequantize".split())
+
+
+def _read_mxfp4(config: Mapping[str, Any], where: str) -> Quantization:
+    ignored = read_names(config, "modules_to_not_convert", where)
+    scheme = QuantScheme(format="mxfp4", block=(1, MXFP4_GROUP))
+    return Quantization(
+        method="mxfp4",
+        groups=(QuantGroup(targets=(), scheme=scheme),),
+        ignored=PartialNames.read(ignored, f"{where}: modules_to_not_convert"),
+        notes=notes_on_unknown(config, _MXFP4_KEYS, where),
     )

@@ -31,6 +31,7 @@ _CODES = {
     "int4_packed": ("weight_packed", "I32"),
     "int4_gptq": ("qweight", "I32"),
     "int4_awq": ("qweight", "I32"),
+    "mxfp4": ("blocks", "U8"),
 }
 _SCALES = {
     "float8": ("weight_scale", "weight_scale_inv"),
@@ -38,6 +39,7 @@ _SCALES = {
     "int4_packed": ("weight_scale",),
     "int4_gptq": ("scales",),
     "int4_awq": ("scales",),
+    "mxfp4": ("scales",),
 }
 _ZEROS = {"int4_packed": "weight_zero_point", "int4_gptq": "qzeros", "int4_awq": "qzeros"}
 _OTHERS = {"int4_packed": ("weight_shape", "weight_g_idx"), "int4_gptq": ("g_idx",)}
@@ -169,7 +171,8 @@ def _resolve_parts(stored: StoredParts, scheme: QuantScheme) -> QuantizedTensor:
             "config.json and the weights do not belong together",
         )
     codes = _take(stored, codes_part, scheme, (codes_dtype,))
-    scales = _take(stored, (scales_parts or _SCALES[scheme.format])[0], scheme, WEIGHT_DTYPES)
+    scale_dtypes = ("U8",) if scheme.format == "mxfp4" else WEIGHT_DTYPES
+    scales = _take(stored, (scales_parts or _SCALES[scheme.format])[0], scheme, scale_dtypes)
     zeros = None
     if scheme.has_zeros and zeros_part is not None:
         zeros = _take(stored, zeros_part, scheme, ("I32",))
@@ -225,6 +228,8 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
         return second, first * 8
     if scheme.format == "int4_awq":
         return second * 8, first
+    if scheme.format == "mxfp4":
+        return first, second * 2
     if scheme.format != "int4_packed":
         return first, second
     entry = _take(stored, "weight_shape", scheme, ("I64", "I32"))

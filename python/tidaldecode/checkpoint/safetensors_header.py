@@ -58,6 +58,9 @@ class TensorEntry:
     file_offset: int  # of its first byte, from the start of the file
     num_bytes: int
     identity: FileIdentity  # of the file when its header was read
+    # Elements from one to the next along each dimension, of a part of a tensor or a transposed one;
+    # (): they lie one behind the other.
+    strides: tuple[int, ...] = ()
 
 
 def read_header(path: Path) -> list[TensorEntry]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tidaldecode.checkpoint.cache_scales import is_cache_scale
 from tidaldecode.checkpoint.families import FAMILIES, Family
+from tidaldecode.checkpoint.fused_experts import split_experts
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.checkpoint.model_config import CheckpointConfig, ModelConfig
 from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT
@@ -90,17 +91,14 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
             names.append(f"{prefix}.post_self_attn_layernorm.weight")
             names.append(f"{prefix}.post_mlp_layernorm.weight")
         if model.layers and model.layers[layer].has_experts:
-            names.append(f"{prefix}.mlp.gate.weight")
-            names += [
-                f"{prefix}.mlp.experts.{expert}.{part}.weight"
-                for expert in range(model.num_experts)
-                for part in _MLP_PARTS
-            ]
-            continue
-        for part in _MLP_PARTS:
-            names.append(f"{prefix}.mlp.{part}.weight")
+            experts = [f"experts.{expert}." for expert in range(model.num_experts)]
+            modules = ["gate", *(expert + part for expert in experts for part in _MLP_PARTS)]
+        else:
+            modules = list(_MLP_PARTS)
+        for module in modules:
+            names.append(f"{prefix}.mlp.{module}.weight")
             if model.mlp_bias:
-                names.append(f"{prefix}.mlp.{part}.bias")
+                names.append(f"{prefix}.mlp.{module}.bias")
     names.append("model.norm.weight")
     if not model.tie_word_embeddings:
         names.append(_HEAD)
@@ -124,6 +122,8 @@ def select_tensors(
     family = FAMILIES[checkpoint.family]
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
+    if family.has_fused_experts:
+        found = split_experts(found, model)
     found = _in_engine_parts(found, family, model)
     notes: list[str] = []
     if model.tie_word_embeddings:

@@ -87,9 +87,11 @@ void CpuExpertLinear(CpuContext& context, const ExpertLinearArgs& args) {
     const TensorView x(memory, DType::kFloat32, {count, in_features});
     const TensorView out(memory + num_choices * in_features, DType::kFloat32, {count, num_outputs});
     for (int64_t i = 0; i < count; ++i) CopyRow(args.x, own[i] / choices_of_row, x, i);
-    CpuLinear(
-        context,
-        {.x = x, .weight = args.weight.Rows(e * num_outputs, num_outputs), .bias = {}, .out = out});
+    const int64_t first_row = e * num_outputs;
+    CpuLinear(context, {.x = x,
+                        .weight = args.weight.Rows(first_row, num_outputs),
+                        .bias = args.bias ? args.bias.Rows(first_row, num_outputs) : TensorView(),
+                        .out = out});
     for (int64_t i = 0; i < count; ++i) CopyRow(out, i, args.out, own[i]);
   }
 }

@@ -152,7 +152,12 @@ void CpuGateMul(CpuContext& context, const GateMulArgs& args) {
       const float* gate = args.gate_up.data<float>() + t * 2 * size + first;
       const int64_t count = size - first < kPiece ? size - first : kPiece;
       context.kernels->gate_mul[static_cast<size_t>(args.activation)](
-          gate, gate + size, count, args.out.data<float>() + t * size + first);
+          {.gate = gate,
+           .up = gate + size,
+           .count = count,
+           .out = args.out.data<float>() + t * size + first,
+           .limit = args.limit,
+           .alpha = args.alpha});
     }
   });
 }

@@ -150,6 +150,16 @@ struct ShadowSpan {
 
 inline constexpr int64_t kShadowMaxDim = 512;
 
+// Numbers of a gate and of up, and what an Activation makes of them.
+struct GateRow {
+  const float* gate = nullptr;
+  const float* up = nullptr;
+  int64_t count = 0;
+  float* out = nullptr;
+  float limit = 0.0f;  // of kClampedSwiglu
+  float alpha = 0.0f;  // likewise
+};
+
 struct CpuKernels {
   const char* name;  // "AVX-512", "AVX2", "generic"
 
@@ -170,8 +180,7 @@ struct CpuKernels {
   // Rotate-half of one head: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin; out may be x.
   // cos_sin: head_dim / 2 cosines, then as many sines.
   void (*rotate_half)(const float* x, const float* cos_sin, int64_t head_dim, float* out);
-  // out = activation(gate) * up; by Activation
-  void (*gate_mul[2])(const float* gate, const float* up, int64_t count, float* out);
+  void (*gate_mul[3])(const GateRow& row);  // by Activation
   // out = x * factor
   void (*scale)(const float* x, float factor, int64_t count, float* out);
   // x = softcap * tanh(x / softcap); a softcap of 0 is none

@@ -154,32 +154,43 @@ inline void RotateHalf(const float* x, const float* cos_sin, int64_t head_dim, f
       });
 }
 
-// out = fn(gate) * up.
+// out = fn(gate, up).
 template <typename Fn>
-void GateMul(const float* gate, const float* up, int64_t count, float* out, Fn fn) {
+void GateMul(const GateRow& row, Fn fn) {
   ForVectors(
-      count, [&](int64_t i) { Store(out + i, Mul(fn(Load(gate + i)), Load(up + i))); },
+      row.count, [&](int64_t i) { Store(row.out + i, fn(Load(row.gate + i), Load(row.up + i))); },
       [&](int64_t i, int rest) {
-        Vec gated = fn(LoadPartial(gate + i, rest));
-        StorePartial(out + i, Mul(gated, LoadPartial(up + i, rest)), rest);
+        const Vec gate = LoadPartial(row.gate + i, rest), up = LoadPartial(row.up + i, rest);
+        StorePartial(row.out + i, fn(gate, up), rest);
       });
 }
 
-inline Vec Silu(Vec x) {
-  return Div(x, Add(Set1(1.0f), Exp(Sub(Zero(), x))));
+// x / (1 + exp(-y)).
+inline Vec TimesSigmoid(Vec x, Vec y) {
+  return Div(x, Add(Set1(1.0f), Exp(Sub(Zero(), y))));
 }
 
-inline void SiluMul(const float* gate, const float* up, int64_t count, float* out) {
-  GateMul(gate, up, count, out, Silu);
+inline void SiluMul(const GateRow& row) {
+  GateMul(row, [](Vec gate, Vec up) { return Mul(TimesSigmoid(gate, gate), up); });
 }
 
 // x / 2 * (1 + tanh(y)) with y = sqrt(2 / pi) * (x + 0.044715 x^3), which is x / (1 + exp(-2 y)).
-inline void GeluTanhMul(const float* gate, const float* up, int64_t count, float* out) {
-  GateMul(gate, up, count, out, [](Vec x) {
+inline void GeluTanhMul(const GateRow& row) {
+  GateMul(row, [](Vec x, Vec up) {
     constexpr float kTwice = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
     const Vec cube = Mul(Mul(x, x), x);
     const Vec y = Mul(Set1(kTwice), Fma(Set1(0.044715f), cube, x));
-    return Div(x, Add(Set1(1.0f), Exp(Sub(Zero(), y))));
+    return Mul(TimesSigmoid(x, y), up);
+  });
+}
+
+// Min and Max give their second operand where one is NaN, so a NaN stays.
+inline void ClampedSwiglu(const GateRow& row) {
+  const Vec limit = Set1(row.limit), lowest = Set1(-row.limit), alpha = Set1(row.alpha);
+  GateMul(row, [&](Vec gate, Vec up) {
+    gate = Min(limit, gate);
+    up = Max(lowest, Min(limit, up));
+    return Mul(Add(up, Set1(1.0f)), TimesSigmoid(gate, Mul(alpha, gate)));
   });
 }
 

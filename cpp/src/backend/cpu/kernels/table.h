@@ -26,7 +26,7 @@ inline constexpr CpuKernels kTable = {
     .widen = {Widen<float>, Widen<BFloat16>, Widen<Float16>, Widen<int8_t>, Widen<Float8>},
     .rms_norm = {RmsNorm<float>, RmsNorm<BFloat16>, RmsNorm<Float16>},
     .rotate_half = RotateHalf,
-    .gate_mul = {SiluMul, GeluTanhMul},
+    .gate_mul = {SiluMul, GeluTanhMul, ClampedSwiglu},
     .scale = Scale,
     .softcap = CapInPlace,
 };
