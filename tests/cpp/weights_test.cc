@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "backend_test.h"
 #include "tiny_model.h"
 
@@ -44,6 +46,21 @@ TEST_P(LoadedWeights, OfAnyDtypeAndSizeArriveWhole) {
     EXPECT_TRUE(GetBytes(weights.layers[0].qkv.data.Rows(first, rows)) ==
                 Encode(Decode(raw, stored), GetParam().dtype));
   }
+}
+
+// Experts work as they are stored, prompts too: what is decoded for those is another matrix.
+TEST_P(LoadedWeights, OfExpertsAreNotDecodedForPrompts) {
+  ModelConfig model = TinyConfig();
+  model.num_experts = 64;
+  model.experts_per_token = 2;
+  model.expert_intermediate_size = 64;
+  model.layers.resize(static_cast<size_t>(model.num_layers), {.has_experts = true});
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const DType dtype = GetParam().dtype;
+  const RandomWeightSource source(model, dtype, 0, WeightCodes::kFloat8);
+  const int64_t largest = std::max(model.q_size() + 2 * model.kv_size(), model.hidden_size);
+  const WeightMemory memory = MeasureWeights(backend(), model, dtype, source);
+  EXPECT_LE(memory.decoded_bytes, largest * model.hidden_size * DTypeBytes(dtype));
 }
 
 // Rows of q and k go where dim i turns with dim i + head_dim / 2; those of v stay.

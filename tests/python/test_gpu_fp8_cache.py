@@ -110,9 +110,6 @@ def test_verified_decoding_has_the_tokens_of_dense(folder: Path):
     for options in (TIDAL, SHADOW, TIDAL | {"draft_tokens": 3}, TIDAL | {"draft_tokens": 40}):
         verified = open_decoder(folder, "cuda", batch_invariant=True, verify=True, **FP8, **options)
         assert greedy(verified, prompts) == expected
-    fast = open_decoder(folder, "cuda", verify=True, **FP8, **(TIDAL | {"draft_tokens": 40}))
-    texts = greedy(fast, prompts)
-    assert np.mean([a == b for a, b in zip(texts, expected, strict=True)]) >= 0.5
 
 
 @PLANS

@@ -134,8 +134,10 @@ def test_plans_beside_windows(folder: Path, plan: dict[str, Any]):
     assert_greedy(tokens, logits, 2 * TOLERANCE[MIXED.dtype])
     steps = cuda.step_logits(prompt + tokens[:-1], prefill=len(prompt))
     difference = np.abs(steps - logits).max(axis=1) / np.abs(logits).max()
-    # As without windows: in some steps rounding swaps two positions at the edge of a set.
-    assert np.median(difference) <= 2 * TOLERANCE[MIXED.dtype]
+    # As without windows: in some steps rounding swaps two positions at the edge of a set, in more
+    # where keys have 4 bits.
+    factor = 4 if plan is SHADOW else 2
+    assert np.median(difference) <= factor * TOLERANCE[MIXED.dtype]
 
 
 @PLANS

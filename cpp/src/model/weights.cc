@@ -466,6 +466,15 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
   return expected;
 }
 
+// Not the output matrix, whose products are of few tokens, nor those of experts, which work as they
+// are stored.
+static bool IsDecodedForPrompts(const ModelWeights& weights, const Weight* matrix) {
+  return matrix != &weights.lm_head &&
+         std::none_of(weights.layers.begin(), weights.layers.end(), [&](const LayerWeights& layer) {
+           return matrix == &layer.experts_gate_up || matrix == &layer.experts_down;
+         });
+}
+
 WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
                             const WeightSource& source) {
   ModelWeights weights;
@@ -474,7 +483,7 @@ WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DT
     const int64_t bytes = NumElements(placement) * DTypeBytes(placement.dtype(dtype));
     const Weight coded = InCodes(backend, placement, source);
     memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;
-    if (coded.is_coded() && placement.matrix != &weights.lm_head) {
+    if (coded.is_coded() && IsDecodedForPrompts(weights, placement.matrix)) {
       memory.decoded_bytes = std::max(memory.decoded_bytes, bytes);
     }
   }

@@ -58,7 +58,8 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model);
 // What the weights take of a device.
 struct WeightMemory {
   int64_t bytes = 0;
-  int64_t decoded_bytes = 0;  // of the largest matrix of a layer that stays in codes, as numbers
+  // Of the largest matrix of a layer that stays in codes, experts left out, as numbers.
+  int64_t decoded_bytes = 0;
 };
 WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
                             const WeightSource& source);
