@@ -17,6 +17,8 @@ constexpr int64_t kManyChoices = 8;
 void CheckExperts(const ExpertLinearArgs& args) {
   CheckSameDType("expert_linear", {&args.x, &args.out});
   if (!args.weight.is_coded()) CheckSameDType("expert_linear", {&args.x, &args.weight.data});
+  TIDAL_CHECK(!args.bias, UnsupportedError,
+              "expert_linear: a bias on CUDA: not there yet; use device=\"cpu\"");
   TIDAL_CHECK(TakesExperts(args.weight, args.out.dim(1)), UnsupportedError,
               "expert_linear: ", args.weight.num_inputs(), " inputs and ", args.out.dim(1),
               " outputs of an expert on CUDA; expected a multiple of 8, and of 2 (or use "
