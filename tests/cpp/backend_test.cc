@@ -50,12 +50,11 @@ std::vector<BackendCase> AllCaches() {
   return caches;
 }
 
-std::vector<BackendCase> CudaCachesAndCpu() {
-  std::vector<BackendCase> caches = CudaBackendsAndCpu();
-  caches.insert(caches.end(), {{DeviceType::kCpu, DType::kFloat32, DType::kFloat8},
-                               {DeviceType::kCuda, DType::kBFloat16, DType::kFloat8},
-                               {DeviceType::kCuda, DType::kFloat16, DType::kFloat8}});
-  return caches;
+std::vector<BackendCase> CudaCaches() {
+  return {{DeviceType::kCuda, DType::kBFloat16},
+          {DeviceType::kCuda, DType::kFloat16},
+          {DeviceType::kCuda, DType::kBFloat16, DType::kFloat8},
+          {DeviceType::kCuda, DType::kFloat16, DType::kFloat8}};
 }
 
 std::vector<BackendCase> CudaBackendsAndCpu() {

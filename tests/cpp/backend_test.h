@@ -40,8 +40,8 @@ std::vector<BackendCase> AllBackends();
 std::vector<BackendCase> CudaBackendsAndCpu();
 // AllBackends, and those with a cache of codes, for ops that read a cache.
 std::vector<BackendCase> AllCaches();
-// The same with a cache of fp8 besides.
-std::vector<BackendCase> CudaCachesAndCpu();
+// CUDA's backends, with a cache of their dtype and with one of fp8.
+std::vector<BackendCase> CudaCaches();
 // Every device once, for ops that meet no weights.
 std::vector<BackendCase> EachDevice();
 

@@ -258,12 +258,20 @@ TEST_P(OpBatchInvariantAttention, PromptsInAnyChunks) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, OpBatchInvariantAttention,
-                         ::testing::ValuesIn(Cases<HeadShape>(CudaCachesAndCpu(),
-                                                              {{"gqa", 16, 8, 64, 64},
-                                                               {"mha", 8, 8, 128, 16},
-                                                               {"group8", 16, 2, 64, 64},
-                                                               {"group16", 32, 2, 64, 32}})),
+// The CPU has one way for all shapes.
+std::vector<OpCase<HeadShape>> AllCases() {
+  std::vector<OpCase<HeadShape>> cases =
+      Cases<HeadShape>(CudaCaches(), {{"gqa", 16, 8, 64, 64},
+                                      {"mha", 8, 8, 128, 16},
+                                      {"group8", 16, 2, 64, 64},
+                                      {"group16", 32, 2, 64, 32}});
+  const HeadShape group8 = {"group8", 16, 2, 64, 64};
+  cases.push_back({{DeviceType::kCpu, DType::kFloat32}, group8});
+  cases.push_back({{DeviceType::kCpu, DType::kFloat32, DType::kFloat8}, group8});
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpBatchInvariantAttention, ::testing::ValuesIn(AllCases()),
                          CaseNameOf<OpCase<HeadShape>>);
 
 }  // namespace
