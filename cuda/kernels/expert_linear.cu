@@ -1,5 +1,6 @@
 #include "kernels/expert_linear.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/check.h"
@@ -12,6 +13,7 @@ namespace tidal {
 namespace {
 
 constexpr int64_t kMaxInputs = 1 << 20;  // keeps byte counts within 32 bits
+constexpr int kMaxGridY = 65535;
 
 // The epilogue of a tile of many choices (skinny_linear.cuh): ExpertLinear, or with GateMul behind
 // it.
@@ -101,10 +103,14 @@ ExpertParams<T> MakeParams(const ExpertLinearArgs& args, const GateMulArgs* gate
 template <typename T, WeightKind kKind, bool kGated>
 void LaunchStreamed(const ExpertParams<T>& params, cudaStream_t stream) {
   const int64_t row_tiles = CeilDiv(params.num_outputs, kTileRows);
-  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(CeilDiv(row_tiles, kExpertRowTiles)),
-                                    static_cast<unsigned>(params.order.max_tiles)),
-                       .block = kExpertThreads};
-  LaunchOverlapped("expert_linear", ExpertLinearKernel<T, kKind, kGated>, shape, stream, params);
+  const auto blocks = static_cast<unsigned>(CeilDiv(row_tiles, kExpertRowTiles));
+  for (int first = 0; first < params.order.max_tiles; first += kMaxGridY) {
+    const int tiles = std::min(params.order.max_tiles - first, kMaxGridY);
+    LaunchShape shape = {.grid = dim3(blocks, static_cast<unsigned>(tiles)),
+                         .block = kExpertThreads};
+    LaunchOverlapped("expert_linear", ExpertLinearKernel<T, kKind, kGated>, shape, stream, params,
+                     first);
+  }
 }
 
 template <typename T, bool kGated>

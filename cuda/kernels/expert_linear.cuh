@@ -228,15 +228,17 @@ class ExpertBlock {
   ExpertRows<kGated> rows_;
 };
 
-// grid (ceil(outputs / 32), most tiles); kExpertThreads threads.
+// grid (ceil(outputs / 32), tiles from first_tile on, some of which may not be there);
+// kExpertThreads threads.
 template <typename T, WeightKind kKind, bool kGated>
 __global__ void __launch_bounds__(kExpertThreads)
-    ExpertLinearKernel(const __grid_constant__ ExpertParams<T> p) {
+    ExpertLinearKernel(const __grid_constant__ ExpertParams<T> p, int first_tile) {
   __shared__ float4 parts[kExpertRowTiles][kExpertParts][kWarpSize];
   WaitForPreviousKernel();
   LetNextKernelStart();
-  if (static_cast<int>(blockIdx.y) >= *p.order.num_tiles) return;
-  ExpertBlock<T, kKind, kGated> block(p, p.order.tiles[blockIdx.y]);
+  const int tile = first_tile + static_cast<int>(blockIdx.y);
+  if (tile >= *p.order.num_tiles) return;
+  ExpertBlock<T, kKind, kGated> block(p, p.order.tiles[tile]);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int part = static_cast<int>(threadIdx.x) / kWarpSize % kExpertParts;
   float4(&own)[kExpertParts][kWarpSize] = parts[block.RowTile()];
