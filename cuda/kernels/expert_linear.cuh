@@ -124,7 +124,7 @@ class ExpertBlock {
     for (int step = num_steps * part / kExpertParts; step < end; step += kAhead) {
       Codes read[kAhead][2];
       uint4 inputs[kAhead];
-      ScalesOfStep scales[kGrouped ? kAhead : 1];
+      ScalesOfStep scales[kGrouped ? kAhead : 1] = {};
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int input = (step + i) * kStepInputs + lane_ % 4 * kLaneInputs;
@@ -143,11 +143,10 @@ class ExpertBlock {
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const uint32_t zeros[2] = {kGrouped ? scales[i % (kGrouped ? kAhead : 1)].zeros[0] : 0,
-                                   kGrouped ? scales[i % (kGrouped ? kAhead : 1)].zeros[1] : 0};
-        const uint4 low = Decode(read[i][0], zeros[0]), high = Decode(read[i][1], zeros[1]);
+        const ScalesOfStep& of = scales[kGrouped ? i : 0];
+        const uint4 low = Decode(read[i][0], of.zeros[0]), high = Decode(read[i][1], of.zeros[1]);
         MultiplyStep<T>(low, high, Reader::Order(inputs[i]), sums);
-        if constexpr (kGrouped) AddScaled(TakePart(sums), scales[i], total);
+        if constexpr (kGrouped) AddScaled(TakePart(sums), of, total);
       }
     }
     if constexpr (!kGrouped) total = TakePart(sums);
