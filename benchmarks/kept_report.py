@@ -83,12 +83,13 @@ def read_rows(folder: ModelFolder, files: Sequence[Path]) -> list[Row]:
                 if record["setting"] == name:
                     sizes[record["context"]].append(record["set_size"])
             for context in {place[0] for place in found}:
+                sized = plan
                 if plan.top_p_mass:  # the sets are as large as their attention needs
                     size = max(1, round(statistics.fmean(sizes[context])))
-                    plan = replace(plan, token_budget=size, min_token_budget=1)
+                    sized = replace(plan, token_budget=size)
                 read, dense = (
                     kv_bytes_per_step(folder.model, config, context, KV_DTYPE)
-                    for config in (plan, PlanConfig())
+                    for config in (sized, PlanConfig())
                 )
                 row.read[context] = read / dense
     return list(rows.values())

@@ -421,6 +421,7 @@ void CudaBackend::GateMul(const GateMulArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("gate_mul", {&args.out, &args.gate_up});
+  CheckActivation("gate_mul", args);
   LaunchGateMul(args, stream());
 }
 

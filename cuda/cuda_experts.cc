@@ -5,7 +5,6 @@
 #include "cuda_dtypes.h"
 #include "kernels/expert_choices.h"
 #include "kernels/expert_linear.h"
-#include "kernels/gate_mul.h"
 
 namespace tidal {
 namespace {
@@ -13,6 +12,10 @@ namespace {
 // From so many choices for each expert on, in the mean, tiles of many are the faster way
 // (estimated).
 constexpr int64_t kManyChoices = 8;
+
+int64_t NumExperts(const ExpertLinearArgs& args) {
+  return args.weight.num_outputs() / args.out.dim(1);
+}
 
 void CheckExperts(const ExpertLinearArgs& args) {
   CheckSameDType("expert_linear", {&args.x, &args.out});
@@ -29,16 +32,15 @@ void CheckExperts(const ExpertLinearArgs& args) {
 
 int64_t CudaBackend::ChoicesOfTile(const ExpertLinearArgs& args) const {
   if (!TilesExperts(args.weight)) return kStreamedChoices;
-  const int64_t num_experts = args.weight.num_outputs() / args.out.dim(1);
-  const bool is_many = batch_invariant_ ? !in_step_ : args.out.dim(0) >= kManyChoices * num_experts;
+  const bool is_many =
+      batch_invariant_ ? !in_step_ : args.out.dim(0) >= kManyChoices * NumExperts(args);
   return is_many ? kTiledChoices : kStreamedChoices;
 }
 
 ExpertOrder CudaBackend::OrderFor(const ExpertLinearArgs& args) {
   const int64_t num_choices = args.expert_ids.numel();
   void* memory = Grow(expert_order_, ExpertOrder::OrderBytes(num_choices), kExpertsPurpose);
-  return ExpertOrder::In(memory, num_choices, args.weight.num_outputs() / args.out.dim(1),
-                         ChoicesOfTile(args));
+  return ExpertOrder::In(memory, num_choices, NumExperts(args), ChoicesOfTile(args));
 }
 
 void CudaBackend::SelectExperts(const SelectExpertsArgs& args) {
@@ -53,7 +55,7 @@ void CudaBackend::ExpertLinear(const ExpertLinearArgs& args) {
   CheckExperts(args);
   if (args.out.dim(0) == 0) return;
   const ExpertOrder order = OrderFor(args);
-  LaunchOrderChoices(args.expert_ids, args.weight.num_outputs() / args.out.dim(1), order, stream());
+  LaunchOrderChoices(args.expert_ids, NumExperts(args), order, stream());
   LaunchExpertLinear(args, nullptr, order, stream());
 }
 
@@ -69,6 +71,7 @@ void CudaBackend::ExpertMlp(const ExpertMlpArgs& args) {
   Check(args);
   CheckExperts(args.gate_up);
   CheckExperts(args.down);
+  CheckActivation("expert_mlp", args.gate_mul);
   if (args.gate_up.out.dim(0) == 0) return;
   const ExpertOrder order = OrderFor(args.gate_up);
   if (OrdersAtOnce(args.select)) {

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from test_families import LAYERS, ONLY_WINDOWS
+import test_families
+from test_families import ONLY_WINDOWS
 from test_gpu import BASE, TOLERANCE, cuda_is_missing, greedy, open_decoder, open_pair
 from tidaldecode import UnsupportedError
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
@@ -29,20 +30,15 @@ NEW_TOKENS = 32
 
 
 def tiny(family: str) -> TinyModel:
-    turns = {"partial_rotary_factor": 0.75} if family == "phi3" else {}
-    layers = LAYERS.get(family, 5)
-    return dataclasses.replace(  # wide enough that heads of 64 are those of every family
-        BASE, family=family, num_layers=layers, hidden_size=512, rope_extra=turns
+    """As deep as on the CPU, and so wide that heads of 64 are those of every family."""
+    like = test_families.tiny(family)
+    return dataclasses.replace(
+        BASE, family=family, num_layers=like.num_layers, hidden_size=512, rope_extra=like.rope_extra
     )
 
 
 def plan(family: str) -> dict[str, Any]:
-    """Of the layers that see everything every second one chooses, but the first of all."""
-    full = [layer for layer, kind in enumerate(tiny(family).kinds) if kind == "F" and layer > 0]
-    return {
-        "attention": "tidal", "select_layers": tuple(full[::2]), "token_budget": 48,
-        "full_layers": 1, "sparse_min_context": 0,
-    }  # fmt: skip
+    return test_families.plan(family) | {"attention": "tidal", "token_budget": 48}
 
 
 @pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in NOT_THERE_YET])

@@ -16,7 +16,6 @@ import pytest
 
 from test_gpu import (
     BASE,
-    DENSE,
     TIDAL,
     TOLERANCE,
     all_logits,
@@ -29,7 +28,7 @@ from test_gpu import (
     prompts_for,
     relative_difference,
 )
-from test_gpu_fp8_cache import FP8, SCORED, SHADOW, distance
+from test_gpu_fp8_cache import FP8, PLANS, SCORED, SHADOW, distance
 from tidaldecode.checkpoint import model_folder
 from tidaldecode.checkpoint.model_config import CheckpointConfig, read_checkpoint_config
 from tiny_models import TinyModel, random_prompt, random_weights, write_checkpoint
@@ -60,9 +59,6 @@ WINDOWS = [
 ]
 CAPPED = dataclasses.replace(MIXED, seed=42)
 CAPPED_RULES = {"attention_sinks": True, "attention_softcap": 5.0, "logit_softcap": 8.0}
-PLANS = pytest.mark.parametrize(
-    "plan", [DENSE, TIDAL, SCORED, SHADOW], ids=["dense", "tidal", "scored", "shadow"]
-)
 
 
 @pytest.fixture
