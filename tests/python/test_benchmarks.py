@@ -1,5 +1,6 @@
 """benchmarks/bench_decode.py: the shapes it knows, the bytes it counts, and that it runs. That
-bench_verify.py, bench_drafts.py, bench_prefill.py and bench_serve_core.py run.
+bench_verify.py, bench_drafts.py, bench_prefill.py and bench_serve_core.py run. That a widened model
+is the small one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tidaldecode import DecodeConfig, Decoder, PlanConfig
+from tidaldecode import DecodeConfig, Decoder, PlanConfig, demo_model_dir
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan, plan_letters
 from tiny_models import FAMILIES, TinyModel, config_json
@@ -28,6 +30,7 @@ from step_bytes import (  # noqa: E402
     loaded_bytes,
     step_bytes,
 )
+from widen_model import widen  # noqa: E402
 
 GPU = DecodeConfig(dtype="bfloat16", kv_dtype="bfloat16", token_budget=1024)
 # Parameters of the published checkpoints.
@@ -233,3 +236,29 @@ def test_model_flops_are_those_worked_out_by_hand(tmp_path: Path):
     n = 32768
     by_hand = 2 * 6_979_321_856 * n + 4 * 4096 * 32 * n * (n + 1) // 2 + 2 * 128256 * 4096
     assert model_tflop(folder.model, n) == pytest.approx(by_hand / 1e12)
+
+
+def test_a_widened_model_is_the_same_function(tmp_path: Path):
+    small = demo_model_dir()
+    config = json.loads((small / "config.json").read_text())
+    shape = SHAPES["llama-3.1-8b"].config | {
+        "hidden_size": 2 * config["hidden_size"],
+        "intermediate_size": config["intermediate_size"] + 64,
+        "num_hidden_layers": config["num_hidden_layers"] + 3,
+        "num_attention_heads": 4 * config["num_attention_heads"],
+        "num_key_value_heads": 2 * config["num_key_value_heads"],
+        "head_dim": 128,
+        "vocab_size": config["vocab_size"] + 100,
+    }
+    widen(small, tmp_path / "wide", shape)
+    ids = list(range(200, 500))
+    logits = []
+    for folder in (small, tmp_path / "wide"):
+        options = {"attention": "full", "device": "cpu", "dtype": "float32", "max_seq_len": 512}
+        with Decoder(folder, **options) as decoder:
+            logits.append(decoder.logits(ids)[0])
+    expected, found = logits
+    # Queries are rounded to bfloat16 once more.
+    bound = 2e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=bound)
+    assert found[len(expected) :].max() < expected.max()

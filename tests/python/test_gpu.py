@@ -141,7 +141,10 @@ class TestDense:
         dataclasses.replace(BASE, intermediate_size=392, hidden_size=264, vocab_size=1003),
         dataclasses.replace(BASE, family="glm4", num_q_heads=32, num_kv_heads=2),
         dataclasses.replace(
-            BASE, family="phi3", hidden_size=512, rope="longrope",
+            BASE,
+            family="phi3",
+            hidden_size=512,
+            rope="longrope",
             rope_extra={"partial_rotary_factor": 0.75},
         ),
     ],
