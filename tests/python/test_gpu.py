@@ -359,7 +359,8 @@ class TestMemory:
 
     def test_a_decoder_takes_what_it_planned(self, make_folder, options):
         folder = make_folder(BASE)
-        greedy(open_decoder(folder, "cuda", **self.OPTIONS | options), self.PROMPTS, 4)
+        with open_decoder(folder, "cuda", **self.OPTIONS | options) as decoder:
+            greedy(decoder, self.PROMPTS, 4)
         before = free_bytes()  # the device's context and the code of kernels have had their share
         with open_decoder(folder, "cuda", **self.OPTIONS | options) as decoder:
             plan = decoder.memory_plan()
