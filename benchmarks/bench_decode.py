@@ -38,6 +38,7 @@ from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.config import KV_DTYPES, WEIGHT_FORMATS
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
+from tidaldecode.plans import safe_config
 
 # Dense and tidal steps take turns, so that a device that slows down slows both.
 ROUNDS = 3
@@ -71,6 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, action="append", help="with each context; repeatable")
     add("--token-budget", type=int, help="default: the plan's, else 1024")
     add("--select-layers", type=int, nargs="+", help="default: the model's plan")
+    add("--safe-plan", action="store_true", help="every layer chooses for itself, by keys of 4 "
+        "bits: what token_budget gives a model that nobody calibrated")  # fmt: skip
     add("--device", default="auto")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--kv-dtype", default="auto", choices=["auto", *KV_DTYPES])
@@ -159,6 +162,11 @@ def fitting_points(
 
 def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
     page_size = _core.DecodeConfig().page_size
+    plan: dict[str, Any] = {"select_layers": target.select_layers}
+    if args.safe_plan:
+        model = read_model_folder(target.folder, target.load_format).model
+        plan = asdict(safe_config(model.windows))
+    plan["token_budget"] = args.token_budget
     return tidaldecode.Decoder(
         target.folder,
         load_format=target.load_format,
@@ -166,8 +174,7 @@ def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         weight_format=args.weight_format,
-        select_layers=target.select_layers,
-        token_budget=args.token_budget,
+        **plan,
         max_seq_len=max(context for context, _ in points),
         max_batch_size=max(batch_size for _, batch_size in points),
         num_pages=max(b * -(-context // page_size) for context, b in points),

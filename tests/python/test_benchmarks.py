@@ -136,6 +136,14 @@ def test_a_run_on_a_model_folder(tmp_path: Path, demo_model: Path):
     assert [row["floor_ms"] for row in report["rows"]] == [None] * 3
 
 
+def test_a_run_of_the_safe_plan(tmp_path: Path):
+    report, _ = run_benchmark(
+        "--shape", "tiny", "--context", 1200, "--steps", 3, "--safe-plan", "--peers", "none",
+        tmp_path / "steps.json",
+    )  # fmt: skip
+    assert [row["plan"] for row in report["rows"]] == ["FFFFFFFF", "FFFFFFFF", "FFPPPPPP"]
+
+
 def test_verified_decoding_is_compared_with_dense(tmp_path: Path, demo_model: Path):
     report, printed = run_benchmark(
         demo_model, "--dtype", "float32", "--threads", 1, "--context", 200, "--new-tokens", 12,
