@@ -1,6 +1,6 @@
-"""What the README shows works.
+"""What the README and the guides show works.
 
-A Python block runs if the line `<!-- test -->` stands right above it. All such blocks of the file
+A Python block runs if the line `<!-- test -->` stands right above it. All such blocks of a file
 share one namespace, in order, in an empty folder where every path given to `Decoder("...")` is a
 link to the packaged demo model.
 """
@@ -17,23 +17,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+# Those that show Python, and those that show commands.
+WITH_PYTHON = ("README.md", "docs/guide.md")
+WITH_COMMANDS = (*WITH_PYTHON, "docs/quality.md", "docs/performance.md", "docs/server.md")
 
 RUNNABLE = re.compile(r"^<!-- test -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(?:sh|bash|console|shell|text)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`(tidaldecode [^`\n]+)`")
 MODEL_ARGUMENT = re.compile(r"""Decoder\(\s*["']([^"']+)["']""")
 
 
-def readme() -> str:
-    if not README.is_file():
-        pytest.skip("there is no README.md")
-    return README.read_text()
-
-
-def shell_commands() -> list[list[str]]:
-    """Every `tidaldecode ...` command line of the README, in words."""
-    text = readme()
+def shell_commands(text: str) -> list[list[str]]:
+    """Every `tidaldecode ...` command line of a text, in words."""
     lines = [line for block in FENCE.findall(text) for line in joined_lines(block)]
     lines += INLINE.findall(text)
     commands = []
@@ -56,30 +52,42 @@ def cli_help(command: str) -> str:
     ).stdout  # fmt: skip
 
 
-def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path):
-    blocks = RUNNABLE.findall(readme())
-    if not blocks:
-        pytest.skip("README.md marks no Python block with <!-- test -->")
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_blocks_of_python_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path
+):
+    blocks = RUNNABLE.findall((ROOT / name).read_text())
+    assert blocks, f"{name} marks no Python block with <!-- test -->"
     monkeypatch.chdir(tmp_path)
     for path in {path for block in blocks for path in MODEL_ARGUMENT.findall(block)}:
-        assert not Path(path).is_absolute(), f"README.md: {path} is an absolute path"
+        assert not Path(path).is_absolute(), f"{name}: {path} is an absolute path"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).symlink_to(demo_model, target_is_directory=True)
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+        exec(compile(block, f"{name}, Python block {number}", "exec"), namespace)
 
 
-def test_readme_names_only_options_that_exist():
-    commands = shell_commands()
-    assert commands, "README.md shows no tidaldecode command"
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_only_options_that_exist_are_named(name: str):
+    commands = shell_commands((ROOT / name).read_text())
+    assert commands, f"{name} shows no tidaldecode command"
     helps: dict[str, str] = {}
     for words in commands:
-        name = words[1]
-        if name.startswith("-"):
+        command = words[1]
+        if command.startswith("-"):
             continue
-        text = helps.setdefault(name, cli_help(name))
+        text = helps.setdefault(command, cli_help(command))
         for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), (
-                f"README.md: `{shlex.join(words)}`: {name} has no option {option}"
+                f"{name}: `{shlex.join(words)}`: {command} has no option {option}"
             )
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path: Path):
+    for target in LINK.findall(path.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
