@@ -100,6 +100,9 @@ bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
 lint: $(VENV)/.lint-deps
 	$(BIN)/ruff check python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint-deps
 	$(BIN)/ruff check --fix python tests benchmarks tools
@@ -119,7 +122,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.test-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6' torch==2.13.0 'matplotlib>=3.8' \
 	  'transformers>=5.0' 'llguidance>=1.9,<2' $(SERVE_DEPS) 'openai>=2' 'anthropic>=2' 'playwright>=1.50' \
-	  'httpx>=0.27' 'aiohttp>=3.10'
+	  'httpx>=0.27' 'aiohttp>=3.10' 'pyyaml>=6'
 	touch $@
 
 $(VENV)/.serve-deps: $(BIN)/python pyproject.toml
@@ -136,7 +139,7 @@ $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==14.0.6
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==14.0.6 check-jsonschema==0.39.0
 	touch $@
 
 clean:
