@@ -99,6 +99,7 @@ bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
 
 lint: $(VENV)/.lint-deps
 	$(BIN)/ruff check python tests benchmarks tools
+	$(BIN)/ruff format --check --quiet python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
@@ -106,6 +107,7 @@ lint: $(VENV)/.lint-deps
 
 format: $(VENV)/.lint-deps
 	$(BIN)/ruff check --fix python tests benchmarks tools
+	$(BIN)/ruff format python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 $(BIN)/python:

@@ -48,9 +48,7 @@ class StepCosts:
             if setting.name == record.setting and setting.runs_at(record.context)
         )
         if setting.is_quest:
-            return page_bytes_per_step(
-                self._folder.model, setting.options, seq_len, self._kv_dtype
-            )
+            return page_bytes_per_step(self._folder.model, setting.options, seq_len, self._kv_dtype)
         config = PlanConfig()  # where no step was sparse
         if record.set_size > 0:
             # The sets that were measured: an adaptive budget is a cap.

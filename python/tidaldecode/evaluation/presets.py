@@ -172,9 +172,7 @@ def _presets(folder: ModelFolder, own: Plan | None) -> list[_Preset]:
         # All positions are forced, so what the select layer would choose is not asked.
         _Preset(
             name="streaming",
-            options=lambda k: (
-                {"select_layers": first} | _sets("layer", k, _SINKS, k - _SINKS)
-            ),
+            options=lambda k: {"select_layers": first} | _sets("layer", k, _SINKS, k - _SINKS),
         ),
     ]
     if own is not None:
