@@ -101,6 +101,8 @@ lint: $(VENV)/.lint-deps
 	$(BIN)/ruff check python tests benchmarks tools
 	$(BIN)/ruff format --check --quiet python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	! git grep -nE '(//|#|/\*|""") *Of ' -- ':!*.md' ':!*.json' || \
+	  { echo "A comment begins with what it says, not with Of."; exit 1; }
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

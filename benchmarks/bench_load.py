@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tensor_shape(name: str, model: ModelConfig) -> list[int]:
-    """Of a tensor as checkpoints name them."""
+    """The shape of a tensor by its name in checkpoints."""
     q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     shapes = {

@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def model_tflop(model: ModelConfig, num_tokens: int) -> float:
-    """Of reading a prompt, in 10^12 operations."""
+    """What reading a prompt costs, in 10^12 operations."""
     qkv = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
     out = model.num_q_heads * model.head_dim
     inner = model.experts_per_token * model.expert_intermediate_size or model.intermediate_size
@@ -82,7 +82,7 @@ def repeats(args: argparse.Namespace, context: int) -> int:
 
 
 def seeds(args: argparse.Namespace, context: int, compiles: bool = False) -> range:
-    """Of the prompts of a row, the untimed one first; a long one warms up on shorter rows, unless
+    """Seeds of a row's prompts, the untimed one first; a long one warms up on shorter rows, unless
     every length is compiled."""
     return range(repeats(args, context) + (compiles or context <= _LONG))
 

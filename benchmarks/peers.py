@@ -344,7 +344,7 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 def version(peer: str) -> str:
-    """Of the package behind a peer, "torch 2.13.0"."""
+    """Name and version of the package behind a peer, "torch 2.13.0"."""
     name = peer.split()[0]
     package = {"flashinfer": "flashinfer-python"}.get(name, name)
     return f"{name} {importlib.metadata.version(package)}"

@@ -50,8 +50,8 @@ def step_bytes(
     )
 
 
-# Of a matrix of random or rounded weights (weight_format), scales included: those of rows count for
-# next to nothing.
+# Bytes of a weight that is random or was rounded (weight_format), with its share of the scales:
+# those of rows count for next to nothing.
 _CODED_BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 128}
 
 

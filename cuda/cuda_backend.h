@@ -165,8 +165,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<PinnedStaging> input_staging_;
   Buffer download_;       // pinned
   bool in_step_ = false;  // ops are being called by the step that RunStep runs
-  // Of the next op, as the last one allows. Ops that write neither the cache nor sets of positions
-  // leave it as it is.
+  // How the next op may read, as the last one allows. Ops that write neither the cache nor sets of
+  // positions leave it as it is.
   CacheReads attention_reads_ = CacheReads::kInOrder;
 };
 

@@ -50,7 +50,7 @@ class CudaLinear {
     DType in, out;
     LinearOutput output;
     bool bias_epilogue;
-    // Of the addresses, in bytes, at most 256.
+    // What the addresses are multiples of, in bytes, at most 256.
     uint32_t weight_alignment, x_alignment, out_alignment, bias_alignment;
     auto operator<=>(const Shape&) const = default;
   };

@@ -76,8 +76,8 @@ void CudaBackend::LinearAfter(const SkinnyRun& run, const LinearArgs& linear) {
   }
 }
 
-// Of more tokens than the kernels take at once: in parts, or of the decoded weight. A weight larger
-// than those of the layers (lm_head) is not decoded: few tokens of a prompt ask for logits.
+// Multiplies more tokens than the kernels take at once: in parts, or by the decoded weight. One
+// larger than those of the layers (lm_head) is not decoded: few tokens of a prompt ask for logits.
 void CudaBackend::CodedLinear(const SkinnyRun& run, const LinearArgs& linear) {
   const Weight& weight = linear.weight;
   const int64_t num_tokens = linear.x.dim(0);

@@ -25,7 +25,7 @@ struct DecodeQuery {
   int num_visible = 0;
   unsigned window = 0;
 
-  // Of products q.k.
+  // Turns products q.k into scores.
   template <int kTiles>
   __device__ __forceinline__ void MakeScores(float (&products)[kTiles][4]) const {
 #pragma unroll
@@ -54,7 +54,7 @@ struct AttendedTokens {
   int begin = 0;
   int first = 0;  // tokens before it are not seen
 
-  // Of the i-th attended token.
+  // Returns the position of the i-th attended token.
   __device__ __forceinline__ int Position(int i) const {
     return list == nullptr ? begin + i : __ldcg(list + i);
   }

@@ -86,7 +86,7 @@ class DecodeWarp {
       return token < span.end ? position : -1;
     };
 
-    // Of the tile now and the kAhead tiles after it: a bit for each token that is not masked.
+    // For the tile now and the kAhead tiles after it: a bit for each token that is not masked.
     unsigned valid[kAhead + 1];
     int rows[kAhead + 1];
 #pragma unroll
@@ -255,7 +255,7 @@ class DecodeWarp {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         if constexpr (kIsCoded) {
-          // Of four dims 0 and 2, then 1 and 3, as DecodeFloat8Pair gives those of K.
+          // Takes of four dims 0 and 2, then 1 and 3, as DecodeFloat8Pair gives those of K.
           uint2 four = present ? *reinterpret_cast<const uint2*>(source + step * 16 + pair * 2)
                                : make_uint2(0u, 0u);
           query_[t][step][0] = __byte_perm(four.x, four.y, kLowerHalves);

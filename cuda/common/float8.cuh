@@ -56,7 +56,7 @@ __device__ __forceinline__ bool HasFloat8Nan(uint32_t codes) {
   return (((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0;
 }
 
-// Of one number. NaN stays NaN.
+// Decodes one number. NaN stays NaN.
 __device__ __forceinline__ float DecodeFloat8(Float8 code) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(code.bits, __NV_E4M3)));
 }

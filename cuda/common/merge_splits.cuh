@@ -333,7 +333,7 @@ __device__ __forceinline__ void MergeInCluster(const BlockWork& work,
     outs[head][lane] = result.out;
     if (lane == 0) states[head] = make_float2(result.max, result.sum);
   });
-  // Of the blocks that have not ended: those of unused splits have.
+  // Waits for the blocks that have not ended: those of unused splits have.
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
   ForEachHead(work.num_heads, work.split, work.num_used, [&](int head) {

@@ -163,7 +163,7 @@ struct ShadowQueryCodes {
     }
   }
 
-  // Of a head that is not there: its scores are 0, and nobody reads them.
+  // Stands for a head that is not there: its scores are 0, and nobody reads them.
   __device__ __forceinline__ void Clear() {
     for (int i = threadIdx.x % kWarpSize; i < kHeadDim; i += kWarpSize) codes[i] = 0;
     if (threadIdx.x % kWarpSize == 0) {

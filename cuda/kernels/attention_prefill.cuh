@@ -160,7 +160,7 @@ class PrefillWarp {
 
   // A query sees the tokens up to its own position, and so many of them.
   __device__ __forceinline__ void Mask(int first_token, ScoreTile scores) {
-    // Of this lane's first row and first column: how far its query lies after its token.
+    // How far the query of this lane's first row lies after the token of its first column.
     int behind = first_position_ + lane_ / 4 - first_token - lane_ % 4 * 2;
     auto window = static_cast<unsigned>(params_.rule.window);
 #pragma unroll

@@ -175,7 +175,7 @@ class ExpertBlock {
   }
 
  private:
-  // Of one step, for the rows of both halves.
+  // Scales and zeros of one step, for the rows of both halves.
   struct ScalesOfStep {
     float scale[2];
     uint32_t zeros[2];

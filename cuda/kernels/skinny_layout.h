@@ -24,7 +24,7 @@ inline constexpr int kHiddenRowBytes = kChunk * 4;
 inline constexpr int kMaxStages = 6;
 inline constexpr int kStagesBeforeAttention = 3;
 
-// Of a block; 1 KiB more is the system's. One product's block has an SM for itself: then the next
+// A block's; 1 KiB more is the system's. One product's block has an SM for itself: then the next
 // product's blocks come when this one's end, SM by SM, and what they copy ahead fills the gap
 // between the kernels.
 inline constexpr int kMaxSharedBytes = 227 * 1024;
@@ -92,7 +92,7 @@ struct SkinnyLayout {
   __host__ __device__ int Normed() const {
     return Partials() + num_buffers * num_parts * part_bytes;
   }
-  // Of the tokens' hidden states, one for each part of a group and token.
+  // Sums of squares of the tokens' hidden states, one for each part of a group and token.
   __host__ __device__ int SumsOfSquares() const { return Normed() + normed_bytes; }
   __host__ __device__ int Barriers() const { return SumsOfSquares() + num_parts * kTileTokens * 4; }
   __host__ __device__ int Total() const {
@@ -138,7 +138,7 @@ SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
   return layout;
 }
 
-// Of a coded weight whose inputs have several groups.
+// Returns whether a coded weight's inputs have several groups.
 inline bool IsGrouped(const Weight& weight) {
   return weight.is_coded() &&
          (weight.codes == WeightCodes::kInt4 || weight.group_size < weight.num_inputs());
@@ -163,7 +163,7 @@ inline int GroupsPerChunk(const Weight& weight) {
   return weight.group_size < kChunk ? static_cast<int>(kChunk / weight.group_size) : 1;
 }
 
-// Of scales and zeros that lie in a stage, for each weight row.
+// Bytes of scales and zeros that lie in a stage, for each weight row.
 inline int ScaleBytesPerRow(const Weight& weight) {
   if (!IsGrouped(weight)) return 0;
   auto bytes = static_cast<int>(DTypeBytes(weight.scales.dtype));

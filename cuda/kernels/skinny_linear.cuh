@@ -332,7 +332,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     CopyAsync8(zeros + lane * kHalfRows, s.zeros + place, present);
   }
 
-  // Of a chunk's inputs.
+  // Returns the group of a chunk's first input.
   __device__ int FirstGroup(int chunk) const {
     const WeightScales& s = p_.weight_scales;
     return chunk * s.groups_per_chunk / s.chunks_per_group;
@@ -451,7 +451,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     return ((group * kRowTiles + m) * 2 + half) * (kTileRows / 2) + row;
   }
 
-  // Of a stage's group-th group of inputs.
+  // Loads the zeros of a stage's group-th group of inputs.
   __device__ void LoadZeros(const unsigned char* stage, int group, int row, Zeros& zeros) const {
     if constexpr (kKind == WeightKind::kInt4) {
       const WeightScales& s = p_.weight_scales;
@@ -525,7 +525,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     if (lane % 4 == 0) *SquaresOf(part, lane / 4) = squares;
   }
 
-  // Of a token's results: of its norm, once all parts of the first group are handed in.
+  // Returns a token's factor: that of its norm, once all parts of the first group are handed in.
   __device__ float ScaleOf(int token) const {
     if constexpr (kNormed) {
       float sum = 0.0f;
@@ -595,7 +595,7 @@ class SkinnyBlock : SkinnyShape<kTokens, kKind> {
     }
   }
 
-  // Of a tile's rows that this lane finishes, if there is one for each row.
+  // Scales of a tile's rows that this lane finishes, if there is one for each row.
   __device__ float2 RowScales(int tile, int lane) const {
     if constexpr (kKind == WeightKind::kFloat8) {
       const WeightScales& s = p_.weight_scales;

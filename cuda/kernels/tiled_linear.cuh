@@ -37,7 +37,7 @@ class TiledBlock {
     first_tile_ = static_cast<int>(blockIdx.y) * kBlockTiles;
   }
 
-  // Of the tokens from first_token on.
+  // Multiplies the tokens from first_token on.
   __device__ void Run(int first_token) {
     first_token_ = first_token;
     Cursor ahead = FirstChunk();

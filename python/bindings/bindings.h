@@ -79,7 +79,7 @@ class PyDecoder : public Closable<Decoder> {
   PyDecoder(std::unique_ptr<Decoder> decoder, double rounding_error)
       : Closable("decoder", std::move(decoder)), rounding_error_(rounding_error) {}
 
-  // Of the weights, if they were rounded to codes while they were loaded; else 0.
+  // What rounding to codes changed in the weights while they were loaded; 0 if it did not.
   double rounding_error() const { return rounding_error_; }
 
  private:

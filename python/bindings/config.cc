@@ -36,7 +36,7 @@ constexpr Names<DType, 5> kKvDTypes = {{{DType::kFloat32, "float32"},
                                         {DType::kFloat16, "float16"},
                                         {DType::kInt8, "int8"},
                                         {DType::kFloat8, "fp8"}}};
-// Of a tensor in a file: also those that only parts of quantised matrices have.
+// Dtypes of a tensor in a file: also those that only parts of quantised matrices have.
 constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
                                             {DType::kBFloat16, "bfloat16"},
                                             {DType::kFloat16, "float16"},

@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace tidal {
 namespace {
 
-// Of the interpreter's process.
+// One for the interpreter's process.
 struct CallState {
   std::atomic<int> num_calls{0};  // threads in a NativeCall
   std::atomic<bool> is_ending{false};

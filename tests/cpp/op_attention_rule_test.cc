@@ -51,7 +51,7 @@ class OpAttentionRule : public AttentionTest {
 
   int64_t q_size() const { return shape().num_q_heads * shape().head_dim; }
 
-  // Of `rule`, and what the reference is to know of it.
+  // Makes the engine's rule, and what the reference is to know of it.
   AttentionRule Make(const RuleCase& rule, reference::AttendRule& want) {
     want.softcap = rule.softcap;
     want.window = rule.window;

@@ -105,7 +105,7 @@ TEST_P(OpAttentionSparse, SetsOfAnySize) {
       int64_t number = 0;
       for (auto& row : sets) {
         for (Ints& set : row) {
-          // Of every third set one position, of the others a share.
+          // Every third set keeps one position, the others a share.
           const auto size = static_cast<int64_t>(set.size());
           const int64_t kept = number % 3 == 0 ? 1 : std::max<int64_t>(1, size * (number % 7) / 7);
           set.erase(set.begin(), set.end() - kept);

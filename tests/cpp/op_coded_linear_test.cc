@@ -22,7 +22,7 @@ struct CodedShape {
 // More tokens than this may, on CUDA, be given the decoded weight, rounded to 16 bits.
 constexpr int64_t kMostStreamed = 32;
 constexpr int64_t kMostTokens = 130;
-// Of float32 results: numbers of codes have longer tails than those of other tests.
+// For float32 results: numbers of codes have longer tails than those of other tests.
 constexpr Tolerance kUnrounded = {1e-4, 1e-4};
 
 class OpCodedLinear : public OpTest<CodedShape> {

@@ -59,7 +59,7 @@ class OpExperts : public OpTest<ExpertShape> {
     return want;
   }
 
-  // Of a token's one row, and of a row for each choice.
+  // With one row a token, and with a row for each choice.
   void ExpectProducts(const Weight& weight, const Values& numbers, const Values& bias = {}) {
     const auto [name, num_experts, chosen, in, out] = shape();
     for (int64_t tokens : {1, 3, 40, 200}) {

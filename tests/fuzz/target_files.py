@@ -27,7 +27,7 @@ LIMITS = Limits(seconds=60.0, cpu_seconds=40.0)
 _PROMPTS = "\n".join(json.dumps({"prompt": f"ab{i}", "answers": ["c"]}) for i in range(3))
 # The scores that `calibrate` keeps in the user's cache, under a name that changes with the model.
 _SCORES = "scores"
-# Of each file the keys of its lines.
+# The keys of each file's lines.
 _FILES = {
     "results.jsonl": (
         "key", "setting", "plan", "task", "index", "context", "depth", "score", "output", "answers",

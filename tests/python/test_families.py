@@ -27,7 +27,7 @@ def tiny(family: str) -> TinyModel:
 
 
 def plan(family: str) -> dict[str, Any]:
-    """Of the layers that see everything every second one selects, but the first of all."""
+    """Every second of the layers that see everything selects, but the first of all."""
     full = [layer for layer, kind in enumerate(tiny(family).kinds) if kind == "F" and layer > 0]
     if not full:
         pytest.skip("has no layer that sees everything")

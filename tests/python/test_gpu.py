@@ -341,7 +341,7 @@ def test_sampling_is_seeded(make_folder):
 
 
 def free_bytes() -> int:
-    """Of the first GPU, over all programs, as its driver counts."""
+    """Free memory of the first GPU, over all programs, as its driver counts."""
     device = next(d for d in _core.list_devices() if d["name"] == "cuda:0")
     if not device["free_bytes"]:
         pytest.skip("the driver's management library, which counts free memory, is not there")

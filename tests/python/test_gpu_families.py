@@ -62,7 +62,7 @@ def tolerance(family: str) -> float:
 
 
 def distances(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of each position, relative to the largest logit."""
+    """The largest distance at each position, relative to the largest logit."""
     assert actual.shape == expected.shape
     return np.abs(actual - expected).max(-1) / np.abs(expected).max()
 

@@ -80,7 +80,7 @@ def capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(params=["windows", "capped"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Of MIXED, and of CAPPED."""
+    """A folder of MIXED, and one of CAPPED."""
     if request.param == "capped":
         yield request.getfixturevalue("capped")
     else:

@@ -68,7 +68,7 @@ def with_outliers(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np
 
 
 def shares(q: np.ndarray, keys: np.ndarray, balance: np.ndarray, count: int) -> list[float]:
-    """Of the best `count` positions of a layer: their share among the best twice as many by the
+    """For the best `count` positions of a layer: their share among the best twice as many by the
     shadow; and the mass of the best by the shadow, and of the best twice as many, over theirs."""
     scale = q.shape[-1] ** -0.5
     group_size = len(q) // len(balance)

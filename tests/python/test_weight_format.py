@@ -102,7 +102,7 @@ def test_codes_that_are_kept_are_not_rounded_to_16_bits(tmp_path: Path, kind: Ki
     model = dataclasses.replace(WIDE, dtype=dtype)
     stored, _ = quantized_tensors(model, kind)
     folder = write_quantized(tmp_path, model, kind, stored)
-    # Of int8 nothing is kept.
+    # Nothing of int8 is kept.
     decoded_dtype = dtype if kind.codes == "int8" else "float32"
     prompt = random_prompt(model, 24)
     with (

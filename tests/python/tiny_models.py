@@ -105,7 +105,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
 _EVERY = {"ministral": "w", "gpt_oss": "wF", "olmo3": "wwwF", "gemma2": "wF", "gemma3_text": "wwF"}
 _GEMMAS = ("gemma2", "gemma3_text")
 _BRANCH_NORMS = ("glm4", "olmo2", "olmo3", *_GEMMAS)
-# Of those the names of the norms, where they are not glm4's.
+# Their names of the norms, where they are not glm4's.
 _NORMS_OF_BRANCHES = {
     "post_attention_layernorm": ("post_self_attn_layernorm",),
     "post_feedforward_layernorm": ("post_mlp_layernorm",),
@@ -192,7 +192,7 @@ class TinyModel:
         return (pattern * self.num_layers)[: self.num_layers]
 
     def num_experts(self, layer: int) -> int:
-        """Of a layer; 0: it has one MLP."""
+        """Experts of a layer; 0: it has one MLP."""
         own = _OWN_FIELDS[self.family] | self.fields
         if layer in own.get("mlp_only_layers", ()):
             return 0

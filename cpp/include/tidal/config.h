@@ -80,10 +80,10 @@ struct ModelConfig {
   bool wide_qk_norm = false;  // with qk_norm: of all heads of q, and of k, together (olmo2)
   double norm_offset = 0.0;   // is added to the weights of norms (gemma)
   Activation activation = Activation::kSilu;
-  // Of kClampedSwiglu: a gate is at most the limit, up at most that far from 0.
+  // For kClampedSwiglu: a gate is at most the limit, up at most that far from 0.
   double swiglu_limit = 7.0;
   double swiglu_alpha = 1.702;
-  // Of layers with experts, each an MLP of expert_intermediate_size, of which every token has some,
+  // Experts of a layer, each an MLP of expert_intermediate_size, of which every token has some,
   // chosen and weighted by a softmax.
   int64_t num_experts = 0;
   int64_t experts_per_token = 0;

@@ -29,7 +29,7 @@ struct MemoryPlan {
   int64_t reserve_bytes = 0;        // left to the device: recorded steps and the code of kernels
   int64_t host_bytes = 0;           // beside the device's: staging of copies, pinned
 
-  // Of the device, before this decoder took any.
+  // Memory of the device before this decoder took any.
   int64_t device_bytes = 0;
   int64_t free_bytes = 0;
   int64_t usable_bytes = 0;  // what the decoder may take, by DecodeConfig::gpu_memory_utilization

@@ -66,11 +66,11 @@ class QuantizedWeightSource final : public WeightSource {
 
   const WeightInfo* Find(const std::string& name) const override;
 
-  // Of a quantised tensor whole elements only. Throws WeightsError also for a scale that is not
+  // Reads whole elements of a quantised tensor. Throws WeightsError also for a scale that is not
   // finite.
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
   void CheckUnchanged() const override;
-  // Of float8 and int4 as they are stored, int4 with its codes along `in`.
+  // Finds float8 and int4 as they are stored, int4 with its codes along `in`.
   const CodedInfo* FindCodes(const std::string& name) const override;
   void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                  const CodedRows& rows) const override;
@@ -119,8 +119,7 @@ class QuantizingWeightSource final : public WeightSource {
                  const CodedRows& rows) const override;
   void CheckUnchanged() const override;
 
-  // Of all that was rounded: the root mean square of what rounding changed, over that of the
-  // numbers.
+  // Returns the root mean square of what rounding changed, over that of the numbers it rounded.
   double relative_error() const;
 
  private:

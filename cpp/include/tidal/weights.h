@@ -40,7 +40,7 @@ struct CodedInfo {
   bool has_zeros = false;
   bool operator==(const CodedInfo&) const = default;
 
-  // Of a row of so many elements.
+  // Both for a row of so many elements.
   int64_t num_groups(int64_t inputs) const { return (inputs + group_size - 1) / group_size; }
   int64_t row_bytes(int64_t inputs) const {
     return codes == WeightCodes::kInt4 ? inputs / 2 : inputs;

@@ -81,7 +81,7 @@ class Backend {
 
   virtual BackendInfo info() const = 0;
   virtual DType activation_dtype(DType weight_dtype) const = 0;
-  // Of ScoreKeys with a shadow.
+  // The dtype of what ScoreKeys writes from a shadow.
   virtual DType shadow_score_dtype() const = 0;
   // The longest context at which a step is no faster for reading token_budget positions in its
   // sparse layers. The same on every device of a kind: it decides what is computed.

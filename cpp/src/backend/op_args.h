@@ -224,7 +224,7 @@ struct GateMulArgs {
   TensorView gate_up;  // [T, 2 * I] act: gate, then up
   TensorView out;      // [T, I] act: what the activation makes of the two
   Activation activation = Activation::kSilu;
-  // Of kClampedSwiglu. A NaN stays one.
+  // For kClampedSwiglu. A NaN stays one.
   float limit = 0.0f;
   float alpha = 0.0f;
 };

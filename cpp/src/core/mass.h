@@ -12,7 +12,7 @@ namespace tidal {
 // position's weight is far below what float32 scores are good for.
 inline constexpr float kMassUnits = 1099511627776.0f;  // 2^40
 
-// Of a weight >= 0, which the heads of a set keep below 2^16; NaN counts as 0.
+// Counts a weight in units: >= 0, and below 2^16 by the heads of a set; NaN counts as 0.
 TIDAL_HOST_DEVICE inline uint64_t ToMass(float weight) {
   if (!(weight > 0.0f)) return 0;
   return static_cast<uint64_t>((weight < 65536.0f ? weight : 65536.0f) * kMassUnits);

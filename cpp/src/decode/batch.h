@@ -41,8 +41,8 @@ int64_t NumFollowed(const BatchRow& row);
 struct Batch {
   std::vector<BatchRow> rows;
   PlanId plan = PlanId::kDense;
-  // Of whole pages, before anything else and in this order: from the cache to host pages, from host
-  // pages to the cache, within the cache. A batch without rows may have some.
+  // Whole pages to copy before anything else, in this order: from the cache to host pages, from
+  // host pages to the cache, within the cache. A batch without rows may have some.
   std::vector<PageCopy> saves{};
   std::vector<PageCopy> restores{};
   std::vector<PageCopy> copies{};
@@ -55,7 +55,7 @@ struct Drawn {
   std::vector<std::vector<int32_t>> tokens;            // [num_draws] each; -1: unusable logits
   std::vector<std::vector<TokenLogprobs>> logprobs{};  // [num_draws] each, if they were wanted
   std::vector<std::vector<TokenLogprobs>> scored{};    // [num_scored] each
-  // Of rows that count them, those of a step in which they attended to chosen positions.
+  // Sets of the rows that count them, in a step in which they attended to chosen positions.
   std::vector<ChosenSets> sets{};
 };
 

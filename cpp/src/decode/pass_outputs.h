@@ -56,7 +56,7 @@ class PassOutputs {
   void TakeScores(const Batch& batch, std::span<const PassOutput> outputs, Drawn& drawn) const;
   void TakeLogprobs(const Batch& batch, std::span<const PassOutput> outputs, int64_t first,
                     Drawn& drawn) const;
-  // Of written_ for num_rows rows: the tokens, and how many precede each draw.
+  // Parts of written_ for num_rows rows: the tokens, and how many precede each draw.
   TensorView TokensOf(int64_t num_rows) const { return written_.Rows(0, num_rows); }
   TensorView LensOf(int64_t num_rows) const { return written_.Rows(num_rows, num_rows); }
 

@@ -32,8 +32,8 @@ struct BalanceInputs {
   RunnerBuffers& buffers;  // of which a pass is used
 };
 
-// Of every layer and channel sqrt(rms k / rms q), k and q rotated. Reads the tokens into pages of
-// `cache`, which are free again afterwards.
+// Measures sqrt(rms k / rms q) of each layer and channel, k and q rotated. Reads the tokens into
+// pages of `cache`, which are free again afterwards.
 ShadowBalance MeasureShadowBalance(Backend& backend, PagedKvCache& cache,
                                    const BalanceInputs& inputs);
 

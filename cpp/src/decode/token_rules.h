@@ -17,7 +17,7 @@ namespace tidal {
 
 class TokenRules {
  public:
-  // Of parameters that ValidateSamplingParams has passed.
+  // `params`: ValidateSamplingParams has passed them.
   TokenRules(const SamplingParams& params, int64_t vocab_size);
 
   // Returns the mask of the token that follows `tokens`, of which the first num_given were not

@@ -12,8 +12,9 @@
 namespace tidal {
 namespace {
 
-// Of the time of chunks. While more is asked than the machine can do, short prompts grow urgent
-// faster than a long one does, and without a share it would wait without end.
+// The oldest prompt's share of the time of chunks. While more is asked than the machine can do,
+// short prompts grow urgent faster than a long one does, and without a share it would wait without
+// end.
 constexpr double kOldestShare = 0.25;
 
 }  // namespace

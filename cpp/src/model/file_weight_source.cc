@@ -16,8 +16,8 @@
 namespace tidal {
 namespace {
 
-// Of one thread at a time: from the page cache a read is a copy, and takes far longer than its
-// call.
+// What one thread reads at a time: from the page cache a read is a copy, and takes far longer than
+// its call.
 constexpr int64_t kReadBytes = 1 << 20;
 
 // Bytes from the first element of an entry with strides to behind its last.

@@ -17,7 +17,8 @@
 namespace tidal {
 namespace {
 
-// Of one thread at a time: enough to be worth the call, few enough that all threads have some.
+// What one thread decodes at a time: enough to be worth the call, few enough that all threads have
+// some.
 constexpr int64_t kDecodeElements = 1 << 18;
 
 std::string BlockString(const QuantizedWeight& weight) {

@@ -75,7 +75,7 @@ const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {
   return numbers_->Find(name);
 }
 
-// Of the matrices of the layers.
+// Finds the matrices of the layers.
 const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) const {
   auto known = infos_.find(name);
   if (known != infos_.end()) return &known->second;

@@ -241,7 +241,7 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
   return backend.ReadsCodes(weight) ? weight : Weight();
 }
 
-// Of the tensors of a matrix in codes.
+// Counts the bytes of all tensors of a matrix in codes.
 int64_t BytesOf(const Weight& weight) {
   return weight.data.bytes() + weight.scales.bytes() +
          (weight.zeros.rank > 0 ? weight.zeros.bytes() : 0);

@@ -28,7 +28,7 @@ struct LayerWeights {
   TensorView down_bias;     // [H], or absent
   TensorView o_norm;        // [H]: of what attention adds, or absent
   TensorView down_norm;     // [H]: of what the MLP adds, or absent
-  // Of a layer with experts in place of gate_up and down; I' is their intermediate size.
+  // A layer with experts has these in place of gate_up and down; I' is their intermediate size.
   TensorView router;                // [E, H], of numbers
   TensorView router_bias;           // [E], or absent
   Weight experts_gate_up;           // [E * 2 I', H]: expert by expert gate_proj, up_proj stacked
@@ -58,7 +58,7 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model);
 // What the weights take of a device.
 struct WeightMemory {
   int64_t bytes = 0;
-  // Of the largest matrix of a layer that stays in codes, experts left out, as numbers.
+  // The largest matrix of a layer that stays in codes, experts left out, as numbers.
   int64_t decoded_bytes = 0;
 };
 WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,

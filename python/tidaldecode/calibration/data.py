@@ -51,7 +51,7 @@ _CONTINUED_WORDS = 8  # of the passage, to be given back, or fewer where they ar
 _PASSAGE_TOKENS = 24
 _PREFACE_TOKENS = 24  # room for what a model says before it comes to the answer
 _JOINT_TOKENS = 2  # between one number and the next
-# Of a document, the share that may be needles, if they are of more than one form.
+# The share of a document that may be needles, if they are of more than one form.
 _HIDDEN_SHARE = 0.5
 MOST_QUESTIONS = 12  # of a document
 

@@ -23,7 +23,7 @@ from tidaldecode.evaluation.distributions import unusable_logits
 from tidaldecode.evaluation.perplexity import Window
 from tidaldecode.replay import Replay
 
-# Of a window, the places behind which a few tokens are predicted.
+# Places of a window behind which a few tokens are predicted.
 _TEXT_PLACES = 3
 _SCORED_TOKENS = 32
 
@@ -208,7 +208,7 @@ class Objective:
         losses, divergences, same = zip(*found, strict=True)
         return GroupScore(
             loss=round(float(np.mean(losses)), 6),
-            # Of a plan that is nearly dense, rounding to float32 would leave a trace.
+            # Rounding to float32 would show, below 0, where a plan is nearly dense.
             kl=max(0.0, round(float(np.mean(divergences)), 6)),
             num_same=sum(same),
             num_rows=len(same),

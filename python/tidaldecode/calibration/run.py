@@ -37,7 +37,7 @@ _TEXT_SHARE = 0.25
 # Documents that are as a rule enough for the questions of the search.
 _DOCUMENTS = 12
 _TAIL_TOKENS = 128  # room for what is asked about a document, and the answer
-# Of the memory that is free, the share that prompts may take while plans are compared.
+# The share of the free memory that prompts may take while plans are compared.
 _CACHE_SHARE = 0.5
 # On a CPU, where other programs live too, no more than this, or so many times the weights of a
 # model that is large already, as long as one group has room.

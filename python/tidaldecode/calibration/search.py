@@ -26,7 +26,7 @@ from tidaldecode.plans import plan_letters
 _LEAST_LAYERS = 2
 # Layers in front that are dense in the first plan; the others all choose.
 _DENSE_LAYERS = 1
-# Of the attention, the shares that adaptive budgets hold, and the positions they hold at least.
+# Shares of the attention that adaptive budgets hold, and the positions they hold at least.
 MASSES = (0.9, 0.95, 0.97, 0.98, 0.99)
 _LEAST_POSITIONS = 64
 # What is settled for each plan, in this order; recents are shares of the budget.
@@ -35,7 +35,7 @@ _SETTINGS = {
     "recent_share": (0.25, 0.0, 0.125, 0.5),
     "sink_tokens": (1, 4),
 }
-# Of the layers that choose, the share that a round takes away.
+# The share of the choosing layers that a round takes away.
 _TAKEN_SHARE = 0.25
 # Plans are kept whose loss is within a factor of the least among those that read less: first while
 # their settings are open, which may halve it, and then where ranking is no better than that. Plans

@@ -294,7 +294,7 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
 
 
 def _default(value: int | None) -> dict[str, int]:
-    """Of a field; none, and it must be there."""
+    """The default of a field; without one it must be there."""
     return {} if value is None else {"default": value}
 
 

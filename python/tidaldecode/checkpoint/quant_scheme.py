@@ -32,7 +32,7 @@ _MAX_GROUP = 2**20
 class QuantScheme:
     """How a matrix [out, in] is stored."""
 
-    # Of the engine: "float8", "int8", "int4_packed", "int4_gptq", "int4_awq" or "mxfp4".
+    # The engine's name: "float8", "int8", "int4_packed", "int4_gptq", "int4_awq" or "mxfp4".
     format: str
     block: tuple[int | None, int | None]  # rows and columns that share a scale; None: all
     has_zeros: bool = False  # whether zero points are stored

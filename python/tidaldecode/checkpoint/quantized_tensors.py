@@ -43,7 +43,7 @@ _SCALES = {
 }
 _ZEROS = {"int4_packed": "weight_zero_point", "int4_gptq": "qzeros", "int4_awq": "qzeros"}
 _OTHERS = {"int4_packed": ("weight_shape", "weight_g_idx"), "int4_gptq": ("g_idx",)}
-# Of activations, which stay as they are.
+# For activations, which stay as they are.
 _ACTIVATION_PARTS = frozenset(("input_scale", "input_zero_point", "activation_scale"))
 _PARTS = _ACTIVATION_PARTS.union(
     "weight_packed weight_scale weight_scale_inv weight_zero_point weight_shape weight_g_idx "

@@ -106,7 +106,7 @@ def ask(decoder: Decoder, prompt: HiddenKey, on_prefill: PrefillProgress) -> Run
     ) as stream:
         for _ in stream:
             if len(stream.token_ids) <= _ANSWER_TOKENS:
-                # Of the steps that write the answer, the one that saw the key makes the picture.
+                # The step of the answer that saw the key makes the picture.
                 selection = max(selection, decoder.selection(0), key=hits)
     if not selection:  # the engine was ahead each time
         selection = decoder.selection(0)

@@ -25,7 +25,7 @@ _CHUNK = 256  # queries of a prompt whose scores are in memory together
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Of each row: any real [..., n]."""
+    """The softmax of each row: any real [..., n]."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -169,7 +169,7 @@ class ReferenceModel:
         return q, k, v
 
     def _head_norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """Of each head, or of all together: [tokens, heads * head_dim]."""
+        """The norm of each head, or of all together: [tokens, heads * head_dim]."""
         return self._norm(x.reshape(-1, len(self._weights[name])), name).reshape(x.shape)
 
     def _rotate(self, x: np.ndarray, start: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Keys:
         return [(setting, self.of(setting, content)) for setting in own]
 
     def of(self, setting: Setting, content: Sequence[Any]) -> str:
-        """Of model, version, options and `content`, which is what is decoded.
+        """The key of model, version, options and `content`, which is what is decoded.
 
         Raises: ConfigError if the setting does not fit the model.
         """

@@ -206,7 +206,7 @@ def run(
     Returns: the records of all examples in all settings, setting by setting.
     Raises: as Decoder; TidalError if the engine gives up on a prompt.
     """
-    # Of all examples, so that a resumed run uses the same engine as one that was not cut off.
+    # All examples count, so that a resumed run uses the same engine as one that was not cut off.
     lengths = (len(example.prompt_ids) + example.max_new_tokens for example in examples)
     with Runner(work, max(lengths, default=0), results, reporter) as runner:
         new = [example for example in examples if not runner.has(example)]

@@ -30,7 +30,7 @@ def guide_of(body: SamplingBody) -> Guide | None:
 
 
 def _of_format(asked: Mapping[str, Any]) -> Guide | None:
-    """Of OpenAI's form, with regex and grammar beside its types."""
+    """From OpenAI's form, with regex and grammar beside its types."""
     where, kind = "response_format", asked.get("type")
     if kind == "text":
         return None
@@ -53,7 +53,7 @@ def _of_format(asked: Mapping[str, Any]) -> Guide | None:
 
 
 def _of_structure(asked: Mapping[str, Any]) -> Guide:
-    """Of vLLM's form: one of several fields."""
+    """From vLLM's form: one of several fields."""
     where = "structured_outputs"
     given = [name for name in _STRUCTURES if asked.get(name) is not None]
     if len(given) != 1:

@@ -108,7 +108,7 @@ def _server_option(name: str) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """Of serve(): the folder, the server's options, the decoder's."""
+    """The signature of serve(): the folder, the server's options, the decoder's."""
     kinds: dict[str, tuple[Any, Any]] = {"model_dir": (opt.ModelDir, inspect.Parameter.empty)}
     kinds |= {name: (_server_option(name), None) for name in _SERVER}
     web = typer.Option("--web/--no-web", help="The page.", rich_help_panel=_PANEL)

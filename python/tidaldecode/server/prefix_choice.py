@@ -109,7 +109,7 @@ class Asking:
         choice = self._choice
         with choice.lock:
             self.leave()
-            # Of those with as little to do, the one that has waited longest.
+            # Among those with as little to do, the one that has waited longest.
             ranked = sorted(
                 servers,
                 key=lambda name: (

@@ -49,7 +49,7 @@ class Model:
 
     @property
     def most_tokens(self) -> int:
-        """Of one sequence, prompt and answer."""
+        """The most tokens of one sequence, prompt and answer."""
         config = self.decoder.config
         return min(config.max_seq_len, config.num_pages * config.page_size)
 

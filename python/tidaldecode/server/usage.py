@@ -40,7 +40,7 @@ class Accounts:
         return kv_bytes_per_step(self._model, PlanConfig(), 1, self._kv_dtype)
 
     def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
-        """Of answers that have ended, the n of a prompt beside each other."""
+        """The usage of answers that have ended, the n of a prompt beside each other."""
         firsts = results[:: self._asked.n]
         wants_tokens = self._asked.max_tokens != 0
         prompt = sum(result.prompt_tokens for result in firsts)

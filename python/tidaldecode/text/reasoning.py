@@ -20,7 +20,7 @@ class ReasoningTags:
 
 
 THINK = ReasoningTags("<think>", "</think>")
-# Of Mistral's models that reason; there the tags are special tokens.
+# Mistral's models that reason; there the tags are special tokens.
 BRACKETS = ReasoningTags("[THINK]", "[/THINK]")
 
 

@@ -7,7 +7,7 @@
 
 namespace tidal {
 
-// Of a weight in codes.
+// Returns whether Linear takes this weight in its codes.
 bool CpuReadsCodes(const Weight& weight);
 
 // Floats of scratch per thread.

@@ -108,7 +108,7 @@ export class Conversation {
       run.state = "stopped";
       return;
     }
-    // Of a dense answer beside another there is nothing to see on the map.
+    // A dense answer beside another has nothing to see on the map.
     if (run === turn.runs[0] || run.mode !== "full") this.shown = run;
     run.state = "waiting";
     run.askedAt = performance.now();
