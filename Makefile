@@ -100,6 +100,7 @@ bench-cpu: $(VENV)/.test-deps $(VENV)/.installed
 lint: $(VENV)/.lint-deps
 	$(BIN)/ruff check python tests benchmarks tools
 	$(BIN)/ruff format --check --quiet python tests benchmarks tools
+	$(BIN)/mypy
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	! git grep -nE '(//|#|/\*|""") *Of ' -- ':!*.md' ':!*.json' || \
 	  { echo "A comment begins with what it says, not with Of."; exit 1; }
@@ -143,7 +144,9 @@ $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 clang-format==14.0.6 check-jsonschema==0.39.0
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==14.0.6 \
+	  check-jsonschema==0.39.0 'numpy>=2.4' 'jinja2>=3.1.6' 'rich>=13' \
+	  'tokenizers>=0.21' 'typer>=0.12' $(SERVE_DEPS)
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ no GPU, no driver and no torch.
 import logging as _logging
 import os as _os
 
-from tidaldecode._engine import _core
+from tidaldecode._engine import _core as _core
 from tidaldecode.checkpoint.model_folder import demo_model_dir
 from tidaldecode.config import DecodeConfig, PlanConfig
 from tidaldecode.decoder import Decoder

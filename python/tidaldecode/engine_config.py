@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import fields
+from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.cache_scales import scaled_model
@@ -168,7 +169,7 @@ def log_rounding(weight_format: str, error: float) -> None:
 
 def config_in_use(core: _core.DecodeConfig, settings: DecodeConfig) -> DecodeConfig:
     """The engine's values of the settings, every automatic one filled in."""
-    layers = {name: tuple(getattr(core, name)) or None for name in LAYER_FIELDS}
+    layers: dict[str, Any] = {name: tuple(getattr(core, name)) or None for name in LAYER_FIELDS}
     values = {
         field.name: getattr(core, field.name)
         for field in fields(DecodeConfig)

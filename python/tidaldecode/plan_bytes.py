@@ -8,7 +8,7 @@ from __future__ import annotations
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.config import PlanConfig, is_auto
+from tidaldecode.config import PlanConfig
 from tidaldecode.plans import plan_letters
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # of a number
@@ -93,4 +93,4 @@ def most_positions(config: PlanConfig) -> int:
     """The positions that a set has at most."""
     if config.token_budget is None:
         return _DEFAULTS.token_budget
-    return _core.AUTOMATIC_BUDGET if is_auto(config.token_budget) else config.token_budget
+    return _core.AUTOMATIC_BUDGET if isinstance(config.token_budget, str) else config.token_budget

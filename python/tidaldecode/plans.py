@@ -100,7 +100,7 @@ def _parse_plan(raw: Mapping[str, Any], path: Path, windows: Sequence[int]) -> P
         check_setting(name, value, where)
     # A file without layers is refused for its select_layers, which most have.
     names = [name for name in LAYER_FIELDS if name in raw] or LAYER_FIELDS[:1]
-    layers = {name: check_layer_list(name, raw.get(name), where) for name in names}
+    layers: dict[str, Any] = {n: check_layer_list(n, raw.get(n), where) for n in names}
     try:
         config = PlanConfig(**layers, **given)
     except ConfigError as cause:  # a layer in both lists

@@ -41,7 +41,7 @@ class SessionHost:
 
     core: _core.Decoder
     frontend: Frontend
-    holders: weakref.WeakSet  # of pages; they end with the decoder
+    holders: weakref.WeakSet[Any]  # of pages; they end with the decoder
 
 
 class Session:
@@ -227,7 +227,7 @@ class Session:
 
     def close(self) -> None:
         """Ends a running stream and gives the pages back. Any later use is an error."""
-        core, stream = self._core, self._stream and self._stream()
+        core, stream = self._core, self._stream() if self._stream is not None else None
         self._core = self._host = self._stream = None
         if stream is not None:
             stream.close()

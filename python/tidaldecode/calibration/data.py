@@ -180,7 +180,8 @@ def _filler(sentences: Sequence[str], start: int) -> Callable[[int], str]:
 
 
 # What is hidden; and what is asked, with the answers to each.
-_Asked = tuple[list[Needle], list[tuple[str, tuple[str, ...]]]]
+_Question = tuple[str, tuple[str, ...]]
+_Asked = tuple[list[Needle], list[_Question]]
 
 
 class _Draw:
@@ -215,7 +216,8 @@ class _Draw:
 
 def _fact(draw: _Draw) -> _Asked:
     """One attribute of one name, a few times."""
-    needles, asked = [], []
+    needles: list[Needle] = []
+    asked: list[_Question] = []
     for name, number in zip(draw.names(_FACTS), draw.numbers(_FACTS), strict=True):
         attribute = draw.attribute()
         text = f" Please note that the {attribute} of {name} is {number}."
@@ -233,7 +235,7 @@ def _facts(draw: _Draw) -> _Asked:
         Needle(text=f" The {attribute} for {name} is {number}.", depth=draw.depth())
         for name, number in zip(names, numbers, strict=True)
     ]
-    asked = [
+    asked: list[_Question] = [
         (f"\n\nQuestion: What is the {attribute} for {name}?\nAnswer:", (number,))
         for name, number in zip(names[:_ASKED_OF_SEVERAL], numbers, strict=False)
     ]

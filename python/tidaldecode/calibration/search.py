@@ -30,7 +30,7 @@ _DENSE_LAYERS = 1
 MASSES = (0.9, 0.95, 0.97, 0.98, 0.99)
 _LEAST_POSITIONS = 64
 # What is settled for each plan, in this order; recents are shares of the budget.
-_SETTINGS = {
+_SETTINGS: dict[str, tuple[Any, ...]] = {
     "granularity": ("layer", "kv_head"),
     "recent_share": (0.25, 0.0, 0.125, 0.5),
     "sink_tokens": (1, 4),
@@ -103,7 +103,7 @@ class Candidate:
             **self._shadow(),
         )
 
-    def _shadow(self) -> dict[str, str]:
+    def _shadow(self) -> dict[str, Any]:
         return {"shadow": self.shadow} if self.scored_layers else {}
 
     def letters(self, windows: Sequence[int]) -> str:

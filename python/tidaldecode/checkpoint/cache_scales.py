@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from tidaldecode.checkpoint.layer_kinds import LayerConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
@@ -43,7 +44,8 @@ def scaled_model(model: ModelConfig, scales: Iterable[TensorEntry]) -> ModelConf
             continue
         scale = _read_scale(entry)
         halves: Iterable[str] = found["half"] or found["output"]
-        layers[layer] = replace(layers[layer], **{f"{half}_scale": scale for half in halves})
+        changed: dict[str, Any] = {f"{half}_scale": scale for half in halves}
+        layers[layer] = replace(layers[layer], **changed)
     return replace(model, layers=tuple(layers))
 
 
@@ -63,7 +65,7 @@ def _read_scale(entry: TensorEntry) -> float:
     data = read_tensor(entry)
     if entry.dtype == "BF16":
         data = b"\0\0" + data  # the upper half of a float32
-    (scale,) = struct.unpack("<e" if entry.dtype == "F16" else "<f", data)
+    scale: float = struct.unpack("<e" if entry.dtype == "F16" else "<f", data)[0]
     if not math.isfinite(scale) or scale <= 0:
         raise WeightsError(f"{problem}got {scale}, expected a finite number > 0; {remedy}")
     return scale

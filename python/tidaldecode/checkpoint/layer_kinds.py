@@ -104,7 +104,7 @@ def _window(
     """The length of the window; None if it is not in use."""
     if not family.has_window:
         return None
-    is_named = bool(kinds) and _SLIDING in kinds
+    is_named = kinds is not None and _SLIDING in kinds
     window = raw.get("sliding_window", family.sliding_window)
     if family.window_switch is not None:
         if not read_bool(raw, family.window_switch, where=where, default=False):

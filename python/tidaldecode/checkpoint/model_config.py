@@ -366,7 +366,7 @@ def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> dict
 
 def _read_gemma_scales(
     raw: Mapping[str, Any], family: Family, hidden_size: int, where: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     if not family.has_gemma_scales:
         return {}
 
@@ -386,7 +386,7 @@ def _read_gemma_scales(
     }
 
 
-def _read_multipliers(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
+def _read_multipliers(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     if not family.has_multipliers:
         return {}
 

@@ -135,8 +135,8 @@ def resolve(stored: Stored, quantization: Quantization | None) -> TensorEntry | 
         module = stored.name.removesuffix(".weight")
         stored = StoredParts(name=stored.name, module=module, parts={"weight": stored})
     weight = stored.parts.get("weight")
-    is_plain = weight is not None and weight.dtype in WEIGHT_DTYPES
-    if is_plain and _ACTIVATION_PARTS.issuperset(stored.parts.keys() - {"weight"}):
+    is_alone = _ACTIVATION_PARTS.issuperset(stored.parts.keys() - {"weight"})
+    if weight is not None and weight.dtype in WEIGHT_DTYPES and is_alone:
         return weight
     if quantization is None:
         _refuse(

@@ -289,7 +289,7 @@ def _stream_text(
     """Writes the continuation to stdout while it comes."""
     if system is not None and not chat:
         raise InvalidArgument("system: got a system message without --chat, expected both")
-    prompt: str | list[int] = text
+    prompt: Any = text
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         prompt = decoder.render_chat([*messages, {"role": "user", "content": text}])

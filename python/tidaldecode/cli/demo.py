@@ -69,7 +69,8 @@ def rows_read_per_step(decoder: Decoder, seq_len: int) -> int:
     with an adaptive budget a set is at most the budget.
     """
     config = decoder.config
-    assert not isinstance(config.token_budget, str)  # in use it is a number
+    assert not isinstance(config.token_budget, str)  # in use both are numbers
+    assert not isinstance(config.sparse_min_context, str)
     budget = config.token_budget or seq_len
     always_taken = config.min_token_budget if (config.top_p_mass or 1) < 1 else budget
     if config.granularity == "head":
@@ -148,7 +149,7 @@ def run_demo(
     too_short = [length for length in contexts if length < 256]
     if too_short:
         raise InvalidArgument(f"context: got {too_short[0]} tokens, expected at least 256")
-    limits = {"max_seq_len": max(contexts) + _NEW_TOKENS, "max_batch_size": 1}
+    limits: dict[str, Any] = {"max_seq_len": max(contexts) + _NEW_TOKENS, "max_batch_size": 1}
     title = model_dir.resolve().name
 
     dense_options = {k: v for k, v in options.items() if k in ("device", "dtype", "num_threads")}

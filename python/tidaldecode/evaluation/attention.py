@@ -59,8 +59,8 @@ def measure_attention(
     Raises: UnsupportedError for a model that the numpy reference does not do.
     """
     model = ReferenceModel(folder)
-    plans = {setting.name: _plan_of(setting, folder) for setting in settings}
-    plans = {name: plan for name, plan in plans.items() if plan is not None}
+    known = {setting.name: _plan_of(setting, folder) for setting in settings}
+    plans = {name: plan for name, plan in known.items() if plan is not None}
     budget = min((plan["token_budget"] for plan in plans.values()), default=64)
     masses: dict[str, list[np.ndarray]] = {name: [] for name in plans}
     overlaps = []
@@ -118,7 +118,7 @@ def _dense_steps(model: ReferenceModel, prompt_ids: Sequence[int]) -> list[np.nd
             grouped = weights[-1].reshape(model.config.num_kv_heads, model.config.group_size, -1)  # noqa: B023
             return np.einsum("gqn,ngd->gqd", grouped, v).reshape(q.shape)
 
-        logits = model.step(int(logits.argmax()), cache, attend)
+        logits = model.step(int(np.argmax(logits)), cache, attend)
         steps.append(np.stack(weights))
     return steps
 

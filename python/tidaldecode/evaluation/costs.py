@@ -41,6 +41,7 @@ class StepCosts:
         """At the record's context; of a prompt that has none, at its own length."""
         seq_len = record.context
         if seq_len is None:
+            assert isinstance(record, Record), "a text has a context"
             seq_len = record.prompt_tokens
         index, setting = next(
             (index, setting)

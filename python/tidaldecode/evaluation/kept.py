@@ -6,11 +6,11 @@ nothing about a plan: it does not count.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from tidaldecode.evaluation.results import Record
+from tidaldecode.evaluation.results import Place, Record
 
 _FULL = 1.0  # score of an output that has every answer
 _Z = 1.959963984540054  # of the normal distribution: 95 % lie between -_Z and _Z
@@ -32,7 +32,7 @@ class Kept:
         return 1.0 if self.low is None or self.high is None else self.high - self.low
 
 
-def count_kept(records: Sequence[Record], dense: Mapping[Hashable, Record]) -> Kept:
+def count_kept(records: Sequence[Record], dense: Mapping[Place, Record]) -> Kept:
     """Counts the answers of one setting's records.
 
     Args:

@@ -22,7 +22,8 @@ def as_markdown(
     title: str, summaries: Sequence[Summary], perplexities: Sequence[Perplexity]
 ) -> str:
     """The tables of a report, and which setting each row is."""
-    plans = {entry.setting: entry.plan for entry in [*summaries, *perplexities]}
+    entries: list[Summary | Perplexity] = [*summaries, *perplexities]
+    plans = {entry.setting: entry.plan for entry in entries}
     names = dict(zip(plans, short_names(list(plans)), strict=True))
     lines = [f"# {_escaped(title)}", ""]
     for section in make_sections(summaries) if summaries else []:

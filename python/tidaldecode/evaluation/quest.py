@@ -43,7 +43,7 @@ class QuestReplay:
         self._cache.num_tokens = self._num_read
         output, logits = [], self._first
         while True:
-            output.append(int(logits.argmax()))
+            output.append(int(np.argmax(logits)))
             if output[-1] in eos_token_ids or len(output) >= max_new_tokens:
                 return [output]
             logits = self._step(output[-1], options)

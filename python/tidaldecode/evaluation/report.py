@@ -5,7 +5,7 @@ Called by command.py; view.py prints it, markdown.py writes it for people.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -14,7 +14,7 @@ from tidaldecode.evaluation.attention import AttentionReport
 from tidaldecode.evaluation.costs import StepCosts
 from tidaldecode.evaluation.kept import Kept, count_kept
 from tidaldecode.evaluation.perplexity import Perplexity
-from tidaldecode.evaluation.results import Record
+from tidaldecode.evaluation.results import Place, Record
 
 REPORT_VERSION = 5  # of the form of report.json
 ALL_TASKS = "all tasks"
@@ -77,7 +77,7 @@ def _is_same(record: Record, dense: Record) -> bool:
 class _Sums:
     """Sums up records beside the dense ones."""
 
-    dense: Mapping[Hashable, Record]
+    dense: Mapping[Place, Record]
     costs: StepCosts | None
 
     def summary(self, setting: str, records: Sequence[Record]) -> Summary:

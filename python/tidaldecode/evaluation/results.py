@@ -23,6 +23,8 @@ _SIGNED = ("kl", "loss")  # fields that rounding, or a text, may make negative
 
 _logger = logging.getLogger("tidaldecode")
 
+Place = tuple[str, int | None, int]  # task, context and index of a prompt
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -47,7 +49,7 @@ class Record:
     seconds: float
 
     @property
-    def place(self) -> tuple[str, int | None, int]:
+    def place(self) -> Place:
         """Which prompt it is, the same in every setting."""
         return self.task, self.context, self.index
 
@@ -157,7 +159,8 @@ def _read_record(line: bytes, kind: type[AnyRecord]) -> AnyRecord | None:
     if any(v < 0 and k not in _SIGNED or v > 1 and k in _SHARES for k, v in numbers.items()):
         return None
     # Lists were tuples.
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return kind(**values)
 
 
 def _fits(value: Any, kind: str) -> bool:

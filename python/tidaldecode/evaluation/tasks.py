@@ -85,7 +85,7 @@ class Task:
 def _keys(rng: random.Random, count: int) -> list[str]:
     """Different names of two words."""
     keys: set[str] = set()
-    ordered = []
+    ordered: list[str] = []
     while len(ordered) < count:
         key = "-".join(rng.sample(KEY_WORDS, 2))
         if key not in keys:

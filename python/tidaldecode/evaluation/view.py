@@ -43,7 +43,8 @@ def show_report(
     console: Console, summaries: Sequence[Summary], perplexities: Sequence[Perplexity]
 ) -> None:
     """Prints the tables, and which setting each of their columns is."""
-    plans = {entry.setting: entry.plan for entry in [*summaries, *perplexities]}
+    entries: list[Summary | Perplexity] = [*summaries, *perplexities]
+    plans = {entry.setting: entry.plan for entry in entries}
     names = dict(zip(plans, short_names(list(plans)), strict=True))
     if summaries:
         _print_tasks(console, names, summaries)

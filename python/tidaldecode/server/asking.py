@@ -137,7 +137,7 @@ def check_prompts(body: CompletionBody, settings: ServeConfig) -> list[str | lis
     """
     prompt = body.prompt
     is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-    prompts: Any = [prompt] if is_one else prompt
+    prompts: list[Any] = [prompt] if is_one else list(prompt)
     most = min(MAX_PROMPTS, settings.max_queued_requests)
     if not 1 <= len(prompts) * (body.n or 1) <= most:
         raise invalid(

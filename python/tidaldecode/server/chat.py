@@ -105,7 +105,7 @@ class ChatCompletion(Answering):
 
     def account(self, results: list[GenerationResult]) -> dict[str, Any]:
         usage = super().account(results)
-        tokenizer = self.model.decoder._frontend._tokenizer
+        tokenizer = self.model.decoder._frontend.tokenizer
         count = sum(count_reasoning(each.token_ids, self.form, tokenizer) for each in results)
         usage["completion_tokens_details"]["reasoning_tokens"] = count
         return usage

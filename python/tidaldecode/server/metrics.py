@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     from tidaldecode.server.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
-_SECONDS += (10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
-_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
-_BETWEEN += (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
-_LONG += (240.0, 480.0, 960.0, 1920.0, 7680.0)
+_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+_BETWEEN = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_LONG = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5)) + (1e6,)
 
 _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
@@ -90,7 +96,7 @@ class Metrics:
         self._accepted = 0
         self._bytes_read = 0
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     # What is counted
 
@@ -175,7 +181,7 @@ class Metrics:
         for name, (words, _) in _HISTOGRAMS.items():
             family = HistogramMetricFamily(name, words, labels=list(names))
             buckets, total = self._histograms[name].shown()
-            family.add_metric(list(names.values()), buckets, total)  # type: ignore[arg-type]
+            family.add_metric(list(names.values()), buckets, total)
             yield family
         yield _counted(
             _SUCCESS, "Answers that have ended.", "finished_reason", self._finished, names
@@ -246,7 +252,7 @@ class Metrics:
 
 
 def _simple(
-    kind: Any, values: dict[str, tuple[float, str]], names: dict[str, str]
+    kind: Any, values: Mapping[str, tuple[float, str]], names: dict[str, str]
 ) -> Iterable[Metric]:
     for name, (value, words) in values.items():
         family = kind(name, words, labels=list(names))

@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -61,7 +61,7 @@ class RayFront:
         self.choice = PrefixChoice(rows)
         self.client: aiohttp.ClientSession
         self.app = Guard(self._take, settings)
-        self.on_change = lambda: None
+        self.on_change: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
 
     # Its life

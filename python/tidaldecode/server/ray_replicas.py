@@ -71,7 +71,7 @@ class Replica:
 
         Raises: what keeps it from being loaded.
         """
-        plain = {"ray": None, "ssl_certfile": None, "ssl_keyfile": None}
+        plain: dict[str, Any] = {"ray": None, "ssl_certfile": None, "ssl_keyfile": None}
         self._run = Run(spec.load, replace(spec.settings, host="127.0.0.1", port=0, **plain))
         self._thread = threading.Thread(target=self._run.run, daemon=True)
         self._thread.start()

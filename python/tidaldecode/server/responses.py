@@ -170,7 +170,7 @@ class _Events(TypedEvents):
         return events
 
     def piece(self, block: Block, text: str) -> bytes:
-        more = {"logprobs": []} if block.kind == TEXT else {}
+        more: dict[str, Any] = {"logprobs": []} if block.kind == TEXT else {}
         return self._event(
             _TEXT_EVENTS[block.kind] + ".delta", delta=text, **self._place(block), **more
         )
@@ -180,7 +180,7 @@ class _Events(TypedEvents):
         if block.kind == CALL:
             events = self._event(kind, arguments=block.text, name=block.name, **place)
         else:
-            more = {"logprobs": []} if block.kind == TEXT else {}
+            more: dict[str, Any] = {"logprobs": []} if block.kind == TEXT else {}
             events = self._event(kind, text=block.text, **place, **more)
             part = _part(block, block.text)
             events += self._event("content_part.done", part=part, **place)

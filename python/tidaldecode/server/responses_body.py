@@ -75,8 +75,8 @@ class ResponsesBody(AskingBody):
             fields["tools"] = [_function(tool, index) for index, tool in enumerate(self.tools)]
         if self.reasoning is not None and self.reasoning.effort is not None:
             fields["reasoning_effort"] = self.reasoning.effort
-        if (asked := self.text and self.text.format) is not None:
-            fields["response_format"] = _format(asked)
+        if self.text is not None and self.text.format is not None:
+            fields["response_format"] = _format(self.text.format)
         return ChatBody.model_validate(fields)
 
 

@@ -51,6 +51,7 @@ class Model:
     def most_tokens(self) -> int:
         """The most tokens of one sequence, prompt and answer."""
         config = self.decoder.config
+        assert config.max_seq_len and config.num_pages and config.page_size  # numbers while in use
         return min(config.max_seq_len, config.num_pages * config.page_size)
 
 
@@ -103,7 +104,7 @@ class Service:
         except Exception as problem:
             self.die(problem)
             return
-        self.feed = Feed(self.loop, self._model.decoder._core)
+        self.feed = Feed(self.loop, self._model.decoder._open_core())
         if not self.names:
             self.names = (self._model.decoder.folder.path.resolve().name,)
         if self.state == "loading":

@@ -37,8 +37,10 @@ _SECONDS = (
     "queue_timeout_s", "request_timeout_s", "shutdown_timeout_s", "sse_keep_alive_s",
     "step_timeout_s", "slow_client_timeout_s", "header_timeout_s",
 )  # fmt: skip
-_MAY_BE_NONE = ("uds", "max_queued_tokens", "default_max_tokens", "metrics_alias")
-_MAY_BE_NONE += ("ssl_certfile", "ssl_keyfile", "ray")
+_MAY_BE_NONE = (
+    "uds", "max_queued_tokens", "default_max_tokens", "metrics_alias", "ssl_certfile",
+    "ssl_keyfile", "ray",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

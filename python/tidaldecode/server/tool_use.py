@@ -31,7 +31,7 @@ class ToolUse:
     @property
     def must_call(self) -> bool:
         """Whether the answer is a call."""
-        return self.choice != "auto"
+        return bool(self.choice != "auto")
 
     def guide(self, tokenizer: Tokenizer) -> Guide | None:
         """What the answer keeps to, if it must be a call. May ask the tokenizer's process.
@@ -98,7 +98,7 @@ def for_template(message: dict[str, Any]) -> dict[str, Any]:
 def _with_data(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if function is None or not isinstance(arguments, str):
         return call
     try:
         data = json.loads(arguments) if arguments.strip() else {}

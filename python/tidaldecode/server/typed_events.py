@@ -22,7 +22,8 @@ from tidaldecode.server.event_stream import check_delta
 
 def named_event(fields: dict[str, Any]) -> bytes:
     """An event that is called as its type."""
-    return b"event: " + fields["type"].encode() + b"\ndata: " + orjson.dumps(fields) + b"\n\n"
+    kind: str = fields["type"]
+    return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps(fields) + b"\n\n"
 
 
 REASONING, TEXT, CALL = "reasoning", "text", "call"
@@ -41,7 +42,7 @@ class Block:
 
 def blocks_of(parts: AnswerParts) -> list[Block]:
     """The blocks of a whole answer."""
-    blocks = []
+    blocks: list[Block] = []
     for kind, text in ((REASONING, parts.reasoning), (TEXT, parts.content)):
         if text:
             blocks.append(Block(kind, len(blocks), text=text))

@@ -242,4 +242,5 @@ def _read_documents(documents: Any) -> list[Any] | None:
     for index, document in enumerate(documents):
         if not isinstance(document, Mapping):
             raise InvalidArgument(f"documents[{index}]: got {show(document)}, expected {expected}")
-    return plain_data(documents, "documents")
+    read: list[Any] = plain_data(documents, "documents")
+    return read

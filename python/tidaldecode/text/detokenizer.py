@@ -203,7 +203,7 @@ class _Row:
 
     def _show(self, new: Any, ends: bool) -> str:
         """What may be shown now of new text, or of pairs of pieces if special tokens are hidden."""
-        text = new
+        text: str = new
         if self._filter is not None:
             push = self._filter.push
             text = "".join(push(*pair) for pair in new) if self._hides else push(new)

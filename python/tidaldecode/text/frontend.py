@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tidaldecode.batch import MakeText
 from tidaldecode.checkpoint.model_folder import ModelFolder
@@ -76,6 +76,7 @@ class Frontend:
         if self._tokenizer is None:
             # A fresh one, for an error that is raised twice grows its traceback.
             problem = self._problem
+            assert problem is not None, "it is why there is no tokenizer"
             raise type(problem)(str(problem)) from problem
         return self._tokenizer
 
@@ -169,8 +170,13 @@ class Frontend:
                 f"messages: got {len(ids)} conversations, expected one; use chat() of a Decoder "
                 "for several"
             )
-        return ids
+        one: list[int] = ids
+        return one
 
+    @overload
+    def text_maker(self, settings: SamplingSettings, *, needed: Literal[True]) -> MakeText: ...
+    @overload
+    def text_maker(self, settings: SamplingSettings, *, needed: bool) -> MakeText | None: ...
     def text_maker(self, settings: SamplingSettings, *, needed: bool) -> MakeText | None:
         """What turns a call's new tokens into text; None if there is no tokenizer and no need."""
         if self._tokenizer is None and not (needed or settings.stop):

@@ -92,7 +92,7 @@ def read_text(tape: Tape) -> Reading[str]:
 
 def _read_items(tape: Tape, depth: int, brackets: str) -> Reading[None]:
     """Reads what stands in brackets, "{}" or "[]", with commas between."""
-    begin, end = brackets
+    begin, end = brackets[0], brackets[1]
     if depth == _MAX_DEPTH:
         raise Broken
     yield from tape.take(begin)

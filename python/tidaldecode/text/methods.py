@@ -20,7 +20,7 @@ class TextMethods:
 
     _frontend: Frontend
     _open_core: Callable[[], _core.Decoder]
-    generate: Callable[..., Any]
+    generate: Callable[..., GenerationResult | list[GenerationResult]]
     stream: Callable[..., TextStream]
 
     def chat(
@@ -76,7 +76,8 @@ class TextMethods:
             that is missing, fails, or takes too long or too much memory.
         """
         self._open_core()
-        return self._frontend.render_chat(messages, **options)
+        ids: list[int] | list[list[int]] = self._frontend.render_chat(messages, **options)
+        return ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with what the model wants around it (BOS) unless that is False.

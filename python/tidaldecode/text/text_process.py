@@ -52,7 +52,7 @@ class TextProcessError(Exception):
 class _Running:
     """A process that has been started."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     socket: socket.socket
     owner: int  # the process that started it, and may ask it
     load: Limits | None  # limits of the first call while its answer has not been read
@@ -245,7 +245,7 @@ def _start(limits: Limits) -> _Running:
         process = subprocess.Popen(
             # Neither the environment nor site-packages' start-up code has a say.
             [sys.executable, "-I", "-S", "-c", _PROGRAM, *paths],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",

@@ -153,7 +153,9 @@ class Tokenizer:
     def detokenize(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What new tokens of several sequences add to their texts: worker/backend.py."""
         num_ids = sum(len(row["ids"]) for row in rows)
-        return self._call("detokenize", {"rows": list(rows)}, self._id_limits(num_ids))
+        arguments = {"rows": list(rows)}
+        found: list[dict[str, Any]] = self._call("detokenize", arguments, self._id_limits(num_ids))
+        return found
 
     def byte_text(self, prompt_ids: Sequence[int], *, skips: bool) -> ByteText:
         """The text that follows a prompt, of a tokenizer that joins bytes.

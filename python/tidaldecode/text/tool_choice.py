@@ -152,7 +152,9 @@ def _read_tools(tools: Any) -> list[tuple[str, dict[str, Any]]]:
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping):
+            function = {}
+        name = function.get("name")
         if not isinstance(name, str) or not name:
             raise InvalidArgument(
                 f'{where}: got {show(tool)}, expected {{"type": "function", "function": '

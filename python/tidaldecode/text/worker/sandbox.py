@@ -59,7 +59,9 @@ class _GenerationBlock(Extension):
         """Keeps the body of the block, in a scope of its own as transformers has it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_body"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     @staticmethod
     def _body(caller: Callable[[], str]) -> str:
@@ -93,10 +95,10 @@ def _strftime_now(format: str) -> str:
 class _Dict:
     """dict() for templates, without what the class itself would give away."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict:
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         """As dict.fromkeys."""
         return dict.fromkeys(*args, **kwargs)
 

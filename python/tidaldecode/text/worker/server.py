@@ -39,7 +39,7 @@ def serve() -> None:
             arguments = request["arguments"]
             if request["call"] == "load":
                 backend = Backend(**arguments)
-                answer = {"value": backend.describe()}
+                answer: dict[str, Any] = {"value": backend.describe()}
             else:
                 answer = {"value": getattr(backend, request["call"])(**arguments)}
         except BaseException as cause:  # panics of the Rust library are no Exception

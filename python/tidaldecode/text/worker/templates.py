@@ -207,9 +207,10 @@ def _mark_end(messages: Conversation, field: str, template: str) -> str:
                 part["text"] = text + _TAG
                 return text
         raise TextError("refused", "continue_final_message: the last message has no text")
+    whole: str = value
     for name in fields:
-        message[name] = value + _TAG
-    return value
+        message[name] = whole + _TAG
+    return whole
 
 
 def _cut_at_mark(rendered: str, final: str) -> str:
