@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -90,3 +91,15 @@ def demo_model() -> Path:
     import tidaldecode
 
     return Path(tidaldecode.__file__).parent / "models" / "tidal-demo"
+
+
+@pytest.fixture(scope="session")
+def installed() -> importlib.metadata.Distribution:
+    """The installed package, if it is the one that is tested; skips where that is the tree."""
+    import tidaldecode
+
+    here = Path(tidaldecode.__file__).resolve()
+    for found in importlib.metadata.distributions(name="tidaldecode"):
+        if any(Path(found.locate_file(f)).resolve() == here for f in found.files or ()):
+            return found
+    pytest.skip("this tree is not installed: run `make test`")
