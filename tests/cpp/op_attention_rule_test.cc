@@ -148,7 +148,8 @@ TEST_P(OpAttentionRule, WindowsBehindLongContextsMatchReference) {
   const Ints seq_lens = {kLongContext, 6001};
   ExpectMatch(seq_lens, {1, 1}, true, rules);
   ExpectMatch(seq_lens, {5, 17}, false, rules);
-  ExpectMatch(seq_lens, {70, 40}, false, rules);
+  // Prompts are not split there, and the reference would take minutes.
+  if (!on().is_cpu()) ExpectMatch(seq_lens, {70, 40}, false, rules);
 }
 
 // So on the CPU a pass over drafts draws what decode steps would, wherever a window begins.
