@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.pyc' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
-SERVE_DEPS := 'fastapi>=0.165' 'uvicorn[standard]>=0.54' 'orjson>=3.11' 'prometheus-client>=0.22'
+SERVE_DEPS := 'fastapi>=0.162' 'uvicorn[standard]>=0.54' 'orjson>=3.11' 'prometheus-client>=0.22'
 
 .PHONY: demo serve-demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz \
         fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint format clean

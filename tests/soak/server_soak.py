@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import json
@@ -168,14 +169,15 @@ class Soak:
         """Sends a request of many tokens, and leaves at a random moment."""
         route, body = request
         body = body | {"max_tokens": 200, "stream": draw.random() < 0.7}
-        try:
-            async with asyncio.timeout(draw.random() * 0.03):
-                async with client.stream("POST", route, json=body) as response:
-                    async for _ in response.aiter_raw():
-                        if draw.random() < 0.2:
-                            return "left"
-        except (TimeoutError, httpx.TransportError):
-            pass
+
+        async def read() -> None:
+            async with client.stream("POST", route, json=body) as response:
+                async for _ in response.aiter_raw():
+                    if draw.random() < 0.2:
+                        return
+
+        with contextlib.suppress(asyncio.TimeoutError, httpx.TransportError):
+            await asyncio.wait_for(read(), draw.random() * 0.03)
         return "left"
 
 

@@ -43,10 +43,15 @@ _logger = logging.getLogger("tidaldecode")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own handling of signals."""
+    """uvicorn with what hears signals in place of its own."""
+
+    def __init__(self, config: uvicorn.Config, hear_signals: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._hear_signals = hear_signals
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        self._hear_signals()
         yield
 
 
@@ -104,7 +109,8 @@ class ServerProcess:
                 ssl_keyfile=settings.ssl_keyfile,
                 backlog=_BACKLOG,
                 timeout_graceful_shutdown=5,
-            )
+            ),
+            self._hear_signals,
         )
         self._ending: asyncio.Task[None] | None = None
         self._is_hurried = asyncio.Event()
@@ -126,20 +132,13 @@ class ServerProcess:
             self._server.config.load()
         except OSError as cause:  # certificates
             raise ConfigError(f"ssl_certfile: cannot be used: {cause}") from cause
-        with (
-            _same_handlers_after(),
-            asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner,
-        ):
-            runner.run(self._serve())
+        self.service.on_change = self._on_change
+        with _same_handlers_after():
+            self._server.run(sockets=[self.socket])
         if self._settings.uds is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._settings.uds)
         return self.code
-
-    async def _serve(self) -> None:
-        self.service.on_change = self._on_change
-        self._hear_signals()
-        await self._server.serve(sockets=[self.socket])
 
     def _hear_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
