@@ -78,6 +78,7 @@ class Decoder(TextMethods, MeasuringMethods):
 
     Raises:
         ConfigError: the folder's configuration or an option is impossible or not supported.
+        InvalidArgument: progress cannot be called so.
         WeightsError: weights are missing, damaged or of the wrong shape.
         UnsupportedError: the device is not there, or does not do this model.
         OutOfMemoryError: the model or its cache does not fit; known before anything is loaded.
@@ -231,6 +232,7 @@ class Decoder(TextMethods, MeasuringMethods):
         Returns: a GenerationResult, or a list of them for a list of prompts.
         Raises:
             InvalidArgument: a prompt or setting is wrong; the message names it.
+            ConfigError: the folder has no tokenizer, and a prompt or setting is text.
             CapacityError: a prompt with its new tokens does not fit, also beside what sessions
                 hold.
         """

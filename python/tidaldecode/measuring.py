@@ -40,14 +40,20 @@ class MeasuringMethods:
         Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
             of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
             (an adaptive budget) end in -1. Empty if there was no sparse step.
+        Raises: InvalidArgument for an index of no prompt.
         """
         return self._open_core().selection(check_integer("sequence", sequence, low=0))
 
     def logits(self, token_ids: Sequence[int], last: int = 1) -> np.ndarray:
-        """Logits of the last positions after dense prefill: [last, vocab_size] float32.
+        """Logits of the last positions after dense prefill.
 
         A request beside others; its tokens are read by themselves, whatever else runs.
 
+        Args:
+            token_ids: tokens of one sequence.
+            last: positions at its end, 1 to len(token_ids).
+
+        Returns: [last, vocab_size] float32.
         Raises: InvalidArgument; CapacityError if the tokens do not fit, also beside what sessions
             and replays hold.
         """
@@ -60,9 +66,13 @@ class MeasuringMethods:
     def step_logits(self, token_ids: Sequence[int], prefill: int) -> np.ndarray:
         """Logits of decode steps over given tokens (teacher forcing).
 
-        Prefills the first `prefill` ids densely and feeds the others one step at a time through
-        the plan. Steps are shared with other requests: on a GPU they equal those alone to rounding,
-        or exactly with batch_invariant.
+        Steps are shared with other requests: on a GPU they equal those alone to rounding, or
+        exactly with batch_invariant.
+
+        Args:
+            token_ids: tokens of one sequence.
+            prefill: how many of them are read densely, 1 to len(token_ids); the others are fed one
+                step at a time through the plan.
 
         Returns: [len(token_ids) - prefill + 1, vocab_size] float32; row i follows
             prefill + i ids.
@@ -88,7 +98,7 @@ class MeasuringMethods:
             max_new_tokens: room behind each.
             on_prefill: as in generate().
 
-        Raises: InvalidArgument; CapacityError if the prompts do not fit.
+        Raises: as generate().
         """
         core = self._open_core()
         check_callback("on_prefill", on_prefill, 2)

@@ -40,7 +40,13 @@ class Replay:
         self._plans: dict[tuple[PlanConfig, str], _core.PlanConfig] = {}
 
     def read(self, on_prefill: PrefillProgress | None = None) -> None:
-        """Reads what is not in the cache yet."""
+        """Reads what is not in the cache yet.
+
+        Args:
+            on_prefill: called with (tokens done, tokens in all) meanwhile.
+
+        Raises: InvalidArgument for what cannot be called so.
+        """
         check_callback("on_prefill", on_prefill, 2)
         with self._turn, heard(self._core.read(), on_prefill):
             pass
@@ -54,7 +60,8 @@ class Replay:
 
         Returns: one [len(continuation) + 1, vocab_size] float32 a prompt; row i follows the prompt
             and i tokens.
-        Raises: InvalidArgument; CapacityError for more tokens than there is room for.
+        Raises: InvalidArgument; ConfigError for a plan that does not fit the model; CapacityError
+            for more tokens than there is room for.
         """
         vocab_size = self._folder.model.vocab_size
         ids = check_continuations(continuations, vocab_size)
@@ -72,7 +79,7 @@ class Replay:
             plan: options of Decoder.
 
         Returns: token ids, one list a prompt; an empty one where the logits were unusable.
-        Raises: InvalidArgument; CapacityError for more tokens than there is room for.
+        Raises: as step_logits().
         """
         check_integer("max_new_tokens", max_new_tokens, low=1)
         stop = list(self._folder.eos_token_ids)

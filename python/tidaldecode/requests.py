@@ -142,7 +142,10 @@ class Request:
 
     def new_logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:
         """Those of the tokens from index `first` on that have been read so far; none unless they
-        were asked for."""
+        were asked for.
+
+        Raises: InvalidArgument for what is no index.
+        """
         first = check_integer("first", first, low=0)
         found = self._generation.logprobs(0, first)
         return token_logprobs(self._stream.token_ids[first : first + len(found)], found)

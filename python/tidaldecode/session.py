@@ -72,7 +72,10 @@ class Session:
 
     @property
     def token_ids(self) -> list[int]:
-        """All tokens so far, prompts and answers."""
+        """All tokens so far, prompts and answers.
+
+        Raises: InvalidArgument while a turn runs.
+        """
         return self._open()[0].token_ids()
 
     def __len__(self) -> int:
@@ -132,6 +135,8 @@ class Session:
 
         Takes no pages: those of the tokens so far are shared until one of the sessions writes to
         them, which needs a page for each.
+
+        Raises: InvalidArgument while a turn runs.
         """
         core, host = self._open()
         return Session(core.fork(), host)

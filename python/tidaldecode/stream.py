@@ -54,9 +54,12 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def read(self, timeout: float) -> str:
-        """The next piece of text, if there is one within so many seconds; else an empty one.
+        """The next piece of text, if there is one in time; else an empty one.
 
         Once the text has ended, `result` is set. Whatever is raised while it runs ends the stream.
+
+        Args:
+            timeout: seconds to wait at most.
 
         Raises: InvalidArgument for what is no number of seconds; else as Decoder.generate().
         """

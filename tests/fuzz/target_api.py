@@ -2,7 +2,8 @@
 
 What is public is found by introspection over tidaldecode.__all__ and what its calls return
 (api_surface.py), so a new name is called as soon as it exists. A case is one call on a receiver in
-one of its states; afterwards the pages that the receiver had free must be free again.
+one of its states; afterwards the pages that the receiver had free must be free again. An error of
+the package must be one that the call's docstring names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from api_docs import check_documented
 from api_surface import RECEIVERS, Call, calls, parameters
 from api_values import VALID, check_accepted, check_result
 from hostile_values import NASTY, evaluate
@@ -135,7 +137,8 @@ def _run_call(
             cleanup.callback(receiver.close)
     names = {"decoder": host, "model_dir": _places.text, "bare_dir": _places.bare}
     arguments = {key: evaluate(text, names) for key, text in case["arguments"].items()}
-    result = call.invoke(receiver, arguments)
+    with check_documented(call):
+        result = call.invoke(receiver, arguments)
     if hasattr(result, "close") and result is not host:
         cleanup.callback(result.close)
     check_accepted(arguments)

@@ -29,16 +29,24 @@ class Guide:
         >>> decoder.generate("...", guide=Guide.json_schema(schema), max_new_tokens=100).text
 
     Only tokens that keep to it are drawn, and tokens that end the text only where it is whole.
-    max_new_tokens and stop strings can still cut it.
+    max_new_tokens and stop strings can still cut it. Its methods make one.
+
+    Args:
+        kind: "json_schema", "regex" or "grammar".
+        source: the schema's JSON, the expression or the grammar.
+        reasoning: tags between which the model may reason first; None: it does not.
+        begins_inside: the prompt has opened the reasoning, so it does come.
+
+    Raises: InvalidArgument.
     """
 
-    kind: str  # "json_schema", "regex" or "grammar"
+    kind: str
     source: str
-    reasoning: ReasoningTags | None = None  # may come first, between these
-    begins_inside: bool = False  # the prompt has opened it, so it does come
+    reasoning: ReasoningTags | None = None
+    begins_inside: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             expected = ", ".join(repr(kind) for kind in _KINDS)
             raise InvalidArgument(f"guide: got kind {show(self.kind)}, expected one of {expected}")
         check_text(self.source, f"guide: {self.kind}")
@@ -94,12 +102,25 @@ class Guide:
 
     @staticmethod
     def regex(pattern: str) -> Guide:
-        """Text that a regular expression matches as a whole, in the syntax of Rust's regex."""
+        """Text that a regular expression matches as a whole.
+
+        Args:
+            pattern: the expression, in the syntax of Rust's regex.
+
+        Raises: InvalidArgument for what is no text; whether it can be kept to is found out when it
+            is used.
+        """
         return Guide("regex", pattern)
 
     @staticmethod
     def grammar(lark: str) -> Guide:
-        """Text of a context-free grammar in llguidance's form of Lark; its first rule is start."""
+        """Text of a context-free grammar.
+
+        Args:
+            lark: the grammar in llguidance's form of Lark; its first rule is start.
+
+        Raises: as regex().
+        """
         return Guide("grammar", lark)
 
     def after_reasoning(self, tags: ReasoningTags, *, begins_inside: bool = False) -> Guide:

@@ -80,7 +80,11 @@ class TextMethods:
         return ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with what the model wants around it (BOS) unless that is False.
+        """Token ids of a prompt.
+
+        Args:
+            text: the prompt.
+            add_special_tokens: False puts nothing (no BOS) around it.
 
         Raises: InvalidArgument for what is no text; ConfigError if the folder has no tokenizer.
         """
@@ -89,7 +93,11 @@ class TextMethods:
         return self._frontend.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids, special tokens left out unless that is False.
+        """Text of token ids.
+
+        Args:
+            token_ids: a list, range or array of them.
+            skip_special_tokens: False shows special tokens.
 
         Raises: InvalidArgument for what are no ids; ConfigError if the folder has no tokenizer.
         """
