@@ -1,8 +1,8 @@
 """What the README and the guides show works.
 
-A Python block runs if the line `<!-- test -->` stands right above it. All such blocks of a file
-share one namespace, in order, in an empty folder where every path given to `Decoder("...")` is a
-link to the packaged demo model.
+Above a Python block stands `<!-- test -->`, and it runs, or `<!-- no test: WHY -->`. All blocks of
+a file that run share one namespace, in order, in an empty folder where every path given to
+`Decoder("...")` is a link to the packaged demo model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those that show Python, and those that show commands.
-WITH_PYTHON = ("README.md", "docs/guide.md")
-WITH_COMMANDS = (*WITH_PYTHON, "docs/quality.md", "docs/performance.md", "docs/server.md")
+WITH_PYTHON = ("README.md", "docs/guide.md", "docs/structured.md")
+WITH_COMMANDS = (
+    "README.md",
+    "docs/guide.md",
+    "docs/quality.md",
+    "docs/performance.md",
+    "docs/server.md",
+)
 
-RUNNABLE = re.compile(r"^<!-- test -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^<!-- (test|no test: .+) -->\n```python\n(.*?)^```", re.M | re.S)
 FENCE = re.compile(r"^```(?:sh|bash|console|shell|text)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`(tidaldecode [^`\n]+)`")
 MODEL_ARGUMENT = re.compile(r"""Decoder\(\s*["']([^"']+)["']""")
@@ -56,7 +63,7 @@ def cli_help(command: str) -> str:
 def test_blocks_of_python_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path
 ):
-    blocks = RUNNABLE.findall((ROOT / name).read_text())
+    blocks = [block for mark, block in PYTHON.findall((ROOT / name).read_text()) if mark == "test"]
     assert blocks, f"{name} marks no Python block with <!-- test -->"
     monkeypatch.chdir(tmp_path)
     for path in {path for block in blocks for path in MODEL_ARGUMENT.findall(block)}:
@@ -66,6 +73,15 @@ def test_blocks_of_python_run(
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{name}, Python block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_block_of_python_runs_or_says_why_not(path: Path):
+    text = path.read_text()
+    marked = PYTHON.findall(text)
+    assert len(marked) == text.count("```python"), f"{path.name}: a block has no mark above it"
+    runs = any(mark == "test" for mark, _ in marked)
+    assert not runs or path.relative_to(ROOT).as_posix() in WITH_PYTHON
 
 
 @pytest.mark.parametrize("name", WITH_COMMANDS)
@@ -84,9 +100,7 @@ def test_only_options_that_exist_are_named(name: str):
             )
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path):
     for target in LINK.findall(path.read_text()):
         if "://" not in target and not target.startswith("#"):
