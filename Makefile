@@ -8,7 +8,7 @@ SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.
 SERVE_DEPS := 'fastapi>=0.162' 'uvicorn[standard]>=0.54' 'orjson>=3.11' 'prometheus-client>=0.22'
 
 .PHONY: demo serve-demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz \
-        fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint format clean
+        fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -113,6 +113,10 @@ format: $(VENV)/.lint-deps
 	$(BIN)/ruff format python tests benchmarks tools
 	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
+# The documentation as pages, build/site; that of the API is made of docstrings.
+docs: $(VENV)/.docs-deps
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -147,6 +151,10 @@ $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==14.0.6 \
 	  check-jsonschema==0.39.0 'numpy>=2.4' 'jinja2>=3.1.6' 'rich>=13' \
 	  'tokenizers>=0.21' 'typer>=0.12' $(SERVE_DEPS)
+	touch $@
+
+$(VENV)/.docs-deps: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8' ruff==0.17.6
 	touch $@
 
 clean:

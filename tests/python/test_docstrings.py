@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 
 import api_docs  # noqa: E402
 import judge  # noqa: E402
+import tidaldecode  # noqa: E402
 from api_surface import Call, calls  # noqa: E402
 from tidaldecode import CapacityError, ConfigError, InvalidArgument  # noqa: E402
 
@@ -41,6 +42,12 @@ def test_arrays_have_a_shape_and_a_dtype():
     assert {"Decoder.logits", "Decoder.selection", "Replay.step_logits"} <= set(given)
     for name in given:
         assert SHAPE.search(api_docs.docstring(name)), f"{name}: no [shape] and dtype"
+
+
+def test_the_page_of_the_api_has_every_name():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    shown = re.findall(r"^::: tidaldecode\.(\w+)$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(set(tidaldecode.__all__) - {"__version__"})
 
 
 def test_docstrings_are_followed_to_where_they_refer():
