@@ -13,7 +13,6 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
@@ -28,6 +27,7 @@ from tidaldecode.batch import (
 )
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder, at_revision, read_model_folder
+from tidaldecode.closing import Closing
 from tidaldecode.config import DecodeConfig, PlanConfig, one_config
 from tidaldecode.engine_config import (
     config_in_use,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 LoadProgress = Callable[[int, int], None]
 
 
-class Decoder(TextMethods, MeasuringMethods):
+class Decoder(TextMethods, MeasuringMethods, Closing):
     """A language model on a device.
 
     Example:
@@ -425,17 +425,6 @@ class Decoder(TextMethods, MeasuringMethods):
             while True:
                 self._holders.pop().close()
         self._frontend.close()
-
-    def __enter__(self) -> Decoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         core = self._core

@@ -13,6 +13,7 @@ from tidaldecode import _core
 from tidaldecode.batch import PrefillProgress, heard
 from tidaldecode.call_lock import CallLock
 from tidaldecode.checkpoint.model_folder import ModelFolder
+from tidaldecode.closing import Closing
 from tidaldecode.config import PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
 from tidaldecode.plans import choose_plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Replay:
+class Replay(Closing):
     """Prompts that have been read, for steps of any plan. Close it to free its pages.
 
     Every method takes the options of Decoder that make a plan: attention and the fields of
@@ -101,12 +102,6 @@ class Replay:
     def close(self) -> None:
         """Gives the pages back; those of a call that another thread runs when that ends."""
         self._core.close()
-
-    def __enter__(self) -> Replay:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _plan(self, options: dict[str, Any]) -> _core.PlanConfig:
         asked = PlanConfig(**{k: v for k, v in options.items() if k != "attention"})

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode import _core
@@ -23,6 +22,7 @@ from tidaldecode.batch import (
     run_generation,
 )
 from tidaldecode.call_lock import CallLock
+from tidaldecode.closing import Closing
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer
@@ -44,7 +44,7 @@ class SessionHost:
     holders: weakref.WeakSet[Any]  # of pages; they end with the decoder
 
 
-class Session:
+class Session(Closing):
     """Tokens that stay in the cache from one turn to the next.
 
     Example:
@@ -238,17 +238,6 @@ class Session:
             stream.close()
         if core is not None:
             core.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._core is None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 
 from tidaldecode import _core
 from tidaldecode.batch import Callbacks, Request
 from tidaldecode.call_lock import CallLock
+from tidaldecode.closing import Closing
 from tidaldecode.results import GenerationResult, make_result
 from tidaldecode.sampling import check_seconds
 from tidaldecode.text.detokenizer import TextAssembler
 
 
-class TextStream(Iterator[str]):
+class TextStream(Iterator[str], Closing):
     """An iterator over the pieces of a text; `result` holds the whole once it has ended.
 
     Pieces never split a character and never hold part of a stop string; joined they are
@@ -131,17 +131,6 @@ class TextStream(Iterator[str]):
         self._is_closing = True  # a thread that reads leaves the lock
         with self._lock:
             self._end("")
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_generation", None) is not None:
