@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_names(
     (paper,) = citation["references"]
     assert paper["url"] in read("README.md")
     assert paper["title"].startswith("TidalDecode: ")
+
+
+def test_a_warning_keeps_nobody_from_installing(tmp_path: Path):
+    cmake = Path(sys.executable).with_name("cmake")
+    if not cmake.exists():
+        pytest.skip("there is no cmake beside this Python: run `make test`")
+    options = ("-DTIDAL_CUDA=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    subprocess.run(
+        [cmake, "-S", ROOT, "-B", tmp_path, *options, f"-DPython_EXECUTABLE={sys.executable}"],
+        check=True,
+    )
+    commands = [c["command"] for c in json.loads((tmp_path / "compile_commands.json").read_text())]
+    assert all("-Wall" in command and "-Werror" not in command for command in commands) and commands
 
 
 @pytest.mark.parametrize("form", ISSUE_FORMS, ids=lambda form: form.stem)
