@@ -4,6 +4,7 @@
 #include "cuda_backend.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "backend/check_args.h"
 #include "common/check.h"
@@ -142,7 +143,7 @@ CudaBackend::~CudaBackend() {
 }
 
 BackendInfo CudaBackend::info() const {
-  Enter();
+  UseDevice();
   size_t free_bytes = 0, total_bytes = 0;
   TIDAL_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
   BackendInfo info;
@@ -174,12 +175,17 @@ int64_t CudaBackend::SparseMinContext(int64_t token_budget) const {
   return std::max(2 * token_budget, kLeast);
 }
 
-void CudaBackend::Enter() const {
+void CudaBackend::UseDevice() const {
   TIDAL_CUDA_CHECK(cudaSetDevice(device_));
   TIDAL_CUDA_CHECK(cudaPeekAtLastError());
 }
 
-void CudaBackend::EnterOutsideStep(const char* what) const {
+void CudaBackend::Enter() {
+  UseDevice();
+  reads_ = std::exchange(next_reads_, CacheReads::kInOrder);
+}
+
+void CudaBackend::EnterOutsideStep(const char* what) {
   Enter();
   TIDAL_CHECK(!graphs_.recording(), BackendError, what,
               " inside a recorded step; a step may only queue ops");
@@ -219,7 +225,7 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
 
 BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   CheckLimits(limits);
-  Enter();
+  UseDevice();
   ReserveBytes bytes = BytesToReserve(limits);
   BackendMemory memory;
   memory.scratch = {{kAttentionPurpose, bytes.attention.Total()},
@@ -354,15 +360,14 @@ void CudaBackend::RopeAppendKv(const RopeAppendKvArgs& args) {
   CheckNormDType("rope_append_kv", args.q, args.k_norm);
   CheckCacheDType("rope_append_kv", args.q, args.kv);
   LaunchRopeAppendKv(args, stream());
-  // In a step, one token for each row is the newest of each.
-  AllowEarlyReads(args.q.dim(0) == args.kv.seq_lens.dim(0));
+  AllowEarlyReads(args.appended == Appended::kNewestOfEachRow);
 }
 
 void CudaBackend::AttentionFull(const AttentionArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_full", args);
-  LaunchAttentionFull(args, ScratchFor(args.q, args.kv), attention_reads_, stream());
+  LaunchAttentionFull(args, ScratchFor(args.q, args.kv), reads_, stream());
   AllowEarlyReads(args.q.dim(0) > 0);  // without rows nothing is launched
 }
 
@@ -370,8 +375,7 @@ void CudaBackend::AttentionSelect(const AttentionSelectArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_select", args.attention);
-  LaunchAttentionSelect(args, ScratchFor(args.attention.q, args.attention.kv), attention_reads_,
-                        stream());
+  LaunchAttentionSelect(args, ScratchFor(args.attention.q, args.attention.kv), reads_, stream());
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
@@ -380,7 +384,6 @@ void CudaBackend::AppendShadow(const AppendShadowArgs& args) {
   Check(args);
   CheckCacheDType("append_shadow", args.kv.k_pages, args.kv);
   LaunchAppendShadow(args, stream());
-  AllowEarlyReads(false);  // it writes what ScoreKeys reads
 }
 
 void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
@@ -389,13 +392,12 @@ void CudaBackend::ScoreKeys(const ScoreKeysArgs& args) {
   CheckCacheDType("score_keys", args.q, args.kv);
   if (args.shadow.codes) {
     CheckShadowScores("score_keys", args.scores);
-    LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q, args.kv), attention_reads_,
-                      stream());
+    LaunchScoreShadow(args, NewestShadow::kIsThere, ScratchFor(args.q, args.kv), reads_, stream());
   } else {
-    LaunchScoreKeys(args, ScratchFor(args.q, args.kv), attention_reads_, stream());
+    LaunchScoreKeys(args, ScratchFor(args.q, args.kv), reads_, stream());
   }
   // As after attention: this writes nothing that attention reads, and all its blocks wait for what
-  // is in front. SelectTopK, which comes next in a scored layer, writes sets, and says so itself.
+  // is in front.
   AllowEarlyReads(args.q.dim(0) > 0);
 }
 
@@ -405,15 +407,13 @@ void CudaBackend::SelectTopK(const SelectTopKArgs& args) {
   int64_t num_sets = args.token_idx.dim(0) * args.token_idx.dim(1);
   LaunchSelectTopK(args, GrowSelection(SelectTopKScratchBytes(num_sets, args.scores.dim(2))),
                    stream());
-  AllowEarlyReads(false);  // it writes sets
 }
 
 void CudaBackend::AttentionSparse(const AttentionSparseArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("attention_sparse", args.attention);
-  LaunchAttentionSparse(args, ScratchFor(args.attention.q, args.attention.kv), attention_reads_,
-                        stream());
+  LaunchAttentionSparse(args, ScratchFor(args.attention.q, args.attention.kv), reads_, stream());
   AllowEarlyReads(args.attention.q.dim(0) > 0);
 }
 
@@ -443,8 +443,7 @@ void CudaBackend::AppendShadowScoreKeys(const AppendShadowScoreKeysArgs& args) {
   const ScoreKeysArgs& score = args.score;
   CheckCacheDType("append_shadow_score_keys", score.q, score.kv);
   CheckShadowScores("append_shadow_score_keys", score.scores);
-  LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q, score.kv), attention_reads_,
-                    stream());
+  LaunchScoreShadow(score, NewestShadow::kWrite, ScratchFor(score.q, score.kv), reads_, stream());
   AllowEarlyReads(score.q.dim(0) > 0);  // as after ScoreKeys
 }
 

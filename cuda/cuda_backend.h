@@ -105,10 +105,13 @@ class CudaBackend final : public Backend {
     cudaStream_t stream_ = nullptr;
   };
 
-  // Opens every public call: makes this device the thread's, and fails if the device has failed.
-  void Enter() const;
+  // Makes this device the thread's, and fails if the device has failed.
+  void UseDevice() const;
+  // Opens every op and copy: uses the device, and has attention that comes next read in order
+  // unless this op says otherwise (AllowEarlyReads).
+  void Enter();
   // As Enter, for what may not be part of a recorded step.
-  void EnterOutsideStep(const char* what) const;
+  void EnterOutsideStep(const char* what);
   cudaStream_t stream() const { return stream_.get(); }
   struct ReserveBytes {
     AttentionScratchSize attention;
@@ -142,7 +145,7 @@ class CudaBackend final : public Backend {
   void PrefillDecoded(const AttentionPrefillArgs& args);
   // After an op: whether decode attention, if it comes next, may read early (CacheReads).
   void AllowEarlyReads(bool allow) {
-    attention_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;
+    next_reads_ = in_step_ && allow ? CacheReads::kEarly : CacheReads::kInOrder;
   }
 
   int device_;
@@ -163,11 +166,11 @@ class CudaBackend final : public Backend {
   Buffer expert_order_;                            // likewise
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded
   std::unique_ptr<PinnedStaging> input_staging_;
-  Buffer download_;       // pinned
-  bool in_step_ = false;  // ops are being called by the step that RunStep runs
-  // How the next op may read, as the last one allows. Ops that write neither the cache nor sets of
-  // positions leave it as it is.
-  CacheReads attention_reads_ = CacheReads::kInOrder;
+  Buffer download_;                          // pinned
+  bool in_step_ = false;                     // ops are being called by the step that RunStep runs
+  CacheReads reads_ = CacheReads::kInOrder;  // how the running op may read
+  // How the next one may, as this one allows.
+  CacheReads next_reads_ = CacheReads::kInOrder;
 };
 
 }  // namespace tidal

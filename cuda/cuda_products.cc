@@ -38,7 +38,7 @@ bool CudaBackend::Streams(const LinearArgs& linear) const {
 }
 
 bool CudaBackend::ReadsCodes(const Weight& weight) const {
-  Enter();
+  UseDevice();
   return StreamsWeight(weight);
 }
 
@@ -128,7 +128,7 @@ void CudaBackend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
     return;
   }
   LaunchLinearRopeAppend(args.linear, args.append, run);
-  AllowEarlyReads(args.append.q.dim(0) == args.append.kv.seq_lens.dim(0));
+  AllowEarlyReads(args.append.appended == Appended::kNewestOfEachRow);
 }
 
 void CudaBackend::GateUpMul(const GateUpMulArgs& args) {

@@ -135,6 +135,21 @@ TEST(CheckArgs, AttentionTiesTheCacheToTheQuery) {
   ExpectRefused(bad, {"Hq = 5", "Hkv = 2"});
 }
 
+TEST(CheckArgs, TheNewestTokensAreOneOfEachRow) {
+  const RopeAppendKvArgs good = {.qkv = Float({3, 200}),
+                                 .cos_sin = Float({3, 20}),
+                                 .q_norm = {},
+                                 .k_norm = {},
+                                 .positions = Int({3}),
+                                 .seq_idx = Int({3}),
+                                 .q = Float({3, 6, 20}),
+                                 .kv = Cache()};
+  EXPECT_NO_THROW(Check(good));
+  RopeAppendKvArgs bad = good;
+  bad.appended = Appended::kNewestOfEachRow;
+  ExpectRefused(bad, {"RopeAppendKv", "3 tokens", "2 rows"});
+}
+
 TEST(CheckArgs, ABackendsActivationDtypeIsKept) {
   const AttentionArgs args = Attention();
   EXPECT_NO_THROW(Check(args, DType::kFloat32));

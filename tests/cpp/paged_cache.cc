@@ -166,7 +166,8 @@ RopeAppendKvArgs AttentionTest::RandomNewest(Random& random, const PagedKv& kv,
           .positions = PutInts(positions, {rows}),
           .seq_idx = PutInts(seq_idx, {rows}),
           .q = q,
-          .kv = kv};
+          .kv = kv,
+          .appended = Appended::kNewestOfEachRow};
 }
 
 void AttentionTest::ExpectStepEqualsOps(const std::function<void()>& ops,

@@ -114,8 +114,7 @@ class Backend {
   virtual void Copy(const TensorView& dst, const TensorView& src) = 0;  // apart, of equal size
 
   // Runs `step`, a pure function of device buffers at fixed addresses. A device may record it the
-  // first times and replay it afterwards; results are the same bit for bit. In a step, a
-  // RopeAppendKv of as many tokens as rows appends the newest token of each row, at seq_len - 1.
+  // first times and replay it afterwards; results are the same bit for bit.
   virtual void RunStep(const StepKey& key, const std::function<void()>& step) = 0;
   // Drops what was recorded of steps through a plan, which will not run again. Does not throw.
   virtual void ForgetSteps(PlanId) {}

@@ -109,6 +109,9 @@ void Check(const RopeAppendKvArgs& args, std::optional<DType> act) {
   op.Tensor("seq_idx", args.seq_idx, {&tokens}, op.int32());
   TIDAL_CHECK(head_dim.size % 2 == 0, InvalidArgument, "RopeAppendKv: q: got D = ", head_dim.size,
               ", expected an even head_dim");
+  TIDAL_CHECK(args.appended == Appended::kAnywhere || tokens.size == batch.size, InvalidArgument,
+              "RopeAppendKv: got ", tokens.size, " tokens as the newest of ", batch.size,
+              " rows, expected one of each");
 }
 
 void Check(const AttentionPrefillArgs& args, std::optional<DType> act) {

@@ -97,6 +97,12 @@ struct RopeTableArgs {
   int64_t original_len = 0;
 };
 
+// Where the tokens stand that a call appends to the cache.
+enum class Appended {
+  kAnywhere,
+  kNewestOfEachRow,  // T = B: the b-th is the last of row b, at seq_len - 1, or none of an idle row
+};
+
 // Splits qkv, normalises q and k per head if asked, rotates them (rotate-half layout) and appends k
 // and v to the cache at `positions`.
 struct RopeAppendKvArgs {
@@ -111,6 +117,7 @@ struct RopeAppendKvArgs {
   TensorView q;               // out [T, Hq, D] act
   PagedKv kv;                 // written
   TensorView q_cos_sin = {};  // [T, D] float32: of q, where it is not cos_sin; or absent
+  Appended appended = Appended::kAnywhere;  // a device may start attention before this has ended
 };
 
 // What the layers of a model may do to attention. The score of a query and a key is sm_scale * q.k,

@@ -6,7 +6,7 @@ void ChunkPass(Backend& backend, const Transformer& transformer, const Pass& pas
                const OnQueries& on_queries) {
   transformer.Begin(pass);
   for (int64_t layer = 0; layer < transformer.num_layers(); ++layer) {
-    transformer.BeginAttention(layer, pass);
+    transformer.BeginAttention(layer, pass, Appended::kAnywhere);
     if (on_queries) on_queries(layer);
     backend.AttentionPrefill({.q = pass.q,
                               .q_starts = pass.q_starts,

@@ -27,7 +27,7 @@ void DecodeStep(Backend& backend, const Transformer& transformer, const StepAtte
   int64_t ordinal = -1;   // of the last layer passed that chose
   size_t num_scored = 0;  // layers passed
   for (int64_t layer = 0; layer < plan.num_layers(); ++layer) {
-    transformer.BeginAttention(layer, pass);
+    transformer.BeginAttention(layer, pass, Appended::kNewestOfEachRow);
     AttentionArgs attention = {.q = pass.q,
                                .kv = transformer.Cache(layer, pass),
                                .rule = transformer.Rule(layer),

@@ -51,7 +51,7 @@ RmsNormArgs Transformer::InputNorm(const TensorView& weight, const Pass& pass) c
   return {.x = pass.hidden, .weight = weight, .out = pass.normed, .eps = norm_eps_};
 }
 
-void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
+void Transformer::BeginAttention(int64_t layer, const Pass& pass, Appended appended) const {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
   const Rotation& rotation = pass.rotation(RotationOf(model_, layer));
   backend_.QkvRopeAppend({
@@ -66,7 +66,8 @@ void Transformer::BeginAttention(int64_t layer, const Pass& pass) const {
                  .seq_idx = pass.seq_idx,
                  .q = pass.q,
                  .kv = Cache(layer, pass),
-                 .q_cos_sin = rotation.q_cos_sin},
+                 .q_cos_sin = rotation.q_cos_sin,
+                 .appended = appended},
   });
 }
 

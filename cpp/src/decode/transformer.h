@@ -23,7 +23,7 @@ class Transformer {
   void Begin(const Pass& pass) const;
 
   // Norm, qkv, rotation; appends the pass's K and V to the layer's pages. Leaves pass.q.
-  void BeginAttention(int64_t layer, const Pass& pass) const;
+  void BeginAttention(int64_t layer, const Pass& pass, Appended appended) const;
 
   // pass.attention_out through the output projection and the MLP into the residual stream.
   void FinishLayer(int64_t layer, const Pass& pass) const;
