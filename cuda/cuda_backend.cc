@@ -77,13 +77,6 @@ void CheckShadowScores(const char* op, const TensorView& scores) {
               ": scores: ", DTypeName(scores.dtype), " with a shadow on CUDA; expected float16");
 }
 
-// A part of the model that the kernels do not have; null if they have all.
-const char* WhatIsMissing(const ModelConfig& model) {
-  if (model.activation == Activation::kClampedSwiglu) return "the clamped SwiGLU of gpt_oss";
-  if (model.has_experts() && model.mlp_bias) return "experts with biases";
-  return nullptr;
-}
-
 void CheckLimits(const StepLimits& limits) {
   const ModelConfig& model = limits.model;
   CheckDType(limits.dtype, "dtype");
@@ -98,9 +91,6 @@ void CheckLimits(const StepLimits& limits) {
               UnsupportedError, "num_q_heads: ", model.num_q_heads, " over ", model.num_kv_heads,
               " KV heads on CUDA; expected 1 to ", kMaxGroupSize,
               " query heads for each KV head (or use device=\"cpu\")");
-  const char* missing = WhatIsMissing(model);
-  TIDAL_CHECK(missing == nullptr, UnsupportedError, missing,
-              " on CUDA: not there yet; use device=\"cpu\"");
   int64_t page = limits.page_size;
   TIDAL_CHECK(page >= 8 && page <= 256 && (page & (page - 1)) == 0, UnsupportedError,
               "page_size: ", page, " on CUDA; expected 8, 16, 32, 64, 128 or 256");
@@ -421,7 +411,6 @@ void CudaBackend::GateMul(const GateMulArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("gate_mul", {&args.out, &args.gate_up});
-  CheckActivation("gate_mul", args);
   LaunchGateMul(args, stream());
 }
 

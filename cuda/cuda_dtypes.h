@@ -30,12 +30,6 @@ inline void CheckNormDType(const char* op, const TensorView& act, const TensorVi
   if (weight.dtype != DType::kFloat32) CheckSameDType(op, {&act, &weight});
 }
 
-// What the epilogues of products, and GateMul alone, make of a gate.
-inline void CheckActivation(const char* op, const GateMulArgs& args) {
-  TIDAL_CHECK(args.activation != Activation::kClampedSwiglu, UnsupportedError, op,
-              ": a clamped SwiGLU on CUDA: not there yet; use device=\"cpu\"");
-}
-
 // A cache may be of fp8 instead.
 inline void CheckCacheDType(const char* op, const TensorView& act, const PagedKv& kv) {
   if (kv.k_pages.dtype == DType::kFloat8) return;  // and V: backend/check_args.cc

@@ -18,10 +18,8 @@ int64_t NumExperts(const ExpertLinearArgs& args) {
 }
 
 void CheckExperts(const ExpertLinearArgs& args) {
-  CheckSameDType("expert_linear", {&args.x, &args.out});
+  CheckSameDType("expert_linear", {&args.x, &args.out, &args.bias});
   if (!args.weight.is_coded()) CheckSameDType("expert_linear", {&args.x, &args.weight.data});
-  TIDAL_CHECK(!args.bias, UnsupportedError,
-              "expert_linear: a bias on CUDA: not there yet; use device=\"cpu\"");
   TIDAL_CHECK(TakesExperts(args.weight, args.out.dim(1)), UnsupportedError,
               "expert_linear: ", args.weight.num_inputs(), " inputs and ", args.out.dim(1),
               " outputs of an expert on CUDA; expected a multiple of 8, and of 2 (or use "
@@ -71,7 +69,6 @@ void CudaBackend::ExpertMlp(const ExpertMlpArgs& args) {
   Check(args);
   CheckExperts(args.gate_up);
   CheckExperts(args.down);
-  CheckActivation("expert_mlp", args.gate_mul);
   if (args.gate_up.out.dim(0) == 0) return;
   const ExpertOrder order = OrderFor(args.gate_up);
   if (OrdersAtOnce(args.select)) {

@@ -4,9 +4,15 @@
 
 #include <cuda_runtime.h>
 
-#include "tidal/config.h"
+#include "backend/op_args.h"
+#include "common/vec.cuh"
 
 namespace tidal {
+
+template <typename T>
+__device__ __forceinline__ float BiasOf(const T* bias, int row) {
+  return bias == nullptr ? 0.0f : ToFloat32(bias[row]);
+}
 
 // silu(gate) * up.
 __device__ __forceinline__ float SiluTimes(float gate, float up) {
@@ -20,8 +26,29 @@ __device__ __forceinline__ float GeluTanhTimes(float gate, float up) {
   return gate / (1.0f + expf(-y)) * up;
 }
 
-__device__ __forceinline__ float ActivationTimes(Activation activation, float gate, float up) {
-  return activation == Activation::kSilu ? SiluTimes(gate, up) : GeluTanhTimes(gate, up);
+// What is made of a gate and of up: as GateMulArgs says it.
+struct GateRule {
+  Activation activation;
+  float limit;
+  float alpha;
+};
+
+inline GateRule RuleOf(const GateMulArgs& args) {
+  return {args.activation, args.limit, args.alpha};
+}
+
+// (up + 1) * gate * sigmoid(alpha * gate), both clamped first. No comparison with a NaN is true, so
+// one stays.
+__device__ __forceinline__ float ClampedSwigluTimes(const GateRule& rule, float gate, float up) {
+  gate = gate > rule.limit ? rule.limit : gate;
+  up = up > rule.limit ? rule.limit : up;
+  up = up < -rule.limit ? -rule.limit : up;
+  return gate / (1.0f + expf(-rule.alpha * gate)) * (up + 1.0f);
+}
+
+__device__ __forceinline__ float ActivationTimes(const GateRule& rule, float gate, float up) {
+  if (rule.activation == Activation::kClampedSwiglu) return ClampedSwigluTimes(rule, gate, up);
+  return rule.activation == Activation::kSilu ? SiluTimes(gate, up) : GeluTanhTimes(gate, up);
 }
 
 // Rotates element i of a head and its partner, element i + D / 2 (rotate-half layout). Intrinsics

@@ -22,6 +22,7 @@ struct ExpertEpilogue {
   const ExpertParams<T>& params;
   const int32_t* choices;  // of the tile
   int num_choices;
+  int expert;
 
   __device__ TileRows Rows(int tile) const {
     ExpertRows<kGated> rows(tile, params.num_outputs);
@@ -35,10 +36,12 @@ struct ExpertEpilogue {
     __device__ Started Begin(int) const { return {}; }
     __device__ void Finish(int tile, const Started&, const float (&values)[4]) const {
       ExpertRows<kGated> rows(tile, e.params.num_outputs);
+      const float2 bias = ReadExpertBiases(rows, row, e.expert, e.params);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (token + i >= e.num_choices) continue;
-        StoreExpertOutputs(rows, row, values[i], values[i + 2], e.choices[token + i], e.params);
+        StoreExpertOutputs(rows, row, values[i] + bias.x, values[i + 2] + bias.y,
+                           e.choices[token + i], e.params);
       }
     }
   };
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(kTiledThreads, 1)
   params.x = p.x;
   const int32_t* choices = p.order.order + tile.first;
   const InputsOfChoices<T> inputs = {p.x, choices, p.choices_of_row, p.num_inputs};
-  const ExpertEpilogue<T, kGated> epilogue = {p, choices, tile.count};
+  const ExpertEpilogue<T, kGated> epilogue = {p, choices, tile.count, tile.expert};
   TiledBlock<T, ExpertEpilogue<T, kGated>, InputsOfChoices<T>> block(params, epilogue, inputs,
                                                                      shared_bytes);
   block.Run(0);
@@ -90,13 +93,14 @@ ExpertParams<T> MakeParams(const ExpertLinearArgs& args, const GateMulArgs* gate
   p.group_inputs =
       static_cast<int>(args.weight.is_coded() ? args.weight.group_size : args.x.dim(1));
   p.num_rows = args.weight.num_outputs();
+  p.bias = static_cast<const T*>(args.bias.ptr);
   p.x = static_cast<const T*>(args.x.ptr);
   p.choices_of_row = static_cast<int>(args.out.dim(0) / args.x.dim(0));
   p.order = order;
   p.out = static_cast<T*>(gate_mul != nullptr ? gate_mul->out.ptr : args.out.ptr);
   p.num_outputs = static_cast<int>(args.out.dim(1));
   p.num_inputs = static_cast<int>(args.x.dim(1));
-  if (gate_mul != nullptr) p.activation = gate_mul->activation;
+  if (gate_mul != nullptr) p.rule = RuleOf(*gate_mul);
   return p;
 }
 

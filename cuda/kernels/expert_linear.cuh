@@ -20,19 +20,25 @@ inline constexpr int kExpertParts = 4;     // of the inputs, a warp each
 inline constexpr int kExpertRowTiles = 2;  // of a block
 inline constexpr int kExpertThreads = kExpertParts * kExpertRowTiles * kWarpSize;
 
+// Blocks that must find room for their registers in an SM; 0: the compiler's choice is as good.
+constexpr int LeastBlocks(WeightKind kind, bool gated) {
+  return kind == WeightKind::kFloat8 && gated ? 3 : 0;
+}
+
 template <typename T>
 struct ExpertParams {
   const unsigned char* weight;  // [E * N, K], as the kernel's WeightKind says
   WeightScales weight_scales;   // unless kHalf
   int group_inputs;             // of a scale; K without groups
   int64_t num_rows;             // E * N
+  const T* bias;                // [E * N] or null
   const T* x;                   // [T, K], or [T * k, K]
   int choices_of_row;           // of x: k, or 1
   ExpertOrder order;
   T* out;           // [T * k, N]; gated [T * k, N / 2]
   int num_outputs;  // N
   int num_inputs;   // K
-  Activation activation;
+  GateRule rule;
 };
 
 // The outputs of a tile, within an expert: 8 from `first` on and 8 from `second` on, before `end`
@@ -56,6 +62,16 @@ struct ExpertRows {
   }
 };
 
+// Of an expert's outputs in a tile, the row-th of both halves.
+template <typename T, bool kGated>
+__device__ __forceinline__ float2 ReadExpertBiases(const ExpertRows<kGated>& rows, int row,
+                                                   int expert, const ExpertParams<T>& p) {
+  const T* bias = p.bias == nullptr ? nullptr : p.bias + int64_t{expert} * p.num_outputs;
+  const int first = rows.first + row, second = rows.second + row;
+  return make_float2(first < rows.first_end ? BiasOf(bias, first) : 0.0f,
+                     second < rows.second_end ? BiasOf(bias, second) : 0.0f);
+}
+
 // Stores what a product gives for two of a tile's outputs, the row-th of both halves, for a choice.
 template <typename T, bool kGated>
 __device__ __forceinline__ void StoreExpertOutputs(const ExpertRows<kGated>& rows, int row,
@@ -65,7 +81,7 @@ __device__ __forceinline__ void StoreExpertOutputs(const ExpertRows<kGated>& row
     const int output = rows.first + row;
     if (output >= rows.first_end) return;
     p.out[int64_t{choice} * rows.first_end + output] =
-        FromFloat32<T>(ActivationTimes(p.activation, first, second));
+        FromFloat32<T>(ActivationTimes(p.rule, first, second));
   } else {
     T* out = p.out + int64_t{choice} * p.num_outputs;
     if (rows.first + row < rows.first_end) out[rows.first + row] = FromFloat32<T>(first);
@@ -106,11 +122,11 @@ class ExpertBlock {
         lane_(static_cast<int>(threadIdx.x) % kWarpSize),
         rows_(static_cast<int>(blockIdx.x) * kExpertRowTiles + RowTile(), params.num_outputs) {}
 
-  // Returns a warp's part of the sums of its 16 outputs.
+  // Returns a warp's part of the sums of its 16 outputs. Those of the first part start at the bias,
+  // which is so read with the weight and not behind it, unless a row's scale is yet to come.
   __device__ float4 Multiply(int part) {
     const int64_t row_bytes = int64_t{p_.num_inputs} * BitsOf(kKind) / 8;
-    const int64_t row[2] = {RowOf(rows_.first, rows_.first_end),
-                            RowOf(rows_.second, rows_.second_end)};
+    const int64_t row[2] = {FirstRow(), SecondRow()};
     const unsigned char* codes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) codes[half] = p_.weight + max(row[half], 0l) * row_bytes;
@@ -121,6 +137,8 @@ class ExpertBlock {
     const int end = num_steps * (part + 1) / kExpertParts;
     TileSums sums = {};
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if constexpr (kGrouped) total = ReadBiases(part);
+    if constexpr (kKind == WeightKind::kHalf) StartSums(ReadBiases(part), sums);
     for (int step = num_steps * part / kExpertParts; step < end; step += kAhead) {
       Codes read[kAhead][2];
       uint4 inputs[kAhead];
@@ -150,17 +168,12 @@ class ExpertBlock {
       }
     }
     if constexpr (!kGrouped) total = TakePart(sums);
-    if constexpr (kKind == WeightKind::kFloat8) {
-      const float scale[2] = {row[0] < 0 ? 0.0f : ScaleOf(row[0], 0),
-                              row[1] < 0 ? 0.0f : ScaleOf(row[1], 0)};
-      total = make_float4(total.x * scale[0], total.y * scale[0], total.z * scale[1],
-                          total.w * scale[1]);
-    }
     return total;
   }
 
   // The sums of a tile: lane l has outputs l / 4 of both halves, of choices 2 (l % 4) and the next.
-  __device__ void Store(const float4& sums) const {
+  __device__ void Store(float4 sums) const {
+    if constexpr (kKind == WeightKind::kFloat8) sums = WithRowScales(sums);
     const float values[4] = {sums.x, sums.y, sums.z, sums.w};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -186,13 +199,38 @@ class ExpertBlock {
     const int row = first + lane_ / 4;
     return row < end ? int64_t{tile_.expert} * p_.num_outputs + row : -1;
   }
+  __device__ int64_t FirstRow() const {
+    return RowOf(rows_.first, rows_.first_end);
+  }
+  __device__ int64_t SecondRow() const {
+    return RowOf(rows_.second, rows_.second_end);
+  }
   // The index-th of the tile, or -1.
   __device__ int ChoiceOf(int index) const {
     return index < tile_.count ? p_.order.order[tile_.first + index] : -1;
   }
+  __device__ float4 ReadBiases(int part) const {
+    if (part != 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const float2 of = ReadExpertBiases(rows_, lane_ / 4, tile_.expert, p_);
+    return make_float4(of.x, of.x, of.y, of.y);
+  }
+  __device__ static void StartSums(const float4& from, TileSums& sums) {
+    sums[0][0] = from.x;
+    sums[0][1] = from.y;
+    sums[0][2] = from.z;
+    sums[0][3] = from.w;
+  }
   __device__ float ScaleOf(int64_t row, int group) const {
     const WeightScales& s = p_.weight_scales;
     return ReadScale(s.scales + (group * p_.num_rows + row) * s.scale_bytes(), s.dtype);
+  }
+  __device__ float4 WithRowScales(const float4& sums) const {
+    const int64_t first = FirstRow(), second = SecondRow();
+    const ScalesOfStep scales = {
+        {first < 0 ? 0.0f : ScaleOf(first, 0), second < 0 ? 0.0f : ScaleOf(second, 0)}, {}};
+    float4 total = ReadBiases(0);
+    AddScaled(sums, scales, total);
+    return total;
   }
   __device__ ScalesOfStep ReadScales(const int64_t (&row)[2], int first_input,
                                      bool is_there) const {
@@ -230,7 +268,7 @@ class ExpertBlock {
 // grid (ceil(outputs / 32), tiles from first_tile on, some of which may not be there);
 // kExpertThreads threads.
 template <typename T, WeightKind kKind, bool kGated>
-__global__ void __launch_bounds__(kExpertThreads)
+__global__ void __launch_bounds__(kExpertThreads, LeastBlocks(kKind, kGated))
     ExpertLinearKernel(const __grid_constant__ ExpertParams<T> p, int first_tile) {
   __shared__ float4 parts[kExpertRowTiles][kExpertParts][kWarpSize];
   WaitForPreviousKernel();

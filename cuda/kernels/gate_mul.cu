@@ -1,4 +1,4 @@
-// GateMul: activation(gate) * up of the feed-forward network, in float32, rounded once.
+// GateMul: the gate of the feed-forward network, in float32, rounded once.
 #include "kernels/gate_mul.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ constexpr int64_t kMaxGridY = 65535;
 // grid (ceil(I / (kThreads * kVec)), min(T, kMaxGridY)); a thread owns kVec columns of its rows.
 template <typename T, int kVec>
 __global__ void GateMulKernel(const T* gate_up, T* out, int64_t num_tokens,
-                              int64_t intermediate_size, Activation activation) {
+                              int64_t intermediate_size, GateRule rule) {
   WaitForPreviousKernel();
   LetNextKernelStart();
   int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
@@ -28,7 +28,7 @@ __global__ void GateMulKernel(const T* gate_up, T* out, int64_t num_tokens,
     LoadFloats<kVec>(gate_up + row * 2 * intermediate_size + column, gate);
     LoadFloats<kVec>(gate_up + (row * 2 + 1) * intermediate_size + column, up);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) gate[i] = ActivationTimes(activation, gate[i], up[i]);
+    for (int i = 0; i < kVec; ++i) gate[i] = ActivationTimes(rule, gate[i], up[i]);
     StoreFloats<kVec>(out + row * intermediate_size + column, gate);
   }
 }
@@ -48,7 +48,7 @@ void LaunchGateMul(const GateMulArgs& args, cudaStream_t stream) {
               static_cast<unsigned>(std::min(num_tokens, kMaxGridY)));
     LaunchOverlapped("gate_mul", kernel, {.grid = grid, .block = kThreads}, stream,
                      static_cast<const T*>(args.gate_up.ptr), static_cast<T*>(args.out.ptr),
-                     num_tokens, intermediate_size, args.activation);
+                     num_tokens, intermediate_size, RuleOf(args));
   });
 }
 

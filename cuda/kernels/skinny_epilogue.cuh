@@ -25,11 +25,6 @@ struct FinishLane {
       : row(lane / 4), token(first_token + lane % 4 * 2) {}
 };
 
-template <typename T>
-__device__ __forceinline__ float BiasOf(const T* bias, int row) {
-  return bias == nullptr ? 0.0f : ToFloat32(bias[row]);
-}
-
 // Tiles that take the weight's rows one after the other.
 __device__ __forceinline__ TileRows RowsInTurn(int tile) {
   return {tile * kTileRows, tile * kTileRows + kTileRows / 2};
@@ -105,12 +100,12 @@ struct AccumulateEpilogue {
   };
 };
 
-// out [T, I] = activation(gate) * up; a tile is 8 rows of gate and the same 8 of up.
+// out [T, I] = what GateRule says; a tile is 8 rows of gate and the same 8 of up.
 template <typename T>
 struct GateMulEpilogue {
   T* out;
   const T* bias;  // [2 I] or null
-  Activation activation;
+  GateRule rule;
   int intermediate_size;
   int num_tokens;
 
@@ -129,7 +124,7 @@ struct GateMulEpilogue {
         float gate = values[i] + BiasOf(e.bias, output);
         float up = values[i + 2] + BiasOf(e.bias, e.intermediate_size + output);
         e.out[int64_t{token + i} * e.intermediate_size + output] =
-            FromFloat32<T>(ActivationTimes(e.activation, gate, up));
+            FromFloat32<T>(ActivationTimes(e.rule, gate, up));
       }
     }
   };

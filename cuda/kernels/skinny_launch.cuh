@@ -177,7 +177,7 @@ void RunLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul, con
   GateMulEpilogue<T> epilogue = {};
   epilogue.out = static_cast<T*>(gate_mul.out.ptr);
   epilogue.bias = static_cast<const T*>(linear.bias.ptr);
-  epilogue.activation = gate_mul.activation;
+  epilogue.rule = RuleOf(gate_mul);
   epilogue.intermediate_size = static_cast<int>(gate_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(gate_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),

@@ -149,7 +149,6 @@ TEST_P(OpExperts, ProductsMatchReference) {
 }
 
 TEST_P(OpExperts, EachExpertHasItsBias) {
-  if (!GetParam().on.is_cpu()) GTEST_SKIP() << "not on CUDA yet";
   const auto [name, num_experts, chosen, in, out] = shape();
   const Values numbers = random_.Normal(num_experts * out * in, dtype(), 0.1);
   const Values bias = random_.Normal(num_experts * out, dtype());
@@ -170,7 +169,9 @@ TEST_P(OpExperts, ProductsOfCodesMatchReference) {
     weight.group_size = matrix.group_size;
     weight.scales = Put(matrix.scales, how.scale_dtype, {groups, outputs});
     if (how.has_zeros) weight.zeros = PutBytes(matrix.zeros, DType::kUInt8, {groups, outputs});
-    if (backend().ReadsCodes(weight)) ExpectProducts(weight, matrix.values);
+    if (!backend().ReadsCodes(weight)) continue;
+    ExpectProducts(weight, matrix.values);
+    ExpectProducts(weight, matrix.values, random_.Normal(outputs, dtype()));
   }
 }
 
@@ -211,10 +212,19 @@ TEST_P(OpExperts, WhatTheyGiveIsAddedWeighted) {
   }
 }
 
-// What the parts give in turn, choices and weights included, for few tokens and for many.
-TEST_P(OpExperts, AnMlpIsItsParts) {
+// What the parts give in turn, choices and weights included, for few tokens and for many, without
+// biases and, as gpt-oss has it, with them.
+class OpExpertMlp : public OpExperts {
+ protected:
+  static constexpr int64_t kInner = 32;
+
+  void ExpectItsParts(Activation activation, const TensorView& gate_up_bias,
+                      const TensorView& down_bias);
+};
+
+void OpExpertMlp::ExpectItsParts(Activation activation, const TensorView& gate_up_bias,
+                                 const TensorView& down_bias) {
   const auto [name, num_experts, chosen, hidden, out] = shape();
-  constexpr int64_t kInner = 32;
   const double size = 1.0 / std::sqrt(static_cast<double>(hidden));
   const Weight gate_up(Put(random_.Normal(num_experts * 2 * kInner * hidden, dtype(), size),
                            dtype(), {num_experts * 2 * kInner, hidden}));
@@ -233,13 +243,17 @@ TEST_P(OpExperts, AnMlpIsItsParts) {
                      .weights = Output(DType::kFloat32, {tokens, chosen})};
       args.gate_up = {.x = Put(x, act(), {tokens, hidden}),
                       .weight = gate_up,
+                      .bias = gate_up_bias,
                       .expert_ids = args.select.expert_ids,
                       .out = Output(act(), {choices, 2 * kInner})};
       args.gate_mul = {.gate_up = args.gate_up.out,
                        .out = Output(act(), {choices, kInner}),
-                       .activation = Activation::kGeluTanh};
+                       .activation = activation,
+                       .limit = 1.0f,
+                       .alpha = 1.7f};
       args.down = {.x = args.gate_mul.out,
                    .weight = down,
+                   .bias = down_bias,
                    .expert_ids = args.select.expert_ids,
                    .out = Output(act(), {choices, hidden})};
       args.add = {.x = args.down.out,
@@ -258,6 +272,18 @@ TEST_P(OpExperts, AnMlpIsItsParts) {
     EXPECT_EQ(Get(got.select.weights), Get(want.select.weights));
     EXPECT_TRUE(Close(Get(got.add.out), Get(want.add.out), ToleranceFor(Op::kFused, act())));
   }
+}
+
+TEST_P(OpExpertMlp, IsItsParts) {
+  ExpectItsParts(Activation::kGeluTanh, {}, {});
+}
+
+TEST_P(OpExpertMlp, IsItsPartsWithBiasesAndAClamp) {
+  const auto [name, num_experts, chosen, hidden, out] = shape();
+  auto bias = [&](int64_t outputs) {
+    return Put(random_.Normal(num_experts * outputs, dtype()), dtype(), {num_experts * outputs});
+  };
+  ExpectItsParts(Activation::kClampedSwiglu, bias(2 * kInner), bias(hidden));
 }
 
 TEST_P(OpExperts, AnMlpIsOfTensorsThatBelongTogether) {
@@ -288,11 +314,15 @@ TEST_P(OpExperts, AnMlpIsOfTensorsThatBelongTogether) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, OpExperts,
-                         ::testing::ValuesIn(Cases<ExpertShape>(AllBackends(),
-                                                                {{"8_of_2", 8, 2, 256, 512},
-                                                                 {"128_of_8", 128, 8, 64, 96}},
-                                                                {{"5_of_5", 5, 5, 64, 37}})),
+std::vector<OpCase<ExpertShape>> AllCases() {
+  return Cases<ExpertShape>(AllBackends(),
+                            {{"8_of_2", 8, 2, 256, 512}, {"128_of_8", 128, 8, 64, 96}},
+                            {{"5_of_5", 5, 5, 64, 37}});
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpExperts, ::testing::ValuesIn(AllCases()),
+                         CaseNameOf<OpCase<ExpertShape>>);
+INSTANTIATE_TEST_SUITE_P(Backends, OpExpertMlp, ::testing::ValuesIn(AllCases()),
                          CaseNameOf<OpCase<ExpertShape>>);
 
 }  // namespace

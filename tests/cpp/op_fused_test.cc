@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "backend_test.h"
 #include "core/float8.h"
@@ -144,12 +145,17 @@ TEST_P(OpFused, NormLinear) {
 }
 
 TEST_P(OpFused, GateUpMul) {
-  for (bool with_bias : {false, true}) {
+  for (const auto& [activation, with_bias] :
+       {std::pair(Activation::kSilu, false), std::pair(Activation::kSilu, true),
+        std::pair(Activation::kGeluTanh, false), std::pair(Activation::kClampedSwiglu, true)}) {
     int64_t size = shape().intermediate_size;
     RmsNormArgs norm = Norm();
     LinearArgs linear = Projection(norm, 2 * size, act(), with_bias);
     GateMulArgs gate_mul = {.gate_up = linear.out,
-                            .out = Output(act(), {shape().num_tokens, size})};
+                            .out = Output(act(), {shape().num_tokens, size}),
+                            .activation = activation,
+                            .limit = 1.0f,
+                            .alpha = 1.7f};
     backend().GateUpMul({norm, linear, gate_mul});
     Values fused = Get(gate_mul.out);
     gate_mul.out = Output(act(), {shape().num_tokens, size});

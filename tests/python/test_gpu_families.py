@@ -13,7 +13,6 @@ import pytest
 import test_families
 from test_families import ONLY_WINDOWS
 from test_gpu import BASE, TOLERANCE, cuda_is_missing, greedy, open_decoder, open_pair
-from tidaldecode import UnsupportedError
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 pytestmark = [
@@ -21,10 +20,9 @@ pytestmark = [
     pytest.mark.skipif(bool(cuda_is_missing()), reason=cuda_is_missing()),
 ]
 
-EXPERTS = ("qwen3_moe", "mixtral")
+EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
 # Scores of this one are twice as large as others'.
 TOLERANCES = {"granitemoehybrid": 2 * TOLERANCE["bfloat16"]}
-NOT_THERE_YET = ("gpt_oss",)
 LENGTHS = (200, 33, 65, 1)
 NEW_TOKENS = 32
 
@@ -41,7 +39,7 @@ def plan(family: str) -> dict[str, Any]:
     return test_families.plan(family) | {"attention": "tidal", "token_budget": 48}
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in NOT_THERE_YET])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -49,12 +47,6 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(family), tiny(family))
-
-
-@pytest.mark.parametrize("family", NOT_THERE_YET)
-def test_what_is_not_there_yet_is_refused_by_name(tmp_path: Path, family: str):
-    with pytest.raises(UnsupportedError, match="on CUDA: not there yet; use device=.cpu"):
-        open_decoder(write_checkpoint(tmp_path, tiny(family)), "cuda")
 
 
 def tolerance(family: str) -> float:
