@@ -39,6 +39,7 @@ class CudaBackend final : public Backend {
   DType shadow_score_dtype() const override { return DType::kFloat16; }
   int64_t SparseMinContext(int64_t token_budget) const override;
   bool ReadsCodes(const Weight& weight) const override;
+  bool ReadsCodesOfExperts(const Weight& weight) const override;
 
   BackendMemory PlanReserve(const StepLimits& limits) const override;
   void Reserve(const StepLimits& limits) override;

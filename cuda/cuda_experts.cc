@@ -22,8 +22,8 @@ void CheckExperts(const ExpertLinearArgs& args) {
   if (!args.weight.is_coded()) CheckSameDType("expert_linear", {&args.x, &args.weight.data});
   TIDAL_CHECK(TakesExperts(args.weight, args.out.dim(1)), UnsupportedError,
               "expert_linear: ", args.weight.num_inputs(), " inputs and ", args.out.dim(1),
-              " outputs of an expert on CUDA; expected a multiple of 8, and of 2 (or use "
-              "device=\"cpu\")");
+              " outputs of an expert on CUDA; expected a multiple of 8, of 32 in codes, and of ",
+              "2 (or use device=\"cpu\")");
 }
 
 }  // namespace
@@ -39,6 +39,10 @@ ExpertOrder CudaBackend::OrderFor(const ExpertLinearArgs& args) {
   const int64_t num_choices = args.expert_ids.numel();
   void* memory = Grow(expert_order_, ExpertOrder::OrderBytes(num_choices), kExpertsPurpose);
   return ExpertOrder::In(memory, num_choices, NumExperts(args), ChoicesOfTile(args));
+}
+
+bool CudaBackend::ReadsCodesOfExperts(const Weight& weight) const {
+  return TakesExperts(weight, weight.num_outputs());
 }
 
 void CudaBackend::SelectExperts(const SelectExpertsArgs& args) {

@@ -21,6 +21,9 @@ constexpr int64_t kMaxTokensInParts = 32;
 
 void CheckLinearDTypes(const LinearArgs& linear) {
   if (linear.weight.is_coded()) {
+    TIDAL_CHECK(linear.weight.codes != WeightCodes::kMxfp4, UnsupportedError,
+                "linear: a weight in MXFP4 on CUDA; expected other codes, numbers or a product "
+                "with experts (or use device=\"cpu\")");
     CheckSameDType("linear", {&linear.x, &linear.bias});
   } else {
     CheckSameDType("linear", {&linear.x, &linear.weight.data, &linear.bias});

@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "kernels/expert_linear.cuh"
+#include "kernels/expert_mxfp4.cuh"
 #include "kernels/skinny_launch.cuh"
 #include "kernels/tiled_linear.cuh"
 
@@ -137,8 +138,10 @@ bool TakesExperts(const Weight& weight, int64_t num_outputs) {
   // Loads of 8 inputs, and of groups of whole steps.
   bool divides = num_inputs % 8 == 0;
   if (weight.is_coded()) {
+    const int64_t group = weight.group_size;
+    const bool is_mxfp4 = weight.codes == WeightCodes::kMxfp4;
     divides = num_inputs % kStepInputs == 0 &&
-              (weight.group_size == num_inputs || weight.group_size % kStepInputs == 0);
+              (is_mxfp4 ? group == kMxfp4Group : group == num_inputs || group % kStepInputs == 0);
   }
   return divides && num_inputs <= kMaxInputs && num_outputs % 2 == 0 && num_outputs <= INT32_MAX;
 }
@@ -156,6 +159,10 @@ void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mu
     auto launch = [&](auto gated) {
       if (is_tiled) {
         LaunchTiledExperts<T, gated()>(params, stream);
+        return;
+      }
+      if (args.weight.codes == WeightCodes::kMxfp4) {
+        LaunchStreamed<T, WeightKind::kMxfp4, gated()>(params, stream);
         return;
       }
       DispatchKind(args.weight,

@@ -22,6 +22,7 @@ inline constexpr int kExpertThreads = kExpertParts * kExpertRowTiles * kWarpSize
 
 // Blocks that must find room for their registers in an SM; 0: the compiler's choice is as good.
 constexpr int LeastBlocks(WeightKind kind, bool gated) {
+  if (kind == WeightKind::kMxfp4) return 2;
   return kind == WeightKind::kFloat8 && gated ? 3 : 0;
 }
 
@@ -62,7 +63,7 @@ struct ExpertRows {
   }
 };
 
-// Of an expert's outputs in a tile, the row-th of both halves.
+// Reads the biases of two of an expert's outputs in a tile, the row-th of both halves.
 template <typename T, bool kGated>
 __device__ __forceinline__ float2 ReadExpertBiases(const ExpertRows<kGated>& rows, int row,
                                                    int expert, const ExpertParams<T>& p) {
@@ -107,8 +108,58 @@ struct CodesOfLane<WeightKind::kInt4> {
   using Type = uint32_t;
 };
 
+// A tile and 16 outputs: what does not depend on how the weight is kept.
+template <typename T, bool kGated>
+class ExpertTileBlock {
+ public:
+  __device__ ExpertTileBlock(const ExpertParams<T>& params, const ExpertTile& tile)
+      : p_(params),
+        tile_(tile),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize),
+        rows_(static_cast<int>(blockIdx.x) * kExpertRowTiles + RowTile(), params.num_outputs) {}
+
+  // The sums of a tile: lane l has outputs l / 4 of both halves, of choices 2 (l % 4) and the next.
+  __device__ void Store(const float4& sums) const {
+    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int choice = ChoiceOf(lane_ % 4 * 2 + i);
+      if (choice < 0) continue;
+      StoreExpertOutputs(rows_, lane_ / 4, values[i], values[i + 2], choice, p_);
+    }
+  }
+
+  __device__ static int RowTile() {
+    return static_cast<int>(threadIdx.x) / kWarpSize / kExpertParts;
+  }
+
+ protected:
+  // The index-th of the tile, or -1.
+  __device__ int ChoiceOf(int index) const {
+    return index < tile_.count ? p_.order.order[tile_.first + index] : -1;
+  }
+  __device__ float4 ReadBiases(int part) const {
+    if (part != 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const float2 of = ReadExpertBiases(rows_, lane_ / 4, tile_.expert, p_);
+    return make_float4(of.x, of.x, of.y, of.y);
+  }
+  __device__ static void StartSums(const float4& from, TileSums& sums) {
+    sums[0][0] = from.x;
+    sums[0][1] = from.y;
+    sums[0][2] = from.z;
+    sums[0][3] = from.w;
+  }
+
+  const ExpertParams<T>& p_;
+  ExpertTile tile_;
+  int lane_;
+  ExpertRows<kGated> rows_;
+};
+
 template <typename T, WeightKind kKind, bool kGated>
-class ExpertBlock {
+class ExpertBlock : public ExpertTileBlock<T, kGated> {
+  using Base = ExpertTileBlock<T, kGated>;
+  using Base::lane_, Base::p_, Base::rows_, Base::tile_;
   using Codes = typename CodesOfLane<kKind>::Type;
   using Reader = WeightReader<T, kKind>;
   static constexpr int kLaneInputs = 8;
@@ -116,11 +167,7 @@ class ExpertBlock {
   static constexpr bool kGrouped = IsGrouped(kKind);
 
  public:
-  __device__ ExpertBlock(const ExpertParams<T>& params, const ExpertTile& tile)
-      : p_(params),
-        tile_(tile),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize),
-        rows_(static_cast<int>(blockIdx.x) * kExpertRowTiles + RowTile(), params.num_outputs) {}
+  using Base::Base;
 
   // Returns a warp's part of the sums of its 16 outputs. Those of the first part start at the bias,
   // which is so read with the weight and not behind it, unless a row's scale is yet to come.
@@ -130,15 +177,15 @@ class ExpertBlock {
     const unsigned char* codes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) codes[half] = p_.weight + max(row[half], 0l) * row_bytes;
-    const int choice = ChoiceOf(lane_ / 4);
+    const int choice = this->ChoiceOf(lane_ / 4);
     const T* x = p_.x + int64_t{max(choice, 0) / p_.choices_of_row} * p_.num_inputs;
 
     const int num_steps = (p_.num_inputs + kStepInputs - 1) / kStepInputs;
     const int end = num_steps * (part + 1) / kExpertParts;
     TileSums sums = {};
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if constexpr (kGrouped) total = ReadBiases(part);
-    if constexpr (kKind == WeightKind::kHalf) StartSums(ReadBiases(part), sums);
+    if constexpr (kGrouped) total = this->ReadBiases(part);
+    if constexpr (kKind == WeightKind::kHalf) Base::StartSums(this->ReadBiases(part), sums);
     for (int step = num_steps * part / kExpertParts; step < end; step += kAhead) {
       Codes read[kAhead][2];
       uint4 inputs[kAhead];
@@ -171,20 +218,12 @@ class ExpertBlock {
     return total;
   }
 
-  // The sums of a tile: lane l has outputs l / 4 of both halves, of choices 2 (l % 4) and the next.
-  __device__ void Store(float4 sums) const {
-    if constexpr (kKind == WeightKind::kFloat8) sums = WithRowScales(sums);
-    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int choice = ChoiceOf(lane_ % 4 * 2 + i);
-      if (choice < 0) continue;
-      StoreExpertOutputs(rows_, lane_ / 4, values[i], values[i + 2], choice, p_);
+  __device__ void Store(const float4& sums) const {
+    if constexpr (kKind == WeightKind::kFloat8) {
+      Base::Store(WithRowScales(sums));
+    } else {
+      Base::Store(sums);
     }
-  }
-
-  __device__ static int RowTile() {
-    return static_cast<int>(threadIdx.x) / kWarpSize / kExpertParts;
   }
 
  private:
@@ -205,21 +244,6 @@ class ExpertBlock {
   __device__ int64_t SecondRow() const {
     return RowOf(rows_.second, rows_.second_end);
   }
-  // The index-th of the tile, or -1.
-  __device__ int ChoiceOf(int index) const {
-    return index < tile_.count ? p_.order.order[tile_.first + index] : -1;
-  }
-  __device__ float4 ReadBiases(int part) const {
-    if (part != 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const float2 of = ReadExpertBiases(rows_, lane_ / 4, tile_.expert, p_);
-    return make_float4(of.x, of.x, of.y, of.y);
-  }
-  __device__ static void StartSums(const float4& from, TileSums& sums) {
-    sums[0][0] = from.x;
-    sums[0][1] = from.y;
-    sums[0][2] = from.z;
-    sums[0][3] = from.w;
-  }
   __device__ float ScaleOf(int64_t row, int group) const {
     const WeightScales& s = p_.weight_scales;
     return ReadScale(s.scales + (group * p_.num_rows + row) * s.scale_bytes(), s.dtype);
@@ -228,7 +252,7 @@ class ExpertBlock {
     const int64_t first = FirstRow(), second = SecondRow();
     const ScalesOfStep scales = {
         {first < 0 ? 0.0f : ScaleOf(first, 0), second < 0 ? 0.0f : ScaleOf(second, 0)}, {}};
-    float4 total = ReadBiases(0);
+    float4 total = this->ReadBiases(0);
     AddScaled(sums, scales, total);
     return total;
   }
@@ -258,11 +282,6 @@ class ExpertBlock {
     total.z = __fmaf_rn(part.z, scales.scale[1], total.z);
     total.w = __fmaf_rn(part.w, scales.scale[1], total.w);
   }
-
-  const ExpertParams<T>& p_;
-  ExpertTile tile_;
-  int lane_;
-  ExpertRows<kGated> rows_;
 };
 
 // grid (ceil(outputs / 32), tiles from first_tile on, some of which may not be there);

@@ -37,6 +37,7 @@ enum class WeightKind : int32_t {
   kFloat8,         // in 8 bits, with a scale for each row
   kFloat8Grouped,  // in 8 bits, with scales for groups of inputs
   kInt4,           // in 4 bits, likewise
+  kMxfp4,          // of experts only: expert_mxfp4.cuh
 };
 
 __host__ __device__ constexpr int BitsOf(WeightKind kind) {
@@ -144,7 +145,7 @@ inline bool IsGrouped(const Weight& weight) {
          (weight.codes == WeightCodes::kInt4 || weight.group_size < weight.num_inputs());
 }
 
-// Calls fn(kind) with a WeightKind as a constant.
+// Calls fn(kind) with a WeightKind as a constant, which is never kMxfp4.
 template <typename Fn>
 void DispatchKind(const Weight& weight, const Fn& fn) {
   if (!weight.is_coded()) {

@@ -70,6 +70,7 @@ bool FitsTokens(const Weight& weight) {
 // Whether a weight in codes has what copies of 16 bytes, and groups of whole steps, ask of it.
 bool HasGoodCodes(const Weight& weight) {
   if (!weight.is_coded()) return true;
+  if (weight.codes == WeightCodes::kMxfp4) return false;
   int64_t group = weight.group_size;
   bool divides = group == weight.num_inputs() || group == 32 || group == 64 || group % kChunk == 0;
   return divides && weight.num_outputs() % (kTileRows / 2) == 0 && IsAligned(weight.scales) &&

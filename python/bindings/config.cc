@@ -48,10 +48,11 @@ constexpr Names<WeightFormat, 6> kWeightFormats = {{{WeightFormat::kFloat8, "flo
                                                     {WeightFormat::kInt4Gptq, "int4_gptq"},
                                                     {WeightFormat::kInt4Awq, "int4_awq"},
                                                     {WeightFormat::kMxfp4, "mxfp4"}}};
-constexpr Names<KeepWeights, 4> kKeepWeights = {{{KeepWeights::kAsStored, "auto"},
+constexpr Names<KeepWeights, 5> kKeepWeights = {{{KeepWeights::kAsStored, "auto"},
                                                  {KeepWeights::kDecoded, "decoded"},
                                                  {KeepWeights::kFloat8, "fp8"},
-                                                 {KeepWeights::kInt4, "int4"}}};
+                                                 {KeepWeights::kInt4, "int4"},
+                                                 {KeepWeights::kMxfp4, "mxfp4"}}};
 constexpr Names<Drafts, 3> kDrafts = {
     {{Drafts::kTidal, "tidal"}, {Drafts::kNgram, "ngram"}, {Drafts::kBoth, "both"}}};
 constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},

@@ -27,8 +27,16 @@ PlanId ParsePlan(const std::string& attention) {
 using StoredWeight = std::variant<WeightFileEntry, QuantizedWeight>;
 
 WeightCodes CodesFor(KeepWeights format) {
-  if (format == KeepWeights::kFloat8) return WeightCodes::kFloat8;
-  return format == KeepWeights::kInt4 ? WeightCodes::kInt4 : WeightCodes::kNone;
+  switch (format) {
+    case KeepWeights::kFloat8:
+      return WeightCodes::kFloat8;
+    case KeepWeights::kInt4:
+      return WeightCodes::kInt4;
+    case KeepWeights::kMxfp4:
+      return WeightCodes::kMxfp4;
+    default:
+      return WeightCodes::kNone;
+  }
 }
 
 std::unique_ptr<WeightSource> OpenFiles(DType dtype, std::vector<StoredWeight> weights) {
@@ -50,6 +58,10 @@ using StoredWeights = std::optional<std::vector<StoredWeight>>;  // none: random
 std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, const DecodeConfig& config,
                                                StoredWeights weights) {
   const WeightCodes codes = CodesFor(config.weight_format);
+  TIDAL_CHECK(
+      codes != WeightCodes::kMxfp4 || model.has_experts(), ConfigError,
+      "weight_format: got \"mxfp4\", which is of experts, and this model has none; expected "
+      "\"auto\", \"decoded\", \"fp8\" or \"int4\"");
   if (!weights) return std::make_unique<RandomWeightSource>(model, config.dtype, 0, codes);
   const bool has_codes = std::any_of(weights->begin(), weights->end(), [](const auto& weight) {
     return std::holds_alternative<QuantizedWeight>(weight);

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
-WEIGHT_FORMATS = ("auto", "decoded", "fp8", "int4")
+WEIGHT_FORMATS = ("auto", "decoded", "fp8", "int4", "mxfp4")
 GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 SHADOWS = ("none", "int4")
@@ -169,11 +169,12 @@ class DecodeConfig(PlanConfig):
             model random weights of the shapes in config.json, for measuring speed: what it writes
             means nothing. Prompts of token ids then need no tokenizer either.
         weight_format: how the layers' matrices are kept. "auto" keeps the codes of a quantised
-            checkpoint (fp8, int4) on the CPU and on CUDA devices of compute capability 9.0, and
-            decodes others, and those on other devices, to dtype while loading, as "decoded" does
-            all. "fp8" and "int4" round a checkpoint of numbers to codes while loading: to the
-            nearest float8 with a scale for each row, or 4 bits with one for every 128 inputs; the
-            log says by how much. On other devices the rounded numbers are kept in dtype.
+            checkpoint (fp8, int4, of experts MXFP4) on the CPU and on CUDA devices of compute
+            capability 9.0, and decodes others, and those on other devices, to dtype while loading,
+            as "decoded" does all. "fp8" and "int4" round a checkpoint of numbers to codes while
+            loading: to the nearest float8 with a scale for each row, or 4 bits with one for every
+            128 inputs; "mxfp4" those of experts alone, to float4 e2m1 with a power of 2 for every
+            32. The log says by how much. On other devices the rounded numbers are kept in dtype.
         attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
             token_budget are given or there is a plan for this model, else dense. Without layers and
             without a plan every layer chooses for itself, by shadow keys ("int4").

@@ -161,8 +161,9 @@ def log_rounding(weight_format: str, error: float) -> None:
     """Logs the root mean square of what rounding to codes changed, over that of the weights."""
     if error > 0:
         _logger.warning(
-            "weight_format %s: the layers' matrices are rounded, by %.1f %% (root mean square)",
+            "weight_format %s: the %s matrices are rounded, by %.1f %% (root mean square)",
             weight_format,
+            "experts'" if weight_format == "mxfp4" else "layers'",
             100 * error,
         )
 

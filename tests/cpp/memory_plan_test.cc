@@ -101,6 +101,26 @@ TEST_P(MemoryPlanTest, CountsTheCodesOfWeightsThatStayInThem) {
   EXPECT_EQ(weight_bytes(WeightCodes::kInt4), plain - m.num_layers * (numbers - int4));
 }
 
+// Half a byte, and a byte for 32: 4.25 bits.
+TEST_P(MemoryPlanTest, CountsTheCodesOfExperts) {
+  model_.num_experts = 6;
+  model_.experts_per_token = 2;
+  model_.expert_intermediate_size = 96;
+  model_.mlp_bias = true;
+  model_.layers.resize(static_cast<size_t>(model_.num_layers), {.has_experts = true});
+  const DecodeConfig config = Dense();
+  const auto weight_bytes = [&](WeightCodes codes) {
+    const RandomWeightSource source(model_, config.dtype, 0, codes);
+    const ModelRunner runner(model_, config, source, nullptr);
+    ExpectAllocatedAsPlanned(runner);
+    return runner.memory_plan().weight_bytes;
+  };
+  const int64_t numbers = model_.num_layers * 6 * 3 * 96 * model_.hidden_size;
+  EXPECT_EQ(
+      weight_bytes(WeightCodes::kMxfp4),
+      weight_bytes(WeightCodes::kNone) - numbers * DTypeBytes(config.dtype) + numbers * 17 / 32);
+}
+
 TEST_P(MemoryPlanTest, IsTheSameWithoutLoading) {
   for (const DecodeConfig& config : Configs()) {
     const MemoryPlan plan = PlanMemory(model_, config, RandomWeightSource(model_, config.dtype));

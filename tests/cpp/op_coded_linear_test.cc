@@ -46,12 +46,11 @@ class OpCodedLinear : public OpTest<CodedShape> {
 
   Weight PutMatrix() {
     const auto [name, how, in, out] = shape();
-    const bool is_int4 = how.codes == WeightCodes::kInt4;
     const int64_t groups = (in + matrix_.group_size - 1) / matrix_.group_size;
-    Weight weight(PutBytes(matrix_.codes, DType::kUInt8, {out, is_int4 ? in / 2 : in}));
+    Weight weight(PutBytes(matrix_.codes, DType::kUInt8, {out, in * CodeBits(how.codes) / 8}));
     weight.codes = how.codes;
     weight.group_size = matrix_.group_size;
-    weight.scales = Put(matrix_.scales, how.scale_dtype, {groups, out});
+    weight.scales = PutBytes(matrix_.ScaleBytes(how.scale_dtype), how.scale_dtype, {groups, out});
     if (how.has_zeros) weight.zeros = PutBytes(matrix_.zeros, DType::kUInt8, {groups, out});
     return weight;
   }
@@ -223,6 +222,7 @@ const std::vector<CodesCase> kKinds = {
     {"int4_group64", WeightCodes::kInt4, 64, DType::kFloat16},
     {"int4_row", WeightCodes::kInt4, 0, DType::kBFloat16},
     {"int4_group256", WeightCodes::kInt4, 256, DType::kBFloat16},
+    {"mxfp4", WeightCodes::kMxfp4, 32, DType::kUInt8},
 };
 
 CodedShape ShapeOf(const CodesCase& how, int64_t in, int64_t out) {

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "coded_weight.h"
+#include "throws.h"
 #include "tidal/error.h"
 
 namespace tidal::test {
@@ -159,20 +160,38 @@ TEST_P(OpExperts, ProductsOfCodesMatchReference) {
   const auto [name, num_experts, chosen, in, out] = shape();
   const double size = 1.0 / std::sqrt(static_cast<double>(in));
   for (const CodesCase& how : {CodesCase{"fp8", WeightCodes::kFloat8},
-                               CodesCase{"int4", WeightCodes::kInt4, 32, DType::kBFloat16, true}}) {
+                               CodesCase{"int4", WeightCodes::kInt4, 32, DType::kBFloat16, true},
+                               CodesCase{"mxfp4", WeightCodes::kMxfp4, 32, DType::kUInt8}}) {
     SCOPED_TRACE(how.name);
-    const int64_t outputs = num_experts * out, values = how.codes == WeightCodes::kInt4 ? 2 : 1;
+    const int64_t outputs = num_experts * out;
     const CodedMatrix matrix = CodedMatrix::Make(random_, how, {outputs, in}, size);
     const int64_t groups = (in + matrix.group_size - 1) / matrix.group_size;
-    Weight weight(PutBytes(matrix.codes, DType::kUInt8, {outputs, in / values}));
+    Weight weight(PutBytes(matrix.codes, DType::kUInt8, {outputs, in * CodeBits(how.codes) / 8}));
     weight.codes = how.codes;
     weight.group_size = matrix.group_size;
-    weight.scales = Put(matrix.scales, how.scale_dtype, {groups, outputs});
+    weight.scales =
+        PutBytes(matrix.ScaleBytes(how.scale_dtype), how.scale_dtype, {groups, outputs});
     if (how.has_zeros) weight.zeros = PutBytes(matrix.zeros, DType::kUInt8, {groups, outputs});
-    if (!backend().ReadsCodes(weight)) continue;
+    if (!backend().ReadsCodesOfExperts(weight)) continue;
     ExpectProducts(weight, matrix.values);
     ExpectProducts(weight, matrix.values, random_.Normal(outputs, dtype()));
   }
+}
+
+// Other products on CUDA do not read what only experts' do.
+TEST_P(OpExperts, AnMxfp4WeightIsOfExperts) {
+  if (GetParam().on.is_cpu()) GTEST_SKIP() << "all products read it here";
+  const int64_t in = shape().in_features;
+  Weight weight(Output(DType::kUInt8, {8, in / 2}));
+  weight.codes = WeightCodes::kMxfp4;
+  weight.group_size = 32;
+  weight.scales = Output(DType::kUInt8, {in / 32, 8});
+  EXPECT_FALSE(backend().ReadsCodes(weight));
+  EXPECT_TRUE(backend().ReadsCodesOfExperts(weight));
+  const LinearArgs args = {
+      .x = Output(act(), {1, in}), .weight = weight, .bias = {}, .out = Output(act(), {1, 8})};
+  EXPECT_TRUE(
+      Throws<UnsupportedError>([&] { backend().Linear(args); }, {"MXFP4", "product with experts"}));
 }
 
 // Up to 64 tokens a token's products do not depend on the others.

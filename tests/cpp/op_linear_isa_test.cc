@@ -51,6 +51,7 @@ const std::vector<CodesCase> kKinds = {
     {"int4_zeros", WeightCodes::kInt4, 64, DType::kFloat16, true},
     {"int4_group32_zeros", WeightCodes::kInt4, 32, DType::kFloat32, true},
     {"int4_row", WeightCodes::kInt4, 0, DType::kFloat32},
+    {"mxfp4", WeightCodes::kMxfp4, 32, DType::kUInt8},
 };
 
 // Inputs and outputs, neither whole vectors nor whole tiles.
@@ -65,9 +66,9 @@ TEST_P(OpLinearIsa, CodesGiveTheBitsOfTheNumbersTheyStandFor) {
           CodedMatrix::Make(random_, how, {outputs, in}, 1.0 / std::sqrt(static_cast<double>(in)));
       const int64_t groups = (in + matrix.group_size - 1) / matrix.group_size;
       std::vector<float> numbers(matrix.values.begin(), matrix.values.end());
-      Bytes scales = Encode(matrix.scales, how.scale_dtype);
-      Weight coded(TensorView(matrix.codes.data(), DType::kUInt8,
-                              {outputs, how.codes == WeightCodes::kInt4 ? in / 2 : in}));
+      Bytes scales = matrix.ScaleBytes(how.scale_dtype);
+      Weight coded(
+          TensorView(matrix.codes.data(), DType::kUInt8, {outputs, in * CodeBits(how.codes) / 8}));
       coded.codes = how.codes;
       coded.group_size = matrix.group_size;
       coded.scales = TensorView(scales.data(), how.scale_dtype, {groups, outputs});

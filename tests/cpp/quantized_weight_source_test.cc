@@ -16,6 +16,7 @@
 
 #include "core/float16.h"
 #include "core/float8.h"
+#include "core/mxfp4.h"
 #include "model/weight_format.h"
 #include "throws.h"
 #include "tidal/error.h"
@@ -281,20 +282,23 @@ TEST(QuantizedWeights, CodesMeanTheSameNumbers) {
   std::mt19937 random(3);
   for (WeightFormat format : kFormats) {
     const bool is_float8 = format == WeightFormat::kFloat8;
-    const bool is_decoded = format == WeightFormat::kInt8 || format == WeightFormat::kMxfp4;
-    const bool is_int4 = !is_float8 && !is_decoded;
+    const bool is_mxfp4 = format == WeightFormat::kMxfp4;
+    const bool is_int4 = !is_float8 && !is_mxfp4 && format != WeightFormat::kInt8;
     for (const Shape& shape : {Shape{16, 64, 1, 32}, {40, 24, 1, 24}, {72, 256, 8, 128}}) {
       const bool has_zeros = is_int4 && shape.block_rows == 1;
       SCOPED_TRACE(Concat("format ", static_cast<int>(format), ": ", shape.out, " x ", shape.in));
       const Stored stored(format, shape, has_zeros, has_zeros);
       const QuantizedWeightSource source({}, {stored.weight}, DType::kFloat32);
       const CodedInfo* info = source.FindCodes("m.weight");
-      if (is_decoded) {
+      const bool is_kept = is_float8 || is_int4 || (is_mxfp4 && shape.block_columns == 32);
+      if (!is_kept) {
         EXPECT_EQ(info, nullptr);
         continue;
       }
       ASSERT_NE(info, nullptr);
-      EXPECT_EQ(info->codes, is_float8 ? WeightCodes::kFloat8 : WeightCodes::kInt4);
+      EXPECT_EQ(info->codes, is_float8 ? WeightCodes::kFloat8
+                             : is_int4 ? WeightCodes::kInt4
+                                       : WeightCodes::kMxfp4);
       EXPECT_EQ(info->group_size, shape.block_columns);
       EXPECT_EQ(info->has_zeros, has_zeros);
       const int64_t groups = (shape.in + shape.block_columns - 1) / shape.block_columns;
@@ -310,9 +314,10 @@ TEST(QuantizedWeights, CodesMeanTheSameNumbers) {
           const int64_t row = i / shape.in, column = i % shape.in;
           const auto place = static_cast<size_t>(row * groups + column / shape.block_columns);
           const uint8_t code = codes[static_cast<size_t>(is_float8 ? i : i / 2)];
-          const float value = is_float8
-                                  ? Float8ToFloat(code)
-                                  : static_cast<float>(((code >> (i % 2 * 4)) & 15) - zeros[place]);
+          const int half = (code >> (i % 2 * 4)) & 15;
+          const float value = is_float8 ? Float8ToFloat(code)
+                              : is_int4 ? static_cast<float>(half - zeros[place])
+                                        : kFloat4Values[half];
           ASSERT_EQ(value * scales[place], stored.Value(begin + row, column)) << i;
         }
       }

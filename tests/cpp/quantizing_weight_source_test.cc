@@ -9,6 +9,7 @@
 
 #include "backend_test.h"
 #include "core/float8.h"
+#include "core/mxfp4.h"
 #include "model/weight_format.h"
 #include "tidal/quantized_weights.h"
 #include "tidal/weights.h"
@@ -34,6 +35,29 @@ TEST(Float8, TheNearestCodeIsFound) {
   EXPECT_EQ(FloatToFloat8(1e9f), 126);
   EXPECT_EQ(FloatToFloat8(-1e9f), 254);
   EXPECT_EQ(FloatToFloat8(std::nanf("")) & 127, 127);
+}
+
+TEST(Mxfp4, TheNearestCodeIsFound) {
+  for (int code = 0; code < 16; ++code) {
+    const auto place = static_cast<size_t>(code);
+    EXPECT_EQ(FloatToFloat4(kFloat4Values[place]), code);
+    if (code % 8 == 7) continue;
+    const float middle = (kFloat4Values[place] + kFloat4Values[place + 1]) / 2;
+    EXPECT_EQ(FloatToFloat4(middle), code + code % 2) << code;
+    EXPECT_EQ(FloatToFloat4(middle * 0.999f), code) << code;
+    EXPECT_EQ(FloatToFloat4(middle * 1.001f), code + 1) << code;
+  }
+  EXPECT_EQ(FloatToFloat4(1e9f), 7);
+  EXPECT_EQ(FloatToFloat4(-1e9f), 15);
+}
+
+TEST(Mxfp4, ScalesArePowersOf2) {
+  for (int scale = 0; scale < 255; ++scale) {
+    const float power = E8m0ToFloat(static_cast<uint8_t>(scale));
+    EXPECT_EQ(power, std::ldexp(1.0f, scale - 127)) << scale;
+    EXPECT_EQ(FloatToE8m0(power), scale);
+  }
+  EXPECT_TRUE(std::isnan(E8m0ToFloat(255)));
 }
 
 // A matrix of the layers and another, from noise.
@@ -81,6 +105,43 @@ TEST(QuantizingWeights, NumbersAreRoundedToTheNearestCode) {
       EXPECT_GT(source.relative_error(), is_int4 ? 0.05 : 0.01);
     }
   }
+}
+
+// A scale is the power of 2 below the largest of 32 neighbours, over 4; other matrices stay
+// numbers.
+TEST(QuantizingWeights, ThoseOfExpertsAreRoundedToMxfp4) {
+  ModelConfig model = TinyConfig();
+  model.hidden_size = 96;
+  model.num_experts = 4;
+  model.experts_per_token = 2;
+  model.expert_intermediate_size = 72;  // not of whole blocks
+  model.layers.resize(static_cast<size_t>(model.num_layers), {.has_experts = true});
+  const std::string expert = "model.layers.0.mlp.experts.1.", name = expert + "up_proj.weight";
+  const RandomWeightSource numbers(model, DType::kFloat32);
+  const QuantizingWeightSource source(std::make_unique<RandomWeightSource>(model, DType::kFloat32),
+                                      WeightCodes::kMxfp4);
+  for (const char* other : {"self_attn.q_proj.weight", "mlp.gate.weight"}) {
+    EXPECT_EQ(source.FindCodes(std::string("model.layers.0.") + other), nullptr) << other;
+  }
+  EXPECT_EQ(source.FindCodes(expert + "down_proj.weight"), nullptr);
+  const CodedInfo want = {
+      .codes = WeightCodes::kMxfp4, .group_size = 32, .scale_dtype = DType::kUInt8};
+  ASSERT_NE(source.FindCodes(name), nullptr);
+  EXPECT_EQ(*source.FindCodes(name), want);
+  constexpr int64_t kCount = 72 * 96;
+  std::vector<float> plain(kCount), rounded(kCount);
+  numbers.Read(name, 0, kCount * 4, plain.data());
+  source.Read(name, 0, kCount * 4, rounded.data());
+  for (size_t begin = 0; begin < plain.size(); begin += 32) {
+    float largest = 0.0f;
+    for (size_t i = begin; i < begin + 32; ++i) largest = std::max(largest, std::abs(plain[i]));
+    const float scale = std::exp2(std::floor(std::log2(largest)) - 2.0f);
+    for (size_t i = begin; i < begin + 32; ++i) {
+      const auto code = static_cast<size_t>(FloatToFloat4(plain[i] / scale));
+      ASSERT_EQ(rounded[i], kFloat4Values[code] * scale) << i;
+    }
+  }
+  EXPECT_GT(source.relative_error(), 0.05);
 }
 
 }  // namespace

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 import tidaldecode
 from feature_runs import Bench, uses
+from mxfp4_models import write_both_mxfp4
 from quantized_models import KINDS, write_both
 from tiny_models import TinyModel, random_prompt, random_weights, write_checkpoint
 
@@ -35,7 +38,21 @@ def quantised_checkpoints(bench: Bench) -> None:
         # Codes are not rounded to 16 bits on the way; steps multiply by what they stand for.
         scale = np.abs(results[0][2]).max()
         assert np.abs(results[2][2] - results[0][2]).max() < 0.05 * scale, kind.name
-    assert "int4 are kept so" in " ".join(bench.command("info", str(stored)).split())
+    stored, meant = write_both_mxfp4(
+        bench.folder / "mxfp4", replace(model, family="gpt_oss", gain=1.0)
+    )
+    logits = []
+    for folder, weight_format in ((meant, "auto"), (stored, "decoded"), (stored, "auto")):
+        with tidaldecode.Decoder(
+            folder, max_batch_size=1, weight_format=weight_format, **limits
+        ) as decoder:
+            logits.append(decoder.logits(prompt, last=len(prompt)))
+            assert np.isfinite(decoder.step_logits(prompt, prefill=30)).all()
+    assert np.array_equal(logits[0], logits[1])
+    # Where rounding decides between two experts it may decide otherwise.
+    away = np.abs(logits[2] - logits[0]).max(axis=1) / np.abs(logits[0]).max()
+    assert np.median(away) < 0.05
+    assert "int4 and MXFP4 are kept so" in " ".join(bench.command("info", str(stored)).split())
 
 
 @uses("weight_format")
@@ -54,6 +71,11 @@ def weight_format(bench: Bench) -> None:
             assert np.isfinite(decoder.step_logits(prompt, prefill=50)).all()
     bench.command("generate", str(bench.model), "Once", "-n", "4", "--weight-format", "int4")
     assert held["int4"] < held["fp8"] < held["decoded"]
+    experts = write_checkpoint(bench.folder / "experts", replace(model, family="gpt_oss"))
+    with tidaldecode.Decoder(
+        experts, device=bench.device, dtype=bench.dtype, weight_format="mxfp4", max_seq_len=128
+    ) as decoder:
+        assert len(decoder.generate(prompt, max_new_tokens=6, ignore_eos=True).token_ids) == 6
 
 
 @uses("kv_dtype")

@@ -1,8 +1,5 @@
-"""MXFP4, in which gpt-oss stores its experts: what numpy decodes, what transformers does, refusals.
-
-A block of 32 numbers has one scale, a power of 2; a number is 4 bits. Source: OCP Microscaling
-Formats 1.0, sections 5.3.3 and 5.4.
-"""
+"""MXFP4, in which gpt-oss stores its experts: what numpy decodes, what transformers does, refusals;
+that the codes are kept."""
 
 from __future__ import annotations
 
@@ -10,86 +7,34 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from quantized_models import Kind, Tensors, write_quantized
-from test_quantized_checkpoints import assert_same, open_decoder
+import tidaldecode
+from mxfp4_models import MXFP4, from_mxfp4, stored_and_meant, write_both_mxfp4
+from quantized_models import Tensors, write_quantized
+from test_quantized_checkpoints import assert_same, assert_same_bits, open_decoder
 from tidaldecode import WeightsError
 from tidaldecode.checkpoint.model_config import read_checkpoint_config
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli import app
 from tidaldecode.plan_bytes import weight_bytes_per_step
-from tiny_models import (
-    TinyModel,
-    config_json,
-    encode,
-    random_prompt,
-    random_weights,
-    round_to,
-    write_checkpoint,
-)
+from tiny_models import TinyModel, config_json, random_prompt, random_weights, write_checkpoint
 
-LEFT_OUT = [
-    "model.layers.*.self_attn",
-    "model.layers.*.mlp.router",
-    "model.embed_tokens",
-    "lm_head",
-]
-MXFP4 = Kind("MXFP4", {"quant_method": "mxfp4", "modules_to_not_convert": LEFT_OUT}, "mxfp4")
 TINY = TinyModel(family="gpt_oss", dtype="bfloat16", seed=50)  # hidden 64, intermediate 96
 EXPERTS = "model.layers.0.mlp.experts."
-MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-VALUES = np.concatenate([MAGNITUDES, -MAGNITUDES])
-
-
-def to_mxfp4(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[..., n] numbers -> blocks [..., n / 32, 16], scales [..., n / 32]."""
-    groups = matrices.reshape(*matrices.shape[:-1], -1, 32)
-    exponents = np.floor(np.log2(np.abs(groups).max(axis=-1))) - 2
-    scaled = groups / np.exp2(exponents)[..., None]
-    codes = np.abs(scaled[..., None] - VALUES).argmin(axis=-1).astype(np.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponents + 127).astype(np.uint8)
-
-
-def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """What to_mxfp4() wrote."""
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
-    values = VALUES[codes] * np.exp2(scales.astype(np.float32) - 127)[..., None]
-    return values.reshape(*scales.shape[:-1], -1)
-
-
-def stored_and_meant(model: TinyModel) -> tuple[Tensors, dict[str, np.ndarray]]:
-    """A checkpoint with its experts in MXFP4, and the same in 16 bits, in which it is exact."""
-    stored: Tensors = {}
-    meant: dict[str, np.ndarray] = {}
-    name_of, bits = {"bfloat16": ("BF16", np.uint16), "float16": ("F16", np.uint16)}[model.dtype]
-    for name, value in random_weights(model).items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            packed = np.frombuffer(encode(value, model.dtype), bits).reshape(value.shape)
-            stored[name], meant[name] = (name_of, packed), value
-            continue
-        blocks, scales = to_mxfp4(value.swapaxes(1, 2))
-        stored[f"{name}_blocks"], stored[f"{name}_scales"] = ("U8", blocks), ("U8", scales)
-        meant[name] = from_mxfp4(blocks, scales).swapaxes(1, 2)
-        assert np.array_equal(round_to(meant[name], model.dtype), meant[name])
-    return stored, meant
-
-
-def write_both(folder: Path, model: TinyModel) -> tuple[Path, Path]:
-    stored, meant = stored_and_meant(model)
-    return (
-        write_quantized(folder / "mxfp4", model, MXFP4, stored),
-        write_checkpoint(folder / "plain", model, meant),
-    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rope", ["default", "yarn"])
 def test_the_bits_of_what_numpy_decodes(tmp_path: Path, dtype: str, rope: str):
     model = dataclasses.replace(TINY, dtype=dtype, rope=rope)
-    assert_same(*write_both(tmp_path, model), model, dtype=dtype)
+    one, other = write_both_mxfp4(tmp_path, model)
+    assert_same(one, other, model, dtype=dtype)
+    # In which all of it is exact, so that codes that are kept are the same numbers.
+    assert_same_bits((one, {"dtype": dtype}), (other, {"dtype": dtype}), model)
 
 
 def test_every_code_under_scales_far_apart(tmp_path: Path):
@@ -108,7 +53,7 @@ def test_every_code_under_scales_far_apart(tmp_path: Path):
 def test_as_transformers_decodes_it(tmp_path: Path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    folder, _ = write_both(tmp_path, TINY)
+    folder, _ = write_both_mxfp4(tmp_path, TINY)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32,
         quantization_config=transformers.Mxfp4Config(dequantize=True),
@@ -122,7 +67,7 @@ def test_as_transformers_decodes_it(tmp_path: Path):
 
 
 def test_the_folder_says_what_it_stores(tmp_path: Path, capsys):
-    one, other = map(read_model_folder, write_both(tmp_path, TINY))
+    one, other = map(read_model_folder, write_both_mxfp4(tmp_path, TINY))
     matrices = 3 * 6 * 64 * 96 * TINY.num_layers  # numbers of all experts
     assert other.weight_bytes - one.weight_bytes == round((2 - 17 / 32) * matrices)
     assert one.decoded_bytes == other.weight_bytes
@@ -131,8 +76,20 @@ def test_the_folder_says_what_it_stores(tmp_path: Path, capsys):
     assert steps[1] - steps[0] == round((2 - 17 / 32) * matrices / 3)
     assert app.main(["info", str(one.path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "mxfp4: MXFP4, groups of 32; FP8 and int4 are kept so" in text
+    assert "mxfp4: MXFP4, groups of 32; FP8, int4 and MXFP4 are kept so" in text
     assert "4 have 6 experts of 96, 2 a token" in text
+
+
+def test_the_memory_plan_is_of_the_codes(tmp_path: Path):
+    one, other = write_both_mxfp4(tmp_path, TINY)
+
+    def weight_bytes(folder: Path, **options: Any) -> int:
+        plan = tidaldecode.plan_memory(folder, device="cpu", max_seq_len=64, **options)
+        return plan.weight_bytes
+
+    matrices = 3 * 6 * 64 * 96 * TINY.num_layers
+    assert weight_bytes(other) - weight_bytes(one) == (2 - 17 / 32) * matrices
+    assert weight_bytes(one, weight_format="decoded") == weight_bytes(other)
 
 
 def test_the_config_of_the_public_models_is_read(tmp_path: Path):

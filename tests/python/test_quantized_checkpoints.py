@@ -304,7 +304,7 @@ def test_the_folder_says_what_it_stores(tmp_path: Path, capsys):
     assert found.weight_bytes < 0.7 * found.decoded_bytes
     assert app.main(["info", str(folder)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "compressed-tensors: FP8, a scale per row; FP8 and int4 are kept so on the CPU" in text
+    assert "compressed-tensors: FP8, a scale per row; FP8, int4 and MXFP4 are kept so on" in text
     assert "all else is decoded to bfloat16" in text
     assert "activations are not quantised" in text
 
@@ -312,7 +312,7 @@ def test_the_folder_says_what_it_stores(tmp_path: Path, capsys):
 def test_weight_only_checkpoints_say_nothing_of_activations(tmp_path: Path, capsys):
     assert app.main(["info", str(write_quantized(tmp_path, TINY, gptq(64, "gptq")))]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "gptq: int4, groups of 64; FP8 and int4 are kept" in text
+    assert "gptq: int4, groups of 64; FP8, int4 and MXFP4 are kept" in text
     assert "activations are not quantised" not in text
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tidaldecode
+from mxfp4_models import from_mxfp4, to_mxfp4
 from quantized_models import (
     FLOAT8,
     KINDS,
@@ -30,7 +31,8 @@ EXPERTS = dataclasses.replace(MODEL, family="gpt_oss")  # each of which lies in 
 WIDE = TinyModel(
     hidden_size=128, intermediate_size=384, num_layers=2, head_dim=32, dtype="bfloat16"
 )
-FORMATS = ("fp8", "int4")
+FORMATS = [(MODEL, "fp8"), (MODEL, "int4"), (EXPERTS, "fp8"), (EXPERTS, "int4"), (EXPERTS, "mxfp4")]
+IDS = [f"{model.family}, {weight_format}" for model, weight_format in FORMATS]
 
 
 def open_decoder(folder: Path, **options) -> tidaldecode.Decoder:
@@ -42,6 +44,8 @@ def rounded(weight: np.ndarray, weight_format: str) -> np.ndarray:
     if weight_format == "fp8":
         scale = (np.abs(weight).max(axis=1, keepdims=True) / np.float32(448)).astype(np.float32)
         return FLOAT8[to_float8(weight / scale)] * scale
+    if weight_format == "mxfp4":
+        return from_mxfp4(*to_mxfp4(weight))
     result = np.empty_like(weight)
     for begin in range(0, weight.shape[1], 128):
         group = weight[:, begin : begin + 128]
@@ -54,18 +58,17 @@ def rounded(weight: np.ndarray, weight_format: str) -> np.ndarray:
 
 
 def all_rounded(weights: dict[str, np.ndarray], weight_format: str) -> dict[str, np.ndarray]:
-    """The same with the matrices of all layers rounded."""
+    """The same with the matrices of all layers rounded, or of experts alone."""
     meant = dict(weights)
     for name, weight in weights.items():
-        if is_projection(name):
+        if is_projection(name) and weight_format != "mxfp4":
             meant[name] = rounded(weight, weight_format)
         elif name.endswith((".gate_up_proj", ".down_proj")):  # of all experts, transposed
             meant[name] = np.stack([rounded(one.T, weight_format).T for one in weight])
     return meant
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["llama", "gpt_oss"])
+@pytest.mark.parametrize(("model", "weight_format"), FORMATS, ids=IDS)
 def test_the_layers_matrices_are_rounded_and_nothing_else(
     tmp_path: Path, model: TinyModel, weight_format: str, caplog
 ):
@@ -78,14 +81,20 @@ def test_the_layers_matrices_are_rounded_and_nothing_else(
     with open_decoder(stored, dtype="float32", weight_format=weight_format) as decoder:
         assert np.array_equal(decoder.logits(prompt), want)
         assert decoder.config.weight_format == weight_format
-    assert f"weight_format {weight_format}: the layers' matrices are rounded, by" in caplog.text
+    whose = "experts'" if weight_format == "mxfp4" else "layers'"
+    assert f"weight_format {weight_format}: the {whose} matrices are rounded, by" in caplog.text
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
-def test_random_weights_run_in_codes(tmp_path: Path, weight_format: str):
-    folder = write_checkpoint(tmp_path, MODEL)
+@pytest.mark.parametrize(("model", "weight_format"), FORMATS, ids=IDS)
+def test_random_weights_run_in_codes(tmp_path: Path, model: TinyModel, weight_format: str):
+    folder = write_checkpoint(tmp_path, model)
     with open_decoder(folder, load_format="dummy", weight_format=weight_format) as decoder:
-        assert np.isfinite(decoder.logits(random_prompt(MODEL, 8))).all()
+        assert np.isfinite(decoder.logits(random_prompt(model, 8))).all()
+
+
+def test_mxfp4_is_of_experts(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r'"mxfp4", which is of experts, and this model has none'):
+        open_decoder(write_checkpoint(tmp_path, MODEL), weight_format="mxfp4")
 
 
 def test_codes_are_not_rounded_again(tmp_path: Path):

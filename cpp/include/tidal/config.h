@@ -182,6 +182,7 @@ enum class KeepWeights : int32_t {
   kDecoded,   // as numbers
   kFloat8,    // in codes (tidal/weights.h) to which a checkpoint's numbers are rounded
   kInt4,
+  kMxfp4,  // likewise those of experts, the others as numbers
 };
 
 // What drafts the tokens that a dense pass checks.

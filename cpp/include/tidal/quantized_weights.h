@@ -70,7 +70,8 @@ class QuantizedWeightSource final : public WeightSource {
   // finite.
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
   void CheckUnchanged() const override;
-  // Finds float8 and int4 as they are stored, int4 with its codes along `in`.
+  // Finds float8, int4 and MXFP4 in blocks of 32 as they are stored, int4 with its codes along
+  // `in`.
   const CodedInfo* FindCodes(const std::string& name) const override;
   void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                  const CodedRows& rows) const override;
@@ -102,7 +103,9 @@ class QuantizedWeightSource final : public WeightSource {
 
 // Rounds the matrices of a model's layers to codes while they are read: a float8 for each number,
 // with a scale for each row (its largest number over 448), or 4 bits, with a scale for every 128
-// inputs (their largest over 7.5, as compressed-tensors rounds). All else is as the source has it.
+// inputs (their largest over 7.5, as compressed-tensors rounds), or of experts alone float4, with a
+// scale for every 32 (the largest's power of 2 over 4, as OCP MX rounds). All else is as the source
+// has it.
 class QuantizingWeightSource final : public WeightSource {
  public:
   // Throws InvalidArgument for no codes.

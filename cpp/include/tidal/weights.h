@@ -24,7 +24,13 @@ enum class WeightCodes : int32_t {
   kNone,    // none: numbers of a float type
   kFloat8,  // a byte each: float8 e4m3fn
   kInt4,    // half a byte each, unsigned; the first of two in the lower bits
+  kMxfp4,   // likewise, float4 e2m1; 32 share a scale that is a power of 2
 };
+
+// Returns the size of one code.
+constexpr int64_t CodeBits(WeightCodes codes) {
+  return codes == WeightCodes::kFloat8 ? 8 : 4;
+}
 
 struct WeightInfo {
   DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
@@ -32,24 +38,23 @@ struct WeightInfo {
 };
 
 // How a matrix can be had in codes: element (n, k) is (code - zero) * scale, with the scale and the
-// zero of row n and group k / group_size; a zero is 0 of kFloat8, 8 of kInt4 without zeros.
+// zero of row n and group k / group_size; a zero is 8 of kInt4 without zeros, 0 of the other codes.
 struct CodedInfo {
   WeightCodes codes = WeightCodes::kNone;
-  int64_t group_size = 0;               // at most the row's length
-  DType scale_dtype = DType::kFloat32;  // that holds every scale exactly
+  int64_t group_size = 0;  // at most the row's length
+  // That holds every scale exactly; uint8 of kMxfp4, each the power of 2 of itself less 127.
+  DType scale_dtype = DType::kFloat32;
   bool has_zeros = false;
   bool operator==(const CodedInfo&) const = default;
 
   // Both for a row of so many elements.
   int64_t num_groups(int64_t inputs) const { return (inputs + group_size - 1) / group_size; }
-  int64_t row_bytes(int64_t inputs) const {
-    return codes == WeightCodes::kInt4 ? inputs / 2 : inputs;
-  }
+  int64_t row_bytes(int64_t inputs) const { return inputs * CodeBits(codes) / 8; }
 };
 
 // Where rows of a matrix in codes go.
 struct CodedRows {
-  void* codes;     // [rows, K] of kFloat8, [rows, K / 2] of kInt4
+  void* codes;     // [rows, K] of kFloat8, else [rows, K / 2]
   float* scales;   // [rows, groups]
   uint8_t* zeros;  // likewise; nullptr unless has_zeros
 };

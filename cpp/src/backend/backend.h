@@ -86,8 +86,10 @@ class Backend {
   // The longest context at which a step is no faster for reading token_budget positions in its
   // sparse layers. The same on every device of a kind: it decides what is computed.
   virtual int64_t SparseMinContext(int64_t token_budget) const = 0;
-  // Whether products take such a weight in codes; its addresses do not matter.
+  // Whether Linear takes such a weight in codes; its addresses do not matter.
   virtual bool ReadsCodes(const Weight&) const { return false; }
+  // Likewise ExpertLinear.
+  virtual bool ReadsCodesOfExperts(const Weight& weight) const { return ReadsCodes(weight); }
 
   // --- memory; load time only ---
   // Zero-filled. `what` names the purpose, here and in the OutOfMemoryError.

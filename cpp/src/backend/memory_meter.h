@@ -21,6 +21,9 @@ class MemoryMeter : public Backend {
     return measured_.SparseMinContext(token_budget);
   }
   bool ReadsCodes(const Weight& weight) const override { return measured_.ReadsCodes(weight); }
+  bool ReadsCodesOfExperts(const Weight& weight) const override {
+    return measured_.ReadsCodesOfExperts(weight);
+  }
   BackendMemory PlanReserve(const StepLimits& limits) const override {
     return measured_.PlanReserve(limits);
   }

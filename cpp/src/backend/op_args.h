@@ -18,13 +18,14 @@
 namespace tidal {
 
 // A matrix [N, K] of a product: numbers, or codes that stand for them, (code - zero) * scale. A
-// scale, and a zero, belongs to some neighbouring inputs of one output, a group.
+// scale, and a zero, belongs to some neighbouring inputs of one output, a group. A scale of uint8,
+// of kMxfp4 alone, is the power of 2 of itself less 127 (core/mxfp4.h).
 struct Weight {
-  TensorView data;  // [N, K] weight; uint8 [N, K] of kFloat8, [N, K / 2] of kInt4
+  TensorView data;  // [N, K] weight; uint8 [N, K] of kFloat8, [N, K / 2] of other codes
   WeightCodes codes = WeightCodes::kNone;
   int64_t group_size = 0;  // K, or a multiple of 32; the last group may be smaller
-  TensorView scales;       // [K / group_size, N] float32, bfloat16 or float16
-  TensorView zeros;        // likewise uint8, of kInt4; absent: 8. 0 of kFloat8
+  TensorView scales;       // [K / group_size, N] float32, bfloat16 or float16; uint8 of kMxfp4
+  TensorView zeros;        // likewise uint8, of kInt4; absent: 8. 0 of other codes
   // From the scales and zeros of one group to those of the next, of rows that are part of a larger
   // matrix; 0: N.
   int64_t group_stride = 0;
@@ -33,7 +34,7 @@ struct Weight {
   Weight(const TensorView& numbers) : data(numbers) {}  // NOLINT: a plain matrix is one
 
   int64_t num_outputs() const { return data.dim(0); }
-  int64_t num_inputs() const { return data.dim(1) * (codes == WeightCodes::kInt4 ? 2 : 1); }
+  int64_t num_inputs() const { return data.dim(1) * (is_coded() ? 8 / CodeBits(codes) : 1); }
   bool is_coded() const { return codes != WeightCodes::kNone; }
   // Outputs [begin, begin + count).
   Weight Rows(int64_t begin, int64_t count) const;

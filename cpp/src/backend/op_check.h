@@ -97,15 +97,16 @@ class OpCheck {
       Tensor(name, weight.data, {&out_features, &in_features}, weight_);
       return;
     }
-    const bool is_int4 = weight.codes == WeightCodes::kInt4;
+    const bool is_bytes = CodeBits(weight.codes) == 8;
     const int64_t inputs = in_features.size, group = weight.group_size;
-    Dim codes{is_int4 ? "K / 2" : "K", is_int4 ? inputs / 2 : inputs};
+    Dim codes{is_bytes ? "K" : "K / 2", is_bytes ? inputs : inputs / 2};
     Tensor(name, weight.data, {&out_features, &codes}, uint8_);
     TIDAL_CHECK(weight.num_inputs() == inputs && group >= 1 && group <= inputs, InvalidArgument,
                 op_, ": ", name, ": got ", weight.num_inputs(), " inputs in groups of ", group,
                 ", expected K = ", inputs, " in groups of 1 to K");
     Dim groups{"K / group_size", (inputs + group - 1) / group};
-    Kind scale{"scale", kFloats};
+    const bool is_mxfp4 = weight.codes == WeightCodes::kMxfp4;
+    Kind scale{"scale", is_mxfp4 ? Bit(DType::kUInt8) : kFloats};
     Tensor("weight.scales", weight.scales, {&groups, &out_features}, scale);
     Optional("weight.zeros", weight.zeros, {&groups, &out_features}, uint8_);
   }

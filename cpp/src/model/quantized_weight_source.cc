@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #include "core/convert.h"
 #include "core/float16.h"
+#include "core/mxfp4.h"
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "model/weight_format.h"
@@ -98,18 +98,14 @@ std::vector<WeightFileEntry> AllEntries(std::vector<WeightFileEntry> entries,
   return entries;
 }
 
-// What a scale of kMxfp4 stands for (e8m0).
-float PowerOf2(uint8_t scale) {
-  return scale == 0xff ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, scale - 127);
-}
-
 std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEntry& entry) {
   const int64_t count = NumElements(entry.info.shape);
   std::vector<char> data(static_cast<size_t>(count * DTypeBytes(entry.info.dtype)));
   files.Read(entry.name, 0, static_cast<int64_t>(data.size()), data.data());
   std::vector<float> scales(static_cast<size_t>(count));
   if (entry.info.dtype == DType::kUInt8) {
-    for (size_t i = 0; i < scales.size(); ++i) scales[i] = PowerOf2(static_cast<uint8_t>(data[i]));
+    for (size_t i = 0; i < scales.size(); ++i)
+      scales[i] = E8m0ToFloat(static_cast<uint8_t>(data[i]));
   } else {
     ConvertNumbers({data.data(), entry.info.dtype}, {scales.data(), DType::kFloat32}, count);
   }
@@ -122,12 +118,15 @@ std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEnt
 
 // kNone for what is only decoded.
 CodedInfo CodedInfoOf(const QuantizedWeight& weight) {
-  if (weight.format == WeightFormat::kInt8 || weight.format == WeightFormat::kMxfp4) return {};
+  if (weight.format == WeightFormat::kInt8) return {};
   CodedInfo coded = {.group_size = weight.block_columns,
                      .scale_dtype = weight.scales.info.dtype,
                      .has_zeros = weight.zeros.has_value()};
   if (weight.format == WeightFormat::kFloat8) {
     coded.codes = WeightCodes::kFloat8;
+  } else if (weight.format == WeightFormat::kMxfp4) {
+    const bool is_of_rows = weight.block_rows == 1 && weight.block_columns == kMxfp4Group;
+    if (is_of_rows) coded.codes = WeightCodes::kMxfp4;
   } else if (weight.shape[1] % 8 == 0) {
     coded.codes = WeightCodes::kInt4;
   }

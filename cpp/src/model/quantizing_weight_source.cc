@@ -6,6 +6,7 @@
 #include "core/convert.h"
 #include "core/float16.h"
 #include "core/float8.h"
+#include "core/mxfp4.h"
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "model/weight_format.h"
@@ -41,23 +42,45 @@ float RoundToFloat8(const Group& group, uint8_t* row) {
   return scale;
 }
 
+// Puts one of 4 bits into its half of a byte; those before it are there.
+void PutHalf(uint8_t code, int64_t place, uint8_t* row) {
+  const auto half = static_cast<uint8_t>(code << (place % 2 * 4));
+  row[place / 2] = static_cast<uint8_t>(place % 2 == 0 ? half : row[place / 2] | half);
+}
+
 float RoundToInt4(const Group& group, uint8_t* row) {
   const float largest = LargestOf(group.values, group.count);
   float scale = ToFloat(FromFloat<BFloat16>(largest / kHalfInt4Range));
   if (!(scale > 0.0f)) scale = 1.0f;
   for (int64_t i = 0; i < group.count; ++i) {
     const float code = std::clamp(std::nearbyint(group.values[i] / scale), -8.0f, 7.0f) + 8.0f;
-    const int64_t place = group.begin + i;
-    const auto half = static_cast<uint8_t>(static_cast<int>(code) << (place % 2 * 4));
-    row[place / 2] = static_cast<uint8_t>(place % 2 == 0 ? half : row[place / 2] | half);
+    PutHalf(static_cast<uint8_t>(code), group.begin + i, row);
   }
   return scale;
+}
+
+// The largest float4, 6, has the power of 2 of 4.
+float RoundToMxfp4(const Group& group, uint8_t* row) {
+  const float largest = LargestOf(group.values, group.count);
+  const int power = largest > 0.0f ? std::max(std::ilogb(largest) - 2, -127) : 0;
+  const float scale = std::ldexp(1.0f, power);
+  for (int64_t i = 0; i < group.count; ++i) {
+    PutHalf(FloatToFloat4(group.values[i] / scale), group.begin + i, row);
+  }
+  return scale;
+}
+
+float RoundTo(WeightCodes codes, const Group& group, uint8_t* row) {
+  if (codes == WeightCodes::kFloat8) return RoundToFloat8(group, row);
+  return codes == WeightCodes::kInt4 ? RoundToInt4(group, row) : RoundToMxfp4(group, row);
 }
 
 // What a code of a row stands for, before the scale.
 float CodeValue(WeightCodes codes, const uint8_t* row, int64_t place) {
   if (codes == WeightCodes::kFloat8) return Float8ToFloat(row[place]);
-  return static_cast<float>(((row[place / 2] >> (place % 2 * 4)) & 15) - 8);
+  const int code = (row[place / 2] >> (place % 2 * 4)) & 15;
+  return codes == WeightCodes::kInt4 ? static_cast<float>(code - 8)
+                                     : kFloat4Values[static_cast<size_t>(code)];
 }
 
 }  // namespace
@@ -66,7 +89,7 @@ QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> num
                                                WeightCodes codes)
     : numbers_(std::move(numbers)), codes_(codes), threads_(std::make_unique<CopyThreads>()) {
   TIDAL_CHECK(codes != WeightCodes::kNone, InvalidArgument,
-              "codes of weights: got none, expected float8 or int4");
+              "codes of weights: got none, expected float8, int4 or mxfp4");
 }
 
 QuantizingWeightSource::~QuantizingWeightSource() = default;
@@ -113,7 +136,6 @@ void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, i
   if (begin == end) return;
   const std::vector<float> numbers = ReadNumbers(name, begin, end);
   const int64_t in = numbers_->Find(name)->shape[1];
-  const bool is_int4 = coded->codes == WeightCodes::kInt4;
   const int64_t groups = coded->num_groups(in);
   std::vector<double> errors(static_cast<size_t>(end - begin)), sizes(errors.size());
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
@@ -123,7 +145,7 @@ void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, i
         const int64_t from = g * coded->group_size;
         const Group group = {numbers.data() + r * in + from, from,
                              std::min(coded->group_size, in - from)};
-        const float scale = is_int4 ? RoundToInt4(group, row) : RoundToFloat8(group, row);
+        const float scale = RoundTo(coded->codes, group, row);
         rows.scales[r * groups + g] = scale;
         for (int64_t i = 0; i < group.count; ++i) {
           const double value = group.values[i];

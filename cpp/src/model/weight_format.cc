@@ -10,6 +10,7 @@
 
 #include "core/float16.h"
 #include "core/float8.h"
+#include "core/mxfp4.h"
 
 namespace tidal {
 namespace {
@@ -74,11 +75,6 @@ void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, con
     }
   }
 }
-
-// The numbers that the codes of float4 e2m1 stand for.
-constexpr std::array<float, 16> kFloat4Values = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,
-                                                 4.0f,  6.0f,  -0.0f, -0.5f, -1.0f, -1.5f,
-                                                 -2.0f, -3.0f, -4.0f, -6.0f};
 
 // The values of the 16 codes in one block.
 template <typename T>
@@ -243,6 +239,10 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
   }
 }
 
+bool IsOfExpert(const std::string& name) {
+  return name.find(".mlp.experts.") != std::string::npos;
+}
+
 CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
                        DType scale_dtype) {
   constexpr int64_t kInt4Group = 128;
@@ -253,6 +253,10 @@ CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCo
     return {};
   }
   const int64_t in = info.shape[1];
+  if (codes == WeightCodes::kMxfp4) {
+    if (!IsOfExpert(name) || in % kMxfp4Group != 0) return {};
+    return {.codes = codes, .group_size = kMxfp4Group, .scale_dtype = DType::kUInt8};
+  }
   return {.codes = codes,
           .group_size = codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
           .scale_dtype = scale_dtype};
@@ -269,7 +273,7 @@ void PackRows(const QuantizedWeight& weight, const StoredRows& rows, uint32_t* o
   const int64_t stored_words = num_rows / kCodesPerWord;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint32_t* to = out + (row - rows.begin) * row_words;
-    if (weight.format == WeightFormat::kInt4Packed) {
+    if (RowsLieApart(weight.format)) {
       std::copy_n(rows.codes + (row - rows.codes_row) * row_words, row_words, to);
     } else if (weight.format == WeightFormat::kInt4Gptq) {
       Gather(rows.codes + row, num_rows, row_words, to);

@@ -50,16 +50,20 @@ template <typename T>
 void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, const StoredRows& rows,
                 T* out);
 
+// Whether a tensor of this name is one of an expert.
+bool IsOfExpert(const std::string& name);
+
 // The codes in which a matrix of a model's layers is made, scales in `scale_dtype`: float8 with a
-// scale for each row, int4 with one for every 128 inputs. kNone for any other tensor.
+// scale for each row, int4 with one for every 128 inputs; those of experts in MXFP4 too, with its
+// own scales. kNone for any other tensor.
 CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
                        DType scale_dtype);
 
 // Whether a byte of kFloat8 stands for no number.
 bool HoldsNan(const uint8_t* codes, int64_t count);
 
-// Writes the codes of rows [begin, end) of an int4 matrix to `out` [end - begin, in / 8], 8 along
-// `in` in a word, the first in the lowest bits: as kInt4Packed stores them.
+// Writes the codes of rows [begin, end) of a matrix in 4 bits to `out` [end - begin, in / 8], 8
+// along `in` in a word, the first in the lowest bits: as kInt4Packed and kMxfp4 store them.
 void PackRows(const QuantizedWeight& weight, const StoredRows& rows, uint32_t* out);
 
 }  // namespace tidal

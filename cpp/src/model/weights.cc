@@ -7,8 +7,10 @@
 #include <utility>
 
 #include "core/convert.h"
+#include "core/mxfp4.h"
 #include "core/parallel.h"
 #include "core/shape.h"
+#include "model/weight_format.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -238,7 +240,9 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
   weight.group_size = coded->group_size;
   weight.scales = TensorView(nullptr, coded->scale_dtype, {groups, rows});
   if (coded->has_zeros) weight.zeros = TensorView(nullptr, DType::kUInt8, {groups, rows});
-  return backend.ReadsCodes(weight) ? weight : Weight();
+  const bool reads = IsOfExpert(placement.names[0]) ? backend.ReadsCodesOfExperts(weight)
+                                                    : backend.ReadsCodes(weight);
+  return reads ? weight : Weight();
 }
 
 // Counts the bytes of all tensors of a matrix in codes.
@@ -379,8 +383,13 @@ class Loader {
   void UploadScales(const std::vector<float>& scales, const TensorView& target,
                     const LoadProgress& progress) {
     scratch_.resize(static_cast<size_t>(target.bytes()));
-    const auto count = static_cast<int64_t>(scales.size());
-    Convert({scales.data(), DType::kFloat32}, {scratch_.data(), target.dtype}, count);
+    if (target.dtype == DType::kUInt8) {
+      auto* powers = reinterpret_cast<uint8_t*>(scratch_.data());
+      std::transform(scales.begin(), scales.end(), powers, FloatToE8m0);
+    } else {
+      const auto count = static_cast<int64_t>(scales.size());
+      Convert({scales.data(), DType::kFloat32}, {scratch_.data(), target.dtype}, count);
+    }
     UploadBytes(scratch_.data(), target, progress);
   }
 
@@ -466,15 +475,6 @@ std::vector<WeightShape> ExpectedWeights(const ModelConfig& model) {
   return expected;
 }
 
-// Not the output matrix, whose products are of few tokens, nor those of experts, which work as they
-// are stored.
-static bool IsDecodedForPrompts(const ModelWeights& weights, const Weight* matrix) {
-  return matrix != &weights.lm_head &&
-         std::none_of(weights.layers.begin(), weights.layers.end(), [&](const LayerWeights& layer) {
-           return matrix == &layer.experts_gate_up || matrix == &layer.experts_down;
-         });
-}
-
 WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
                             const WeightSource& source) {
   ModelWeights weights;
@@ -483,7 +483,9 @@ WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DT
     const int64_t bytes = NumElements(placement) * DTypeBytes(placement.dtype(dtype));
     const Weight coded = InCodes(backend, placement, source);
     memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;
-    if (coded.is_coded() && IsDecodedForPrompts(weights, placement.matrix)) {
+    // The output matrix has few tokens in a prompt too, and those of experts work as they are kept.
+    if (coded.is_coded() && placement.matrix != &weights.lm_head &&
+        !IsOfExpert(placement.names[0])) {
       memory.decoded_bytes = std::max(memory.decoded_bytes, bytes);
     }
   }

@@ -172,7 +172,7 @@ def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
     if quantization is None:
         return []
     text = (
-        f"{quantization.text}; FP8 and int4 are kept so on the CPU and on GPUs of compute "
+        f"{quantization.text}; FP8, int4 and MXFP4 are kept so on the CPU and on GPUs of compute "
         f"capability 9.0, all else is decoded to {folder.dtype} (or the dtype asked for) while "
         "loaded"
     )

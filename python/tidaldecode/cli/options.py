@@ -56,7 +56,8 @@ KvDType = Annotated[
 WeightFormat = Annotated[
     str,
     _engine_option(
-        "Layers' matrices: auto (a quantised checkpoint's codes), decoded, fp8 or int4."
+        "Layers' matrices: auto (a quantised checkpoint's codes), decoded, fp8, int4; of experts: "
+        "mxfp4."
     ),
 ]
 Attention = Annotated[

@@ -33,6 +33,8 @@ int WeightIndex(const Weight& weight) {
       return 3;
     case WeightCodes::kInt4:
       return 4;
+    case WeightCodes::kMxfp4:
+      return 5;
     default:
       return StorageIndex(weight.data.dtype);
   }

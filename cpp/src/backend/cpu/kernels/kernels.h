@@ -163,10 +163,10 @@ struct GateRow {
 struct CpuKernels {
   const char* name;  // "AVX-512", "AVX2", "generic"
 
-  // These come in fives: float32, bfloat16, float16, and codes of float8 and of int4.
-  void (*linear[5])(const LinearTile& tile);
+  // These come in sixes: float32, bfloat16, float16, and codes of float8, int4 and MXFP4.
+  void (*linear[6])(const LinearTile& tile);
   // dst [num_outputs, in_features] = the weight as float32
-  void (*decode[5])(const WeightRows& weight, float* dst);
+  void (*decode[6])(const WeightRows& weight, float* dst);
   void (*attend_span[5])(const AttendSpan& span);
   void (*merge_spans)(const MergeSpans& merge);
   void (*softmax_row)(const SoftmaxRow& row);

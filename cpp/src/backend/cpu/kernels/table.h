@@ -14,9 +14,9 @@ namespace tidal::TIDAL_CPU_ISA {
 inline constexpr CpuKernels kTable = {
     .name = TIDAL_CPU_ISA_NAME,
     .linear = {Linear<Numbers<float>>, Linear<Numbers<BFloat16>>, Linear<Numbers<Float16>>,
-               Linear<Float8Codes>, Linear<Int4Codes>},
+               Linear<Float8Codes>, Linear<Int4Codes>, Linear<Mxfp4Codes>},
     .decode = {Decode<Numbers<float>>, Decode<Numbers<BFloat16>>, Decode<Numbers<Float16>>,
-               Decode<Float8Codes>, Decode<Int4Codes>},
+               Decode<Float8Codes>, Decode<Int4Codes>, Decode<Mxfp4Codes>},
     .attend_span = {Attend<float>, Attend<BFloat16>, Attend<Float16>, Attend<int8_t>,
                     Attend<Float8>},
     .merge_spans = Merge,

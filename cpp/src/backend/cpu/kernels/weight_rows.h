@@ -6,6 +6,7 @@
 
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/simd/simd.h"
+#include "core/mxfp4.h"
 
 namespace tidal::TIDAL_CPU_ISA {
 
@@ -92,10 +93,10 @@ struct Float8Codes {
 
 struct Int4Codes {
   static constexpr int kBits = 4;
-  using Group = Int4Table;
+  using Group = CodeTable;
 
   template <int kOutputs>
-  static void Open(const WeightRows& weight, int64_t n, int64_t g, Int4Table (&group)[kOutputs]) {
+  static void Open(const WeightRows& weight, int64_t n, int64_t g, CodeTable (&group)[kOutputs]) {
     float scales[WholeVectors(kOutputs)];
     LoadScales(weight, n, g, kOutputs, scales);
     const uint8_t* zeros =
@@ -104,14 +105,27 @@ struct Int4Codes {
 #pragma GCC unroll 8
     for (int c = 0; c < kOutputs; ++c) {
       const float zero = zeros == nullptr ? 8.0f : static_cast<float>(zeros[c]);
-      group[c] = MakeInt4Table(Set1(zero), Set1(scales[c]));
+      group[c] = Int4Table(Set1(zero), Set1(scales[c]));
     }
   }
-  static Vec Load(const uint8_t* p, const Int4Table& table) {
+  static Vec Load(const uint8_t* p, const CodeTable& table) {
     return LookUp(table, p);
   }
-  static Vec LoadPartial(const uint8_t* p, const Int4Table& table, int count) {
+  static Vec LoadPartial(const uint8_t* p, const CodeTable& table, int count) {
     return LoadPartialCodes<Int4Codes>(p, table, count);
+  }
+};
+
+struct Mxfp4Codes : Int4Codes {
+  template <int kOutputs>
+  static void Open(const WeightRows& weight, int64_t n, int64_t g, CodeTable (&group)[kOutputs]) {
+    const uint8_t* scales =
+        static_cast<const uint8_t*>(weight.scales) + g * weight.group_stride + n;
+    PrefetchNext(scales);
+#pragma GCC unroll 8
+    for (int c = 0; c < kOutputs; ++c) {
+      group[c] = ScaledTable(kFloat4Values.data(), Set1(E8m0ToFloat(scales[c])));
+    }
   }
 };
 

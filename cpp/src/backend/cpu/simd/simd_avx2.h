@@ -105,18 +105,23 @@ inline Vec LoadFloat8(const uint8_t* codes) {
   return _mm256_cvtph_ps(WidenFloat8(codes));
 }
 
-// A number for each code of 4 bits: (code - zero) * scale.
-struct Int4Table {
+// A number for each code of 4 bits.
+struct CodeTable {
   Vec low;   // of codes below 8
   Vec high;  // of the others
 };
-inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
+// (code - zero) * scale
+inline CodeTable Int4Table(Vec zero, Vec scale) {
   const Vec low = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
   const Vec high = _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15);
   return {Mul(Sub(low, zero), scale), Mul(Sub(high, zero), scale)};
 }
+// values [16], each times scale.
+inline CodeTable ScaledTable(const float* values, Vec scale) {
+  return {Mul(Load(values), scale), Mul(Load(values + 8), scale)};
+}
 // The numbers of kWidth codes, the first of two in the lower bits.
-inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+inline Vec LookUp(const CodeTable& table, const uint8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof(word));
   const __m256i places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);

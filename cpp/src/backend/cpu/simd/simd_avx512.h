@@ -113,16 +113,21 @@ inline Vec LoadFloat8(const uint8_t* codes) {
   return _mm512_cvtph_ps(WidenFloat8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
 }
 
-// A number for each code of 4 bits: (code - zero) * scale.
-struct Int4Table {
+// A number for each code of 4 bits.
+struct CodeTable {
   Vec values;
 };
-inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
+// (code - zero) * scale
+inline CodeTable Int4Table(Vec zero, Vec scale) {
   const Vec codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {Mul(Sub(codes, zero), scale)};
 }
+// values [16], each times scale.
+inline CodeTable ScaledTable(const float* values, Vec scale) {
+  return {Mul(Load(values), scale)};
+}
 // The numbers of kWidth codes, the first of two in the lower bits.
-inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+inline Vec LookUp(const CodeTable& table, const uint8_t* codes) {
   int64_t eight;
   std::memcpy(&eight, codes, sizeof(eight));
   // Each 128 bits have all 8 bytes: lane i takes byte i / 2, and of that the half i % 2.

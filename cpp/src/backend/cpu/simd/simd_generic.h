@@ -131,19 +131,26 @@ inline Vec LoadFloat8(const uint8_t* codes) {
   return Mul(Load(reinterpret_cast<const Float8*>(codes)), Set1(0x1p-8f));
 }
 
-// A number for each code of 4 bits: (code - zero) * scale.
-struct Int4Table {
+// A number for each code of 4 bits.
+struct CodeTable {
   float values[16];
 };
-inline Int4Table MakeInt4Table(Vec zero, Vec scale) {
-  Int4Table table;
+// (code - zero) * scale
+inline CodeTable Int4Table(Vec zero, Vec scale) {
+  CodeTable table;
   for (int code = 0; code < 16; ++code) {
     table.values[code] = (static_cast<float>(code) - zero[0]) * scale[0];
   }
   return table;
 }
+// values [16], each times scale.
+inline CodeTable ScaledTable(const float* values, Vec scale) {
+  CodeTable table;
+  for (int code = 0; code < 16; ++code) table.values[code] = values[code] * scale[0];
+  return table;
+}
 // The numbers of kWidth codes, the first of two in the lower bits.
-inline Vec LookUp(const Int4Table& table, const uint8_t* codes) {
+inline Vec LookUp(const CodeTable& table, const uint8_t* codes) {
   const float* values = table.values;
   return Vec{values[codes[0] & 15], values[codes[0] >> 4], values[codes[1] & 15],
              values[codes[1] >> 4]};
