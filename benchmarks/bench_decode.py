@@ -35,10 +35,10 @@ from shapes import DEFAULT_SHAPES, NEARLY_EMPTY, SHAPES, Point
 from step_bytes import H200_READ_TB_PER_S, kv_bytes_per_token, loaded_bytes, step_bytes
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
-from tidaldecode.config import KV_DTYPES, WEIGHT_FORMATS
+from tidaldecode.config import KV_DTYPES, WEIGHT_FORMATS, PlanConfig
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
-from tidaldecode.plans import safe_config
+from tidaldecode.plans import plan_letters, safe_config
 
 # Dense and tidal steps take turns, so that a device that slows down slows both.
 ROUNDS = 3
@@ -211,7 +211,8 @@ def measure_point(
             )
             times[kind] += [1e3 * value for value in seconds]
     for kind, values in times.items():
-        plan = decoder.plan if kind == "tidal" else "F" * len(decoder.plan)
+        dense = plan_letters(decoder.model.windows, PlanConfig())
+        plan = decoder.plan if kind == "tidal" else dense
         least = step_bytes(decoder.model, decoder.config, plan, context, batch_size)
         ms = statistics.median(values)
         floor_ms = least.floor_ms(args.bandwidth) if args.bandwidth else None

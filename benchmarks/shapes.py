@@ -67,6 +67,7 @@ def _config(family: str, **values: Any) -> dict[str, Any]:
         "llama": "LlamaForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM",
+        "gpt_oss": "GptOssForCausalLM",
         "granite": "GraniteForCausalLM",
     }[family]
     fields = {names.get(key, key): value for key, value in values.items()}
@@ -82,6 +83,15 @@ def _llama3_rope(factor: float) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
 
+
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 _ALL = (
     Shape(
@@ -156,6 +166,23 @@ _ALL = (
         points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8), (131072, 4)),
         select_layers=(2, 19),
         notes={"about": "no published plan: layers 2 and 19 stand for one"},
+        with_peers=False,
+    ),
+    Shape(
+        name="gpt-oss-20b",
+        config=_config(
+            "gpt_oss", layers=24, hidden=2880, intermediate=2880, q_heads=64, kv_heads=8,
+            head_dim=64, vocab=201088, positions=131072, theta=150000.0, eps=1e-5, tied=False,
+            dtype="bfloat16", num_local_experts=32, num_experts_per_tok=4, attention_bias=True,
+            sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12,
+            swiglu_limit=7.0, rope_scaling=_GPT_OSS_ROPE,
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8), (131072, 4)),
+        select_layers=(3, 13),
+        notes={
+            "about": "no published plan: layers 3 and 13, of those without a window, stand for "
+            "one; its checkpoint has MXFP4 (--weight-format mxfp4)",
+        },
         with_peers=False,
     ),
     Shape(

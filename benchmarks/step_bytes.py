@@ -53,6 +53,7 @@ def step_bytes(
 # Bytes of a weight that is random or was rounded (weight_format), with its share of the scales:
 # those of rows count for next to nothing.
 _CODED_BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 128}
+_EXPERT_BYTES = _CODED_BYTES | {"mxfp4": 0.5 + 1 / 32}  # likewise, of experts
 
 
 def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_experts: int) -> int:
@@ -67,11 +68,11 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
     norms = 2 * hidden * (model.input_norms + model.branch_norms)
     if model.qk_norm:
         norms += q_size + kv_size if model.wide_qk_norm else 2 * model.head_dim
-    matrices, small = 0, model.num_layers * biases
+    matrices, experts, small = 0, 0, model.num_layers * biases
     for has_experts in _expert_layers(model):
         matrices += attention
         if has_experts:
-            matrices += 3 * num_experts * hidden * model.expert_intermediate_size
+            experts += 3 * num_experts * hidden * model.expert_intermediate_size
             small += model.num_experts * hidden  # the router
             if model.mlp_bias:
                 of_expert = 2 * model.expert_intermediate_size + hidden
@@ -81,7 +82,10 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
             small += 2 * inner + hidden if model.mlp_bias else 0
     sinks = 4 * model.num_layers * model.num_q_heads if model.attention_sinks else 0
     norm_bytes = (model.num_layers * norms + hidden) * norm_number
-    matrix_bytes = round(matrices * _CODED_BYTES.get(weight_format, number))
+    matrix_bytes = round(
+        matrices * _CODED_BYTES.get(weight_format, number)
+        + experts * _EXPERT_BYTES.get(weight_format, number)
+    )
     return matrix_bytes + small * number + norm_bytes + sinks
 
 

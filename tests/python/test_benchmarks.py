@@ -5,6 +5,7 @@ is the small one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tidaldecode import DecodeConfig, Decoder, PlanConfig, demo_model_dir
+from tidaldecode import DecodeConfig, Decoder, PlanConfig, demo_model_dir, plan_memory
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan, plan_letters
 from tiny_models import FAMILIES, TinyModel, config_json
@@ -26,6 +27,7 @@ from request_targets import num_words  # noqa: E402
 from shapes import NEARLY_EMPTY, SHAPES  # noqa: E402
 from step_bytes import (  # noqa: E402
     H200_READ_TB_PER_S,
+    StepBytes,
     kv_bytes_per_token,
     loaded_bytes,
     step_bytes,
@@ -52,7 +54,9 @@ def test_a_shape_is_the_model_it_is_called_after(tmp_path: Path, name: str):
     longest = max(context for context, _ in shape.points)
     assert folder.model.max_position_embeddings >= longest
     plan = choose_plan(PlanConfig(select_layers=shape.select_layers), "auto", folder)
-    assert plan is not None and plan.config.select_layers[0] == 2
+    sees_everything = [not window for window in folder.model.windows]
+    assert plan is not None
+    assert plan.config.select_layers[0] == sees_everything.index(True, 2)
 
 
 def test_only_raised_positions_are_noted():
@@ -96,6 +100,35 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
     memory = decoder.memory_plan()
     assert memory.weight_bytes == loaded_bytes(decoder.model, "float16")
     assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float16")
+
+
+def test_what_mxfp4_holds_and_reads(tmp_path: Path):
+    shape = SHAPES["gpt-oss-20b"]
+    model = read_model_folder(shape.write(tmp_path), "dummy").model
+    assert loaded_bytes(model, "bfloat16") == pytest.approx(2 * 20_914_757_184, rel=1e-6)
+    experts = 24 * 32 * 3 * 2880 * 2880
+    in_codes = loaded_bytes(model, "bfloat16", "mxfp4")
+    assert in_codes == loaded_bytes(model, "bfloat16") - 2 * experts + experts * 17 // 32
+
+    def read(weight_format: str, batch_size: int) -> StepBytes:
+        config = dataclasses.replace(GPU, weight_format=weight_format)
+        return step_bytes(model, config, "wF" * 12, 131072, batch_size)
+
+    one = read("auto", 1).weights - read("mxfp4", 1).weights
+    assert one == pytest.approx((2 - 17 / 32) * experts / 8)  # 4 of 32 experts
+    # 12 layers read everything, 12 a window of 128.
+    assert read("mxfp4", 1).kv == 12 * (131072 + 128) * 2 * 8 * 64 * 2
+
+
+def test_weights_in_mxfp4_are_counted_as_the_engine_loads_them(tmp_path: Path):
+    config = config_json(TinyModel(family="gpt_oss"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = plan_memory(
+        tmp_path, load_format="dummy", device="cpu", dtype="float16", max_seq_len=64,
+        weight_format="mxfp4",
+    )  # fmt: skip
+    model = read_model_folder(tmp_path, "dummy").model
+    assert plan.weight_bytes == loaded_bytes(model, "float16", "mxfp4")
 
 
 def run_benchmark(*words: object, script: str = "bench_decode.py") -> tuple[dict, str]:
