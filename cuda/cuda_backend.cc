@@ -9,6 +9,7 @@
 #include "backend/check_args.h"
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/launch_config.h"
 #include "cuda_dtypes.h"
 #include "kernels/append_shadow.h"
@@ -84,8 +85,7 @@ void CheckLimits(const StepLimits& limits) {
               UnsupportedError, "kv_dtype: ", DTypeName(limits.kv_dtype), " with ",
               DTypeName(limits.dtype), " weights; on CUDA expected ", DTypeName(limits.dtype),
               " or fp8");
-  TIDAL_CHECK(model.head_dim == 64 || model.head_dim == 128, UnsupportedError,
-              "head_dim: ", model.head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
+  CheckHeadDim("model", model.head_dim, limits.dtype);
   TIDAL_CHECK(model.num_kv_heads > 0 && model.num_q_heads % model.num_kv_heads == 0 &&
                   model.group_size() <= kMaxGroupSize,
               UnsupportedError, "num_q_heads: ", model.num_q_heads, " over ", model.num_kv_heads,

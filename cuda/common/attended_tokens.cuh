@@ -74,13 +74,17 @@ struct AttendedTokens {
 // sum.
 enum class DecodeReads { kKeysAndValues, kKeys };
 
-// Tiles of K or V in a stage.
-template <DecodeReads kReads>
-inline constexpr int kStageTiles = kReads == DecodeReads::kKeysAndValues ? 2 : 1;
+// Tiles of K or V in a stage of a warp's shared memory (decode_stages.cuh), and stages of a tile of
+// tokens: K and V of heads of more than 128 dims have stages of their own.
+template <int kHeadDim, DecodeReads kReads>
+inline constexpr int kStageTiles = kReads == DecodeReads::kKeysAndValues&& kHeadDim <= 128 ? 2 : 1;
+template <int kHeadDim, DecodeReads kReads>
+inline constexpr int kTileStages =
+    kReads == DecodeReads::kKeysAndValues ? 2 / kStageTiles<kHeadDim, kReads> : 1;
 
 // 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
 // several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
 template <int kHeadDim, DecodeReads kReads = DecodeReads::kKeysAndValues>
-inline constexpr int kDecodeStages = 6 * 128 / kHeadDim / kStageTiles<kReads>;
+inline constexpr int kDecodeStages = 6 * 128 / kHeadDim / kStageTiles<kHeadDim, kReads>;
 
 }  // namespace tidal

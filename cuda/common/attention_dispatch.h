@@ -2,11 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "backend/op_args.h"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/launch_config.h"
 #include "core/float8.h"
 #include "tidal/error.h"
@@ -23,19 +22,9 @@ void DispatchAttention(const char* op, const TensorView& q, const PagedKv& kv, F
               UnsupportedError, op, ": ", num_q_heads, " query heads over ", num_kv_heads,
               " KV heads on CUDA; expected a group of 1 to ", kMaxGroupSize,
               " query heads for each KV head (or use device=\"cpu\")");
+  CheckHeadDim(op, head_dim, q.dtype);
   DispatchHalf(q.dtype, op, [&](auto type) {
-    switch (head_dim) {
-      case 64:
-        fn(type, std::integral_constant<int, 64>{});
-        return;
-      case 128:
-        fn(type, std::integral_constant<int, 128>{});
-        return;
-      default:
-        throw UnsupportedError(
-            Concat(op, ": head_dim ", head_dim,
-                   " on CUDA; compiled in are 64 and 128 (or use device=\"cpu\")"));
-    }
+    DispatchHeadDim<typename decltype(type)::Type>(head_dim, [&](auto dim) { fn(type, dim); });
   });
 }
 

@@ -61,7 +61,7 @@ inline AttentionScratchSize SizeOfAttentionScratch(Splitting splitting, int64_t 
   int64_t counter_bytes = num_counters * static_cast<int64_t>(sizeof(uint32_t));
   counter_bytes = (counter_bytes + kAlignment - 1) / kAlignment * kAlignment;
   int64_t partial_bytes = PartialBytes(num_rows, head_dim);
-  if (splitting == Splitting::kByBatch) {
+  if (splitting == Splitting::kByBatch && head_dim <= kMaxPromptHeadDim) {
     int64_t num_blocks = int64_t{kMaxPromptWaves} * num_sms;
     partial_bytes = std::max(partial_bytes, PromptPartBytes(num_blocks, head_dim));
   }

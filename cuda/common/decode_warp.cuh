@@ -15,9 +15,9 @@
 // scale: those of K are in sm_scale, and those of V in the output's. A row of the cache that holds
 // a NaN is all NaN, so a look at a part of it is enough.
 //
-// A warp owns its stages of shared memory and waits for its own copies only; warps meet once, in
-// FinishBlock. Numerics: scores, maximum, sum and output are float32; the weights exp(score - max)
-// are rounded to T for the product with V, while their sum is taken before rounding.
+// A warp waits for its own copies only (common/decode_stages.cuh); warps meet once, in FinishBlock.
+// Numerics: scores, maximum, sum and output are float32; the weights exp(score - max) are rounded
+// to T for the product with V, while their sum is taken before rounding.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,8 +28,8 @@
 
 #include "common/async_copy.cuh"
 #include "common/attended_tokens.cuh"
-#include "common/cache_reads.h"
 #include "common/decode_split.cuh"
+#include "common/decode_stages.cuh"
 #include "common/dependent_launch.cuh"
 #include "common/float8.cuh"
 #include "common/launch_config.h"
@@ -49,20 +49,23 @@ class DecodeWarp {
   static constexpr bool kReadsValues = kReads == DecodeReads::kKeysAndValues;
   static constexpr bool kIsCoded = std::is_same_v<Stored, Float8>;
   static constexpr int kColumns = 8 * kColumnTiles;
-  static constexpr int kTokens = kCopyTokens<Stored>;  // of a tile
+  using Stages = DecodeStages<Stored, kHeadDim, kStages, kReads>;
+  static constexpr int kTokens = Stages::kTokens;  // of a tile
   static constexpr int kRowTiles = kTokens / kDecodeWarpTile;
-  // Tiles whose copies are under way at a time: in all stages but that of the tile that is worked
-  // on. With fewer stages than usual, which should hold all of a warp's tiles, in all of them.
-  static constexpr int kAhead = kStages < kDecodeStages<kHeadDim, kReads> ? kStages : kStages - 1;
-  static constexpr int kStageBytes =
-      kStageTiles<kReads> * kTokens * kHeadDim * static_cast<int>(sizeof(Stored));
-  static constexpr int kSharedBytes = kDecodeWarps * kStages * kStageBytes;  // of a block
+  static constexpr int kSteps = kHeadDim / 16;  // mma along a row of K
+  // Whether a warp has the queries in registers; else the block has them behind the stages.
+  static constexpr bool kHoldsQuery = kColumnTiles * kHeadDim <= 256;
+  static constexpr int kStagesBytes = kDecodeWarps * Stages::kBytes;
+  static constexpr int kSharedBytes =  // of a block
+      kStagesBytes +
+      (kHoldsQuery ? 0 : kColumnTiles * kSteps * kWarpSize * static_cast<int>(sizeof(uint2)));
   static constexpr int kNoRow = -2;  // what no token's row is
 
   // `block_shared`: kSharedBytes, aligned to 128.
   __device__ __forceinline__ DecodeWarp(unsigned char* block_shared, const PagedKvView<Stored>& kv)
-      : block_shared_(block_shared), k_(kv.k), v_(kv.v), lane_(threadIdx.x % kWarpSize) {
-    shared_ = reinterpret_cast<Stored*>(block_shared + threadIdx.x / kWarpSize * kWarpBytes);
+      : block_shared_(block_shared),
+        stages_(block_shared + threadIdx.x / kWarpSize * Stages::kBytes, kv),
+        lane_(threadIdx.x % kWarpSize) {
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) max_[t][0] = max_[t][1] = NegativeInfinity();
   }
@@ -86,35 +89,48 @@ class DecodeWarp {
       return token < span.end ? position : -1;
     };
 
-    // For the tile now and the kAhead tiles after it: a bit for each token that is not masked.
-    unsigned valid[kAhead + 1];
-    int rows[kAhead + 1];
+    // For the tile now and the kTilesAhead after it: a bit for each token that is not masked.
+    constexpr int kTilesAhead = Stages::kTilesAhead;
+    unsigned valid[kTilesAhead + 1];
+    int rows[kTilesAhead + 1];
 #pragma unroll
-    for (int i = 0; i <= kAhead; ++i) rows[i] = position_of(i);
-    int next_position = position_of(kAhead + 1);
+    for (int i = 0; i <= kTilesAhead; ++i) rows[i] = position_of(i);
+    int next_position = position_of(kTilesAhead + 1);
 #pragma unroll
-    for (int i = 0; i <= kAhead; ++i) rows[i] = tokens.Row(rows[i]);
-    int next_row = rows[kAhead];
-    StartEarly(rows, num_tiles, late_row, valid);
+    for (int i = 0; i <= kTilesAhead; ++i) rows[i] = tokens.Row(rows[i]);
+    int next_row = rows[kTilesAhead];
+    stages_.StartEarly(rows, num_tiles, late_row, valid);
     WaitForPreviousKernel();
     LetNextKernelStart();
     LoadQuery(query);
-    CopyLate(rows, late_row);
+    stages_.CopyLate(rows, late_row);
 
     int stage = 0;
     for (int tile = 0; tile < num_tiles; ++tile) {
       int row = next_row;
       next_row = tokens.Row(next_position);  // a tile ahead: its latency overlaps the arithmetic
-      next_position = position_of(tile + kAhead + 2);
-      auto copy_next = [&] {
-        int target = stage + kAhead - kStages;
-        Copy(target < 0 ? target + kStages : target, tile + kAhead < num_tiles, row);
-        valid[kAhead] = __ballot_sync(kFullWarp, row >= 0);
+      next_position = position_of(tile + kTilesAhead + 2);
+      auto copy_next = [&](auto part) {
+        stages_.template CopyNext<decltype(part)::value>(stage, tile + kTilesAhead < num_tiles,
+                                                         row);
+        if constexpr (decltype(part)::value == TilePart::kKeys) {
+          valid[kTilesAhead] = __ballot_sync(kFullWarp, row >= 0);
+        }
       };
-      WaitCopies<kAhead - 1>();  // the oldest of the kAhead groups under way has landed
-      __syncwarp();              // for all lanes; and all are done with the tile before
-      if constexpr (kAhead < kStages) copy_next();
+      auto begin_stage = [&](auto part) {
+        WaitCopies<Stages::kAhead - 1>();  // the oldest of the kAhead groups under way has landed
+        __syncwarp();                      // for all lanes; and all are done with the stage before
+        if constexpr (Stages::kAhead < kStages) copy_next(part);
+      };
+      auto end_stage = [&](auto part) {
+        if constexpr (Stages::kAhead == kStages) {
+          __syncwarp();  // all are done with the stage
+          copy_next(part);
+        }
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      };
 
+      begin_stage(KeyPart{});
       float scores[kColumnTiles][kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -124,17 +140,16 @@ class DecodeWarp {
       for (int m = 0; m < kRowTiles; ++m) {
         int first = m * kDecodeWarpTile;
         on_scores(begin + tile * kBlockTokens + first, scores[0][m], valid[0] >> first,
-                  KeyTile(stage));
+                  stages_.KeyTile(stage));
+      }
+      if constexpr (Stages::kOfTile == 2) {
+        end_stage(KeyPart{});
+        begin_stage(ValuePart{});
       }
       Accumulate(stage, scores);
-
-      if constexpr (kAhead == kStages) {
-        __syncwarp();  // all are done with the stage
-        copy_next();
-      }
-      stage = stage == kStages - 1 ? 0 : stage + 1;
+      end_stage(LastPart{});
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) valid[i] = valid[i + 1];
+      for (int i = 0; i < kTilesAhead; ++i) valid[i] = valid[i + 1];
     }
   }
 
@@ -142,7 +157,7 @@ class DecodeWarp {
   __device__ __forceinline__ void FinishBlock() {
     WaitCopies<0>();
     __syncwarp();  // every lane is done reading the stages, whose place the results take
-    StoreForMerge(reinterpret_cast<float*>(shared_));
+    StoreForMerge(reinterpret_cast<float*>(stages_.KeyTile(0)));
     __syncthreads();
   }
 
@@ -165,82 +180,34 @@ class DecodeWarp {
 
  private:
   static_assert(kRowTiles * kDecodeWarpTile == kTokens);
-  static constexpr int kTileElements = kTokens * kHeadDim;
-  static constexpr int kWarpBytes = kStages * kStageBytes;
+  using KeyPart = std::integral_constant<TilePart, TilePart::kKeys>;
+  using ValuePart = std::integral_constant<TilePart, TilePart::kValues>;
+  using LastPart = std::conditional_t<Stages::kOfTile == 2, ValuePart, KeyPart>;
 
   // A warp's results in shared memory, in floats: out [kColumns, D] if there is one, in rows that
   // are padded so that StoreForMerge spreads over all banks; max [kColumns], sum [kColumns].
   static constexpr int kMergeStride = kHeadDim + 4;
   static constexpr int kMergeMax = kReadsValues ? kColumns * kMergeStride : 0;
   static constexpr int kMergeSum = kMergeMax + kColumns;
-  static_assert((kMergeSum + kColumns) * sizeof(float) <= kWarpBytes);
+  static_assert((kMergeSum + kColumns) * sizeof(float) <= Stages::kBytes);
 
   __device__ __forceinline__ const float* MergeArea(int warp) const {
-    return reinterpret_cast<const float*>(block_shared_ + warp * kWarpBytes);
+    return reinterpret_cast<const float*>(block_shared_ + warp * Stages::kBytes);
   }
   __device__ __forceinline__ float2 MergeState(int warp, int head) const {
     return make_float2(MergeArea(warp)[kMergeMax + head], MergeArea(warp)[kMergeSum + head]);
   }
 
-  __device__ __forceinline__ Stored* KeyTile(int stage) const {
-    return shared_ + stage * kStageTiles<kReads> * kTileElements;
+  // The place of a lane's columns of B for a step, which are the same in all warps.
+  __device__ __forceinline__ uint2* SharedQuery(int t, int step) const {
+    auto first = reinterpret_cast<uint2*>(block_shared_ + kStagesBytes);
+    return first + (t * kSteps + step) * kWarpSize + lane_;
   }
-  __device__ __forceinline__ Stored* ValueTile(int stage) const {
-    return KeyTile(stage) + kTileElements;
-  }
-
-  // Starts the copies of a tile, if it is `present`; one group, possibly empty. `row`: of token
-  // lane % kTokens; -1 gives zeros.
-  __device__ __forceinline__ void Copy(int stage, bool present, int row) {
-    if (present) {
-      if constexpr (kReadsValues) {
-        CopyTokens<Stored, kHeadDim>(KeyTile(stage), ValueTile(stage), k_, v_, row, policy_);
-      } else {
-        CopyKeys<Stored, kHeadDim>(KeyTile(stage), k_, row, policy_);
-      }
-    }
-    CommitCopies();
-  }
-
-  // Starts the copies of the first kAhead tiles, without the tokens in late_row.
-  __device__ __forceinline__ void StartEarly(const int (&rows)[kAhead + 1], int num_tiles,
-                                             int late_row, unsigned (&valid)[kAhead + 1]) {
-#pragma unroll
-    for (int stage = 0; stage < kAhead; ++stage) {
-      Copy(stage, stage < num_tiles, rows[stage] == late_row ? -1 : rows[stage]);
-      valid[stage] = __ballot_sync(kFullWarp, rows[stage] >= 0);
-    }
-  }
-
-  // Brings in what StartEarly left out; the query's loads are under way meanwhile.
-  __device__ __forceinline__ void CopyLate(const int (&rows)[kAhead + 1], int late_row) {
-    constexpr int kChunk = kElementsOfChunk<Stored>, kChunks = kHeadDim / kChunk;
-    constexpr unsigned kLanes = kFullWarp >> (kWarpSize - kTokens);
-    bool waited = false;
-#pragma unroll
-    for (int stage = 0; stage < kAhead; ++stage) {
-      // With tiles of 16 tokens lanes l and l + 16 have the same.
-      unsigned late = __ballot_sync(kFullWarp, rows[stage] == late_row) & kLanes;
-      if (late == 0) continue;
-      if (!waited) {
-        WaitCopies<0>();
-        __syncwarp();  // the zeros that took the tokens' place are not written any more
-        waited = true;
-      }
-      for (; late != 0; late &= late - 1) {
-        if (lane_ < kStageTiles<kReads> * kChunks) {
-          int chunk = lane_ % kChunks;
-          int64_t source = int64_t{late_row} * kHeadDim + chunk * kChunk;
-          int target = TileOffset<kHeadDim, Stored>(__ffs(late) - 1, chunk);
-          bool is_key = lane_ < kChunks;
-          CopyAsync16((is_key ? KeyTile(stage) : ValueTile(stage)) + target,
-                      (is_key ? k_ : v_) + source, true, policy_);
-        }
-      }
-    }
-    if (waited) {
-      CommitCopies();
-      WaitCopies<0>();  // the main loop counts the groups of whole tiles; its barrier follows
+  __device__ __forceinline__ uint2 QueryOf(int t, int step) const {
+    if constexpr (kHoldsQuery) {
+      return make_uint2(query_[t][step][0], query_[t][step][1]);
+    } else {
+      return *SharedQuery(t, step);
     }
   }
 
@@ -253,17 +220,25 @@ class DecodeWarp {
       bool present = head < query.num_heads;
       const T* source = query.Head(present ? head : 0, kHeadDim);
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
+        if (!kHoldsQuery && step % kDecodeWarps != threadIdx.x / kWarpSize) continue;
+        uint32_t columns[2];
         if constexpr (kIsCoded) {
           // Takes of four dims 0 and 2, then 1 and 3, as DecodeFloat8Pair gives those of K.
           uint2 four = present ? *reinterpret_cast<const uint2*>(source + step * 16 + pair * 2)
                                : make_uint2(0u, 0u);
-          query_[t][step][0] = __byte_perm(four.x, four.y, kLowerHalves);
-          query_[t][step][1] = __byte_perm(four.x, four.y, kUpperHalves);
+          columns[0] = __byte_perm(four.x, four.y, kLowerHalves);
+          columns[1] = __byte_perm(four.x, four.y, kUpperHalves);
         } else {
           const T* of_step = source + step * 16 + pair;
-          query_[t][step][0] = present ? *reinterpret_cast<const uint32_t*>(of_step) : 0u;
-          query_[t][step][1] = present ? *reinterpret_cast<const uint32_t*>(of_step + 8) : 0u;
+          columns[0] = present ? *reinterpret_cast<const uint32_t*>(of_step) : 0u;
+          columns[1] = present ? *reinterpret_cast<const uint32_t*>(of_step + 8) : 0u;
+        }
+        if constexpr (kHoldsQuery) {
+          query_[t][step][0] = columns[0];
+          query_[t][step][1] = columns[1];
+        } else {
+          *SharedQuery(t, step) = make_uint2(columns[0], columns[1]);
         }
       }
       if constexpr (kColumnTiles > 1) {
@@ -273,21 +248,25 @@ class DecodeWarp {
         }
       }
     }
+    if constexpr (!kHoldsQuery) __syncthreads();
   }
 
   // dot[t][c]: q.k, without scales, of token lane / 4 + (c / 2) * 8 of the 16 from `key` on and
   // head t * 8 + lane % 4 * 2 + c % 2.
   __device__ __forceinline__ void Multiply(const Stored* key, float (&dot)[kColumnTiles][4]) {
+    // Loads of all steps at once would want more registers than the output leaves.
+    constexpr int kUnrolledSteps = kHoldsQuery ? kSteps : 1;
     int offset = TileOffset<kHeadDim, Stored>(lane_ % 16, lane_ / 16);
     auto multiply = [&](int step, const uint32_t(&a)[4]) {
 #pragma unroll
       for (int t = 0; t < kColumnTiles; ++t) {
-        MultiplyAdd<T>(dot[t], a, query_[t][step][0], query_[t][step][1]);
+        uint2 b = QueryOf(t, step);
+        MultiplyAdd<T>(dot[t], a, b.x, b.y);
       }
     };
     if constexpr (kIsCoded) {
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; step += 2) {
+#pragma unroll(kUnrolledSteps)
+      for (int step = 0; step < kSteps; step += 2) {
         uint32_t codes[4];  // matrices: tokens 0-7 and 8-15 of dims 0-15, then of dims 16-31
         LoadMatrix4(codes, key + NextChunks<Stored>(offset, step));
 #pragma unroll
@@ -306,8 +285,8 @@ class DecodeWarp {
         }
       }
     } else {
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll(kUnrolledSteps)
+      for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
         LoadMatrix4(a, key + NextChunks<Stored>(offset, step * 2));
         multiply(step, a);
@@ -321,7 +300,7 @@ class DecodeWarp {
                                          const DecodeQuery<T>& query,
                                          float (&scores)[kColumnTiles][kRowTiles][4]) {
     float dot[kColumnTiles][4] = {};
-    Multiply(KeyTile(stage) + m * kDecodeWarpTile * kHeadDim, dot);
+    Multiply(stages_.KeyTile(stage) + m * kDecodeWarpTile * kHeadDim, dot);
     query.MakeScores(dot);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
@@ -391,11 +370,11 @@ class DecodeWarp {
   // out_ = out_ x rescale + the tile's values, weighted.
   __device__ __forceinline__ void AddValues(int stage, const float (&rescale)[kColumnTiles][2],
                                             uint32_t (&b)[kColumnTiles][kRowTiles][2]) {
-    const Stored* value = ValueTile(stage);
+    const Stored* value = stages_.ValueTile(stage);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           out_[t][step][c] = __fmul_rn(out_[t][step][c], rescale[t][c % 2]);
@@ -420,7 +399,7 @@ class DecodeWarp {
     if constexpr (kIsCoded) {
       int offset = TileOffset<kHeadDim, Stored>(lane_ % 16, lane_ / 16);
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; step += 2) {
+      for (int step = 0; step < kSteps; step += 2) {
         uint32_t codes[4];  // matrices: dims 0-15 of tokens 0-7 and 8-15, then dims 16-31
         LoadMatrix4Transposed(codes, value + NextChunks<Stored>(offset, step));
 #pragma unroll
@@ -441,7 +420,7 @@ class DecodeWarp {
     } else {
       int offset = TileOffset<kHeadDim, Stored>(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
         LoadMatrix4Transposed(a, value + NextChunks<Stored>(offset, step * 2));
         multiply(step, a);
@@ -461,7 +440,7 @@ class DecodeWarp {
       int first_head = t * 8 + lane_ % 4 * 2;
       if constexpr (kReadsValues) {
 #pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             int dim = step * 16 + OutputDim(c);
@@ -485,14 +464,11 @@ class DecodeWarp {
   }
 
   unsigned char* block_shared_;
-  Stored* shared_;  // this warp's
-  const Stored* k_;
-  const Stored* v_;
+  Stages stages_;
   int lane_;
-  uint64_t policy_ = EvictFirstPolicy();  // a cache row is read once a step
-  uint32_t query_[kColumnTiles][kHeadDim / 16][2];
+  uint32_t query_[kColumnTiles][kHoldsQuery ? kSteps : 1][2];
   int num_visible_[kColumnTiles][2];  // tokens that this lane's heads see; with several queries
-  float out_[kColumnTiles][kHeadDim / 16][4] = {};
+  float out_[kColumnTiles][kSteps][4] = {};
   float max_[kColumnTiles][2];
   float sum_[kColumnTiles][2] = {};
 };

@@ -126,6 +126,7 @@ inline int ChooseNumRaggedSplits(int64_t num_rows, int num_sms, int64_t max_toke
 // of kPromptTokens tokens, and fills an SM.
 inline constexpr int kPromptRows = 128;
 inline constexpr int kPromptTokens = 128;
+inline constexpr int kMaxPromptHeadDim = 128;  // what its registers have room for
 // What starting and ending a block takes, and adding what one split has found, in the time of a
 // tile of tokens (1.7 us on an H200; estimated).
 inline constexpr int kPromptBlockTiles = 3;

@@ -87,12 +87,16 @@ __device__ __forceinline__ HeadState MergeStates(int count, const StateOf& state
   return MergeLoaded(states, weights);
 }
 
+// Parts whose outputs a warp loads at a time: 8 KB, which is what the L2's latency asks for.
+template <int kHeadDim>
+inline constexpr int kMergeLoads = kHeadDim <= 128 ? 16 : 8;
+
 // The same of attention. out_of(part): this lane's dims.
-template <int kHeadDim, int kMaxParts, typename StateOf, typename OutOf>
+template <int kHeadDim, int kMaxParts, int kMostLoads = kMergeLoads<kHeadDim>, typename StateOf,
+          typename OutOf>
 __device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const StateOf& state_of,
                                                            const OutOf& out_of) {
-  // Loads under way: 8 KB a warp at head_dim 128, which is what the L2's latency asks for.
-  constexpr int kBatch = kMaxParts < 16 ? kMaxParts : 16;
+  constexpr int kBatch = kMaxParts < kMostLoads ? kMaxParts : kMostLoads;
   constexpr int kLaneParts = kPartsOfLane<kMaxParts>;
   static_assert(kLaneParts <= 2 && (kMaxParts == kBatch || kWarpSize % kBatch == 0));
   float2 states[kLaneParts];
@@ -217,6 +221,11 @@ __device__ __forceinline__ Vec<float, 2> LoadFromL2(const Vec<float, 2>* source)
   float2 v = __ldcg(reinterpret_cast<const float2*>(source));
   return {v.x, v.y};
 }
+__device__ __forceinline__ Vec<float, 8> LoadFromL2(const Vec<float, 8>* source) {
+  float4 v = __ldcg(reinterpret_cast<const float4*>(source));
+  float4 w = __ldcg(reinterpret_cast<const float4*>(source) + 1);
+  return {v.x, v.y, v.z, v.w, w.x, w.y, w.z, w.w};
+}
 
 // Counts a split, by one thread behind a barrier of those that wrote what it found. Returns whether
 // it is the last of the num_used: then what the others wrote before is seen behind the next
@@ -251,8 +260,8 @@ __device__ __forceinline__ void StoreAlone(const BlockWork& work, const Output& 
 }
 
 // The splits leave their results in device memory, and the last block to finish merges them.
-// block_result(head): of this split, called by whole warps.
-template <typename T, int kHeadDim, typename BlockResult>
+// block_result(head): of this split, called by whole warps. kMostLoads: as of MergeParts.
+template <typename T, int kHeadDim, int kMostLoads = kMergeLoads<kHeadDim>, typename BlockResult>
 __device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
                                                  const PartialResults& partials,
                                                  const AttentionOutput<T>& output,
@@ -275,7 +284,7 @@ __device__ __forceinline__ void MergeInLastBlock(const BlockWork& work,
     auto state_of = [&](int split) { return __ldcg(partials.state + first_part + split); };
     auto out_of = [&](int split) { return LoadFromL2(outs + (first_part + split) * kWarpSize); };
     output.Store(work.OutputRow(head),
-                 MergeParts<kHeadDim, kMaxSplits>(work.num_used, state_of, out_of));
+                 MergeParts<kHeadDim, kMaxSplits, kMostLoads>(work.num_used, state_of, out_of));
   });
 }
 

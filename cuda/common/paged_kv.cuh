@@ -66,8 +66,9 @@ __device__ __forceinline__ void ForEachChunk(int row, const Copy& copy) {
   int lane = threadIdx.x % kWarpSize;
   int chunk = lane % kChunks;
   int first_target = TileOffset<kHeadDim, Stored>(lane / kChunks, chunk);
-#pragma unroll
-  for (int pass = 0; pass < kCopyTokens<Stored> / kTokensPerPass; ++pass) {
+  constexpr int kPasses = kCopyTokens<Stored> / kTokensPerPass;
+#pragma unroll(kPasses < 8 ? kPasses : 8)  // more addresses would leave others no registers
+  for (int pass = 0; pass < kPasses; ++pass) {
     int token = pass * kTokensPerPass + lane / kChunks;
     int token_row = __shfl_sync(kFullWarp, row, token);
     int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunk;
@@ -88,11 +89,12 @@ __device__ __forceinline__ void CopyTokens(Stored* key, Stored* value, const Sto
   });
 }
 
-// The same of K alone.
+// The same of K or V alone.
 template <typename Stored, int kHeadDim, typename... Policy>
-__device__ __forceinline__ void CopyKeys(Stored* key, const Stored* k, int row, Policy... policy) {
+__device__ __forceinline__ void CopyRows(Stored* tile, const Stored* cache, int row,
+                                         Policy... policy) {
   ForEachChunk<Stored, kHeadDim>(row, [&](int target, int64_t source, bool present) {
-    CopyAsync16(key + target, k + source, present, policy...);
+    CopyAsync16(tile + target, cache + source, present, policy...);
   });
 }
 

@@ -16,7 +16,7 @@ template <int kHeadDim>
 class ShadowDims {
  public:
   static constexpr int kDims = kHeadDim / kWarpSize;  // of a lane
-  static_assert(kDims == 2 || kDims == 4, "head_dim is 64 or 128");
+  static_assert(kDims == 2 || kDims == 4 || kDims == 8, "head_dim is 64, 128 or 256");
 
   // Loads a key or query [kHeadDim], which is divided or multiplied by its balance next.
   template <typename T>
@@ -124,11 +124,13 @@ struct ShadowKey {
   // Writes it as row `row` of the codes [rows, kHeadDim / 2] and scales [rows].
   __device__ __forceinline__ void Store(uint8_t* all_codes, __half* scales, int64_t row) const {
     int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    if constexpr (ShadowDims<kHeadDim>::kDims == 4) {
-      reinterpret_cast<uint16_t*>(all_codes + row * (kHeadDim / 2))[lane] =
-          static_cast<uint16_t>(codes);
+    uint8_t* codes_of_row = all_codes + row * (kHeadDim / 2);
+    if constexpr (ShadowDims<kHeadDim>::kDims == 8) {
+      reinterpret_cast<uint32_t*>(codes_of_row)[lane] = codes;
+    } else if constexpr (ShadowDims<kHeadDim>::kDims == 4) {
+      reinterpret_cast<uint16_t*>(codes_of_row)[lane] = static_cast<uint16_t>(codes);
     } else {
-      all_codes[row * (kHeadDim / 2) + lane] = static_cast<uint8_t>(codes);
+      codes_of_row[lane] = static_cast<uint8_t>(codes);
     }
     if (lane == 0) scales[row] = scale;
   }

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstddef>
+
 #include "common/float8.cuh"
 
 namespace tidal {
@@ -41,10 +43,13 @@ __device__ __forceinline__ Float8 FromFloat32<Float8>(float value) {
   return EncodeFloat8(value);
 }
 
-// N elements that travel as one load or store (at most 16 bytes); must be aligned to their size.
+// The most bytes of one load or store.
+inline constexpr size_t kVecBytes = 16;
+
+// N elements that travel as one load or store, or as several of kVecBytes; must be aligned to its
+// size.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Vec {
-  static_assert(sizeof(T) * N <= 16, "wider than one load");
+struct alignas(sizeof(T) * N < kVecBytes ? sizeof(T) * N : kVecBytes) Vec {
   T elements[N];
 };
 

@@ -4,6 +4,7 @@
 
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/paged_kv.cuh"
 #include "common/shadow_code.cuh"
 
@@ -67,21 +68,20 @@ AppendShadowParams<Stored> MakeParams(const AppendShadowArgs& args) {
 template <typename Stored>
 void Launch(const AppendShadowArgs& args, cudaStream_t stream) {
   AppendShadowParams<Stored> params = MakeParams<Stored>(args);
-  auto kernel = args.kv.k_pages.dim(3) == 64 ? AppendShadowKernel<Stored, 64>
-                                             : AppendShadowKernel<Stored, 128>;
   LaunchShape shape = {.grid = static_cast<unsigned>(
                            CeilDiv(params.num_tokens * params.num_kv_heads, kWarpsPerBlock)),
                        .block = kWarpsPerBlock * kWarpSize};
-  LaunchOverlapped("append_shadow", kernel, shape, stream, params);
+  DispatchHeadDim<Stored>(args.kv.k_pages.dim(3), [&](auto head_dim) {
+    LaunchOverlapped("append_shadow", AppendShadowKernel<Stored, head_dim()>, shape, stream,
+                     params);
+  });
 }
 
 }  // namespace
 
 void LaunchAppendShadow(const AppendShadowArgs& args, cudaStream_t stream) {
-  int64_t num_tokens = args.positions.dim(0), head_dim = args.kv.k_pages.dim(3);
-  if (num_tokens == 0) return;
-  TIDAL_CHECK(head_dim == 64 || head_dim == 128, UnsupportedError, "append_shadow: head_dim ",
-              head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
+  if (args.positions.dim(0) == 0) return;
+  CheckHeadDim("append_shadow", args.kv.k_pages.dim(3), args.kv.k_pages.dtype);
   if (args.kv.k_pages.dtype == DType::kFloat8) {
     Launch<Float8>(args, stream);
     return;

@@ -92,12 +92,14 @@ __device__ __forceinline__ QueryShare ShareOf(const AttentionFewQueriesParams<T,
 
 // grid (NumSplitBlocks, num_kv_heads x blocks for a row's queries, batch_size), 4 warps: a block
 // takes splits of one row's tokens for some of its queries and all query heads of one KV head.
-// Shared: 24 KB a warp.
+// Shared: 24 KB a warp, and with heads of 256 8 KB of queries.
 template <typename T, typename Stored, int kHeadDim>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     AttentionFewQueriesKernel(const AttentionFewQueriesParams<T, Stored> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   using Warp = FewQueriesWarp<T, Stored, kHeadDim>;
+  // Where registers are so few that the queries have none, half as many as usual.
+  constexpr int kMostLoads = kMergeLoads<kHeadDim> / (Warp::kHoldsQuery ? 1 : 2);
   WaitForPreviousKernel();
   int batch = params.first_batch + blockIdx.z, blocks_of_row = gridDim.y / params.kv.num_kv_heads;
   int kv_head = blockIdx.y / blocks_of_row;
@@ -144,8 +146,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSm)
     warp.Attend(tokens, splits.Span(work.split), query, Warp::kNoRow,
                 [](int, const float(&)[4], unsigned, void*) {});
     warp.FinishBlock();
-    MergeInLastBlock<T, kHeadDim>(work, params.partials, params.output,
-                                  [&](int head) { return warp.BlockResult(head); });
+    MergeInLastBlock<T, kHeadDim, kMostLoads>(work, params.partials, params.output,
+                                              [&](int head) { return warp.BlockResult(head); });
   }
 }
 

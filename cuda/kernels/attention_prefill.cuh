@@ -26,11 +26,18 @@ namespace tidal {
 
 inline constexpr int kPrefillWarps = 4;
 inline constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
-// 32 queries a warp: every fragment of K and V that ldmatrix brings in is used by two mma, else
-// shared memory bandwidth, not the tensor cores, is the limit.
-inline constexpr int kWarpQueries = 32;
-inline constexpr int kQueryTile = kPrefillWarps * kWarpQueries;
-inline constexpr int kKvTile = 64;
+// What a block works on at a time. 32 queries a warp: every fragment of K and V that ldmatrix
+// brings in is used by two mma, else shared memory bandwidth, not the tensor cores, is the limit.
+// With heads of 256 registers have room for the output of 16, and shared memory for half the
+// tokens.
+template <int kHeadDim>
+struct PrefillTile {
+  static constexpr int kWarpQueries = kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kQueries = kPrefillWarps * kWarpQueries;
+  static constexpr int kTokens = kHeadDim <= 128 ? 64 : 32;
+  // Queries, and two stages of K and V.
+  static constexpr int kSharedElements = (kQueries + 2 * 2 * kTokens) * kHeadDim;
+};
 
 template <typename T>
 struct AttentionPrefillParams {
@@ -51,23 +58,29 @@ struct PrefillTask {
   int kv_end;     // tokens up to the last query's of the tile: its position + 1, <= seq_len
 };
 
-// The work of one warp: 32 queries against tiles of 64 tokens. In fragments, lane l holds of each
+// The work of one warp: its queries against tiles of tokens. In fragments, lane l holds of each
 // 16-row tile the rows g = l / 4 and g + 8.
 template <typename T, int kHeadDim>
 class PrefillWarp {
  public:
-  // `query`: this warp's 32 rows in shared memory, swizzled by TileOffset.
+  static constexpr int kQueries = PrefillTile<kHeadDim>::kWarpQueries;
+  static constexpr int kTokens = PrefillTile<kHeadDim>::kTokens;
+
+  // `query`: this warp's rows in shared memory, swizzled by TileOffset.
   __device__ __forceinline__ PrefillWarp(T* query, int first_position,
                                          const AttentionPrefillParams<T>& params)
       : query_(query),
         first_position_(first_position),
         params_(params),
-        lane_(threadIdx.x % kWarpSize) {}
+        lane_(threadIdx.x % kWarpSize) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) max_[m][0] = max_[m][1] = NegativeInfinity();
+  }
 
   // Whether some query of the warp sees some token of the tile.
   __device__ __forceinline__ bool Sees(int first_token) const {
-    return first_token < first_position_ + kWarpQueries &&
-           first_token + kKvTile > first_position_ - params_.rule.window + 1;
+    return first_token < first_position_ + kQueries &&
+           first_token + kTokens > first_position_ - params_.rule.window + 1;
   }
 
   __device__ __forceinline__ void Attend(const T* key, const T* value, int first_token) {
@@ -76,8 +89,8 @@ class PrefillWarp {
     params_.rule.cap.CapAll(scores);
     // Some token of the tile lies after the warp's first query, or before the window of its last.
     // Tokens past kv_end are masked with them.
-    if (first_token > first_position_ - (kKvTile - 1) ||
-        first_token < first_position_ + kWarpQueries - params_.rule.window) {
+    if (first_token > first_position_ - (kTokens - 1) ||
+        first_token < first_position_ + kQueries - params_.rule.window) {
       Mask(first_token, scores);
     }
     uint32_t weights[kRowTiles][kTokenTiles][2];
@@ -110,7 +123,7 @@ class PrefillWarp {
     constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
     int chunk = lane_ % kChunks;
 #pragma unroll
-    for (int pass = 0; pass < kWarpQueries / kRowsPerPass; ++pass) {
+    for (int pass = 0; pass < kQueries / kRowsPerPass; ++pass) {
       int row = pass * kRowsPerPass + lane_ / kChunks;
       if (row >= num_rows) break;
       *reinterpret_cast<uint4*>(out + row * row_stride + chunk * kChunkElements) =
@@ -119,9 +132,9 @@ class PrefillWarp {
   }
 
  private:
-  static constexpr int kRowTiles = kWarpQueries / 16;  // 16-row tiles of queries
-  static constexpr int kTokenTiles = kKvTile / 8;      // 8-column tiles of scores
-  static constexpr int kDimTiles = kHeadDim / 8;       // 8-column tiles of the output
+  static constexpr int kRowTiles = kQueries / 16;  // 16-row tiles of queries
+  static constexpr int kTokenTiles = kTokens / 8;  // 8-column tiles of scores
+  static constexpr int kDimTiles = kHeadDim / 8;   // 8-column tiles of the output
   using ScoreTile = float (&)[kRowTiles][kTokenTiles][4];
   // Weights in pairs of tokens: [m][n][half] is rows m * 16 + g + half * 8.
   using WeightTile = uint32_t (&)[kRowTiles][kTokenTiles][2];
@@ -217,7 +230,7 @@ class PrefillWarp {
   __device__ __forceinline__ void Accumulate(const T* value, WeightTile weights) {
     int value_offset = TileOffset<kHeadDim>(lane_ % 16, lane_ / 16);
 #pragma unroll
-    for (int step = 0; step < kKvTile / 16; ++step) {
+    for (int step = 0; step < kTokens / 16; ++step) {
 #pragma unroll
       for (int n = 0; n < kDimTiles; n += 2) {
         uint32_t b[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
@@ -238,8 +251,7 @@ class PrefillWarp {
   const AttentionPrefillParams<T>& params_;
   int lane_;
   float out_[kRowTiles][kDimTiles][4] = {};
-  float max_[kRowTiles][2] = {{NegativeInfinity(), NegativeInfinity()},
-                              {NegativeInfinity(), NegativeInfinity()}};
+  float max_[kRowTiles][2];
   float sum_[kRowTiles][2] = {};  // of this lane's columns
 };
 
@@ -251,7 +263,7 @@ __device__ __forceinline__ void CopyQueries(T* shared, const T* q, int64_t row_s
   constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kPrefillThreads / kChunks;
   int chunk = threadIdx.x % kChunks;
 #pragma unroll
-  for (int pass = 0; pass < kQueryTile / kRowsPerPass; ++pass) {
+  for (int pass = 0; pass < PrefillTile<kHeadDim>::kQueries / kRowsPerPass; ++pass) {
     int row = pass * kRowsPerPass + threadIdx.x / kChunks;
     bool valid = row < num_queries;
     const T* source = q + (valid ? row * row_stride : 0) + chunk * kChunkElements;
@@ -259,40 +271,44 @@ __device__ __forceinline__ void CopyQueries(T* shared, const T* q, int64_t row_s
   }
 }
 
-// Starts the copy of 64 tokens' K and V, 16 a warp; tokens from kv_end on are zeros, and neither
-// their page table entries nor their rows are read.
+// Starts the copy of a tile's K and V, of 16 tokens a warp both, or one of them; tokens from kv_end
+// on are zeros, and neither their page table entries nor their rows are read.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void CopyKvTile(T* key, T* value, const PagedKvView<T>& kv,
                                            const PrefillTask& task, int first_token) {
-  static_assert(kKvTile == kPrefillWarps * kCopyTokens<T>);
-  int warp_token = threadIdx.x / kWarpSize * kCopyTokens<T>;
+  constexpr int kWarps = PrefillTile<kHeadDim>::kTokens / kCopyTokens<T>;  // that copy K
+  static_assert(kWarps == kPrefillWarps || kWarps == kPrefillWarps / 2);
+  int warp = threadIdx.x / kWarpSize;
+  int warp_token = warp % kWarps * kCopyTokens<T>;
   int token = first_token + warp_token + threadIdx.x % kCopyTokens<T>;
   int row = token < task.kv_end ? kv.Row(task.batch, task.kv_head, token) : -1;
   int offset = warp_token * kHeadDim;
-  CopyTokens<T, kHeadDim>(key + offset, value + offset, kv.k, kv.v, row);
+  if constexpr (kWarps == kPrefillWarps) {
+    CopyTokens<T, kHeadDim>(key + offset, value + offset, kv.k, kv.v, row);
+  } else {
+    bool is_key = warp < kWarps;
+    CopyRows<T, kHeadDim>((is_key ? key : value) + offset, is_key ? kv.k : kv.v, row);
+  }
 }
 
-template <int kHeadDim>
-constexpr int PrefillSharedElements() {
-  return (kQueryTile + 2 * 2 * kKvTile) * kHeadDim;  // queries, and two stages of K and V
-}
-
-// grid (num_q_heads, batch_size, query tiles), 4 warps: a block takes 128 queries of one head, a
-// warp 32 of them. Blocks start in the order of the grid, x first: the last tiles of queries, which
-// see the most tokens, come first, and heads that share K and V run side by side. Shared: 96 KB at
-// head_dim 128.
+// grid (num_q_heads, batch_size, query tiles), 4 warps: a block takes a tile of queries of one
+// head. Blocks start in the order of the grid, x first: the last tiles of queries, which see the
+// most tokens, come first, and heads that share K and V run side by side. Shared: 96 KB at head_dim
+// 128 and 256.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kPrefillThreads, 2)
     AttentionPrefillKernel(const AttentionPrefillParams<T> params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
+  using Warp = PrefillWarp<T, kHeadDim>;
+  constexpr int kQueries = PrefillTile<kHeadDim>::kQueries, kTokens = Warp::kTokens;
   int q_head = blockIdx.x, num_q_heads = gridDim.x, batch = blockIdx.y;
-  int first_query = (gridDim.z - 1 - blockIdx.z) * kQueryTile;
+  int first_query = (gridDim.z - 1 - blockIdx.z) * kQueries;
   int q_start = __ldg(params.q_starts + batch);
   int q_len = __ldg(params.q_starts + batch + 1) - q_start;
   if (first_query >= q_len) return;
 
   int seq_len = __ldg(params.kv.seq_lens + batch);
-  int num_queries = min(kQueryTile, q_len - first_query);
+  int num_queries = min(kQueries, q_len - first_query);
   int tile_position = seq_len - q_len + first_query;
   __shared__ PrefillTask task;  // not in registers, of which the fragments leave none
   if (threadIdx.x == 0) {
@@ -303,28 +319,28 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   }
   __syncthreads();
 
-  constexpr int kKvElements = kKvTile * kHeadDim;
+  constexpr int kKvElements = kTokens * kHeadDim;
   T* query = reinterpret_cast<T*>(shared_bytes);
-  T* stages = query + kQueryTile * kHeadDim;  // K, V, K, V
+  T* stages = query + kQueries * kHeadDim;  // K, V, K, V
   int64_t row_stride = int64_t{num_q_heads} * kHeadDim;
   const T* q = params.q + q_head * kHeadDim;
   CopyQueries<T, kHeadDim>(query, q + task.first_row * row_stride, row_stride, num_queries);
   // The tile that the first query's window begins in.
-  int kv_begin = max(tile_position - params.rule.window + 1, 0) / kKvTile * kKvTile;
-  T* first_stage = stages + kv_begin / kKvTile % 2 * 2 * kKvElements;
+  int kv_begin = max(tile_position - params.rule.window + 1, 0) / kTokens * kTokens;
+  T* first_stage = stages + kv_begin / kTokens % 2 * 2 * kKvElements;
   CopyKvTile<T, kHeadDim>(first_stage, first_stage + kKvElements, params.kv, task, kv_begin);
   CommitCopies();
 
-  int warp_first = threadIdx.x / kWarpSize * kWarpQueries;
+  int warp_first = threadIdx.x / kWarpSize * Warp::kQueries;
   int first_position = tile_position + warp_first;
-  PrefillWarp<T, kHeadDim> warp(query + warp_first * kHeadDim, first_position, params);
-  for (int first_token = kv_begin; first_token < task.kv_end; first_token += kKvTile) {
+  Warp warp(query + warp_first * kHeadDim, first_position, params);
+  for (int first_token = kv_begin; first_token < task.kv_end; first_token += kTokens) {
     WaitCopies<0>();
     __syncthreads();  // the tile has landed for all; and all are done with the one before
-    T* key = stages + first_token / kKvTile % 2 * 2 * kKvElements;
-    if (first_token + kKvTile < task.kv_end) {
-      T* next = stages + (first_token / kKvTile + 1) % 2 * 2 * kKvElements;
-      CopyKvTile<T, kHeadDim>(next, next + kKvElements, params.kv, task, first_token + kKvTile);
+    T* key = stages + first_token / kTokens % 2 * 2 * kKvElements;
+    if (first_token + kTokens < task.kv_end) {
+      T* next = stages + (first_token / kTokens + 1) % 2 * 2 * kKvElements;
+      CopyKvTile<T, kHeadDim>(next, next + kKvElements, params.kv, task, first_token + kTokens);
     }
     CommitCopies();
     if (first_position < task.kv_end && warp.Sees(first_token)) {  // and the warp has a query
@@ -334,13 +350,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   WaitCopies<0>();
   __syncthreads();  // also if there was no tile: nobody still copies queries
   T* out = params.out + q_head * kHeadDim + (task.first_row + warp_first) * row_stride;
-  warp.Store(out, row_stride, min(kWarpQueries, task.kv_end - first_position), q_head);
+  warp.Store(out, row_stride, min(Warp::kQueries, task.kv_end - first_position), q_head);
 }
 
 template <typename T, int kHeadDim>
 void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) {
   int64_t num_q_heads = args.q.dim(1), batch_size = args.kv.seq_lens.dim(0);
-  int64_t num_tiles = CeilDiv(args.max_q_len, kQueryTile);
+  int64_t num_tiles = CeilDiv(args.max_q_len, PrefillTile<kHeadDim>::kQueries);
   if (num_tiles == 0 || batch_size == 0) return;
   TIDAL_CHECK(args.rule.sm_scale > 0.0f, UnsupportedError, "attention_prefill: sm_scale ",
               args.rule.sm_scale, " on CUDA; expected a positive number");
@@ -354,7 +370,7 @@ void RunAttentionPrefill(const AttentionPrefillArgs& args, cudaStream_t stream) 
                                    .out = static_cast<T*>(args.out.ptr)};
 
   auto kernel = AttentionPrefillKernel<T, kHeadDim>;
-  constexpr int kSharedBytes = PrefillSharedElements<kHeadDim>() * sizeof(T);
+  constexpr int kSharedBytes = PrefillTile<kHeadDim>::kSharedElements * sizeof(T);
   TIDAL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   dim3 grid(static_cast<unsigned>(num_q_heads), static_cast<unsigned>(batch_size),

@@ -33,15 +33,18 @@ bool HasAttentionPrefillHopper(int device) {
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args) {
   int device = 0;
   TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  return HasAttentionPrefillHopper(device) && IsAligned(args.q) && IsAligned(args.out) &&
-         IsAligned(args.kv.k_pages) && IsAligned(args.kv.v_pages);
+  return HasAttentionPrefillHopper(device) && args.q.dim(2) <= kMaxPromptHeadDim &&
+         IsAligned(args.q) && IsAligned(args.out) && IsAligned(args.kv.k_pages) &&
+         IsAligned(args.kv.v_pages);
 }
 
 void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                                   cudaStream_t stream) {
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
-    RunAttentionPrefillHopper<T, head_dim()>(args, scratch, stream);
+    if constexpr (head_dim() <= kMaxPromptHeadDim) {
+      RunAttentionPrefillHopper<T, head_dim()>(args, scratch, stream);
+    }
   });
 }
 

@@ -1,6 +1,6 @@
 // Position persistent sparse attention: a decode query attends to a list of positions chosen by an
 // earlier layer (TidalDecode, arXiv 2410.05076, sec. 3.2). Rows of K and V are gathered through the
-// page table, 64 to 256 contiguous bytes each. Where the work is short, latency is what counts: a
+// page table, 64 to 512 contiguous bytes each. Where the work is short, latency is what counts: a
 // row's splits are then a cluster of blocks, which merge through shared memory. The inner loop is
 // common/decode_warp.cuh.
 #pragma once
@@ -22,10 +22,15 @@ enum class SplitMerge { kCluster, kLastBlock };
 
 // Stages of a warp. A cluster's blocks attend to so little that few stages hold it all, and small
 // blocks find room beside those of the kernel in front, to read early; only dense rows, which are
-// rare in a sparse step, go round in them.
+// rare in a sparse step, go round in them, and so do heads of 256, of which no more find room.
+template <typename Stored, int kHeadDim>
+inline constexpr int kClusterStages =
+    kMaxClusterSpan /
+    (kDecodeWarps * kCopyTokens<Stored>)*kTileStages<kHeadDim, DecodeReads::kKeysAndValues>;
 template <typename Stored, int kHeadDim, SplitMerge kMerge>
 inline constexpr int kSparseStages = kMerge == SplitMerge::kCluster
-                                         ? kMaxClusterSpan / (kDecodeWarps * kCopyTokens<Stored>)
+                                         ? std::min(kClusterStages<Stored, kHeadDim>,
+                                                    kDecodeStages<kHeadDim>)
                                          : kDecodeStages<kHeadDim>;
 
 // Blocks that an SM is to have registers for: of a cluster's, more than run at once where there are
@@ -33,8 +38,9 @@ inline constexpr int kSparseStages = kMerge == SplitMerge::kCluster
 template <typename Stored, int kHeadDim, SplitMerge kMerge>
 inline constexpr int kSparseBlocksPerSm = kMerge == SplitMerge::kLastBlock ? kDecodeBlocksPerSm
                                           : kHeadDim == 64                 ? 4
-                                          : sizeof(Stored) == 2            ? 3
-                                                                           : kDecodeBlocksPerSm;
+                                          : kHeadDim == 128 && sizeof(Stored) == 2
+                                              ? 3
+                                              : kDecodeBlocksPerSm;
 
 template <typename T, typename Stored, int kHeadDim, SplitMerge kMerge>
 using SparseWarp = DecodeWarp<T, Stored, kHeadDim, kSparseStages<Stored, kHeadDim, kMerge>>;

@@ -8,6 +8,7 @@
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
 #include "common/elementwise.cuh"
+#include "common/head_dims.h"
 #include "common/paged_kv.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -205,20 +206,19 @@ template <typename T, typename Stored>
 void Launch(const RopeAppendKvArgs& args, cudaStream_t stream) {
   RopeAppendKvParams<T, Stored> params = MakeParams<T, Stored>(args);
   int64_t num_warps = params.num_tokens * (params.num_q_heads + 2 * params.num_kv_heads);
-  auto kernel =
-      args.q.dim(2) == 64 ? RopeAppendKvKernel<T, Stored, 64> : RopeAppendKvKernel<T, Stored, 128>;
   LaunchShape shape = {.grid = static_cast<unsigned>(CeilDiv(num_warps, kWarpsPerBlock)),
                        .block = kWarpsPerBlock * kWarpSize};
-  LaunchOverlapped("rope_append_kv", kernel, shape, stream, params);
+  DispatchHeadDim<T>(args.q.dim(2), [&](auto head_dim) {
+    LaunchOverlapped("rope_append_kv", RopeAppendKvKernel<T, Stored, head_dim()>, shape, stream,
+                     params);
+  });
 }
 
 }  // namespace
 
 void LaunchRopeAppendKv(const RopeAppendKvArgs& args, cudaStream_t stream) {
-  int64_t num_tokens = args.q.dim(0), head_dim = args.q.dim(2);
-  if (num_tokens == 0) return;
-  TIDAL_CHECK(head_dim == 64 || head_dim == 128, UnsupportedError, "rope_append_kv: head_dim ",
-              head_dim, " on CUDA; expected 64 or 128 (or use device=\"cpu\")");
+  if (args.q.dim(0) == 0) return;
+  CheckHeadDim("rope_append_kv", args.q.dim(2), args.q.dtype);
   DispatchHalf(args.q.dtype, "rope_append_kv", [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if (args.kv.k_pages.dtype == DType::kFloat8) {

@@ -5,9 +5,10 @@
 // The tensor cores see keys as the 16 rows of an mma.m16n8k32 and heads as its 8 columns. Which
 // dims and which tokens an mma's columns and rows are is free, so all is laid out for the lanes:
 // lane (g, t) = (lane / 4, lane % 4) has the t-th part of the codes of tokens 4 g to 4 g + 3 of 32,
-// which lie in one page, a word of it for each mma: the low halves of its bytes are four dims of
-// the first 16 columns of A, the high halves four of the others. It receives the scores of these
-// four tokens for heads 2 t and 2 t + 1, which is a store of 8 bytes each.
+// which lie in one page (of heads of 256 the t-th part of either half), a word of it for each mma:
+// the low halves of its bytes are four dims of the first 16 columns of A, the high halves four of
+// the others. It receives the scores of these four tokens for heads 2 t and 2 t + 1, which is a
+// store of 8 bytes each.
 #include "kernels/score_shadow.h"
 
 #include "common/attention_dispatch.h"
@@ -179,14 +180,23 @@ class ShadowWarp {
   }
 
  private:
-  static constexpr int kWords = kHeadDim / 32;       // of a key in a lane: an mma each
+  static constexpr int kWords = kHeadDim / 32;  // of a key in a lane: an mma each
+  static constexpr int kLoadWords = kWords < 4 ? kWords : 4;
+  static constexpr int kLoads = kWords / kLoadWords;
+  static constexpr int kLoadBytes = 4 * kLoadWords;
   static constexpr int kDepth = 3 * 128 / kHeadDim;  // tiles whose loads are under way
 
   // A lane's share: of each token of its quad a part of the codes, and all scales.
   struct Tile {
-    Vec<uint32_t, kWords> codes[kQuad];
+    Vec<uint32_t, kLoadWords> codes[kQuad][kLoads];
     uint2 scales;  // four float16
   };
+
+  // Byte of a row of codes from which on this lane has those of its load-th load: loads of the
+  // lanes of a row lie side by side.
+  __device__ __forceinline__ int FirstByte(int load) const {
+    return (load * 4 + lane_ % 4) * kLoadBytes;
+  }
 
   // The first token of this lane's quad; past the end that of the last quad, of which nothing is
   // kept.
@@ -196,11 +206,14 @@ class ShadowWarp {
 
   // `row`: of the first token.
   __device__ __forceinline__ void Load(Tile& tile, int row) const {
-    const uint8_t* source =
-        params_.codes + int64_t{row} * (kHeadDim / 2) + lane_ % 4 * (kHeadDim / 8);
+    const uint8_t* source = params_.codes + int64_t{row} * (kHeadDim / 2);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      tile.codes[j] = LoadCodes<kWords>(source + j * (kHeadDim / 2), policy_);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        tile.codes[j][i] =
+            LoadCodes<kLoadWords>(source + FirstByte(i) + j * (kHeadDim / 2), policy_);
+      }
     }
     tile.scales = __ldcg(reinterpret_cast<const uint2*>(params_.scales + row));
   }
@@ -209,7 +222,7 @@ class ShadowWarp {
     const int8_t* codes = shared_.queries[lane_ / 4].codes;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      int byte = 4 * (lane_ % 4 * kWords + w);
+      int byte = FirstByte(w / kLoadWords) + w % kLoadWords * 4;
       query_[w][0] = *reinterpret_cast<const uint32_t*>(codes + byte);
       query_[w][1] = *reinterpret_cast<const uint32_t*>(codes + kHeadDim / 2 + byte);
     }
@@ -237,8 +250,9 @@ class ShadowWarp {
       int products[4] = {bias_[0], bias_[1], bias_[0], bias_[1]};
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        uint32_t upper = tile.codes[2 * pair].elements[w];
-        uint32_t lower = tile.codes[2 * pair + 1].elements[w];
+        int load = w / kLoadWords, word = w % kLoadWords;
+        uint32_t upper = tile.codes[2 * pair][load].elements[word];
+        uint32_t lower = tile.codes[2 * pair + 1][load].elements[word];
         const uint32_t a[4] = {upper & 0x0f0f0f0fu, lower & 0x0f0f0f0fu, upper >> 4 & 0x0f0f0f0fu,
                                lower >> 4 & 0x0f0f0f0fu};
         MultiplyAddCodes(products, a, query_[w]);

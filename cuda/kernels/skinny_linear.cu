@@ -5,6 +5,7 @@
 
 #include "common/dependent_launch.cuh"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "kernels/skinny_layout.h"
 #include "kernels/skinny_run.h"
 
@@ -96,9 +97,8 @@ int64_t MaxStreamedTokens(const Weight& weight) {
 }
 
 bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
-  int64_t head_dim = append.q.dim(2);  // as LaunchRopeAppendKv takes
   return StreamsLinear(linear) && !append.q_norm && !append.k_norm &&
-         (head_dim == 64 || head_dim == 128);
+         HasHeadDim(append.q.dim(2), append.q.dtype);  // as LaunchRopeAppendKv takes
 }
 
 bool StreamsLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul) {

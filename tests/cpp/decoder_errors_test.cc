@@ -215,7 +215,14 @@ TEST_P(DecoderErrors, ShapesCudaDoesNotRun) {
   EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(config); }, {"page_size", "7"}));
   model_ = OddConfig();
   weights_ = TinyModel(model_, 1);
-  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(Dense()); }, {"head_dim", "20"}));
+  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(Dense()); }, {"head_dim 20", "64, 128 or 256"}));
+  model_ = TinyConfig();
+  model_.head_dim = 256;
+  weights_ = TinyModel(model_, 1);
+  config = Dense();
+  config.dtype = config.kv_dtype = DType::kFloat16;
+  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(config); },
+                                       {"head_dim 256 in float16", "dtype=\"bfloat16\""}));
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, DecoderErrors,

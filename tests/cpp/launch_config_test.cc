@@ -82,28 +82,42 @@ TEST(HeadParts, EachHeadOfAGroupHasABlockWithRoom) {
 }
 
 // As many blocks as kernels/attention_few_queries.cuh makes of a call's rows, or by row of one.
+void ExpectRoomForFewQueries(Splitting splitting, int64_t num_kv_heads, int64_t group_size,
+                             int64_t batch_size, int64_t head_dim) {
+  const int64_t num_q_heads = num_kv_heads * group_size;
+  const int64_t head_blocks = num_kv_heads * PartsOfGroup(num_q_heads, num_kv_heads).count;
+  const bool by_row = splitting == Splitting::kByRow;
+  const AttentionScratchSize scratch =
+      SizeOfAttentionScratch(splitting, batch_size, num_q_heads, head_dim, kSms);
+  const int num_splits = ChooseSplits(splitting, batch_size, head_blocks, kSms).num_splits;
+  if (num_splits == 1) return;  // nothing to merge
+  const int64_t per_block = kFewQueriesColumns / group_size;
+  const int64_t blocks = (kMaxFewQueries + per_block - 1) / per_block + (by_row ? 2 : 0);
+  const int64_t counters = (by_row ? 1 : batch_size) * num_kv_heads * blocks;
+  ASSERT_LE(PartialBytes(counters * kFewQueriesColumns * num_splits, head_dim),
+            scratch.partial_bytes);
+  ASSERT_LE(counters * int64_t{sizeof(uint32_t)}, scratch.counter_bytes);
+}
+
 TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
   for (Splitting splitting : {Splitting::kByBatch, Splitting::kByRow}) {
     for (int64_t num_kv_heads : {1, 2, 3, 8, 40}) {
       for (int64_t group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
-        const int64_t num_q_heads = num_kv_heads * group_size;
-        const int64_t head_blocks = num_kv_heads * PartsOfGroup(num_q_heads, num_kv_heads).count;
         for (int64_t batch_size : {1, 2, 7, 64}) {
-          const bool by_row = splitting == Splitting::kByRow;
-          const AttentionScratchSize scratch =
-              SizeOfAttentionScratch(splitting, batch_size, num_q_heads, 128, kSms);
-          const int num_splits = ChooseSplits(splitting, batch_size, head_blocks, kSms).num_splits;
-          if (num_splits == 1) continue;  // nothing to merge
-          const int64_t per_block = kFewQueriesColumns / group_size;
-          const int64_t blocks = (kMaxFewQueries + per_block - 1) / per_block + (by_row ? 2 : 0);
-          const int64_t counters = (by_row ? 1 : batch_size) * num_kv_heads * blocks;
-          ASSERT_LE(PartialBytes(counters * kFewQueriesColumns * num_splits, 128),
-                    scratch.partial_bytes);
-          ASSERT_LE(counters * int64_t{sizeof(uint32_t)}, scratch.counter_bytes);
+          for (int64_t head_dim : {64, 128, 256}) {
+            ExpectRoomForFewQueries(splitting, num_kv_heads, group_size, batch_size, head_dim);
+          }
         }
       }
     }
   }
+}
+
+// Their kernel splits no prompts.
+TEST(AttentionScratchSize, HoldsNoPartsOfPromptsWithHeadsOf256) {
+  const AttentionScratchSize scratch =
+      SizeOfAttentionScratch(Splitting::kByBatch, 1, 32, 256, kSms);
+  EXPECT_LT(scratch.partial_bytes, PromptPartBytes(kMaxPromptWaves * kSms, 256));
 }
 
 }  // namespace

@@ -259,7 +259,7 @@ std::vector<HeadShape> RuleShapes() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, OpAttentionRule,
-                         ::testing::ValuesIn(Cases(AllCaches(), RuleShapes(), OddHeadShapes())),
+                         ::testing::ValuesIn(HeadCases(AllCaches(), RuleShapes())),
                          CaseNameOf<OpCase<HeadShape>>);
 
 }  // namespace

@@ -265,6 +265,9 @@ std::vector<OpCase<HeadShape>> AllCases() {
                                       {"mha", 8, 8, 128, 16},
                                       {"group8", 16, 2, 64, 64},
                                       {"group16", 32, 2, 64, 32}});
+  for (const BackendCase& on : CudaCaches()) {
+    if (on.has_wide_heads()) cases.push_back({on, {"wide", 8, 4, 256, 32}});
+  }
   const HeadShape group8 = {"group8", 16, 2, 64, 64};
   cases.push_back({{DeviceType::kCpu, DType::kFloat32}, group8});
   cases.push_back({{DeviceType::kCpu, DType::kFloat32, DType::kFloat8}, group8});

@@ -242,9 +242,16 @@ std::vector<LayerShape> EverywhereShapes() {
   };
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, OpFused,
-                         ::testing::ValuesIn(Cases<LayerShape>(AllBackends(), EverywhereShapes(),
-                                                               {{"odd", 3, 131, 2, 1, 6, 77}})),
+std::vector<OpCase<LayerShape>> AllCases() {
+  std::vector<OpCase<LayerShape>> cases =
+      Cases<LayerShape>(AllBackends(), EverywhereShapes(), {{"odd", 3, 131, 2, 1, 6, 77}});
+  for (const BackendCase& on : AllBackends()) {
+    if (on.has_wide_heads()) cases.push_back({on, {"tokens4_wide", 4, 640, 4, 1, 256, 1000}});
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, OpFused, ::testing::ValuesIn(AllCases()),
                          CaseNameOf<OpCase<LayerShape>>);
 
 }  // namespace

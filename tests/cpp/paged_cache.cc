@@ -67,8 +67,16 @@ std::vector<HeadShape> FewHeadShapes() {
   return {{"mha_d64_page16", 4, 4, 64, 16}, {"group4_d128_page8", 8, 2, 128, 8}};
 }
 
-std::vector<HeadShape> OddHeadShapes() {
-  return {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}};
+std::vector<OpCase<HeadShape>> HeadCases(const std::vector<BackendCase>& backends,
+                                         const std::vector<HeadShape>& everywhere) {
+  std::vector<OpCase<HeadShape>> cases = Cases<HeadShape>(
+      backends, everywhere, {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}});
+  for (const BackendCase& on : backends) {
+    if (!on.has_wide_heads()) continue;
+    cases.push_back({on, {"group4_d256_page16", 4, 1, 256, 16}});
+    cases.push_back({on, {"group11_d256_page64", 11, 1, 256, 64}});
+  }
+  return cases;
 }
 
 std::vector<reference::Sequence> RandomSequences(Random& random, const HeadShape& shape,

@@ -22,8 +22,10 @@ struct HeadShape {
 std::vector<HeadShape> CommonHeadShapes();
 // Two that every backend takes, where more of them would tell little.
 std::vector<HeadShape> FewHeadShapes();
-// Sizes that divide nothing.
-std::vector<HeadShape> OddHeadShapes();
+// `everywhere` on all given backends, heads of 256 on those that have them, and on the CPU's sizes
+// that divide nothing.
+std::vector<OpCase<HeadShape>> HeadCases(const std::vector<BackendCase>& backends,
+                                         const std::vector<HeadShape>& everywhere);
 
 // Scales of an fp8 cache, of which few values are beyond the largest number.
 inline constexpr float kKeyScale = 0.007f, kValueScale = 0.3f;

@@ -13,6 +13,7 @@ import pytest
 import test_families
 from test_families import ONLY_WINDOWS
 from test_gpu import BASE, TOLERANCE, cuda_is_missing, greedy, open_decoder, open_pair
+from tidaldecode import UnsupportedError
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 pytestmark = [
@@ -23,16 +24,20 @@ pytestmark = [
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
 # Scores of this one are twice as large as others'.
 TOLERANCES = {"granitemoehybrid": 2 * TOLERANCE["bfloat16"]}
+# Families whose heads are of 256, and the scale that spreads their scores as BASE's.
+WIDE = ("gemma2", "gemma3_text")
+WIDE_HEADS: dict[str, Any] = {"head_dim": 256, "fields": {"query_pre_attn_scalar": 32}}
 LENGTHS = (200, 33, 65, 1)
 NEW_TOKENS = 32
 
 
 def tiny(family: str) -> TinyModel:
-    """As deep as on the CPU, and so wide that heads of 64 are those of every family."""
+    """As deep as on the CPU, and so wide that heads of 64 are those of every other family."""
     like = test_families.tiny(family)
     return dataclasses.replace(
-        BASE, family=family, num_layers=like.num_layers, hidden_size=512, rope_extra=like.rope_extra
-    )
+        BASE, family=family, num_layers=like.num_layers, hidden_size=512,
+        rope_extra=like.rope_extra, **(WIDE_HEADS if family in WIDE else {}),
+    )  # fmt: skip
 
 
 def plan(family: str) -> dict[str, Any]:
@@ -47,6 +52,12 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(family), tiny(family))
+
+
+def test_wide_heads_are_of_bfloat16(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, tiny("gemma2"))
+    with pytest.raises(UnsupportedError, match="head_dim 256 in float16 .* dtype=.bfloat16"):
+        open_decoder(folder, "cuda", dtype="float16")
 
 
 def tolerance(family: str) -> float:
