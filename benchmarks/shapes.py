@@ -69,6 +69,7 @@ def _config(family: str, **values: Any) -> dict[str, Any]:
         "qwen3_moe": "Qwen3MoeForCausalLM",
         "gpt_oss": "GptOssForCausalLM",
         "granite": "GraniteForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
     }[family]
     fields = {names.get(key, key): value for key, value in values.items()}
     return {"architectures": [architecture], "model_type": family, "hidden_act": "silu", **fields}
@@ -183,6 +184,21 @@ _ALL = (
             "about": "no published plan: layers 3 and 13, of those without a window, stand for "
             "one; its checkpoint has MXFP4 (--weight-format mxfp4)",
         },
+        with_peers=False,
+    ),
+    Shape(
+        name="gemma-3-12b",
+        config=_config(
+            "gemma3_text", layers=48, hidden=3840, intermediate=15360, q_heads=16, kv_heads=8,
+            head_dim=256, vocab=262208, positions=131072, theta=1000000.0, eps=1e-6, tied=True,
+            dtype="bfloat16", rope_local_base_freq=10000.0, sliding_window=1024,
+            layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 8,
+            query_pre_attn_scalar=256, hidden_activation="gelu_pytorch_tanh",
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8), (131072, 4)),
+        select_layers=(5, 23),
+        notes={"about": "no published plan: layers 5 and 23, of those without a window"},
         with_peers=False,
     ),
     Shape(

@@ -1,9 +1,0 @@
-// AttentionFewQueries for __half, head_dim 64.
-#include "kernels/attention_few_queries.cuh"
-
-namespace tidal {
-
-template void RunAttentionFewQueries<__half, __half, 64>(const AttentionPrefillArgs&,
-                                                         const AttentionScratch&, cudaStream_t);
-
-}  // namespace tidal

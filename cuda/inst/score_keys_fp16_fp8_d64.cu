@@ -1,9 +1,0 @@
-// ScoreKeys for __half, head_dim 64, of an fp8 cache.
-#include "kernels/score_keys.cuh"
-
-namespace tidal {
-
-template void RunScoreKeys<__half, Float8, 64>(const ScoreKeysArgs&, const AttentionScratch&,
-                                               CacheReads, cudaStream_t);
-
-}  // namespace tidal
