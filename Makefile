@@ -21,7 +21,7 @@ serve-demo: $(VENV)/.installed $(VENV)/.serve-deps
 test: test-cpp test-python
 
 test-cpp: $(VENV)/.tools
-	tests/install_googletest.sh
+	tools/install_googletest.sh
 	$(BIN)/cmake --preset cpu-release -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-release
 	tests/run_gtest.sh build/cpu-release/tidal_tests --gtest_filter=-*cuda*
@@ -49,7 +49,7 @@ build/public-models/gemma-3-270m: | $(BIN)/python $(VENV)/.test-deps
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, but for those of float16,
 # which are bfloat16's again.
 test-sanitize: $(VENV)/.tools
-	tests/install_googletest.sh
+	tools/install_googletest.sh
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
 	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*:*cpu_float16*
@@ -57,7 +57,7 @@ test-sanitize: $(VENV)/.tools
 # The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
 # newer kernels do more than older compilers' ThreadSanitizer knows.
 test-tsan: $(VENV)/.tools
-	tests/install_googletest.sh
+	tools/install_googletest.sh
 	$(BIN)/cmake --preset cpu-tsan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-tsan --target tidal_threads_tests
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/cpu-tsan/tidal_threads_tests --gtest_brief=1 --gtest_filter=-*cuda*:*bfloat16*
@@ -83,9 +83,9 @@ soak-server: $(VENV)/.test-deps $(VENV)/.installed
 # release build (CUDA_BUILD=build/cpu-release) the core and the tests are not compiled again.
 CUDA_BUILD ?= build/cuda-release
 cuda-build: $(VENV)/.tools
-	tests/install_googletest.sh
-	$(BIN)/python tests/ensure_cublas.py
-	$(BIN)/python tests/ensure_cudnn.py build/cudnn
+	tools/install_googletest.sh
+	$(BIN)/python tools/ensure_cublas.py
+	$(BIN)/python tools/ensure_cudnn.py build/cudnn
 	$(BIN)/cmake --preset cuda-release -B $(CUDA_BUILD) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCudnnFrontend_ROOT=$(abspath build/cudnn)
 	$(BIN)/cmake --build $(CUDA_BUILD)

@@ -56,7 +56,7 @@ echo "== Python tests on the GPU"
 # The features on the CPU too: one run makes the whole table.
 "$python" -m pytest -q tests/python/test_features.py --feature-results "$build/features.json" \
   --deselect tests/python/test_features.py::test_the_table_names_every_feature || status=1
-"$python" tests/feature_table.py --results "$build/features.json"
+"$python" tools/feature_table.py --results "$build/features.json"
 
 # The op tests in one dtype; racecheck, some twenty times slower, on one shape of each kernel and
 # without the matrix library's own kernels.
@@ -82,5 +82,5 @@ echo "== benchmark"
   --output "$out/decode.json" ${MODEL_ARGS:-} || status=1
 "$build/bench_ops" >"$out/ops.jsonl" || status=1
 
-"$python" tests/gpu_report.py --build "$build" --shards "$shards" --output "$out/tests.json"
+"$python" tools/gpu_report.py --build "$build" --shards "$shards" --output "$out/tests.json"
 exit $status

@@ -59,7 +59,7 @@ if(_cudnn_frontend_include)
   string(REPLACE ";" "." CudnnFrontend_VERSION "${_cudnn_numbers}")
 endif()
 
-set(_cudnn_remedy "Run: tests/ensure_cudnn.py DIR, and give CudnnFrontend_ROOT=DIR")
+set(_cudnn_remedy "Run: tools/ensure_cudnn.py DIR, and give CudnnFrontend_ROOT=DIR")
 set(CudnnFrontend_REASON "")
 if(NOT _cudnn_include)
   set(CudnnFrontend_REASON "cudnn.h was not found. ${_cudnn_remedy}")

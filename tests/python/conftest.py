@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Leaves what tests/feature_table.py reads."""
+    """Leaves what tools/feature_table.py reads."""
     path = config.getoption("--feature-results")
     if path is None:
         return

@@ -2,7 +2,7 @@
 
 Every public name and every command (feature_runs.py) is used on the CPU, and on CUDA in both of its
 dtypes. The names are found by looking at the package, so that a new one without a run is an error.
-What ran where is a table in tests/README.md, which tests/feature_table.py makes from the results of
+What ran where is a table in tests/README.md, which tools/feature_table.py makes from the results of
 `make gpu-test`.
 """
 

@@ -1,6 +1,6 @@
 """Puts the headers of cuDNN and of its C++ frontend into DIR/include, from their wheels.
 
-    python tests/ensure_cudnn.py DIR          then: cmake -DCudnnFrontend_ROOT=DIR
+    python tools/ensure_cudnn.py DIR          then: cmake -DCudnnFrontend_ROOT=DIR
 
 Only the headers are kept: a build needs no more. Without a network it says so and the build goes on
 with the engine's own attention kernel.

@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS / "python"))
 import checkpoint_runs  # noqa: E402, F401  adds its runs
 import request_runs  # noqa: E402, F401  adds its runs
 import server_runs  # noqa: E402, F401  adds its runs
@@ -40,7 +41,7 @@ def table(results: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "README.md")
+    parser.add_argument("--output", type=Path, default=TESTS / "README.md")
     args = parser.parse_args()
     before, rest = args.output.read_text().split(BEGIN)
     behind = rest.split(END, 1)[1]
