@@ -85,6 +85,6 @@ inline constexpr int kTileStages =
 // 24 KB of stages a warp: two blocks of 4 warps an SM keep at least 128 KB of reads in flight,
 // several times what 4.8 TB/s x 1 us of latency over 132 SMs asks for.
 template <int kHeadDim, DecodeReads kReads = DecodeReads::kKeysAndValues>
-inline constexpr int kDecodeStages = 6 * 128 / kHeadDim / kStageTiles<kHeadDim, kReads>;
+inline constexpr int kDecodeStages = 6 * 128 / kPaddedDim<kHeadDim> / kStageTiles<kHeadDim, kReads>;
 
 }  // namespace tidal

@@ -25,7 +25,7 @@ struct AttentionScratch {
 // Bytes for num_rows = batch_size x num_q_heads x num_splits partial rows.
 inline int64_t PartialBytes(int64_t num_rows, int64_t head_dim) {
   constexpr int64_t kStateFloats = 2;  // maximum and sum
-  return num_rows * (head_dim + kStateFloats) * static_cast<int64_t>(sizeof(float));
+  return num_rows * (PaddedHeadDim(head_dim) + kStateFloats) * static_cast<int64_t>(sizeof(float));
 }
 
 // Bytes for what num_blocks blocks of attention_prefill_hopper leave to be merged: of each row an
@@ -61,7 +61,7 @@ inline AttentionScratchSize SizeOfAttentionScratch(Splitting splitting, int64_t 
   int64_t counter_bytes = num_counters * static_cast<int64_t>(sizeof(uint32_t));
   counter_bytes = (counter_bytes + kAlignment - 1) / kAlignment * kAlignment;
   int64_t partial_bytes = PartialBytes(num_rows, head_dim);
-  if (splitting == Splitting::kByBatch && head_dim <= kMaxPromptHeadDim) {
+  if (splitting == Splitting::kByBatch && IsPromptHeadDim(head_dim)) {
     int64_t num_blocks = int64_t{kMaxPromptWaves} * num_sms;
     partial_bytes = std::max(partial_bytes, PromptPartBytes(num_blocks, head_dim));
   }

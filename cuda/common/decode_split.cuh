@@ -70,7 +70,7 @@ struct RowSplits {
 // Unnormalised results of splits, row (batch * Hq + q_head) * num_splits + split; rows of unused
 // splits are neither written nor read.
 struct PartialResults {
-  float* out;         // [rows, D]: sum of exp(score - max) * v
+  float* out;         // [rows, PaddedHeadDim]: sum of exp(score - max) * v
   float2* state;      // [rows]: max of the scores, sum of exp(score - max)
   uint32_t* counter;  // [B * blocks for the heads of a row]: splits that are written
 };
@@ -88,7 +88,7 @@ inline PartialResults TakePartials(const char* op, const AttentionScratch& scrat
   auto* counter = static_cast<uint32_t*>(scratch.memory);
   auto* out = reinterpret_cast<float*>(static_cast<char*>(scratch.memory) + counter_bytes);
   return {.out = out,
-          .state = reinterpret_cast<float2*>(out + num_rows * num_splits * head_dim),
+          .state = reinterpret_cast<float2*>(out + num_rows * num_splits * PaddedHeadDim(head_dim)),
           .counter = counter};
 }
 

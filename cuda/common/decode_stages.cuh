@@ -27,7 +27,7 @@ class DecodeStages {
   static constexpr int kAhead = kStages < kDecodeStages<kHeadDim, kReads> ? kStages : kStages - 1;
   static constexpr int kTilesAhead = kAhead / kOfTile;
   static constexpr int kBytes =
-      kStages * kTiles * kTokens * kHeadDim * static_cast<int>(sizeof(Stored));
+      kStages * kTiles * kTokens * kPaddedDim<kHeadDim> * static_cast<int>(sizeof(Stored));
 
   // `shared`: kBytes, aligned to 128.
   __device__ __forceinline__ DecodeStages(unsigned char* shared, const PagedKvView<Stored>& kv)
@@ -88,7 +88,7 @@ class DecodeStages {
   }
 
  private:
-  static constexpr int kTileElements = kTokens * kHeadDim;
+  static constexpr int kTileElements = kTokens * kPaddedDim<kHeadDim>;
   static_assert(kAhead % kOfTile == 0, "whole tiles are under way");
 
   // Starts the copies into a stage, if its tile is `present`; one group, possibly empty. `row`: of

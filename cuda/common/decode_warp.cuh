@@ -300,7 +300,7 @@ class DecodeWarp {
                                          const DecodeQuery<T>& query,
                                          float (&scores)[kColumnTiles][kRowTiles][4]) {
     float dot[kColumnTiles][4] = {};
-    Multiply(stages_.KeyTile(stage) + m * kDecodeWarpTile * kHeadDim, dot);
+    Multiply(stages_.KeyTile(stage) + m * kDecodeWarpTile * kPaddedDim<kHeadDim>, dot);
     query.MakeScores(dot);
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
@@ -383,7 +383,7 @@ class DecodeWarp {
     }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      AddWeighted(value + m * kDecodeWarpTile * kHeadDim, m, b);
+      AddWeighted(value + m * kDecodeWarpTile * kPaddedDim<kHeadDim>, m, b);
     }
   }
 

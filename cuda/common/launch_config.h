@@ -9,6 +9,14 @@
 
 namespace tidal {
 
+// Elements from one row of a head to the next where rows lie in shared memory or in scratch: a
+// power of two, of which heads of 96 leave the last ones unused.
+constexpr int64_t PaddedHeadDim(int64_t head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+template <int kHeadDim>
+inline constexpr int kPaddedDim = static_cast<int>(PaddedHeadDim(kHeadDim));
+
 inline constexpr int kMaxGroupSize = 16;  // query heads of one KV head
 // Query heads of a block of a decode kernel, all of one KV head: the N of one mma.m16n8k16.
 inline constexpr int kBlockHeads = 8;
@@ -126,7 +134,10 @@ inline int ChooseNumRaggedSplits(int64_t num_rows, int num_sms, int64_t max_toke
 // of kPromptTokens tokens, and fills an SM.
 inline constexpr int kPromptRows = 128;
 inline constexpr int kPromptTokens = 128;
-inline constexpr int kMaxPromptHeadDim = 128;  // what its registers have room for
+// What it is compiled for.
+constexpr bool IsPromptHeadDim(int64_t head_dim) {
+  return head_dim == 64 || head_dim == 128;
+}
 // What starting and ending a block takes, and adding what one split has found, in the time of a
 // tile of tokens (1.7 us on an H200; estimated).
 inline constexpr int kPromptBlockTiles = 3;

@@ -17,9 +17,12 @@ namespace tidal {
 
 inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
-// The dims of an output row that one lane of a warp holds: [lane * kHeadDim / 32, ..).
+// The dims of an output row that one lane of a warp holds, from lane times their number on; those
+// from kHeadDim on are anything.
 template <int kHeadDim>
-using LaneDims = Vec<float, kHeadDim / kWarpSize>;
+inline constexpr int kLaneDims = kPaddedDim<kHeadDim> / kWarpSize;
+template <int kHeadDim>
+using LaneDims = Vec<float, kLaneDims<kHeadDim>>;
 
 // The softmax of one head's scores of some tokens, the same in all lanes of a warp; as it stands,
 // of none.
@@ -121,7 +124,7 @@ __device__ __forceinline__ HeadResult<kHeadDim> MergeParts(int count, const Stat
       if (first + i >= count) break;
       float weight = __shfl_sync(kFullWarp, lane_weight, (first + i) % kWarpSize);
 #pragma unroll
-      for (int dim = 0; dim < kHeadDim / kWarpSize; ++dim) {
+      for (int dim = 0; dim < kLaneDims<kHeadDim>; ++dim) {
         merged.out.elements[dim] =
             __fmaf_rn(weight, outs[i].elements[dim], merged.out.elements[dim]);
       }
@@ -141,7 +144,7 @@ struct AttentionOutput {
   // A warp writes row batch * Hq + q_head.
   template <int kHeadDim>
   __device__ __forceinline__ void Store(int64_t row, const HeadResult<kHeadDim>& result) const {
-    constexpr int kDims = kHeadDim / kWarpSize;
+    constexpr int kDims = kLaneDims<kHeadDim>;
     int lane = threadIdx.x % kWarpSize;
     float values[kDims], sum = result.sum, keep = 1.0f;
     if (sinks != nullptr) {
@@ -154,7 +157,9 @@ struct AttentionOutput {
     for (int dim = 0; dim < kDims; ++dim) {
       values[dim] = sum == 0.0f ? 0.0f : result.out.elements[dim] * keep / sum * scale;
     }
-    StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
+    if (kPaddedDim<kHeadDim> == kHeadDim || lane * kDims < kHeadDim) {
+      StoreFloats<kDims>(out + row * kHeadDim + lane * kDims, values);
+    }
     if (lse != nullptr && lane == 0) lse[row] = result.LogSumExp();
   }
 };

@@ -6,14 +6,16 @@
 //   B [16 x 8]:  b0 (k = 2t, n = g), b1 (k = 2t + 8, n = g)
 //   C [16 x 8]:  c0 (g, 2t), c1 (g, 2t + 1), c2 (g + 8, 2t), c3 (g + 8, 2t + 1), float32
 // mma.m16n8k32 is the same on bytes: a register holds four neighbours along k, so 2t above is 4t
-// and 2t + 8 is 4t + 16; C is int32. Tiles in shared memory are rows of head_dim elements of 16 or
-// 8 bits in 16-byte chunks, swizzled by TileOffset.
+// and 2t + 8 is 4t + 16; C is int32. Tiles in shared memory are rows of kPaddedDim elements of 16
+// or 8 bits in 16-byte chunks, swizzled by TileOffset.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "common/launch_config.h"
 
 namespace tidal {
 
@@ -23,16 +25,17 @@ inline constexpr int kChunkElements = kElementsOfChunk<uint16_t>;
 
 // Rows of a tile that span all banks together: 128 bytes or more.
 template <int kHeadDim, typename Element>
-inline constexpr int kRowsOfLine = kHeadDim / kElementsOfChunk<Element> < 8 ? 2 : 1;
+inline constexpr int kRowsOfLine = kPaddedDim<kHeadDim> / kElementsOfChunk<Element> < 8 ? 2 : 1;
 
 // Element offset of a 16-byte chunk of a row. The exclusive-or spreads one chunk column of 8
 // consecutive rows over all 32 banks, which makes ldmatrix and the row-wise copies conflict-free.
 template <int kHeadDim, typename Element = uint16_t>
 __device__ __forceinline__ int TileOffset(int row, int chunk) {
   constexpr int kChunk = kElementsOfChunk<Element>, kRows = kRowsOfLine<kHeadDim, Element>;
-  static_assert(kRows * kHeadDim % (8 * kChunk) == 0, "a line must span all banks");
-  int line = row / kRows, chunk_of_line = row % kRows * (kHeadDim / kChunk) + chunk;
-  return line * (kRows * kHeadDim) + ((chunk_of_line ^ (line & 7)) * kChunk);
+  constexpr int kRow = kPaddedDim<kHeadDim>;
+  static_assert(kRows * kRow % (8 * kChunk) == 0, "a line must span all banks");
+  int line = row / kRows, chunk_of_line = row % kRows * (kRow / kChunk) + chunk;
+  return line * (kRows * kRow) + ((chunk_of_line ^ (line & 7)) * kChunk);
 }
 
 // TileOffset(row, chunk + even_chunks) from TileOffset(row, chunk), for chunk 0 or 1 and an even
@@ -47,7 +50,7 @@ __device__ __forceinline__ int NextChunks(int tile_offset, int even_chunks) {
 template <int kHeadDim, typename Element = uint16_t>
 __device__ __forceinline__ int NextRows(int tile_offset, int rows) {
   int lines = rows / kRowsOfLine<kHeadDim, Element>;
-  return (tile_offset ^ ((lines & 7) * kElementsOfChunk<Element>)) + rows * kHeadDim;
+  return (tile_offset ^ ((lines & 7) * kElementsOfChunk<Element>)) + rows * kPaddedDim<kHeadDim>;
 }
 
 // Loads four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l / 8, and receives

@@ -61,7 +61,7 @@ inline constexpr int kCopyTokens = 32 / static_cast<int>(sizeof(Stored));
 // whole warps call this.
 template <typename Stored, int kHeadDim, typename Copy>
 __device__ __forceinline__ void ForEachChunk(int row, const Copy& copy) {
-  constexpr int kChunk = kElementsOfChunk<Stored>, kChunks = kHeadDim / kChunk;
+  constexpr int kChunk = kElementsOfChunk<Stored>, kChunks = kPaddedDim<kHeadDim> / kChunk;
   constexpr int kTokensPerPass = kWarpSize / kChunks;
   int lane = threadIdx.x % kWarpSize;
   int chunk = lane % kChunks;
@@ -73,7 +73,9 @@ __device__ __forceinline__ void ForEachChunk(int row, const Copy& copy) {
     int token_row = __shfl_sync(kFullWarp, row, token);
     int64_t source = int64_t{max(token_row, 0)} * kHeadDim + chunk * kChunk;
     int target = NextRows<kHeadDim, Stored>(first_target, pass * kTokensPerPass);
-    copy(target, source, token_row >= 0);
+    if (kPaddedDim<kHeadDim> == kHeadDim || chunk < kHeadDim / kChunk) {
+      copy(target, source, token_row >= 0);
+    }
   }
 }
 

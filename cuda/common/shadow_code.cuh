@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/launch_config.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "core/shadow_code.h"
@@ -15,13 +16,19 @@ namespace tidal {
 template <int kHeadDim>
 class ShadowDims {
  public:
-  static constexpr int kDims = kHeadDim / kWarpSize;  // of a lane
-  static_assert(kDims == 2 || kDims == 4 || kDims == 8, "head_dim is 64, 128 or 256");
+  static constexpr int kDims = kPaddedDim<kHeadDim> / kWarpSize;  // of a lane
+  static constexpr int kLanes = kHeadDim / kDims;                 // others have zeros
+  static_assert(kLanes * kDims == kHeadDim && (kDims == 2 || kDims == 4 || kDims == 8));
 
   // Loads a key or query [kHeadDim], which is divided or multiplied by its balance next.
   template <typename T>
   __device__ __forceinline__ explicit ShadowDims(const T* row) {
-    LoadFloats(row + FirstDim(), dims_);
+    if (IsInRow()) LoadFloats(row + FirstDim(), dims_);
+  }
+
+  // Whether the lane has dims of the row.
+  __device__ __forceinline__ static bool IsInRow() {
+    return kLanes == kWarpSize || threadIdx.x % kWarpSize < kLanes;
   }
 
   __device__ __forceinline__ static int FirstDim() {
@@ -33,10 +40,12 @@ class ShadowDims {
     for (int i = 0; i < kDims; ++i) dims_[i] = __fmul_rn(dims_[i], scale);
   }
   __device__ __forceinline__ void DivideBy(const float* balance) {
+    if (!IsInRow()) return;
 #pragma unroll
     for (int i = 0; i < kDims; ++i) dims_[i] = __fdiv_rn(dims_[i], balance[FirstDim() + i]);
   }
   __device__ __forceinline__ void MultiplyBy(const float* balance) {
+    if (!IsInRow()) return;
 #pragma unroll
     for (int i = 0; i < kDims; ++i) dims_[i] = __fmul_rn(dims_[i], balance[FirstDim() + i]);
   }
@@ -44,7 +53,7 @@ class ShadowDims {
   // RotateForShadow. The order of the sums is the same.
   __device__ __forceinline__ void Rotate() {
     constexpr int kBlock = kHeadDim & -kHeadDim;
-    static_assert(kBlock == kHeadDim, "one block of dims");
+    static_assert(kBlock % kDims == 0, "whole lanes");
 #pragma unroll
     for (int i = 0; i < kDims; ++i) dims_[i] = __fmul_rn(dims_[i], ShadowSign(FirstDim() + i));
 #pragma unroll
@@ -58,7 +67,7 @@ class ShadowDims {
       }
     }
 #pragma unroll
-    for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
+    for (int lanes = 1; lanes < kBlock / kDims; lanes *= 2) {
       bool is_upper = (static_cast<int>(threadIdx.x) & lanes) != 0;
 #pragma unroll
       for (int i = 0; i < kDims; ++i) {
@@ -95,7 +104,7 @@ class ShadowDims {
   }
 
  private:
-  float dims_[kDims];
+  float dims_[kDims] = {};
 };
 
 // A key's shadow in a warp.
@@ -124,6 +133,8 @@ struct ShadowKey {
   // Writes it as row `row` of the codes [rows, kHeadDim / 2] and scales [rows].
   __device__ __forceinline__ void Store(uint8_t* all_codes, __half* scales, int64_t row) const {
     int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    if (lane == 0) scales[row] = scale;
+    if (!ShadowDims<kHeadDim>::IsInRow()) return;
     uint8_t* codes_of_row = all_codes + row * (kHeadDim / 2);
     if constexpr (ShadowDims<kHeadDim>::kDims == 8) {
       reinterpret_cast<uint32_t*>(codes_of_row)[lane] = codes;
@@ -132,7 +143,6 @@ struct ShadowKey {
     } else {
       codes_of_row[lane] = static_cast<uint8_t>(codes);
     }
-    if (lane == 0) scales[row] = scale;
   }
 };
 
@@ -155,6 +165,7 @@ struct ShadowQueryCodes {
 #pragma unroll
     for (int i = 0; i < kDims; ++i) {
       int code = dims.Code(i, step, kShadowQueryLevels);
+      if (!dims.IsInRow()) continue;
       codes[i % 2 * (kHeadDim / 2) + (dims.FirstDim() + i) / 2] = static_cast<int8_t>(code);
       own_sum += code;
     }

@@ -36,7 +36,7 @@ struct PrefillTile {
   static constexpr int kQueries = kPrefillWarps * kWarpQueries;
   static constexpr int kTokens = kHeadDim <= 128 ? 64 : 32;
   // Queries, and two stages of K and V.
-  static constexpr int kSharedElements = (kQueries + 2 * 2 * kTokens) * kHeadDim;
+  static constexpr int kSharedElements = (kQueries + 2 * 2 * kTokens) * kPaddedDim<kHeadDim>;
 };
 
 template <typename T>
@@ -120,8 +120,9 @@ class PrefillWarp {
       }
     }
     __syncwarp();
-    constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
+    constexpr int kChunks = kRow / kChunkElements, kRowsPerPass = kWarpSize / kChunks;
     int chunk = lane_ % kChunks;
+    if (kRow != kHeadDim && chunk >= kHeadDim / kChunkElements) return;
 #pragma unroll
     for (int pass = 0; pass < kQueries / kRowsPerPass; ++pass) {
       int row = pass * kRowsPerPass + lane_ / kChunks;
@@ -134,7 +135,8 @@ class PrefillWarp {
  private:
   static constexpr int kRowTiles = kQueries / 16;  // 16-row tiles of queries
   static constexpr int kTokenTiles = kTokens / 8;  // 8-column tiles of scores
-  static constexpr int kDimTiles = kHeadDim / 8;   // 8-column tiles of the output
+  static constexpr int kRow = kPaddedDim<kHeadDim>;
+  static constexpr int kDimTiles = kHeadDim / 8;  // 8-column tiles of the output
   using ScoreTile = float (&)[kRowTiles][kTokenTiles][4];
   // Weights in pairs of tokens: [m][n][half] is rows m * 16 + g + half * 8.
   using WeightTile = uint32_t (&)[kRowTiles][kTokenTiles][2];
@@ -156,12 +158,12 @@ class PrefillWarp {
       uint32_t a[kRowTiles][4];  // matrices: queries 0-7 and 8-15 of dims 0-7, then of dims 8-15
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        LoadMatrix4(a[m], query_ + m * 16 * kHeadDim + NextChunks(query_offset, step * 2));
+        LoadMatrix4(a[m], query_ + m * 16 * kRow + NextChunks(query_offset, step * 2));
       }
 #pragma unroll
       for (int n = 0; n < kTokenTiles; n += 2) {
         uint32_t b[4];  // matrices: dims 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
-        LoadMatrix4(b, key + n * 8 * kHeadDim + NextChunks(key_offset, step * 2));
+        LoadMatrix4(b, key + n * 8 * kRow + NextChunks(key_offset, step * 2));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           MultiplyAdd<T>(scores[m][n], a[m], b[0], b[1]);
@@ -234,7 +236,7 @@ class PrefillWarp {
 #pragma unroll
       for (int n = 0; n < kDimTiles; n += 2) {
         uint32_t b[4];  // matrices: tokens 0-7 and 8-15 of dims 0-7, then of dims 8-15
-        LoadMatrix4Transposed(b, value + step * 16 * kHeadDim + NextChunks(value_offset, n));
+        LoadMatrix4Transposed(b, value + step * 16 * kRow + NextChunks(value_offset, n));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           const uint32_t a[4] = {weights[m][step * 2][0], weights[m][step * 2][1],
@@ -260,8 +262,10 @@ class PrefillWarp {
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void CopyQueries(T* shared, const T* q, int64_t row_stride,
                                             int num_queries) {
-  constexpr int kChunks = kHeadDim / kChunkElements, kRowsPerPass = kPrefillThreads / kChunks;
+  constexpr int kRow = kPaddedDim<kHeadDim>;
+  constexpr int kChunks = kRow / kChunkElements, kRowsPerPass = kPrefillThreads / kChunks;
   int chunk = threadIdx.x % kChunks;
+  if (kRow != kHeadDim && chunk >= kHeadDim / kChunkElements) return;
 #pragma unroll
   for (int pass = 0; pass < PrefillTile<kHeadDim>::kQueries / kRowsPerPass; ++pass) {
     int row = pass * kRowsPerPass + threadIdx.x / kChunks;
@@ -282,7 +286,7 @@ __device__ __forceinline__ void CopyKvTile(T* key, T* value, const PagedKvView<T
   int warp_token = warp % kWarps * kCopyTokens<T>;
   int token = first_token + warp_token + threadIdx.x % kCopyTokens<T>;
   int row = token < task.kv_end ? kv.Row(task.batch, task.kv_head, token) : -1;
-  int offset = warp_token * kHeadDim;
+  int offset = warp_token * kPaddedDim<kHeadDim>;
   if constexpr (kWarps == kPrefillWarps) {
     CopyTokens<T, kHeadDim>(key + offset, value + offset, kv.k, kv.v, row);
   } else {
@@ -319,9 +323,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   }
   __syncthreads();
 
-  constexpr int kKvElements = kTokens * kHeadDim;
+  constexpr int kRow = kPaddedDim<kHeadDim>, kKvElements = kTokens * kRow;
   T* query = reinterpret_cast<T*>(shared_bytes);
-  T* stages = query + kQueries * kHeadDim;  // K, V, K, V
+  T* stages = query + kQueries * kRow;  // K, V, K, V
   int64_t row_stride = int64_t{num_q_heads} * kHeadDim;
   const T* q = params.q + q_head * kHeadDim;
   CopyQueries<T, kHeadDim>(query, q + task.first_row * row_stride, row_stride, num_queries);
@@ -333,7 +337,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
 
   int warp_first = threadIdx.x / kWarpSize * Warp::kQueries;
   int first_position = tile_position + warp_first;
-  Warp warp(query + warp_first * kHeadDim, first_position, params);
+  Warp warp(query + warp_first * kRow, first_position, params);
   for (int first_token = kv_begin; first_token < task.kv_end; first_token += kTokens) {
     WaitCopies<0>();
     __syncthreads();  // the tile has landed for all; and all are done with the one before

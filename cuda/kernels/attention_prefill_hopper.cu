@@ -33,16 +33,15 @@ bool HasAttentionPrefillHopper(int device) {
 bool FitsAttentionPrefillHopper(const AttentionPrefillArgs& args) {
   int device = 0;
   TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  return HasAttentionPrefillHopper(device) && args.q.dim(2) <= kMaxPromptHeadDim &&
-         IsAligned(args.q) && IsAligned(args.out) && IsAligned(args.kv.k_pages) &&
-         IsAligned(args.kv.v_pages);
+  return HasAttentionPrefillHopper(device) && IsPromptHeadDim(args.q.dim(2)) && IsAligned(args.q) &&
+         IsAligned(args.out) && IsAligned(args.kv.k_pages) && IsAligned(args.kv.v_pages);
 }
 
 void LaunchAttentionPrefillHopper(const AttentionPrefillArgs& args, const AttentionScratch& scratch,
                                   cudaStream_t stream) {
   DispatchAttention("attention_prefill", args.q, args.kv, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::Type;
-    if constexpr (head_dim() <= kMaxPromptHeadDim) {
+    if constexpr (IsPromptHeadDim(head_dim())) {
       RunAttentionPrefillHopper<T, head_dim()>(args, scratch, stream);
     }
   });

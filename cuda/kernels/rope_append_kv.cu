@@ -44,22 +44,30 @@ struct RopeAppendKvParams {
 };
 
 // One head of one token, held by a warp: lane l has elements [l * kPairs, (l + 1) * kPairs) of the
-// first half and the same of the second, so that a rotation stays inside the lane.
-template <int kPairs>
+// first half and the same of the second, so that a rotation stays inside the lane. Lanes from
+// kLanes on have zeros.
+template <int kHeadDim>
 struct HeadVector {
-  float low[kPairs];
-  float high[kPairs];
+  static constexpr int kHalf = kHeadDim / 2;
+  static constexpr int kPairs = (kHalf + kWarpSize - 1) / kWarpSize;
+  static constexpr int kLanes = kHalf / kPairs;
+  static_assert(kLanes * kPairs == kHalf);
+
+  float low[kPairs] = {};
+  float high[kPairs] = {};
 
   template <typename T>
   __device__ void Load(const T* source, int lane) {
+    if (kLanes < kWarpSize && lane >= kLanes) return;
     LoadFloats<kPairs>(source + lane * kPairs, low);
-    LoadFloats<kPairs>(source + (kWarpSize + lane) * kPairs, high);
+    LoadFloats<kPairs>(source + kHalf + lane * kPairs, high);
   }
 
   template <typename T>
   __device__ void Store(T* destination, int lane) const {
+    if (kLanes < kWarpSize && lane >= kLanes) return;
     StoreFloats<kPairs>(destination + lane * kPairs, low);
-    StoreFloats<kPairs>(destination + (kWarpSize + lane) * kPairs, high);
+    StoreFloats<kPairs>(destination + kHalf + lane * kPairs, high);
   }
 
   // Divides a row of an fp8 cache by its scale. All of it becomes NaN if a number is not finite.
@@ -105,10 +113,9 @@ struct HeadVector {
 
 // The norm of a head of q or k. A wide one is over all heads of its kind, whose numbers the warp
 // reads beside its own.
-template <int kPairs, typename T, typename Stored>
+template <int kHeadDim, typename T, typename Stored>
 __device__ void Normalize(const RopeAppendKvParams<T, Stored>& p, int64_t token, int head,
-                          HeadVector<kPairs>& vector, int lane) {
-  constexpr int kHeadDim = 2 * kPairs * kWarpSize;
+                          HeadVector<kHeadDim>& vector, int lane) {
   bool is_q = head < p.num_q_heads;
   const void* norm = is_q ? p.q_norm : p.k_norm;
   if (norm == nullptr) return;
@@ -118,7 +125,7 @@ __device__ void Normalize(const RopeAppendKvParams<T, Stored>& p, int64_t token,
     int heads = is_q ? p.num_q_heads : p.num_kv_heads;
     const T* of_token = p.qkv + token * (p.num_q_heads + 2 * p.num_kv_heads) * kHeadDim;
     for (int other = first; other < first + heads; ++other) {
-      HeadVector<kPairs> beside;
+      HeadVector<kHeadDim> beside;
       beside.Load(of_token + other * kHeadDim, lane);
       sum += beside.SumOfSquares();
     }
@@ -128,7 +135,7 @@ __device__ void Normalize(const RopeAppendKvParams<T, Stored>& p, int64_t token,
     sum = vector.SumOfSquares();
   }
   float scale = 1.0f / sqrtf(WarpSum(sum) / static_cast<float>(count) + p.norm_eps);
-  HeadVector<kPairs> weights;
+  HeadVector<kHeadDim> weights;
   if (p.is_norm_float) {
     weights.Load(static_cast<const float*>(norm) + place, lane);
   } else {
@@ -154,7 +161,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   bool is_q = head < p.num_q_heads;
   bool is_v = head >= p.num_q_heads + p.num_kv_heads;
 
-  HeadVector<kHeadDim / 2 / kWarpSize> vector = {};
+  HeadVector<kHeadDim> vector;
   if (position >= 0) {
     vector.Load(p.qkv + index * kHeadDim, lane);
     if (!is_v) {

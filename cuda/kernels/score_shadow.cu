@@ -73,6 +73,10 @@ __device__ __forceinline__ Vec<uint32_t, kWords> LoadCodes(const uint8_t* source
                  : "=r"(words.elements[0]), "=r"(words.elements[1]), "=r"(words.elements[2]),
                    "=r"(words.elements[3])
                  : "l"(source), "l"(policy));
+  } else if constexpr (kWords == 1) {
+    asm volatile("ld.global.cg.L2::cache_hint.u32 %0, [%1], %2;\n"
+                 : "=r"(words.elements[0])
+                 : "l"(source), "l"(policy));
   } else {
     static_assert(kWords == 2);
     asm volatile("ld.global.cg.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;\n"
@@ -137,7 +141,7 @@ class ShadowWarp {
       const ShadowQueryCodes<kHeadDim>& query = shared_.queries[head];
       int product = 0;
 #pragma unroll
-      for (int i = 0; i < ShadowDims<kHeadDim>::kDims; ++i) {
+      for (int i = 0; i < ShadowDims<kHeadDim>::kDims && ShadowDims<kHeadDim>::IsInRow(); ++i) {
         int code = static_cast<int>(key.codes >> (4 * i) & 0xfu);
         product += query.codes[i % 2 * (kHeadDim / 2) + (dim + i) / 2] * code;
       }
@@ -181,10 +185,10 @@ class ShadowWarp {
 
  private:
   static constexpr int kWords = kHeadDim / 32;  // of a key in a lane: an mma each
-  static constexpr int kLoadWords = kWords < 4 ? kWords : 4;
+  static constexpr int kLoadWords = kWords == 3 ? 1 : kWords < 4 ? kWords : 4;
   static constexpr int kLoads = kWords / kLoadWords;
   static constexpr int kLoadBytes = 4 * kLoadWords;
-  static constexpr int kDepth = 3 * 128 / kHeadDim;  // tiles whose loads are under way
+  static constexpr int kDepth = 3 * 128 / kPaddedDim<kHeadDim>;  // tiles whose loads are under way
 
   // A lane's share: of each token of its quad a part of the codes, and all scales.
   struct Tile {

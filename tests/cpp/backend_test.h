@@ -30,8 +30,8 @@ struct BackendCase {
 
   DType kv_dtype() const { return other_kv_dtype.value_or(dtype); }
   bool is_cpu() const { return device == DeviceType::kCpu; }
-  // Whether there are heads of 256.
-  bool has_wide_heads() const { return is_cpu() || dtype != DType::kFloat16; }
+  // Whether there are heads of 96 and 256.
+  bool has_all_head_dims() const { return is_cpu() || dtype != DType::kFloat16; }
 };
 
 std::string CaseName(const BackendCase& on);  // "cpu_bfloat16", "cpu_float32_int8"

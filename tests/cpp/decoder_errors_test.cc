@@ -215,7 +215,8 @@ TEST_P(DecoderErrors, ShapesCudaDoesNotRun) {
   EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(config); }, {"page_size", "7"}));
   model_ = OddConfig();
   weights_ = TinyModel(model_, 1);
-  EXPECT_TRUE(Throws<UnsupportedError>([&] { Make(Dense()); }, {"head_dim 20", "64, 128 or 256"}));
+  EXPECT_TRUE(
+      Throws<UnsupportedError>([&] { Make(Dense()); }, {"head_dim 20", "64, 96, 128 or 256"}));
   model_ = TinyConfig();
   model_.head_dim = 256;
   weights_ = TinyModel(model_, 1);

@@ -104,7 +104,7 @@ TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
     for (int64_t num_kv_heads : {1, 2, 3, 8, 40}) {
       for (int64_t group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
         for (int64_t batch_size : {1, 2, 7, 64}) {
-          for (int64_t head_dim : {64, 128, 256}) {
+          for (int64_t head_dim : {64, 96, 128, 256}) {
             ExpectRoomForFewQueries(splitting, num_kv_heads, group_size, batch_size, head_dim);
           }
         }
@@ -114,10 +114,12 @@ TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
 }
 
 // Their kernel splits no prompts.
-TEST(AttentionScratchSize, HoldsNoPartsOfPromptsWithHeadsOf256) {
-  const AttentionScratchSize scratch =
-      SizeOfAttentionScratch(Splitting::kByBatch, 1, 32, 256, kSms);
-  EXPECT_LT(scratch.partial_bytes, PromptPartBytes(kMaxPromptWaves * kSms, 256));
+TEST(AttentionScratchSize, HoldsNoPartsOfPromptsWithOtherHeads) {
+  for (int64_t head_dim : {96, 256}) {
+    const AttentionScratchSize scratch =
+        SizeOfAttentionScratch(Splitting::kByBatch, 1, 32, head_dim, kSms);
+    EXPECT_LT(scratch.partial_bytes, PromptPartBytes(kMaxPromptWaves * kSms, head_dim));
+  }
 }
 
 }  // namespace

@@ -266,7 +266,9 @@ std::vector<OpCase<HeadShape>> AllCases() {
                                       {"group8", 16, 2, 64, 64},
                                       {"group16", 32, 2, 64, 32}});
   for (const BackendCase& on : CudaCaches()) {
-    if (on.has_wide_heads()) cases.push_back({on, {"wide", 8, 4, 256, 32}});
+    if (!on.has_all_head_dims()) continue;
+    cases.push_back({on, {"d96", 4, 4, 96, 16}});
+    cases.push_back({on, {"d256", 8, 4, 256, 32}});
   }
   const HeadShape group8 = {"group8", 16, 2, 64, 64};
   cases.push_back({{DeviceType::kCpu, DType::kFloat32}, group8});

@@ -72,7 +72,8 @@ std::vector<OpCase<HeadShape>> HeadCases(const std::vector<BackendCase>& backend
   std::vector<OpCase<HeadShape>> cases = Cases<HeadShape>(
       backends, everywhere, {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}});
   for (const BackendCase& on : backends) {
-    if (!on.has_wide_heads()) continue;
+    if (!on.has_all_head_dims()) continue;
+    cases.push_back({on, {"group2_d96_page32", 4, 2, 96, 32}});
     cases.push_back({on, {"group4_d256_page16", 4, 1, 256, 16}});
     cases.push_back({on, {"group11_d256_page64", 11, 1, 256, 64}});
   }

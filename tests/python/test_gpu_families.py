@@ -24,9 +24,11 @@ pytestmark = [
 EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
 # Scores of this one are twice as large as others'.
 TOLERANCES = {"granitemoehybrid": 2 * TOLERANCE["bfloat16"]}
-# Families whose heads are of 256, and the scale that spreads their scores as BASE's.
-WIDE = ("gemma2", "gemma3_text")
-WIDE_HEADS: dict[str, Any] = {"head_dim": 256, "fields": {"query_pre_attn_scalar": 32}}
+# Families whose heads are of another size. The scale spreads their scores as BASE's.
+_GEMMA: dict[str, Any] = {"head_dim": 256, "fields": {"query_pre_attn_scalar": 32}}
+OTHER_HEADS: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA, "gemma3_text": _GEMMA, "phi3": {"head_dim": 96, "hidden_size": 768}
+}  # fmt: skip
 LENGTHS = (200, 33, 65, 1)
 NEW_TOKENS = 32
 
@@ -34,10 +36,9 @@ NEW_TOKENS = 32
 def tiny(family: str) -> TinyModel:
     """As deep as on the CPU, and so wide that heads of 64 are those of every other family."""
     like = test_families.tiny(family)
-    return dataclasses.replace(
-        BASE, family=family, num_layers=like.num_layers, hidden_size=512,
-        rope_extra=like.rope_extra, **(WIDE_HEADS if family in WIDE else {}),
-    )  # fmt: skip
+    own: dict[str, Any] = {"hidden_size": 512, "rope_extra": like.rope_extra}
+    own |= OTHER_HEADS.get(family, {})
+    return dataclasses.replace(BASE, family=family, num_layers=like.num_layers, **own)
 
 
 def plan(family: str) -> dict[str, Any]:
@@ -54,9 +55,10 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(family), tiny(family))
 
 
-def test_wide_heads_are_of_bfloat16(tmp_path: Path):
-    folder = write_checkpoint(tmp_path, tiny("gemma2"))
-    with pytest.raises(UnsupportedError, match="head_dim 256 in float16 .* dtype=.bfloat16"):
+@pytest.mark.parametrize(("family", "head_dim"), [("gemma2", 256), ("phi3", 96)])
+def test_other_heads_are_of_bfloat16(tmp_path: Path, family: str, head_dim: int):
+    folder = write_checkpoint(tmp_path, tiny(family))
+    with pytest.raises(UnsupportedError, match=f"head_dim {head_dim} in float16 .*=.bfloat16"):
         open_decoder(folder, "cuda", dtype="float16")
 
 
