@@ -35,7 +35,7 @@ from shapes import DEFAULT_SHAPES, NEARLY_EMPTY, SHAPES, Point
 from step_bytes import H200_READ_TB_PER_S, kv_bytes_per_token, loaded_bytes, step_bytes
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import read_model_folder
-from tidaldecode.config import KV_DTYPES, WEIGHT_FORMATS, PlanConfig
+from tidaldecode.config import KV_DTYPES, LM_HEAD_FORMATS, WEIGHT_FORMATS, PlanConfig
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import TidalError
 from tidaldecode.plans import plan_letters, safe_config
@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--kv-dtype", default="auto", choices=["auto", *KV_DTYPES])
     add("--weight-format", default="auto", choices=WEIGHT_FORMATS)
+    add("--lm-head-format", default="auto", choices=LM_HEAD_FORMATS)
     add("--steps", type=int, default=30, help="timed steps per row, at least")
     add("--warmup", type=int, default=4, help="untimed steps before every round of them")
     floors = f"TB/s for the floors; default: {H200_READ_TB_PER_S}, an H200's; none on a CPU"
@@ -142,7 +143,7 @@ def fitting_points(
     kv_dtype = dtype if args.kv_dtype == "auto" else args.kv_dtype
     name = "cuda:0" if device == "cuda" else device
     free = next((d["free_bytes"] for d in _core.list_devices() if d["name"] == name), 0)
-    room = free - loaded_bytes(model, dtype, args.weight_format)
+    room = free - loaded_bytes(model, dtype, args.weight_format, args.lm_head_format)
     room -= 0 if device == "cpu" else CUDA_RESERVE_BYTES
     fits, lines = [], []
     for context, batch_size in target.points:
@@ -174,6 +175,7 @@ def open_decoder(target: Target, points: list[Point], args: argparse.Namespace):
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         weight_format=args.weight_format,
+        lm_head_format=args.lm_head_format,
         **plan,
         max_seq_len=max(context for context, _ in points),
         max_batch_size=max(batch_size for _, batch_size in points),
@@ -266,6 +268,7 @@ def describe(target: Target, decoder: tidaldecode.Decoder, load_s: float) -> dic
     settings = (
         "dtype",
         "weight_format",
+        "lm_head_format",
         "kv_dtype",
         "token_budget",
         "granularity",

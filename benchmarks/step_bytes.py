@@ -43,17 +43,23 @@ def step_bytes(
     """
     share = model.experts_per_token / model.num_experts if model.num_experts else 0.0
     read_experts = round(model.num_experts * (1.0 - (1.0 - share) ** batch_size))
-    tables = (model.vocab_size + batch_size) * model.hidden_size * VALUE_BYTES[config.dtype]
+    embedding = batch_size * model.hidden_size * VALUE_BYTES[config.dtype]
+    tables = embedding + _head_bytes(model, config.dtype, config.lm_head_format)
     return StepBytes(
         weights=tables + _layers_bytes(model, config.dtype, config.weight_format, read_experts),
         kv=batch_size * plan_kv_bytes(model, config, plan, context, config.kv_dtype),
     )
 
 
-# Bytes of a weight that is random or was rounded (weight_format), with its share of the scales:
-# those of rows count for next to nothing.
+# Bytes of a weight that is random or was rounded (weight_format, lm_head_format), with its share of
+# the scales: those of rows count for next to nothing.
 _CODED_BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 128}
 _EXPERT_BYTES = _CODED_BYTES | {"mxfp4": 0.5 + 1 / 32}  # likewise, of experts
+
+
+def _head_bytes(model: ModelConfig, dtype: str, lm_head_format: str) -> int:
+    number = _CODED_BYTES.get(lm_head_format, VALUE_BYTES[dtype])
+    return round(model.vocab_size * model.hidden_size * number)
 
 
 def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_experts: int) -> int:
@@ -93,11 +99,14 @@ def _expert_layers(model: ModelConfig) -> list[bool]:
     return [layer.has_experts for layer in model.layers] or [False] * model.num_layers
 
 
-def loaded_bytes(model: ModelConfig, dtype: str, weight_format: str = "auto") -> int:
+def loaded_bytes(
+    model: ModelConfig, dtype: str, weight_format: str = "auto", lm_head_format: str = "auto"
+) -> int:
     """All weights in memory: those of a step, and the embedding table if it is one of its own."""
-    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    layers = _layers_bytes(model, dtype, weight_format, model.num_experts)
-    return tables * VALUE_BYTES[dtype] + layers
+    embedding = model.vocab_size * model.hidden_size * VALUE_BYTES[dtype]
+    is_head = model.tie_word_embeddings and lm_head_format not in _CODED_BYTES
+    head = 0 if is_head else _head_bytes(model, dtype, lm_head_format)
+    return embedding + head + _layers_bytes(model, dtype, weight_format, model.num_experts)
 
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str) -> int:

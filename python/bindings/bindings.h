@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -76,14 +77,16 @@ class PyReplay : public Closable<Replay> {
 
 class PyDecoder : public Closable<Decoder> {
  public:
-  PyDecoder(std::unique_ptr<Decoder> decoder, double rounding_error)
-      : Closable("decoder", std::move(decoder)), rounding_error_(rounding_error) {}
+  // What rounded a part of the weights to codes, and by how much.
+  using RoundingErrors = std::map<std::string, double>;  // by setting
 
-  // What rounding to codes changed in the weights while they were loaded; 0 if it did not.
-  double rounding_error() const { return rounding_error_; }
+  PyDecoder(std::unique_ptr<Decoder> decoder, RoundingErrors errors)
+      : Closable("decoder", std::move(decoder)), rounding_errors_(std::move(errors)) {}
+
+  const RoundingErrors& rounding_errors() const { return rounding_errors_; }
 
  private:
-  double rounding_error_;
+  RoundingErrors rounding_errors_;
 };
 
 // Looks up what arrays are made with. pybind11 does it at the first array, and imports numpy:

@@ -206,6 +206,7 @@ void RegisterDecodeConfig(py::module_& module) {
   DefEnum(config, "dtype", &DecodeConfig::dtype, kDTypes);
   DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kKvDTypes);
   DefEnum(config, "weight_format", &DecodeConfig::weight_format, kKeepWeights);
+  DefEnum(config, "lm_head_format", &DecodeConfig::lm_head_format, kKeepWeights);
   DefEnum(config, "drafts", &DecodeConfig::drafts, kDrafts);
 
   py::class_<SamplingParams>(module, "SamplingParams")

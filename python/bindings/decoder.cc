@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <variant>
 
@@ -55,50 +56,90 @@ std::unique_ptr<WeightSource> OpenFiles(DType dtype, std::vector<StoredWeight> w
 
 using StoredWeights = std::optional<std::vector<StoredWeight>>;  // none: random ones
 
-std::unique_ptr<WeightSource> MakeWeightSource(const ModelConfig& model, const DecodeConfig& config,
-                                               StoredWeights weights) {
-  const WeightCodes codes = CodesFor(config.weight_format);
-  TIDAL_CHECK(
-      codes != WeightCodes::kMxfp4 || model.has_experts(), ConfigError,
-      "weight_format: got \"mxfp4\", which is of experts, and this model has none; expected "
-      "\"auto\", \"decoded\", \"fp8\" or \"int4\"");
-  if (!weights) return std::make_unique<RandomWeightSource>(model, config.dtype, 0, codes);
-  const bool has_codes = std::any_of(weights->begin(), weights->end(), [](const auto& weight) {
-    return std::holds_alternative<QuantizedWeight>(weight);
-  });
-  TIDAL_CHECK(codes == WeightCodes::kNone || !has_codes, ConfigError,
-              "weight_format: the checkpoint is quantised already; expected \"auto\" or "
-              "\"decoded\"");
-  auto source = OpenFiles(config.dtype, std::move(*weights));
-  if (codes != WeightCodes::kNone) {
-    return std::make_unique<QuantizingWeightSource>(std::move(source), codes);
+// The weights as a decoder's settings want them.
+class ModelSource {
+ public:
+  ModelSource(const ModelConfig& model, const DecodeConfig& config, StoredWeights weights) {
+    TIDAL_CHECK(config.weight_format != KeepWeights::kMxfp4 || model.has_experts(), ConfigError,
+                "weight_format: got \"mxfp4\", which is of experts, and this model has none; "
+                "expected \"auto\", \"decoded\", \"fp8\" or \"int4\"");
+    TIDAL_CHECK(config.lm_head_format != KeepWeights::kMxfp4, ConfigError,
+                "lm_head_format: got \"mxfp4\", which is of experts; expected \"auto\", "
+                "\"decoded\", \"fp8\" or \"int4\"");
+    const bool is_decoded = config.weight_format == KeepWeights::kDecoded;
+    const KeepWeights as_layers = is_decoded ? KeepWeights::kDecoded : KeepWeights::kAsStored;
+    const KeepWeights head = config.lm_head_format;
+    const KeepWeights of_head = head == KeepWeights::kAsStored ? as_layers : head;
+    Part lm_head = {"lm_head_format", CodedPart::kLmHead, of_head};
+    if (weights) {
+      Part layers = {"weight_format", CodedPart::kLayers, config.weight_format};
+      layers.is_quantized = IsQuantized(*weights, CodedPart::kLayers);
+      lm_head.is_quantized = IsQuantized(*weights, CodedPart::kLmHead);
+      source_ = OpenFiles(config.dtype, std::move(*weights));
+      Keep(layers);
+    } else {
+      const WeightCodes codes = CodesFor(config.weight_format);
+      source_ = std::make_unique<RandomWeightSource>(model, config.dtype, 0, codes);
+    }
+    Keep(lm_head);
   }
-  if (!has_codes || config.weight_format == KeepWeights::kAsStored) return source;
-  return std::make_unique<DecodedWeightSource>(std::move(source));
-}
 
-// Says what a decoder's weights became, if they were rounded while they were loaded.
-double RoundingError(const WeightSource& source) {
-  const auto* quantizing = dynamic_cast<const QuantizingWeightSource*>(&source);
-  return quantizing == nullptr ? 0.0 : quantizing->relative_error();
-}
+  const WeightSource& get() const { return *source_; }
+
+  PyDecoder::RoundingErrors RoundingErrors() const {
+    PyDecoder::RoundingErrors errors;
+    for (const auto& [setting, source] : quantizing_) errors[setting] = source->relative_error();
+    return errors;
+  }
+
+ private:
+  struct Part {
+    const char* setting;
+    CodedPart part;
+    KeepWeights format;
+    bool is_quantized = false;  // as it is stored
+  };
+
+  static bool IsQuantized(const std::vector<StoredWeight>& weights, CodedPart part) {
+    return std::any_of(weights.begin(), weights.end(), [&](const StoredWeight& weight) {
+      const auto* matrix = std::get_if<QuantizedWeight>(&weight);
+      return matrix != nullptr && PartOf(matrix->name) == part;
+    });
+  }
+
+  void Keep(const Part& part) {
+    const WeightCodes codes = CodesFor(part.format);
+    TIDAL_CHECK(codes == WeightCodes::kNone || !part.is_quantized, ConfigError, part.setting,
+                ": the checkpoint is quantised already; expected \"auto\" or \"decoded\"");
+    if (codes != WeightCodes::kNone) {
+      auto made = std::make_unique<QuantizingWeightSource>(std::move(source_), codes, part.part);
+      quantizing_[part.setting] = made.get();
+      source_ = std::move(made);
+    } else if (part.format == KeepWeights::kDecoded) {
+      source_ = std::make_unique<DecodedWeightSource>(std::move(source_), part.part);
+    }
+  }
+
+  std::unique_ptr<WeightSource> source_;
+  std::map<std::string, const QuantizingWeightSource*> quantizing_;  // within source_
+};
 
 std::unique_ptr<PyDecoder> MakeDecoder(const ModelConfig& model, const DecodeConfig& config,
                                        StoredWeights weights, const py::object& progress) {
   std::unique_ptr<Decoder> decoder;
-  double rounding_error = 0.0;
+  PyDecoder::RoundingErrors rounding_errors;
   {
     NativeCall call;
-    auto source = MakeWeightSource(model, config, std::move(weights));
+    const ModelSource source(model, config, std::move(weights));
     auto report = [&](int64_t done, int64_t total) {
       NativeCall::Callback callback(call);
       CheckSignals();
       if (!progress.is_none()) progress(done, total);
     };
-    decoder = std::make_unique<Decoder>(model, config, *source, report);
-    rounding_error = RoundingError(*source);
+    decoder = std::make_unique<Decoder>(model, config, source.get(), report);
+    rounding_errors = source.RoundingErrors();
   }
-  return std::make_unique<PyDecoder>(std::move(decoder), rounding_error);
+  return std::make_unique<PyDecoder>(std::move(decoder), std::move(rounding_errors));
 }
 
 py::dict LastSelection(const PyDecoder& self, int64_t sequence) {
@@ -235,7 +276,7 @@ void DefineMeasures(py::class_<PyDecoder>& decoder) {
 
 // What it is.
 void DefineProperties(py::class_<PyDecoder>& cls) {
-  cls.def_property_readonly("rounding_error", &PyDecoder::rounding_error);
+  cls.def_property_readonly("rounding_errors", &PyDecoder::rounding_errors);
   cls.def("memory_plan", [](const PyDecoder& self) { return PlanDict(self.get()->memory_plan()); })
       .def_property_readonly("plan",
                              [](const PyDecoder& self) { return self.get()->plan().ToString(); })
@@ -283,7 +324,7 @@ void RegisterDecoder(py::module_& module) {
         MemoryPlan plan;
         {
           NativeCall call;
-          plan = PlanMemory(model, config, *MakeWeightSource(model, config, std::move(weights)));
+          plan = PlanMemory(model, config, ModelSource(model, config, std::move(weights)).get());
         }
         return PlanDict(plan);
       },

@@ -19,7 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
-WEIGHT_FORMATS = ("auto", "decoded", "fp8", "int4", "mxfp4")
+LM_HEAD_FORMATS = ("auto", "decoded", "fp8", "int4")
+WEIGHT_FORMATS = (*LM_HEAD_FORMATS, "mxfp4")
 GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 SHADOWS = ("none", "int4")
@@ -32,11 +33,14 @@ _CHOICES = {
     "attention": ATTENTION_KINDS,
     "load_format": LOAD_FORMATS,
     "weight_format": WEIGHT_FORMATS,
+    "lm_head_format": LM_HEAD_FORMATS,
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
     "shadow": SHADOWS,
     "drafts": DRAFTS,
 }
+# Fields of words of which none is None.
+_WORDS = ("dtype", "kv_dtype", "load_format", "weight_format", "lm_head_format", "attention")
 _INT32_MAX = 2**31 - 1
 _INT_RANGES = {
     "token_budget": (1, _INT32_MAX),
@@ -175,6 +179,9 @@ class DecodeConfig(PlanConfig):
             loading: to the nearest float8 with a scale for each row, or 4 bits with one for every
             128 inputs; "mxfp4" those of experts alone, to float4 e2m1 with a power of 2 for every
             32. The log says by how much. On other devices the rounded numbers are kept in dtype.
+        lm_head_format: the same of the output matrix, by itself: "auto" is as the checkpoint has
+            it, and in numbers where weight_format is "decoded". One that is the embedding table too
+            gets codes of its own, beside it.
         attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
             token_budget are given or there is a plan for this model, else dense. Without layers and
             without a plan every layer chooses for itself, by shadow keys ("int4").
@@ -228,6 +235,7 @@ class DecodeConfig(PlanConfig):
     kv_dtype: str = "auto"
     load_format: str = "auto"
     weight_format: str = "auto"
+    lm_head_format: str = "auto"
     attention: str = "auto"
     verify: bool | str | None = None
     drafts: str | None = None
@@ -252,7 +260,7 @@ class DecodeConfig(PlanConfig):
             raise ConfigError(
                 f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
             )
-        for name in ("dtype", "kv_dtype", "load_format", "weight_format", "attention"):
+        for name in _WORDS:
             check_setting(name, getattr(self, name))
         if self.drafts is not None:
             check_setting("drafts", self.drafts)

@@ -94,6 +94,7 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         kv_dtype: str = "auto",
         load_format: str = "auto",
         weight_format: str = "auto",
+        lm_head_format: str = "auto",
         attention: str = "auto",
         token_budget: int | str | None = None,
         top_p_mass: float | None = None,
@@ -149,7 +150,7 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
             config = core_config(self._settings, plan, folder)
             model = core_model(model_in_use(folder, config))
             core = _core.Decoder(model, config, core_weights(folder), progress)
-            log_rounding(config.weight_format, core.rounding_error)
+            log_rounding(config, core.rounding_errors)
             self._frontend.finish_loading()
         except BaseException:
             self._frontend.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -157,13 +158,23 @@ def _quantized_weight(weight: QuantizedTensor) -> _core.QuantizedWeight:
     )
 
 
-def log_rounding(weight_format: str, error: float) -> None:
-    """Logs the root mean square of what rounding to codes changed, over that of the weights."""
-    if error > 0:
+def log_rounding(config: _core.DecodeConfig, errors: Mapping[str, float]) -> None:
+    """Logs the root mean square of what rounding to codes changed, over that of the weights.
+
+    Args:
+        errors: by the setting that asked for it.
+    """
+    whose = "experts'" if config.weight_format == "mxfp4" else "layers'"
+    parts = {
+        "weight_format": f"the {whose} matrices are",
+        "lm_head_format": "the output matrix is",
+    }
+    for setting, error in errors.items():
         _logger.warning(
-            "weight_format %s: the %s matrices are rounded, by %.1f %% (root mean square)",
-            weight_format,
-            "experts'" if weight_format == "mxfp4" else "layers'",
+            "%s %s: %s rounded, by %.1f %% (root mean square)",
+            setting,
+            getattr(config, setting),
+            parts[setting],
             100 * error,
         )
 

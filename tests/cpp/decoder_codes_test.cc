@@ -34,7 +34,7 @@ TEST_P(DecoderCodes, AreTheNumbersTheyStandFor) {
       // The CPU's activations are float32: there numbers of that type are the codes' exactly.
       if (is_cpu()) config.dtype = DType::kFloat32;
       weights_.StoreAs(config.dtype);
-      const DecodedWeightSource decoded(InCodes(codes));
+      const DecodedWeightSource decoded(InCodes(codes), CodedPart::kLayers);
       const auto want =
           DecodeLogits(*std::make_unique<Decoder>(model_, config, decoded), text, 200);
       weights_.StoreAs(GetParam().dtype);

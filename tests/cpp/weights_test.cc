@@ -5,8 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
 
 #include "backend_test.h"
+#include "core/float8.h"
+#include "tidal/quantized_weights.h"
 #include "tiny_model.h"
 
 namespace tidal::test {
@@ -61,6 +66,35 @@ TEST_P(LoadedWeights, OfExpertsAreNotDecodedForPrompts) {
   const int64_t largest = std::max(model.q_size() + 2 * model.kv_size(), model.hidden_size);
   const WeightMemory memory = MeasureWeights(backend(), model, dtype, source);
   EXPECT_LE(memory.decoded_bytes, largest * model.hidden_size * DTypeBytes(dtype));
+}
+
+// The embedding table stays as it is beside the codes that are made of it, and the layers' codes
+// stay their own.
+TEST_P(LoadedWeights, OfATiedOutputMatrixMayBeInCodes) {
+  ModelConfig model = TinyConfig();
+  model.tie_word_embeddings = true;
+  Open(GetParam(), SmallLimits(GetParam().dtype));
+  const DType dtype = GetParam().dtype;
+  auto layers = std::make_unique<RandomWeightSource>(model, dtype, 0, WeightCodes::kInt4);
+  const int64_t without = MeasureWeights(backend(), model, dtype, *layers).bytes;
+  const QuantizingWeightSource source(std::move(layers), WeightCodes::kFloat8, CodedPart::kLmHead);
+  const ModelWeights weights = LoadWeights(backend(), model, dtype, source, {});
+  const WeightMemory memory = MeasureWeights(backend(), model, dtype, source);
+  EXPECT_EQ(weights.bytes, memory.bytes);
+  const Weight& head = weights.lm_head;
+  EXPECT_NE(head.data.ptr, weights.embedding.ptr);
+  if (!backend().ReadsCodes(head)) GTEST_SKIP() << "this device's products read no codes";
+  EXPECT_EQ(weights.layers[0].down.codes, WeightCodes::kInt4);
+  ASSERT_EQ(head.codes, WeightCodes::kFloat8);
+  EXPECT_EQ(memory.bytes - without, model.vocab_size * (model.hidden_size + 4));
+  const Values scales = Get(head.scales), embedding = Get(weights.embedding);
+  const Bytes codes = GetBytes(head.data);
+  for (int64_t i = 0; i < model.vocab_size * model.hidden_size; ++i) {
+    const double scale = scales[i / model.hidden_size];
+    const double step = std::max(std::abs(embedding[i]) / 8, scale / 512);
+    const uint8_t code = codes[static_cast<size_t>(i)];
+    ASSERT_LE(std::abs(Float8ToFloat(code) * scale - embedding[i]), 0.51 * step) << i;
+  }
 }
 
 // Rows of q and k go where dim i turns with dim i + head_dim / 2; those of v stay.

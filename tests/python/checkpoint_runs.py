@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def quantised_checkpoints(bench: Bench) -> None:
         scale = np.abs(results[0][2]).max()
         assert np.abs(results[2][2] - results[0][2]).max() < 0.05 * scale, kind.name
     stored, meant = write_both_mxfp4(
-        bench.folder / "mxfp4", replace(model, family="gpt_oss", gain=1.0)
+        bench.folder / "mxfp4", dataclasses.replace(model, family="gpt_oss", gain=1.0)
     )
     logits = []
     for folder, weight_format in ((meant, "auto"), (stored, "decoded"), (stored, "auto")):
@@ -71,11 +71,39 @@ def weight_format(bench: Bench) -> None:
             assert np.isfinite(decoder.step_logits(prompt, prefill=50)).all()
     bench.command("generate", str(bench.model), "Once", "-n", "4", "--weight-format", "int4")
     assert held["int4"] < held["fp8"] < held["decoded"]
-    experts = write_checkpoint(bench.folder / "experts", replace(model, family="gpt_oss"))
+    experts = write_checkpoint(
+        bench.folder / "experts", dataclasses.replace(model, family="gpt_oss")
+    )
     with tidaldecode.Decoder(
         experts, device=bench.device, dtype=bench.dtype, weight_format="mxfp4", max_seq_len=128
     ) as decoder:
         assert len(decoder.generate(prompt, max_new_tokens=6, ignore_eos=True).token_ids) == 6
+
+
+@uses("lm_head_format")
+def lm_head_format(bench: Bench) -> None:
+    held = {}
+    for tie in (False, True):
+        model = TinyModel(hidden_size=256, intermediate_size=512, head_dim=64, dtype=bench.dtype)
+        model = dataclasses.replace(model, tie=tie)
+        prompt = random_prompt(model, 60)
+        for kind in (None, next(kind for kind in KINDS if kind.name.startswith("AWQ"))):
+            folder = bench.folder / f"{tie}-{kind.name if kind else 'numbers'}"
+            folder = write_both(folder, model, kind)[0] if kind else write_checkpoint(folder, model)
+            for choice in ("decoded", "fp8", "int4"):
+                with tidaldecode.Decoder(
+                    folder, device=bench.device, dtype=bench.dtype, lm_head_format=choice,
+                    max_seq_len=128, num_threads=1,
+                ) as decoder:  # fmt: skip
+                    held[tie, choice] = decoder.memory_plan().weight_bytes
+                    text = decoder.generate(prompt, max_new_tokens=6, ignore_eos=True)
+                    assert len(text.token_ids) == 6
+                    logits = decoder.logits(prompt, last=len(prompt))
+                    steps = decoder.step_logits(prompt, prefill=50)
+                    assert np.abs(logits[49:] - steps).max() < 0.05 * np.abs(logits).max()
+    assert held[False, "int4"] < held[False, "fp8"] < held[False, "decoded"]
+    assert held[True, "decoded"] < held[True, "int4"] < held[True, "fp8"]
+    bench.command("generate", str(bench.model), "Once", "-n", "4", "--lm-head-format", "fp8")
 
 
 @uses("kv_dtype")

@@ -369,8 +369,9 @@ def session_chat(bench: Bench) -> None:
 ENGINE = [
     "--attention", "tidal", "--select-layers", "2", "--scored-layers", "7", "--token-budget", "32",
     "--max-seq-len", "512", "--page-size", "16", "--gpu-memory-utilization", "0.5",
-    "--prefill-chunk", "64", "--weight-format", "fp8",
+    "--prefill-chunk", "64", "--weight-format", "fp8", "--lm-head-format", "int4",
 ]  # fmt: skip
+FORMATS = ["--weight-format", "auto", "--lm-head-format", "auto"]
 PLAN_OPTIONS = [
     "--full-layers", "2", "--top-p-mass", "0.98", "--min-token-budget", "16", "--granularity",
     "layer", "--pooling", "sum", "--sink-tokens", "1", "--recent-tokens", "8",
@@ -446,7 +447,7 @@ def calibrate_command(bench: Bench) -> None:
     bench.command(
         "calibrate", str(bench.model), "--builtin", "--context", "512", "--token-budget", "64",
         "--max-choosing-layers", "2", "--max-loss", "9", "--seed", "1", "--output", str(plan),
-        "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat", "--weight-format", "auto",
+        "--kv-dtype", bench.dtype, "--num-threads", "1", "--chat", *FORMATS,
     )  # fmt: skip
     assert {"select_layers", "scored_layers"} & json.loads(plan.read_text()).keys()
     bench.command(
@@ -464,7 +465,7 @@ def eval_command(bench: Bench) -> None:
         "select_layers=2,7 token_budget=64", "--tidal", "scored_layers=2,5 token_budget=64",
         "--quest", "token_budget=64 page_size=16", "--compare", "presets", "--token-budget", "32",
         "--interval", "0.7", "--attention", "--out", str(out), "--seed", "2", "--kv-dtype",
-        bench.dtype, "--num-threads", "1", "--weight-format", "auto",
+        bench.dtype, "--num-threads", "1", *FORMATS,
     )  # fmt: skip
     assert "single" in shown and "all-P K=32" in shown and "Asked 2 prompts" in shown
     check_report(out)
@@ -495,6 +496,5 @@ def check_report(folder: Path) -> None:
 
 def text_file(bench: Bench) -> Path:
     """A file of prose."""
-    path = bench.folder / "text.txt"
-    path.write_text("\n\n".join(manual_text(3000, seed=1)))
+    (path := bench.folder / "text.txt").write_text("\n\n".join(manual_text(3000, seed=1)))
     return path

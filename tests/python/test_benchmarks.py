@@ -100,6 +100,13 @@ def test_weights_are_counted_as_the_engine_loads_them(tmp_path: Path, family: st
     memory = decoder.memory_plan()
     assert memory.weight_bytes == loaded_bytes(decoder.model, "float16")
     assert memory.kv_bytes == 64 * kv_bytes_per_token(decoder.model, "float16")
+    coded = plan_memory(
+        tmp_path, load_format="dummy", device="cpu", dtype="float16", lm_head_format="fp8"
+    )
+    scales = 4 * decoder.model.vocab_size
+    assert coded.weight_bytes - scales == loaded_bytes(
+        decoder.model, "float16", lm_head_format="fp8"
+    )
 
 
 def test_what_mxfp4_holds_and_reads(tmp_path: Path):

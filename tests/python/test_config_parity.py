@@ -58,6 +58,7 @@ def test_decode_config_writes_no_default_of_its_own():
             "kv_dtype",
             "load_format",
             "weight_format",
+            "lm_head_format",
             "attention",
         ):
             assert field.default == "auto"
@@ -129,6 +130,7 @@ def test_sampling_defaults_are_the_engines():
         (_core.DecodeConfig, "dtype", DTYPES),
         (_core.DecodeConfig, "kv_dtype", KV_DTYPES),
         (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
+        (_core.DecodeConfig, "lm_head_format", WEIGHT_FORMATS),
         (_core.DecodeConfig, "drafts", DRAFTS),
         (_core.DecodeConfig, "granularity", GRANULARITIES),
         (_core.DecodeConfig, "pooling", POOLINGS),

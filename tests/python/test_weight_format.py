@@ -1,5 +1,5 @@
-"""weight_format: numbers are rounded to codes while they are loaded, and to no others; codes that
-are kept are the float32 numbers that they stand for."""
+"""weight_format and lm_head_format: numbers are rounded to codes while they are loaded, and to no
+others; codes that are kept are the float32 numbers that they stand for."""
 
 from __future__ import annotations
 
@@ -95,6 +95,93 @@ def test_random_weights_run_in_codes(tmp_path: Path, model: TinyModel, weight_fo
 def test_mxfp4_is_of_experts(tmp_path: Path):
     with pytest.raises(ConfigError, match=r'"mxfp4", which is of experts, and this model has none'):
         open_decoder(write_checkpoint(tmp_path, MODEL), weight_format="mxfp4")
+    with pytest.raises(ConfigError, match="lm_head_format: got 'mxfp4'"):
+        open_decoder(write_checkpoint(tmp_path / "head", EXPERTS), lm_head_format="mxfp4")
+
+
+HEAD_FORMATS = ("fp8", "int4")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def with_rounded_head(weights: dict[str, np.ndarray], head_format: str) -> dict[str, np.ndarray]:
+    """The same with an output matrix of its own, rounded."""
+    return weights | {HEAD: rounded(weights.get(HEAD, weights[EMBEDDING]), head_format)}
+
+
+def assert_same_logits(one: tidaldecode.Decoder, other: tidaldecode.Decoder) -> None:
+    """Of a chunk of a prompt, and of steps."""
+    prompt = random_prompt(MODEL, 20)
+    assert np.array_equal(one.logits(prompt, last=20), other.logits(prompt, last=20))
+    assert np.array_equal(*(each.step_logits(prompt, prefill=9) for each in (one, other)))
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("layers", ["auto", "int4"])
+@pytest.mark.parametrize("head_format", HEAD_FORMATS)
+def test_the_output_matrix_is_rounded_by_itself(
+    tmp_path: Path, tie: bool, layers: str, head_format: str, caplog
+):
+    model = dataclasses.replace(MODEL, tie=tie)
+    weights = random_weights(model)
+    stored = write_checkpoint(tmp_path / "stored", model, weights)
+    meant = with_rounded_head(weights, head_format)
+    if layers != "auto":
+        meant = all_rounded(meant, layers)
+    plain = write_checkpoint(tmp_path / "meant", MODEL, meant)
+    with (
+        open_decoder(plain) as want,
+        open_decoder(stored, weight_format=layers, lm_head_format=head_format) as got,
+    ):
+        assert_same_logits(got, want)
+        assert got.config.lm_head_format == head_format
+    assert f"lm_head_format {head_format}: the output matrix is rounded, by" in caplog.text
+    assert ("weight_format int4" in caplog.text) == (layers == "int4")
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_codes_of_the_layers_stay_beside_a_rounded_output_matrix(
+    tmp_path: Path, tie: bool, kind: Kind
+):
+    model = dataclasses.replace(WIDE, tie=tie, dtype="float32")
+    stored, meant = quantized_tensors(model, kind)
+    folder = write_quantized(tmp_path / "stored", model, kind, stored)
+    untied = dataclasses.replace(model, tie=False)
+    plain = write_checkpoint(tmp_path / "meant", untied, with_rounded_head(meant, "fp8"))
+    options = {"dtype": "float32", "kv_dtype": "float32"}
+    with (
+        open_decoder(plain, **options) as want,
+        open_decoder(folder, lm_head_format="fp8", **options) as kept,
+        open_decoder(folder, lm_head_format="fp8", weight_format="decoded", **options) as decoded,
+    ):
+        assert_same_logits(kept, want)
+        assert_same_logits(decoded, want)
+
+
+def test_a_quantised_output_matrix_may_be_decoded_by_itself(tmp_path: Path):
+    kind = KINDS[0]
+    kind = dataclasses.replace(kind, config=kind.config | {"ignore": []})
+    stored, _ = quantized_tensors(WIDE, kind, lambda name: is_projection(name) or name == HEAD)
+    folder = write_quantized(tmp_path, WIDE, kind, stored)
+
+    def weight_bytes(**options) -> int:
+        return tidaldecode.plan_memory(folder, device="cpu", max_seq_len=64, **options).weight_bytes
+
+    head = random_weights(WIDE)[HEAD]
+    of_codes = head.size + 2 * head.shape[0]
+    assert weight_bytes(lm_head_format="decoded") - weight_bytes() == 2 * head.size - of_codes
+    both = {"lm_head_format": "decoded", "weight_format": "decoded"}
+    assert weight_bytes(**both) == weight_bytes(weight_format="decoded")
+    with pytest.raises(ConfigError, match="lm_head_format: the checkpoint is quantised already"):
+        open_decoder(folder, lm_head_format="fp8")
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("head_format", HEAD_FORMATS)
+def test_random_output_matrices_run_in_codes(tmp_path: Path, tie: bool, head_format: str):
+    folder = write_checkpoint(tmp_path, dataclasses.replace(MODEL, tie=tie))
+    with open_decoder(folder, load_format="dummy", lm_head_format=head_format) as decoder:
+        assert np.isfinite(decoder.logits(random_prompt(MODEL, 8))).all()
 
 
 def test_codes_are_not_rounded_again(tmp_path: Path):
@@ -134,3 +221,20 @@ def test_the_memory_plan_is_of_what_is_kept(tmp_path: Path, kind: Kind):
 
     assert weight_bytes(stored, weight_format="decoded") == weight_bytes(plain)
     assert weight_bytes(stored) == read_model_folder(stored).weight_bytes
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["own", "tied"])
+def test_the_memory_plan_counts_the_output_matrix(tmp_path: Path, tie: bool):
+    folder = write_checkpoint(tmp_path, dataclasses.replace(WIDE, tie=tie))
+    vocab_size, hidden = random_weights(WIDE)[EMBEDDING].shape
+
+    def weight_bytes(**options) -> int:
+        return tidaldecode.plan_memory(folder, device="cpu", max_seq_len=64, **options).weight_bytes
+
+    replaced = 0 if tie else 2 * vocab_size * hidden
+    added = {
+        "fp8": vocab_size * (hidden + 4),  # a float32 for each row
+        "int4": vocab_size * (hidden // 2 + 2 * -(-hidden // 128)),
+    }
+    for head_format, size in added.items():
+        assert weight_bytes(lm_head_format=head_format) - weight_bytes() == size - replaced

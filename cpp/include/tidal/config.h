@@ -176,7 +176,7 @@ struct PlanConfig {
   bool operator==(const PlanConfig&) const = default;
 };
 
-// How the matrices of a model's layers are kept.
+// How the matrices of a model's layers are kept, or its output matrix.
 enum class KeepWeights : int32_t {
   kAsStored,  // in the codes of the checkpoint, if it has some that the device's products read
   kDecoded,   // as numbers
@@ -196,8 +196,10 @@ enum class Drafts : int32_t {
 
 struct DecodeConfig : PlanConfig {
   Device device;
-  DType dtype = DType::kBFloat16;                      // of the weights that are numbers
-  KeepWeights weight_format = KeepWeights::kAsStored;  // as whoever makes the WeightSource heeds
+  DType dtype = DType::kBFloat16;  // of the weights that are numbers
+  // As whoever makes the WeightSource heeds.
+  KeepWeights weight_format = KeepWeights::kAsStored;   // of the layers
+  KeepWeights lm_head_format = KeepWeights::kAsStored;  // kDecoded where weight_format is
   // The cache's: a float type, which on CUDA must equal dtype; fp8; or on the CPU int8.
   DType kv_dtype = DType::kBFloat16;
 

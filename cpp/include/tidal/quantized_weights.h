@@ -101,15 +101,26 @@ class QuantizedWeightSource final : public WeightSource {
   mutable std::vector<uint32_t> codes_;
 };
 
-// Rounds the matrices of a model's layers to codes while they are read: a float8 for each number,
-// with a scale for each row (its largest number over 448), or 4 bits, with a scale for every 128
-// inputs (their largest over 7.5, as compressed-tensors rounds), or of experts alone float4, with a
-// scale for every 32 (the largest's power of 2 over 4, as OCP MX rounds). All else is as the source
-// has it.
+// The parts of a model that are kept in codes or not, each by itself.
+enum class CodedPart : int32_t {
+  kLayers,  // all but the output matrix
+  kLmHead,
+};
+inline constexpr const char* kLmHeadName = "lm_head.weight";
+inline CodedPart PartOf(const std::string& name) {
+  return name == kLmHeadName ? CodedPart::kLmHead : CodedPart::kLayers;
+}
+
+// Rounds the matrices of a model's layers, or its output matrix, to codes while they are read: a
+// float8 for each number, with a scale for each row (its largest number over 448), or 4 bits, with
+// a scale for every 128 inputs (their largest over 7.5, as compressed-tensors rounds), or of experts
+// alone float4, with a scale for every 32 (the largest's power of 2 over 4, as OCP MX rounds). All
+// else is as the source has it. An output matrix that the source lacks is made of the embedding.
 class QuantizingWeightSource final : public WeightSource {
  public:
   // Throws InvalidArgument for no codes.
-  QuantizingWeightSource(std::unique_ptr<WeightSource> numbers, WeightCodes codes);
+  QuantizingWeightSource(std::unique_ptr<WeightSource> numbers, WeightCodes codes,
+                         CodedPart part = CodedPart::kLayers);
   ~QuantizingWeightSource() override;
   QuantizingWeightSource(const QuantizingWeightSource&) = delete;
   QuantizingWeightSource& operator=(const QuantizingWeightSource&) = delete;
@@ -126,28 +137,42 @@ class QuantizingWeightSource final : public WeightSource {
   double relative_error() const;
 
  private:
+  // Under which name the source has the numbers of a tensor.
+  const std::string& SourceName(const std::string& name) const;
+  // As FindCodes, of what is rounded here.
+  const CodedInfo* FindRounded(const std::string& name) const;
   std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;
 
   std::unique_ptr<WeightSource> numbers_;
   WeightCodes codes_;
+  CodedPart part_;
   std::unique_ptr<CopyThreads> threads_;
   mutable std::unordered_map<std::string, CodedInfo> infos_;
   mutable double squared_error_ = 0.0, squared_size_ = 0.0;
 };
 
-// A source whose matrices in codes are only to be read as numbers.
+// A source whose matrices of one part are only to be read as numbers.
 class DecodedWeightSource final : public WeightSource {
  public:
-  explicit DecodedWeightSource(std::unique_ptr<WeightSource> source) : source_(std::move(source)) {}
+  DecodedWeightSource(std::unique_ptr<WeightSource> source, CodedPart part)
+      : source_(std::move(source)), part_(part) {}
 
   const WeightInfo* Find(const std::string& name) const override { return source_->Find(name); }
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override {
     source_->Read(name, offset, bytes, dst);
   }
+  const CodedInfo* FindCodes(const std::string& name) const override {
+    return PartOf(name) == part_ ? nullptr : source_->FindCodes(name);
+  }
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override {
+    source_->ReadCodes(name, begin, end, rows);
+  }
   void CheckUnchanged() const override { source_->CheckUnchanged(); }
 
  private:
   std::unique_ptr<WeightSource> source_;
+  CodedPart part_;
 };
 
 }  // namespace tidal

@@ -86,26 +86,40 @@ float CodeValue(WeightCodes codes, const uint8_t* row, int64_t place) {
 }  // namespace
 
 QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> numbers,
-                                               WeightCodes codes)
-    : numbers_(std::move(numbers)), codes_(codes), threads_(std::make_unique<CopyThreads>()) {
+                                               WeightCodes codes, CodedPart part)
+    : numbers_(std::move(numbers)),
+      codes_(codes),
+      part_(part),
+      threads_(std::make_unique<CopyThreads>()) {
   TIDAL_CHECK(codes != WeightCodes::kNone, InvalidArgument,
               "codes of weights: got none, expected float8, int4 or mxfp4");
 }
 
 QuantizingWeightSource::~QuantizingWeightSource() = default;
 
-const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {
-  return numbers_->Find(name);
+const std::string& QuantizingWeightSource::SourceName(const std::string& name) const {
+  static const std::string kEmbeddingName = "model.embed_tokens.weight";
+  const bool is_tied_head = part_ == CodedPart::kLmHead && PartOf(name) == CodedPart::kLmHead &&
+                            numbers_->Find(name) == nullptr;
+  return is_tied_head ? kEmbeddingName : name;
 }
 
-// Finds the matrices of the layers.
+const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {
+  return numbers_->Find(SourceName(name));
+}
+
 const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) const {
+  const CodedInfo* rounded = FindRounded(name);
+  return rounded != nullptr ? rounded : numbers_->FindCodes(name);
+}
+
+const CodedInfo* QuantizingWeightSource::FindRounded(const std::string& name) const {
   auto known = infos_.find(name);
   if (known != infos_.end()) return &known->second;
-  const WeightInfo* info = numbers_->Find(name);
+  const WeightInfo* info = Find(name);
   if (info == nullptr) return nullptr;
   const DType scale_dtype = codes_ == WeightCodes::kFloat8 ? DType::kFloat32 : DType::kBFloat16;
-  const CodedInfo coded = CodesOfLayer(name, *info, codes_, scale_dtype);
+  const CodedInfo coded = CodesOf(name, *info, {part_, codes_, scale_dtype});
   if (coded.codes == WeightCodes::kNone) return nullptr;
   return &infos_.emplace(name, coded).first->second;
 }
@@ -113,10 +127,10 @@ const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) cons
 // Rows [begin, end) as float32 numbers.
 std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, int64_t begin,
                                                        int64_t end) const {
-  const WeightInfo& info = *numbers_->Find(name);
+  const WeightInfo& info = *Find(name);
   const int64_t in = info.shape[1], count = (end - begin) * in, size = DTypeBytes(info.dtype);
   std::vector<char> data(static_cast<size_t>(count * size));
-  numbers_->Read(name, begin * in * size, count * size, data.data());
+  numbers_->Read(SourceName(name), begin * in * size, count * size, data.data());
   std::vector<float> values(static_cast<size_t>(count));
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
     ConvertNumbers({data.data() + first * in * size, info.dtype},
@@ -131,11 +145,11 @@ std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, 
 
 void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, int64_t end,
                                        const CodedRows& rows) const {
-  const CodedInfo* coded = FindCodes(name);
-  TIDAL_CHECK(coded != nullptr, InvalidArgument, name, ": it has no codes to read");
+  const CodedInfo* coded = FindRounded(name);
+  if (coded == nullptr) return numbers_->ReadCodes(name, begin, end, rows);
   if (begin == end) return;
   const std::vector<float> numbers = ReadNumbers(name, begin, end);
-  const int64_t in = numbers_->Find(name)->shape[1];
+  const int64_t in = Find(name)->shape[1];
   const int64_t groups = coded->num_groups(in);
   std::vector<double> errors(static_cast<size_t>(end - begin)), sizes(errors.size());
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
@@ -164,9 +178,9 @@ void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, i
 
 void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64_t bytes,
                                   void* dst) const {
-  const CodedInfo* coded = FindCodes(name);
-  if (coded == nullptr || bytes == 0) return numbers_->Read(name, offset, bytes, dst);
-  const WeightInfo& info = *numbers_->Find(name);
+  const CodedInfo* coded = FindRounded(name);
+  if (coded == nullptr || bytes == 0) return numbers_->Read(SourceName(name), offset, bytes, dst);
+  const WeightInfo& info = *Find(name);
   const int64_t in = info.shape[1], size = DTypeBytes(info.dtype);
   TIDAL_CHECK(offset >= 0 && bytes >= 0 && offset % size == 0 && bytes % size == 0 &&
                   (offset + bytes) / size <= NumElements(info.shape),

@@ -60,7 +60,8 @@ RandomWeightSource::RandomWeightSource(const ModelConfig& model, DType dtype, ui
     const int64_t bytes = NumElements(weight.shape) * DTypeBytes(dtype);
     const bool is_norm = IsNorm(weight.name);
     WeightInfo info{dtype, std::move(weight.shape)};
-    const CodedInfo coded = CodesOfLayer(weight.name, info, codes, DType::kBFloat16);
+    const CodedInfo coded =
+        CodesOf(weight.name, info, {CodedPart::kLayers, codes, DType::kBFloat16});
     tensors_[std::move(weight.name)] = {std::move(info), is_norm, offset, coded};
     offset += bytes;
   }

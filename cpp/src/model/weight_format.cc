@@ -243,23 +243,24 @@ bool IsOfExpert(const std::string& name) {
   return name.find(".mlp.experts.") != std::string::npos;
 }
 
-CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
-                       DType scale_dtype) {
+CodedInfo CodesOf(const std::string& name, const WeightInfo& info, const MadeCodes& made) {
   constexpr int64_t kInt4Group = 128;
   // A router is small, and what it chooses is sensitive.
-  if (codes == WeightCodes::kNone || !name.starts_with("model.layers.") ||
-      name.ends_with(".mlp.gate.weight") || info.shape.size() != 2 ||
+  const bool is_of_part = made.part == CodedPart::kLmHead ? name == kLmHeadName
+                                                          : name.starts_with("model.layers.") &&
+                                                                !name.ends_with(".mlp.gate.weight");
+  if (made.codes == WeightCodes::kNone || !is_of_part || info.shape.size() != 2 ||
       info.shape[1] % kCodesPerWord != 0) {
     return {};
   }
   const int64_t in = info.shape[1];
-  if (codes == WeightCodes::kMxfp4) {
+  if (made.codes == WeightCodes::kMxfp4) {
     if (!IsOfExpert(name) || in % kMxfp4Group != 0) return {};
-    return {.codes = codes, .group_size = kMxfp4Group, .scale_dtype = DType::kUInt8};
+    return {.codes = made.codes, .group_size = kMxfp4Group, .scale_dtype = DType::kUInt8};
   }
-  return {.codes = codes,
-          .group_size = codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
-          .scale_dtype = scale_dtype};
+  return {.codes = made.codes,
+          .group_size = made.codes == WeightCodes::kInt4 ? std::min(kInt4Group, in) : in,
+          .scale_dtype = made.scale_dtype};
 }
 
 bool HoldsNan(const uint8_t* codes, int64_t count) {

@@ -53,11 +53,15 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
 // Whether a tensor of this name is one of an expert.
 bool IsOfExpert(const std::string& name);
 
-// The codes in which a matrix of a model's layers is made, scales in `scale_dtype`: float8 with a
-// scale for each row, int4 with one for every 128 inputs; those of experts in MXFP4 too, with its
+// The codes in which a tensor of that part of a model is made, scales in `scale_dtype`: float8 with
+// a scale for each row, int4 with one for every 128 inputs; those of experts in MXFP4 too, with its
 // own scales. kNone for any other tensor.
-CodedInfo CodesOfLayer(const std::string& name, const WeightInfo& info, WeightCodes codes,
-                       DType scale_dtype);
+struct MadeCodes {
+  CodedPart part;
+  WeightCodes codes;
+  DType scale_dtype;
+};
+CodedInfo CodesOf(const std::string& name, const WeightInfo& info, const MadeCodes& made);
 
 // Whether a byte of kFloat8 stands for no number.
 bool HoldsNan(const uint8_t* codes, int64_t count);

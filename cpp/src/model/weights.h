@@ -41,7 +41,7 @@ struct ModelWeights {
   TensorView embedding;  // [V, H]
   std::vector<LayerWeights> layers;
   TensorView final_norm;  // [H]
-  Weight lm_head;         // [V, H]; the embedding itself if tied
+  Weight lm_head;         // [V, H]; if tied, and not in codes of its own, the embedding itself
 
   std::vector<Buffer> buffers;  // own all of the above
   int64_t bytes = 0;

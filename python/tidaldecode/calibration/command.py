@@ -98,6 +98,7 @@ def calibrate(
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
+    lm_head_format: opt.LmHeadFormat = "auto",
     num_threads: opt.NumThreads = None,
     debug: opt.Debug = False,
 ) -> None:

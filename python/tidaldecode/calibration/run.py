@@ -234,5 +234,7 @@ def _score_path(decoder: Decoder, digest: str) -> Path:
     name = [_core.version(), config.device.partition(":")[0], config.dtype, config.kv_dtype]
     if config.weight_format != "auto":
         name.append(config.weight_format)
+    if config.lm_head_format != "auto":
+        name.append(f"lm_head-{config.lm_head_format}")
     fingerprint = model_fingerprint(decoder.folder)
     return user_cache_dir() / "scores" / f"{fingerprint}-{digest}-{'-'.join(name)}.jsonl"

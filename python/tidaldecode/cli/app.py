@@ -104,6 +104,7 @@ def _root(
     pass
 
 
+_Prompt = Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")]
 _AsChat = Annotated[
     bool, typer.Option("--chat", help="Put the text through the model's chat template.")
 ]
@@ -112,9 +113,7 @@ _AsChat = Annotated[
 @app.command()
 def generate(
     model_dir: opt.ModelDir,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - reads it from stdin.")
-    ] = None,
+    prompt: _Prompt = None,
     prompt_file: opt.PromptFile = None,
     chat: _AsChat = False,
     system: Annotated[str | None, typer.Option(help="A system message, with --chat.")] = None,
@@ -123,6 +122,7 @@ def generate(
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
+    lm_head_format: opt.LmHeadFormat = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     top_p_mass: opt.TopPMass = None,
@@ -182,6 +182,7 @@ def info(
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
+    lm_head_format: opt.LmHeadFormat = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     select_layers: opt.SelectLayers = None,

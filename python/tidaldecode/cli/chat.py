@@ -47,6 +47,7 @@ def chat(
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
+    lm_head_format: opt.LmHeadFormat = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     top_p_mass: opt.TopPMass = None,

@@ -60,6 +60,9 @@ WeightFormat = Annotated[
         "mxfp4."
     ),
 ]
+LmHeadFormat = Annotated[
+    str, _engine_option("The output matrix: auto (as the checkpoint has it), decoded, fp8 or int4.")
+]
 Attention = Annotated[
     str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
 ]
@@ -206,7 +209,7 @@ _SAMPLING_FIELDS = (
 
 
 # Where and in what a model runs, of every command that measures one.
-PLACE_OPTIONS = ("device", "dtype", "kv_dtype", "weight_format", "num_threads")
+PLACE_OPTIONS = ("device", "dtype", "kv_dtype", "weight_format", "lm_head_format", "num_threads")
 
 
 def engine_options(values: dict[str, Any]) -> dict[str, Any]:

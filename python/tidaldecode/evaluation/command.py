@@ -195,6 +195,7 @@ def evaluate(
     dtype: opt.DType = "auto",
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
+    lm_head_format: opt.LmHeadFormat = "auto",
     num_threads: opt.NumThreads = None,
     debug: opt.Debug = False,
 ) -> None:
@@ -224,12 +225,10 @@ def evaluate(
         "compare": comparison and comparison.as_json(),
     }  # fmt: skip
     found = _Found(
-        head=head,
-        summaries=summarise(records, costs),
-        records=records,
+        head=head, summaries=summarise(records, costs), records=records,
         perplexities=summarise_losses(losses, costs),
         attention=_look(work, examples, bars) if attention else None,
-    )
+    )  # fmt: skip
     _show(model_dir, found)
     _remember(model_dir, settings, found.summaries)
     _keep(folder, found, plots)
