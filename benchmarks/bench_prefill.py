@@ -39,6 +39,12 @@ H200_TFLOPS = 790.0  # bf16 matrix products, measured (benchmarks/README.md)
 CONTEXTS = (8192, 32768, 131072)
 _LONG = 65536  # a longer prompt is read once: it takes seconds
 PEERS = ("flash", "cudnn", "compiled")
+# How weights and their products' inputs are kept.
+FORMATS = {
+    "16bit": {},
+    "fp8": {"weight_format": "fp8", "activation_format": "16bit"},
+    "w8a8": {"weight_format": "fp8", "activation_format": "fp8"},
+}
 
 console = Console()
 if not console.is_terminal:
@@ -56,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--attention", action="append", choices=["full", "tidal"],
         help="of the tokens after the prompt; repeatable; default: full")  # fmt: skip
+    add("--format", action="append", choices=list(FORMATS),
+        help="of weights and activations; repeatable; default: 16bit")  # fmt: skip
     add("--new-tokens", type=int, default=1, help="with each prompt; default: 1")
     add("--repeats", type=int, default=5, help="timed prompts per row; of more than 64K tokens one")
     add("--peers", action="append", choices=[*PEERS, "none"],
@@ -93,9 +101,11 @@ def prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
 
 
 def engine_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> Iterator[dict]:
-    """One row a kind of attention, chunk size and context."""
-    for attention, chunk in product(args.attention or ["full"], args.chunk or [None]):
+    """One row a kind of attention, format, chunk size and context."""
+    kinds = product(args.attention or ["full"], args.format or ["16bit"], args.chunk or [None])
+    for attention, kept, chunk in kinds:
         options = {"prefill_chunk": chunk, "page_size": args.page_size, "load_format": "dummy"}
+        options |= FORMATS[kept]
         if attention == "tidal":
             options["select_layers"] = SHAPES[args.shape].select_layers
         with tidaldecode.Decoder(
@@ -113,7 +123,7 @@ def engine_rows(args: argparse.Namespace, folder: Path, contexts: list[int]) -> 
                     for seed in seeds(args, context)
                 ][-repeats(args, context) :]
                 row = {
-                    "runner": f"tidaldecode, {attention}",
+                    "runner": ", ".join(("tidaldecode", attention, kept)[: 2 + (kept != "16bit")]),
                     "context": context,
                     "prefill_chunk": decoder.config.prefill_chunk,
                     "page_size": decoder.config.page_size,

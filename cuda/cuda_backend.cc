@@ -206,6 +206,10 @@ CudaBackend::ReserveBytes CudaBackend::BytesToReserve(const StepLimits& limits) 
     const int64_t tokens = std::max(steps, limits.prefill_chunk);
     bytes.expert_order = ExpertOrder::OrderBytes(tokens * model.experts_per_token);
   }
+  if (limits.quantized_inputs > 0) {
+    const int64_t tokens = std::max(limits.prefill_chunk, limits.max_batch_size);
+    bytes.quantized_inputs = QuantizedInputsBytes(tokens, limits.quantized_inputs);
+  }
   if (limits.kv_dtype == DType::kFloat8) {
     bytes.decoded_pages =
         DecodedRowBytes(limits.max_seq_len, model.num_kv_heads, limits.page_size, model.head_dim);
@@ -221,6 +225,9 @@ BackendMemory CudaBackend::PlanReserve(const StepLimits& limits) const {
   memory.scratch = {{kAttentionPurpose, bytes.attention.Total()},
                     {kProductsPurpose, kLinearWorkspaceBytes}};
   if (limits.decoded_bytes > 0) memory.scratch.push_back({kDecodedPurpose, limits.decoded_bytes});
+  if (bytes.quantized_inputs > 0) {
+    memory.scratch.push_back({kQuantizedPurpose, bytes.quantized_inputs});
+  }
   if (bytes.decoded_pages > 0) {
     memory.scratch.push_back({kDecodedPagesPurpose, bytes.decoded_pages});
   }
@@ -242,6 +249,7 @@ void CudaBackend::Reserve(const StepLimits& limits) {
   GrowSelection(bytes.selection);
   Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
   Grow(decoded_weight_, limits.decoded_bytes, kDecodedPurpose);
+  Grow(quantized_inputs_, bytes.quantized_inputs, kQuantizedPurpose);
   Grow(decoded_pages_, bytes.decoded_pages, kDecodedPagesPurpose);
   Grow(expert_order_, bytes.expert_order, kExpertsPurpose);
   if (!cudnn_attention_ || limits.num_pages == 0) return;

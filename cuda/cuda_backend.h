@@ -88,10 +88,18 @@ class CudaBackend final : public Backend {
  private:
   static constexpr const char* kProductsPurpose = "matrix products";
   static constexpr const char* kDecodedPurpose = "weights decoded for prompts";
+  static constexpr const char* kQuantizedPurpose = "inputs of products in fp8";
   static constexpr const char* kExpertsPurpose = "choices of experts";
   static constexpr const char* kDecodedPagesPurpose = "a layer's cache decoded for prompts";
   // Two of them: copy and file read overlap.
   static constexpr int64_t kWeightStagingBytes = 32 << 20;
+  static constexpr int64_t kScalesAlignment = 256;
+
+  // For the inputs of a product as numbers of 16 bits, or as codes with their scales behind them:
+  // of 128 inputs, or more, each.
+  static int64_t QuantizedInputsBytes(int64_t num_tokens, int64_t num_inputs) {
+    return Sum({Product({2, num_tokens, num_inputs}), kScalesAlignment});
+  }
 
   // Owns the stream, so that members using it are destroyed before it.
   class Stream {
@@ -119,6 +127,7 @@ class CudaBackend final : public Backend {
     SelectTopKBytes selection;
     int64_t decoded_pages = 0;
     int64_t expert_order = 0;
+    int64_t quantized_inputs = 0;
   };
   ReserveBytes BytesToReserve(const StepLimits& limits) const;
   // `scratch` with at least `bytes`, grown if an op is called with more than Reserve was told of;
@@ -136,6 +145,8 @@ class CudaBackend final : public Backend {
   SkinnyRun NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   void LinearAfter(const SkinnyRun& run, const LinearArgs& linear);
   void CodedLinear(const SkinnyRun& run, const LinearArgs& linear);
+  void QuantizedLinear(const SkinnyRun& run, const LinearArgs& linear);
+  bool MultipliedCodes(const LinearArgs& linear);
   // How many choices the kernel for such a product takes at once (kernels/expert_linear.h).
   int64_t ChoicesOfTile(const ExpertLinearArgs& args) const;
   // Scratch for the order of the product's choices.
@@ -163,6 +174,7 @@ class CudaBackend final : public Backend {
   Buffer selection_digits_;  // zeros between ops
   Buffer linear_workspace_;
   Buffer decoded_weight_;                          // of one product at a time
+  Buffer quantized_inputs_;                        // likewise
   Buffer decoded_pages_;                           // of one layer at a time
   Buffer expert_order_;                            // likewise
   std::unique_ptr<PinnedStaging> weight_staging_;  // while weights are being loaded

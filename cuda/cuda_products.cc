@@ -3,12 +3,14 @@
 #include <algorithm>
 
 #include "backend/check_args.h"
+#include "common/dispatch.h"
 #include "cuda_backend.h"
 #include "cuda_dtypes.h"
 #include "kernels/decode_weight.h"
 #include "kernels/folded_norm.h"
 #include "kernels/gate_mul.h"
 #include "kernels/rms_norm.h"
+#include "kernels/round_inputs.h"
 
 namespace tidal {
 namespace {
@@ -30,11 +32,19 @@ void CheckLinearDTypes(const LinearArgs& linear) {
   }
 }
 
+LinearArgs TokensOf(const LinearArgs& linear, int64_t first, int64_t count) {
+  LinearArgs part = linear;
+  part.x = linear.x.Rows(first, count);
+  part.out = linear.out.Rows(first, count);
+  return part;
+}
+
 }  // namespace
 
 // In batch-invariant steps all products are streamed that can be, since those of cuBLASLt add up in
 // another order.
 bool CudaBackend::Streams(const LinearArgs& linear) const {
+  if (linear.quantizes_inputs) return false;
   if (!StreamsLinear(linear) || linear.x.dim(0) > MaxStreamedTokens(linear.weight)) return false;
   if (batch_invariant_) return in_step_;
   return linear.x.dim(0) <= kMaxStreamedTokens;
@@ -70,7 +80,9 @@ SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& n
 }
 
 void CudaBackend::LinearAfter(const SkinnyRun& run, const LinearArgs& linear) {
-  if (Streams(linear)) {
+  if (linear.quantizes_inputs) {
+    QuantizedLinear(run, linear);
+  } else if (Streams(linear)) {
     LaunchSkinnyLinear(linear, run);
   } else if (linear.weight.is_coded()) {
     CodedLinear(run, linear);
@@ -98,12 +110,41 @@ void CudaBackend::CodedLinear(const SkinnyRun& run, const LinearArgs& linear) {
   }
   const int64_t most = MaxStreamedTokens(weight);
   for (int64_t first = 0; first < num_tokens; first += most) {
-    LinearArgs part = linear;
-    const int64_t count = std::min(most, num_tokens - first);
-    part.x = linear.x.Rows(first, count);
-    part.out = linear.out.Rows(first, count);
-    LaunchSkinnyLinear(part, run);
+    LaunchSkinnyLinear(TokensOf(linear, first, std::min(most, num_tokens - first)), run);
   }
+}
+
+// Codes times codes, where cuBLASLt takes them, and as far; the product of what the codes stand for
+// for the rest. Few tokens are the rest: streaming is faster.
+void CudaBackend::QuantizedLinear(const SkinnyRun& run, const LinearArgs& linear) {
+  const int64_t num_tokens = linear.x.dim(0);
+  const bool is_grouped = linear.weight.group_size < linear.weight.num_inputs();
+  const bool is_much = batch_invariant_ || num_tokens > kMaxTokensInParts;
+  int64_t coded = is_much ? num_tokens : 0;
+  if (is_grouped) coded -= coded % kScaledTokens;
+  if (coded > 0 && !MultipliedCodes(TokensOf(linear, 0, coded))) coded = 0;
+  if (coded == num_tokens) return;
+  LinearArgs rest = TokensOf(linear, coded, num_tokens - coded);
+  const int64_t bytes = QuantizedInputsBytes(rest.x.dim(0), rest.x.dim(1));
+  const TensorView numbers(Grow(quantized_inputs_, bytes, kQuantizedPurpose), rest.x.dtype,
+                           {rest.x.dim(0), rest.x.dim(1)});
+  LaunchRoundInputs(rest, numbers, stream());
+  rest.x = numbers;
+  rest.quantizes_inputs = false;
+  LinearAfter(run, rest);
+}
+
+// Returns whether it could.
+bool CudaBackend::MultipliedCodes(const LinearArgs& linear) {
+  const int64_t num_tokens = linear.x.dim(0), num_inputs = linear.x.dim(1);
+  auto* memory = static_cast<char*>(
+      Grow(quantized_inputs_, QuantizedInputsBytes(num_tokens, num_inputs), kQuantizedPurpose));
+  const int64_t codes_bytes = CeilDiv(num_tokens * num_inputs, kScalesAlignment) * kScalesAlignment;
+  const CodedInputs x = {memory, reinterpret_cast<float*>(memory + codes_bytes)};
+  if (!linear_.TakesCodes(linear, x)) return false;
+  LaunchEncodeInputs(linear, x, stream());
+  linear_.RunCodes(linear, x, LinearWorkspace());
+  return true;
 }
 
 void CudaBackend::Linear(const LinearArgs& args) {

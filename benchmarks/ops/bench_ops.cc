@@ -1,5 +1,6 @@
 // Microseconds per op of a decode step, through the Backend seam, as a decode step calls them:
-// attention and selection, and the projections of Llama-3.1-8B; and of attention over prompts.
+// attention and selection, and the projections of Llama-3.1-8B; and of attention over prompts, and
+// their products.
 //
 // Every row of a decode step runs one op on many caches (or weights) in turn, more than the L2
 // holds, recorded as one step; the time is that of several replays queued back to back, divided by
@@ -29,6 +30,7 @@ int main(int argc, char** argv) {
     tidal::MeasureDecodeAttention(bench, filter);
     tidal::MeasureScoredLayers(bench, filter);
     tidal::MeasureProjections(bench, filter);
+    tidal::MeasurePromptProducts(bench, filter);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_ops: %s\n", error.what());
     return 1;

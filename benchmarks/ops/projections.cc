@@ -30,11 +30,18 @@ struct Kept {
   const char* name;
   WeightCodes codes = WeightCodes::kNone;
   int64_t group_size = 0;  // 0: all inputs
+  bool quantizes_inputs = false;
 };
 constexpr Kept kKept[] = {{"16 bit"},
                           {"float8", WeightCodes::kFloat8},
                           {"float8, groups of 128", WeightCodes::kFloat8, 128},
                           {"int4, groups of 128", WeightCodes::kInt4, 128}};
+constexpr Kept kKeptForPrompts[] = {
+    {"16 bit"},
+    {"float8", WeightCodes::kFloat8},
+    {"float8, inputs too", WeightCodes::kFloat8, 0, true},
+    {"float8, inputs too, groups of 128", WeightCodes::kFloat8, 128, true}};
+constexpr const char* kPromptOp = "prompt_linear";
 
 // A random weight: any bits are codes.
 Weight MakeWeight(BenchDevice& bench, const Projection& row, const Kept& kept) {
@@ -45,7 +52,8 @@ Weight MakeWeight(BenchDevice& bench, const Projection& row, const Kept& kept) {
   Weight weight(TensorView(bits.ptr, DType::kUInt8, {outputs, row_bytes}));
   weight.codes = kept.codes;
   weight.group_size = kept.group_size == 0 ? inputs : kept.group_size;
-  weight.scales = bench.RandomHalf({inputs / weight.group_size, outputs});
+  const DType scale_dtype = kept.quantizes_inputs ? DType::kFloat32 : kDType;
+  weight.scales = bench.Random(scale_dtype, {inputs / weight.group_size, outputs});
   return weight;
 }
 
@@ -124,7 +132,38 @@ void Measure(BenchDevice& bench, const Projection& row, const Kept& kept, int64_
   std::fflush(stdout);
 }
 
+// A product of a prompt alone.
+void MeasurePrompt(BenchDevice& bench, const Projection& row, const Kept& kept,
+                   int64_t num_tokens) {
+  bench.Clear();
+  const LinearArgs linear = {.x = bench.RandomHalf({num_tokens, row.num_inputs}),
+                             .weight = MakeWeight(bench, row, kept),
+                             .bias = {},
+                             .out = bench.Tensor(kDType, {num_tokens, row.num_outputs}),
+                             .quantizes_inputs = kept.quantizes_inputs};
+  const double us = bench.MedianTime([&] { bench.backend().Linear(linear); }, 10);
+  const double flop =
+      2.0 * static_cast<double>(num_tokens) * static_cast<double>(row.num_outputs * row.num_inputs);
+  std::printf(
+      "{\"op\": \"%s\", \"weight\": \"%s\", \"num_outputs\": %lld, \"num_inputs\": %lld, "
+      "\"num_tokens\": %lld, \"median_of\": %d, \"us\": %.2f, \"tflops\": %.1f}\n",
+      kPromptOp, kept.name, static_cast<long long>(row.num_outputs),
+      static_cast<long long>(row.num_inputs), static_cast<long long>(num_tokens), bench.samples(),
+      us, flop / us * 1e-6);
+  std::fflush(stdout);
+}
+
 }  // namespace
+
+void MeasurePromptProducts(BenchDevice& bench, const std::string& filter) {
+  if (std::string(kPromptOp).find(filter) == std::string::npos) return;
+  for (int64_t num_tokens : {128, 512, 4096}) {
+    for (const Projection& row : Projections()) {
+      if (row.num_outputs == kVocab) continue;  // few tokens of a prompt ask for logits
+      for (const Kept& kept : kKeptForPrompts) MeasurePrompt(bench, row, kept, num_tokens);
+    }
+  }
+}
 
 void MeasureProjections(BenchDevice& bench, const std::string& filter) {
   for (int64_t batch_size : {1, 4, 8, 16, 32, 64}) {

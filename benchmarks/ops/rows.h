@@ -17,6 +17,9 @@ void MeasureScoredLayers(BenchDevice& bench, const std::string& filter);
 // The projections of decode steps of Llama-3.1-8B, with what is fused to them.
 void MeasureProjections(BenchDevice& bench, const std::string& filter);
 
+// The products of its prompts (prompt_linear), with inputs rounded to float8 too.
+void MeasurePromptProducts(BenchDevice& bench, const std::string& filter);
+
 // Attention over a prompt, and over short chunks behind long contexts (attention_prefill_behind),
 // those once more as batch-invariant attention does them, which splits no tokens.
 void MeasurePromptAttention(BenchDevice& bench, const std::string& filter);

@@ -53,6 +53,9 @@ constexpr Names<KeepWeights, 5> kKeepWeights = {{{KeepWeights::kAsStored, "auto"
                                                  {KeepWeights::kFloat8, "fp8"},
                                                  {KeepWeights::kInt4, "int4"},
                                                  {KeepWeights::kMxfp4, "mxfp4"}}};
+constexpr Names<KeepActivations, 3> kKeepActivations = {{{KeepActivations::kAsStored, "auto"},
+                                                         {KeepActivations::kPlain, "16bit"},
+                                                         {KeepActivations::kFloat8, "fp8"}}};
 constexpr Names<Drafts, 3> kDrafts = {
     {{Drafts::kTidal, "tidal"}, {Drafts::kNgram, "ngram"}, {Drafts::kBoth, "both"}}};
 constexpr Names<Granularity, 3> kGranularities = {{{Granularity::kKvHead, "kv_head"},
@@ -207,6 +210,7 @@ void RegisterDecodeConfig(py::module_& module) {
   DefEnum(config, "kv_dtype", &DecodeConfig::kv_dtype, kKvDTypes);
   DefEnum(config, "weight_format", &DecodeConfig::weight_format, kKeepWeights);
   DefEnum(config, "lm_head_format", &DecodeConfig::lm_head_format, kKeepWeights);
+  DefEnum(config, "activation_format", &DecodeConfig::activation_format, kKeepActivations);
   DefEnum(config, "drafts", &DecodeConfig::drafts, kDrafts);
 
   py::class_<SamplingParams>(module, "SamplingParams")
@@ -251,7 +255,8 @@ void RegisterWeights(py::module_& module) {
       .def(py::init([](std::string name, std::vector<int64_t> shape, const std::string& format,
                        const std::pair<int64_t, int64_t>& block, WeightFileEntry codes,
                        WeightFileEntry scales, std::optional<WeightFileEntry> zeros,
-                       int32_t zero_offset) {
+                       int32_t zero_offset, bool quantizes_inputs,
+                       std::optional<WeightFileEntry> input_scale) {
              return QuantizedWeight{.name = std::move(name),
                                     .shape = std::move(shape),
                                     .format = Parse(kWeightFormats, "format", format),
@@ -260,10 +265,13 @@ void RegisterWeights(py::module_& module) {
                                     .codes = std::move(codes),
                                     .scales = std::move(scales),
                                     .zeros = std::move(zeros),
-                                    .zero_offset = zero_offset};
+                                    .zero_offset = zero_offset,
+                                    .quantizes_inputs = quantizes_inputs,
+                                    .input_scale = std::move(input_scale)};
            }),
            py::arg("name"), py::arg("shape"), py::arg("format"), py::arg("block"), py::arg("codes"),
-           py::arg("scales"), py::arg("zeros"), py::arg("zero_offset"));
+           py::arg("scales"), py::arg("zeros"), py::arg("zero_offset"), py::arg("quantizes_inputs"),
+           py::arg("input_scale"));
 }
 
 }  // namespace

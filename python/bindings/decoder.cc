@@ -82,6 +82,11 @@ class ModelSource {
       source_ = std::make_unique<RandomWeightSource>(model, config.dtype, 0, codes);
     }
     Keep(lm_head);
+    const bool is_automatic = config.activation_format == KeepActivations::kAsStored;
+    // What the checkpoint says is faster on CUDA only.
+    if (is_automatic && config.device.type != DeviceType::kCpu) return;
+    const bool quantizes = config.activation_format == KeepActivations::kFloat8;
+    source_ = std::make_unique<ActivationsSource>(std::move(source_), quantizes);
   }
 
   const WeightSource& get() const { return *source_; }

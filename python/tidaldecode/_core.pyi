@@ -103,6 +103,7 @@ class DecodeConfig(PlanConfig):
     kv_dtype: str
     weight_format: str
     lm_head_format: str
+    activation_format: str
     verify: bool
     drafts: str
     draft_tokens: int
@@ -164,6 +165,8 @@ class QuantizedWeight:
         scales: WeightFileEntry,
         zeros: WeightFileEntry | None,
         zero_offset: int,
+        quantizes_inputs: bool,
+        input_scale: WeightFileEntry | None,
     ) -> None: ...
 
 class Verification:

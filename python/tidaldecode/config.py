@@ -21,6 +21,7 @@ ATTENTION_KINDS = ("auto", "tidal", "full")
 LOAD_FORMATS = ("auto", "dummy")
 LM_HEAD_FORMATS = ("auto", "decoded", "fp8", "int4")
 WEIGHT_FORMATS = (*LM_HEAD_FORMATS, "mxfp4")
+ACTIVATION_FORMATS = ("auto", "16bit", "fp8")
 GRANULARITIES = ("layer", "kv_head", "head")
 POOLINGS = ("sum", "max")
 SHADOWS = ("none", "int4")
@@ -34,13 +35,22 @@ _CHOICES = {
     "load_format": LOAD_FORMATS,
     "weight_format": WEIGHT_FORMATS,
     "lm_head_format": LM_HEAD_FORMATS,
+    "activation_format": ACTIVATION_FORMATS,
     "granularity": GRANULARITIES,
     "pooling": POOLINGS,
     "shadow": SHADOWS,
     "drafts": DRAFTS,
 }
 # Fields of words of which none is None.
-_WORDS = ("dtype", "kv_dtype", "load_format", "weight_format", "lm_head_format", "attention")
+_WORDS = (
+    "dtype",
+    "kv_dtype",
+    "load_format",
+    "weight_format",
+    "lm_head_format",
+    "activation_format",
+    "attention",
+)
 _INT32_MAX = 2**31 - 1
 _INT_RANGES = {
     "token_budget": (1, _INT32_MAX),
@@ -182,6 +192,15 @@ class DecodeConfig(PlanConfig):
         lm_head_format: the same of the output matrix, by itself: "auto" is as the checkpoint has
             it, and in numbers where weight_format is "decoded". One that is the embedding table too
             gets codes of its own, beside it.
+        activation_format: the inputs of the products of prompts with layers' matrices in fp8 codes,
+            experts left out. "fp8" (W8A8) rounds them to float8 as well, under a scale for each
+            token (its largest number over 448), for every 128 inputs where those of the weights are
+            of blocks, or the checkpoint's own fixed one. "16bit" leaves them (in float32 on the
+            CPU). "auto" is "fp8" on CUDA where the checkpoint says that it is meant so
+            (compressed-tensors' input_activations, quant_method "fp8"), else "16bit". All tokens of
+            a prompt are treated alike, in chunks of any length (what differs by rounding may round
+            to another code); those that are decoded, checked or corrected are not rounded, and so
+            not found in the prefix cache by later prompts.
         attention: "tidal", "full" (dense), or "auto": tidal if select_layers, scored_layers or a
             token_budget are given or there is a plan for this model, else dense. Without layers and
             without a plan every layer chooses for itself, by shadow keys ("int4").
@@ -236,6 +255,7 @@ class DecodeConfig(PlanConfig):
     load_format: str = "auto"
     weight_format: str = "auto"
     lm_head_format: str = "auto"
+    activation_format: str = "auto"
     attention: str = "auto"
     verify: bool | str | None = None
     drafts: str | None = None

@@ -95,6 +95,7 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         load_format: str = "auto",
         weight_format: str = "auto",
         lm_head_format: str = "auto",
+        activation_format: str = "auto",
         attention: str = "auto",
         token_budget: int | str | None = None,
         top_p_mass: float | None = None,

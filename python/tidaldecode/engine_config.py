@@ -155,6 +155,8 @@ def _quantized_weight(weight: QuantizedTensor) -> _core.QuantizedWeight:
         _file_entry(weight.scales),
         _file_entry(weight.zeros) if weight.zeros else None,
         weight.scheme.zero_offset,
+        weight.scheme.quantizes_activations,
+        _file_entry(weight.input_scale) if weight.input_scale else None,
     )
 
 

@@ -9,6 +9,7 @@
 #include "reading.h"
 #include "throws.h"
 #include "tidal/error.h"
+#include "tidal/quantized_weights.h"
 #include "tiny_model.h"
 
 namespace tidal::test {
@@ -167,7 +168,7 @@ void Exercise(ModelRunner& runner, const Prompts& prompts, int64_t steps) {
       row.num_draws = row.num_logits = row.num_tokens;
       logits.resize(static_cast<size_t>(row.num_logits * runner.model().vocab_size));
       row.logits = logits.data();
-      drawn = runner.Run({.rows = {row}});
+      drawn = runner.Run({.rows = {row}, .is_reading = true});
     }
     sequence.tokens.push_back(drawn.tokens[0].back());
   }
@@ -206,6 +207,25 @@ TEST_P(MemoryPlanTest, IsHeldWhateverRuns) {
     Exercise(runner, MakePrompts({70}), 10);
     EXPECT_EQ(AllBytes(runner.allocated()), before);
   }
+}
+
+TEST_P(MemoryPlanTest, IsHeldWhileInputsOfPromptsAreRounded) {
+  model_.hidden_size = 256;
+  model_.intermediate_size = 512;
+  const DecodeConfig config = Verifying();
+  const ActivationsSource source(
+      std::make_unique<RandomWeightSource>(model_, config.dtype, 0, WeightCodes::kFloat8), true);
+  ModelRunner runner(model_, config, source, nullptr);
+  if (!runner.quantizes_prompts()) GTEST_SKIP() << "this device's products read no codes";
+  ExpectAllocatedAsPlanned(runner);
+  const int64_t before = AllBytes(runner.allocated());
+  const auto longest = static_cast<int32_t>(runner.config().max_seq_len);
+  Exercise(runner, MakePrompts({longest - 90, 1, 100}), 40);
+  EXPECT_EQ(AllBytes(runner.allocated()), before);
+  const ActivationsSource plain(
+      std::make_unique<RandomWeightSource>(model_, config.dtype, 0, WeightCodes::kFloat8), false);
+  EXPECT_LT(AllBytes(PlanMemory(model_, config, plain).scratch),
+            AllBytes(runner.memory_plan().scratch));
 }
 
 // The largest max_seq_len is one more page's cache and scratch away from not fitting.

@@ -48,6 +48,38 @@ Values RmsNorm(const Values& x, const Values& weight, double eps) {
   return out;
 }
 
+// The nearest float8 e4m3, of two the one with the even code; beyond 448, that.
+static double NearestFloat8(double value) {
+  double best = 0.0;
+  for (int code = 0; code < 127; ++code) {
+    const int exponent = code >> 3, mantissa = code & 7;
+    const double candidate =
+        exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    const double gain = std::abs(best - std::abs(value)) - std::abs(candidate - std::abs(value));
+    if (gain > 0.0 || (gain == 0.0 && code % 2 == 0)) best = candidate;
+  }
+  return std::copysign(best, value);
+}
+
+Values RoundedInputs(const Values& x, int64_t in_features, const InputGroups& groups) {
+  Values out(x.size());
+  for (int64_t row = 0; row < Size(x); row += in_features) {
+    for (int64_t begin = 0; begin < in_features; begin += groups.size) {
+      const int64_t count = std::min(groups.size, in_features - begin);
+      double largest = 0.0;
+      for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(x[row + begin + i]));
+      // Scales, and inputs over them, are float32 by the definition.
+      float scale = static_cast<float>(largest) / 448.0f;
+      if (groups.fixed_scale > 0.0f) scale = groups.fixed_scale;
+      if (scale == 0.0f) scale = 1.0f;
+      for (int64_t i = row + begin; i < row + begin + count; ++i) {
+        out[i] = NearestFloat8(static_cast<float>(x[i]) / scale) * double{scale};
+      }
+    }
+  }
+  return out;
+}
+
 Values Linear(const Values& x, const Values& weight, const Values& bias, int64_t in_features) {
   const int64_t num_rows = Size(x) / in_features;
   const int64_t out_features = Size(weight) / in_features;

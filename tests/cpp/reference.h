@@ -28,6 +28,14 @@ Values RmsNorm(const Values& x, const Values& weight, double eps);
 // bias may be empty.
 Values Linear(const Values& x, const Values& weight, const Values& bias, int64_t in_features);
 
+// x [T, in_features] as LinearArgs::quantizes_inputs has it: each group of so many inputs of a
+// token in float8, under the fixed scale or, if that is 0, one of its own.
+struct InputGroups {
+  int64_t size = 0;
+  float fixed_scale = 0.0f;
+};
+Values RoundedInputs(const Values& x, int64_t in_features, const InputGroups& groups);
+
 // [T, D]: D/2 cosines, then D/2 sines. Idle rows (position -1) give 0. The angle is rounded to
 // float32: models are trained and published with that, and at position 100000 it is off by up to
 // 4e-3.

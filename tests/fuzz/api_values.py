@@ -98,6 +98,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "dtype": ("'auto'", "'float32'"),
     "weight_format": ("'auto'", "'decoded'", "'fp8'", "'int4'", "'mxfp4'"),
     "lm_head_format": ("'auto'", "'decoded'", "'fp8'", "'int4'"),
+    "activation_format": ("'auto'", "'16bit'", "'fp8'"),
     "kv_dtype": ("'auto'", "'float32'", "'bfloat16'", "'int8'", "'fp8'"),
     "load_format": ("'auto'", "'dummy'"),
     "attention": ("'auto'", "'full'", "'tidal'"),

@@ -20,7 +20,10 @@ def quantised_checkpoints(bench: Bench) -> None:
         head_dim=64, dtype=bench.dtype,
     )  # fmt: skip
     prompt = random_prompt(model, 40)
-    limits = {"device": bench.device, "dtype": bench.dtype, "max_seq_len": 64, "num_threads": 1}
+    limits = {
+        "device": bench.device, "dtype": bench.dtype, "max_seq_len": 64, "num_threads": 1,
+        "activation_format": "16bit",
+    }  # fmt: skip
     for index, kind in enumerate(KINDS):
         stored, meant = write_both(bench.folder / str(index), model, kind)
         results = []
@@ -104,6 +107,41 @@ def lm_head_format(bench: Bench) -> None:
     assert held[False, "int4"] < held[False, "fp8"] < held[False, "decoded"]
     assert held[True, "decoded"] < held[True, "int4"] < held[True, "fp8"]
     bench.command("generate", str(bench.model), "Once", "-n", "4", "--lm-head-format", "fp8")
+
+
+@uses("activation_format")
+def activation_format(bench: Bench) -> None:
+    model = TinyModel(
+        hidden_size=256, intermediate_size=512, num_layers=2, num_q_heads=4, num_kv_heads=2,
+        head_dim=64, dtype=bench.dtype,
+    )  # fmt: skip
+    prompt = random_prompt(model, 150)
+    limits = {"device": bench.device, "dtype": bench.dtype, "max_seq_len": 256, "num_threads": 1}
+    for index, kind in enumerate(KINDS[:5]):
+        stored, _ = write_both(bench.folder / str(index), model, kind)
+        held: dict[str, list[np.ndarray]] = {}
+        for choice in ("16bit", "fp8"):
+            logits = []
+            for chunk in (20, 67, 150):
+                with tidaldecode.Decoder(
+                    stored, activation_format=choice, prefill_chunk=chunk, **limits
+                ) as decoder:
+                    assert decoder.config.activation_format == choice
+                    logits.append(decoder.logits(prompt, last=len(prompt)))
+                    text = decoder.generate([prompt, prompt[:1]], max_new_tokens=6, ignore_eos=True)
+                    assert [len(each.token_ids) for each in text] == [6, 6]
+            held[choice] = logits
+        away = np.linalg.norm(held["fp8"][0] - held["16bit"][0])
+        assert away > 0.01 * np.linalg.norm(held["fp8"][0]), kind.name
+        # Where rounding decides between two codes, what follows differs by more.
+        cuts = max(np.linalg.norm(each - held["fp8"][0]) for each in held["fp8"])
+        assert cuts < 0.9 * away, kind.name
+        with tidaldecode.Decoder(stored, **limits) as decoder:
+            says = bench.device != "cpu" and kind.name != "FP8, older name"
+            assert decoder.config.activation_format == ("fp8" if says else "16bit")
+    said = " ".join(bench.command("info", str(stored), "--activation-format", "fp8").split())
+    assert "activations of prompts are quantised to FP8" in said
+    assert "inputs of products in fp8" in said or bench.device == "cpu"
 
 
 @uses("kv_dtype")

@@ -366,12 +366,12 @@ def session_chat(bench: Bench) -> None:
 # The command line
 
 
+FORMATS = ["--weight-format", "fp8", "--lm-head-format", "int4", "--activation-format", "auto"]
 ENGINE = [
     "--attention", "tidal", "--select-layers", "2", "--scored-layers", "7", "--token-budget", "32",
     "--max-seq-len", "512", "--page-size", "16", "--gpu-memory-utilization", "0.5",
-    "--prefill-chunk", "64", "--weight-format", "fp8", "--lm-head-format", "int4",
+    "--prefill-chunk", "64", *FORMATS,
 ]  # fmt: skip
-FORMATS = ["--weight-format", "auto", "--lm-head-format", "auto"]
 PLAN_OPTIONS = [
     "--full-layers", "2", "--top-p-mass", "0.98", "--min-token-budget", "16", "--granularity",
     "layer", "--pooling", "sum", "--sink-tokens", "1", "--recent-tokens", "8",

@@ -146,7 +146,7 @@ def serve_command(bench: Bench) -> None:
         "--max-chunk-ms", "30", "--decode-share", "0.5", "--prefill-chunk", "64", "--num-threads",
         "1", "--load-format", "auto", "--weight-format", "int4", "--lm-head-format", "fp8",
         "--attention", "tidal", "--select-layers", "2", "--scored-layers", "5", "--token-budget",
-        "32", "--correction-interval", "8",
+        "32", "--correction-interval", "8", "--activation-format", "16bit",
     ]  # fmt: skip
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         address = ["--host", "127.0.0.1", "--port", port]

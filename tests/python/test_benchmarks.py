@@ -239,11 +239,13 @@ def test_bench_prefill_runs(tmp_path: Path):
     command = [
         sys.executable, str(BENCHMARKS / "bench_prefill.py"), "--shape", "tiny", "--device", "cpu",
         "--context", "64", "--chunk", "32", "--repeats", "1", "--peers", "none",
-        "--output", str(output),
+        "--format", "16bit", "--format", "w8a8", "--output", str(output),
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    (row,) = json.loads(output.read_text())["rows"]
-    assert row["prefill_chunk"] == 32 and row["median_of"] == 1 and row["s"] > 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["runner"] for row in rows] == ["tidaldecode, full", "tidaldecode, full, w8a8"]
+    for row in rows:
+        assert row["prefill_chunk"] == 32 and row["median_of"] == 1 and row["s"] > 0
 
 
 def test_the_same_requests_go_to_a_decoder_and_to_a_server(tmp_path: Path):

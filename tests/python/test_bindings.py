@@ -25,7 +25,7 @@ decoder = new_decoder()
 
 def quantized_weight():
     entry = core_weights(folder)[0]
-    return _core.QuantizedWeight("a", [2, 2], "float8", (1, 2), entry, entry, None, 0)
+    return _core.QuantizedWeight("a", [2, 2], "float8", (1, 2), entry, entry, None, 0, False, None)
 
 def params():
     made = _core.SamplingParams()

@@ -14,6 +14,7 @@ from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.rope_config import ROPE_TYPES, RopeConfig
 from tidaldecode.config import (
+    ACTIVATION_FORMATS,
     ATTENTION_KINDS,
     DRAFTS,
     DTYPES,
@@ -59,6 +60,7 @@ def test_decode_config_writes_no_default_of_its_own():
             "load_format",
             "weight_format",
             "lm_head_format",
+            "activation_format",
             "attention",
         ):
             assert field.default == "auto"
@@ -131,6 +133,7 @@ def test_sampling_defaults_are_the_engines():
         (_core.DecodeConfig, "kv_dtype", KV_DTYPES),
         (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
         (_core.DecodeConfig, "lm_head_format", WEIGHT_FORMATS),
+        (_core.DecodeConfig, "activation_format", ACTIVATION_FORMATS),
         (_core.DecodeConfig, "drafts", DRAFTS),
         (_core.DecodeConfig, "granularity", GRANULARITIES),
         (_core.DecodeConfig, "pooling", POOLINGS),

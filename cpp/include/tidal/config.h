@@ -185,6 +185,13 @@ enum class KeepWeights : int32_t {
   kMxfp4,  // likewise those of experts, the others as numbers
 };
 
+// What products of prompts with a layer's matrix in fp8 codes make of their inputs.
+enum class KeepActivations : int32_t {
+  kAsStored,  // what the checkpoint says, on a device that gains by it
+  kPlain,     // nothing: they stay as they are
+  kFloat8,    // fp8 codes too (LinearArgs in backend/op_args.h)
+};
+
 // What drafts the tokens that a dense pass checks.
 enum class Drafts : int32_t {
   kTidal,  // sparse steps
@@ -200,6 +207,8 @@ struct DecodeConfig : PlanConfig {
   // As whoever makes the WeightSource heeds.
   KeepWeights weight_format = KeepWeights::kAsStored;   // of the layers
   KeepWeights lm_head_format = KeepWeights::kAsStored;  // kDecoded where weight_format is
+  // Likewise; a decoder's own is what its weights then say.
+  KeepActivations activation_format = KeepActivations::kAsStored;
   // The cache's: a float type, which on CUDA must equal dtype; fp8; or on the CPU int8.
   DType kv_dtype = DType::kBFloat16;
 

@@ -47,9 +47,11 @@ struct QuantizedWeight {
   int64_t block_rows = 1;     // of a block; the last blocks of a matrix may be smaller
   int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in formats of 4 bits
   WeightFileEntry codes;
-  WeightFileEntry scales;                // float32, bfloat16 or float16; uint8 of kMxfp4
-  std::optional<WeightFileEntry> zeros;  // of int4 formats, in blocks of one row; absent: 8
-  int32_t zero_offset = 0;               // added to every stored zero, modulo 16
+  WeightFileEntry scales;                      // float32, bfloat16 or float16; uint8 of kMxfp4
+  std::optional<WeightFileEntry> zeros;        // of int4 formats, in blocks of one row; absent: 8
+  int32_t zero_offset = 0;                     // added to every stored zero, modulo 16
+  bool quantizes_inputs = false;               // of kFloat8; see CodedInfo
+  std::optional<WeightFileEntry> input_scale;  // one number
 };
 
 // Tensors in files, the quantised ones decoded to a float type while they are read.
@@ -75,6 +77,7 @@ class QuantizedWeightSource final : public WeightSource {
   const CodedInfo* FindCodes(const std::string& name) const override;
   void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                  const CodedRows& rows) const override;
+  float ReadInputScale(const std::string& name) const override;
 
  private:
   struct Matrix {
@@ -131,6 +134,7 @@ class QuantizingWeightSource final : public WeightSource {
   const CodedInfo* FindCodes(const std::string& name) const override;
   void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                  const CodedRows& rows) const override;
+  float ReadInputScale(const std::string& name) const override;
   void CheckUnchanged() const override;
 
   // Returns the root mean square of what rounding changed, over that of the numbers it rounded.
@@ -168,11 +172,46 @@ class DecodedWeightSource final : public WeightSource {
                  const CodedRows& rows) const override {
     source_->ReadCodes(name, begin, end, rows);
   }
+  float ReadInputScale(const std::string& name) const override {
+    return source_->ReadInputScale(name);
+  }
   void CheckUnchanged() const override { source_->CheckUnchanged(); }
 
  private:
   std::unique_ptr<WeightSource> source_;
   CodedPart part_;
+};
+
+// A source all or none of whose matrices in float8 say that they quantizes_inputs.
+class ActivationsSource final : public WeightSource {
+ public:
+  ActivationsSource(std::unique_ptr<WeightSource> source, bool quantizes)
+      : source_(std::move(source)), quantizes_(quantizes) {}
+
+  const WeightInfo* Find(const std::string& name) const override { return source_->Find(name); }
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override {
+    source_->Read(name, offset, bytes, dst);
+  }
+  const CodedInfo* FindCodes(const std::string& name) const override {
+    const CodedInfo* coded = source_->FindCodes(name);
+    if (coded == nullptr || coded->codes != WeightCodes::kFloat8) return coded;
+    CodedInfo& info = infos_[name] = *coded;
+    info.quantizes_inputs = quantizes_;
+    return &info;
+  }
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override {
+    source_->ReadCodes(name, begin, end, rows);
+  }
+  float ReadInputScale(const std::string& name) const override {
+    return source_->ReadInputScale(name);
+  }
+  void CheckUnchanged() const override { source_->CheckUnchanged(); }
+
+ private:
+  std::unique_ptr<WeightSource> source_;
+  bool quantizes_;
+  mutable std::unordered_map<std::string, CodedInfo> infos_;
 };
 
 }  // namespace tidal

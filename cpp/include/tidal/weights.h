@@ -45,7 +45,13 @@ struct CodedInfo {
   // That holds every scale exactly; uint8 of kMxfp4, each the power of 2 of itself less 127.
   DType scale_dtype = DType::kFloat32;
   bool has_zeros = false;
-  bool operator==(const CodedInfo&) const = default;
+  // Of kFloat8: whether products of prompts are to round their inputs to float8 too.
+  bool quantizes_inputs = false;
+
+  bool HasSameCodes(const CodedInfo& other) const {
+    return codes == other.codes && group_size == other.group_size &&
+           scale_dtype == other.scale_dtype && has_zeros == other.has_zeros;
+  }
 
   // Both for a row of so many elements.
   int64_t num_groups(int64_t inputs) const { return (inputs + group_size - 1) / group_size; }
@@ -77,6 +83,10 @@ class WeightSource {
   // for a code that stands for no number.
   virtual void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                          const CodedRows& rows) const;
+
+  // The scale of the inputs of a tensor's products, where it quantizes_inputs; 0: they have scales
+  // of their own. Throws WeightsError as Read does, and for a scale that is none.
+  virtual float ReadInputScale(const std::string&) const { return 0.0f; }
 
   // Called after the last Read. Throws WeightsError if what was read is not what was described.
   virtual void CheckUnchanged() const {}

@@ -47,6 +47,7 @@ struct StepLimits {
   Granularity granularity = Granularity::kKvHead;
   Shadow shadow = Shadow::kNone;
   int64_t decoded_bytes = 0;       // of the largest weight of a layer in codes, as numbers
+  int64_t quantized_inputs = 0;    // most inputs of a product that quantizes_inputs; 0: none does
   int64_t num_recorded_steps = 0;  // different StepKeys, at most max_recorded_steps
 };
 

@@ -77,6 +77,12 @@ void Check(const LinearArgs& args, std::optional<DType> act) {
   const bool float_out =
       args.output == LinearOutput::kAccumulate || args.out.dtype == DType::kFloat32;
   op.Tensor("out", args.out, {&tokens, &out_features}, float_out ? op.float32() : op.act());
+  if (!args.quantizes_inputs) return;
+  TIDAL_CHECK(args.weight.codes == WeightCodes::kFloat8, InvalidArgument,
+              "Linear: quantizes_inputs: got another weight, expected codes of float8");
+  const float scale = args.weight.input_scale;
+  TIDAL_CHECK(std::isfinite(scale) && scale >= 0.0f, InvalidArgument,
+              "Linear: weight.input_scale: got ", scale, ", expected a finite number >= 0");
 }
 
 void Check(const RopeTableArgs& args, std::optional<DType> act) {

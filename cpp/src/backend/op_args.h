@@ -29,6 +29,10 @@ struct Weight {
   // From the scales and zeros of one group to those of the next, of rows that are part of a larger
   // matrix; 0: N.
   int64_t group_stride = 0;
+  // Whether its products of prompts round their inputs to float8 too (LinearArgs), and the scale of
+  // those; 0: they have scales of their own.
+  bool quantizes_inputs = false;
+  float input_scale = 0.0f;
 
   Weight() = default;
   Weight(const TensorView& numbers) : data(numbers) {}  // NOLINT: a plain matrix is one
@@ -81,6 +85,11 @@ struct LinearArgs {
   TensorView bias;  // [N] weight, or absent
   TensorView out;   // [T, N] act or float32; float32 if output is kAccumulate
   LinearOutput output = LinearOutput::kStore;
+  // With a weight in float8: x is rounded to float8 first. A token's inputs have a scale for each
+  // group of the weight's: weight.input_scale, or else Float8Scale of their largest magnitude
+  // (core/float8.h), NaNs left out. What is multiplied is the nearest code to input / scale, times
+  // the scale, or that number as act.
+  bool quantizes_inputs = false;
 };
 
 // cos and sin of position x frequency (a float32 product, as in transformers), once a pass for all

@@ -17,10 +17,10 @@ float Float8ToFloat(uint8_t code) {
 }
 
 uint8_t FloatToFloat8(float value) {
-  constexpr float kLargest = 448.0f, kLeastNormal = 0.015625f;
+  constexpr float kLeastNormal = 0.015625f;
   const uint32_t bits = FloatToBits(value), sign = (bits >> 24) & 0x80u;
   if (std::isnan(value)) return static_cast<uint8_t>(sign | 0x7fu);
-  const float size = std::min(std::abs(value), kLargest);
+  const float size = std::min(std::abs(value), kLargestFloat8);
   if (size < kLeastNormal) {  // steps of 2^-9
     return static_cast<uint8_t>(sign | static_cast<uint32_t>(std::nearbyint(size * 512.0f)));
   }

@@ -6,12 +6,22 @@
 #include <cstdint>
 
 #include "core/float16.h"
+#include "core/host_device.h"
 
 namespace tidal {
 
 struct Float8 {
   uint8_t bits;
 };
+
+inline constexpr float kLargestFloat8 = 448.0f;
+
+// The scale of numbers of at most that magnitude: the largest of their codes is the largest there
+// is. 1 if all are 0.
+TIDAL_HOST_DEVICE inline float Float8Scale(float largest) {
+  const float scale = largest / kLargestFloat8;
+  return scale > 0.0f ? scale : 1.0f;
+}
 
 float Float8ToFloat(uint8_t code);
 

@@ -41,6 +41,8 @@ int64_t NumFollowed(const BatchRow& row);
 struct Batch {
   std::vector<BatchRow> rows;
   PlanId plan = PlanId::kDense;
+  // Whether it reads prompts, or once more what a sequence had before, and nothing else.
+  bool is_reading = false;
   // Whole pages to copy before anything else, in this order: from the cache to host pages, from
   // host pages to the cache, within the cache. A batch without rows may have some.
   std::vector<PageCopy> saves{};

@@ -72,6 +72,7 @@ class Planner {
 
   ResolvedSettings Resolve() const {
     DecodeConfig config = asked_;
+    config.activation_format = ActivationFormat();
     if (config.max_seq_len == 0) config.max_seq_len = FittingSeqLen();
     ResolvedSettings resolved = PlanFor(config);
     MemoryPlan& memory = resolved.memory;
@@ -80,6 +81,17 @@ class Planner {
   }
 
  private:
+  KeepActivations ActivationFormat() const {
+    if (weights_.quantized_inputs > 0) return KeepActivations::kFloat8;
+    TIDAL_CHECK(asked_.activation_format != KeepActivations::kFloat8, ConfigError,
+                "activation_format: got \"fp8\", but no matrix of a layer, experts left out, is in "
+                "fp8 codes on ",
+                info_.name,
+                "; expected \"auto\" or \"16bit\", weight_format \"fp8\", an fp8 checkpoint, or a "
+                "GPU of compute capability 9.0");
+    return KeepActivations::kPlain;
+  }
+
   int64_t Usable(double share) const {
     auto part = [&](int64_t bytes) {
       return static_cast<int64_t>(share * static_cast<double>(bytes));
@@ -102,6 +114,7 @@ class Planner {
     if (config.shadow != Shadow::kNone) ShadowMemory(meter, config);
     StepLimits limits = LimitsFor(backend_, model_, config, plan_);
     limits.decoded_bytes = weights_.decoded_bytes;
+    limits.quantized_inputs = weights_.quantized_inputs;
     BackendMemory own = backend_.PlanReserve(limits);
     MemoryPlan memory;
     memory.device = info_.name;

@@ -19,12 +19,13 @@ struct ResolvedSettings {
   MemoryPlan memory;
 };
 
-// Throws UnsupportedError for shapes that the backend does not run.
+// Throws UnsupportedError for shapes that the backend does not run, ConfigError for settings that
+// the weights do not fit.
 ResolvedSettings ResolveSettings(const Backend& backend, const ModelConfig& model,
                                  const DecodeConfig& config, const DecodePlan& plan,
                                  const WeightMemory& weights);
 
-// The largest step of these (resolved) settings, but for decoded_bytes.
+// The largest step of these (resolved) settings, but for decoded_bytes and quantized_inputs.
 StepLimits LimitsFor(const Backend& backend, const ModelConfig& model, const DecodeConfig& config,
                      const DecodePlan& plan);
 

@@ -62,14 +62,13 @@ DecodeConfig WithoutChoice(DecodeConfig config) {
   return config;
 }
 
-// The K and V of `count` more tokens are in the cache, as dense reading leaves them or a sparse
-// step.
-void Advance(Sequence& sequence, int64_t count, bool is_sparse) {
+// The K and V of `count` more tokens are in the cache, as reading them leaves them or in another
+// way.
+void Advance(Sequence& sequence, int64_t count, bool is_clean) {
   const int64_t begin = sequence.cached;
   sequence.cached += count;
   sequence.shadowed = std::min(sequence.shadowed, begin);
-  if (is_sparse) {
-    ++sequence.num_sparse;
+  if (!is_clean) {
     sequence.clean_len = std::min(sequence.clean_len, begin);
   } else if (sequence.clean_len >= begin) {
     sequence.clean_len = sequence.cached;
@@ -93,6 +92,7 @@ ModelRunner::ModelRunner(const ModelConfig& model, const DecodeConfig& config,
   weights_ = LoadWeights(*backend_, model_, config_.dtype, weights, progress);
   StepLimits limits = LimitsFor(*backend_, model_, config_, plan_);
   limits.decoded_bytes = memory.decoded_bytes;
+  limits.quantized_inputs = memory.quantized_inputs;
   backend_->Reserve(limits);
   buffers_ = std::make_unique<RunnerBuffers>(*backend_, model_, config_, plan_);
   buffers_->passes.WriteConstants(*backend_, model_);
@@ -117,6 +117,7 @@ void ModelRunner::Warm() {
   Pass pass = buffers_->passes.Take({config_.prefill_chunk, 1});
   pass.max_q_len = config_.prefill_chunk;
   pass.max_seq_len = config_.max_seq_len;
+  pass.quantizes_inputs = quantizes_prompts();
   buffers_->inputs.Write({}, pass);
   RunChunkPass(pass, 0);
   for (const StepKey& key : keys) WarmStep(key);
@@ -175,6 +176,7 @@ Drawn ModelRunner::Run(const Batch& batch) {
 }
 
 bool ModelRunner::ReadsPrompts(const Batch& batch) const {
+  if (batch.is_reading && quantizes_prompts()) return true;
   if (!config_.batch_invariant || config_.device.type == DeviceType::kCpu) return false;
   return batch.plan == PlanId::kDense &&
          std::any_of(batch.rows.begin(), batch.rows.end(),
@@ -244,7 +246,9 @@ Drawn ModelRunner::RunStep(const Batch& batch) {
   if (is_sparse) plan.last_rows.clear();
   for (const BatchRow& row : batch.rows) {
     Sequence& sequence = *row.sequence;
-    Advance(sequence, 1, plan.IsSparse(sequence.cached + 1));
+    const bool is_sparse_row = plan.IsSparse(sequence.cached + 1);
+    if (is_sparse_row) ++sequence.num_sparse;
+    Advance(sequence, 1, !is_sparse_row && !quantizes_prompts());
     if (plan.shadow) sequence.shadowed = sequence.cached;
     if (is_sparse) plan.last_rows.push_back({sequence.id, sequence.cached});
   }
@@ -332,6 +336,7 @@ Drawn ModelRunner::RunChunk(const Batch& batch) {
   const bool is_check = IsCheck(batch);
   Pass pass = is_check ? TakeCheck(static_cast<int64_t>(batch.rows.size()), LargestShare(batch))
                        : TakeChunk(batch);
+  pass.quantizes_inputs = batch.is_reading && quantizes_prompts();
   PassOutputs& outputs = buffers_->outputs;
   const std::vector<PassOutput> wanted = OutputsOf(batch);
   std::span<const PassOutput> left(wanted);
@@ -356,7 +361,8 @@ Drawn ModelRunner::RunChunk(const Batch& batch) {
   }
   // Nothing was waited for; the scheduler cuts chunks by the time that they take.
   if (wanted.empty()) buffers_->sampler.Read(1);
-  for (const BatchRow& row : batch.rows) Advance(*row.sequence, row.num_tokens, false);
+  const bool is_clean = batch.is_reading || !quantizes_prompts();
+  for (const BatchRow& row : batch.rows) Advance(*row.sequence, row.num_tokens, is_clean);
   return drawn;
 }
 

@@ -49,6 +49,9 @@ class ModelRunner {
 
   // Whether the engine drafts and checks.
   bool verifies() const;
+  // Whether prompts are read with rounded inputs of products. Then tokens that are decoded have
+  // other K and V than those that are read.
+  bool quantizes_prompts() const { return config_.activation_format == KeepActivations::kFloat8; }
 
   // What the choosing layers chose for the sequence in the last sparse step through a plan; empty
   // if the sequence took no part.

@@ -50,6 +50,8 @@ struct Pass {
   // of seq_lens.
   int64_t max_q_len = 0;
   int64_t max_seq_len = 0;
+  // Whether products round their inputs where their weight says so: of passes over prompts.
+  bool quantizes_inputs = false;
 
   // What the layers write.
   TensorView hidden;         // [T, H] float32: the residual stream

@@ -5,6 +5,15 @@
 #include "model/rope.h"
 
 namespace tidal {
+namespace {
+
+// The product of one of a layer's matrices, as the pass has them.
+LinearArgs InPass(LinearArgs product, const Pass& pass) {
+  product.quantizes_inputs = pass.quantizes_inputs && product.weight.quantizes_inputs;
+  return product;
+}
+
+}  // namespace
 
 Transformer::Transformer(Backend& backend, const ModelConfig& model, const ModelWeights& weights,
                          const PagedKvCache& cache, float rope_scaling)
@@ -56,7 +65,8 @@ void Transformer::BeginAttention(int64_t layer, const Pass& pass, Appended appen
   const Rotation& rotation = pass.rotation(RotationOf(model_, layer));
   backend_.QkvRopeAppend({
       .norm = InputNorm(w.input_norm, pass),
-      .linear = {.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv},
+      .linear =
+          InPass({.x = pass.normed, .weight = w.qkv, .bias = w.qkv_bias, .out = pass.qkv}, pass),
       .append = {.qkv = pass.qkv,
                  .cos_sin = rotation.cos_sin,
                  .q_norm = w.q_norm,
@@ -94,8 +104,9 @@ GateMulArgs Transformer::GateMul(const TensorView& gate_up, const TensorView& ou
 void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
   backend_.GateUpMul({
       .norm = InputNorm(w.post_norm, pass),
-      .linear =
+      .linear = InPass(
           {.x = pass.normed, .weight = w.gate_up, .bias = w.gate_up_bias, .out = pass.gate_up},
+          pass),
       .gate_mul = GateMul(pass.gate_up, pass.mlp),
   });
   AddBranch({.x = pass.mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, w.down_norm, pass);
@@ -127,6 +138,7 @@ void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
 }
 
 void Transformer::AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const {
+  product = InPass(product, pass);
   if (!norm) {
     product.out = pass.hidden;
     product.output = LinearOutput::kAccumulate;

@@ -46,6 +46,7 @@ Decoder::Impl::Impl(const ModelConfig& model, const DecodeConfig& config,
                  .max_chunk_ms = config.max_chunk_ms,
                  .decode_share = config.decode_share,
                  .max_host_pages = runner.num_host_pages(),
+                 .decodes_cleanly = !runner.quantizes_prompts(),
                  .max_stuck_ms = kMaxStuckMs}) {}
 
 Decoder::Impl::~Impl() {

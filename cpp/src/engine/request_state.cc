@@ -136,9 +136,9 @@ void RequestState::DropLastDraft() {
   round->num_drafts = --round->num_drafted;
 }
 
-void RequestState::MarkCached(int64_t begin, int64_t end, bool is_dense) {
+void RequestState::MarkCached(int64_t begin, int64_t end, bool is_clean) {
   sequence.cached = end;
-  if (!is_dense) {
+  if (!is_clean) {
     sequence.clean_len = std::min(sequence.clean_len, begin);
   } else if (sequence.clean_len >= begin) {
     sequence.clean_len = std::max(sequence.clean_len, end);

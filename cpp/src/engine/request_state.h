@@ -175,9 +175,9 @@ class RequestState {
   // Forgets the newest draft. Without any left, the next token is decided by a step.
   void DropLastDraft();
 
-  // A pass has cached tokens up to `end`, from `begin` on; `is_dense`: as dense reading does. Says
+  // A pass has cached tokens up to `end`, from `begin` on; `is_clean`: as reading them does. Says
   // so once more if the runner has.
-  void MarkCached(int64_t begin, int64_t end, bool is_dense);
+  void MarkCached(int64_t begin, int64_t end, bool is_clean);
 
   // Takes a token that follows the newest one, or -1 for unusable logits; of what is scored it is
   // the forced one. Returns whether the request has ended by it; then finish_reason or ends_as says

@@ -233,15 +233,16 @@ void Scheduler::CommitRow(int64_t index, std::span<const int32_t> draws) noexcep
     case RowKind::kCheck:
       // The drafts leave; those that were kept come back as draws.
       draws = request.Check(draws);
-      request.MarkCached(row.begin, row.begin + static_cast<int64_t>(draws.size()), true);
+      request.MarkCached(row.begin, row.begin + static_cast<int64_t>(draws.size()),
+                         limits_.decodes_cleanly);
       return AcceptDraws(index, draws);
     case RowKind::kStep:
       if (row.is_sparse) ++sequence.num_sparse;
-      request.MarkCached(row.begin, end, !row.is_sparse);
+      request.MarkCached(row.begin, end, !row.is_sparse && limits_.decodes_cleanly);
       if (request.request.decoding.verifies) ++request.verification.dense_passes;
       return AcceptDraws(index, draws);
     case RowKind::kCorrect:
-      request.MarkCached(row.begin, end, true);
+      request.MarkCached(row.begin, end, limits_.decodes_cleanly);
       return Publish(request);
     case RowKind::kRead:
       counts_.read_tokens += row.num_tokens;

@@ -49,6 +49,8 @@ struct SchedulerLimits {
   int64_t output_reserve = 1024;   // tokens to generate that must have room at admission
   int64_t max_host_pages = 0;      // pages of paused requests in host memory
   int64_t max_overtakes = 8;       // of a request that does not fit, by others that do
+  // Whether the K and V of tokens that are decoded densely are those that reading them gives.
+  bool decodes_cleanly = true;
   // How long the first in line waits, while nothing runs, for pages of sequences that the scheduler
   // does not know.
   double max_stuck_ms = 0.0;

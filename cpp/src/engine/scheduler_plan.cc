@@ -79,6 +79,7 @@ bool Scheduler::AnyWaiting() const {
 
 void Scheduler::AddRow(Batch& batch, RequestState& request, RowKind kind, const BatchRow& row) {
   batch.rows.push_back(row);
+  batch.is_reading = kind == RowKind::kRead;
   const Sequence& sequence = request.sequence;
   in_flight_.push_back({.request = &request,
                         .kind = kind,

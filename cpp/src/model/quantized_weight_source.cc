@@ -94,6 +94,7 @@ std::vector<WeightFileEntry> AllEntries(std::vector<WeightFileEntry> entries,
     entries.push_back(weight.codes);
     entries.push_back(weight.scales);
     if (weight.zeros) entries.push_back(*weight.zeros);
+    if (weight.input_scale) entries.push_back(*weight.input_scale);
   }
   return entries;
 }
@@ -121,7 +122,8 @@ CodedInfo CodedInfoOf(const QuantizedWeight& weight) {
   if (weight.format == WeightFormat::kInt8) return {};
   CodedInfo coded = {.group_size = weight.block_columns,
                      .scale_dtype = weight.scales.info.dtype,
-                     .has_zeros = weight.zeros.has_value()};
+                     .has_zeros = weight.zeros.has_value(),
+                     .quantizes_inputs = weight.quantizes_inputs};
   if (weight.format == WeightFormat::kFloat8) {
     coded.codes = WeightCodes::kFloat8;
   } else if (weight.format == WeightFormat::kMxfp4) {
@@ -221,6 +223,17 @@ void QuantizedWeightSource::ReadCodes(const std::string& name, int64_t begin, in
   if (coded->has_zeros) {
     std::copy_n(blocks_->zeros.data() + begin * groups, (end - begin) * groups, rows.zeros);
   }
+}
+
+float QuantizedWeightSource::ReadInputScale(const std::string& name) const {
+  auto found = matrices_.find(name);
+  if (found == matrices_.end() || !found->second.stored.input_scale) return 0.0f;
+  const WeightFileEntry& entry = *found->second.stored.input_scale;
+  const std::vector<float> scales = ReadScales(files_, entry);
+  TIDAL_CHECK(scales.size() == 1 && scales[0] > 0.0f, WeightsError, entry.name, ": holds ",
+              scales.size(), " numbers, the first ", scales.empty() ? 0.0f : scales[0],
+              ", expected one above 0; is ", entry.path, " damaged?");
+  return scales[0];
 }
 
 void QuantizedWeightSource::CheckUnchanged() const {

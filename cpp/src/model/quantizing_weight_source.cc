@@ -16,7 +16,6 @@
 namespace tidal {
 namespace {
 
-constexpr float kLargestFloat8 = 448.0f;
 constexpr float kHalfInt4Range = 7.5f;  // from -7.5 to 7.5: as compressed-tensors rounds
 
 float LargestOf(const float* values, int64_t count) {
@@ -34,8 +33,7 @@ struct Group {
 
 // Writes a group's codes to those of its row and returns their scale, which its type holds exactly.
 float RoundToFloat8(const Group& group, uint8_t* row) {
-  const float largest = LargestOf(group.values, group.count);
-  const float scale = largest > 0.0f ? largest / kLargestFloat8 : 1.0f;
+  const float scale = Float8Scale(LargestOf(group.values, group.count));
   for (int64_t i = 0; i < group.count; ++i) {
     row[group.begin + i] = FloatToFloat8(group.values[i] / scale);
   }
@@ -204,6 +202,10 @@ void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64
     ConvertNumbers({values.data(), DType::kFloat32},
                    {static_cast<char*>(dst) + from * size, info.dtype}, to - from);
   });
+}
+
+float QuantizingWeightSource::ReadInputScale(const std::string& name) const {
+  return numbers_->ReadInputScale(name);
 }
 
 void QuantizingWeightSource::CheckUnchanged() const {

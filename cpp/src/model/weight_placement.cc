@@ -31,6 +31,7 @@ class Planner {
     if (head_ == Head::kOwn) {
       AddMatrix(&weights.lm_head, {kLmHeadName}, {m.vocab_size}, m.hidden_size,
                 "vocab_size x hidden_size");
+      placements_.back().is_for_prompts = false;
     }
   }
 
@@ -104,8 +105,10 @@ class Planner {
     const std::vector<int64_t> down_rows(down.size(), m.hidden_size);
     AddMatrix(&layer.experts_gate_up, WithSuffix(gate_up, ".weight"), gate_up_rows, m.hidden_size,
               sizes);
+    placements_.back().is_for_prompts = false;
     AddMatrix(&layer.experts_down, WithSuffix(down, ".weight"), down_rows,
               m.expert_intermediate_size, sizes);
+    placements_.back().is_for_prompts = false;
     if (!m.mlp_bias) return;
     Add(&layer.router_bias, {mlp + "gate.bias"}, {m.num_experts}, 0, sizes);
     Add(&layer.experts_gate_up_bias, WithSuffix(gate_up, ".bias"), gate_up_rows, 0, sizes);
@@ -161,6 +164,7 @@ class Planner {
                  int64_t columns, std::string expected_from) {
     Add(&target->data, std::move(names), std::move(rows), columns, std::move(expected_from));
     placements_.back().matrix = target;
+    placements_.back().is_for_prompts = true;
   }
 
   static std::vector<std::string> WithSuffix(std::vector<std::string> stems, const char* suffix) {

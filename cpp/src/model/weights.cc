@@ -27,9 +27,11 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
   if (placement.matrix == nullptr) return {};
   const CodedInfo* coded = source.FindCodes(placement.names[0]);
   if (coded == nullptr) return {};
+  bool quantizes_inputs = placement.is_for_prompts;  // which the stack shares
   for (const std::string& name : placement.names) {
     const CodedInfo* other = source.FindCodes(name);
-    if (other == nullptr || *other != *coded) return {};
+    if (other == nullptr || !other->HasSameCodes(*coded)) return {};
+    quantizes_inputs = quantizes_inputs && other->quantizes_inputs;
   }
   // Codes of several rows may share a word.
   for (const RowRuns& runs : placement.runs) {
@@ -42,7 +44,10 @@ Weight InCodes(const Backend& backend, const Placement& placement, const WeightS
   Weight weight(TensorView(nullptr, DType::kUInt8, {rows, coded->row_bytes(columns)}));
   weight.codes = coded->codes;
   weight.group_size = coded->group_size;
-  weight.scales = TensorView(nullptr, coded->scale_dtype, {groups, rows});
+  weight.quantizes_inputs = quantizes_inputs;
+  // Products of codes take scales of float32 only.
+  const DType scale_dtype = weight.quantizes_inputs ? DType::kFloat32 : coded->scale_dtype;
+  weight.scales = TensorView(nullptr, scale_dtype, {groups, rows});
   if (coded->has_zeros) weight.zeros = TensorView(nullptr, DType::kUInt8, {groups, rows});
   const bool reads = IsOfExpert(placement.names[0]) ? backend.ReadsCodesOfExperts(weight)
                                                     : backend.ReadsCodes(weight);
@@ -167,8 +172,20 @@ class Loader {
         }
       }
     }
+    if (weight.quantizes_inputs) placement.matrix->input_scale = InputScale(placement);
     UploadScales(scales, weight.scales, progress);
     if (weight.zeros) UploadBytes(zeros.data(), weight.zeros, progress);
+  }
+
+  // The largest of those that are stacked: they share their inputs.
+  float InputScale(const Placement& placement) const {
+    float largest = 0.0f;
+    for (const std::string& name : placement.names) {
+      const float scale = source_.ReadInputScale(name);
+      if (scale == 0.0f) return scale;
+      largest = std::max(largest, scale);
+    }
+    return largest;
   }
 
   struct Table {
@@ -288,10 +305,11 @@ WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DT
     const int64_t bytes = NumElements(placement) * DTypeBytes(placement.dtype(dtype));
     const Weight coded = InCodes(backend, placement, source);
     memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;
-    // The output matrix has few tokens in a prompt too, and those of experts work as they are kept.
-    if (coded.is_coded() && placement.matrix != &weights.lm_head &&
-        !IsOfExpert(placement.names[0])) {
+    if (coded.is_coded() && placement.is_for_prompts) {
       memory.decoded_bytes = std::max(memory.decoded_bytes, bytes);
+    }
+    if (coded.quantizes_inputs) {
+      memory.quantized_inputs = std::max(memory.quantized_inputs, placement.columns);
     }
   }
   return memory;

@@ -60,6 +60,8 @@ struct WeightMemory {
   int64_t bytes = 0;
   // The largest matrix of a layer that stays in codes, experts left out, as numbers.
   int64_t decoded_bytes = 0;
+  // Most inputs of a matrix whose products quantizes_inputs; 0: there is none.
+  int64_t quantized_inputs = 0;
 };
 WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DType dtype,
                             const WeightSource& source);

@@ -236,5 +236,7 @@ def _score_path(decoder: Decoder, digest: str) -> Path:
         name.append(config.weight_format)
     if config.lm_head_format != "auto":
         name.append(f"lm_head-{config.lm_head_format}")
+    if config.activation_format != "16bit":
+        name.append(f"activations-{config.activation_format}")
     fingerprint = model_fingerprint(decoder.folder)
     return user_cache_dir() / "scores" / f"{fingerprint}-{digest}-{'-'.join(name)}.jsonl"

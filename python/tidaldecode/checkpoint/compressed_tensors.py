@@ -102,13 +102,23 @@ def _read_group(group: Any, default_format: Any, where: str) -> QuantGroup:
     scheme = None
     stored = group.get("format") if group.get("format") is not None else default_format
     if group.get("weights") is not None and stored != "dense":
-        scheme = _read_weights(
-            group["weights"], stored, group.get("input_activations") is not None, where
-        )
+        activations = _read_activations(group.get("input_activations"), where)
+        scheme = _read_weights(group["weights"], stored, activations, where)
     return QuantGroup(targets=targets, scheme=scheme)
 
 
-def _read_weights(weights: Any, stored: Any, has_activations: bool, where: str) -> QuantScheme:
+def _read_activations(inputs: Any, where: str) -> str | None:
+    """What QuantScheme.activations says of input_activations."""
+    if inputs is None:
+        return None
+    if not isinstance(inputs, dict):
+        raise ConfigError(f"{where}: input_activations: got {show(inputs)}, expected an object")
+    if inputs.get("type") != "float" or inputs.get("num_bits") != 8:
+        return "other"
+    return "dynamic" if inputs.get("dynamic") else "static"
+
+
+def _read_weights(weights: Any, stored: Any, activations: str | None, where: str) -> QuantScheme:
     if not isinstance(stored, str) or stored not in _FORMATS:
         raise ConfigError(
             f"{where}: format: got {show(stored)}, supported are "
@@ -143,7 +153,7 @@ def _read_weights(weights: Any, stored: Any, has_activations: bool, where: str) 
         format=kinds[number, bits],
         block=block,
         has_zeros=not symmetric,
-        quantizes_activations=has_activations,
+        activations=activations,
     )
 
 

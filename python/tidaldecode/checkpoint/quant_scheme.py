@@ -40,7 +40,14 @@ class QuantScheme:
     # Whether a matrix may have one scale instead: of configs that do not name the blocks.
     may_have_one_scale: bool = False
     has_order: bool = False  # whether g_idx must be there, as it may permute the columns
-    quantizes_activations: bool = False  # the checkpoint's own way, which is not applied here
+    # How products are meant to take their inputs: "dynamic" or "static", under scales of their own
+    # or the checkpoint's, in the weights' format; in "other" ways; None: as they are.
+    activations: str | None = None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the inputs of its products are meant to be rounded to FP8 too."""
+        return self.format == "float8" and self.activations in ("dynamic", "static")
 
     @property
     def text(self) -> str:
@@ -95,8 +102,13 @@ class Quantization:
 
     @property
     def quantizes_activations(self) -> bool:
-        """Whether the checkpoint is meant to be run with quantised activations."""
+        """Whether some products are meant to round their inputs to FP8 too."""
         return any(group.scheme.quantizes_activations for group in self.groups if group.scheme)
+
+    @property
+    def has_activations(self) -> bool:
+        """Whether some products are meant to round their inputs in any way."""
+        return any(group.scheme.activations for group in self.groups if group.scheme)
 
 
 def read_names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def _read_fp8(config: Mapping[str, Any], where: str) -> Quantization:
         format="float8",
         block=block,
         may_have_one_scale="weight_block_size" not in config,
-        quantizes_activations=True,
+        activations=config.get("activation_scheme") or "dynamic",
     )
     ignored = read_names(config, "modules_to_not_convert", where)
     ignored += read_names(config, "ignored_layers", where)

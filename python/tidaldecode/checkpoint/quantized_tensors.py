@@ -43,8 +43,9 @@ _SCALES = {
 }
 _ZEROS = {"int4_packed": "weight_zero_point", "int4_gptq": "qzeros", "int4_awq": "qzeros"}
 _OTHERS = {"int4_packed": ("weight_shape", "weight_g_idx"), "int4_gptq": ("g_idx",)}
-# For activations, which stay as they are.
-_ACTIVATION_PARTS = frozenset(("input_scale", "input_zero_point", "activation_scale"))
+# Fixed scales of a product's inputs, and what is known besides.
+_INPUT_SCALES = ("input_scale", "activation_scale")
+_ACTIVATION_PARTS = frozenset((*_INPUT_SCALES, "input_zero_point"))
 _PARTS = _ACTIVATION_PARTS.union(
     "weight_packed weight_scale weight_scale_inv weight_zero_point weight_shape weight_g_idx "
     "weight_global_scale input_global_scale qweight qzeros scales g_idx".split()
@@ -77,6 +78,7 @@ class QuantizedTensor:
     codes: TensorEntry
     scales: TensorEntry
     zeros: TensorEntry | None
+    input_scale: TensorEntry | None = None  # of its products' inputs, where that is fixed
 
     @property
     def num_bytes(self) -> int:
@@ -190,9 +192,21 @@ def _resolve_parts(stored: StoredParts, scheme: QuantScheme) -> QuantizedTensor:
         codes=codes,
         scales=scales,
         zeros=zeros,
+        input_scale=_input_scale(stored, scheme),
     )
     _check_order(stored, resolved)
     return resolved
+
+
+def _input_scale(stored: StoredParts, scheme: QuantScheme) -> TensorEntry | None:
+    """The fixed scale of the inputs; None if each token has its own."""
+    parts = [part for part in _INPUT_SCALES if part in stored.parts]
+    if not parts or not scheme.quantizes_activations or scheme.activations != "static":
+        return None
+    entry = _take(stored, parts[0], scheme, WEIGHT_DTYPES)
+    if math.prod(entry.shape) != 1:
+        _refuse(entry, f"shape {show(list(entry.shape))}, expected one number")
+    return entry
 
 
 def _refuse(entry: TensorEntry, problem: str) -> NoReturn:

@@ -48,6 +48,7 @@ def chat(
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
     lm_head_format: opt.LmHeadFormat = "auto",
+    activation_format: opt.ActivationFormat = "auto",
     attention: opt.Attention = "auto",
     token_budget: opt.TokenBudget = None,
     top_p_mass: opt.TopPMass = None,

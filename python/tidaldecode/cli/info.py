@@ -177,6 +177,11 @@ def _describe_quantization(folder: ModelFolder) -> list[tuple[str, str]]:
         "loaded"
     )
     if quantization.quantizes_activations:
+        text += (
+            "; activations of prompts are quantised to FP8 as well, as it says, on GPUs of compute "
+            "capability 9.0 (activation_format)"
+        )
+    elif quantization.has_activations:
         text += "; activations are not quantised"
     return [("quantised", text)]
 

@@ -63,6 +63,12 @@ WeightFormat = Annotated[
 LmHeadFormat = Annotated[
     str, _engine_option("The output matrix: auto (as the checkpoint has it), decoded, fp8 or int4.")
 ]
+ActivationFormat = Annotated[
+    str,
+    _engine_option(
+        "Inputs of fp8 products of prompts: 16bit, fp8, or auto: as the checkpoint says, on CUDA."
+    ),
+]
 Attention = Annotated[
     str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
 ]
@@ -209,7 +215,15 @@ _SAMPLING_FIELDS = (
 
 
 # Where and in what a model runs, of every command that measures one.
-PLACE_OPTIONS = ("device", "dtype", "kv_dtype", "weight_format", "lm_head_format", "num_threads")
+PLACE_OPTIONS = (
+    "device",
+    "dtype",
+    "kv_dtype",
+    "weight_format",
+    "lm_head_format",
+    "activation_format",
+    "num_threads",
+)
 
 
 def engine_options(values: dict[str, Any]) -> dict[str, Any]:

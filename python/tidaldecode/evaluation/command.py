@@ -196,6 +196,7 @@ def evaluate(
     kv_dtype: opt.KvDType = "auto",
     weight_format: opt.WeightFormat = "auto",
     lm_head_format: opt.LmHeadFormat = "auto",
+    activation_format: opt.ActivationFormat = "auto",
     num_threads: opt.NumThreads = None,
     debug: opt.Debug = False,
 ) -> None:

@@ -66,6 +66,7 @@ _ENGINE: dict[str, tuple[Any, Any]] = {
     "kv_dtype": (opt.KvDType, "auto"),
     "weight_format": (opt.WeightFormat, "auto"),
     "lm_head_format": (opt.LmHeadFormat, "auto"),
+    "activation_format": (opt.ActivationFormat, "auto"),
     "load_format": (opt.LoadFormat, "auto"),
     "attention": (opt.Attention, "auto"),
     "token_budget": (opt.TokenBudget, None),

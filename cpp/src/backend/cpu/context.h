@@ -22,7 +22,7 @@ inline constexpr const char* kScratchPurpose = "scratch of the ops";
 // address until then. An op takes each slot at most once.
 class Scratch {
  public:
-  enum Slot { kPlan, kRecords, kThreads, kKeys, kExperts, kNumSlots };
+  enum Slot { kPlan, kRecords, kThreads, kKeys, kExperts, kInputs, kNumSlots };
 
   // Called with the bytes of every piece that is allocated.
   std::function<void(int64_t)> on_growth;

@@ -204,6 +204,10 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
     visit(Scratch::kExperts,
           std::max(model.num_experts, Product({choices, model.hidden_size + 2 * inner})), float());
   }
+  if (limits.quantized_inputs > 0) {
+    const int64_t tokens = std::max(rows, limits.prefill_chunk);
+    visit(Scratch::kInputs, Product({tokens, limits.quantized_inputs}), float());
+  }
   if (limits.token_budget > 0) {
     const int64_t sets = NumSets(limits.granularity, model.num_q_heads, model.num_kv_heads);
     visit(Scratch::kKeys, SelectScratchWords(rows * sets, limits.max_seq_len), uint32_t());

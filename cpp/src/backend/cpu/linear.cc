@@ -1,9 +1,11 @@
 // Linear: few rows by our own kernel at the speed of reading the weights, many rows by OpenBLAS.
 #include <algorithm>
+#include <cmath>
 
 #include "backend/cpu/blas.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
+#include "core/float8.h"
 #include "tidal/error.h"
 
 namespace tidal {
@@ -147,6 +149,33 @@ void LinearManyRows(CpuContext& context, const LinearArgs& args) {
 
 }  // namespace
 
+// x [count] as what its codes under a scale stand for.
+static void RoundInputs(const float* x, int64_t count, float scale, float* out) {
+  if (scale == 0.0f) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(x[i]));
+    scale = Float8Scale(largest);
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = Float8ToFloat(FloatToFloat8(x[i] / scale)) * scale;
+}
+
+// The product of the inputs that are multiplied in place of x.
+static LinearArgs WithRoundedInputs(CpuContext& context, const LinearArgs& args) {
+  const int64_t num_tokens = args.x.dim(0), in = args.x.dim(1), group = args.weight.group_size;
+  const auto* x = args.x.data<float>();
+  float* rounded = context.scratch.Take<float>(Scratch::kInputs, args.x.numel());
+  context.ParallelFor(context.ThreadsFor(args.x.numel()), num_tokens, [&](int64_t token) {
+    for (int64_t begin = token * in, end = begin + in; begin < end; begin += group) {
+      RoundInputs(x + begin, std::min(group, end - begin), args.weight.input_scale,
+                  rounded + begin);
+    }
+  });
+  LinearArgs product = args;
+  product.x = TensorView(rounded, DType::kFloat32, {num_tokens, in});
+  product.quantizes_inputs = false;
+  return product;
+}
+
 int64_t LinearScratchFloats(int64_t in_features) {
   return kPanelOutputs * (in_features + 1);
 }
@@ -160,7 +189,9 @@ void CpuLinear(CpuContext& context, const LinearArgs& args) {
   TIDAL_CHECK(!args.weight.is_coded() || CpuReadsCodes(args.weight), UnsupportedError,
               "Linear: a weight in codes in groups of ", args.weight.group_size,
               " inputs; expected a multiple of ", kCodesOfGroup, " or all inputs");
-  if (args.x.dim(0) <= kFewRows) {
+  if (args.quantizes_inputs) {
+    CpuLinear(context, WithRoundedInputs(context, args));
+  } else if (args.x.dim(0) <= kFewRows) {
     LinearFewRows(context, args);
   } else {
     LinearManyRows(context, args);
