@@ -15,6 +15,7 @@ import pytest
 import tidaldecode
 from mxfp4_models import MXFP4, from_mxfp4, stored_and_meant, write_both_mxfp4
 from quantized_models import Tensors, write_quantized
+from reference_transformers import TRANSFORMERS
 from test_quantized_checkpoints import assert_same, assert_same_bits, open_decoder
 from tidaldecode import WeightsError
 from tidaldecode.checkpoint.model_config import read_checkpoint_config
@@ -52,7 +53,7 @@ def test_every_code_under_scales_far_apart(tmp_path: Path):
 
 def test_as_transformers_decodes_it(tmp_path: Path):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS)
     folder, _ = write_both_mxfp4(tmp_path, TINY)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32,

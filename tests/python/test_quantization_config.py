@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantized_models import KINDS, PER_TENSOR, PER_TOKEN, gptq, int4_group
+from reference_transformers import TRANSFORMERS
 from tidaldecode.checkpoint.quant_scheme import Quantization
 from tidaldecode.checkpoint.quantization import read_quantization
 from tidaldecode.errors import ConfigError
@@ -101,8 +102,9 @@ def test_ignored_as_compressed_tensors_does(ignore, name: str, is_ignored: bool)
 def test_not_converted_as_transformers_does(config, key: str, is_ignored: bool):
     found = scheme(config | {"modules_to_not_convert": [key]})
     assert (found is None) == is_ignored
-    transformers = pytest.importorskip("transformers.quantizers.quantizers_utils")
-    assert is_ignored == (not transformers.should_convert_module(PROJECTION, [key]))
+    pytest.importorskip("transformers", minversion=TRANSFORMERS)
+    utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
+    assert is_ignored == (not utils.should_convert_module(PROJECTION, [key]))
 
 
 def test_a_name_counts_before_a_pattern_and_a_pattern_before_a_class():

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import pytest
 
+from reference_transformers import TRANSFORMERS
 from test_chat import CONVERSATIONS, TEMPLATES
 from text_folders import CORPUS, KINDS, TEXTS, write_tokenizer
 from tidaldecode.errors import ConfigError
 from tidaldecode.text.tokenizer import Tokenizer
 from tidaldecode.text.tool_schema import function_schema
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS)
 
 VOCAB_SIZE = 10_000
 
