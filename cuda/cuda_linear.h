@@ -75,7 +75,7 @@ class CudaLinear {
     const void* weight;
     const void* x;
     const void* bias;  // null: none, or not in the epilogue
-    // Of codes, float32; else null.
+    // For codes, float32; else null.
     const void* weight_scales;
     const void* x_scales;
   };

@@ -109,7 +109,7 @@ def with_rounded_head(weights: dict[str, np.ndarray], head_format: str) -> dict[
 
 
 def assert_same_logits(one: tidaldecode.Decoder, other: tidaldecode.Decoder) -> None:
-    """Of a chunk of a prompt, and of steps."""
+    """In a chunk of a prompt, and in steps."""
     prompt = random_prompt(MODEL, 20)
     assert np.array_equal(one.logits(prompt, last=20), other.logits(prompt, last=20))
     assert np.array_equal(*(each.step_logits(prompt, prefill=9) for each in (one, other)))

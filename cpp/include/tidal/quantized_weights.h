@@ -116,9 +116,10 @@ inline CodedPart PartOf(const std::string& name) {
 
 // Rounds the matrices of a model's layers, or its output matrix, to codes while they are read: a
 // float8 for each number, with a scale for each row (its largest number over 448), or 4 bits, with
-// a scale for every 128 inputs (their largest over 7.5, as compressed-tensors rounds), or of experts
-// alone float4, with a scale for every 32 (the largest's power of 2 over 4, as OCP MX rounds). All
-// else is as the source has it. An output matrix that the source lacks is made of the embedding.
+// a scale for every 128 inputs (their largest over 7.5, as compressed-tensors rounds), or of
+// experts alone float4, with a scale for every 32 (the largest's power of 2 over 4, as OCP MX
+// rounds). All else is as the source has it. An output matrix that the source lacks is made of the
+// embedding.
 class QuantizingWeightSource final : public WeightSource {
  public:
   // Throws InvalidArgument for no codes.
@@ -155,18 +156,15 @@ class QuantizingWeightSource final : public WeightSource {
   mutable double squared_error_ = 0.0, squared_size_ = 0.0;
 };
 
-// A source whose matrices of one part are only to be read as numbers.
-class DecodedWeightSource final : public WeightSource {
+// Another source, all of which it gives as that has it.
+class WeightSourceOver : public WeightSource {
  public:
-  DecodedWeightSource(std::unique_ptr<WeightSource> source, CodedPart part)
-      : source_(std::move(source)), part_(part) {}
-
   const WeightInfo* Find(const std::string& name) const override { return source_->Find(name); }
   void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override {
     source_->Read(name, offset, bytes, dst);
   }
   const CodedInfo* FindCodes(const std::string& name) const override {
-    return PartOf(name) == part_ ? nullptr : source_->FindCodes(name);
+    return source_->FindCodes(name);
   }
   void ReadCodes(const std::string& name, int64_t begin, int64_t end,
                  const CodedRows& rows) const override {
@@ -177,39 +175,42 @@ class DecodedWeightSource final : public WeightSource {
   }
   void CheckUnchanged() const override { source_->CheckUnchanged(); }
 
+ protected:
+  explicit WeightSourceOver(std::unique_ptr<WeightSource> source) : source_(std::move(source)) {}
+
  private:
   std::unique_ptr<WeightSource> source_;
+};
+
+// A source whose matrices of one part are only to be read as numbers.
+class DecodedWeightSource final : public WeightSourceOver {
+ public:
+  DecodedWeightSource(std::unique_ptr<WeightSource> source, CodedPart part)
+      : WeightSourceOver(std::move(source)), part_(part) {}
+
+  const CodedInfo* FindCodes(const std::string& name) const override {
+    return PartOf(name) == part_ ? nullptr : WeightSourceOver::FindCodes(name);
+  }
+
+ private:
   CodedPart part_;
 };
 
 // A source all or none of whose matrices in float8 say that they quantizes_inputs.
-class ActivationsSource final : public WeightSource {
+class ActivationsSource final : public WeightSourceOver {
  public:
   ActivationsSource(std::unique_ptr<WeightSource> source, bool quantizes)
-      : source_(std::move(source)), quantizes_(quantizes) {}
+      : WeightSourceOver(std::move(source)), quantizes_(quantizes) {}
 
-  const WeightInfo* Find(const std::string& name) const override { return source_->Find(name); }
-  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override {
-    source_->Read(name, offset, bytes, dst);
-  }
   const CodedInfo* FindCodes(const std::string& name) const override {
-    const CodedInfo* coded = source_->FindCodes(name);
+    const CodedInfo* coded = WeightSourceOver::FindCodes(name);
     if (coded == nullptr || coded->codes != WeightCodes::kFloat8) return coded;
     CodedInfo& info = infos_[name] = *coded;
     info.quantizes_inputs = quantizes_;
     return &info;
   }
-  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
-                 const CodedRows& rows) const override {
-    source_->ReadCodes(name, begin, end, rows);
-  }
-  float ReadInputScale(const std::string& name) const override {
-    return source_->ReadInputScale(name);
-  }
-  void CheckUnchanged() const override { source_->CheckUnchanged(); }
 
  private:
-  std::unique_ptr<WeightSource> source_;
   bool quantizes_;
   mutable std::unordered_map<std::string, CodedInfo> infos_;
 };

@@ -45,7 +45,7 @@ struct CodedInfo {
   // That holds every scale exactly; uint8 of kMxfp4, each the power of 2 of itself less 127.
   DType scale_dtype = DType::kFloat32;
   bool has_zeros = false;
-  // Of kFloat8: whether products of prompts are to round their inputs to float8 too.
+  // In kFloat8: whether products of prompts are to round their inputs to float8 too.
   bool quantizes_inputs = false;
 
   bool HasSameCodes(const CodedInfo& other) const {
