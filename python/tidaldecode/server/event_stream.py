@@ -97,7 +97,8 @@ class EventStream(Response):
             try:
                 while not (exchange.has_ended and not exchange.has_news):
                     deltas = await exchange.news()
-                    body["body"] = writer.write(deltas) if deltas else KEEP_ALIVE
+                    silent = b"" if exchange.has_ended else KEEP_ALIVE
+                    body["body"] = writer.write(deltas) if deltas else silent
                     if body["body"]:
                         await write(body)
                 last = writer.end()

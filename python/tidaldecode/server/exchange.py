@@ -127,6 +127,8 @@ class Exchange:
         """Adds to the news, unless it is taken at once."""
         if self._waiter is not None and not self._waiter.done() and self.take_at_once(delta):
             self._heard_at = time.monotonic()
+            if self.has_ended:  # there is nothing to wait for any more
+                self.poke()
             return
         self._deltas.append(delta)
         self._num_unread += len(delta.token_ids or ())
