@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "coded_weight.h"
-#include "layer_sizes.h"
+#include "coded_product_test.h"
 #include "tidal/error.h"
 
 namespace tidal::test {
@@ -25,59 +24,26 @@ constexpr int64_t kMostTokens = 130;
 // For float32 results: numbers of codes have longer tails than those of other tests.
 constexpr Tolerance kUnrounded = {1e-4, 1e-4};
 
-class OpCodedLinear : public OpTest<CodedShape> {
+class OpCodedLinear : public CodedProductTest<CodedShape> {
  protected:
+  OpCodedLinear() : CodedProductTest(11) {}
+
   void SetUp() override {
     OpTest::SetUp();
     if (IsSkipped()) return;
-    StepLimits limits = SmallLimits(dtype());
-    SetProductSizes(shape().in_features, shape().out_features, limits.model);
-    limits.max_batch_size = 64;
-    limits.decoded_bytes = 2 * shape().in_features * shape().out_features;
-    Open(GetParam().on, limits);
-    const double size = 1.0 / std::sqrt(static_cast<double>(shape().in_features));
-    matrix_ =
-        CodedMatrix::Make(random_, shape().how, {shape().out_features, shape().in_features}, size);
+    Open(GetParam().on, Limits());
+    MakeMatrix();
     weight_ = PutMatrix();
     if (!backend().ReadsCodes(weight_)) GTEST_SKIP() << "this device's products read no codes";
     x_ = random_.Normal(kMostTokens * shape().in_features, act());
     bias_ = random_.Normal(shape().out_features, dtype());
   }
 
-  Weight PutMatrix() {
-    const auto [name, how, in, out] = shape();
-    const int64_t groups = (in + matrix_.group_size - 1) / matrix_.group_size;
-    Weight weight(PutBytes(matrix_.codes, DType::kUInt8, {out, in * CodeBits(how.codes) / 8}));
-    weight.codes = how.codes;
-    weight.group_size = matrix_.group_size;
-    weight.scales = PutBytes(matrix_.ScaleBytes(how.scale_dtype), how.scale_dtype, {groups, out});
-    if (how.has_zeros) weight.zeros = PutBytes(matrix_.zeros, DType::kUInt8, {groups, out});
-    return weight;
-  }
-
-  Values FirstRows(const Values& values, int64_t rows, int64_t columns) const {
-    return Values(values.begin(), values.begin() + rows * columns);
-  }
-
   Values Want(int64_t tokens, const Values& bias) const {
     const bool is_rounded = tokens > kMostStreamed && !GetParam().on.is_cpu();
     const Values weight = is_rounded ? Rounded(matrix_.values, dtype()) : matrix_.values;
-    return reference::Linear(FirstRows(x_, tokens, shape().in_features), weight, bias,
-                             shape().in_features);
+    return reference::Linear(FirstInputs(tokens, x_), weight, bias, shape().in_features);
   }
-
-  LinearArgs Args(int64_t tokens, TensorView out) {
-    LinearArgs args;
-    args.x = Put(FirstRows(x_, tokens, shape().in_features), act(), {tokens, shape().in_features});
-    args.weight = weight_;
-    args.out = out;
-    return args;
-  }
-
-  Random random_{11};
-  CodedMatrix matrix_;
-  Weight weight_;
-  Values x_, bias_;
 };
 
 TEST_P(OpCodedLinear, IsTheProductWithWhatTheCodesStandFor) {
@@ -141,25 +107,7 @@ TEST_P(OpCodedLinear, ANormInFrontIsTheSame) {
 }
 
 TEST_P(OpCodedLinear, GateMulBehindIsTheSame) {
-  const int64_t in = shape().in_features, size = shape().out_features / 2;
-  for (int64_t tokens : {1, 5, 12, 20, 70}) {
-    SCOPED_TRACE(tokens);
-    RmsNormArgs norm = {
-        .x = Put(random_.Normal(tokens * in, DType::kFloat32), DType::kFloat32, {tokens, in}),
-        .weight = Put(random_.Normal(in, dtype(), 0.1, 0.3), dtype(), {in}),
-        .out = Output(act(), {tokens, in}),
-        .eps = 1e-5f};
-    LinearArgs linear = Args(tokens, Output(act(), {tokens, 2 * size}));
-    linear.x = norm.out;
-    GateMulArgs gate_mul = {.gate_up = linear.out, .out = Output(act(), {tokens, size})};
-    backend().GateUpMul({norm, linear, gate_mul});
-    const Values fused = Get(gate_mul.out);
-    gate_mul.out = Output(act(), {tokens, size});
-    backend().RmsNorm(norm);
-    backend().Linear(linear);
-    backend().GateMul(gate_mul);
-    EXPECT_TRUE(Close(fused, Get(gate_mul.out), ToleranceFor(Op::kFused, act())));
-  }
+  ExpectNormAndGateMulAreTheSame({1, 5, 12, 20, 70});
 }
 
 TEST_P(OpCodedLinear, RotationAndAppendBehindAreTheSame) {

@@ -4,8 +4,7 @@
 
 #include <cmath>
 
-#include "coded_weight.h"
-#include "layer_sizes.h"
+#include "coded_product_test.h"
 #include "throws.h"
 #include "tidal/error.h"
 
@@ -22,28 +21,21 @@ struct InputsShape {
 
 constexpr int64_t kMostTokens = 131;
 
-class OpQuantizedInputs : public OpTest<InputsShape> {
+class OpQuantizedInputs : public CodedProductTest<InputsShape> {
  protected:
+  OpQuantizedInputs() : CodedProductTest(23) { quantizes_inputs_ = true; }
+
   void SetUp() override {
     OpTest::SetUp();
     if (!IsSkipped()) OpenWith({});
   }
 
   void OpenWith(BackendOptions options) {
-    StepLimits limits = SmallLimits(dtype());
-    SetProductSizes(shape().in_features, shape().out_features, limits.model);
-    limits.max_batch_size = 64;
-    limits.decoded_bytes = 2 * shape().in_features * shape().out_features;
+    StepLimits limits = Limits();
     limits.quantized_inputs = shape().in_features;
     Open(GetParam().on, limits, options);
-    const double size = 1.0 / std::sqrt(static_cast<double>(shape().in_features));
-    matrix_ =
-        CodedMatrix::Make(random_, shape().how, {shape().out_features, shape().in_features}, size);
-    const int64_t groups = (shape().in_features + matrix_.group_size - 1) / matrix_.group_size;
-    weight_ = PutBytes(matrix_.codes, DType::kUInt8, {shape().out_features, shape().in_features});
-    weight_.codes = WeightCodes::kFloat8;
-    weight_.group_size = matrix_.group_size;
-    weight_.scales = Put(matrix_.scales, shape().how.scale_dtype, {groups, shape().out_features});
+    MakeMatrix();
+    weight_ = PutMatrix();
     weight_.input_scale = shape().input_scale;
     if (!backend().ReadsCodes(weight_)) GTEST_SKIP() << "this device's products read no codes";
     x_ = random_.Normal(kMostTokens * shape().in_features, act());
@@ -59,30 +51,14 @@ class OpQuantizedInputs : public OpTest<InputsShape> {
     bias_ = random_.Normal(shape().out_features, dtype());
   }
 
-  Values FirstRows(const Values& values, int64_t rows) const {
-    return Values(values.begin(), values.begin() + rows * shape().in_features);
-  }
-
   Values Product(const Values& x, int64_t tokens, const Values& bias) const {
-    return reference::Linear(FirstRows(x, tokens), matrix_.values, bias, shape().in_features);
-  }
-
-  LinearArgs Args(int64_t tokens, TensorView out) {
-    LinearArgs args;
-    args.x = Put(FirstRows(x_, tokens), act(), {tokens, shape().in_features});
-    args.weight = weight_;
-    args.out = out;
-    args.quantizes_inputs = true;
-    return args;
+    return reference::Linear(FirstInputs(tokens, x), matrix_.values, bias, shape().in_features);
   }
 
   // The sums are of codes, or of 16-bit numbers that they, and those of the weight, stand for.
   double Limit() const { return GetParam().on.is_cpu() ? 2e-6 : 4e-3; }
 
-  Random random_{23};
-  CodedMatrix matrix_;
-  Weight weight_;
-  Values x_, rounded_, bias_;
+  Values rounded_;
 };
 
 TEST_P(OpQuantizedInputs, AreRoundedByTheRule) {
@@ -130,25 +106,7 @@ TEST_P(OpQuantizedInputs, ATokenIsTheSameInChunksOfAnyLength) {
 }
 
 TEST_P(OpQuantizedInputs, ANormInFrontAndGateMulBehindAreTheSame) {
-  const int64_t in = shape().in_features, size = shape().out_features / 2;
-  for (int64_t tokens : {1, 16, 70}) {
-    SCOPED_TRACE(tokens);
-    RmsNormArgs norm = {
-        .x = Put(random_.Normal(tokens * in, DType::kFloat32), DType::kFloat32, {tokens, in}),
-        .weight = Put(random_.Normal(in, dtype(), 0.1, 0.3), dtype(), {in}),
-        .out = Output(act(), {tokens, in}),
-        .eps = 1e-5f};
-    LinearArgs linear = Args(tokens, Output(act(), {tokens, 2 * size}));
-    linear.x = norm.out;
-    GateMulArgs gate_mul = {.gate_up = linear.out, .out = Output(act(), {tokens, size})};
-    backend().GateUpMul({norm, linear, gate_mul});
-    const Values fused = Get(gate_mul.out);
-    gate_mul.out = Output(act(), {tokens, size});
-    backend().RmsNorm(norm);
-    backend().Linear(linear);
-    backend().GateMul(gate_mul);
-    EXPECT_TRUE(Close(fused, Get(gate_mul.out), ToleranceFor(Op::kFused, act())));
-  }
+  ExpectNormAndGateMulAreTheSame({1, 16, 70});
 }
 
 TEST_P(OpQuantizedInputs, ABatchInvariantTokenIsTheSameBits) {

@@ -114,48 +114,6 @@ inline CodedPart PartOf(const std::string& name) {
   return name == kLmHeadName ? CodedPart::kLmHead : CodedPart::kLayers;
 }
 
-// Rounds the matrices of a model's layers, or its output matrix, to codes while they are read: a
-// float8 for each number, with a scale for each row (its largest number over 448), or 4 bits, with
-// a scale for every 128 inputs (their largest over 7.5, as compressed-tensors rounds), or of
-// experts alone float4, with a scale for every 32 (the largest's power of 2 over 4, as OCP MX
-// rounds). All else is as the source has it. An output matrix that the source lacks is made of the
-// embedding.
-class QuantizingWeightSource final : public WeightSource {
- public:
-  // Throws InvalidArgument for no codes.
-  QuantizingWeightSource(std::unique_ptr<WeightSource> numbers, WeightCodes codes,
-                         CodedPart part = CodedPart::kLayers);
-  ~QuantizingWeightSource() override;
-  QuantizingWeightSource(const QuantizingWeightSource&) = delete;
-  QuantizingWeightSource& operator=(const QuantizingWeightSource&) = delete;
-
-  const WeightInfo* Find(const std::string& name) const override;
-  // What the codes stand for. Throws WeightsError also for a number that is not finite.
-  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
-  const CodedInfo* FindCodes(const std::string& name) const override;
-  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
-                 const CodedRows& rows) const override;
-  float ReadInputScale(const std::string& name) const override;
-  void CheckUnchanged() const override;
-
-  // Returns the root mean square of what rounding changed, over that of the numbers it rounded.
-  double relative_error() const;
-
- private:
-  // Under which name the source has the numbers of a tensor.
-  const std::string& SourceName(const std::string& name) const;
-  // As FindCodes, of what is rounded here.
-  const CodedInfo* FindRounded(const std::string& name) const;
-  std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;
-
-  std::unique_ptr<WeightSource> numbers_;
-  WeightCodes codes_;
-  CodedPart part_;
-  std::unique_ptr<CopyThreads> threads_;
-  mutable std::unordered_map<std::string, CodedInfo> infos_;
-  mutable double squared_error_ = 0.0, squared_size_ = 0.0;
-};
-
 // Another source, all of which it gives as that has it.
 class WeightSourceOver : public WeightSource {
  public:
@@ -178,8 +136,49 @@ class WeightSourceOver : public WeightSource {
  protected:
   explicit WeightSourceOver(std::unique_ptr<WeightSource> source) : source_(std::move(source)) {}
 
+  const WeightSource& source() const { return *source_; }
+
  private:
   std::unique_ptr<WeightSource> source_;
+};
+
+// Rounds the matrices of a model's layers, or its output matrix, to codes while they are read: a
+// float8 for each number, with a scale for each row (its largest number over 448), or 4 bits, with
+// a scale for every 128 inputs (their largest over 7.5, as compressed-tensors rounds), or of
+// experts alone float4, with a scale for every 32 (the largest's power of 2 over 4, as OCP MX
+// rounds). All else is as the source has it. An output matrix that the source lacks is made of the
+// embedding.
+class QuantizingWeightSource final : public WeightSourceOver {
+ public:
+  // Throws InvalidArgument for no codes.
+  QuantizingWeightSource(std::unique_ptr<WeightSource> numbers, WeightCodes codes,
+                         CodedPart part = CodedPart::kLayers);
+  ~QuantizingWeightSource() override;
+  QuantizingWeightSource(const QuantizingWeightSource&) = delete;
+  QuantizingWeightSource& operator=(const QuantizingWeightSource&) = delete;
+
+  const WeightInfo* Find(const std::string& name) const override;
+  // What the codes stand for. Throws WeightsError also for a number that is not finite.
+  void Read(const std::string& name, int64_t offset, int64_t bytes, void* dst) const override;
+  const CodedInfo* FindCodes(const std::string& name) const override;
+  void ReadCodes(const std::string& name, int64_t begin, int64_t end,
+                 const CodedRows& rows) const override;
+
+  // Returns the root mean square of what rounding changed, over that of the numbers it rounded.
+  double relative_error() const;
+
+ private:
+  // Under which name the source has the numbers of a tensor.
+  const std::string& SourceName(const std::string& name) const;
+  // As FindCodes, of what is rounded here.
+  const CodedInfo* FindRounded(const std::string& name) const;
+  std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;
+
+  WeightCodes codes_;
+  CodedPart part_;
+  std::unique_ptr<CopyThreads> threads_;
+  mutable std::unordered_map<std::string, CodedInfo> infos_;
+  mutable double squared_error_ = 0.0, squared_size_ = 0.0;
 };
 
 // A source whose matrices of one part are only to be read as numbers.

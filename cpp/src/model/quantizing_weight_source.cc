@@ -85,7 +85,7 @@ float CodeValue(WeightCodes codes, const uint8_t* row, int64_t place) {
 
 QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> numbers,
                                                WeightCodes codes, CodedPart part)
-    : numbers_(std::move(numbers)),
+    : WeightSourceOver(std::move(numbers)),
       codes_(codes),
       part_(part),
       threads_(std::make_unique<CopyThreads>()) {
@@ -98,17 +98,17 @@ QuantizingWeightSource::~QuantizingWeightSource() = default;
 const std::string& QuantizingWeightSource::SourceName(const std::string& name) const {
   static const std::string kEmbeddingName = "model.embed_tokens.weight";
   const bool is_tied_head = part_ == CodedPart::kLmHead && PartOf(name) == CodedPart::kLmHead &&
-                            numbers_->Find(name) == nullptr;
+                            source().Find(name) == nullptr;
   return is_tied_head ? kEmbeddingName : name;
 }
 
 const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {
-  return numbers_->Find(SourceName(name));
+  return source().Find(SourceName(name));
 }
 
 const CodedInfo* QuantizingWeightSource::FindCodes(const std::string& name) const {
   const CodedInfo* rounded = FindRounded(name);
-  return rounded != nullptr ? rounded : numbers_->FindCodes(name);
+  return rounded != nullptr ? rounded : source().FindCodes(name);
 }
 
 const CodedInfo* QuantizingWeightSource::FindRounded(const std::string& name) const {
@@ -128,7 +128,7 @@ std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, 
   const WeightInfo& info = *Find(name);
   const int64_t in = info.shape[1], count = (end - begin) * in, size = DTypeBytes(info.dtype);
   std::vector<char> data(static_cast<size_t>(count * size));
-  numbers_->Read(SourceName(name), begin * in * size, count * size, data.data());
+  source().Read(SourceName(name), begin * in * size, count * size, data.data());
   std::vector<float> values(static_cast<size_t>(count));
   threads_->ForPieces(end - begin, 8, [&](int64_t first, int64_t last) {
     ConvertNumbers({data.data() + first * in * size, info.dtype},
@@ -144,7 +144,7 @@ std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, 
 void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, int64_t end,
                                        const CodedRows& rows) const {
   const CodedInfo* coded = FindRounded(name);
-  if (coded == nullptr) return numbers_->ReadCodes(name, begin, end, rows);
+  if (coded == nullptr) return source().ReadCodes(name, begin, end, rows);
   if (begin == end) return;
   const std::vector<float> numbers = ReadNumbers(name, begin, end);
   const int64_t in = Find(name)->shape[1];
@@ -177,7 +177,7 @@ void QuantizingWeightSource::ReadCodes(const std::string& name, int64_t begin, i
 void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64_t bytes,
                                   void* dst) const {
   const CodedInfo* coded = FindRounded(name);
-  if (coded == nullptr || bytes == 0) return numbers_->Read(SourceName(name), offset, bytes, dst);
+  if (coded == nullptr || bytes == 0) return source().Read(SourceName(name), offset, bytes, dst);
   const WeightInfo& info = *Find(name);
   const int64_t in = info.shape[1], size = DTypeBytes(info.dtype);
   TIDAL_CHECK(offset >= 0 && bytes >= 0 && offset % size == 0 && bytes % size == 0 &&
@@ -202,14 +202,6 @@ void QuantizingWeightSource::Read(const std::string& name, int64_t offset, int64
     ConvertNumbers({values.data(), DType::kFloat32},
                    {static_cast<char*>(dst) + from * size, info.dtype}, to - from);
   });
-}
-
-float QuantizingWeightSource::ReadInputScale(const std::string& name) const {
-  return numbers_->ReadInputScale(name);
-}
-
-void QuantizingWeightSource::CheckUnchanged() const {
-  numbers_->CheckUnchanged();
 }
 
 double QuantizingWeightSource::relative_error() const {
