@@ -134,21 +134,27 @@ def write_model(args: argparse.Namespace, parent: Path) -> Path:
     return folder
 
 
-def write_shard(path: Path, file: dict[str, list[int]], values: memoryview) -> Iterator[int]:
-    """One file; yields bytes as they are written."""
+def safetensors_head(shapes: dict[str, list[int]]) -> bytes:
+    """What stands in a file of bfloat16 tensors in front of them."""
     header, offset = {}, 0
-    for name, shape in file.items():
+    for name, shape in shapes.items():
         end = offset + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(path: Path, file: dict[str, list[int]], values: memoryview) -> Iterator[int]:
+    """One file; yields bytes as they are written."""
+    size = 2 * sum(int(np.prod(shape)) for shape in file.values())
     with path.open("wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
+        output.write(safetensors_head(file))
         done = 0
-        while done < offset:
+        while done < size:
             begin = done % len(values)
-            piece = values[begin : min(len(values), begin + offset - done)]
+            piece = values[begin : min(len(values), begin + size - done)]
             output.write(piece)
             done += len(piece)
             yield len(piece)

@@ -17,12 +17,15 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from bench_load import safetensors_head
 from shapes import SHAPES
+from tidaldecode.checkpoint.safetensors_header import read_header
 
 Json = dict[str, Any]
 Bits = np.ndarray  # of bfloat16, as uint16
@@ -121,16 +124,12 @@ class Widening:
 def read_tensors(folder: Path) -> dict[str, Bits]:
     """A folder's tensors, which must be bfloat16."""
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        data = path.read_bytes()
-        end = 8 + int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8:end]).items():
-            if name != "__metadata__":
-                if entry["dtype"] != "BF16":
-                    raise SystemExit(f"{path}: {name} is {entry['dtype']}, expected BF16")
-                begin, stop = (end + offset for offset in entry["data_offsets"])
-                values = np.frombuffer(data[begin:stop], np.uint16)
-                tensors[name] = values.reshape(entry["shape"])
+    for entry in chain.from_iterable(map(read_header, sorted(folder.glob("*.safetensors")))):
+        if entry.dtype != "BF16":
+            raise SystemExit(f"{entry.path}: {entry.name} is {entry.dtype}, expected BF16")
+        count = entry.num_bytes // 2
+        values = np.fromfile(entry.path, np.uint16, count, offset=entry.file_offset)
+        tensors[entry.name] = values.reshape(entry.shape)
     return tensors
 
 
@@ -169,16 +168,7 @@ def write_layer(file: BinaryIO, widening: Widening, number: int, tensors: dict[s
 
 def write_file(file: BinaryIO, tensors: dict[str, Bits]) -> None:
     """A file of safetensors."""
-    header: Json = {}
-    end = 0
-    for name, value in tensors.items():
-        begin, end = end, end + value.nbytes
-        header[name] = {
-            "dtype": "BF16", "shape": list(value.shape), "data_offsets": [begin, end]
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(safetensors_head({name: list(value.shape) for name, value in tensors.items()}))
     for value in tensors.values():
         file.write(value.tobytes())
 
@@ -220,12 +210,9 @@ def widen(source: Path, output: Path, shape: Json) -> None:
 
 def write_index(folder: Path) -> None:
     """The list of which tensor lies in which file."""
-    where = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        where |= dict.fromkeys(header, path.name)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    paths = sorted(folder.glob("*.safetensors"))
+    where = {entry.name: path.name for path in paths for entry in read_header(path)}
+    total = sum(path.stat().st_size for path in paths)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
