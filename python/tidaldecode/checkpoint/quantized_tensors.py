@@ -45,11 +45,30 @@ _ZEROS = {"int4_packed": "weight_zero_point", "int4_gptq": "qzeros", "int4_awq":
 _OTHERS = {"int4_packed": ("weight_shape", "weight_g_idx"), "int4_gptq": ("g_idx",)}
 # Fixed scales of a product's inputs, and what is known besides.
 _INPUT_SCALES = ("input_scale", "activation_scale")
+CODES_PER_WORD = 8  # of int4 formats, in an I32
 _ACTIVATION_PARTS = frozenset((*_INPUT_SCALES, "input_zero_point"))
 _PARTS = _ACTIVATION_PARTS.union(
     "weight_packed weight_scale weight_scale_inv weight_zero_point weight_shape weight_g_idx "
     "weight_global_scale input_global_scale qweight qzeros scales g_idx".split()
 )
+
+
+@dataclass(frozen=True)
+class StackPart:
+    """Which one of several matrices that are stored as one (stacked_rows.py)."""
+
+    rows: tuple[int, ...]  # of each of them
+    index: int
+
+    @property
+    def first(self) -> int:
+        """Its first row."""
+        return sum(self.rows[: self.index])
+
+    @property
+    def count(self) -> int:
+        """Its rows."""
+        return self.rows[self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,7 @@ class StoredParts:
     name: str  # "….weight"
     module: str  # as the file spells it
     parts: Mapping[str, TensorEntry]  # by the last part of their names; `weight` may be among them
+    stack_part: StackPart | None = None  # the rows that are meant; None: all
 
     @property
     def first(self) -> TensorEntry:
@@ -239,9 +259,9 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
         _refuse(codes, f"shape {show(list(codes.shape))}, expected two sizes above 0")
     first, second = codes.shape
     if scheme.format == "int4_gptq":
-        return second, first * 8
+        return second, first * CODES_PER_WORD
     if scheme.format == "int4_awq":
-        return second * 8, first
+        return second * CODES_PER_WORD, first
     if scheme.format == "mxfp4":
         return first, second * 2
     if scheme.format != "int4_packed":
@@ -250,7 +270,11 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
     if entry.shape != (2,):
         _refuse(entry, f"shape {show(list(entry.shape))}, expected [2]")
     rows, columns = struct.unpack("<2q" if entry.dtype == "I64" else "<2i", read_tensor(entry))
-    if rows != first or not 0 < columns <= second * 8 or second != -(-columns // 8):
+    if (
+        rows != first
+        or not 0 < columns <= second * CODES_PER_WORD
+        or second != -(-columns // CODES_PER_WORD)
+    ):
         _refuse(
             entry,
             f"holds [{rows}, {columns}], which does not fit {show(codes.name, 120)} of shape "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,8 @@ from tidaldecode.checkpoint.families import FAMILIES, Family
 from tidaldecode.checkpoint.fused_experts import split_experts
 from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
 from tidaldecode.checkpoint.model_config import CheckpointConfig, ModelConfig
-from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT
+from tidaldecode.checkpoint.quant_scheme import OTHER_CHECKPOINT, Quantization
 from tidaldecode.checkpoint.quantized_tensors import (
-    WEIGHT_DTYPES,
     QuantizedTensor,
     Stored,
     StoredParts,
@@ -28,6 +27,7 @@ from tidaldecode.checkpoint.quantized_tensors import (
     resolve,
 )
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
+from tidaldecode.checkpoint.stacked_rows import split_rows, take_part
 from tidaldecode.errors import WeightsError, show
 
 _PREFIX = "model."
@@ -139,7 +139,7 @@ def select_tensors(
         raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
     notes += _notes_on(left_over, model, folder)
     selected = [
-        resolve(replace(entry, name=name), quantization)
+        _resolve_part(replace(entry, name=name), quantization)
         for name, entry in found.items()
         if name in needed
     ]
@@ -149,6 +149,15 @@ def select_tensors(
         if is_cache_scale(name) and isinstance(entry, TensorEntry)
     )
     return ModelTensors(entries=selected, model=model, notes=tuple(notes), cache_scales=scales)
+
+
+def _resolve_part(
+    stored: Stored, quantization: Quantization | None
+) -> TensorEntry | QuantizedTensor:
+    """What a stored tensor is, or the rows of it that are meant."""
+    found = resolve(stored, quantization)
+    part = stored.stack_part if isinstance(stored, StoredParts) else None
+    return found if part is None else take_part(found, part)
 
 
 def _in_engine_parts(
@@ -175,41 +184,10 @@ def _in_engine_parts(
             result[name] = entry
             continue
         parts = family.stacked[part]
-        pieces = _split_rows(entry, [rows[each] for each in parts])
+        pieces = split_rows(entry, [rows[each] for each in parts])
         for each, piece in zip(parts, pieces, strict=True):
             result[f"{layer[0]}{each}{dot}{kind}"] = piece
     return result
-
-
-def _split_rows(entry: Stored, rows: Sequence[int]) -> list[TensorEntry]:
-    """A tensor of a file as several, one below the other.
-
-    Raises: WeightsError for one of other rows, or a quantised one.
-    """
-    if isinstance(entry, StoredParts) or entry.dtype not in WEIGHT_DTYPES:
-        stored = entry.first if isinstance(entry, StoredParts) else entry
-        raise WeightsError(
-            f"{stored.path}: tensor {show(stored.name, 120)}: a part of a quantised matrix that "
-            f"stands for several; only numbers are supported in these; {OTHER_CHECKPOINT}"
-        )
-    if not entry.shape or entry.shape[0] != sum(rows):
-        raise WeightsError(
-            f"{entry.path}: tensor {show(entry.name, 120)}: shape {list(entry.shape)}, expected "
-            f"{sum(rows)} rows, {' + '.join(map(str, rows))}; config.json and the weights do not "
-            "belong together"
-        )
-    row_bytes = entry.num_bytes // entry.shape[0]
-    pieces, first = [], 0
-    for count in rows:
-        piece = replace(
-            entry,
-            shape=(count, *entry.shape[1:]),
-            file_offset=entry.file_offset + first * row_bytes,
-            num_bytes=count * row_bytes,
-        )
-        pieces.append(piece)
-        first += count
-    return pieces
 
 
 def _is_idle_bias(name: str, entry: Stored) -> bool:
