@@ -242,7 +242,7 @@ def measure(
                 row |= RUNS[scenario](Load(target, attention, args))
                 row["took_s"] = round(time.perf_counter() - began, 1)
                 after = target.costs()
-                row |= {name: round(after[name] - before[name], 3) for name in after}
+                row |= {name: round(after[name] - before[name], 4) for name in after}
                 report["rows"].append(row)
                 if args.output:
                     args.output.write_text(json.dumps(report, indent=1))

@@ -71,7 +71,8 @@ class Target(Protocol):
         """How often requests have been paused so far."""
 
     def costs(self) -> dict[str, float]:
-        """Seconds of processor time so far beside the engine, and events; empty if none is told."""
+        """What has been spent so far: of an engine of this process, passes and the host's seconds
+        between them; of a server, events and seconds of processor time beside the engine."""
 
     def close(self) -> None:
         """Ends it."""
@@ -127,7 +128,9 @@ class SubmitTarget:
         return self._decoder.stats()["num_pauses"]
 
     def costs(self) -> dict[str, float]:
-        return {}
+        stats = self._decoder.stats()
+        passes = sum(stats[f"num_{kind}"] for kind in ("chunks", "checks", "steps", "dense_steps"))
+        return {"passes": passes, "gap_s": stats["gap_s"]}
 
     def close(self) -> None:
         self._decoder.close()

@@ -154,6 +154,9 @@ def test_rounded_inputs_of_prompts_cost_what_they_cost_the_cpu(family: str, fold
     is asked of both is that rounding costs the same; product by product the C++ tests compare."""
     if family in EXPERTS:
         pytest.skip("rounding decides between experts")
+    if family == "phi3":
+        pytest.skip("rows of 768 inputs, which is what a small model with heads of 96 has, are too "
+                    "short for products of codes on CUDA")  # fmt: skip
     cuda, cpu = open_pair(folder, "bfloat16", weight_format="fp8", activation_format="fp8")
     assert cuda.config.activation_format == "fp8"
     plain = open_decoder(folder, "cpu", kv_dtype="bfloat16", weight_format="fp8")
