@@ -71,11 +71,15 @@ class Target(Protocol):
         """How often requests have been paused so far."""
 
     def costs(self) -> dict[str, float]:
-        """What has been spent so far: of an engine of this process, passes and the host's seconds
-        between them; of a server, events and seconds of processor time beside the engine."""
+        """What has been spent so far: passes, and the host's seconds between them; of a server also
+        events, and seconds of processor time beside the engine."""
 
     def close(self) -> None:
         """Ends it."""
+
+
+def _between_passes(stats: dict[str, Any]) -> dict[str, float]:
+    return {"passes": stats["num_chunks"] + stats["num_steps"], "gap_s": stats["gap_s"]}
 
 
 # --- Decoder.submit ---
@@ -128,9 +132,7 @@ class SubmitTarget:
         return self._decoder.stats()["num_pauses"]
 
     def costs(self) -> dict[str, float]:
-        stats = self._decoder.stats()
-        passes = sum(stats[f"num_{kind}"] for kind in ("chunks", "checks", "steps", "dense_steps"))
-        return {"passes": passes, "gap_s": stats["gap_s"]}
+        return _between_passes(self._decoder.stats())
 
     def close(self) -> None:
         self._decoder.close()
@@ -253,7 +255,8 @@ class HttpTarget:
         stat = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
         server = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
         events = sum(reader.num_events for reader in self._readers)
-        return {"events": events, "client_s": client, "server_s": server}
+        between = _between_passes(self._info()["stats"])
+        return {"events": events, "client_s": client, "server_s": server} | between
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
