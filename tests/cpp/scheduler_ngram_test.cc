@@ -171,6 +171,7 @@ TEST(SchedulerNgrams, SpoiltOnesAreForgotten) {
     rig.scheduler.CheckIntegrity();
   }
   EXPECT_GE(num_spoilt, 2);
+  EXPECT_GE(num_alone, 1);
   for (const RequestEvent& event : rig.scheduler.TakeEvents()) rig.events.push_back(event);
   EXPECT_EQ(rig.Generated(one), FakeModel::Continue(MakePrompt(1, 6), 30, 1.0f, 2));
   EXPECT_EQ(rig.Generated(two), FakeModel::Continue(MakePrompt(2, 7), 30, 1.0f, 2));
