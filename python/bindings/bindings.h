@@ -42,7 +42,7 @@ class PyGeneration : public Closable<Generation> {
   explicit PyGeneration(std::unique_ptr<Generation> generation)
       : Closable("generation", std::move(generation)) {}
 
-  void Close();
+  void CloseKeepingResults();
   bool done() const { return is_closed() || get()->done(); }
   PrefillProgress prefill_progress() const {
     return is_closed() ? prefill_ : get()->prefill_progress();

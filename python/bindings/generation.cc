@@ -36,6 +36,7 @@ std::vector<std::pair<int64_t, int32_t>> Advance(const PyGeneration& self, doubl
   auto events =
       WithoutGil(self.get(), [&](Generation& generation) { return generation.Advance(timeout_s); });
   std::vector<std::pair<int64_t, int32_t>> pairs;
+  pairs.reserve(events.size());
   for (const TokenEvent& event : events) pairs.emplace_back(event.sequence, event.token_id);
   return pairs;
 }
@@ -125,7 +126,7 @@ py::dict SelectionDict(std::vector<LayerSelection> layers) {
   return result;
 }
 
-void PyGeneration::Close() {
+void PyGeneration::CloseKeepingResults() {
   if (is_closed()) return;
   auto [results, prefill] = WithoutGil(get(), [](Generation& generation) {
     generation.Close();
@@ -201,7 +202,7 @@ void RegisterGeneration(py::module_& module) {
       .def("results", &PyGeneration::results)
       .def("logprobs", &PyGeneration::Logprobs, py::arg("sequence"), py::arg("first"))
       .def("take_logits", &TakeLogits, py::arg("sequence"))
-      .def("close", &PyGeneration::Close)
+      .def("close", &PyGeneration::CloseKeepingResults)
       .def_property_readonly("done", &PyGeneration::done)
       .def_property_readonly("has_news",
                              [](const PyGeneration& self) {

@@ -27,6 +27,7 @@ std::vector<Question> Wait(const PyGuideDesk& self, double timeout_s) {
   auto questions = WithoutGil(
       self.get(), [&](GuideDesk& desk) { return desk.Wait(std::min(timeout_s, kMostSeconds)); });
   std::vector<Question> result;
+  result.reserve(questions.size());
   for (GuideQuestion& one : questions) {
     result.emplace_back(one.request, one.guide, one.number, one.keep, std::move(one.tokens),
                         one.is_over);

@@ -169,7 +169,7 @@ class QuantizingWeightSource final : public WeightSourceOver {
 
  private:
   // Under which name the source has the numbers of a tensor.
-  const std::string& SourceName(const std::string& name) const;
+  std::string SourceName(const std::string& name) const;
   // As FindCodes, of what is rounded here.
   const CodedInfo* FindRounded(const std::string& name) const;
   std::vector<float> ReadNumbers(const std::string& name, int64_t begin, int64_t end) const;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <initializer_list>
 #include <sstream>
 #include <thread>
 #include <vector>
@@ -48,20 +49,22 @@ std::string GroupPath(const std::string& root, const std::string& controller) {
 
 // Where the files of the process's group, and of all groups around it, may lie.
 std::vector<std::string> GroupFolders(const std::string& root, const std::string& controller,
-                                      const std::vector<std::string>& mounts) {
+                                      std::initializer_list<const char*> mounts) {
   std::vector<std::string> folders;
-  for (const std::string& mount : mounts) {
+  for (const char* mount : mounts) {
+    const std::string top = root + mount;
     std::string path = GroupPath(root, controller);
     while (!path.empty() && path != "/") {
-      folders.push_back(root + mount + path);
+      folders.push_back(top + path);
       path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
     }
-    folders.push_back(root + mount);
+    folders.push_back(top);
   }
   return folders;
 }
 
-const std::vector<std::string> kUnified = {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"};
+constexpr std::initializer_list<const char*> kUnified = {"/sys/fs/cgroup",
+                                                         "/sys/fs/cgroup/unified"};
 
 struct MemoryFiles {
   const char* limit;
@@ -119,8 +122,8 @@ std::optional<int> ReadProcessorQuota(const std::string& root) {
     int64_t quota = 0, period = 0;
     if (file >> quota >> period) NarrowQuota(quota, period, processors);
   }
-  std::vector<std::string> mounts = {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"};
-  for (const std::string& folder : GroupFolders(root, "cpu", mounts)) {
+  for (const std::string& folder :
+       GroupFolders(root, "cpu", {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"})) {
     NarrowQuota(ReadNumber(folder + "/cpu.cfs_quota_us"), ReadNumber(folder + "/cpu.cfs_period_us"),
                 processors);
   }

@@ -103,8 +103,8 @@ RequestId Scheduler::Add(Request request, Sequence sequence, double now_ms) {
   // What may throw comes before any change.
   ReserveWaiting();
   if (guided_.size() == guided_.capacity()) guided_.reserve(2 * guided_.size() + 1);
-  auto place = requests_.try_emplace(requests_.end(), id, id, std::move(request),
-                                     std::move(sequence), now_ms);
+  auto place = requests_.emplace_hint(
+      requests_.end(), id, RequestState(id, std::move(request), std::move(sequence), now_ms));
   RequestState& added = place->second;
   if (prefixes_ != nullptr && added.reads_prefixes()) {
     added.known_tokens = KnownTokens(added);
@@ -153,6 +153,7 @@ void Scheduler::Follow(RequestState& request) const {
 
 std::vector<RequestId> Scheduler::InFlight() const {
   std::vector<RequestId> ids;
+  ids.reserve(in_flight_.size());
   for (const RowInFlight& row : in_flight_) ids.push_back(row.request->id);
   return ids;
 }

@@ -95,11 +95,10 @@ QuantizingWeightSource::QuantizingWeightSource(std::unique_ptr<WeightSource> num
 
 QuantizingWeightSource::~QuantizingWeightSource() = default;
 
-const std::string& QuantizingWeightSource::SourceName(const std::string& name) const {
-  static const std::string kEmbeddingName = "model.embed_tokens.weight";
+std::string QuantizingWeightSource::SourceName(const std::string& name) const {
   const bool is_tied_head = part_ == CodedPart::kLmHead && PartOf(name) == CodedPart::kLmHead &&
                             source().Find(name) == nullptr;
-  return is_tied_head ? kEmbeddingName : name;
+  return is_tied_head ? "model.embed_tokens.weight" : name;
 }
 
 const WeightInfo* QuantizingWeightSource::Find(const std::string& name) const {

@@ -147,10 +147,8 @@ void LinearManyRows(CpuContext& context, const LinearArgs& args) {
   });
 }
 
-}  // namespace
-
 // x [count] as what its codes under a scale stand for.
-static void RoundInputs(const float* x, int64_t count, float scale, float* out) {
+void RoundInputs(const float* x, int64_t count, float scale, float* out) {
   if (scale == 0.0f) {
     float largest = 0.0f;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(x[i]));
@@ -160,7 +158,7 @@ static void RoundInputs(const float* x, int64_t count, float scale, float* out) 
 }
 
 // The product of the inputs that are multiplied in place of x.
-static LinearArgs WithRoundedInputs(CpuContext& context, const LinearArgs& args) {
+LinearArgs WithRoundedInputs(CpuContext& context, const LinearArgs& args) {
   const int64_t num_tokens = args.x.dim(0), in = args.x.dim(1), group = args.weight.group_size;
   const auto* x = args.x.data<float>();
   float* rounded = context.scratch.Take<float>(Scratch::kInputs, args.x.numel());
@@ -175,6 +173,8 @@ static LinearArgs WithRoundedInputs(CpuContext& context, const LinearArgs& args)
   product.quantizes_inputs = false;
   return product;
 }
+
+}  // namespace
 
 int64_t LinearScratchFloats(int64_t in_features) {
   return kPanelOutputs * (in_features + 1);

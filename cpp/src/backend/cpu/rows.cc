@@ -70,8 +70,8 @@ void WriteQueryTable(const CpuContext& context, const RopeTableArgs& args, int64
   if (!args.q_cos_sin) return;
   const int64_t size = args.cos_sin.dim(1);
   const int32_t position = std::max(args.positions.data<int32_t>()[t], 0);
-  const float lengths = static_cast<float>(position / args.original_len);
-  const float scale = 1.0f + args.query_scale_beta * std::log(1.0f + lengths);
+  const int64_t lengths = position / args.original_len;
+  const float scale = 1.0f + args.query_scale_beta * std::log(1.0f + static_cast<float>(lengths));
   context.kernels->scale(args.cos_sin.data<float>() + t * size, scale, size,
                          args.q_cos_sin.data<float>() + t * size);
 }

@@ -52,7 +52,7 @@ void FindRows(const AttendSpan& span, int64_t first, int count, TokenRows<T>& ro
     for (int i = 0; i < count; ++i) {
       uint32_t position = static_cast<uint32_t>(span.token_idx[first + i]);
       uint32_t page = position / page_size;
-      rows.Set(span, i, span.page_table[page] * span.page_rows + position - page * page_size);
+      rows.Set(span, i, span.page_table[page] * span.page_rows + position % page_size);
     }
   } else {
     int64_t page = first / span.page_size;
@@ -138,12 +138,12 @@ void AddValueDims(const float* weights, const T* const* v, const T* const* ahead
 #pragma GCC unroll 4
   for (int m = 0; m < kQueries; ++m) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sum[m][j] = load(acc[m] + d + j * kWidth);
+    for (int64_t j = 0; j < kVecs; ++j) sum[m][j] = load(acc[m] + d + j * kWidth);
   }
   for (int i = 0; i < count; ++i) {
     Vec row[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
+    for (int64_t j = 0; j < kVecs; ++j) {
       row[j] = load(v[i] + d + j * kWidth);
       if (BeginsLine<T>(d + j * kWidth)) __builtin_prefetch(ahead[i] + d + j * kWidth);
     }
@@ -157,7 +157,7 @@ void AddValueDims(const float* weights, const T* const* v, const T* const* ahead
 #pragma GCC unroll 4
   for (int m = 0; m < kQueries; ++m) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(acc[m] + d + j * kWidth, sum[m][j]);
+    for (int64_t j = 0; j < kVecs; ++j) store(acc[m] + d + j * kWidth, sum[m][j]);
   }
 }
 

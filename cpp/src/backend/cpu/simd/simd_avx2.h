@@ -136,7 +136,7 @@ inline Vec LookUp(const CodeTable& table, const uint8_t* codes) {
 inline Vec ReduceAddEach(const Vec* v) {
   Vec quads[2];
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
+  for (int64_t i = 0; i < 2; ++i) {
     const Vec* a = v + 4 * i;
     Vec t0 = Add(_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpackhi_ps(a[0], a[1]));
     Vec t1 = Add(_mm256_unpacklo_ps(a[2], a[3]), _mm256_unpackhi_ps(a[2], a[3]));

@@ -142,7 +142,7 @@ inline Vec LookUp(const CodeTable& table, const uint8_t* codes) {
 inline Vec ReduceAddEach(const Vec* v) {
   Vec quads[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
+  for (int64_t i = 0; i < 4; ++i) {
     const Vec* a = v + 4 * i;
     Vec t0 = Add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
     Vec t1 = Add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
