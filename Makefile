@@ -8,7 +8,7 @@ SOURCES := $(shell find cpp cuda python cmake third_party -type f -not -name '*.
 SERVE_DEPS := 'fastapi>=0.162' 'uvicorn[standard]>=0.54' 'orjson>=3.11' 'prometheus-client>=0.22'
 
 .PHONY: demo serve-demo test test-cpp test-python test-public test-sanitize test-tsan conformance fuzz \
-        fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint format docs clean
+        fuzz-short soak soak-server gpu-test cuda-build bench-cpu lint tidy format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidaldecode demo
@@ -109,6 +109,14 @@ lint: $(VENV)/.lint-deps
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
+# Likely mistakes in the C++ of the engine and its bindings (.clang-tidy). Nothing is compiled in its
+# build folder, which says how everything would be.
+tidy: $(VENV)/.tools $(VENV)/.lint-deps
+	$(BIN)/cmake --preset cpu-release -B build/tidy -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DTIDAL_TESTS=OFF -DTIDAL_PYTHON=ON -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/run-clang-tidy.py -clang-tidy-binary $(BIN)/clang-tidy -p build/tidy -j 2 -quiet -hide-progress
+
 format: $(VENV)/.lint-deps
 	$(BIN)/ruff check --fix python tests benchmarks tools
 	$(BIN)/ruff format python tests benchmarks tools
@@ -150,7 +158,7 @@ $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==14.0.6 \
-	  check-jsonschema==0.39.0 'numpy>=2.4' 'jinja2>=3.1.6' 'rich>=13' \
+	  clang-tidy==23.1.4 check-jsonschema==0.39.0 'numpy>=2.4' 'jinja2>=3.1.6' 'rich>=13' \
 	  'tokenizers>=0.21' 'typer>=0.12' $(SERVE_DEPS)
 	touch $@
 
