@@ -72,6 +72,20 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_names(
     assert paper["title"].startswith("TidalDecode: ")
 
 
+def test_the_changelog_has_the_sections_of_keep_a_changelog_and_short_entries():
+    known = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    title, *versions = re.split(r"^## ", read("CHANGELOG.md"), flags=re.MULTILINE)
+    assert title.split() == ["#", "Changelog"] and versions
+    for version in versions:
+        name, *sections = re.split(r"^### ", version, flags=re.MULTILINE)
+        assert re.fullmatch(r"Unreleased|\d+\.\d+\.\d+ (\(unreleased\)|- [\d-]{10})", name.strip())
+        texts = dict(section.split("\n", 1) for section in sections)
+        assert len(texts) == len(sections) and list(texts) == [k for k in known if k in texts], name
+        for entry in "".join(texts.values()).split("\n"):
+            words = entry.removeprefix("- ").split()
+            assert not entry or (entry.startswith("- ") and len(words) <= 20), entry
+
+
 def test_a_warning_keeps_nobody_from_installing(tmp_path: Path):
     cmake = Path(sys.executable).with_name("cmake")
     if not cmake.exists():
