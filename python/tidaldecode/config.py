@@ -52,7 +52,7 @@ _WORDS = (
     "attention",
 )
 _INT32_MAX = 2**31 - 1
-_INT_RANGES = {
+INT_RANGES = {
     "token_budget": (1, _INT32_MAX),
     "min_token_budget": (1, _INT32_MAX),
     "full_layers": (1, _INT32_MAX),
@@ -77,6 +77,53 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 # Integers that may be "auto" instead, as a value of their own.
 _AUTOMATIC = ("token_budget", "recent_tokens")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+# The settings that are options of commands: their help, in the order that it has there.
+OPTION_HELP = {
+    "device": "auto, cpu, cuda or cuda:N.",
+    "dtype": "Weights: auto, float32, bfloat16 or float16.",
+    "kv_dtype": "KV cache: auto (dtype), fp8; CPU: float32, bfloat16, float16, int8.",
+    "weight_format": (
+        "Layers' matrices: auto (a quantised checkpoint's codes), decoded, fp8, int4; "
+        "of experts: mxfp4."
+    ),
+    "lm_head_format": "The output matrix: auto (as the checkpoint has it), decoded, fp8 or int4.",
+    "activation_format": (
+        "Inputs of fp8 products of prompts: 16bit, fp8, or auto: as the checkpoint says, on CUDA."
+    ),
+    "load_format": "auto, or dummy: random weights, to measure speed.",
+    "attention": "tidal, full, or auto: tidal if there is a plan for the model.",
+    "token_budget": (
+        "Positions a sparse layer attends to, or auto: as many as --top-p-mass asks for."
+    ),
+    "top_p_mass": "Below 1, sets keep as few of these positions as hold this share of the softmax.",
+    "min_token_budget": "Positions a set keeps whatever its mass.",
+    "select_layers": "Dense layers that choose positions, separated by commas.",
+    "scored_layers": "Layers that choose from the keys, and attend to those only.",
+    "full_layers": "Dense layers in front.",
+    "granularity": "Heads that share a set: kv_head, head or layer.",
+    "pooling": "Over their scores: sum or max.",
+    "shadow": "What scored layers choose from: none or int4.",
+    "sink_tokens": "First positions, always chosen.",
+    "recent_tokens": "Last positions, always chosen; default: a quarter of the budget.",
+    "sparse_min_context": "Up to this length steps are dense; default: while that is faster.",
+    "correction_interval": (
+        "Sparsely decoded tokens after which a dense pass rewrites their cache; 0 is never."
+    ),
+    "verify": "Tokens are drafted, dense passes decide: the tokens of dense decoding.",
+    "drafts": "With --verify, what drafts: tidal (sparse steps), ngram (the text so far) or both.",
+    "draft_tokens": "With --verify, drafts per dense pass.",
+    "max_seq_len": "Tokens of prompt and output together.",
+    "max_batch_size": "Sequences decoded together.",
+    "num_pages": "Pages of the KV cache.",
+    "page_size": "Tokens per KV page.",
+    "gpu_memory_utilization": "Share of the memory that the decoder may take in all.",
+    "prefix_cache": "Find again what earlier prompts had in common.",
+    "prefill_chunk": "Prompt tokens per pass.",
+    "max_chunk_ms": "Of a pass over prompts while others decode, at most.",
+    "decode_share": "Of the time that decoding has while prompts wait.",
+    "num_threads": "CPU threads.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +333,7 @@ class DecodeConfig(PlanConfig):
             check_setting("drafts", self.drafts)
         if is_auto(self.draft_tokens):
             object.__setattr__(self, "draft_tokens", None)
-        for name in _INT_RANGES:
+        for name in INT_RANGES:
             if name not in PLAN_SETTINGS and getattr(self, name) is not None:
                 check_setting(name, getattr(self, name))
         for name, (is_right, expected) in _NUMBERS.items():
@@ -336,7 +383,7 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
         if not is_number or not 0 < value <= 1:
             raise ConfigError(f"{prefix}: got {show(value)}, expected a number in (0, 1]")
         return
-    low, high = _INT_RANGES[name]
+    low, high = INT_RANGES[name]
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or not low <= value <= high:
         expected = f"an integer from {low} to {high}"

@@ -20,6 +20,7 @@ from tidaldecode.config import (
     DTYPES,
     GRANULARITIES,
     KV_DTYPES,
+    OPTION_HELP,
     POOLINGS,
     WEIGHT_FORMATS,
     DecodeConfig,
@@ -66,6 +67,13 @@ def test_decode_config_writes_no_default_of_its_own():
             assert field.default == "auto"
         else:
             assert field.default is None, f"{field.name}: the default belongs in config.h"
+
+
+def test_every_setting_is_an_option_of_commands_but_a_few():
+    assert python_fields(DecodeConfig) - {*OPTION_HELP} == {
+        "host_kv_gib", "cuda_graphs", "batch_invariant",
+    }  # fmt: skip
+    assert {*OPTION_HELP} < python_fields(DecodeConfig)
 
 
 @pytest.fixture(scope="module")

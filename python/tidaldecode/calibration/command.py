@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -79,8 +79,10 @@ _KeepAnyway = Annotated[
 ]
 
 
+@opt.with_options(engine=opt.engine_options(*opt.PLACE, "num_threads"))
 def calibrate(
     model_dir: opt.ModelDir,
+    *,
     text: _Text = None,
     builtin: _Builtin = False,
     context: _Contexts = None,
@@ -94,21 +96,14 @@ def calibrate(
     output: _Output = None,
     keep_anyway: _KeepAnyway = False,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    kv_dtype: opt.KvDType = "auto",
-    weight_format: opt.WeightFormat = "auto",
-    lm_head_format: opt.LmHeadFormat = "auto",
-    activation_format: opt.ActivationFormat = "auto",
-    num_threads: opt.NumThreads = None,
+    engine: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Find the plan that loses least for the bytes it reads, and keep it for the model."""
-    given = locals()
     _check(text, builtin, max_loss)
     folder = read_model_folder(model_dir)
     open_layers(folder.model)  # refuses before anybody waits
-    contexts = _contexts(context, folder, device)
+    contexts = _contexts(context, folder, engine["device"])
     if max_choosing_layers is not None:
         check_integer("max_choosing_layers", max_choosing_layers, low=1)
     if output is not None:
@@ -125,7 +120,7 @@ def calibrate(
         max_choosing_layers=max_choosing_layers,
         max_loss=max_loss,
         seed=seed,
-        engine=opt.engine_options({name: given[name] for name in opt.PLACE_OPTIONS}),
+        engine=engine,
     )
     try:
         outcome = calibrate_model(job, Bars(is_watched()))

@@ -104,6 +104,17 @@ def _root(
     pass
 
 
+# What the memory that a model takes depends on.
+_OF_MEMORY = (
+    *opt.PLACE, "attention", "token_budget", "select_layers", "scored_layers", "shadow", "verify",
+    "drafts", "draft_tokens", "max_seq_len", "max_batch_size", "page_size", "num_pages",
+    "gpu_memory_utilization", "prefill_chunk",
+)  # fmt: skip
+_OF_DEMO = (
+    "device", "dtype", "select_layers", "scored_layers", "token_budget", "top_p_mass",
+    "min_token_budget", "num_threads",
+)  # fmt: skip
+
 _Prompt = Annotated[str | None, typer.Argument(help="The text to continue; - reads it from stdin.")]
 _AsChat = Annotated[
     bool, typer.Option("--chat", help="Put the text through the model's chat template.")
@@ -111,62 +122,27 @@ _AsChat = Annotated[
 
 
 @app.command()
+@opt.with_options(engine=opt.engine_options(*opt.ONE_SEQUENCE), sampling=opt.SAMPLING)
 def generate(
     model_dir: opt.ModelDir,
+    *,
     prompt: _Prompt = None,
     prompt_file: opt.PromptFile = None,
     chat: _AsChat = False,
     system: Annotated[str | None, typer.Option(help="A system message, with --chat.")] = None,
     revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    kv_dtype: opt.KvDType = "auto",
-    weight_format: opt.WeightFormat = "auto",
-    lm_head_format: opt.LmHeadFormat = "auto",
-    activation_format: opt.ActivationFormat = "auto",
-    attention: opt.Attention = "auto",
-    token_budget: opt.TokenBudget = None,
-    top_p_mass: opt.TopPMass = None,
-    min_token_budget: opt.MinTokenBudget = None,
-    select_layers: opt.SelectLayers = None,
-    scored_layers: opt.ScoredLayers = None,
-    full_layers: opt.FullLayers = None,
-    granularity: opt.Granularity = None,
-    pooling: opt.Pooling = None,
-    shadow: opt.Shadow = None,
-    sink_tokens: opt.SinkTokens = None,
-    recent_tokens: opt.RecentTokens = None,
-    sparse_min_context: opt.SparseMinContext = None,
-    correction_interval: opt.CorrectionInterval = None,
-    verify: opt.Verify = False,
-    drafts: opt.Drafts = None,
-    draft_tokens: opt.DraftTokens = None,
-    max_seq_len: opt.MaxSeqLen = None,
-    page_size: opt.PageSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
-    prefill_chunk: opt.PrefillChunk = None,
-    num_threads: opt.NumThreads = None,
-    max_new_tokens: opt.MaxNewTokens = None,
-    temperature: opt.Temperature = None,
-    top_k: opt.TopK = None,
-    top_p: opt.TopP = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
-    stop_token_id: opt.StopTokenId = None,
-    ignore_eos: opt.IgnoreEos = False,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Continue a text; the output streams to stdout."""
-    values = locals()
     text, bars = _read_prompt(prompt, prompt_file), Bars(is_watched())
     model = at_revision(model_dir, revision)
     with bars.loading(f"Loading {model_dir.name}") as on_load:
         # One sequence: a cache for more would only take memory.
-        decoder = Decoder(model, **opt.engine_options(values), max_batch_size=1, progress=on_load)
+        decoder = Decoder(model, **engine, max_batch_size=1, progress=on_load)
     with decoder:
-        result = _stream_text(decoder, text, chat, system, opt.sampling_options(values), bars)
+        result = _stream_text(decoder, text, chat, system, sampling, bars)
         if is_watched():
             _print_summary(decoder, result)
     if result.error is not None:
@@ -174,36 +150,18 @@ def generate(
 
 
 @app.command()
+@opt.with_options(engine=opt.engine_options(*_OF_MEMORY))
 def info(
+    *,
     model_dir: Annotated[
         Path | None, typer.Argument(help="A model folder or hub id to describe as well.")
     ] = None,
     revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    kv_dtype: opt.KvDType = "auto",
-    weight_format: opt.WeightFormat = "auto",
-    lm_head_format: opt.LmHeadFormat = "auto",
-    activation_format: opt.ActivationFormat = "auto",
-    attention: opt.Attention = "auto",
-    token_budget: opt.TokenBudget = None,
-    select_layers: opt.SelectLayers = None,
-    scored_layers: opt.ScoredLayers = None,
-    shadow: opt.Shadow = None,
-    verify: opt.Verify = False,
-    drafts: opt.Drafts = None,
-    draft_tokens: opt.DraftTokens = None,
-    max_seq_len: opt.MaxSeqLen = None,
-    max_batch_size: opt.MaxBatchSize = None,
-    page_size: opt.PageSize = None,
-    num_pages: opt.NumPages = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
-    prefill_chunk: opt.PrefillChunk = None,
+    engine: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Show version, devices and libraries; with a folder, what it holds and the memory that it
     would take with the settings given. Loads nothing."""
-    options = opt.engine_options(locals())
     from rich.console import Console
 
     from tidaldecode.cli.info import show_installation, show_memory, show_model
@@ -211,38 +169,32 @@ def info(
     console = Console(highlight=False)
     folder = None if model_dir is None else read_model_folder(at_revision(model_dir, revision))
     if folder is not None:
-        folder.log_notes(max_seq_len)
+        folder.log_notes(engine.get("max_seq_len"))
         show_model(console, folder)
         try:
-            show_memory(console, plan_memory(folder.path, **options))
+            show_memory(console, plan_memory(folder.path, **engine))
         except (BackendError, UnsupportedError) as error:  # of this device only
             console.print(f"Memory: {one_line(str(error))}", markup=False)
     show_installation(console)
 
 
 @app.command()
+@opt.with_options(engine=opt.engine_options(*_OF_DEMO))
 def demo(
+    *,
     model: Annotated[
         Path | None, typer.Option(help="Any model folder instead of the embedded model.")
     ] = None,
     context: Annotated[
         list[int] | None, typer.Option(help="Prompt length in tokens; may be repeated.")
     ] = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    select_layers: opt.SelectLayers = None,
-    scored_layers: opt.ScoredLayers = None,
-    token_budget: opt.TokenBudget = None,
-    top_p_mass: opt.TopPMass = None,
-    min_token_budget: opt.MinTokenBudget = None,
-    num_threads: opt.NumThreads = None,
+    engine: dict[str, Any],
     seed: Annotated[
         int | None, typer.Option(help="Of text and key; new ones each time if not given.")
     ] = None,
     debug: opt.Debug = False,
 ) -> None:
     """Hide a key in a long text and ask for it, densely and with a plan, side by side."""
-    options = opt.engine_options(locals())
     from rich.console import Console
 
     from tidaldecode.cli.demo import DEFAULT_CONTEXTS, run_demo
@@ -252,7 +204,7 @@ def demo(
     contexts = tuple(context or DEFAULT_CONTEXTS)
     console = Console(highlight=False)
     bars = Bars(is_watched())
-    comparisons = run_demo(model_dir, contexts, bars, seed=seed, **options)
+    comparisons = run_demo(model_dir, contexts, bars, seed=seed, **engine)
     for index, comparison in enumerate(comparisons):
         if index == 0:
             console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)

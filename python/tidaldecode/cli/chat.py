@@ -40,60 +40,22 @@ A backslash at the end of a line continues the message in the next one. A messag
 with a slash is typed with two. Ctrl-C stops an answer; what there is of it stays."""
 
 
+@opt.with_options(engine=opt.engine_options(*opt.ONE_SEQUENCE), sampling=opt.SAMPLING)
 def chat(
     model_dir: opt.ModelDir,
+    *,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    kv_dtype: opt.KvDType = "auto",
-    weight_format: opt.WeightFormat = "auto",
-    lm_head_format: opt.LmHeadFormat = "auto",
-    activation_format: opt.ActivationFormat = "auto",
-    attention: opt.Attention = "auto",
-    token_budget: opt.TokenBudget = None,
-    top_p_mass: opt.TopPMass = None,
-    min_token_budget: opt.MinTokenBudget = None,
-    select_layers: opt.SelectLayers = None,
-    scored_layers: opt.ScoredLayers = None,
-    full_layers: opt.FullLayers = None,
-    granularity: opt.Granularity = None,
-    pooling: opt.Pooling = None,
-    shadow: opt.Shadow = None,
-    sink_tokens: opt.SinkTokens = None,
-    recent_tokens: opt.RecentTokens = None,
-    sparse_min_context: opt.SparseMinContext = None,
-    correction_interval: opt.CorrectionInterval = None,
-    verify: opt.Verify = False,
-    drafts: opt.Drafts = None,
-    draft_tokens: opt.DraftTokens = None,
-    max_seq_len: opt.MaxSeqLen = None,
-    page_size: opt.PageSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
-    prefill_chunk: opt.PrefillChunk = None,
-    num_threads: opt.NumThreads = None,
-    max_new_tokens: opt.MaxNewTokens = None,
-    temperature: opt.Temperature = None,
-    top_k: opt.TopK = None,
-    top_p: opt.TopP = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
-    stop_token_id: opt.StopTokenId = None,
-    ignore_eos: opt.IgnoreEos = False,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Talk with a model in the terminal; /help shows what can be typed.
 
     Piped, every line of stdin is a message and every answer a text on stdout."""
-    values = locals()
-    sampling = opt.sampling_options(values)
     bars = Bars(is_watched())
     with bars.loading(f"Loading {model_dir.name}") as on_load:
         # One sequence: a cache for more would only take memory.
-        decoder = Decoder(
-            model_dir, **opt.engine_options(values), max_batch_size=1, progress=on_load
-        )
+        decoder = Decoder(model_dir, **engine, max_batch_size=1, progress=on_load)
     with decoder:
         conversation = _Conversation(decoder, system, sampling)
         if sys.stdin.isatty() and sys.stdout.isatty():

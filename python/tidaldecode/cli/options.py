@@ -1,44 +1,23 @@
-"""The command line's options, declared once: engine settings and sampling settings with their help.
+"""The command line's options: those of several commands, and those made from the settings.
 
-Used by cli.py. Names and meanings are those of DecodeConfig and Decoder.generate.
+An option of the engine is a field of DecodeConfig with help in config.OPTION_HELP. Used by the
+commands; `with_options` gives them groups of options.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+import functools
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from types import GenericAlias, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from tidaldecode import _core
-from tidaldecode.config import LAYER_FIELDS, DecodeConfig
+from tidaldecode.config import INT_RANGES, OPTION_HELP, DecodeConfig
 from tidaldecode.errors import InvalidArgument, show
-
-_ENGINE = "Engine"
-_SAMPLING = "Sampling"
-_DEFAULTS = _core.DecodeConfig()
-
-
-def _engine_option(help_text: str, field: str = "") -> Any:
-    if field:
-        value = getattr(_DEFAULTS, field)
-        is_auto = value == 0 and field in (
-            "draft_tokens",
-            "max_seq_len",
-            "num_pages",
-            "prefill_chunk",
-            "num_threads",
-            "min_token_budget",
-        )
-        default = "automatic" if is_auto else value
-        help_text += f" [dim]\\[default: {default}][/dim]"
-    return typer.Option(help=help_text, rich_help_panel=_ENGINE)
-
-
-def _sampling_option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=_SAMPLING)
-
 
 ModelDir = Annotated[
     Path, typer.Argument(help="A Hugging Face model folder, or a hub id: org/name\\[@revision].")
@@ -47,150 +26,9 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
-
-Device = Annotated[str, _engine_option("auto, cpu, cuda or cuda:N.")]
-DType = Annotated[str, _engine_option("Weights: auto, float32, bfloat16 or float16.")]
-KvDType = Annotated[
-    str, _engine_option("KV cache: auto (dtype), fp8; CPU: float32, bfloat16, float16, int8.")
-]
-WeightFormat = Annotated[
-    str,
-    _engine_option(
-        "Layers' matrices: auto (a quantised checkpoint's codes), decoded, fp8, int4; of experts: "
-        "mxfp4."
-    ),
-]
-LmHeadFormat = Annotated[
-    str, _engine_option("The output matrix: auto (as the checkpoint has it), decoded, fp8 or int4.")
-]
-ActivationFormat = Annotated[
-    str,
-    _engine_option(
-        "Inputs of fp8 products of prompts: 16bit, fp8, or auto: as the checkpoint says, on CUDA."
-    ),
-]
-Attention = Annotated[
-    str, _engine_option("tidal, full, or auto: tidal if there is a plan for the model.")
-]
-TokenBudget = Annotated[
-    str | None,
-    _engine_option(
-        "Positions a sparse layer attends to, or auto: as many as --top-p-mass asks for.",
-        "token_budget",
-    ),
-]
-TopPMass = Annotated[
-    float | None,
-    _engine_option(
-        "Below 1, sets keep as few of these positions as hold this share of the softmax.",
-        "top_p_mass",
-    ),
-]
-MinTokenBudget = Annotated[
-    int | None,
-    _engine_option("Positions a set keeps whatever its mass.", "min_token_budget"),
-]
 PromptFile = Annotated[
     str | None, typer.Option(help="A file with the text to continue; - is stdin.")
 ]
-SelectLayers = Annotated[
-    str | None, _engine_option("Dense layers that choose positions, separated by commas.")
-]
-ScoredLayers = Annotated[
-    str | None, _engine_option("Layers that choose from the keys, and attend to those only.")
-]
-FullLayers = Annotated[int | None, _engine_option("Dense layers in front.", "full_layers")]
-Granularity = Annotated[
-    str | None, _engine_option("Heads that share a set: kv_head, head or layer.", "granularity")
-]
-Pooling = Annotated[str | None, _engine_option("Over their scores: sum or max.", "pooling")]
-Shadow = Annotated[
-    str | None, _engine_option("What scored layers choose from: none or int4.", "shadow")
-]
-SinkTokens = Annotated[int | None, _engine_option("First positions, always chosen.", "sink_tokens")]
-RecentTokens = Annotated[
-    int | None, _engine_option("Last positions, always chosen; default: a quarter of the budget.")
-]
-SparseMinContext = Annotated[
-    int | None,
-    _engine_option(
-        "Up to this length steps are dense; default: while that is faster.", "sparse_min_context"
-    ),
-]
-CorrectionInterval = Annotated[
-    int | None,
-    _engine_option(
-        "Sparsely decoded tokens after which a dense pass rewrites their cache; 0 is never.",
-        "correction_interval",
-    ),
-]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify",
-        help="Tokens are drafted, dense passes decide: the tokens of dense decoding.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Drafts = Annotated[
-    str | None,
-    _engine_option(
-        "With --verify, what drafts: tidal (sparse steps), ngram (the text so far) or both.",
-        "drafts",
-    ),
-]
-DraftTokens = Annotated[
-    int | None, _engine_option("With --verify, drafts per dense pass.", "draft_tokens")
-]
-MaxSeqLen = Annotated[
-    int | None, _engine_option("Tokens of prompt and output together.", "max_seq_len")
-]
-MaxBatchSize = Annotated[
-    int | None, _engine_option("Sequences decoded together.", "max_batch_size")
-]
-NumPages = Annotated[int | None, _engine_option("Pages of the KV cache.", "num_pages")]
-GpuMemoryUtilization = Annotated[
-    float | None,
-    _engine_option(
-        "Share of the memory that the decoder may take in all.", "gpu_memory_utilization"
-    ),
-]
-PageSize = Annotated[int | None, _engine_option("Tokens per KV page.", "page_size")]
-PrefillChunk = Annotated[int | None, _engine_option("Prompt tokens per pass.", "prefill_chunk")]
-MaxChunkMs = Annotated[
-    float | None,
-    _engine_option("Of a pass over prompts while others decode, at most.", "max_chunk_ms"),
-]
-DecodeShare = Annotated[
-    float | None,
-    _engine_option("Of the time that decoding has while prompts wait.", "decode_share"),
-]
-PrefixCache = Annotated[
-    bool | None,
-    typer.Option(
-        "--prefix-cache/--no-prefix-cache",
-        help="Find again what earlier prompts had in common. [dim]\\[default: yes][/dim]",
-        rich_help_panel=_ENGINE,
-    ),
-]
-LoadFormat = Annotated[str, _engine_option("auto, or dummy: random weights, to measure speed.")]
-NumThreads = Annotated[int | None, _engine_option("CPU threads.", "num_threads")]
-
-MaxNewTokens = Annotated[
-    int | None, _sampling_option("Most tokens to generate.", "--max-new-tokens", "-n")
-]
-Temperature = Annotated[float | None, _sampling_option("0 is greedy.")]
-TopK = Annotated[int | None, _sampling_option("Keep the k most likely tokens; 0 is off.")]
-TopP = Annotated[float | None, _sampling_option("Keep tokens up to this probability.")]
-MinP = Annotated[float | None, _sampling_option("Drop tokens below this share of the best.")]
-RepetitionPenalty = Annotated[float | None, _sampling_option("1 is off.")]
-Seed = Annotated[int | None, _sampling_option("Of the draws; a new one each time if not given.")]
-Stop = Annotated[list[str] | None, _sampling_option("Text that ends the output; may be repeated.")]
-StopTokenId = Annotated[
-    list[int] | None, _sampling_option("Token id that ends the output; may be repeated.")
-]
-IgnoreEos = Annotated[bool, _sampling_option("Go on after end-of-text tokens.", "--ignore-eos")]
-
 Chat = Annotated[
     bool | None,
     typer.Option(
@@ -200,58 +38,105 @@ Chat = Annotated[
     ),
 ]
 
-_ENGINE_FIELDS = tuple(field.name for field in fields(DecodeConfig))
-_SAMPLING_FIELDS = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "ignore_eos",
-)
+# Where and in what a model runs.
+PLACE = (
+    "device", "dtype", "kv_dtype", "weight_format", "lm_head_format", "activation_format",
+)  # fmt: skip
+# What a command that decodes one sequence has no use for.
+_OF_SERVERS = (
+    "load_format", "max_batch_size", "num_pages", "prefix_cache", "max_chunk_ms", "decode_share",
+)  # fmt: skip
+ONE_SEQUENCE = tuple(name for name in OPTION_HELP if name not in _OF_SERVERS)
+
+_HINTS = get_type_hints(DecodeConfig)
+_DEFAULTS = _core.DecodeConfig()
+# Settings whose defaults are nothing, or in the words of their help.
+_UNSAID = ("select_layers", "scored_layers", "recent_tokens", "verify")
+# Options whose names are not simply the setting's.
+_NAMES = {
+    "prefix_cache": ("--prefix-cache/--no-prefix-cache",),
+    "max_new_tokens": ("--max-new-tokens", "-n"),
+}
+
+Command = Callable[..., None]
+Options = Sequence[Parameter]
 
 
-# Where and in what a model runs, of every command that measures one.
-PLACE_OPTIONS = (
-    "device",
-    "dtype",
-    "kv_dtype",
-    "weight_format",
-    "lm_head_format",
-    "activation_format",
-    "num_threads",
-)
+def with_options(**groups: Options) -> Callable[[Command], Command]:
+    """Gives a command options in place of its parameters of these names.
+
+    In each the command gets a dict: the options that are given, by name.
+    """
+
+    def decorate(command: Command) -> Command:
+        declared = signature(command, eval_str=True).parameters.values()
+        shown = [
+            option.replace(kind=Parameter.KEYWORD_ONLY)
+            for parameter in declared
+            for option in groups.get(parameter.name, [parameter])
+        ]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            own = {p.name: values[p.name] for p in declared if p.name not in groups}
+            command(**own, **{name: _given(options, values) for name, options in groups.items()})
+
+        run.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+        run.__annotations__ = {option.name: option.annotation for option in shown}
+        return run
+
+    return decorate
 
 
-def engine_options(values: dict[str, Any]) -> dict[str, Any]:
-    """The Decoder's options out of a command's arguments; those not given are left out."""
-    options = {k: v for k, v in values.items() if k in _ENGINE_FIELDS and v is not None}
-    for name in LAYER_FIELDS:
-        if name in options:
-            options[name] = parse_layers(options[name], name.replace("_", "-"))
-    if options.get("token_budget", "auto") != "auto":
-        options["token_budget"] = _parse_budget(options["token_budget"])
-    return options
+def _given(options: Options, values: dict[str, Any]) -> dict[str, Any]:
+    given = {o.name: values[o.name] for o in options if values[o.name] not in (None, [])}
+    return {n: _PARSERS[n](v, _dashed(n)) if n in _PARSERS else v for n, v in given.items()}
 
 
-def _parse_budget(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"token-budget: got {show(text)}, expected a number of positions or auto"
-        ) from None
+def make_option(name: str, kind: Any, words: str, panel: str, default: Any = None) -> Parameter:
+    """An option of a command; one that may be repeated has its setting's name in the singular."""
+    names = _NAMES.get(name, ("--" + _dashed(name),))
+    if get_origin(kind) is list:
+        names = (names[0].removesuffix("s"),)
+    return Parameter(
+        name,
+        Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[
+            kind | None if default is None else kind,
+            typer.Option(
+                *names, help=words, rich_help_panel=panel, show_default=default is not None
+            ),
+        ],
+    )
 
 
-def sampling_options(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a call out of a command's arguments."""
-    options = {k: v for k, v in values.items() if k in _SAMPLING_FIELDS and v is not None}
-    if values.get("stop_token_id"):
-        options["stop_token_ids"] = values["stop_token_id"]
-    return options
+def default_words(value: Any) -> str:
+    """What help says of a default that is not the option's own."""
+    return f" [dim]\\[default: {value}][/dim]"
+
+
+def engine_options(*names: str) -> Options:
+    """Options for settings of the engine."""
+    return [_engine_option(name) for name in names]
+
+
+def _engine_option(name: str) -> Parameter:
+    default, words = getattr(DecodeConfig, name), OPTION_HELP[name]
+    if default is None and name not in _UNSAID:
+        value = getattr(_DEFAULTS, name)
+        if value == 0 and name in INT_RANGES and INT_RANGES[name][0] > 0:
+            value = "automatic"
+        words += default_words("yes" if value is True else value)
+    kind = str if name in _PARSERS else kind_of(_HINTS[name])
+    return make_option(name, kind, words, "Engine", default)
+
+
+def kind_of(hint: Any) -> Any:
+    """The type of a setting's option: the first of a union, a list for a tuple."""
+    if isinstance(hint, UnionType):
+        hint = get_args(hint)[0]
+    return GenericAlias(list, get_args(hint)[:1]) if get_origin(hint) is tuple else hint
 
 
 def parse_layers(text: str, name: str) -> tuple[int, ...]:
@@ -265,3 +150,39 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
         raise InvalidArgument(
             f"{name}: got {show(text)}, expected layer numbers such as 2,13"
         ) from None
+
+
+def _parse_budget(text: str, name: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"{name}: got {show(text)}, expected a number of positions or auto"
+        ) from None
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# Settings that are texts on the command line, and what reads them.
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "token_budget": _parse_budget,
+    "select_layers": parse_layers,
+    "scored_layers": parse_layers,
+}
+SAMPLING = [
+    make_option(name, kind, words, "Sampling")
+    for name, kind, words in (
+        ("max_new_tokens", int, "Most tokens to generate."),
+        ("temperature", float, "0 is greedy."),
+        ("top_k", int, "Keep the k most likely tokens; 0 is off."),
+        ("top_p", float, "Keep tokens up to this probability."),
+        ("min_p", float, "Drop tokens below this share of the best."),
+        ("repetition_penalty", float, "1 is off."),
+        ("seed", int, "Of the draws; a new one each time if not given."),
+        ("stop", list[str], "Text that ends the output; may be repeated."),
+        ("stop_token_ids", list[int], "Token id that ends the output; may be repeated."),
+        ("ignore_eos", bool, "Go on after end-of-text tokens."),
+    )
+]

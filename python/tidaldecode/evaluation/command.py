@@ -172,8 +172,10 @@ _Out = Annotated[
 ]
 
 
+@opt.with_options(engine=opt.engine_options(*opt.PLACE, "num_threads"))
 def evaluate(
     model_dir: opt.ModelDir,
+    *,
     task: _Tasks = None,
     prompts: _Prompts = None,
     text: _Text = None,
@@ -191,20 +193,13 @@ def evaluate(
     chat: opt.Chat = None,
     attention: _Attention = False,
     plots: _Plots = False,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    kv_dtype: opt.KvDType = "auto",
-    weight_format: opt.WeightFormat = "auto",
-    lm_head_format: opt.LmHeadFormat = "auto",
-    activation_format: opt.ActivationFormat = "auto",
-    num_threads: opt.NumThreads = None,
+    engine: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Compare dense and tidal decoding on long prompts whose answers are known."""
     given = locals()
     asked = Asked(**{name: value for name, value in given.items() if name in _ASKED})
     asked.check()
-    engine = opt.engine_options({name: given[name] for name in opt.PLACE_OPTIONS})
     model = read_model_folder(model_dir)
     settings = _settings(model, tidal, quest, asked)
     encode, is_chat = make_encoder(model, chat)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
-from dataclasses import fields
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import at_revision, read_model_folder
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import Bars, is_watched, one_line, say
-from tidaldecode.config import one_config
+from tidaldecode.config import OPTION_HELP, one_config
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import ConfigError, show
 from tidaldecode.server.settings import ServeConfig
@@ -58,79 +57,38 @@ _SERVER: dict[str, tuple[Any, str]] = {
     "metrics_alias": (str, "vllm: metrics under vLLM's names as well."),
     "ray": (int, "Replicas of the server on a Ray cluster of this machine, a GPU for each."),
 }
-# The decoder's, as the other commands have them.
-_ENGINE: dict[str, tuple[Any, Any]] = {
-    "revision": (opt.Revision, None),
-    "device": (opt.Device, "auto"),
-    "dtype": (opt.DType, "auto"),
-    "kv_dtype": (opt.KvDType, "auto"),
-    "weight_format": (opt.WeightFormat, "auto"),
-    "lm_head_format": (opt.LmHeadFormat, "auto"),
-    "activation_format": (opt.ActivationFormat, "auto"),
-    "load_format": (opt.LoadFormat, "auto"),
-    "attention": (opt.Attention, "auto"),
-    "token_budget": (opt.TokenBudget, None),
-    "top_p_mass": (opt.TopPMass, None),
-    "min_token_budget": (opt.MinTokenBudget, None),
-    "select_layers": (opt.SelectLayers, None),
-    "scored_layers": (opt.ScoredLayers, None),
-    "full_layers": (opt.FullLayers, None),
-    "granularity": (opt.Granularity, None),
-    "pooling": (opt.Pooling, None),
-    "shadow": (opt.Shadow, None),
-    "sink_tokens": (opt.SinkTokens, None),
-    "recent_tokens": (opt.RecentTokens, None),
-    "sparse_min_context": (opt.SparseMinContext, None),
-    "correction_interval": (opt.CorrectionInterval, None),
-    "verify": (opt.Verify, False),
-    "drafts": (opt.Drafts, None),
-    "draft_tokens": (opt.DraftTokens, None),
-    "max_seq_len": (opt.MaxSeqLen, None),
-    "max_batch_size": (opt.MaxBatchSize, None),
-    "num_pages": (opt.NumPages, None),
-    "page_size": (opt.PageSize, None),
-    "gpu_memory_utilization": (opt.GpuMemoryUtilization, None),
-    "prefix_cache": (opt.PrefixCache, None),
-    "prefill_chunk": (opt.PrefillChunk, None),
-    "max_chunk_ms": (opt.MaxChunkMs, None),
-    "decode_share": (opt.DecodeShare, None),
-    "num_threads": (opt.NumThreads, None),
-    "debug": (opt.Debug, False),
-}
 
 
-def _server_option(name: str) -> Any:
+def _server_option(name: str) -> Parameter:
     kind, words = _SERVER[name]
     default = getattr(_DEFAULTS, name, None)
     if default not in (None, ()):
-        words += f" [dim]\\[default: {default}][/dim]"
-    return Annotated[
-        kind | None, typer.Option(help=words, rich_help_panel=_PANEL, show_default=False)
-    ]
+        words += opt.default_words(default)
+    return opt.make_option(name, kind, words, _PANEL)
 
 
-def _signature() -> inspect.Signature:
-    """The signature of serve(): the folder, the server's options, the decoder's."""
-    kinds: dict[str, tuple[Any, Any]] = {"model_dir": (opt.ModelDir, inspect.Parameter.empty)}
-    kinds |= {name: (_server_option(name), None) for name in _SERVER}
-    web = typer.Option("--web/--no-web", help="The page.", rich_help_panel=_PANEL)
-    kinds |= {"web": (Annotated[bool, web], True)} | _ENGINE
-    word = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature(
-        [
-            inspect.Parameter(name, word, annotation=kind, default=default)
-            for name, (kind, default) in kinds.items()
-        ]
-    )
+_Web = Annotated[bool, typer.Option("--web/--no-web", help="The page.", rich_help_panel=_PANEL)]
 
 
-def serve(**values: Any) -> None:
+@opt.with_options(
+    server=[_server_option(name) for name in _SERVER],
+    engine=opt.engine_options(*OPTION_HELP),
+)
+def serve(
+    model_dir: opt.ModelDir,
+    *,
+    server: dict[str, Any],
+    web: _Web = True,
+    revision: opt.Revision = None,
+    engine: dict[str, Any],
+    debug: opt.Debug = False,
+) -> None:
     """Serve a model to clients of OpenAI's API, over HTTP."""
-    settings = _settings(values)
-    options = {"max_batch_size": 64} | opt.engine_options(values)
+    settings = _settings(server, web)
+    engine = {"max_batch_size": 64} | engine
     _check_installed(settings)
-    make = _single if settings.ray is None else _replicated
-    run = make(values, options, settings)
+    start = _single if settings.ray is None else _replicated
+    run = start(model_dir, revision, engine, settings)
     code = run.run()
     problem = run.service.problem
     if problem is not None and run.service.loaded is None:
@@ -138,17 +96,13 @@ def serve(**values: Any) -> None:
     raise typer.Exit(code)
 
 
-serve.__signature__ = _signature()  # type: ignore[attr-defined]
-serve.__annotations__ = {
-    name: parameter.annotation for name, parameter in _signature().parameters.items()
-}
-
-
-def _single(values: dict[str, Any], options: dict[str, Any], settings: ServeConfig) -> Any:
+def _single(
+    model_dir: Path, revision: str | None, engine: dict[str, Any], settings: ServeConfig
+) -> Any:
     """A server in this process."""
     from tidaldecode.server.run import Run
 
-    bars, model_dir, revision = Bars(is_watched()), values["model_dir"], values["revision"]
+    bars = Bars(is_watched())
 
     def load(progress: Any) -> Decoder:
         model = at_revision(model_dir, revision)
@@ -158,30 +112,32 @@ def _single(values: dict[str, Any], options: dict[str, Any], settings: ServeConf
                 progress(done, total)
                 on_load(done, total)
 
-            return Decoder(model, **options, progress=on_progress)
+            return Decoder(model, **engine, progress=on_progress)
 
     run = Run(load, settings)
     run.on_ready = lambda: say(start_line(run))
     return run
 
 
-def _replicated(values: dict[str, Any], options: dict[str, Any], settings: ServeConfig) -> Any:
+def _replicated(
+    model_dir: Path, revision: str | None, engine: dict[str, Any], settings: ServeConfig
+) -> Any:
     """A server in front of replicas."""
     from tidaldecode.server.ray_front import RayFront
     from tidaldecode.server.ray_replicas import RayReplicas, ReplicaSpec
     from tidaldecode.server.run import ServerProcess
 
     count = settings.ray or 1
-    options, num_gpus = placed(options, count)
+    engine, num_gpus = placed(engine, count)
     # What is wrong with these is said before Ray starts.
-    config = one_config(None, options)
-    model = at_revision(values["model_dir"], values["revision"])
+    config = one_config(None, engine)
+    model = at_revision(model_dir, revision)
     spec = ReplicaSpec(
         model_dir=read_model_folder(model, config.load_format).path,
-        engine=options,
+        engine=engine,
         settings=settings,
     )
-    front = RayFront(RayReplicas(spec, count, num_gpus), settings, options["max_batch_size"])
+    front = RayFront(RayReplicas(spec, count, num_gpus), settings, engine["max_batch_size"])
     run = ServerProcess(front, front.app, settings)
     run.on_ready = lambda: say(
         one_line(f"Serving {front.loaded}, replicas: {count}, at {run.address}")
@@ -225,16 +181,14 @@ def _check_installed(settings: ServeConfig) -> None:
             ) from missing
 
 
-def _settings(values: dict[str, Any]) -> ServeConfig:
-    """The server's settings out of the command's arguments."""
-    names = {field.name for field in fields(ServeConfig)}
-    given = {k: v for k, v in values.items() if k in names and v is not None}
-    for option, field in _LISTS.items():
-        if values[option]:
-            given[field] = tuple(values[option])
-    if values["api_key_file"] is not None:
-        given["api_keys"] = (*given.get("api_keys", ()), *_read_keys(values["api_key_file"]))
-    return ServeConfig(**given)
+def _settings(server: dict[str, Any], web: bool) -> ServeConfig:
+    """The server's settings out of the command's options."""
+    given = {_LISTS.get(name, name): value for name, value in server.items()}
+    key_file = given.pop("api_key_file", None)
+    given |= {field: tuple(given[field]) for field in _LISTS.values() if field in given}
+    if key_file is not None:
+        given["api_keys"] = (*given.get("api_keys", ()), *_read_keys(key_file))
+    return ServeConfig(**given, web=web)
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:
