@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import ssl
@@ -19,7 +20,7 @@ import httpx  # noqa: E402
 from serving import Command, Served, events_of, serving, stream_in_thread, tls_files, until  # noqa: E402
 from tidaldecode import BackendError, ConfigError  # noqa: E402
 from tidaldecode.server.run import Run, listen  # noqa: E402
-from tidaldecode.server.settings import ServeConfig  # noqa: E402
+from tidaldecode.server.settings import SERVE_OPTION_HELP, ServeConfig  # noqa: E402
 from tiny_models import write_nan_model  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
@@ -205,6 +206,10 @@ def test_an_address_that_is_taken():
 def test_settings_are_checked(wrong: dict[str, Any]):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ServeConfig(**wrong)
+
+
+def test_every_setting_is_an_option_but_the_page_which_has_two_names():
+    assert {field.name for field in dataclasses.fields(ServeConfig)} == {*SERVE_OPTION_HELP, "web"}
 
 
 def test_keys_of_a_file(demo_model: Path, tmp_path: Path):

@@ -55,6 +55,7 @@ _UNSAID = ("select_layers", "scored_layers", "recent_tokens", "verify")
 # Options whose names are not simply the setting's.
 _NAMES = {
     "prefix_cache": ("--prefix-cache/--no-prefix-cache",),
+    "web": ("--web/--no-web",),
     "max_new_tokens": ("--max-new-tokens", "-n"),
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_type_hints
 
 import typer
 
@@ -17,74 +18,34 @@ from tidaldecode.cli.terminal import Bars, is_watched, one_line, say
 from tidaldecode.config import OPTION_HELP, one_config
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import ConfigError, show
-from tidaldecode.server.settings import ServeConfig
+from tidaldecode.server.settings import SERVE_OPTION_HELP, ServeConfig
 
 _PANEL = "Server"
-_DEFAULTS = ServeConfig()
-_LISTS = {"api_key": "api_keys", "served_model_name": "served_model_names"}
-_LISTS |= {"cors_origin": "cors_origins"}
-
-# The server's own options: type and help of each.
-_SERVER: dict[str, tuple[Any, str]] = {
-    "host": (str, "Address to listen at."),
-    "port": (int, "0 is any that is free."),
-    "uds": (str, "A Unix socket instead of host and port."),
-    "api_key": (list[str], "Requests need one of these; may be repeated."),
-    "api_key_file": (Path, "A file with a key a line."),
-    "served_model_name": (list[str], "What clients call the model; default: its folder's name."),
-    "prefix_cache_scope": (str, "key: requests with other keys share no pages; or shared."),
-    "max_queued_requests": (int, "More are refused (503)."),
-    "max_queued_tokens": (int, "Prompt tokens that may wait; more are refused (503)."),
-    "max_body_mb": (int, "MiB of a request."),
-    "max_n": (int, "Answers to a prompt."),
-    "max_stop": (int, "Stop strings."),
-    "max_logprobs": (int, "Alternatives of a token."),
-    "max_tools": (int, "Tools of a chat."),
-    "tool_call_parser": (str, "How the model writes calls of tools; none: it has no tools."),
-    "reasoning_parser": (str, "none: reasoning is not told from content."),
-    "default_max_tokens": (int, "Of a chat that does not say; default: to the context's end."),
-    "queue_timeout_s": (float, "Longest wait for a row; 0 is for ever."),
-    "request_timeout_s": (float, "Longest answer; 0 is for ever."),
-    "shutdown_timeout_s": (float, "For answers under way, at the end."),
-    "sse_keep_alive_s": (float, "A stream that is silent so long gets a comment."),
-    "stream_interval": (int, "Tokens per event of a stream."),
-    "step_timeout_s": (float, "An engine that does nothing for so long is dead."),
-    "slow_client_timeout_s": (float, "A client that reads nothing for so long is dropped."),
-    "header_timeout_s": (float, "For the head of a request."),
-    "cors_origin": (list[str], "Web origins that may use the server; may be repeated."),
-    "ssl_certfile": (str, "For TLS."),
-    "ssl_keyfile": (str, "Its private key."),
-    "metrics_alias": (str, "vllm: metrics under vLLM's names as well."),
-    "ray": (int, "Replicas of the server on a Ray cluster of this machine, a GPU for each."),
-}
 
 
-def _server_option(name: str) -> Parameter:
-    kind, words = _SERVER[name]
-    default = getattr(_DEFAULTS, name, None)
-    if default not in (None, ()):
-        words += opt.default_words(default)
-    return opt.make_option(name, kind, words, _PANEL)
+def _server_options() -> Iterator[Parameter]:
+    hints = get_type_hints(ServeConfig)
+    for name, words in SERVE_OPTION_HELP.items():
+        default = getattr(ServeConfig, name)
+        if default not in (None, ()):
+            words += opt.default_words(default)
+        yield opt.make_option(name, opt.kind_of(hints[name]), words, _PANEL)
+        if name == "api_keys":
+            yield opt.make_option("api_key_file", Path, "A file with a key a line.", _PANEL)
+    yield opt.make_option("web", bool, "The page.", _PANEL, ServeConfig.web)
 
 
-_Web = Annotated[bool, typer.Option("--web/--no-web", help="The page.", rich_help_panel=_PANEL)]
-
-
-@opt.with_options(
-    server=[_server_option(name) for name in _SERVER],
-    engine=opt.engine_options(*OPTION_HELP),
-)
+@opt.with_options(server=[*_server_options()], engine=opt.engine_options(*OPTION_HELP))
 def serve(
     model_dir: opt.ModelDir,
     *,
     server: dict[str, Any],
-    web: _Web = True,
     revision: opt.Revision = None,
     engine: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
     """Serve a model to clients of OpenAI's API, over HTTP."""
-    settings = _settings(server, web)
+    settings = _settings(server)
     engine = {"max_batch_size": 64} | engine
     _check_installed(settings)
     start = _single if settings.ray is None else _replicated
@@ -181,14 +142,15 @@ def _check_installed(settings: ServeConfig) -> None:
             ) from missing
 
 
-def _settings(server: dict[str, Any], web: bool) -> ServeConfig:
+def _settings(server: dict[str, Any]) -> ServeConfig:
     """The server's settings out of the command's options."""
-    given = {_LISTS.get(name, name): value for name, value in server.items()}
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in server.items()
+    }
     key_file = given.pop("api_key_file", None)
-    given |= {field: tuple(given[field]) for field in _LISTS.values() if field in given}
     if key_file is not None:
         given["api_keys"] = (*given.get("api_keys", ()), *_read_keys(key_file))
-    return ServeConfig(**given, web=web)
+    return ServeConfig(**given)
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

@@ -42,6 +42,39 @@ _MAY_BE_NONE = (
     "ssl_keyfile", "ray",
 )  # fmt: skip
 
+# The settings that are options of the command: their help, in the order that it has there.
+SERVE_OPTION_HELP = {
+    "host": "Address to listen at.",
+    "port": "0 is any that is free.",
+    "uds": "A Unix socket instead of host and port.",
+    "api_keys": "Requests need one of these; may be repeated.",
+    "served_model_names": "What clients call the model; default: its folder's name.",
+    "prefix_cache_scope": "key: requests with other keys share no pages; or shared.",
+    "max_queued_requests": "More are refused (503).",
+    "max_queued_tokens": "Prompt tokens that may wait; more are refused (503).",
+    "max_body_mb": "MiB of a request.",
+    "max_n": "Answers to a prompt.",
+    "max_stop": "Stop strings.",
+    "max_logprobs": "Alternatives of a token.",
+    "max_tools": "Tools of a chat.",
+    "tool_call_parser": "How the model writes calls of tools; none: it has no tools.",
+    "reasoning_parser": "none: reasoning is not told from content.",
+    "default_max_tokens": "Of a chat that does not say; default: to the context's end.",
+    "queue_timeout_s": "Longest wait for a row; 0 is for ever.",
+    "request_timeout_s": "Longest answer; 0 is for ever.",
+    "shutdown_timeout_s": "For answers under way, at the end.",
+    "sse_keep_alive_s": "A stream that is silent so long gets a comment.",
+    "stream_interval": "Tokens per event of a stream.",
+    "step_timeout_s": "An engine that does nothing for so long is dead.",
+    "slow_client_timeout_s": "A client that reads nothing for so long is dropped.",
+    "header_timeout_s": "For the head of a request.",
+    "cors_origins": "Web origins that may use the server; may be repeated.",
+    "ssl_certfile": "For TLS.",
+    "ssl_keyfile": "Its private key.",
+    "metrics_alias": "vllm: metrics under vLLM's names as well.",
+    "ray": "Replicas of the server on a Ray cluster of this machine, a GPU for each.",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
