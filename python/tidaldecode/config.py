@@ -28,7 +28,7 @@ SHADOWS = ("none", "int4")
 VERIFY_WORDS = ("greedy", "sample")  # beside True and False
 DRAFTS = ("tidal", "ngram", "both")
 
-_CHOICES = {
+CHOICES = {
     "dtype": ("auto", *DTYPES),
     "kv_dtype": ("auto", *KV_DTYPES),
     "attention": ATTENTION_KINDS,
@@ -41,16 +41,6 @@ _CHOICES = {
     "shadow": SHADOWS,
     "drafts": DRAFTS,
 }
-# Fields of words of which none is None.
-_WORDS = (
-    "dtype",
-    "kv_dtype",
-    "load_format",
-    "weight_format",
-    "lm_head_format",
-    "activation_format",
-    "attention",
-)
 _INT32_MAX = 2**31 - 1
 INT_RANGES = {
     "token_budget": (1, _INT32_MAX),
@@ -327,15 +317,12 @@ class DecodeConfig(PlanConfig):
             raise ConfigError(
                 f"device: got {show(self.device)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
             )
-        for name in _WORDS:
-            check_setting(name, getattr(self, name))
-        if self.drafts is not None:
-            check_setting("drafts", self.drafts)
         if is_auto(self.draft_tokens):
             object.__setattr__(self, "draft_tokens", None)
-        for name in INT_RANGES:
-            if name not in PLAN_SETTINGS and getattr(self, name) is not None:
-                check_setting(name, getattr(self, name))
+        for name in (*CHOICES, *INT_RANGES):
+            value = getattr(self, name)
+            if name not in PLAN_SETTINGS and value is not getattr(DecodeConfig, name):
+                check_setting(name, value)
         for name, (is_right, expected) in _NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and is_right(value)):
@@ -370,9 +357,9 @@ def _is_number(value: Any) -> bool:
 def check_setting(name: str, value: Any, where: str = "") -> None:
     """Checks one setting by its field's name; `where` (a file) goes in front of the message."""
     prefix = f"{where}: {name}" if where else name
-    if name in _CHOICES:
-        if not isinstance(value, str) or value not in _CHOICES[name]:
-            expected = ", ".join(repr(choice) for choice in _CHOICES[name])
+    if name in CHOICES:
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            expected = ", ".join(repr(choice) for choice in CHOICES[name])
             raise ConfigError(f"{prefix}: got {show(value)}, expected one of {expected}")
         return
     has_auto = name in _AUTOMATIC

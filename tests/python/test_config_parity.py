@@ -13,20 +13,11 @@ from tidaldecode import _core
 from tidaldecode.checkpoint.generation_defaults import GenerationDefaults
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.rope_config import ROPE_TYPES, RopeConfig
-from tidaldecode.config import (
-    ACTIVATION_FORMATS,
-    ATTENTION_KINDS,
-    DRAFTS,
-    DTYPES,
-    GRANULARITIES,
-    KV_DTYPES,
-    OPTION_HELP,
-    POOLINGS,
-    WEIGHT_FORMATS,
-    DecodeConfig,
-    PlanConfig,
-)
+from tidaldecode.config import ATTENTION_KINDS, CHOICES, OPTION_HELP, DecodeConfig, PlanConfig
 from tiny_models import TinyModel, write_checkpoint
+
+# Settings of Python's own: whether select_layers and weight files reach the engine at all.
+PYTHONS_OWN = {"attention", "load_format"}
 
 
 def core_fields(value: Any) -> dict[str, Any]:
@@ -45,28 +36,14 @@ def comparable(value: Any) -> Any:
 
 
 def test_decode_config_has_the_engines_fields():
-    # Python's own: whether select_layers and weight files reach the engine at all.
-    own = {"attention", "load_format"}
-    assert python_fields(DecodeConfig) - own == set(core_fields(_core.DecodeConfig()))
+    assert python_fields(DecodeConfig) - PYTHONS_OWN == set(core_fields(_core.DecodeConfig()))
     assert python_fields(PlanConfig) == set(core_fields(_core.PlanConfig()))
     assert issubclass(DecodeConfig, PlanConfig) and issubclass(_core.DecodeConfig, _core.PlanConfig)
 
 
 def test_decode_config_writes_no_default_of_its_own():
     for field in dataclasses.fields(DecodeConfig):
-        if field.name in (
-            "device",
-            "dtype",
-            "kv_dtype",
-            "load_format",
-            "weight_format",
-            "lm_head_format",
-            "activation_format",
-            "attention",
-        ):
-            assert field.default == "auto"
-        else:
-            assert field.default is None, f"{field.name}: the default belongs in config.h"
+        assert field.default in (None, "auto"), f"{field.name}: the default belongs in config.h"
 
 
 def test_every_setting_is_an_option_of_commands_but_a_few():
@@ -137,14 +114,12 @@ def test_sampling_defaults_are_the_engines():
 @pytest.mark.parametrize(
     ("owner", "field", "choices"),
     [
-        (_core.DecodeConfig, "dtype", DTYPES),
-        (_core.DecodeConfig, "kv_dtype", KV_DTYPES),
-        (_core.DecodeConfig, "weight_format", WEIGHT_FORMATS),
-        (_core.DecodeConfig, "lm_head_format", WEIGHT_FORMATS),
-        (_core.DecodeConfig, "activation_format", ACTIVATION_FORMATS),
-        (_core.DecodeConfig, "drafts", DRAFTS),
-        (_core.DecodeConfig, "granularity", GRANULARITIES),
-        (_core.DecodeConfig, "pooling", POOLINGS),
+        # "auto" is a word of Python's, and elsewhere the engine's default.
+        *(
+            (_core.DecodeConfig, name, [choice for choice in choices if choice != "auto"])
+            for name, choices in CHOICES.items()
+            if name not in PYTHONS_OWN
+        ),
         (_core.DecodeConfig, "device", ("cpu", "cuda:0", "cuda:7")),
         (_core.RopeConfig, "type", ROPE_TYPES),
     ],
