@@ -159,7 +159,7 @@ $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==14.0.6 \
 	  clang-tidy==23.1.4 check-jsonschema==0.39.0 'numpy>=2.4' 'jinja2>=3.1.6' 'rich>=13' \
-	  'tokenizers>=0.21' 'typer>=0.12' $(SERVE_DEPS)
+	  'tokenizers>=0.21' 'typer>=0.15.4' $(SERVE_DEPS)
 	touch $@
 
 $(VENV)/.docs-deps: $(BIN)/python pyproject.toml

@@ -51,7 +51,7 @@ ONE_SEQUENCE = tuple(name for name in OPTION_HELP if name not in _OF_SERVERS)
 _HINTS = get_type_hints(DecodeConfig)
 _DEFAULTS = _core.DecodeConfig()
 # Settings whose defaults are nothing, or in the words of their help.
-_UNSAID = ("select_layers", "scored_layers", "recent_tokens", "verify")
+_UNSAID = ("select_layers", "scored_layers", "recent_tokens", "sparse_min_context", "verify")
 # Options whose names are not simply the setting's.
 _NAMES = {
     "prefix_cache": ("--prefix-cache/--no-prefix-cache",),
@@ -117,13 +117,15 @@ def default_words(value: Any) -> str:
     return f" [dim]\\[default: {value}][/dim]"
 
 
-def engine_options(*names: str) -> Options:
-    """Options for settings of the engine."""
-    return [_engine_option(name) for name in names]
+def engine_options(*names: str, **defaults: Any) -> Options:
+    """Options for settings of the engine; `defaults` are the command's own."""
+    return [_engine_option(name, defaults.get(name)) for name in names]
 
 
-def _engine_option(name: str) -> Parameter:
+def _engine_option(name: str, own_default: Any = None) -> Parameter:
     default, words = getattr(DecodeConfig, name), OPTION_HELP[name]
+    if own_default is not None:
+        default = own_default
     if default is None and name not in _UNSAID:
         value = getattr(_DEFAULTS, name)
         if value == 0 and name in INT_RANGES and INT_RANGES[name][0] > 0:

@@ -35,7 +35,9 @@ def _server_options() -> Iterator[Parameter]:
     yield opt.make_option("web", bool, "The page.", _PANEL, ServeConfig.web)
 
 
-@opt.with_options(server=[*_server_options()], engine=opt.engine_options(*OPTION_HELP))
+@opt.with_options(
+    server=[*_server_options()], engine=opt.engine_options(*OPTION_HELP, max_batch_size=64)
+)
 def serve(
     model_dir: opt.ModelDir,
     *,
@@ -46,7 +48,6 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API, over HTTP."""
     settings = _settings(server)
-    engine = {"max_batch_size": 64} | engine
     _check_installed(settings)
     start = _single if settings.ray is None else _replicated
     run = start(model_dir, revision, engine, settings)
