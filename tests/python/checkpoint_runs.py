@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -24,8 +25,11 @@ def quantised_checkpoints(bench: Bench) -> None:
         "device": bench.device, "dtype": bench.dtype, "max_seq_len": 64, "num_threads": 1,
         "activation_format": "16bit",
     }  # fmt: skip
-    for index, kind in enumerate(KINDS):
-        stored, meant = write_both(bench.folder / str(index), model, kind)
+    stacked = dataclasses.replace(
+        model, family="phi3", hidden_size=256, num_q_heads=4, num_kv_heads=2
+    )
+    for index, (shape, kind) in enumerate(itertools.product((model, stacked), KINDS)):
+        stored, meant = write_both(bench.folder / str(index), shape, kind)
         results = []
         for folder, weight_format in ((meant, "auto"), (stored, "decoded"), (stored, "auto")):
             with tidaldecode.Decoder(
