@@ -295,3 +295,12 @@ def test_layers_are_parsed():
     for bad in ("", "2,", "a", "2;13"):
         with pytest.raises(InvalidArgument, match="select-layers"):
             parse_layers(bad, "select-layers")
+
+
+def test_help_says_what_no_other_command_has(run, monkeypatch):
+    pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, _ = run("serve", "--help")
+    assert code == 0
+    assert "[default: 64]" in next(line for line in out.splitlines() if "--max-batch-size" in line)
+    assert "-1" not in out  # the engine's mark for what is automatic
