@@ -48,12 +48,12 @@ build/public-models/gemma-3-270m: | $(BIN)/python $(VENV)/.test-deps
 
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, but for those of float16,
 # which are bfloat16's again, attention in bfloat16 in more than one shape, which is float32's, loaded
-# otherwise, and prompts beside a reference that takes minutes here, likewise.
+# otherwise, and prompts and sets beside a reference that takes minutes here, likewise.
 test-sanitize: $(VENV)/.tools
 	tools/install_googletest.sh
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
-	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*:*cpu_float16*:*OpAttention*cpu_bfloat16_group*:*PromptsMatchReference*_group*:*OpAttentionPrefill.MatchesReference*_group*
+	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*:*cpu_float16*:*OpAttention*cpu_bfloat16_group*:*PromptsMatchReference*_group*:*OpAttentionPrefill.MatchesReference*_group*:*ShortChunksBehindLongContexts*_group*:*SetsOfAnySize*_group*
 
 # The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
 # newer kernels do more than older compilers' ThreadSanitizer knows.
