@@ -98,12 +98,15 @@ inline void ScoreShadow(const ShadowSpan& span) {
   const int64_t half = span.head_dim / 2;
   int64_t page = span.begin / span.page_size;
   int64_t slot = span.begin - page * span.page_size;
+  const int64_t last_page = (span.end - 1) / span.page_size;
   for (int64_t first = span.begin; first < span.end; first += kShadowTokens) {
     const int count = static_cast<int>(Smaller<int64_t>(kShadowTokens, span.end - first));
     for (int i = 0; i < count; ++i) {
       const int64_t token = span.page_table[page] * span.page_stride + slot;
-      // Far enough ahead for memory; past the end of a page it is a guess that costs nothing.
-      __builtin_prefetch(span.codes + (token + 4 * kShadowTokens) * half);
+      // A page ahead, which is far enough for memory. A line holds the scales of many tokens.
+      const int64_t ahead = span.page_table[Smaller(page + 1, last_page)] * span.page_stride + slot;
+      __builtin_prefetch(span.codes + ahead * half);
+      if (slot % 16 == 0) __builtin_prefetch(span.scales + ahead);
       UnpackShadow(span.codes + token * half, span.head_dim, block.codes + i * kShadowMaxDim);
       block.scales[i] = LoadScalar(reinterpret_cast<const Float16*>(span.scales + token));
       if (++slot == span.page_size) {
