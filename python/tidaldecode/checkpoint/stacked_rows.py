@@ -20,10 +20,8 @@ from tidaldecode.checkpoint.quantized_tensors import (
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.errors import WeightsError, show
 
-# How far apart two outputs lie in a part: formats that store a matrix transposed, and those that
-# store codes, and zero points, of several outputs in a word.
+# Formats whose parts have outputs for columns.
 _TRANSPOSED = ("int4_gptq", "int4_awq")
-_WORDS_OF_OUTPUTS = ("int4_awq",)
 
 
 def split_rows(stored: Stored, rows: Sequence[int]) -> list[Stored]:
@@ -71,14 +69,14 @@ def _part_of_numbers(entry: TensorEntry, part: StackPart) -> TensorEntry:
 
 def _part_of_matrix(matrix: QuantizedTensor, part: StackPart) -> QuantizedTensor:
     _check_rows(matrix.codes, matrix.shape, part)
-    is_transposed = matrix.scheme.format in _TRANSPOSED
-    along = 1 if is_transposed else 0  # the outputs
-    word = CODES_PER_WORD if matrix.scheme.format in _WORDS_OF_OUTPUTS else 1
-    codes = _cut_outputs(matrix.codes, along, part, word)
+    along = 1 if matrix.scheme.format in _TRANSPOSED else 0  # the outputs
+    # The other formats have codes of several inputs in a word.
+    together = CODES_PER_WORD if matrix.scheme.format == "int4_awq" else 1
+    codes = _cut_outputs(matrix.codes, along, part, together)
     has_one_scale = matrix.block[0] == matrix.shape[0]
-    scales = matrix.scales if has_one_scale else None
-    if scales is None:
-        scales = _cut_outputs(matrix.scales, along, part, matrix.block[0])
+    scales = matrix.scales
+    if not has_one_scale:
+        scales = _cut_outputs(scales, along, part, matrix.block[0])
     zeros = matrix.zeros and _cut_outputs(matrix.zeros, along, part, CODES_PER_WORD)
 
     def own(entry: TensorEntry) -> TensorEntry:
