@@ -41,8 +41,8 @@ _DEFAULT_LOSS = 0.005  # nats a token: about half a percent of perplexity
 _Text = Annotated[
     Path | None,
     typer.Option(
-        help="A text file like what the model is used for; UTF-8. "
-        "[dim]\\[default: the text that comes with Python][/dim]"
+        help="A text file like what the model is used for; UTF-8."
+        + opt.default_words("the text that comes with Python")
     ),
 ]
 _Builtin = Annotated[
@@ -53,14 +53,14 @@ _Contexts = Annotated[
     list[int] | None,
     typer.Option(
         help="Tokens of a prompt; may be repeated: give what the model is asked to serve, since "
-        "short ones flatter. [dim]\\[default: a short and a long one, by model and device][/dim]"
+        "short ones flatter." + opt.default_words("a short and a long one, by model and device")
     ),
 ]
 _Budgets = Annotated[
     list[int] | None,
     typer.Option(
         help="Positions a sparse layer attends to; may be repeated, the cheapest that is good "
-        f"enough is taken. [dim]\\[default: {', '.join(map(str, _DEFAULT_BUDGETS))}][/dim]"
+        "enough is taken." + opt.default_words(", ".join(map(str, _DEFAULT_BUDGETS)))
     ),
 ]
 _MaxLoss = Annotated[
@@ -70,7 +70,7 @@ _MaxLoss = Annotated[
 _Output = Annotated[
     Path | None,
     typer.Option(
-        help="Where the plan goes. [dim]\\[default: beside the model, else the user's cache][/dim]"
+        help="Where the plan goes." + opt.default_words("beside the model, else the user's cache")
     ),
 ]
 _KeepAnyway = Annotated[
@@ -89,7 +89,7 @@ def calibrate(
     chat: opt.Chat = None,
     max_choosing_layers: Annotated[
         int | None,
-        typer.Option(help="Most layers that choose positions. [dim]\\[default: any number][/dim]"),
+        typer.Option(help="Most layers that choose positions." + opt.default_words("any number")),
     ] = None,
     token_budget: _Budgets = None,
     max_loss: _MaxLoss = _DEFAULT_LOSS,

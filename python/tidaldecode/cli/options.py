@@ -19,6 +19,12 @@ from tidaldecode import _core
 from tidaldecode.config import INT_RANGES, OPTION_HELP, DecodeConfig
 from tidaldecode.errors import InvalidArgument, show
 
+
+def default_words(value: Any) -> str:
+    """What help says of a default that is not the option's own."""
+    return f" [dim]\\[default: {value}][/dim]"
+
+
 ModelDir = Annotated[
     Path, typer.Argument(help="A Hugging Face model folder, or a hub id: org/name\\[@revision].")
 ]
@@ -33,8 +39,8 @@ Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Put prompts through the model's chat template. "
-        "[dim]\\[default: if the folder has one][/dim]",
+        help="Put prompts through the model's chat template."
+        + default_words("if the folder has one"),
     ),
 ]
 
@@ -112,20 +118,13 @@ def make_option(name: str, kind: Any, words: str, panel: str, default: Any = Non
     )
 
 
-def default_words(value: Any) -> str:
-    """What help says of a default that is not the option's own."""
-    return f" [dim]\\[default: {value}][/dim]"
-
-
 def engine_options(*names: str, **defaults: Any) -> Options:
     """Options for settings of the engine; `defaults` are the command's own."""
-    return [_engine_option(name, defaults.get(name)) for name in names]
+    return [_engine_option(n, defaults.get(n, getattr(DecodeConfig, n))) for n in names]
 
 
-def _engine_option(name: str, own_default: Any = None) -> Parameter:
-    default, words = getattr(DecodeConfig, name), OPTION_HELP[name]
-    if own_default is not None:
-        default = own_default
+def _engine_option(name: str, default: Any) -> Parameter:
+    words = OPTION_HELP[name]
     if default is None and name not in _UNSAID:
         value = getattr(_DEFAULTS, name)
         if value == 0 and name in INT_RANGES and INT_RANGES[name][0] > 0:

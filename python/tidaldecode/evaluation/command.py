@@ -90,16 +90,15 @@ _Text = Annotated[
 _Contexts = Annotated[
     list[int] | None,
     typer.Option(
-        help="Tokens of prompt and output together; may be repeated. "
-        f"[dim]\\[default: {DEFAULT_CONTEXT}][/dim]"
+        help="Tokens of prompt and output together; may be repeated."
+        + opt.default_words(DEFAULT_CONTEXT)
     ),
 ]
 _Limit = Annotated[
     int | None,
     typer.Option(
-        help="Prompts per task and context, windows of a text per context. "
-        f"[dim]\\[default: {DEFAULT_PROMPTS}, of own prompts all, {DEFAULT_WINDOWS} windows]"
-        "[/dim]"
+        help="Prompts per task and context, windows of a text per context."
+        + opt.default_words(f"{DEFAULT_PROMPTS}, of own prompts all, {DEFAULT_WINDOWS} windows")
     ),
 ]
 _Interval = Annotated[
@@ -107,7 +106,7 @@ _Interval = Annotated[
     typer.Option(
         help="Ask until the 95 % interval of the answers kept is at most this wide in every "
         f"setting, such as 0.1: {LEAST_ASKED} prompts per task and context or more, at most "
-        f"--limit. [dim]\\[default: off; --limit is then {MOST_ASKED}][/dim]"
+        "--limit." + opt.default_words(f"off; --limit is then {MOST_ASKED}")
     ),
 ]
 _Compare = Annotated[
@@ -120,14 +119,13 @@ _Compare = Annotated[
 _TokenBudget = Annotated[
     int | None,
     typer.Option(
-        help=f"Of --compare {PRESETS}. [dim]\\[default: the plan's, or {DEFAULT_BUDGET}][/dim]"
+        help=f"Of --compare {PRESETS}." + opt.default_words(f"the plan's, or {DEFAULT_BUDGET}")
     ),
 ]
 _ScoredTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens at the end of a window that are predicted. "
-        f"[dim]\\[default: {SCORED_TOKENS}][/dim]"
+        help="Tokens at the end of a window that are predicted." + opt.default_words(SCORED_TOKENS)
     ),
 ]
 _Tidal = Annotated[
@@ -160,14 +158,14 @@ _NewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         "-n",
-        help=f"Of own prompts. [dim]\\[default: {OWN_NEW_TOKENS}][/dim]",
+        help="Of own prompts." + opt.default_words(OWN_NEW_TOKENS),
     ),
 ]
 _Out = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for results and report; with the same one a run that was cut off goes on. "
-        "[dim]\\[default: eval-MODEL][/dim]"
+        help="Folder for results and report; with the same one a run that was cut off goes on."
+        + opt.default_words("eval-MODEL")
     ),
 ]
 
