@@ -239,24 +239,24 @@ void RegisterWeights(py::module_& module) {
       .def(py::init([](std::string name, const std::string& dtype, std::vector<int64_t> shape,
                        std::string path, int64_t file_offset,
                        const std::tuple<uint64_t, uint64_t, int64_t, int64_t>& identity,
-                       std::vector<int64_t> strides) {
+                       std::vector<int64_t> strides, std::string stored_name) {
              const auto& [device, inode, size, mtime_ns] = identity;
-             return WeightFileEntry{
-                 .name = std::move(name),
-                 .info = {Parse(kStoredDTypes, "dtype", dtype), std::move(shape)},
-                 .path = std::move(path),
-                 .file_offset = file_offset,
-                 .identity = {device, inode, size, mtime_ns},
-                 .strides = std::move(strides)};
+             return WeightFileEntry{.name = std::move(name),
+                                    .info = {Parse(kStoredDTypes, "dtype", dtype), std::move(shape),
+                                             std::move(stored_name)},
+                                    .path = std::move(path),
+                                    .file_offset = file_offset,
+                                    .identity = {device, inode, size, mtime_ns},
+                                    .strides = std::move(strides)};
            }),
            py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("path"),
-           py::arg("file_offset"), py::arg("identity"), py::arg("strides"));
+           py::arg("file_offset"), py::arg("identity"), py::arg("strides"), py::arg("stored_name"));
   py::class_<QuantizedWeight>(module, "QuantizedWeight")
       .def(py::init([](std::string name, std::vector<int64_t> shape, const std::string& format,
                        const std::pair<int64_t, int64_t>& block, WeightFileEntry codes,
                        WeightFileEntry scales, std::optional<WeightFileEntry> zeros,
                        int32_t zero_offset, bool quantizes_inputs,
-                       std::optional<WeightFileEntry> input_scale) {
+                       std::optional<WeightFileEntry> input_scale, std::string stored_name) {
              return QuantizedWeight{.name = std::move(name),
                                     .shape = std::move(shape),
                                     .format = Parse(kWeightFormats, "format", format),
@@ -267,11 +267,12 @@ void RegisterWeights(py::module_& module) {
                                     .zeros = std::move(zeros),
                                     .zero_offset = zero_offset,
                                     .quantizes_inputs = quantizes_inputs,
-                                    .input_scale = std::move(input_scale)};
+                                    .input_scale = std::move(input_scale),
+                                    .stored_name = std::move(stored_name)};
            }),
            py::arg("name"), py::arg("shape"), py::arg("format"), py::arg("block"), py::arg("codes"),
            py::arg("scales"), py::arg("zeros"), py::arg("zero_offset"), py::arg("quantizes_inputs"),
-           py::arg("input_scale"));
+           py::arg("input_scale"), py::arg("stored_name"));
 }
 
 }  // namespace

@@ -152,6 +152,7 @@ class WeightFileEntry:
         file_offset: int,
         identity: tuple[int, int, int, int],  # device, inode, size and mtime_ns of the file
         strides: list[int],  # in elements; empty: one behind the other
+        stored_name: str,  # in its file, for messages; "": the same
     ) -> None: ...
 
 class QuantizedWeight:
@@ -167,6 +168,7 @@ class QuantizedWeight:
         zero_offset: int,
         quantizes_inputs: bool,
         input_scale: WeightFileEntry | None,
+        stored_name: str,
     ) -> None: ...
 
 class Verification:

@@ -142,6 +142,7 @@ def _file_entry(entry: TensorEntry) -> _core.WeightFileEntry:
         entry.file_offset,
         entry.identity,
         list(entry.strides),
+        entry.stored_name,
     )
 
 
@@ -157,6 +158,7 @@ def _quantized_weight(weight: QuantizedTensor) -> _core.QuantizedWeight:
         weight.scheme.zero_offset,
         weight.scheme.quantizes_activations,
         _file_entry(weight.input_scale) if weight.input_scale else None,
+        weight.stored_name,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -12,6 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_REFERENCE_MODEL = ROOT.parent / "shared" / "models" / "reflm-30m"
 DEFAULT_PUBLIC_MODELS = ROOT / "build" / "public-models"
+
+with contextlib.suppress(ImportError):  # not among what the tests of a GPU need
+    from hypothesis import settings
+
+    # The suite is the same every time; --hypothesis-profile=default looks for new cases.
+    settings.register_profile("suite", derandomize=True)
+    settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,7 +25,8 @@ decoder = new_decoder()
 
 def quantized_weight():
     entry = core_weights(folder)[0]
-    return _core.QuantizedWeight("a", [2, 2], "float8", (1, 2), entry, entry, None, 0, False, None)
+    scheme = ("float8", (1, 2))
+    return _core.QuantizedWeight("a", [2, 2], *scheme, entry, entry, None, 0, False, None, "")
 
 def params():
     made = _core.SamplingParams()
@@ -190,9 +191,9 @@ RIGHT = {
     replay().greedy: (core_config(settings, None, folder), 3, [1]),
     _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder), None),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
-    _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4), []),
+    _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4), [], ""),
     _core.QuantizedWeight: ("a", [2, 2], "float8", (1, 2), core_weights(folder)[0],
-                            core_weights(folder)[1], None, 0),
+                            core_weights(folder)[1], None, 0, False, None, ""),
 }
 def as_number(value):
     "What may be taken for a number: before numpy 2.4 an array of one, too."

@@ -58,3 +58,16 @@ def test_any_part_may_be_anything(tmp_path_factory, kind: Kind, dtype: str, shap
         open_decoder(folder).close()
     except WeightsError as error:
         assert GATE_UP in str(error)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_a_matrix_of_other_columns_is_called_as_in_its_file(tmp_path: Path, dtype: str):
+    model = dataclasses.replace(PHI, num_layers=1)
+    stored = quantized_tensors(model, FP8)[0]
+    stored[f"{GATE_UP}.weight"] = (dtype, np.zeros((768, 1), DTYPES[dtype]))
+    if dtype == "BF16":
+        del stored[f"{GATE_UP}.weight_scale"]
+    folder = write_quantized(tmp_path, model, FP8, stored)
+    expected = r"gate_up_proj\.weight \(read as model\.layers\.0\.mlp\.gate_proj\.weight\): shape"
+    with pytest.raises(WeightsError, match=expected):
+        open_decoder(folder)

@@ -52,6 +52,7 @@ struct QuantizedWeight {
   int32_t zero_offset = 0;                     // added to every stored zero, modulo 16
   bool quantizes_inputs = false;               // of kFloat8; see CodedInfo
   std::optional<WeightFileEntry> input_scale;  // one number
+  std::string stored_name = {};                // of the matrix, as of a WeightInfo
 };
 
 // Tensors in files, the quantised ones decoded to a float type while they are read.

@@ -35,6 +35,10 @@ constexpr int64_t CodeBits(WeightCodes codes) {
 struct WeightInfo {
   DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
   std::vector<int64_t> shape;
+  std::string stored_name = {};  // in its file, where that is another; for messages
+
+  // What messages call the tensor that the engine calls `name`.
+  std::string NameToShow(const std::string& name) const;
 };
 
 // How a matrix can be had in codes: element (n, k) is (code - zero) * scale, with the scale and the

@@ -157,9 +157,10 @@ void FileWeightSource::ReadBytes(const WeightFileEntry& entry, int64_t offset, i
       ssize_t got = pread(descriptor, static_cast<char*>(dst) + done,
                           static_cast<size_t>(end - done), entry.file_offset + offset + done);
       if (got < 0 && errno == EINTR) continue;
-      TIDAL_CHECK(got >= 0, WeightsError, entry.name, ": cannot read ", entry.path, ": ",
-                  std::strerror(errno));
-      TIDAL_CHECK(got > 0, WeightsError, entry.name, ": ", entry.path, " ends ", bytes - done,
+      TIDAL_CHECK(got >= 0, WeightsError, entry.info.NameToShow(entry.name), ": cannot read ",
+                  entry.path, ": ", std::strerror(errno));
+      TIDAL_CHECK(got > 0, WeightsError, entry.info.NameToShow(entry.name), ": ", entry.path,
+                  " ends ", bytes - done,
                   " bytes early; was the file cut short or replaced while loading?");
       done += got;
     }

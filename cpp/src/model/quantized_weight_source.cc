@@ -148,7 +148,7 @@ QuantizedWeightSource::QuantizedWeightSource(std::vector<WeightFileEntry> plain,
     weight.block_rows = std::min(weight.block_rows, weight.shape[0]);
     weight.block_columns = std::min(weight.block_columns, weight.shape[1]);
     CheckParts(weight);
-    WeightInfo info{dtype, weight.shape};
+    WeightInfo info{dtype, weight.shape, weight.stored_name};
     std::string name = weight.name;
     TIDAL_CHECK(!matrices_.contains(name), WeightsError, name, ": listed twice");
     const CodedInfo coded = CodedInfoOf(weight);

@@ -134,7 +134,7 @@ std::vector<float> QuantizingWeightSource::ReadNumbers(const std::string& name, 
                    {values.data() + first * in, DType::kFloat32}, (last - first) * in);
   });
   for (float value : values) {
-    TIDAL_CHECK(std::isfinite(value), WeightsError, name, ": holds ", value,
+    TIDAL_CHECK(std::isfinite(value), WeightsError, info.NameToShow(name), ": holds ", value,
                 ", expected finite numbers; is the file damaged?");
   }
   return values;

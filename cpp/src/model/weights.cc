@@ -94,12 +94,12 @@ class Loader {
                   ": missing from the checkpoint, expected by ", "config.json (",
                   placement.expected_from, ")");
       std::vector<int64_t> expected = ShapeOf(placement, i);
-      TIDAL_CHECK(info->shape == expected, WeightsError, name, ": shape ", ShapeString(info->shape),
-                  ", expected ", ShapeString(expected), " (", placement.expected_from,
-                  "); config.json and the weights do not belong together");
+      TIDAL_CHECK(info->shape == expected, WeightsError, info->NameToShow(name), ": shape ",
+                  ShapeString(info->shape), ", expected ", ShapeString(expected), " (",
+                  placement.expected_from, "); config.json and the weights do not belong together");
       TIDAL_CHECK(info->dtype == DType::kFloat32 || info->dtype == DType::kBFloat16 ||
                       info->dtype == DType::kFloat16,
-                  WeightsError, name, ": dtype ", DTypeName(info->dtype),
+                  WeightsError, info->NameToShow(name), ": dtype ", DTypeName(info->dtype),
                   ", expected float32, bfloat16 or float16");
     }
   }
@@ -281,6 +281,11 @@ class Loader {
 };
 
 }  // namespace
+
+std::string WeightInfo::NameToShow(const std::string& name) const {
+  if (stored_name.empty() || stored_name == name) return name;
+  return Concat(stored_name, " (read as ", name, ")");
+}
 
 void WeightSource::ReadCodes(const std::string& name, int64_t, int64_t, const CodedRows&) const {
   throw InvalidArgument(Concat(name, ": it has no codes to read"));

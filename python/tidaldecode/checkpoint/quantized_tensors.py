@@ -99,6 +99,7 @@ class QuantizedTensor:
     scales: TensorEntry
     zeros: TensorEntry | None
     input_scale: TensorEntry | None = None  # of its products' inputs, where that is fixed
+    stored_name: str = ""  # as of a TensorEntry
 
     @property
     def num_bytes(self) -> int:
@@ -154,7 +155,7 @@ def resolve(stored: Stored, quantization: Quantization | None) -> TensorEntry | 
     if isinstance(stored, TensorEntry):
         if stored.dtype in WEIGHT_DTYPES or quantization is None:
             return stored
-        module = stored.name.removesuffix(".weight")
+        module = (stored.stored_name or stored.name).removesuffix(".weight")
         stored = StoredParts(name=stored.name, module=module, parts={"weight": stored})
     weight = stored.parts.get("weight")
     is_alone = _ACTIVATION_PARTS.issuperset(stored.parts.keys() - {"weight"})
@@ -213,6 +214,7 @@ def _resolve_parts(stored: StoredParts, scheme: QuantScheme) -> QuantizedTensor:
         scales=scales,
         zeros=zeros,
         input_scale=_input_scale(stored, scheme),
+        stored_name=f"{stored.module}.weight",
     )
     _check_order(stored, resolved)
     return resolved

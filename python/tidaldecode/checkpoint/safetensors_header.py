@@ -61,6 +61,7 @@ class TensorEntry:
     # Elements from one to the next along each dimension, of a part of a tensor or a transposed one;
     # (): they lie one behind the other.
     strides: tuple[int, ...] = ()
+    stored_name: str = ""  # in the file, where `name` is another: the engine's
 
 
 def read_header(path: Path) -> list[TensorEntry]:

@@ -139,9 +139,7 @@ def select_tensors(
         raise WeightsError(f"{folder}: tensors are missing: {list_names(missing)}{hint}")
     notes += _notes_on(left_over, model, folder)
     selected = [
-        _resolve_part(replace(entry, name=name), quantization)
-        for name, entry in found.items()
-        if name in needed
+        _read_as(entry, name, quantization) for name, entry in found.items() if name in needed
     ]
     scales = tuple(
         replace(entry, name=name)
@@ -151,13 +149,14 @@ def select_tensors(
     return ModelTensors(entries=selected, model=model, notes=tuple(notes), cache_scales=scales)
 
 
-def _resolve_part(
-    stored: Stored, quantization: Quantization | None
+def _read_as(
+    stored: Stored, name: str, quantization: Quantization | None
 ) -> TensorEntry | QuantizedTensor:
-    """What a stored tensor is, or the rows of it that are meant."""
-    found = resolve(stored, quantization)
-    part = stored.stack_part if isinstance(stored, StoredParts) else None
-    return found if part is None else take_part(found, part)
+    """What a stored tensor is under the engine's name, or the rows of it that are meant."""
+    if isinstance(stored, TensorEntry):
+        return resolve(replace(stored, name=name, stored_name=stored.name), quantization)
+    found = resolve(replace(stored, name=name), quantization)
+    return found if stored.stack_part is None else take_part(found, stored.stack_part)
 
 
 def _in_engine_parts(
