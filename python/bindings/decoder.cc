@@ -54,6 +54,28 @@ std::unique_ptr<WeightSource> OpenFiles(DType dtype, std::vector<StoredWeight> w
   return std::make_unique<QuantizedWeightSource>(std::move(plain), std::move(quantized), dtype);
 }
 
+// {name: all of its numbers in float32}.
+py::dict ReadWeights(std::vector<StoredWeight> weights) {
+  std::vector<std::string> names;
+  for (const StoredWeight& weight : weights) {
+    names.push_back(std::visit([](const auto& stored) { return stored.name; }, weight));
+  }
+  const auto source = OpenFiles(DType::kFloat32, std::move(weights));
+  py::dict result;
+  for (const std::string& name : names) {
+    const WeightInfo& info = *source->Find(name);
+    py::array_t<float> numbers(info.shape);
+    float* target = numbers.mutable_data();
+    {
+      NativeCall call;
+      ReadNumbers(*source, name, target);
+    }
+    result[py::str(name)] = std::move(numbers);
+  }
+  source->CheckUnchanged();
+  return result;
+}
+
 using StoredWeights = std::optional<std::vector<StoredWeight>>;  // none: random ones
 
 // The weights as a decoder's settings want them.
@@ -334,6 +356,7 @@ void RegisterDecoder(py::module_& module) {
         return PlanDict(plan);
       },
       py::arg("model"), py::arg("config"), py::arg("weights"));
+  module.def("read_weights", &ReadWeights, py::arg("weights"));
   module.def("list_devices", &DeviceList);
   module.def("list_libraries", &ListLibraries);
   module.def("version", &VersionString);

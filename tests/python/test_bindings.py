@@ -189,6 +189,7 @@ RIGHT = {
     session().truncate: (0,),
     replay().step_logits: (core_config(settings, None, folder), [[5]]),
     replay().greedy: (core_config(settings, None, folder), 3, [1]),
+    _core.read_weights: (core_weights(folder),),
     _core.plan_memory: (core_model(folder.model), core_config(settings, None, folder), None),
     _core.Decoder: (core_model(folder.model), core_config(settings, None, folder), None, None),
     _core.WeightFileEntry: ("a", "float32", [1], "path", 0, (1, 2, 3, 4), [], ""),

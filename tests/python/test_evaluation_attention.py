@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quantized_models import KINDS, Kind, write_both
 from tidaldecode import Decoder, demo_model_dir
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli import app as cli
@@ -47,6 +48,16 @@ def test_the_reference_computes_what_the_engine_does(tmp_path: Path, family: str
     cache, logits = model.read(ids[:97], room=3)
     got = [logits, *(model.step(token, cache, attend_densely(model)) for token in ids[97:])]
     assert np.stack(got) == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: kind.name)
+def test_the_reference_decodes_quantised_weights(tmp_path: Path, kind: Kind):
+    tiny = TinyModel(hidden_size=128, intermediate_size=384)
+    quantised, _ = write_both(tmp_path, tiny, kind)
+    ids = random_prompt(tiny, 40)
+    want = Decoder(quantised, attention="full", dtype="float32", **CPU).step_logits(ids, prefill=40)
+    _, logits = ReferenceModel(read_model_folder(quantised)).read(ids, room=0)
+    assert logits == pytest.approx(want[0], rel=1e-3, abs=1e-3)
 
 
 def test_the_reference_refuses_scaled_positions(tmp_path: Path):

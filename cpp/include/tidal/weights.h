@@ -96,6 +96,10 @@ class WeightSource {
   virtual void CheckUnchanged() const {}
 };
 
+// Reads all numbers of a tensor, row-major. Throws WeightsError as Read does, and for a tensor of
+// another type.
+void ReadNumbers(const WeightSource& source, const std::string& name, float* numbers);
+
 // What tells one state of a file from another, as fstat() gives it.
 struct FileIdentity {
   uint64_t device = 0;

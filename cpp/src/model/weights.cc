@@ -60,6 +60,13 @@ int64_t BytesOf(const Weight& weight) {
          (weight.zeros.rank > 0 ? weight.zeros.bytes() : 0);
 }
 
+void CheckIsNumbers(const WeightInfo& info, const std::string& name) {
+  TIDAL_CHECK(info.dtype == DType::kFloat32 || info.dtype == DType::kBFloat16 ||
+                  info.dtype == DType::kFloat16,
+              WeightsError, info.NameToShow(name), ": dtype ", DTypeName(info.dtype),
+              ", expected float32, bfloat16 or float16");
+}
+
 class Loader {
  public:
   Loader(Backend& backend, const ModelConfig& model, DType dtype, const WeightSource& source)
@@ -97,10 +104,7 @@ class Loader {
       TIDAL_CHECK(info->shape == expected, WeightsError, info->NameToShow(name), ": shape ",
                   ShapeString(info->shape), ", expected ", ShapeString(expected), " (",
                   placement.expected_from, "); config.json and the weights do not belong together");
-      TIDAL_CHECK(info->dtype == DType::kFloat32 || info->dtype == DType::kBFloat16 ||
-                      info->dtype == DType::kFloat16,
-                  WeightsError, info->NameToShow(name), ": dtype ", DTypeName(info->dtype),
-                  ", expected float32, bfloat16 or float16");
+      CheckIsNumbers(*info, name);
     }
   }
 
@@ -281,6 +285,16 @@ class Loader {
 };
 
 }  // namespace
+
+void ReadNumbers(const WeightSource& source, const std::string& name, float* numbers) {
+  const WeightInfo* info = source.Find(name);
+  TIDAL_CHECK(info != nullptr, WeightsError, name, ": no such tensor");
+  CheckIsNumbers(*info, name);
+  const int64_t count = NumElements(info->shape);
+  std::vector<char> stored(static_cast<size_t>(count * DTypeBytes(info->dtype)));
+  source.Read(name, 0, static_cast<int64_t>(stored.size()), stored.data());
+  ConvertNumbers({stored.data(), info->dtype}, {numbers, DType::kFloat32}, count);
+}
 
 std::string WeightInfo::NameToShow(const std::string& name) const {
   if (stored_name.empty() || stored_name == name) return name;

@@ -6,16 +6,15 @@ positions. All in float32; a prompt of 4096 tokens takes a 30M-parameter model s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tidaldecode.checkpoint.json_file import open_regular_file, read_exactly
+from tidaldecode import _core
 from tidaldecode.checkpoint.model_folder import ModelFolder
-from tidaldecode.checkpoint.safetensors_header import TensorEntry
-from tidaldecode.errors import UnsupportedError, WeightsError
+from tidaldecode.engine_config import core_weights
+from tidaldecode.errors import UnsupportedError
 
 # (layer, q [num_q_heads, head_dim], k, v [n, num_kv_heads, head_dim]) to [num_q_heads, head_dim];
 # the newest token is the last of n.
@@ -50,15 +49,14 @@ def missing_in_numpy(folder: ModelFolder) -> str | None:
         return "attention sinks"
     if model.rope.query_scale_beta:
         return "queries that are scaled by their position"
-    if folder.quantization is not None:
-        return f"quantised weights ({folder.quantization.method})"
     return None
 
 
 class ReferenceModel:
-    """A model of any family with plain rotary positions and full attention.
+    """A model of any family with plain rotary positions and full attention; quantised weights are
+    decoded.
 
-    Raises: UnsupportedError for other models, and for quantised weights.
+    Raises: UnsupportedError for other models, WeightsError for damaged files.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -67,11 +65,7 @@ class ReferenceModel:
         missing = missing_in_numpy(folder)
         if missing is not None:
             raise UnsupportedError(f"{folder.title}: the model in numpy has no {missing}")
-        self._weights = {
-            entry.name: _read_tensor(entry)
-            for entry in folder.weights
-            if isinstance(entry, TensorEntry)
-        }
+        self._weights = _core.read_weights(core_weights(folder) or [])
         rotary_dim = rope.rotary_dim or self.config.head_dim
         self._inv_freq = rope.theta ** (-2.0 * np.arange(rotary_dim // 2) / rotary_dim)
 
@@ -225,17 +219,3 @@ class ReferenceModel:
 
 def _capped(x: np.ndarray, softcap: float) -> np.ndarray:
     return softcap * np.tanh(x / np.float32(softcap)) if softcap else x
-
-
-def _read_tensor(entry: TensorEntry) -> np.ndarray:
-    """A tensor as float32."""
-    descriptor, _ = open_regular_file(entry.path, WeightsError)
-    try:
-        data = read_exactly(descriptor, entry.file_offset, entry.num_bytes)
-    finally:
-        os.close(descriptor)
-    if entry.dtype == "BF16":
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[entry.dtype])
-    return values.astype(np.float32).reshape(entry.shape)
