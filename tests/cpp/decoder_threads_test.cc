@@ -222,6 +222,22 @@ TEST_P(Threads, WhoIsInNoPassWaitsForNone) {
   EXPECT_EQ(decoder->num_free_pages(), decoder->config().num_pages);
 }
 
+// Who waits is woken during the next pass; who looks for himself knows before, and may be gone.
+TEST_P(Threads, CallsAreGoneBeforeTheyAreWoken) {
+  const Ints prompt = MakePrompts({9})[0];
+  const auto decoder = Make(Tidal());
+  const Ints want = One(*decoder, prompt, Greedy(1));
+  const auto keeps_passes_coming = decoder->Start({prompt}, {Greedy(200)});
+  for (int round = 0; round < 100; ++round) {
+    const auto generation = decoder->Start({prompt}, {Greedy(1)});
+    Ints tokens;
+    while (!generation->done()) {
+      for (const TokenEvent& event : generation->Advance(0.0)) tokens.push_back(event.token_id);
+    }
+    EXPECT_EQ(tokens, want);
+  }
+}
+
 TEST_P(Threads, WhatADecoderStartedOutlivesIt) {
   const Ints prompt = MakePrompts({40})[0];
   auto decoder = Make(Tidal());

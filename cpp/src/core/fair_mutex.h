@@ -16,6 +16,14 @@ class FairMutex {
     changed_.wait(guard, [&] { return serving_ == ticket; });
   }
 
+  // Fails if another thread has it or asked for it before.
+  bool try_lock() {
+    std::lock_guard guard(mutex_);
+    if (serving_ != next_) return false;
+    ++next_;
+    return true;
+  }
+
   void unlock() {
     std::lock_guard guard(mutex_);
     ++serving_;

@@ -161,7 +161,7 @@ void ModelRunner::FillCache(const std::vector<Sequence>& sequences, uint64_t see
 
 // --- passes ---
 
-Drawn ModelRunner::Run(const Batch& batch) {
+Drawn ModelRunner::Run(const Batch& batch, const Meanwhile& meanwhile) {
   CheckProcessRuns();
   CheckBatch(batch);
   CheckFits(batch);
@@ -170,7 +170,8 @@ Drawn ModelRunner::Run(const Batch& batch) {
   CopyPages(batch.copies);
   if (batch.rows.empty()) return {};
   PrepareDraws(batch);
-  Drawn drawn = batch.is_step() && !ReadsPrompts(batch) ? RunStep(batch) : RunChunk(batch);
+  const bool is_step = batch.is_step() && !ReadsPrompts(batch);
+  Drawn drawn = is_step ? RunStep(batch, meanwhile) : RunChunk(batch, meanwhile);
   FinishDraws(batch, drawn);
   return drawn;
 }
@@ -223,9 +224,17 @@ void ModelRunner::CheckFits(const Batch& batch) const {
               " tokens, a pass has room for ", most.num_tokens);
 }
 
+// The CPU's passes are over when they have been launched.
+void ModelRunner::Launch(const std::function<void()>& pass, const Meanwhile& meanwhile) const {
+  const bool is_over_then = config_.device.type == DeviceType::kCpu;
+  if (is_over_then) meanwhile();
+  pass();
+  if (!is_over_then) meanwhile();
+}
+
 // --- decode steps ---
 
-Drawn ModelRunner::RunStep(const Batch& batch) {
+Drawn ModelRunner::RunStep(const Batch& batch, const Meanwhile& meanwhile) {
   ActivePlan& asked = *plans_.at(batch.plan);
   Drawn drawn = NothingDrawn(batch);
   const bool is_sparse =
@@ -239,7 +248,7 @@ Drawn ModelRunner::RunStep(const Batch& batch) {
   Pass pass = buffers_->passes.Take({b, b});
   buffers_->inputs.Write(RowsOf(batch), pass);
   buffers_->sampler.SetRows(StepDraws(batch, b));
-  RunStepPass(plan, pass);
+  Launch([&] { RunStepPass(plan, pass); }, meanwhile);
   TakeStep(batch, drawn);
   if (is_sparse) TakeSets(batch, plan, drawn);
 
@@ -331,7 +340,7 @@ Pass ModelRunner::TakeChunk(const Batch& batch) const {
   return pass;
 }
 
-Drawn ModelRunner::RunChunk(const Batch& batch) {
+Drawn ModelRunner::RunChunk(const Batch& batch, const Meanwhile& meanwhile) {
   Drawn drawn = NothingDrawn(batch);
   const bool is_check = IsCheck(batch);
   Pass pass = is_check ? TakeCheck(static_cast<int64_t>(batch.rows.size()), LargestShare(batch))
@@ -349,7 +358,7 @@ Drawn ModelRunner::RunChunk(const Batch& batch) {
 
   buffers_->inputs.Write(RowsOf(batch), pass);
   if (num_rows > 0) outputs.Write(batch, group, num_rows);
-  is_check ? RunCheckPass(pass) : RunChunkPass(pass, num_rows);
+  Launch([&] { is_check ? RunCheckPass(pass) : RunChunkPass(pass, num_rows); }, meanwhile);
   while (!group.empty()) {
     outputs.Take(batch, group, num_rows, drawn);
     left = left.subspan(group.size());

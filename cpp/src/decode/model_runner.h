@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -32,12 +33,16 @@ class ModelRunner {
   // All that was allocated on the device so far, by purpose.
   const std::vector<MemoryItem>& allocated() const { return backend_->allocated(); }
 
+  // What the caller does while a device works on a batch, or before a CPU does.
+  using Meanwhile = std::function<void()>;
+
   // Copies pages as asked, caches the batch's tokens, in order of its rows, and draws. Moves each
   // sequence's `cached`, and what it says of the tokens before, past them; its tokens stay as they
   // are. Each draw goes by the sequence's tokens before it, those that are not cached included.
   // Throws InvalidArgument for a batch that CheckBatch refuses, CapacityError for one of more rows
   // or tokens than a pass has room for, and for a row without pages for its tokens.
-  Drawn Run(const Batch& batch);
+  Drawn Run(
+      const Batch& batch, const Meanwhile& meanwhile = [] {});
 
   // Adds a plan beside the decoder's, or a user to the plan with these settings if there is one.
   // Until its last user drops it, it has memory of its own, and where steps are recorded so are
@@ -86,13 +91,14 @@ class ModelRunner {
   // token must not depend on the others in the batch, if texts shall not.
   bool ReadsPrompts(const Batch& batch) const;
 
-  Drawn RunStep(const Batch& batch);
+  void Launch(const std::function<void()>& pass, const Meanwhile& meanwhile) const;
+  Drawn RunStep(const Batch& batch, const Meanwhile& meanwhile);
   void RunStepPass(const ActivePlan& plan, const Pass& pass);
   // Appends what the rows of a step have drawn, and what else they want of it.
   void TakeStep(const Batch& batch, Drawn& drawn) const;
   // The same of a step through a plan with sets.
   void TakeSets(const Batch& batch, const ActivePlan& plan, Drawn& drawn) const;
-  Drawn RunChunk(const Batch& batch);
+  Drawn RunChunk(const Batch& batch, const Meanwhile& meanwhile);
   Pass TakeChunk(const Batch& batch) const;
   void RunChunkPass(const Pass& pass, int64_t num_outputs);
 

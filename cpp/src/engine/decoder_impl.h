@@ -136,6 +136,11 @@ struct Decoder::Impl {
   bool RunPass();
   void EndAll();
   void Tell(std::span<const RequestId> in_flight, Drawn& drawn, const std::exception_ptr& error);
+  // Wakes whoever waits for what has been told. The loop does so while the device works on the next
+  // pass, or before it waits for anything else: with many readers it takes longer than the rest
+  // between two passes. The caller holds `mutex`, or takes it by WakeToldNow.
+  void WakeTold();
+  void WakeToldNow();
 
   // guide_desk.cc: questions of guided requests, and answers, to which TakeAnswers() locks `mutex`.
   // The caller of the others holds it.
@@ -151,6 +156,7 @@ struct Decoder::Impl {
   PrefixCache prefixes;
   Scheduler scheduler;
   std::map<RequestId, Listener> listeners;
+  std::vector<Generation::Impl*> to_wake;  // who has been told news
   std::shared_ptr<GuideDesk::Impl> desk = std::make_shared<GuideDesk::Impl>();
   std::vector<std::unique_ptr<PlanUse>> left_plans;  // of calls that are gone
   std::shared_ptr<SelectionRecord> last_call;        // of the newest Generation
@@ -273,7 +279,7 @@ struct Generation::Impl {
   bool HasNews() const;  // the caller holds the decoder's mutex
   void NotifyAt(int fd);
   void ForgetFd(int fd);
-  // Wakes whoever waits for news.
+  // Wakes whoever waits for news. The caller holds the decoder's mutex.
   void Wake();
 
   // What a pass gave that is not yet in the results.
@@ -331,7 +337,8 @@ struct Generation::Impl {
   bool is_in_line = false;  // there
   double start_ms;
   // What is read without a lock.
-  std::atomic<int64_t> num_alive{0};  // sequences whose end has not been given out
+  std::atomic<bool> is_to_be_woken = false;  // no longer set once all have ended
+  std::atomic<int64_t> num_alive{0};         // sequences whose end has not been given out
   std::atomic<int64_t> prefill_done{0};
   int64_t prefill_total = 0;  // does not change once the generation has started
 };

@@ -19,9 +19,11 @@ void Decoder::Impl::Loop() {
   while (true) {
     {
       Lock lock(mutex);
-      has_work.wait(lock, [&] {
+      auto may_go_on = [&] {
         return is_ending || (!is_closed && (scheduler.HasWork() || !left_plans.empty()));
-      });
+      };
+      if (!may_go_on()) WakeTold();
+      has_work.wait(lock, may_go_on);
       if (is_ending) return;
     }
     // Once the process ends nobody may be in the engine's libraries.
@@ -40,7 +42,11 @@ void Decoder::Impl::Loop() {
 
 // Returns whether there was one to run.
 bool Decoder::Impl::RunPass() {
-  std::unique_lock<FairMutex> device_lock(device);
+  std::unique_lock<FairMutex> device_lock(device, std::try_to_lock);
+  if (!device_lock.owns_lock()) {
+    WakeToldNow();
+    device_lock.lock();
+  }
   Lock lock(mutex);
   AwaitMasks(lock);
   if (is_closed) return false;
@@ -55,7 +61,7 @@ bool Decoder::Impl::RunPass() {
     if (!batch.rows.empty() || !batch.saves.empty()) {
       {
         Unlocked unlocked(*this, lock);
-        drawn = runner.Run(batch);
+        drawn = runner.Run(batch, [this] { WakeToldNow(); });
       }
       scheduler.Commit(batch, drawn, NowMs());
     }
@@ -65,7 +71,9 @@ bool Decoder::Impl::RunPass() {
     scheduler.Fail(NowMs());
     if (in_flight.empty()) EndAll();  // nothing could be planned
   }
+  WakeTold();  // if the pass did not come so far
   Tell(in_flight, drawn, error);
+  if (in_flight.empty()) WakeTold();
   AskGuides();
   return !in_flight.empty();
 }
@@ -122,6 +130,16 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
   for (Generation::Impl* generation : told) generation->HearPassEnd(error);
 }
 
+void Decoder::Impl::WakeTold() {
+  for (Generation::Impl* generation : to_wake) generation->Wake();
+  to_wake.clear();
+}
+
+void Decoder::Impl::WakeToldNow() {
+  Lock lock(mutex);
+  WakeTold();
+}
+
 void Decoder::Impl::StartLoop() {
   if (loop.joinable()) return;
   try {
@@ -155,6 +173,7 @@ void Decoder::Impl::Cancel(RequestId id, FinishReason reason) {
   scheduler.Cancel(id, reason, NowMs());
   Drawn nothing;
   Tell({}, nothing, nullptr);
+  WakeTold();
 }
 
 }  // namespace tidal

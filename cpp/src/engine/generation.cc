@@ -35,8 +35,9 @@ Generation::Impl::Impl(std::shared_ptr<Decoder::Impl> owner)
 
 Generation::Impl::~Impl() {
   Close();
-  if (!plan_use && !inbox) return;
+  if (!plan_use && !inbox && !is_to_be_woken) return;
   auto lock = decoder->EnterToEnd();
+  std::erase(decoder->to_wake, this);
   Leave();
   if (!plan_use) return;
   // The loop drops it between two passes.
@@ -175,10 +176,12 @@ void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
   }
   news.back().error = error;
   heard.clear();
-  Wake();
+  decoder->to_wake.push_back(this);
+  is_to_be_woken = true;
 }
 
 void Generation::Impl::Wake() {
+  is_to_be_woken = false;
   has_news.notify_all();
   if (inbox) inbox->Put(this);
   for (int fd : event_fds) {
