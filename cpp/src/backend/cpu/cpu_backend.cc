@@ -121,6 +121,9 @@ class CpuBackend final : public Backend {
 bool ProcessorHas([[maybe_unused]] CpuIsa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (isa == CpuIsa::kAvx512Vnni) {
+    return __builtin_cpu_supports("avx512vnni") && ProcessorHas(CpuIsa::kAvx512);
+  }
   if (isa == CpuIsa::kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -141,15 +144,17 @@ bool HasIsa(CpuIsa isa) {
 
 const CpuKernels& SelectKernels(CpuIsa isa) {
   TIDAL_CHECK(HasIsa(isa), UnsupportedError, "CPU backend: this processor has no ",
-              isa == CpuIsa::kAvx2 ? "AVX2 with FMA" : "AVX-512 (F, BW, VL, DQ)",
+              isa == CpuIsa::kAvx2     ? "AVX2 with FMA"
+              : isa == CpuIsa::kAvx512 ? "AVX-512 (F, BW, VL, DQ)"
+                                       : "AVX-512 VNNI",
               "; use CpuIsa::kAuto");
 #if defined(__x86_64__)
-  if (isa == CpuIsa::kAvx512 || (isa == CpuIsa::kAuto && HasIsa(CpuIsa::kAvx512))) {
-    return Avx512Kernels();
-  }
-  if (isa == CpuIsa::kAvx2 || (isa == CpuIsa::kAuto && HasIsa(CpuIsa::kAvx2))) {
-    return Avx2Kernels();
-  }
+  auto is_chosen = [isa](CpuIsa one) {
+    return isa == one || (isa == CpuIsa::kAuto && HasIsa(one));
+  };
+  if (is_chosen(CpuIsa::kAvx512Vnni)) return Avx512VnniKernels();
+  if (is_chosen(CpuIsa::kAvx512)) return Avx512Kernels();
+  if (is_chosen(CpuIsa::kAvx2)) return Avx2Kernels();
 #endif
   return GenericKernels();
 }

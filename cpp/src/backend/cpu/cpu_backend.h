@@ -10,7 +10,7 @@
 
 namespace tidal {
 
-enum class CpuIsa : int32_t { kAuto, kGeneric, kAvx2, kAvx512 };
+enum class CpuIsa : int32_t { kAuto, kGeneric, kAvx2, kAvx512, kAvx512Vnni };
 
 // Whether this build and this processor have it.
 bool HasIsa(CpuIsa isa);

@@ -161,7 +161,7 @@ struct GateRow {
 };
 
 struct CpuKernels {
-  const char* name;  // "AVX-512", "AVX2", "generic"
+  const char* name;  // "AVX-512 VNNI", "AVX-512", "AVX2", "generic"
 
   // These come in sixes: float32, bfloat16, float16, and codes of float8, int4 and MXFP4.
   void (*linear[6])(const LinearTile& tile);
@@ -206,5 +206,6 @@ const CpuKernels& GenericKernels();
 // Only on x86-64.
 const CpuKernels& Avx2Kernels();
 const CpuKernels& Avx512Kernels();
+const CpuKernels& Avx512VnniKernels();
 
 }  // namespace tidal

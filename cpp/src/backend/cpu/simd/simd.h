@@ -65,7 +65,7 @@ inline A Smaller(A a, A b) {
   return b < a ? b : a;
 }
 template <typename A>
-inline A Larger(A a, A b) {
+constexpr A Larger(A a, A b) {
   return a < b ? b : a;
 }
 
