@@ -45,9 +45,16 @@ class Scratch {
 };
 
 struct CpuContext {
+  // The tasks of a thread, of which others take some once they have none.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   const CpuKernels* kernels = nullptr;
   int num_threads = 1;
   std::unique_ptr<ThreadPool> pool;  // of num_threads; null until something runs on several
+  std::unique_ptr<Share[]> shares;   // likewise
   Scratch scratch;
 
   // Threads for an op that touches `elements` floats: waking the others costs some microseconds, in
@@ -60,11 +67,15 @@ struct CpuContext {
 
   // Starts the threads, where they are not yet there. Throws OutOfMemoryError.
   ThreadPool& Pool() {
-    if (!pool) pool = std::make_unique<ThreadPool>(num_threads);
+    if (!pool) {
+      shares = std::make_unique<Share[]>(static_cast<size_t>(num_threads));
+      pool = std::make_unique<ThreadPool>(num_threads);
+    }
     return *pool;
   }
 
-  // Calls body(task) for tasks [0, num_tasks), each on some thread.
+  // Calls body(task) for tasks [0, num_tasks), each on some thread. A thread goes through tasks
+  // that follow each other: what two threads read by turns comes at half the memory's speed.
   template <typename Body>
   void ParallelFor(int threads, int64_t num_tasks, const Body& body) {
     if (threads > num_tasks) threads = static_cast<int>(num_tasks);
@@ -72,10 +83,18 @@ struct CpuContext {
       for (int64_t task = 0; task < num_tasks; ++task) body(task);
       return;
     }
-    std::atomic<int64_t> next{0};
-    Pool().Run(threads, [&](int) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-        body(task);
+    ThreadPool& used = Pool();
+    for (int thread = 0; thread < threads; ++thread) {
+      shares[thread].next = num_tasks * thread / threads;
+      shares[thread].end = num_tasks * (thread + 1) / threads;
+    }
+    used.Run(threads, [&](int thread) {
+      for (int i = 0; i < threads; ++i) {  // its own share, then what is left of the others'
+        Share& share = shares[(thread + i) % threads];
+        for (int64_t task;
+             (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+          body(task);
+        }
       }
     });
   }
