@@ -235,6 +235,9 @@ TEST_P(Threads, CallsAreGoneBeforeTheyAreWoken) {
       for (const TokenEvent& event : generation->Advance(0.0)) tokens.push_back(event.token_id);
     }
     EXPECT_EQ(tokens, want);
+    const auto left = decoder->Start({prompt, prompt}, {Greedy(5), Greedy(3)});
+    left->Advance();
+    left->Close();
   }
 }
 

@@ -337,8 +337,9 @@ struct Generation::Impl {
   bool is_in_line = false;  // there
   double start_ms;
   // What is read without a lock.
-  std::atomic<bool> is_to_be_woken = false;  // no longer set once all have ended
-  std::atomic<int64_t> num_alive{0};         // sequences whose end has not been given out
+  // The decoder's to_wake names it, or just did; no longer set once all have ended.
+  std::atomic<bool> is_to_be_woken = false;
+  std::atomic<int64_t> num_alive{0};  // sequences whose end has not been given out
   std::atomic<int64_t> prefill_done{0};
   int64_t prefill_total = 0;  // does not change once the generation has started
 };

@@ -131,8 +131,10 @@ void Decoder::Impl::Tell(std::span<const RequestId> in_flight, Drawn& drawn,
 }
 
 void Decoder::Impl::WakeTold() {
-  for (Generation::Impl* generation : to_wake) generation->Wake();
-  to_wake.clear();
+  for (Generation::Impl* generation : std::exchange(to_wake, {})) {
+    generation->Wake();
+    generation->is_to_be_woken = false;  // after which it may be gone
+  }
 }
 
 void Decoder::Impl::WakeToldNow() {

@@ -181,7 +181,6 @@ void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
 }
 
 void Generation::Impl::Wake() {
-  is_to_be_woken = false;
   has_news.notify_all();
   if (inbox) inbox->Put(this);
   for (int fd : event_fds) {
