@@ -65,8 +65,8 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         >>> decoder.generate("The capital of France is", max_new_tokens=8).text
 
     Args:
-        model_dir: a Hugging Face model folder (llama, mistral, qwen2, qwen3; safetensors), or a hub
-            id as "org/name": from the hub's cache here, or downloaded (extra "hf").
+        model_dir: a Hugging Face model folder (safetensors) of a family that the guide lists, or a
+            hub id as "org/name": from the hub's cache here, or downloaded (extra "hf").
         revision: branch, tag or commit of a hub id; also as "org/name@revision".
         config: all settings as one value, instead of the keyword options.
         progress: called with (bytes done, bytes in all) while the weights are loaded.
