@@ -82,7 +82,9 @@ OPTION_HELP = {
         "Inputs of fp8 products of prompts: 16bit, fp8, or auto: as the checkpoint says, on CUDA."
     ),
     "load_format": "auto, or dummy: random weights, to measure speed.",
-    "attention": "tidal, full, or auto: tidal if there is a plan for the model.",
+    "attention": (
+        "tidal, full, or auto: tidal if there is a plan for the model, or layers or a budget."
+    ),
     "token_budget": (
         "Positions a sparse layer attends to, or auto: as many as --top-p-mass asks for."
     ),
@@ -95,7 +97,7 @@ OPTION_HELP = {
     "pooling": "Over their scores: sum or max.",
     "shadow": "What scored layers choose from: none or int4.",
     "sink_tokens": "First positions, always chosen.",
-    "recent_tokens": "Last positions, always chosen; default: a quarter of the budget.",
+    "recent_tokens": "Last positions, always chosen; default: a quarter of the (least) budget.",
     "sparse_min_context": "Up to this length steps are dense; default: while that is faster.",
     "correction_interval": (
         "Sparsely decoded tokens after which a dense pass rewrites their cache; 0 is never."

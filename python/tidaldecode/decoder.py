@@ -78,11 +78,11 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
 
     Raises:
         ConfigError: the folder's configuration or an option is impossible or not supported.
-        InvalidArgument: progress cannot be called so.
+        InvalidArgument: settings that do not go together; progress cannot be called so.
         WeightsError: weights are missing, damaged or of the wrong shape.
-        UnsupportedError: the device is not there, or does not do this model.
+        UnsupportedError: the device does not do this model.
         OutOfMemoryError: the model or its cache does not fit; known before anything is loaded.
-        BackendError: the device failed.
+        BackendError: the device is not there, or failed.
     """
 
     def __init__(
@@ -193,9 +193,9 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
     ) -> GenerationResult | list[GenerationResult]:
         """Continues one prompt or several.
 
-        Settings left at None come from the model's generation_config.json; without one decoding is
-        greedy, of at most 256 tokens. Calls of several threads are decoded together; prompts that
-        do not fit at once wait in line.
+        What the model's generation_config.json says counts where a setting is None; without one
+        decoding is greedy, of at most 256 tokens. Calls of several threads are decoded together;
+        prompts that do not fit at once wait in line.
 
         Args:
             prompt: a text, token ids (a list, range or array of any library; what a transformers
@@ -377,7 +377,8 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
     @property
     def plan_source(self) -> str:
         """Where the plan comes from: a file, the user's cache, the table of published plans (and
-        whether it has been measured here), the caller, or "dense"."""
+        whether it has been measured here), the caller, "safe: …" where every layer chooses for
+        itself, or "dense"."""
         return self._plan_source
 
     @property
@@ -397,7 +398,7 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
 
     @property
     def num_free_pages(self) -> int:
-        """KV pages that neither a running sequence nor a session holds."""
+        """KV pages that no sequence, session or replay holds."""
         return self._open_core().num_free_pages
 
     def stats(self) -> dict[str, Any]:
@@ -409,7 +410,8 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
 
     def memory_plan(self) -> MemoryPlan:
         """What the decoder takes of its device, by purpose: planned before it was allocated, and
-        not exceeded afterwards. print() shows it as a table."""
+        not exceeded afterwards but by plans of requests and replays. print() shows it as a table.
+        """
         return MemoryPlan(**self._open_core().memory_plan())
 
     # Lifetime

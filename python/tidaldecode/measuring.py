@@ -32,14 +32,15 @@ class MeasuringMethods:
     _open_core: Callable[[], _core.Decoder]
 
     def selection(self, sequence: int = 0) -> dict[int, np.ndarray]:
-        """The positions each select layer chose in its last sparse step.
+        """The positions that each layer which chooses took in its last sparse step.
 
         Args:
             sequence: index into the prompts of the last call (0 for a session's turn).
 
         Returns: {layer: [num_sets, num_selected] int32, ascending per set}; num_sets is the number
             of KV heads, query heads or 1, by granularity. Sets that are smaller than the largest
-            (an adaptive budget) end in -1. Empty if there was no sparse step.
+            (an adaptive budget) end in -1. Empty if there was no sparse step, or if the call still
+            runs and others have stepped since.
         Raises: InvalidArgument for an index of no prompt.
         """
         return self._open_core().selection(check_integer("sequence", sequence, low=0))

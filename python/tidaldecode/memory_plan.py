@@ -105,8 +105,8 @@ def plan_memory(model_dir: str | os.PathLike[str], **options: Any) -> MemoryPlan
         model_dir: a model folder; with load_format="dummy" its config.json is enough.
         options: the fields of DecodeConfig.
 
-    Raises: ConfigError, WeightsError, UnsupportedError and BackendError, as Decoder does. A plan
-        that does not fit is returned, with a `problem`.
+    Raises: ConfigError, InvalidArgument, WeightsError, UnsupportedError and BackendError, as
+        Decoder does. A plan that does not fit is returned, with a `problem`.
     """
     settings = DecodeConfig(**options)
     folder = read_model_folder(model_dir, settings.load_format)

@@ -137,7 +137,7 @@ class Request:
     @property
     def prefill_progress(self) -> tuple[int, int]:
         """Tokens of the prompt that have been read, and that there are to read: without those that
-        a session or the prefix cache had."""
+        a session had; those that the prefix cache has count as read."""
         return self._generation.prefill_progress
 
     def new_logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:

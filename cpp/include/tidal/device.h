@@ -25,7 +25,8 @@ struct DeviceStatus {
   int64_t free_bytes = 0;
 };
 
-// CPU first, then every CUDA device, or one unavailable "cuda" entry that says why. Never throws.
+// CPU first, then every CUDA device, or one unavailable "cuda" entry that says why. Throws
+// BackendError for a CUDA library of another version.
 std::vector<DeviceStatus> ListDevices();
 
 // Libraries compiled in or found: {"OpenBLAS", "0.3.34 ..."}, {"cuBLASLt", "13.0"}.

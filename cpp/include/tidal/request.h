@@ -68,7 +68,7 @@ struct SequenceResult {
   int64_t cached_tokens = 0;                     // of those, in the cache before the call
   double time_to_first_token_s = 0.0;            // from the start of the call
   double decode_s = 0.0;                         // from the first to the last token
-  Verification verification{};                   // zeros unless the decoder verifies
+  Verification verification{};                   // zeros unless it was verified
   std::vector<TokenLogprobs> logprobs{};         // of each of token_ids
   std::vector<TokenLogprobs> prompt_logprobs{};  // of each token of the prompt but the first
   bool has_logprobs = false;                     // they were asked for

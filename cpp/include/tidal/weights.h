@@ -33,7 +33,8 @@ constexpr int64_t CodeBits(WeightCodes codes) {
 }
 
 struct WeightInfo {
-  DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
+  // float32, bfloat16 or float16; of stored codes int32 or uint8.
+  DType dtype = DType::kFloat32;
   std::vector<int64_t> shape;
   std::string stored_name = {};  // in its file, where that is another; for messages
 

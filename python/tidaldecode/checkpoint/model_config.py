@@ -1,7 +1,7 @@
 """config.json: which model a folder holds, checked field by field.
 
-Called by model_folder.py. Supported are dense decoders of the Llama kind (families.py).
-transformers accepts configs that cannot run (hidden_size -64, an unknown rope type,
+Called by model_folder.py. Supported are decoders of the Llama kind, with experts or without
+(families.py). transformers accepts configs that cannot run (hidden_size -64, an unknown rope type,
 factor "abc"), so nothing is taken over from it; defaults for absent fields are its own.
 """
 

@@ -1,6 +1,6 @@
 """The demo: a key hidden in a long text, asked for with dense and with tidal decoding.
 
-Called by cli.py. demo_text.py writes the prompt, demo_view.py draws what comes out.
+Called by cli/app.py. demo_text.py writes the prompt, demo_view.py draws what comes out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the demo shows: a table side by side, and where in the text the chosen positions lie.
 
-Called by cli.py with what demo.py found. Fits 80 columns; without colours when piped.
+Called by cli/app.py with what demo.py found. Fits 80 columns; without colours when piped.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _show_picture(console: Console, run: Run, prompt: HiddenKey) -> None:
     mark = marker_line(prompt, seq_len, "▼" if is_unicode else "v")
     num_selected = next(iter(run.selection.values())).shape[1]
     console.print(
-        f"Where the {num_selected} positions lie that each select layer chose, in the step of the "
+        f"Where the {num_selected} positions lie that each layer chose, in the step of the "
         "answer that looked at the key most (right: how many of them are the key's own):",
         highlight=False,
     )

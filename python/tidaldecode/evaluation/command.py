@@ -1,6 +1,6 @@
 """The command `tidaldecode eval`: dense against tidal settings on the same prompts.
 
-Registered by cli.py.
+Registered by cli/app.py.
 """
 
 from __future__ import annotations

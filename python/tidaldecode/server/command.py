@@ -46,7 +46,7 @@ def serve(
     engine: dict[str, Any],
     debug: opt.Debug = False,
 ) -> None:
-    """Serve a model to clients of OpenAI's API, over HTTP."""
+    """Serve a model to clients of OpenAI's or Anthropic's API, over HTTP."""
     settings = _settings(server)
     _check_installed(settings)
     start = _single if settings.ray is None else _replicated

@@ -78,7 +78,8 @@ SERVE_OPTION_HELP = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Settings of a server. Immutable; checked on construction. Times are in seconds, 0 is never.
+    """Settings of a server. Immutable; checked on construction. Times are in seconds, 0 is never
+    (of shutdown_timeout_s at once).
 
     Args:
         host: the address to listen at.
