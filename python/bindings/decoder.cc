@@ -57,6 +57,7 @@ std::unique_ptr<WeightSource> OpenFiles(DType dtype, std::vector<StoredWeight> w
 // {name: all of its numbers in float32}.
 py::dict ReadWeights(std::vector<StoredWeight> weights) {
   std::vector<std::string> names;
+  names.reserve(weights.size());
   for (const StoredWeight& weight : weights) {
     names.push_back(std::visit([](const auto& stored) { return stored.name; }, weight));
   }

@@ -133,7 +133,7 @@ inline void CodesInLanes::Unpack(const uint8_t* packed, int64_t head_dim) {
     // By transposition: words [token][8] become words [8][token].
     __m512i quads[2][4];  // [h][w]: words w and w + 4 of tokens 8h to 8h + 7
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
+    for (int64_t h = 0; h < 2; ++h) {
       const uint8_t* from = packed + 8 * h * half;
       const __m512i a = LoadTwo(from, from + 4 * half);
       const __m512i b = LoadTwo(from + half, from + 5 * half);
