@@ -45,13 +45,6 @@ inline float ExpScalar(float x) {
   return lanes[0];
 }
 
-template <typename T>
-inline float LoadScalar(const T* p) {
-  float lanes[kWidth];
-  Store(lanes, LoadPartial(p, 1));
-  return lanes[0];
-}
-
 // Calls full(i) for whole vectors of [0, count) and part(i, rest) for what remains.
 template <typename Full, typename Part>
 inline void ForVectors(int64_t count, Full full, Part part) {
