@@ -36,6 +36,7 @@ void Decoder::Impl::Loop() {
     if (has_run) continue;
     // Who waits needs pages of sessions, which may be closed, or the answer of a guide.
     Lock lock(mutex);
+    WakeTold();
     has_work.wait_for(lock, std::chrono::milliseconds(5), [&] { return is_ending || is_woken; });
   }
 }
@@ -71,9 +72,7 @@ bool Decoder::Impl::RunPass() {
     scheduler.Fail(NowMs());
     if (in_flight.empty()) EndAll();  // nothing could be planned
   }
-  WakeTold();  // if the pass did not come so far
   Tell(in_flight, drawn, error);
-  if (in_flight.empty()) WakeTold();
   AskGuides();
   return !in_flight.empty();
 }

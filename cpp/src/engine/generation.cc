@@ -176,8 +176,7 @@ void Generation::Impl::HearPassEnd(const std::exception_ptr& error) {
   }
   news.back().error = error;
   heard.clear();
-  decoder->to_wake.push_back(this);
-  is_to_be_woken = true;
+  if (!is_to_be_woken.exchange(true)) decoder->to_wake.push_back(this);
 }
 
 void Generation::Impl::Wake() {

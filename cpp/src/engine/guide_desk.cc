@@ -87,6 +87,7 @@ void Decoder::Impl::AwaitMasks(Lock& lock) {
     if (!asked_ms) return;
     const double left_ms = *asked_ms + kMostWaitMs - NowMs();
     if (left_ms <= 0.0) return;
+    WakeTold();
     has_work.wait_for(lock, std::chrono::duration<double, std::milli>(left_ms));
   }
 }
