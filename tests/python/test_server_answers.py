@@ -240,6 +240,15 @@ def test_drafts_from_the_text_read_no_keys(demo_model: Path):
     assert ours["kv_bytes_read"] == pytest.approx(ours["dense_passes"] * dense)
 
 
+@pytest.mark.parametrize("num_answers", [1, 3])
+def test_usage_has_the_engines_times(served: Served, num_answers: int):
+    answers = {"n": num_answers, "temperature": 1.0}
+    for num_tokens in (1, 20):
+        ours = complete(served, max_tokens=num_tokens, **answers)["usage"]["tidaldecode"]
+        assert ours["time_to_first_token_s"] > 0
+        assert (ours["decode_tokens_per_s"] > 0) is (num_tokens > 1)
+
+
 def test_usage_in_every_chunk(served: Served):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = stream(served, CHAT, messages=MESSAGES, max_tokens=6, stream_options=options)

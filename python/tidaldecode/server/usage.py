@@ -62,6 +62,9 @@ class Accounts:
         ours: dict[str, Any] = {
             "attention": "tidal" if self.may_choose else "full",
             "kv_bytes_read": self.bytes_read(results),
+            # By the engine's clock: what a client hears may be bundled on its way.
+            "time_to_first_token_s": results[0].timings.time_to_first_token_s,
+            "decode_tokens_per_s": _mean_speed(results),
         }
         if checks:
             drafted = sum(check.drafted_tokens for check in checks)
@@ -114,6 +117,14 @@ def counts(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def _mean_speed(results: Sequence[GenerationResult]) -> float:
+    """Tokens a second of one answer, over the steps of all; 0.0 without steps."""
+    num_steps = [max(len(result.token_ids) - 1, 0) for result in results]
+    speeds = [result.timings.decode_tokens_per_s for result in results]
+    taken_s = sum(steps / speed for steps, speed in zip(num_steps, speeds, strict=True) if speed)
+    return sum(num_steps) / taken_s if taken_s else 0.0
 
 
 def _sum_of_line(value: Callable[[int], int], first: int, last: int) -> int:
