@@ -208,6 +208,14 @@ def test_settings_are_checked(wrong: dict[str, Any]):
         ServeConfig(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "zero"), [("queue_timeout_s", "never"), ("shutdown_timeout_s", "at once")]
+)
+def test_the_error_of_a_time_says_what_0_means(name: str, zero: str):
+    with pytest.raises(ConfigError, match=f"got -1.0, expected a number of seconds, 0 for {zero}"):
+        ServeConfig(**{name: -1.0})
+
+
 def test_every_setting_is_an_option_but_the_page_which_has_two_names():
     assert {field.name for field in dataclasses.fields(ServeConfig)} == {*SERVE_OPTION_HELP, "web"}
 

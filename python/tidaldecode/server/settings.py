@@ -33,10 +33,16 @@ _INTEGERS = {
     "default_max_tokens": (1, 2**31 - 1),
     "ray": (1, 1024),
 }
-_SECONDS = (
-    "queue_timeout_s", "request_timeout_s", "shutdown_timeout_s", "sse_keep_alive_s",
-    "step_timeout_s", "slow_client_timeout_s", "header_timeout_s",
-)  # fmt: skip
+# Times, and what 0 of them means.
+_SECONDS = {
+    "queue_timeout_s": "never",
+    "request_timeout_s": "never",
+    "shutdown_timeout_s": "at once",
+    "sse_keep_alive_s": "never",
+    "step_timeout_s": "never",
+    "slow_client_timeout_s": "never",
+    "header_timeout_s": "never",
+}
 _MAY_BE_NONE = (
     "uds", "max_queued_tokens", "default_max_tokens", "metrics_alias", "ssl_certfile",
     "ssl_keyfile", "ray",
@@ -183,7 +189,7 @@ def _check(name: str, value: Any) -> None:
         expected = f"an integer from {low} to {high}"
         is_right = type(value) is int and low <= value <= high
     elif name in _SECONDS:
-        expected = "a number of seconds, 0 for never"
+        expected = f"a number of seconds, 0 for {_SECONDS[name]}"
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_right = is_number and math.isfinite(value) and value >= 0
     elif name == "web":
