@@ -214,7 +214,7 @@ def check_clients_that_go(served: Served) -> None:
             for _ in answer.iter_bytes():
                 time.sleep(0.3)  # slower than the answer
                 raise httpx.ReadTimeout("enough")
-        until(lambda: sum(served.running().values()) == 0, 5)
+        until(lambda: sum(served.running().values()) == 0)
     assert sum(served.metric("clients_gone_total").values()) == sum(gone.values()) + 2
 
 

@@ -381,10 +381,10 @@ def test_damaged_json_is_refused(tmp_path: Path, data: bytes, expected: str):
 def test_a_huge_config_is_refused_unread(tmp_path: Path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 30)  # a hole: nothing is written
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=f"expected at most {MAX_JSON_BYTES}"):
         read_checkpoint_config(tmp_path / "config.json")
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize("kind", ["absent", "directory", "fifo", "link loop"])

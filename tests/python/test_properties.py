@@ -333,7 +333,7 @@ def test_ctrl_c_stops_within_a_step(tmp_path, prompt_tokens, caller):
         child.send_signal(signal.SIGINT)
         sent = time.monotonic()
         out, err = child.communicate(timeout=30)
-        assert time.monotonic() - sent < 5, "Ctrl-C took too long"
+        assert time.monotonic() - sent < 15, "Ctrl-C took too long"
     finally:
         child.kill()
     assert out.strip() == "interrupted 4", err

@@ -279,7 +279,7 @@ def check_ended(served: Served, num_gone: int, leave: Callable[[], None]) -> Non
     """An endless answer that is left ends at once: nothing is held, and most is never made."""
     before, gone = served.decoder.stats(), served.service.metrics._num_gone
     leave()
-    until(served.is_idle, 5)
+    until(served.is_idle)
     after = served.decoder.stats()
     assert served.service.metrics._num_gone - gone == num_gone
     assert after["num_finished"] - before["num_finished"] == num_gone

@@ -172,7 +172,7 @@ def test_clocks_that_jump_end_nothing_and_hold_nothing(
         thread, events = stream(url, max_tokens=16_000)
         clock[:] = struct.pack("=q", -40 * YEAR_S)
         thread.join(30)
-        assert 4.9 < time.monotonic() - began < 10
+        assert 4.9 < time.monotonic() - began < 25
         assert json.loads(events[-1])["error"]["code"] == "request_timeout"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -280,7 +280,7 @@ def test_a_whole_answer_that_nobody_takes_is_dropped(
         connections = served.run._server.server_state.connections
         with ask_and_leave_unread(served):
             assert len(connections) == 1
-            until(lambda: not connections, 5)
+            until(lambda: not connections)
         assert served.service.metrics._num_slow == 1
 
 

@@ -89,7 +89,7 @@ def test_an_idle_one_ends_at_once(demo_model: Path):
         httpx.get(command.url() + "/live")
         began = time.monotonic()
         command.tell()
-        assert command.code() == 0 and time.monotonic() - began < 5
+        assert command.code() == 0 and time.monotonic() - began < 15
 
 
 def test_a_dead_engine_is_said_and_ends_the_process(demo_model: Path):
@@ -124,7 +124,7 @@ def test_an_engine_that_stands_still_is_dead(demo_model: Path):
         stats = served.decoder.stats()
         stuck = stats | {"num_decoding": 1}
         served.decoder.stats = lambda: stuck  # type: ignore[method-assign]
-        until(lambda: deaths, 5)
+        until(lambda: deaths)
         assert isinstance(deaths[0], BackendError) and "no pass has ended" in str(deaths[0])
         del served.decoder.stats
 

