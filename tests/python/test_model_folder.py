@@ -305,6 +305,14 @@ def test_the_top_level_original_length_wins(tmp_path: Path):
     assert result.original_max_position_embeddings == 128
 
 
+def test_the_default_of_a_top_level_original_length_wins_too(tmp_path: Path):
+    """Phi-3's, as in transformers."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    changes = rope(rope_type="longrope", original_max_position_embeddings=64, **factors)
+    result = read(tmp_path, "phi3", **changes).model.rope
+    assert result.original_max_position_embeddings == 4096
+
+
 def test_rope_nested_per_layer_type_is_read_if_all_layers_are_full(tmp_path: Path):
     nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     assert read(tmp_path, rope_parameters=nested).model.rope.theta == 1e6

@@ -21,7 +21,8 @@ class Family:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None  # likewise; None: one a query head
     max_position_embeddings: int = 2048
-    original_max_position_embeddings: int | None = None  # of scaled rope; None: the length itself
+    # Beside rope_parameters; None: what those say, or without that the length itself.
+    original_max_position_embeddings: int | None = None
     head_dim: int | None = None  # None: hidden_size over heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0

@@ -140,8 +140,9 @@ class _Config:
         if rope_type in ("linear", "dynamic"):
             factor = read_float(parameters, "factor", where=inside, low=1.0, low_is_allowed=True)
             return replace(whole, type=rope_type, factor=factor)
-        default = family.original_max_position_embeddings or self.max_position_embeddings
-        original = _original_length(self.raw, parameters, default, self.where, inside)
+        original = _original_length(
+            self.raw, parameters, family, self.max_position_embeddings, self.where, inside
+        )
         whole = replace(whole, type=rope_type, original_max_position_embeddings=original)
         if rope_type == "llama3":
             return _read_llama3(parameters, whole, inside)
@@ -240,14 +241,21 @@ def _read_rotary_dim(
 def _original_length(
     raw: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    default: int,
+    family: Family,
+    max_positions: int,
     where: str,
     inside: str,
 ) -> int:
-    """The length trained before scaling: the top-level value wins, then the dictionary's."""
+    """The length trained before scaling: the top-level value wins, a family's default of that too,
+    then the dictionary's."""
     key = "original_max_position_embeddings"
-    fallback = read_int(parameters, key, low=1, high=_MAX_POSITIONS, where=inside, default=default)
-    original: int = read_int(raw, key, low=1, high=_MAX_POSITIONS, where=where, default=fallback)
+    inner: int = read_int(
+        parameters, key, low=1, high=_MAX_POSITIONS, where=inside, default=max_positions
+    )
+    own = family.original_max_position_embeddings
+    original: int = read_int(
+        raw, key, low=1, high=_MAX_POSITIONS, where=where, default=own or inner
+    )
     return original
 
 
