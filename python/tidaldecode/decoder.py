@@ -133,7 +133,9 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         given = locals()
         options = {field.name: given[field.name] for field in fields(DecodeConfig)}
         settings = one_config(config, options)
-        folder = read_model_folder(at_revision(model_dir, revision), settings.load_format)
+        folder = read_model_folder(
+            at_revision(model_dir, revision), settings.load_format, settings.max_seq_len
+        )
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, settings.attention, folder)
         log_plan_notes(settings, plan, folder)

@@ -109,7 +109,7 @@ def plan_memory(model_dir: str | os.PathLike[str], **options: Any) -> MemoryPlan
         Decoder does. A plan that does not fit is returned, with a `problem`.
     """
     settings = DecodeConfig(**options)
-    folder = read_model_folder(model_dir, settings.load_format)
+    folder = read_model_folder(model_dir, settings.load_format, settings.max_seq_len)
     plan = choose_plan(settings, settings.attention, folder)
     config = core_config(settings, plan, folder)
     return MemoryPlan(**_core.plan_memory(core_model(folder.model), config, core_weights(folder)))

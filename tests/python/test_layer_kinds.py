@@ -10,6 +10,7 @@ import pytest
 from test_model_folder import REMOVED, read, rope
 from tidaldecode.checkpoint.model_config import read_checkpoint_config
 from tidaldecode.errors import ConfigError
+from tiny_models import TinyModel
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,20 @@ def test_sliding_windows_out_of_use_are_accepted(tmp_path, family, changes):
 )  # fmt: skip
 def test_windows_are_those_of_transformers(tmp_path: Path, family, changes, windows):
     assert read(tmp_path, family, **changes).model.windows == windows
+
+
+def test_a_window_as_long_as_the_model_counts_beyond_it(tmp_path: Path):
+    read(tmp_path, "mistral", sliding_window=512)
+    path = tmp_path / "config.json"
+    for longest, window in ((None, 0), (100, 0), (512, 0), (513, 512)):
+        assert read_checkpoint_config(path, longest).model.windows == (window,) * 4
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma3_text"])
+def test_layers_with_a_window_rotate_in_their_own_way_however_long_it_is(tmp_path: Path, family):
+    kinds = TinyModel(family=family).kinds
+    windows = read(tmp_path, family, sliding_window=4096).model.windows
+    assert windows == tuple(4096 if kind == "w" else 0 for kind in kinds)
 
 
 def test_a_gemma_of_old_has_two_bases(tmp_path: Path):

@@ -220,6 +220,16 @@ def test_variants(model: TinyModel, make_folder: MakeFolder):
     assert greedy(decoder, [prompt])[0] == reference_tokens(folder, tuple(prompt), NEW_TOKENS)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_window_as_long_as_the_model(family: str, make_folder: MakeFolder):
+    """It is reached beyond the model's length, and its layers rotate in their own way before."""
+    model = TinyModel(family=family, max_position_embeddings=64, fields={"sliding_window": 64})
+    folder = make_folder(model)
+    prompt = random_prompt(model, 150)
+    assert_logits_match(open_decoder(folder), folder, prompt)
+    assert_logits_match(open_decoder(folder, max_seq_len=64), folder, prompt[:64])
+
+
 def test_the_text_part_of_a_model_of_images(tmp_path: Path, caplog):
     """Mistral Small 3's kind, written by transformers with its other parts around it."""
     model = TinyModel(family="mistral", seed=28)

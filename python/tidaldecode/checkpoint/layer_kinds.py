@@ -30,7 +30,7 @@ class LayerConfig:
 
 
 def read_layers(
-    raw: Mapping[str, Any], family: Family, num_layers: int, max_positions: int, where: str
+    raw: Mapping[str, Any], family: Family, num_layers: int, longest: int, where: str
 ) -> tuple[LayerConfig, ...]:
     """Layer by layer; () if all are as by default.
 
@@ -38,7 +38,8 @@ def read_layers(
         raw: the whole config.json.
         family: says what absent fields mean, and which there are.
         num_layers: of the model.
-        max_positions: its length; a window that is as long is none.
+        longest: tokens of the longest sequence; a window that is as long is none, but where layers
+            with one rotate otherwise.
         where: the file, for messages.
 
     Raises: ConfigError for a field that is wrong, and for layers of other kinds.
@@ -59,7 +60,7 @@ def read_layers(
                 f"{where}: layer_types: got layers that differ in kind, expected {_SLIDING!r} for "
                 f"all: sliding_window is {window}, and models of this type have it in all layers"
             )
-        if window >= max_positions:  # never reached
+        if window >= longest and family.window_rope_theta is None:  # never reached
             window = 0
     has_experts = _layers_with_experts(raw, family, num_layers, where)
     layers = tuple(

@@ -126,11 +126,12 @@ class CheckpointConfig:
     notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands
 
 
-def read_checkpoint_config(path: Path) -> CheckpointConfig:
+def read_checkpoint_config(path: Path, max_seq_len: int | None = None) -> CheckpointConfig:
     """Reads and checks config.json.
 
     Args:
         path: the file.
+        max_seq_len: of DecodeConfig: sequences may be longer than the model's own.
 
     Raises: ConfigError naming the file and the field.
     """
@@ -138,7 +139,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     raw, text_notes = _text_part(read_json_object(path), where)
     family = _read_family(raw, where)
     _refuse_unsupported_features(raw, FAMILIES[family], where)
-    model = _read_model(raw, FAMILIES[family], where)
+    model = _read_model(raw, FAMILIES[family], max_seq_len, where)
     quantization = read_quantization(raw, where)
     name = raw.get("_name_or_path")
     eos_token_ids, notes = read_token_ids(raw, "eos_token_id", model.vocab_size, where)
@@ -236,7 +237,9 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             )
 
 
-def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
+def _read_model(
+    raw: Mapping[str, Any], family: Family, max_seq_len: int | None, where: str
+) -> ModelConfig:
     def size(key: str, high: int, **options: Any) -> Any:
         return read_int(raw, key, low=1, high=high, where=where, **options)
 
@@ -285,7 +288,7 @@ def _read_model(raw: Mapping[str, Any], family: Family, where: str) -> ModelConf
         ),
         rope=read_rope(raw, **rope),
         window_rope=read_window_rope(raw, **rope),
-        layers=read_layers(raw, family, num_layers, max_positions, where),
+        layers=read_layers(raw, family, num_layers, max(max_positions, max_seq_len or 0), where),
         **_read_activation(raw, family, where),
         **_read_experts(raw, family, where),
         **_read_multipliers(raw, family, where),

@@ -84,20 +84,25 @@ class ModelFolder:
             )
 
 
-def read_model_folder(model_dir: str | os.PathLike[str], load_format: str = "auto") -> ModelFolder:
+def read_model_folder(
+    model_dir: str | os.PathLike[str],
+    load_format: str = "auto",
+    max_seq_len: int | None = None,
+) -> ModelFolder:
     """Reads config.json, generation_config.json and the headers of the weight files.
 
     Args:
         model_dir: a model folder, a models--org--name folder of a hub cache, or a hub id,
             "org/name" or "org/name@revision", which is downloaded if it is not in that cache.
         load_format: as in DecodeConfig; for "dummy" the folder needs no weight files.
+        max_seq_len: as in DecodeConfig.
 
     Raises:
         ConfigError: no such folder or model, or a configuration that is damaged or not supported.
         WeightsError: weight files that are missing, damaged or do not fit the configuration.
     """
     path = _resolve_folder(model_dir, needs_weights=load_format != "dummy")
-    checkpoint = read_checkpoint_config(path / "config.json")
+    checkpoint = read_checkpoint_config(path / "config.json", max_seq_len)
     generation = read_generation_defaults(
         path / "generation_config.json", checkpoint.model.vocab_size
     )

@@ -167,9 +167,10 @@ def info(
     from tidaldecode.cli.info import show_installation, show_memory, show_model
 
     console = Console(highlight=False)
-    folder = None if model_dir is None else read_model_folder(at_revision(model_dir, revision))
-    if folder is not None:
-        folder.log_notes(engine.get("max_seq_len"))
+    if model_dir is not None:
+        max_seq_len = engine.get("max_seq_len")
+        folder = read_model_folder(at_revision(model_dir, revision), max_seq_len=max_seq_len)
+        folder.log_notes(max_seq_len)
         show_model(console, folder)
         try:
             show_memory(console, plan_memory(folder.path, **engine))
