@@ -262,6 +262,11 @@ def test_a_wrapper_of_a_text_model_is_read(tmp_path: Path):
         "mistral", "float32", (7,)
     )  # fmt: skip
     assert checkpoint.model.hidden_size == 64
+    own = {"dtype": "bfloat16", "eos_token_id": 5, "tie_word_embeddings": True}
+    path.write_text(json.dumps(wrapper | {"text_config": text | own, "tie_word_embeddings": False}))
+    assert read_checkpoint_config(path).dtype == "float32"
+    assert read_checkpoint_config(path).eos_token_ids == (7,)
+    assert not read_checkpoint_config(path).model.tie_word_embeddings
     for bad, expected in (
         (None, "text_config: got None, expected an object"),
         (text | {"model_type": "pixtral"}, "pixtral"),
@@ -269,6 +274,15 @@ def test_a_wrapper_of_a_text_model_is_read(tmp_path: Path):
         path.write_text(json.dumps(wrapper | {"text_config": bad}))
         with pytest.raises(ConfigError, match=expected):
             read_checkpoint_config(path)
+
+
+def test_the_text_part_of_a_wrapper_has_a_family_by_default(tmp_path: Path):
+    path = tmp_path / "config.json"
+    for wrapper, family in (("mistral3", "mistral"), ("gemma3", "gemma3_text")):
+        text = config_json(TinyModel(family=family))
+        del text["model_type"]
+        path.write_text(json.dumps({"model_type": wrapper, "text_config": text}))
+        assert read_checkpoint_config(path).family == family
 
 
 # RoPE

@@ -230,15 +230,19 @@ def test_a_window_as_long_as_the_model(family: str, make_folder: MakeFolder):
     assert_logits_match(open_decoder(folder, max_seq_len=64), folder, prompt[:64])
 
 
-def test_the_text_part_of_a_model_of_images(tmp_path: Path, caplog):
-    """Mistral Small 3's kind, written by transformers with its other parts around it."""
-    model = TinyModel(family="mistral", seed=28)
+@pytest.mark.parametrize("tie", [False, True, None])
+def test_the_text_part_of_a_model_of_images(tmp_path: Path, tie: bool | None, caplog):
+    """Mistral Small 3's kind, written by transformers with its other parts around it: whether the
+    output matrix is the embedding stands at the top, and is so where nothing does (None)."""
+    model = TinyModel(family="mistral", tie=tie is not False, seed=28)
     vision = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16,
         "num_attention_heads": 2, "patch_size": 14, "image_size": 28,
     }  # fmt: skip
     config = transformers.Mistral3Config(
-        text_config=config_json(model), vision_config=vision, tie_word_embeddings=False
+        text_config=config_json(model) | {"tie_word_embeddings": False},
+        vision_config=vision,
+        tie_word_embeddings=model.tie,
     )
     whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
     text = {
@@ -248,6 +252,9 @@ def test_the_text_part_of_a_model_of_images(tmp_path: Path, caplog):
     _, unexpected = whole.load_state_dict(text, strict=False)
     assert not unexpected
     whole.save_pretrained(tmp_path)
+    if tie is None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": None}))
     prompt = random_prompt(model, 70)
     with torch.no_grad():
         expected = whole(torch.tensor([prompt])).logits[0].numpy()

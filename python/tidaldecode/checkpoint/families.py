@@ -86,9 +86,10 @@ class Family:
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-# Models of text and images: `text_config` says what the text part is, which is used alone. What is
-# of the whole folder stands beside it.
-WRAPPERS = ("mistral3", "gemma3")
+# Models of text and images: `text_config` says what the text part is, which is used alone, and what
+# family it has if it does not say. What is of the whole folder stands beside it, and counts before
+# what the part says of it.
+WRAPPERS = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 BESIDE_TEXT_CONFIG = (
     "_name_or_path", "auto_map", "dtype", "torch_dtype", "eos_token_id", "quantization_config",
     "tie_word_embeddings",

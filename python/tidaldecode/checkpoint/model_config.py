@@ -123,6 +123,8 @@ class CheckpointConfig:
     eos_token_ids: tuple[int, ...]
     model: ModelConfig
     quantization: Quantization | None = None  # None: weights as they are
+    # Whether the embedding is the output matrix too where none is stored, whatever `model` says.
+    ties_without_head: bool = False
     notes: tuple[str, ...] = ()  # for the user: what was not taken as it stands
 
 
@@ -136,7 +138,8 @@ def read_checkpoint_config(path: Path, max_seq_len: int | None = None) -> Checkp
     Raises: ConfigError naming the file and the field.
     """
     where = str(path)
-    raw, text_notes = _text_part(read_json_object(path), where)
+    whole = read_json_object(path)
+    raw, text_notes = _text_part(whole, where)
     family = _read_family(raw, where)
     _refuse_unsupported_features(raw, FAMILIES[family], where)
     model = _read_model(raw, FAMILIES[family], max_seq_len, where)
@@ -150,20 +153,28 @@ def read_checkpoint_config(path: Path, max_seq_len: int | None = None) -> Checkp
         eos_token_ids=eos_token_ids,
         model=model,
         quantization=quantization,
+        # The default of wrappers, whose text part does not decide.
+        ties_without_head=_is_wrapper(whole) and whole.get("tie_word_embeddings") is None,
         notes=text_notes + notes + (quantization.notes if quantization else ()),
     )
 
 
+def _is_wrapper(raw: Mapping[str, Any]) -> bool:
+    family = raw.get("model_type")
+    return isinstance(family, str) and family in WRAPPERS
+
+
 def _text_part(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The fields of the text model, and notes for the user."""
-    if raw.get("model_type") not in WRAPPERS:
+    if not _is_wrapper(raw):
         return raw, ()
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise ConfigError(f"{where}: text_config: got {show(text)}, expected an object")
-    beside = {key: raw[key] for key in BESIDE_TEXT_CONFIG if text.get(key) is None and key in raw}
+    default = {"model_type": WRAPPERS[raw["model_type"]]}
+    beside = {key: raw[key] for key in BESIDE_TEXT_CONFIG if raw.get(key) is not None}
     note = f"{where}: of this model of text and images the text part is used; it takes no images"
-    return text | beside, (note,)
+    return default | text | beside, (note,)
 
 
 def read_token_ids(

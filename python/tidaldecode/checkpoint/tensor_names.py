@@ -126,6 +126,8 @@ def select_tensors(
         found = split_experts(found, model)
     found = _in_engine_parts(found, family, model)
     notes: list[str] = []
+    if checkpoint.ties_without_head and _HEAD not in found:
+        model = replace(model, tie_word_embeddings=True)
     if model.tie_word_embeddings:
         model = _settle_head(found, model, folder, notes)
     needed = set(expected_tensor_names(model))
