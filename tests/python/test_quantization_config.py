@@ -134,6 +134,10 @@ def test_defaults_are_those_of_the_libraries():
     assert scheme(with_group(FP8, weights=block)).block == (64, 32)
 
 
+def test_older_writers_call_what_is_compressed_frozen():
+    assert scheme(FP8 | {"quantization_status": "frozen"}) == scheme(FP8)
+
+
 def test_groups_without_weights_quantise_none():
     assert scheme(with_group(FP8, weights=None)) is None
     assert scheme(with_group(FP8, format="dense")) is None
@@ -175,7 +179,7 @@ REFUSED = [
     (GPTQ | {"pack_dtype": "int16"}, "pack_dtype: got 'int16'"),
     (GPTQ | {"desc_act": "no"}, "desc_act: got 'no'"),
     # compressed-tensors
-    (FP8 | {"quantization_status": "frozen"}, "quantization_status: got 'frozen'"),
+    (FP8 | {"quantization_status": "initialized"}, "quantization_status: got 'initialized'"),
     *[
         (FP8 | {"format": form}, f"format: got '{form}', supported are 'float-quantized'")
         for form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "marlin-24", "mixed-precision")

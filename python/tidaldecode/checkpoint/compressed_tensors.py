@@ -50,7 +50,8 @@ def read_compressed_tensors(config: Mapping[str, Any], where: str) -> Quantizati
 
     Raises: ConfigError naming what is not supported.
     """
-    expect(config, "quantization_status", ("compressed",), where)
+    # Older writers call what they have compressed "frozen".
+    expect(config, "quantization_status", ("compressed", "frozen"), where)
     refuse_unless_empty(config, ("moe_sparsity_config",), where)
     _refuse_sparsity(config.get("sparsity_config"), where)
     transforms = config.get("transform_config")
