@@ -60,6 +60,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "decoder": {"added_tokens_decoder": {"1": ADDED | {"content": "<s>"}, "700": ADDED}},
     "additional": {"additional_special_tokens": ["<extra>", "<more>"]},
     "extra": {"extra_special_tokens": ["<more>"]},
+    "named_and_listed": {
+        "extra_special_tokens": {"image_token": "<image>"},
+        "additional_special_tokens": ["<more>"],
+    },
     "model_specific": {"extra_special_tokens": {"image_token": "<image>"}, "audio_token": "<a>"},
     "clean_up": {"clean_up_tokenization_spaces": True},
     "split": {"split_special_tokens": True, "eos_token": "</s>"},

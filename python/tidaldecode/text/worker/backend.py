@@ -268,10 +268,11 @@ def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: str) -> di
         fields |= read_json(os.path.join(folder, "special_tokens_map.json"))
         listed = _legacy_tokens(tokenizer, fields, folder)
     by_content = {token.content: token for token in listed.values()}
-    extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
+    extra = fields.get("extra_special_tokens")
     if isinstance(extra, dict):  # named ones of this model
         fields |= extra
-        extra = []
+        extra = None
+    extra = extra or fields.get("additional_special_tokens") or []
     named = {
         name: _added_token(value, name)
         for name, value in fields.items()
