@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.cache_scales import scaled_model
+from tidaldecode.checkpoint.families import FAMILIES
 from tidaldecode.checkpoint.layer_kinds import LayerConfig
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
@@ -51,11 +53,28 @@ def resolve_device(device: str) -> str:
 def model_in_use(folder: ModelFolder, config: _core.DecodeConfig) -> ModelConfig:
     """The folder's model; of an fp8 cache with the scales that the folder has for it.
 
+    Gemma's embeddings are multiplied by a number of the weights' type, as in transformers and vLLM:
+    sqrt(2560) is 50.5 in bfloat16.
+
     Raises: WeightsError for scales that cannot be used.
     """
+    model = folder.model
+    if FAMILIES[folder.family].has_gemma_scales:
+        model = replace(model, embedding_scale=_rounded(model.embedding_scale, config.dtype))
     if config.kv_dtype != "fp8":
-        return folder.model
-    return scaled_model(folder.model, folder.cache_scales)
+        return model
+    return scaled_model(model, folder.cache_scales)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """The nearest number of a type."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        bits = int.from_bytes(struct.pack("<f", value), "little")
+        bits += 0x7FFF + (bits >> 16 & 1)
+        value = struct.unpack("<f", (bits & 0xFFFF0000).to_bytes(4, "little"))[0]
+    form = "<e" if dtype == "float16" else "<f"
+    nearest: float = struct.unpack(form, struct.pack(form, value))[0]
+    return nearest
 
 
 def core_model(model: ModelConfig) -> _core.ModelConfig:

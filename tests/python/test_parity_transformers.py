@@ -295,6 +295,21 @@ def test_dtype_auto_keeps_the_checkpoints_weights(dtype: str, make_folder: MakeF
     assert_tokens_match(decoder, folder, prompt)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_the_scale_of_gemmas_embeddings_is_of_their_dtype(
+    family: str, dtype: str, make_folder: MakeFolder
+):
+    """sqrt(60) is 7.746 in float16 and 7.75 in bfloat16."""
+    folder = make_folder(model := TinyModel(family=family, dtype=dtype, hidden_size=60, seed=12))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    prompt = random_prompt(model, 50)
+    with torch.no_grad():
+        expected = whole.float().eval()(torch.tensor([prompt])).logits[0].numpy()
+    actual = open_decoder(folder, dtype="auto", kv_dtype="float32").logits(prompt, last=50)
+    assert np.abs(actual - expected).max() <= RELATIVE_TOLERANCE * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 4e-2)])
 def test_a_16_bit_cache_rounds_keys_and_values(
     dtype: str, tolerance: float, make_folder: MakeFolder
