@@ -91,9 +91,14 @@ def make_result(
     text: str | None,
     matched_stop: str | None,
     stop_token_ids: Collection[int],
+    num_tokens: int | None = None,
 ) -> GenerationResult:
-    """The engine's account of a sequence together with its text."""
-    token_ids = tuple(core.token_ids)
+    """The engine's account of a sequence together with its text.
+
+    Args:
+        num_tokens: that the text took, up to the end of its stop string; None: all of them.
+    """
+    token_ids = tuple(core.token_ids[:num_tokens])
     finish_reason = "stop" if matched_stop is not None else core.finish_reason or "abort"
     stop_reason: str | int | None = matched_stop
     is_stopped = finish_reason == "stop" and stop_reason is None

@@ -118,6 +118,7 @@ class TextStream(Iterator[str], Closing):
             text="".join(pieces) if assembler is not None else None,
             matched_stop=assembler.matched_stop(0) if assembler is not None else None,
             stop_token_ids=self._stop_token_ids,
+            num_tokens=assembler.tokens_to_stop(0) if assembler is not None else None,
         )
 
     def close(self) -> None:

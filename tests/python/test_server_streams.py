@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +101,37 @@ def test_a_stream_that_changes_hands_loses_nothing(
     draw = random.Random(5)
     monkeypatch.setattr(OpenBody, "is_free", lambda _: draw.random() < 0.5)
     assert stream(served, **more) == expected
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_is_made_behind_a_stop_string_is_nobodys(
+    served: Served, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+):
+    """An event loop with much to do hears of many tokens at once."""
+    feed = served.service.feed
+    inbox = feed._inbox
+
+    def take() -> Any:
+        time.sleep(0.2)
+        return inbox.take()
+
+    slow = SimpleNamespace(take=take, add=inbox.add, remove=inbox.remove, close=inbox.close)
+    stop = served.decoder.generate(ASK["prompt"], max_new_tokens=40, temperature=0).text[20:24]
+    expected = served.decoder.generate(
+        ASK["prompt"], max_new_tokens=400, temperature=0, stop=stop, logprobs=0
+    )
+    more = {"logprobs": 0, "return_token_ids": True, "stop": stop}
+    more |= {"stream_options": {"include_usage": True}}
+    monkeypatch.setattr(feed, "_inbox", slow)
+    answer = served.post("/v1/completions", ASK | more | {"stream": is_stream})
+    monkeypatch.undo()
+    events = [*map(json.loads, events_of(answer.text)[:-1])] if is_stream else [answer.json()]
+    choices = [choice for event in events for choice in event["choices"]]
+    assert "".join(choice["text"] for choice in choices) == expected.text
+    ids = [token_id for choice in choices for token_id in choice.get("token_ids", [])]
+    assert ids == list(expected.token_ids)
+    names = [name for c in choices for name in (c["logprobs"] or {"tokens": []})["tokens"]]
+    assert len(names) == len(ids) == events[-1]["usage"]["completion_tokens"]
 
 
 def test_a_client_of_http_1_0_gets_its_stream(served: Served):

@@ -147,8 +147,8 @@ def test_no_text_is_shown_that_a_stop_string_takes_back():
     assert [filter_.push(c) for c in "a STAR"] == ["a", " ", "", "", "STA", "R"]
 
 
-def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
-    """The text of a sequence that a tokenizer with this decode function gives, token by token."""
+def assembler_of(decode, stop, **settings) -> TextAssembler:
+    """Of one sequence, with a tokenizer that has this decode function."""
 
     def detokenize(rows: list[dict]) -> list[dict]:
         answers = []
@@ -172,7 +172,12 @@ def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
     source = SimpleNamespace(
         detokenize=detokenize, special_tokens=["<end>", "<x>"], joins_bytes=False
     )
-    assembler = TextAssembler(source, [[]], checked)
+    return TextAssembler(source, [[]], checked)
+
+
+def assemble(decode, stop, ids, **settings) -> tuple[str, str | None]:
+    """The text of a sequence, token by token."""
+    assembler = assembler_of(decode, stop, **settings)
     shown = [assembler.push([(0, token_id)]).get(0, "") for token_id in ids]
     shown.append(assembler.finish({0: []}).get(0, ""))
     assert "".join(shown) == assembler.text(0)
@@ -207,6 +212,16 @@ def test_a_stop_string_that_ends_in_a_held_back_character_is_found_at_the_end():
 )
 def test_a_stop_string_with_a_special_token_stops_and_shows_none(stop, ids, text, matched):
     assert assemble(decode_marked, stop, ids) == (text, matched)
+
+
+@pytest.mark.parametrize(("stop", "count"), [("b", 2), ("<end>", 3), ("b<end>c", 4), ("x", None)])
+def test_tokens_behind_a_stop_string_that_come_with_it_are_not_counted(stop, count):
+    ids = [*b"ab", 300, *b"cd"]
+    for first in range(len(ids) + 1):
+        assembler = assembler_of(decode_marked, stop)
+        assembler.push((0, token_id) for token_id in ids[:first])
+        assembler.finish({0: ids[first:]})
+        assert assembler.tokens_to_stop(0) == count
 
 
 def test_what_ended_a_text_is_kept_where_it_is_wanted():

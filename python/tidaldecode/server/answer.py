@@ -105,29 +105,35 @@ class Answer:
         self._deliver(Delta(self.index, error=error))
 
     def _take(self, tokens: list[int], text: str | None) -> None:
-        self.token_ids += tokens
-        delta = Delta(self.index, token_ids=tokens)
+        delta = Delta(self.index)
         if self.assembler is not None:
             delta.text = push_all([(self.assembler, tokens)])[0] if text is None else text
             if self.assembler.may_match:
                 self.is_matched = self.assembler.matched_stop(0) is not None
-        if self.wants_logprobs:
-            self._add_logprobs(delta, tokens)
+        self._add_tokens(delta, tokens)
         self._deliver(delta)
 
     def _end(self, tokens: list[int]) -> None:
         """The engine has ended it."""
         self.has_ended = True
-        delta = Delta(self.index, token_ids=tokens)
-        self.token_ids += tokens
+        delta = Delta(self.index)
         text = ""
         if self.assembler is not None:
             delta.text = self.assembler.finish({0: tokens}).get(0, "")
             text = self.assembler.text(0)
         delta.result = self._stream._result_of(self.generation.results()[0], [text])
+        self._add_tokens(delta, tokens)
+        self._deliver(delta)
+
+    def _add_tokens(self, delta: Delta, tokens: list[int]) -> None:
+        """Adds new tokens and what is told of them, but for those behind a stop string."""
+        most = None if self.assembler is None else self.assembler.tokens_to_stop(0)
+        if most is not None:
+            tokens = tokens[: max(0, most - len(self.token_ids))]
+        self.token_ids += tokens
+        delta.token_ids = tokens
         if self.wants_logprobs:
             self._add_logprobs(delta, tokens)
-        self._deliver(delta)
 
     def _add_logprobs(self, delta: Delta, tokens: list[int]) -> None:
         """Those of the newest tokens, and of the prompt's with the first."""

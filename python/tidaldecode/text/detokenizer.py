@@ -139,7 +139,9 @@ class _HidingFilter:
 class _Row:
     """One sequence of a call."""
 
-    __slots__ = ("_filter", "_hides", "_left_out", "_prompt", "_skips", "_states", "pieces")
+    __slots__ = (
+        "_filter", "_hides", "_left_out", "_prompt", "_skips", "_states", "num_filtered", "pieces",
+    )  # fmt: skip
 
     def __init__(
         self, prompt_ids: Sequence[int], settings: SamplingSettings, special: Collection[str]
@@ -158,6 +160,7 @@ class _Row:
             self._filter = kind(settings.stop, keeps_stop=keeps)
         self._left_out = () if keeps else settings.stop_token_ids
         self.pieces: list[str] = []
+        self.num_filtered = 0  # tokens, and the end, that the filter has had up to a stop string
 
     @property
     def matched(self) -> str | None:
@@ -183,7 +186,7 @@ class _Row:
         """Takes the answers to its questions; returns the text that may be shown now."""
         self._states = [answer["state"] for answer in answers]
         pieces = [answer["pieces"] for answer in answers]
-        return self._show(zip(*pieces, strict=True) if self._hides else "".join(pieces[0]), ends)
+        return self._show(zip(*pieces, strict=True) if self._hides else pieces[0], ends)
 
     def add(self, ids: Iterable[int], source: TextSource, *, ends: bool) -> str:
         """Adds tokens whose text is made here; returns what may be shown now."""
@@ -192,24 +195,31 @@ class _Row:
             return ""
         if self._states[0] is None:
             self._states = [source.byte_text(self._prompt, skips=skips) for skips in self._skips]
-        if self._hides:
-            pieces = [text.pieces(new, ends=ends) for text in self._states]
-            return self._show(zip(*pieces, strict=True), ends)
-        return self._show(self._states[0].push(new, ends), ends)
+        if self._filter is None:
+            return self._show([self._states[0].push(new, ends)], ends)
+        pieces = [text.pieces(new, ends=ends) for text in self._states]
+        return self._show(zip(*pieces, strict=True) if self._hides else pieces[0], ends)
 
     def _shown(self, ids: Iterable[int]) -> list[int]:
         left_out = self._left_out
         return [token_id for token_id in ids if token_id not in left_out]
 
-    def _show(self, new: Any, ends: bool) -> str:
-        """What may be shown now of new text, or of pairs of pieces if special tokens are hidden."""
-        text: str = new
-        if self._filter is not None:
-            push = self._filter.push
-            text = "".join(push(*pair) for pair in new) if self._hides else push(new)
-            if ends and self._filter.matched is None:
-                text += self._filter.finish()
+    def _show(self, new: Iterable[Any], ends: bool) -> str:
+        """What may be shown now of the texts of new tokens and of the end, or of pairs of them if
+        special tokens are hidden."""
+        text = "".join(new) if self._filter is None else self._filtered(new, ends)
         self.pieces.append(text)
+        return text
+
+    def _filtered(self, new: Iterable[Any], ends: bool) -> str:
+        text = ""
+        for piece in new:
+            text += self._filter.push(*(piece if self._hides else (piece,)))
+            self.num_filtered += 1
+            if self.matched is not None:
+                return text
+        if ends:
+            text += self._filter.finish()
         return text
 
 
@@ -237,6 +247,11 @@ class TextAssembler:
     def matched_stop(self, sequence: int) -> str | None:
         """The stop string that ended the text of a sequence, if one did."""
         return self._rows[sequence].matched
+
+    def tokens_to_stop(self, sequence: int) -> int | None:
+        """How many tokens it took to complete that stop string; None without one."""
+        row = self._rows[sequence]
+        return None if row.matched is None else row.num_filtered
 
     def text(self, sequence: int) -> str:
         """All that may be shown so far."""
