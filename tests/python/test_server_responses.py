@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 openai = pytest.importorskip("openai", reason="needs the openai client")
 
 from serving import Served, serving  # noqa: E402
+from tidaldecode.server.completions import Completion  # noqa: E402
+from tidaldecode.server.messages import MessageAnswer  # noqa: E402
+from tidaldecode.server.responses import ResponseAnswer  # noqa: E402
 
 ROUTE = "/v1/responses"
 QUESTION = "Tell me about the harbour."
@@ -148,6 +152,39 @@ def test_what_asks_for_nothing_is_taken(served: Served):
     body |= {"tool_choice": "auto", "text": {"format": {"type": "text"}}, "truncation": "disabled"}
     body |= {"previous_response_id": None, "background": False, "unknown": 1}
     assert served.post(ROUTE, body).status_code == 200
+
+
+def test_a_stream_that_fails_before_its_first_token(demo_model: Path):
+    engine = {"max_batch_size": 1, "max_seq_len": 16384}
+    with serving(demo_model, engine=engine, request_timeout_s=0.5) as served:
+        client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+        with served.decoder.stream([5, 6, 7], max_new_tokens=16000, ignore_eos=True) as holds:
+            next(holds)
+            with client.responses.stream(model="tidal-demo", input="Hello") as stream:
+                events = list(stream)
+        kinds = [event.type.removeprefix("response.") for event in events]
+        assert kinds == ["created", "in_progress", "failed"]
+        assert events[-1].response.error.message.startswith("the answer took over")
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [(ROUTE, {"input": "Hello"}), ("/v1/messages", {"messages": [USER]}),
+     ("/v1/completions", {"prompt": "Hello"})],
+)  # fmt: skip
+def test_a_mistake_in_a_stream_is_an_event(
+    served: Served, monkeypatch: pytest.MonkeyPatch, route: str, asked: dict[str, Any]
+):
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(ResponseAnswer, "account", fail)
+    monkeypatch.setattr(MessageAnswer, "account", fail)
+    monkeypatch.setattr(Completion, "account", fail)
+    text = served.post(route, asked | {"max_tokens": 2, "stream": True}).text
+    last = json.loads(text.strip().rpartition("data: ")[2])
+    error = last["response"]["error"] if route == ROUTE else last["error"]
+    assert error["message"].startswith("the server has made a mistake") and "secret" not in text
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI):

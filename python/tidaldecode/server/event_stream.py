@@ -102,8 +102,8 @@ class EventStream(Response):
                     if body["body"]:
                         await write(body)
                 last = writer.end()
-            except ApiError as error:
-                last = writer.fail(error)
+            except Exception as error:  # a mistake of the server's, too: no stream just breaks off
+                last = writer.fail(exchange.service.to_api_error(error))
             await send({"type": "http.response.body", "body": last})
 
     def _write_at_once(self, delta: Delta) -> bool:

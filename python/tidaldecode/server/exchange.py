@@ -30,7 +30,7 @@ class Exchange:
         # Takes what comes while somebody waits for news, or says that it must wait in line.
         self.take_at_once: Callable[[Delta], bool] = lambda _: False
         self._heard_at = self.began_at
-        self._service = service
+        self.service = service
         self._deltas: list[Delta] = []
         self._num_unread = 0  # tokens of those
         self._waiter: asyncio.Future[None] | None = None
@@ -42,9 +42,9 @@ class Exchange:
             answer = Answer(request, len(self.answers), self._deliver)
             answer.wants_logprobs = wants_logprobs
             self.answers.append(answer)
-            self._service.feed.add(answer)
+            self.service.feed.add(answer)
         if self.failure is not None:
-            self._service.feed.cancel(self.answers)
+            self.service.feed.cancel(self.answers)
 
     @property
     def has_ended(self) -> bool:
@@ -69,7 +69,7 @@ class Exchange:
         Raises: ApiError once the exchange has failed.
         """
         if not self._deltas and self.failure is None:
-            self._waiter = self._service.loop.create_future()
+            self._waiter = self.service.loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -80,7 +80,7 @@ class Exchange:
         was_full, self._num_unread = self._num_unread >= MOST_UNREAD, 0
         self._heard_at = time.monotonic()
         if was_full:
-            self._service.feed.resume(self.answers)
+            self.service.feed.resume(self.answers)
         return deltas
 
     def poke(self) -> None:
@@ -91,34 +91,34 @@ class Exchange:
 
     def tick(self, now: float) -> None:
         """Lets a stream that has been silent for long say that it is alive."""
-        keep_alive = self._service.settings.sse_keep_alive_s
+        keep_alive = self.service.settings.sse_keep_alive_s
         if keep_alive and now - self._heard_at > keep_alive:
             self.poke()
 
     def leave(self) -> None:
         """Ends it because its client has gone."""
-        self._service.metrics.client_gone()
+        self.service.metrics.client_gone()
         self.fail(ApiError(408, "client_gone", "the client has closed its connection"))
 
     def fail(self, error: ApiError) -> None:
         """Ends it for a reason that its client is told."""
         if self.failure is None:
             self.failure = error
-        self._service.feed.cancel(self.answers)
+        self.service.feed.cancel(self.answers)
         self.poke()
 
     def close(self) -> None:
         """Leaves it; answers that have not ended are cancelled."""
-        self._service.feed.cancel(self.answers)
-        self._service.exchanges.discard(self)
+        self.service.feed.cancel(self.answers)
+        self.service.exchanges.discard(self)
 
     def _deliver(self, delta: Delta) -> None:
         answer = self.answers[delta.index]
         if delta.result is not None or delta.error is not None:
             self.num_ended += 1
         if delta.error is not None:
-            self._service.hear_error(delta.error)
-        self._service.metrics.hear(answer, delta)
+            self.service.hear_error(delta.error)
+        self.service.metrics.hear(answer, delta)
         if self.watch is not None:
             self.watch.hear(answer, delta)
         self.tell(delta)
@@ -133,5 +133,5 @@ class Exchange:
         self._deltas.append(delta)
         self._num_unread += len(delta.token_ids or ())
         if self._num_unread >= MOST_UNREAD and self.failure is None:
-            self._service.feed.hold(self.answers)
+            self.service.feed.hold(self.answers)
         self.poke()

@@ -78,7 +78,8 @@ def _content(block: Block) -> dict[str, Any]:
         return {"type": "thinking", "thinking": block.text, "signature": ""}
     if block.kind == TEXT:
         return {"type": "text", "text": block.text}
-    data = orjson.loads(block.text or "{}")
+    # As the model has written it, which orjson need not be able to read: 1e999, "\\ud800".
+    data = orjson.Fragment(block.text or "{}")
     return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": data}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-import orjson
 from pydantic import Field
 
 from tidaldecode.errors import show
@@ -198,7 +198,7 @@ def _call_of(block: dict[str, Any], where: str) -> dict[str, Any]:
     call_id, name, arguments = block.get("id"), block.get("name"), block.get("input")
     if not (isinstance(call_id, str) and isinstance(name, str) and isinstance(arguments, dict)):
         raise invalid(where, f"got {show(block)}, expected a tool_use with id, name and input")
-    function = {"name": name, "arguments": orjson.dumps(arguments).decode()}
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return {"id": call_id, "type": "function", "function": function}
 
 

@@ -10,6 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+from pydantic_core import to_json
+
 from tidaldecode.results import GenerationResult
 from tidaldecode.server.answering import Caller
 from tidaldecode.server.chat import ChatCompletion
@@ -56,9 +59,9 @@ class ResponseAnswer(ChatCompletion):
             "metadata": body.metadata or {},
             "temperature": body.temperature,
             "top_p": body.top_p,
-            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-            "tools": body.tools or [],
-            "tool_choice": body.tool_choice or "auto",
+            "text": {"format": _echoed((body.text and body.text.format) or {"type": "text"})},
+            "tools": _echoed(body.tools or []),
+            "tool_choice": _echoed(body.tool_choice or "auto"),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
@@ -122,6 +125,11 @@ class ResponseAnswer(ChatCompletion):
 
     def events(self) -> EventWriter:
         return _Events(self)
+
+
+def _echoed(value: Any) -> orjson.Fragment:
+    """What the client has sent: its integers may be larger than orjson writes."""
+    return orjson.Fragment(to_json(value, inf_nan_mode="null"))
 
 
 _PREFIXES = {REASONING: "rs", TEXT: "msg", CALL: "fc"}
@@ -197,5 +205,6 @@ class _Events(TypedEvents):
 
     def fail(self, error: ApiError) -> bytes:
         said = {"code": "server_error", "message": error.message}
+        events = b"" if self.has_begun else self.opening()
         response = self._answer.begun() | {"status": "failed", "error": said}
-        return self._event("failed", response=response)
+        return events + self._event("failed", response=response)

@@ -63,7 +63,7 @@ class TypedEvents(ABC):
         self._interval = answering.service.settings.stream_interval
         self._held = ""  # text that waits for more tokens
         self._num_held = 0  # tokens of it
-        self._has_begun = False
+        self.has_begun = False  # the opening has been written
         self.result: GenerationResult | None = None  # once it has ended
 
     @abstractmethod
@@ -104,8 +104,8 @@ class TypedEvents(ABC):
 
         Raises: ApiError for an answer that has failed.
         """
-        events = b"" if self._has_begun else self.opening()
-        self._has_begun = True
+        events = b"" if self.has_begun else self.opening()
+        self.has_begun = True
         for delta in deltas:
             check_delta(delta, self.of.service)
             self._held += delta.text

@@ -212,7 +212,7 @@ class _Row:
         return text
 
     def _filtered(self, new: Iterable[Any], ends: bool) -> str:
-        text = ""
+        text: str = ""
         for piece in new:
             text += self._filter.push(*(piece if self._hides else (piece,)))
             self.num_filtered += 1
