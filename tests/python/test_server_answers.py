@@ -14,6 +14,7 @@ pytest.importorskip("fastapi", reason="needs tidaldecode[serve]")
 
 import httpx  # noqa: E402
 
+from scripted_model import write_byte_tokenizer, write_scripted_model  # noqa: E402
 from serving import Served, events_of, serving  # noqa: E402
 from tidaldecode.server.bodies import CompletionBody, read_body  # noqa: E402
 from tidaldecode.server.errors import ApiError  # noqa: E402
@@ -160,6 +161,8 @@ def test_prompt_logprobs(served: Served):
         assert row[str(token_id)]["rank"] == each.rank
     body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "prompt_logprobs": 0}
     assert len(served.post(CHAT, body).json()["prompt_logprobs"]) > 5
+    error = served.post(CHAT, body | {"stream": True}).json()["error"]
+    assert error["param"] == "prompt_logprobs"  # which streams have no place for
 
 
 def test_messages_that_go_on(served: Served):
@@ -175,9 +178,13 @@ def test_messages_that_go_on(served: Served):
     assert answer["prompt_token_ids"] == ids
     echoed = served.post(CHAT, body | {"echo": True}).json()["choices"][0]["message"]["content"]
     assert echoed == "It was very" + expected.text
+    parts = [{"type": "text", "text": "It was"}, {"type": "text", "text": "very"}]
+    body["messages"] = [*MESSAGES, {"role": "assistant", "content": parts}]
+    echoed = served.post(CHAT, body | {"echo": True}).json()["choices"][0]["message"]["content"]
+    assert echoed.startswith("It was\nvery")
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tools", "messages"])
+@pytest.mark.parametrize("name", ["chat_template", "tools", "messages", "self", "mood"])
 def test_what_is_no_template_variable(served: Served, name: str):
     body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
     assert served.post(CHAT, body).json()["error"]["param"] == "chat_template_kwargs"
@@ -187,6 +194,27 @@ def test_a_variable_that_the_template_does_not_use(served: Served):
     body = GREEDY | {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {"mood": 1}}
     response = served.post(CHAT, body)
     assert response.status_code == 400 and "mood" in response.json()["error"]["message"]
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"mood": 1}}
+    assert served.post("/tokenize", body).json()["error"]["param"] == "chat_template_kwargs"
+    body = {"messages": MESSAGES, "reasoning_effort": "low"}
+    assert served.post(CHAT, body).json()["error"]["param"] == "reasoning_effort"
+    body = {"input": TEXT, "reasoning": {"effort": "low"}}
+    assert served.post("/v1/responses", body).json()["error"]["param"] == "reasoning.effort"
+
+
+def test_what_a_template_does_not_take(tmp_path: Path):
+    folder = write_scripted_model(tmp_path / "model")
+    template = "{% for m in messages %}{{ raise_exception('Roles must alternate') }}{% endfor %}"
+    write_byte_tokenizer(folder, template)
+    with serving(folder) as served:
+        error = served.post(CHAT, {"messages": MESSAGES}).json()["error"]
+        assert error["param"] == "messages" and "Roles must alternate" in error["message"]
+        write_byte_tokenizer(folder, None)
+    with serving(folder) as served:
+        for route, body in ((CHAT, {"messages": MESSAGES}), ("/v1/responses", {"input": TEXT})):
+            error = served.post(route, body).json()["error"]
+            assert error["param"] == ("input" if "input" in body else "messages")
+            assert error["message"].endswith("this model has no chat template; use completions")
 
 
 def test_text_parts(served: Served):
@@ -196,6 +224,30 @@ def test_text_parts(served: Served):
     image = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
     error = served.post(CHAT, {"messages": [{"role": "user", "content": image}]}).json()["error"]
     assert error["param"].startswith("messages[0].content")
+
+
+def test_a_number_of_tokens_that_nobody_asked_for_shrinks_to_the_room(demo_model: Path):
+    with serving(demo_model, engine={"max_seq_len": 64}, default_max_tokens=60) as served:
+        prompt = [*range(500, 558)]
+        assert complete(served, prompt=prompt)["usage"]["completion_tokens"] == 6
+        chat = served.post(CHAT, GREEDY | {"messages": MESSAGES}).json()["usage"]
+        assert chat["total_tokens"] == 64
+        asked = {"prompt": prompt, "max_tokens": 7}
+        error = served.post(COMPLETIONS, asked).json()["error"]
+        assert error["message"].startswith("max_tokens: got 7, expected at most 6")
+        for field in ("max_tokens", "max_completion_tokens"):
+            error = served.post(CHAT, {"messages": MESSAGES, field: 60}).json()["error"]
+            assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+        long = "Hello " * 64
+        for route, field, body in (
+            (COMPLETIONS, "prompt", {"prompt": long}),
+            (CHAT, "messages", {"messages": [{"role": "user", "content": long}]}),
+            ("/v1/responses", "input", {"input": long}),
+        ):
+            error = served.post(route, body).json()["error"]
+            assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+            assert error["message"].startswith(f"{field}: has ")
+            assert "this model's maximum context length is 64 tokens" in error["message"]
 
 
 def test_cached_tokens(served: Served):

@@ -69,6 +69,7 @@ def test_a_field_of_the_wrong_type_is_named(served: Served, route: str, name: st
 
 TOO_MUCH: list[tuple[str, dict[str, Any], str]] = [
     ("n", {"n": 17}, "n"),
+    ("n beyond all", {"n": 2**70}, "n"),
     ("stop", {"stop": ["x"] * 17}, "stop"),
     ("empty stop", {"stop": [""]}, "stop"),
     ("logprobs", {"logprobs": 21}, "logprobs"),

@@ -5,15 +5,16 @@ asked() is quick and runs in the event loop; what it returns tokenises and submi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tidaldecode.config import plan_part
-from tidaldecode.errors import CapacityError, InvalidArgument
+from tidaldecode.errors import ConfigError, InvalidArgument
 from tidaldecode.server.answer_formats import guide_of
 from tidaldecode.server.bodies import MAX_PROMPTS, ChatBody, CompletionBody, Message, SamplingBody
-from tidaldecode.server.errors import ApiError, invalid
+from tidaldecode.server.errors import ApiError, invalid, unsupported
 from tidaldecode.server.tool_use import for_template
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tidaldecode.server.service import Model, Service
     from tidaldecode.server.settings import ServeConfig
     from tidaldecode.text.guide import Guide
+    from tidaldecode.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
 
@@ -49,8 +51,10 @@ class Asked:
     options: dict[str, Any]  # of submit(), but for the prompt and max_new_tokens
     n: int
     max_tokens: int | None  # None: to the end of the context
+    max_tokens_field: str | None  # that has said so; None: no field, and it shrinks to the room
     logprobs: int | None  # of new tokens
     prompt_logprobs: int | None
+    prompt_field: str  # what the prompts are made of
     guide_field: str = "response_format"  # that has asked for the guide, if there is one
 
     def guided(self, guide: Guide, field: str) -> Asked:
@@ -78,18 +82,34 @@ class Asked:
         return requests
 
     def _submit_one(self, model: Model, ids: list[int]) -> tuple[Request, ...]:
-        # A request that wants no new token still needs one: its prompt is scored on the way.
-        count = model.most_tokens - len(ids) if self.max_tokens is None else max(1, self.max_tokens)
-        if count < 1:
-            raise CapacityError(
-                f"prompt: has {len(ids)} tokens, expected at most {model.most_tokens - 1}, for the "
-                f"context has {model.most_tokens} with the answer"
-            )
         options = dict(self.options)
+        count = self._num_new(len(ids), model.most_tokens)
         if (budget := options.pop("token_budget", None)) is not None:
             asked = model.decoder._settings
             options["plan"] = plan_part(asked, token_budget=budget, min_token_budget=None)
         return model.decoder.submit(ids, n=self.n, max_new_tokens=count, **options).choices
+
+    def _num_new(self, num_prompt: int, most: int) -> int:
+        """Most new tokens behind a prompt, in a context of so many."""
+        room = most - num_prompt
+        # In words by which clients know it from other errors.
+        why = f"this model's maximum context length is {most} tokens, prompt and answer"
+        if room < 1:
+            raise _no_room(
+                self.prompt_field, f"has {num_prompt} tokens, expected at most {most - 1}: {why}"
+            )
+        # A request that wants no new token still needs one: its prompt is scored on the way.
+        count = room if self.max_tokens is None else max(1, self.max_tokens)
+        if self.max_tokens_field is not None and count > room:
+            raise _no_room(
+                self.max_tokens_field,
+                f"got {count}, expected at most {room} behind {num_prompt} tokens: {why}",
+            )
+        return min(count, room)
+
+
+def _no_room(param: str, message: str) -> ApiError:
+    return ApiError(400, "context_length_exceeded", f"{param}: {message}", param)
 
 
 def asked_for_chat(body: ChatBody, settings: ServeConfig, salt: str) -> Asked:
@@ -106,9 +126,12 @@ def asked_for_chat(body: ChatBody, settings: ServeConfig, salt: str) -> Asked:
         _check_echo(body)
     if body.return_selection and not body.stream:
         raise invalid("return_selection", "needs stream to be true")
-    most = body.max_completion_tokens or body.max_tokens or settings.default_max_tokens
+    names = ("max_completion_tokens", "max_tokens")
+    said = next((name for name in names if getattr(body, name) is not None), None)
+    most = settings.default_max_tokens if said is None else getattr(body, said)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _asked(body, settings, salt, (most, logprobs))
+    asked = _asked(body, settings, salt, (most, logprobs))
+    return replace(asked, max_tokens_field=said)
 
 
 def asked_for_completion(body: CompletionBody, settings: ServeConfig, salt: str) -> Asked:
@@ -122,6 +145,8 @@ def asked_for_completion(body: CompletionBody, settings: ServeConfig, salt: str)
         raise invalid("max_tokens", "got 0 in a stream without echo, expected at least 1")
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     asked = _asked(body, settings, salt, (most, body.logprobs))
+    if body.max_tokens is not None:
+        asked = replace(asked, max_tokens_field="max_tokens")
     if body.echo and body.logprobs is not None:
         scored = max(body.logprobs, body.prompt_logprobs or 0)
         return replace(
@@ -138,6 +163,7 @@ def check_prompts(body: CompletionBody, settings: ServeConfig) -> list[str | lis
     prompt = body.prompt
     is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
     prompts: list[Any] = [prompt] if is_one else list(prompt)
+    _check_most("n", body.n or 1, settings.max_n)
     most = min(MAX_PROMPTS, settings.max_queued_requests)
     if not 1 <= len(prompts) * (body.n or 1) <= most:
         raise invalid(
@@ -153,6 +179,35 @@ def check_prompts(body: CompletionBody, settings: ServeConfig) -> list[str | lis
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a chat template takes them."""
     return [for_template(each.model_dump(exclude_none=True)) for each in messages]
+
+
+def prompt_of_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], options: Mapping[str, Any]
+) -> list[int]:
+    """Token ids of a conversation; runs in a text worker.
+
+    Args:
+        messages: of chat_messages().
+        options: of chat_options().
+
+    Raises: ApiError naming the field that the chat template does not take.
+    """
+    if not tokenizer.has_chat_template:
+        raise unsupported("messages", "this model has no chat template; use completions")
+    try:
+        ids: list[int] = tokenizer.render_chat(messages, **options)
+    except (InvalidArgument, ConfigError) as error:
+        _, is_its, reason = str(error).partition("chat template: ")
+        if not is_its:
+            raise
+        match = re.match(r"(\w+): ", reason)
+        if isinstance(error, ConfigError) or match is None:
+            raise invalid("messages", f"the chat template does not take them: {reason}") from None
+        name = match[1]
+        if name in ("continue_final_message", "reasoning_effort"):
+            raise invalid(name, reason[match.end() :]) from None
+        raise invalid("chat_template_kwargs", reason) from None
+    return ids
 
 
 def chat_options(body: Any) -> dict[str, Any]:
@@ -197,6 +252,8 @@ def _asked(
     name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
     _check_most(name, logprobs or 0, settings.max_logprobs)
     _check_most("prompt_logprobs", body.prompt_logprobs or 0, settings.max_logprobs)
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs", "got it with stream, expected one of the two")
     options = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if options.get("stop") == "":
         options["stop"] = []
@@ -218,8 +275,9 @@ def _asked(
         options["guide"] = guide
     options["cache_salt"] = f"{salt}/{body.cache_salt}" if body.cache_salt else salt
     return Asked(
-        options=options, n=n, max_tokens=most, logprobs=logprobs,
+        options=options, n=n, max_tokens=most, max_tokens_field=None, logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        prompt_field="messages" if isinstance(body, ChatBody) else "prompt",
         guide_field="structured_outputs" if body.structured_outputs else "response_format",
     )  # fmt: skip
 

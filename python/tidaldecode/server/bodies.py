@@ -6,6 +6,7 @@ means is checked where it is used: asking.py.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -255,4 +256,5 @@ def _to_api_error(error: ValidationError) -> ApiError:
     if name in _EXPECTED:
         return invalid(path, f"expected {_EXPECTED[name]}")
     expected = first["msg"].replace("Input should be", "expected").replace("valid ", "")
+    expected = re.sub(r"\ba (?=[aeio])", "an ", expected)
     return invalid(path, f"got {show(first['input'])}, {expected}")

@@ -16,7 +16,13 @@ from tidaldecode.server.answer_parts import (
     shows_special_tokens,
 )
 from tidaldecode.server.answering import AnswerEvents, Answering, Caller
-from tidaldecode.server.asking import Asked, asked_for_chat, chat_messages, chat_options
+from tidaldecode.server.asking import (
+    Asked,
+    asked_for_chat,
+    chat_messages,
+    chat_options,
+    prompt_of_chat,
+)
 from tidaldecode.server.bodies import ChatBody
 from tidaldecode.server.errors import invalid
 from tidaldecode.server.event_stream import EventWriter
@@ -57,9 +63,8 @@ class ChatCompletion(Answering):
                 asked.guide_field,
                 'cannot be kept beside tools; leave one out, or tool_choice "none"',
             )
-        content = body.messages[-1].content if body.echo else None
         # The beginning of the last message, where the answer is to repeat it.
-        self.echoed = content if isinstance(content, str) else ""
+        self.echoed = _text_of(body.messages[-1].content) if body.echo else ""
 
     @property
     def likeness(self) -> int:
@@ -68,7 +73,7 @@ class ChatCompletion(Answering):
 
     def submit(self) -> list[Request]:
         tokenizer = self.model.texts.tokenizer
-        ids = tokenizer.render_chat(self._messages, **self._options)
+        ids = prompt_of_chat(tokenizer, self._messages, self._options)
         self.prompt_ids = [ids]
         if self._tells_selection:
             contents = [each.get("content") for each in self._messages]
@@ -148,6 +153,13 @@ class ChatCompletion(Answering):
         if self.body.return_token_ids:
             choice["token_ids"] = list(result.token_ids)
         return choice
+
+
+def _text_of(content: str | list[dict[str, Any]] | None) -> str:
+    """The text of a message, its parts put together as for a template that takes no parts."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part.get("text", "")) for part in content or ())
 
 
 def finish_reason(result: GenerationResult, has_calls: bool) -> str:

@@ -73,8 +73,10 @@ MESSAGES_FORM = MessagesErrorForm(
 )
 RESPONSES_FORM = ErrorForm(
     names={
+        "messages": "input",
         "max_tokens": "max_output_tokens",
         "max_completion_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning.effort",
         "response_format": "text.format",
         "response_format.type": "text.format.type",
         "response_format.json_schema.schema": "text.format.schema",

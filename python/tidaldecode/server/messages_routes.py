@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tidaldecode.server.asking import chat_messages, chat_options
+from tidaldecode.server.asking import chat_messages, chat_options, prompt_of_chat
 from tidaldecode.server.bodies import ChatBody
 from tidaldecode.server.generation_routes import answer
 from tidaldecode.server.messages import MessageAnswer
@@ -36,5 +36,7 @@ async def count_tokens(request: Request) -> Response:
     chat = ChatBody.model_validate(body.chat_fields(texts.chat_template))
     conversation = chat_messages(chat.messages)
     options = chat_options(chat)
-    ids = await service.in_text_worker(lambda: texts.tokenizer.render_chat(conversation, **options))
+    ids = await service.in_text_worker(
+        lambda: prompt_of_chat(texts.tokenizer, conversation, options)
+    )
     return Response(orjson.dumps({"input_tokens": len(ids)}), media_type="application/json")

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tidaldecode.server.asking import chat_messages, chat_options
+from tidaldecode.server.asking import chat_messages, chat_options, prompt_of_chat
 from tidaldecode.server.bodies import DetokenizeBody, TokenizeBody
 from tidaldecode.server.errors import ApiError, invalid
 from tidaldecode.server.logprobs import TokenNames
@@ -45,7 +45,7 @@ async def tokenize(request: Request) -> Response:
 
     def encode() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            ids = texts.tokenizer.render_chat(chat_messages(body.messages), **options)
+            ids = prompt_of_chat(texts.tokenizer, chat_messages(body.messages), options)
         else:
             adds = body.add_special_tokens is not False
             ids = texts.tokenizer.encode(body.prompt or "", add_special_tokens=adds)

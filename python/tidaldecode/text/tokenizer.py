@@ -166,7 +166,7 @@ class Tokenizer:
         """
         return ByteText(prompt_ids, self.shown_bytes if skips else self.token_bytes)
 
-    def render_chat(self, messages: Any, **options: Any) -> Any:
+    def render_chat(self, messages: Any, /, **options: Any) -> Any:
         """Token ids of a conversation, up to where the model's answer begins.
 
         Args:
