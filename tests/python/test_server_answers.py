@@ -374,6 +374,7 @@ def test_metrics(demo_model: Path):
             assert f"{prefix}:generation_tokens_total{labels} 7.0" in text
             assert f"{prefix}:inter_token_latency_seconds_count{labels} 6.0" in text
             assert f"{prefix}:num_requests_running{labels} 0.0" in text
+            assert f"{prefix}:request_prefill_time_seconds_sum{labels} -" not in text
         assert 'request_success_total{engine="0",finished_reason="length"' in text
 
 

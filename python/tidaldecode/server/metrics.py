@@ -102,8 +102,10 @@ class Metrics:
 
     def hear(self, answer: Answer, delta: Delta) -> None:
         """Counts what has come of an answer."""
+        now = time.monotonic()
+        if not answer.begun_at:
+            answer.begun_at = now
         if delta.token_ids:
-            now = time.monotonic()
             if answer.last_token_at:
                 # Tokens that come together have shared the time.
                 each = (now - answer.last_token_at) / len(delta.token_ids)
@@ -116,8 +118,6 @@ class Metrics:
                 for _ in delta.token_ids[1:]:
                     self._between.add(0.0)
             answer.last_token_at = now
-        if not answer.begun_at:
-            answer.begun_at = time.monotonic()
         if delta.result is not None:
             self._hear_end(answer, delta)
         elif delta.error is not None:
