@@ -152,6 +152,8 @@ def test_what_asks_for_nothing_is_taken(served: Served):
     body |= {"tool_choice": "auto", "text": {"format": {"type": "text"}}, "truncation": "disabled"}
     body |= {"previous_response_id": None, "background": False, "unknown": 1}
     assert served.post(ROUTE, body).status_code == 200
+    body["include"] = ["reasoning.encrypted_content"]  # as Codex says it
+    assert served.post(ROUTE, body).status_code == 200
 
 
 def test_a_stream_that_fails_before_its_first_token(demo_model: Path):

@@ -313,6 +313,17 @@ def test_what_cannot_be_is_named(served: Served, fields: dict[str, Any], param: 
     assert error["message"].startswith(said) and error["param"] == param, error
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_settings_that_leave_a_format_nothing_are_the_clients(served: Served, stream: bool):
+    body = {"messages": ASK, "response_format": {"type": "regex", "regex": "ab"}, "stream": stream}
+    body |= {"allowed_token_ids": [ord("a"), ord("<")], "logit_bias": {str(ord("<")): -100}}
+    answer = served.post(CHAT, body)
+    assert answer.status_code == (200 if stream else 400)
+    error = json.loads(events_of(answer.text)[-1] if stream else answer.text)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
+    assert "allowed_token_ids" in error["message"] and "min_tokens" in error["message"]
+
+
 MESSAGES = [
     ("a text", "Hello.", [("text", "Hello.")], "end_turn"),
     ("thought", "<think>So.</think>Hello.", [("thinking", "So."), ("text", "Hello.")], "end_turn"),

@@ -196,7 +196,8 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "store": (False,),
     "background": (False,),
-    "include": ([],),
+    # Reasoning is never encrypted, and what comes back of it is not looked at.
+    "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
     "suffix": ("",),
     "functions": ([],),

@@ -137,8 +137,13 @@ def api_error(error: BaseException, hidden: Mapping[str, str] | None = None) -> 
 _NO_RETRY = {"x-should-retry": "false"}
 
 
-def numeric_error(message: str) -> ApiError:
-    """An answer that the model's numbers have ended."""
+def broken_off(message: str) -> ApiError:
+    """An answer that the engine could not go on with: its settings left no token to draw, or the
+    model's numbers none."""
+    _, is_guided, reason = message.partition("guide: ")
+    if is_guided:
+        reason = reason.replace("min_new_tokens", "min_tokens")
+        return ApiError(400, "invalid_value", f"the format that was asked for: {reason}")
     return ApiError(500, "numeric_error", message, headers=_NO_RETRY)
 
 

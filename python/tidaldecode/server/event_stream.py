@@ -16,7 +16,7 @@ import orjson
 from starlette.responses import Response
 
 from tidaldecode.server.answer import Delta
-from tidaldecode.server.errors import ApiError, numeric_error
+from tidaldecode.server.errors import ApiError, broken_off
 from tidaldecode.server.exchange import Exchange
 from tidaldecode.server.http_protocol import OpenBody
 from tidaldecode.server.service import Service
@@ -55,7 +55,7 @@ def check_delta(delta: Delta, service: Service) -> None:
     if delta.error is not None:
         raise service.to_api_error(delta.error)
     if delta.result is not None and delta.result.error is not None:
-        raise numeric_error(delta.result.error)
+        raise broken_off(delta.result.error)
 
 
 @asynccontextmanager
