@@ -114,6 +114,30 @@ def test_completion_logprobs_and_echo(served: Served):
         assert len(top) in (2, 3) and max(top.values()) == pytest.approx(each.top[0][1])
 
 
+@pytest.mark.parametrize("stream_it", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+def test_text_offsets_are_characters_of_the_text(served: Served, stream_it: bool, skips: bool):
+    prompt = "é🎉 世 <|end|>The sky"
+    for given in (prompt, served.decoder.encode(prompt)):
+        body = {"prompt": given, "max_tokens": 9, "logprobs": 0, "echo": True, "seed": 4}
+        body |= {"skip_special_tokens": skips, "allowed_token_ids": [6, 300, 301]}
+        body |= {"temperature": 1, "logit_bias": {"6": 5}}
+        if stream_it:
+            chunks = [chunk["choices"][0] for chunk in stream(served, COMPLETIONS, **body)]
+        else:
+            chunks = [complete(served, **body)["choices"][0]]
+        text = "".join(chunk["text"] for chunk in chunks)
+        lists = [(chunk["logprobs"] or {}) for chunk in chunks]
+        names = [name for each in lists for name in each.get("tokens", [])]
+        offsets = [offset for each in lists for offset in each.get("text_offset", [])]
+        assert "<|end|>" in names[-9:] and names[1].startswith("bytes:")
+        for name, offset, end in zip(names, offsets, [*offsets[1:], len(text)], strict=True):
+            if name.startswith("bytes:"):
+                continue
+            assert text[offset:end] == (name if text.startswith(name, offset) else "")
+        assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+
+
 def test_scoring_alone(served: Served):
     """lm_eval's loglikelihood: token ids, echo, and one token or none beside."""
     ids = served.decoder.encode(TEXT)

@@ -82,12 +82,10 @@ class Completion(Answering):
             "stop_reason": result.stop_reason if wants_answer else None,
         }
         if self.wants_logprobs:
-            fields = CompletionLogprobs(self.names)
-            parts = [fields.of((result.logprobs or ()) if wants_answer else ())]
+            fields, parts = self.logprobs_fields(), []
             if self.body.echo:
-                fields = CompletionLogprobs(self.names)
-                prompt = self.scored_prompt(fields, index, result.prompt_logprobs or ())
-                parts = [prompt, fields.of((result.logprobs or ()) if wants_answer else ())]
+                parts.append(self.scored_prompt(fields, index, result.prompt_logprobs or ()))
+            parts.append(fields.of((result.logprobs or ()) if wants_answer else ()))
             choice["logprobs"] = joined(parts)
         if self.body.prompt_logprobs is not None and result.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs, self.names)
@@ -96,11 +94,15 @@ class Completion(Answering):
             choice["token_ids"] = list(result.token_ids) if wants_answer else []
         return choice
 
+    def logprobs_fields(self) -> CompletionLogprobs:
+        """Of a choice that has not begun."""
+        return CompletionLogprobs(self.names, skips=self.body.skip_special_tokens is not False)
+
     def scored_prompt(
         self, fields: CompletionLogprobs, index: int, logprobs: Sequence[TokenLogprobs]
     ) -> dict[str, Any]:
         """The log-probabilities of an echoed prompt."""
-        return joined([fields.first(self.prompt_of(index)[0]), fields.of(logprobs)])
+        return fields.prompt(self.echoed(index), self.prompt_of(index)[0], logprobs)
 
 
 class _Events(AnswerEvents):
@@ -108,7 +110,7 @@ class _Events(AnswerEvents):
         super().__init__(completion, b',"text":', b',"logprobs":null,"finish_reason":null')
         self._completion = completion
         count = completion.num_choices
-        self._fields = [CompletionLogprobs(completion.names) for _ in range(count)]
+        self._fields = [completion.logprobs_fields() for _ in range(count)]
 
     def choice(self, index: int, text: str | None) -> dict[str, Any]:
         return {"index": index, "text": text or ""}

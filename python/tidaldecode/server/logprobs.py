@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ class TokenNames:
         if self._tokenizer is None:
             return f"token_id:{token_id}".encode()
         return self._tokenizer.token_bytes([token_id])[0]
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether it is a special token, which texts leave out."""
+        return self._tokenizer is not None and not self._tokenizer.shown_bytes([token_id])[0]
 
     def text_of(self, token_id: int) -> str:
         """Its text; bytes that are no characters are written as OpenAI writes them."""
@@ -62,13 +67,21 @@ def chat_logprobs(logprobs: Sequence[TokenLogprobs], names: TokenNames) -> dict[
 class CompletionLogprobs:
     """Those of a completion's tokens, one list a field, and where in the text each token begins."""
 
-    def __init__(self, names: TokenNames) -> None:
+    def __init__(self, names: TokenNames, *, skips: bool) -> None:
+        """Begins a text; skips: special tokens are left out of it."""
         self._names = names
+        self._skips = skips
         self._offset = 0  # characters before the next token
+        self._rest = b""  # of the last tokens, the beginning of a character
 
-    def first(self, token_id: int) -> dict[str, Any]:
-        """The first token of an echoed prompt: nothing is before it that could foretell it."""
-        return self._fields([(token_id, None, None)])
+    def prompt(self, text: str, first: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The tokens of an echoed prompt with this text: nothing is before the first one that could
+        foretell it."""
+        self._names.learn(logprobs)
+        rows = [(first, None, None), *map(self._row, logprobs)]
+        fields = self._fields(rows, text)
+        self._offset, self._rest = len(text), b""
+        return fields
 
     def of(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """The next tokens."""
@@ -84,18 +97,32 @@ class CompletionLogprobs:
         top.setdefault(name(each.token_id), max(each.logprob, LEAST))
         return each.token_id, max(each.logprob, LEAST), top
 
-    def _fields(self, rows: Sequence[tuple[int, float | None, Any]]) -> dict[str, Any]:
-        tokens = [self._names.text_of(token_id) for token_id, _, _ in rows]
+    def _fields(
+        self, rows: Sequence[tuple[int, float | None, Any]], prompt: str | None = None
+    ) -> dict[str, Any]:
         offsets = []
-        for text in tokens:
+        for token_id, _, _ in rows:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._pass(token_id, prompt)
         return {
-            "tokens": tokens,
+            "tokens": [self._names.text_of(token_id) for token_id, _, _ in rows],
             "token_logprobs": [logprob for _, logprob, _ in rows],
             "top_logprobs": [top for _, _, top in rows],
             "text_offset": offsets,
         }
+
+    def _pass(self, token_id: int, prompt: str | None) -> None:
+        """Goes on behind a token; of a prompt, whose text may show special tokens or not."""
+        raw = self._names.bytes_of(token_id)
+        if self._names.is_hidden(token_id):
+            is_shown = not self._skips
+            if prompt is not None:
+                is_shown = prompt.startswith(raw.decode(errors="replace"), self._offset)
+            raw = raw if is_shown else b""
+        data = self._rest + raw
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        self._offset += len(text)
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
