@@ -92,7 +92,6 @@ class Request:
         self._stream = stream
         self._generation = generation
         self._others = tuple(others)
-        self._bell: _Bell | None = None  # while an event loop waits for it
 
     @property
     def choices(self) -> tuple[Request, ...]:
@@ -159,22 +158,29 @@ class Request:
     def __iter__(self) -> Iterator[str]:
         return iter(self._stream)
 
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
+    async def __aiter__(self) -> AsyncIterator[str]:
+        bell: _Bell | None = None  # one for each that waits: its end is nobody else's
+        try:
+            while True:
+                if piece := self._stream.read(0.0):
+                    yield piece
+                elif self._stream.result is not None:
+                    self._ended()
+                    return
+                else:
+                    bell = bell or _Bell(self._generation)
+                    await self._wait_for(bell)
+        finally:
+            if bell is not None:
+                bell.close()
 
-    async def __anext__(self) -> str:
-        while True:
-            try:
-                piece = self._stream.read(0.0)
-            finally:
-                if self._stream.result is not None or self._stream.error is not None:
-                    self._silence()
-            if piece:
-                return piece
-            if self._stream.result is not None:
-                self._ended()
-                raise StopAsyncIteration
-            await self._news()
+    async def _wait_for(self, bell: _Bell) -> None:
+        """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
+        try:
+            await bell.ring()
+        except asyncio.CancelledError:
+            await asyncio.to_thread(self.cancel)
+            raise
 
     def __await__(self) -> Generator[None, None, GenerationResult]:
         return self._finish().__await__()
@@ -190,22 +196,6 @@ class Request:
             raise self._stream.error
         assert self._stream.result is not None
         return self._stream.result
-
-    async def _news(self) -> None:
-        """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
-        if self._bell is None:
-            self._bell = _Bell(self._generation)
-        try:
-            await self._bell.ring()
-        except asyncio.CancelledError:
-            self._silence()
-            await asyncio.to_thread(self.cancel)
-            raise
-
-    def _silence(self) -> None:
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.close()
 
     def __repr__(self) -> str:
         return f"Request({self.status})"

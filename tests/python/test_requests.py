@@ -361,6 +361,37 @@ class TestAsync:
             assert self.run(wait(request)).text.startswith(piece)
         assert len(os.listdir("/proc/self/fd")) <= num_files
 
+    def test_whoever_comes_first_leaves_the_others_their_wake(self, folder: Path):
+        async def both(decoder: Decoder) -> None:
+            first = decoder.submit(PROMPT, max_new_tokens=19_000, **GREEDY)
+            request = decoder.submit(PROMPT, max_new_tokens=9, **GREEDY)
+            waits = asyncio.ensure_future(request._finish())
+            await asyncio.sleep(0.01)
+            first.cancel()
+            while request.status != "finished":
+                time.sleep(0.01)  # the loop hears nothing
+            async for _ in request:  # all are there: nothing is waited for
+                pass
+            assert (await waits).finish_reason == "length"
+
+        with open_decoder(folder, max_seq_len=20_000) as decoder:
+            self.run(both(decoder))
+
+    def test_leaving_a_loop_over_a_request_leaves_no_file_open(self, folder: Path):
+        async def leave(decoder: Decoder) -> None:
+            num_files = len(os.listdir("/proc/self/fd"))
+            requests = [decoder.submit(PROMPT, max_new_tokens=200, **GREEDY) for _ in range(9)]
+            for request in requests:
+                async for _ in request:
+                    break
+            await asyncio.sleep(0.01)
+            assert len(os.listdir("/proc/self/fd")) <= num_files
+            for request in requests:
+                request.cancel()
+
+        with open_decoder(folder, max_seq_len=512) as decoder:
+            self.run(leave(decoder))
+
     def test_an_error_is_raised_to_everybody(self, folder: Path):
         async def wait(request: Request) -> None:
             await request
