@@ -139,6 +139,20 @@ TEST_P(Forks, NeedAPageForEveryPageTheyWriteTo) {
   EXPECT_EQ(other->token_ids(), parent->token_ids());
 }
 
+// What a turn forgets is shared with others, and it needs no pages in its place.
+TEST_P(Forks, NeedNoPagesForWhatTheyForget) {
+  DecodeConfig config = Dense();
+  config.num_pages = 16;
+  const auto decoder = Make(config);
+  const auto parent = decoder->StartSession();
+  Turn(*parent, MakePrompts({200})[0], Greedy(6));  // 13 pages
+  const auto child = parent->Fork();
+  EXPECT_EQ(child->MostTokens(32, true), 80) << "2 pages that are shared, 3 that are free";
+  EXPECT_EQ(Finish(*child->Start({1}, Greedy(47), 32))[0].token_ids.size(), 47u);
+  EXPECT_EQ(decoder->num_free_pages(), 0);
+  EXPECT_EQ(parent->token_ids().size(), 206u);
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, Forks, ::testing::ValuesIn(DecoderBackends()),
                          CaseNameOf<BackendCase>);
 

@@ -192,6 +192,7 @@ class Scheduler {
   bool Grow(RequestState& request, int64_t num_tokens);
   void Own(RequestState& request, int64_t num_tokens, int64_t first);
   int64_t TokensToOwn(const RequestState& request, int64_t num_tokens) const;
+  int64_t TokensToKeep(const RequestState& request) const;
   bool GrowOrPause(RequestState& request, int64_t num_tokens);
   RequestState& NewestToPause(RequestState& otherwise) const;
   void Pause(RequestState& request);

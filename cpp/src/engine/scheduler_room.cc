@@ -35,7 +35,7 @@ bool Scheduler::FindsPrefix(const RequestState& request) const {
 int64_t Scheduler::MissingPages(const RequestState& request) const {
   const Sequence& sequence = request.sequence;
   if (request.keeps_pages()) {
-    return sequence.pages.NumMissing(TokensToOwn(request, request.max_tokens()),
+    return sequence.pages.NumMissing(TokensToKeep(request),
                                      request.first_owned(request.first_written()), sequence.cached);
   }
   PrefixMatch match;
@@ -55,8 +55,7 @@ bool Scheduler::Admit(RequestState& request) {
   // Nothing is allocated when a pass is committed.
   sequence.tokens.reserve(static_cast<size_t>(request.max_tokens()));
   if (request.keeps_pages()) {
-    Own(request, TokensToOwn(request, request.max_tokens()),
-        request.first_owned(request.first_written()));
+    Own(request, TokensToKeep(request), request.first_owned(request.first_written()));
   }
   if (request.on_host) Restore(request);
   if (FindsPrefix(request)) {
@@ -84,6 +83,13 @@ bool Scheduler::Admit(RequestState& request) {
 int64_t Scheduler::TokensToOwn(const RequestState& request, int64_t num_tokens) const {
   auto held = static_cast<int64_t>(request.sequence.pages.pages().size());
   return std::max(num_tokens, held * pool_.page_size());
+}
+
+// Says for how many tokens a request that keeps its pages has them once it is let in: a replay for
+// all that it was made for, a session for what its turn may reach, which may have gone back.
+int64_t Scheduler::TokensToKeep(const RequestState& request) const {
+  bool is_replay = request.request.owner == SequenceOwner::kReplay;
+  return is_replay ? TokensToOwn(request, request.max_tokens()) : request.max_tokens();
 }
 
 // Takes pages for num_tokens more tokens to cache. Returns false, taking none, if there are too
