@@ -206,6 +206,7 @@ def test_nothing_left_to_draw_is_an_error_of_its_sequence(dense):
     options = {"allowed_token_ids": [8, 9], "suppress_tokens": [8, 9]}
     result = dense.generate(PROMPT, max_new_tokens=3, **options)
     assert result.finish_reason == "error" and "nothing above -inf" in result.error
+    assert "change settings that forbid tokens (allowed_token_ids, " in result.error
     assert dense.num_free_pages == dense.config.num_pages
 
 

@@ -13,6 +13,10 @@ namespace {
 // Before anything is known about how many drafts are kept.
 constexpr int64_t kFirstDraftTokens = 4;
 
+// The settings that may leave no token to draw.
+constexpr char kForbidding[] =
+    "allowed_token_ids, suppress_tokens, bad_words, min_new_tokens, no_repeat_ngram_size";
+
 // Bytes that K and V depend on beside the tokens. The frequencies are of one length in a decoder,
 // so no two pairs give the same bytes.
 std::string SaltOf(const Request& request, const Sequence& sequence) {
@@ -234,12 +238,14 @@ std::string RequestState::ErrorText() const {
     case RequestFailure::kUnusableLogits:
       if (guidance) {
         return Concat("guide: of the tokens that it allows after ", num_new(), " new ones, other ",
-                      "settings (allowed_token_ids, suppress_tokens, bad_words, min_new_tokens, ",
-                      "no_repeat_ngram_size) leave none, or the logits are not finite; change one ",
-                      "of them");
+                      "settings (", kForbidding, ") leave none, or the logits are not finite; ",
+                      "change one of them");
       }
       return Concat("the logits after token ", num_tokens() - 1,
-                    " hold a NaN or infinity, or nothing above -inf; expected finite values; "
+                    " hold a NaN or infinity, or nothing above -inf; expected finite values; ",
+                    sequence.rules
+                        ? Concat("change settings that forbid tokens (", kForbidding, "), ")
+                        : std::string(),
                     "check the weights, or try dtype float32");
     case RequestFailure::kPassFailed:
       return "the pass through the model that this request was part of failed; send it again, or "
