@@ -343,6 +343,20 @@ def test_a_folder_written_without_transformers_equals_its_own(
     assert np.array_equal(theirs, ours)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_one_tensor_as_transformers_has_them(
+    family: str, make_folder: MakeFolder, tmp_path: Path
+):
+    folder = make_folder(model := TinyModel(family=family, seed=35))
+    reference(folder).save_pretrained(tmp_path, save_original_format=False)
+    prompt = random_prompt(model, 40)
+    assert np.array_equal(all_logits(tmp_path, prompt), all_logits(folder, prompt))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 32}))
+    with pytest.raises(tidaldecode.WeightsError, match=r"expected \[\d, 32, \d\d\] \(\d experts"):
+        open_decoder(tmp_path)
+
+
 @pytest.mark.parametrize("rope", [r for r in ROPE_TYPES if r != "default"])
 def test_rope_scaling_of_older_configs_means_the_same(rope: str, tmp_path: Path):
     model = TinyModel(rope=rope, seed=15)

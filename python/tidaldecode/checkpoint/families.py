@@ -67,7 +67,7 @@ class Family:
     expert_intermediate_size: tuple[str, int | None] = ("moe_intermediate_size", None)
     normalized_routing: bool | None = True
     has_layers_without_experts: bool = False  # decoder_sparse_step, mlp_only_layers
-    has_fused_experts: bool = False  # stored as fused_experts.py says
+    has_transposed_experts: bool = False  # where they lie in one tensor: fused_experts.py
     # Granite's: embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     has_multipliers: bool = False
     # Gemma's: embeddings times the root of hidden_size, query_pre_attn_scalar; and the soft caps
@@ -225,7 +225,7 @@ FAMILIES: dict[str, Family] = {
         num_experts=128,
         experts_per_token=4,
         expert_intermediate_size=("intermediate_size", 2880),
-        has_fused_experts=True,
+        has_transposed_experts=True,
         renamed={"mlp.router": "mlp.gate"},
     ),
     "granite": Family(

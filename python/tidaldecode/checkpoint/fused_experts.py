@@ -1,8 +1,9 @@
 """Experts whose matrices a checkpoint stores in one tensor a layer: the parts of each expert in it.
 
-Called by tensor_names.py (gpt_oss). Matrices in 16 or 32 bits are stored transposed, those in MXFP4
-as codes and scales; rows of gate and up take turns. What is found is cut, and nothing is read.
-Source: transformers 5.24 (models/gpt_oss, integrations/mxfp4.py).
+Called by tensor_names.py. gpt_oss has matrices in 16 or 32 bits transposed, those in MXFP4 as codes
+and scales; rows of gate and up take turns. Of other families transformers can store what it has in
+memory: the rows of up behind those of gate. What is found is cut, and nothing is read.
+Source: transformers 5.24 (models/gpt_oss, integrations/mxfp4.py, conversion_mapping.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.errors import WeightsError, show
 
 _FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?")
-# The matrices whose rows take turns in a stored one.
+# The matrices that are in a stored one.
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # What the ends of names say: the part of a module that it is for the engine.
 _KINDS = {None: "weight", "_bias": "bias", "_blocks": "blocks", "_scales": "scales"}
@@ -31,15 +32,19 @@ class _Layout:
 
     shape: tuple[int, ...]  # of the stored tensor
     width: int  # columns of an expert's matrix, as stored; 0: a vector
+    turns: int  # matrices whose rows take turns; 1: each has its own in a row
     strides: tuple[int, ...]  # from one stored row to the next, and one column; () of a vector: 1
 
 
-def split_experts(found: Mapping[str, Stored], model: ModelConfig) -> dict[str, Stored]:
+def split_experts(
+    found: Mapping[str, Stored], model: ModelConfig, *, are_transposed: bool
+) -> dict[str, Stored]:
     """The same tensors, those of all experts cut into the matrices and biases of each one.
 
     Args:
         found: the tensors of a model, whose names begin with "model.".
         model: says how many experts there are, and of which sizes.
+        are_transposed: as gpt_oss has them, whose rows take turns; else only numbers are known.
 
     Raises: WeightsError for a tensor of another shape, and for codes or scales alone.
     """
@@ -48,11 +53,12 @@ def split_experts(found: Mapping[str, Stored], model: ModelConfig) -> dict[str, 
     for name, entry in found.items():
         fused = _FUSED.fullmatch(name)
         kind = _KINDS.get(fused[3]) if fused else None
-        if fused is None or kind is None or isinstance(entry, StoredParts):
+        is_known = kind is not None and (are_transposed or kind == "weight")
+        if fused is None or kind is None or not is_known or isinstance(entry, StoredParts):
             result[name] = entry
             continue
         _check_pair(name, entry, kind, found)
-        for module, piece in _pieces(entry, fused[2], kind, model):
+        for module, piece in _pieces(entry, fused[2], kind, model, are_transposed):
             own = f"{fused[1]}.{module}"
             if kind == "bias":
                 result[f"{own}.bias"] = piece
@@ -80,46 +86,55 @@ def _check_pair(name: str, entry: TensorEntry, kind: str, found: Mapping[str, St
 
 
 def _pieces(
-    entry: TensorEntry, fused: str, kind: str, model: ModelConfig
+    entry: TensorEntry, fused: str, kind: str, model: ModelConfig, are_transposed: bool
 ) -> Iterator[tuple[str, TensorEntry]]:
     """What each expert has of a stored tensor, by the module it belongs to ("3.gate_proj")."""
     names = _PARTS[fused]
     hidden, inner = model.hidden_size, model.expert_intermediate_size
     rows, columns = (2 * inner, hidden) if fused == "gate_up_proj" else (hidden, inner)
-    layout = _layout_of(entry, kind, model.num_experts, rows, columns)
+    count = len(names)
+    shape = (model.num_experts, rows, columns)
+    layout = (
+        _transposed(entry, kind, *shape, turns=count)
+        if are_transposed
+        else _Layout(shape, columns, 1, (columns, 1))
+    )
     if entry.shape != layout.shape:
         raise WeightsError(
             f"{entry.path}: tensor {show(entry.name, 120)}: shape {list(entry.shape)}, expected "
-            f"{list(layout.shape)} (num_local_experts {model.num_experts}, hidden_size {hidden}, "
-            f"intermediate_size {inner}); config.json and the weights do not belong together"
+            f"{list(layout.shape)} ({model.num_experts} experts, hidden_size {hidden}, their "
+            f"intermediate size {inner}); config.json and the weights do not belong together"
         )
-    turns = len(names)
     to_row, to_column = layout.strides
-    shape = (rows // turns, layout.width) if layout.width else (rows // turns,)
-    is_dense = turns == 1 and to_column == 1
+    own = (rows // count, layout.width) if layout.width else (rows // count,)
+    to_next = 1 if layout.turns > 1 else own[0]  # rows from a matrix to the next
+    is_dense = layout.turns == 1 and to_column == 1
     expert_size = math.prod(layout.shape[1:])
     size = entry.num_bytes // math.prod(layout.shape)  # of an element
     for expert in range(model.num_experts):
         for first, part in enumerate(names):
-            begin = expert * expert_size + first * to_row
+            begin = expert * expert_size + first * to_next * to_row
             yield (
                 f"{expert}.{part}",
                 replace(
                     entry,
-                    name=f"{entry.name}[{expert}, {first}::{turns}]",
-                    shape=shape,
+                    name=f"{entry.name}[{expert}, {first * to_next}::{layout.turns}]",
+                    shape=own,
                     file_offset=entry.file_offset + begin * size,
-                    num_bytes=math.prod(shape) * size,
-                    strides=() if is_dense else (turns * to_row, to_column)[: len(shape)],
+                    num_bytes=math.prod(own) * size,
+                    strides=() if is_dense else (layout.turns * to_row, to_column)[: len(own)],
                 ),
             )
 
 
-def _layout_of(entry: TensorEntry, kind: str, num_experts: int, rows: int, columns: int) -> _Layout:
+def _transposed(
+    entry: TensorEntry, kind: str, num_experts: int, rows: int, columns: int, *, turns: int
+) -> _Layout:
+    """As gpt_oss has them."""
     if kind == "weight":
-        return _Layout((num_experts, columns, rows), columns, (1, rows))
+        return _Layout((num_experts, columns, rows), columns, turns, (1, rows))
     if kind == "bias":
-        return _Layout((num_experts, rows), 0, (1, 1))
+        return _Layout((num_experts, rows), 0, turns, (1, 1))
     if columns % MXFP4_GROUP != 0:
         raise WeightsError(
             f"{entry.path}: tensor {show(entry.name, 120)}: matrices of {columns} columns in "
@@ -127,6 +142,6 @@ def _layout_of(entry: TensorEntry, kind: str, num_experts: int, rows: int, colum
         )
     groups = columns // MXFP4_GROUP
     if kind == "scales":
-        return _Layout((num_experts, rows, groups), groups, (groups, 1))
+        return _Layout((num_experts, rows, groups), groups, turns, (groups, 1))
     width = columns // 2
-    return _Layout((num_experts, rows, groups, MXFP4_GROUP // 2), width, (width, 1))
+    return _Layout((num_experts, rows, groups, MXFP4_GROUP // 2), width, turns, (width, 1))

@@ -122,8 +122,8 @@ def select_tensors(
     family = FAMILIES[checkpoint.family]
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
-    if family.has_fused_experts:
-        found = split_experts(found, model)
+    if family.has_experts:
+        found = split_experts(found, model, are_transposed=family.has_transposed_experts)
     found = _in_engine_parts(found, family, model)
     notes: list[str] = []
     if checkpoint.ties_without_head and _HEAD not in found:
