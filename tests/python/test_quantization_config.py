@@ -175,7 +175,11 @@ REFUSED = [
     *[(GPTQ | {"bits": bits}, f"bits: got {bits}, supported is 4") for bits in (2, 3, 8)],
     ({"quant_method": "gptq"}, "bits is missing"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format: got 'marlin'"),
-    (GPTQ | {"dynamic": {"-:lm_head": {}}}, "dynamic: got .* not supported"),
+    (
+        GPTQ | {"dynamic": {"-:lm_head": {}, "+:.*mlp.*": {"bits": 8}}},
+        "dynamic: '[+]:.*mlp.*': got {'bits': 8}, supported is one way",
+    ),
+    (GPTQ | {"dynamic": ["-:lm_head"]}, "dynamic: got .*not supported"),
     (GPTQ | {"pack_dtype": "int16"}, "pack_dtype: got 'int16'"),
     (GPTQ | {"desc_act": "no"}, "desc_act: got 'no'"),
     # compressed-tensors

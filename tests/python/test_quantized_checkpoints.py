@@ -269,6 +269,12 @@ def test_zero_biases_of_gptq_are_none(tmp_path: Path):
         read_model_folder(one)
 
 
+def test_modules_that_gptq_left_as_they_are_are_used_so(tmp_path: Path):
+    kind = gptq(32, "gptq", dynamic={"-:.*self_attn.*": {}, "lm_head": {}})
+    one, other = write_both(tmp_path, TINY, kind, lambda n: ".mlp." in n)
+    assert_same(one, other, TINY)
+
+
 def test_shards_may_part_a_matrix(tmp_path: Path):
     kind = int4_group(32, False)
     stored, meant = quantized_tensors(TINY, kind)

@@ -139,7 +139,8 @@ def _read_gptq(config: Mapping[str, Any], where: str) -> Quantization:
         raise ConfigError(f"{where}: bits is missing; supported is 4")
     expect(config, "bits", (4,), where)
     expect(config, "pack_dtype", ("int32",), where)
-    refuse_unless_empty(config, ("dynamic", "rotation", "adapter", "is_marlin_format"), where)
+    refuse_unless_empty(config, ("rotation", "adapter", "is_marlin_format"), where)
+    _check_rules(config, where)
     read_bool(config, "sym", where=where, default=True)
     key = "checkpoint_format" if config.get("checkpoint_format") is not None else "format"
     expect(config, key, ("gptq", "gptq_v2"), where)
@@ -156,6 +157,23 @@ def _read_gptq(config: Mapping[str, Any], where: str) -> Quantization:
         groups=(QuantGroup(targets=(), scheme=scheme),),
         notes=notes_on_unknown(config, _GPTQ_KEYS, where),
     )
+
+
+def _check_rules(config: Mapping[str, Any], where: str) -> None:
+    """Refuses rules that store some modules otherwise ({pattern: settings}).
+
+    Those that leave modules as they are ("-:pattern") change nothing: their tensors show it.
+    """
+    rules = config.get("dynamic")
+    if not isinstance(rules, dict):
+        refuse_unless_empty(config, ("dynamic",), where)
+        return
+    for pattern, settings in rules.items():
+        if not pattern.startswith("-:") and settings not in (None, True, {}):
+            raise ConfigError(
+                f"{where}: dynamic: {show(pattern)}: got {show(settings)}, supported is one way to "
+                f"store all modules that are quantised; {OTHER_CHECKPOINT}"
+            )
 
 
 _MXFP4_KEYS = frozenset("quant_method modules_to_not_convert dequantize".split())
