@@ -31,7 +31,12 @@ def test_pieces_stand_for_the_text_up_to_their_end():
     assert not set(pieces_of(chat(text, cache_salt="s"), "")) & set(short)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"5", b"\xff", b"{}", b'{"prompt"', b"null"])
+DEEP = b'{"prompt":' + b"[" * 300 + b"]" * 300 + b"}"  # which orjson reads and does not write
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"5", b"\xff", b"{}", b'{"prompt"', b"null", DEEP]
+)
 def test_other_bodies_have_no_pieces(body: bytes):
     assert pieces_of(body, "") == []
 

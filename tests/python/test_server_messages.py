@@ -113,6 +113,8 @@ def test_a_stream_is_the_message(client: anthropic.Anthropic, served: Served):
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no max_tokens", {"max_tokens": None}, "max_tokens"),
     ("none to make", {"max_tokens": 0}, "max_tokens"),
+    ("calls at the end", {"messages": [USER, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]}, "messages[1].content: got"),
     ("too many", {"max_tokens": 10**6}, "max_tokens: got 1000000, expected at most "),
     ("no messages", {"messages": []}, "messages"),
     ("a role", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
@@ -160,6 +162,7 @@ def test_what_is_refused_is_named(served: Served, change: dict[str, Any], said: 
 def test_what_asks_for_nothing_is_taken(served: Served):
     body = {"max_tokens": 1, "messages": [USER], "tools": [], "tool_choice": {"type": "auto"}}
     body |= {"thinking": {"type": "disabled"}, "metadata": {"user_id": "a"}, "unknown": 1}
+    body |= {"mcp_servers": [], "container": None}
     assert served.post(ROUTE, body).status_code == 200
 
 

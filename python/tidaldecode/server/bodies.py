@@ -199,6 +199,7 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     # Reasoning is never encrypted, and what comes back of it is not looked at.
     "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
+    "mcp_servers": ([],),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),

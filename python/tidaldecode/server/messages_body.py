@@ -113,6 +113,9 @@ class CountBody(AskingBody):
             variables = self.thinking.variables(chat_template)
             fields["chat_template_kwargs"] = variables | (self.chat_template_kwargs or {})
         if self.messages[-1].role == "assistant":  # the answer goes on with it
+            if "tool_calls" in turns[-1]:
+                where = f"messages[{len(self.messages) - 1}].content"
+                raise invalid(where, "got calls of tools, expected their results behind them")
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         return fields
 

@@ -27,16 +27,17 @@ def pieces_of(body: bytes, salt: str) -> list[int]:
     """A number for each piece of a request's prompt, which stands for all text up to its end.
 
     Args:
-        body: of the request; one that is no JSON object has no pieces.
+        body: of the request; one that is no JSON object, or is nested beyond measure, has no
+            pieces.
         salt: requests with different ones have no piece in common.
     """
     try:
         fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        if not isinstance(fields, dict):
+            return []
+        prompt = b"".join(orjson.dumps(fields[name]) for name in _PROMPT_FIELDS if name in fields)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return []
-    if not isinstance(fields, dict):
-        return []
-    prompt = b"".join(orjson.dumps(fields[name]) for name in _PROMPT_FIELDS if name in fields)
     number = hash((salt, str(fields.get("cache_salt", ""))))
     pieces = []
     for start in range(0, len(prompt), PIECE_BYTES):
