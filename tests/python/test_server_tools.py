@@ -329,6 +329,9 @@ MESSAGES = [
     ("thought", "<think>So.</think>Hello.", [("thinking", "So."), ("text", "Hello.")], "end_turn"),
     ("calls", "Well." + CALL + NOW,
      [("text", "Well."), ("tool_use", {"city": "Oslo"}), ("tool_use", {})], "tool_use"),
+    ("text between and behind", CALL + " And" + NOW + " then.",
+     [("tool_use", {"city": "Oslo"}), ("text", " And"), ("tool_use", {}), ("text", " then.")],
+     "tool_use"),
     ("all", "<think>So.</think>A" + CALL,
      [("thinking", "So."), ("text", "A"), ("tool_use", {"city": "Oslo"})], "tool_use"),
 ]  # fmt: skip

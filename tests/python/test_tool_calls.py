@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from tidaldecode.text.tokenizer import Tokenizer
 from tidaldecode.text.tool_calls import (
     TOOL_FORMATS,
     ToolCall,
+    ToolCallDelta,
     ToolCallParser,
-    ToolText,
     check_tool_format,
     find_tool_format,
     has_special_marker,
@@ -44,7 +45,31 @@ def g(arguments: str = "{}") -> ToolCall:
     return ToolCall(name="g", arguments=arguments)
 
 
-def streamed(pieces: list[str], tool_format: str, names=None) -> tuple[ToolText, list]:
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """An answer: all content, and the calls."""
+
+    content: str
+    calls: tuple[ToolCall, ...]
+
+
+def parsed(text: str, tool_format: str, names=None) -> Said:
+    found = parse_tool_calls(text, tool_format, names)
+    return Said(content=found.content, calls=found.calls)
+
+
+def order_of(parts: list) -> list[str | None]:
+    """Content as it stands between calls, for which None is."""
+    order: list[str | None] = [""]
+    for part in parts:
+        if isinstance(part, str):
+            order[-1] += part
+        elif not isinstance(part, ToolCallDelta) or part.name is not None:
+            order += [None, ""]
+    return order
+
+
+def streamed(pieces: list[str], tool_format: str, names=None) -> tuple[Said, list]:
     """What the pieces of a stream amount to, and the pieces that came out."""
     parser = ToolCallParser(tool_format, names)
     out = [parser.push(piece) for piece in pieces] + [parser.finish()]
@@ -60,7 +85,7 @@ def streamed(pieces: list[str], tool_format: str, names=None) -> tuple[ToolText,
                 name=call.name, arguments=call.arguments + delta.arguments
             )
     assert parser.num_calls == len(calls)
-    return ToolText(content="".join(p.content for p in out), calls=tuple(calls)), out
+    return Said(content="".join(p.content for p in out), calls=tuple(calls)), out
 
 
 CASES = [
@@ -109,8 +134,8 @@ CASES = [
 
 @pytest.mark.parametrize(("tool_format", "text", "content", "calls"), CASES)
 def test_calls_are_found(tool_format, text, content, calls):
-    expected = ToolText(content=content, calls=tuple(calls))
-    assert parse_tool_calls(text, tool_format) == expected
+    expected = Said(content=content, calls=tuple(calls))
+    assert parsed(text, tool_format) == expected
     assert streamed(list(text), tool_format)[0] == expected
     assert streamed([text], tool_format, ["f", "g"])[0] == expected
 
@@ -147,28 +172,28 @@ NO_CALLS = [
 
 @pytest.mark.parametrize(("tool_format", "text"), NO_CALLS)
 def test_what_is_no_call_stays_content(tool_format, text):
-    expected = ToolText(content=text, calls=())
+    expected = Said(content=text, calls=())
     names = ["f", "g"]
-    assert parse_tool_calls(text, tool_format, names) == expected
+    assert parsed(text, tool_format, names) == expected
     assert streamed(list(text), tool_format, names)[0] == expected
 
 
 def test_a_call_behind_a_broken_one_is_found():
     text = 'a <tool_call>oops <tool_call>{"name": "f"}</tool_call> b'
-    expected = ToolText(content="a <tool_call>oops b", calls=(f(),))
-    assert parse_tool_calls(text, "hermes") == expected
+    expected = Said(content="a <tool_call>oops b", calls=(f(),))
+    assert parsed(text, "hermes") == expected
     assert streamed(list(text), "hermes")[0] == expected
 
 
 def test_a_call_that_breaks_off_late():
     text = 'a <tool_call>{"name": "f", "arguments": {"a": 01}}</tool_call> b'
-    assert parse_tool_calls(text, "hermes") == ToolText(content=text, calls=())
+    assert parsed(text, "hermes") == Said(content=text, calls=())
     # What a stream has given out stands: a beginning of valid JSON, the rest being content.
     found, _ = streamed(list(text), "hermes")
-    assert found == ToolText(content="a1}}</tool_call> b", calls=(f('{"a": 0'),))
+    assert found == Said(content="a1}}</tool_call> b", calls=(f('{"a": 0'),))
     cut = '<tool_call>{"name": "f", "arguments": {"a": "b'
-    assert parse_tool_calls(cut, "hermes") == ToolText(content=cut, calls=())
-    assert streamed(list(cut), "hermes")[0] == ToolText(content="", calls=(f('{"a": "b'),))
+    assert parsed(cut, "hermes") == Said(content=cut, calls=())
+    assert streamed(list(cut), "hermes")[0] == Said(content="", calls=(f('{"a": "b'),))
 
 
 def test_arguments_are_given_out_while_they_come():
@@ -194,7 +219,7 @@ def test_pieces_give_what_the_whole_gives(pieces, tool_format, names):
     text = "".join(pieces)
     found, out = streamed(pieces, tool_format, names)
     assert found == streamed([text], tool_format, names)[0]
-    whole = parse_tool_calls(text, tool_format, names)
+    whole = parsed(text, tool_format, names)
     for call in whole.calls:
         assert isinstance(json.loads(call.arguments), dict)
         assert names is None or call.name in names
@@ -203,6 +228,8 @@ def test_pieces_give_what_the_whole_gives(pieces, tool_format, names):
         assert whole.content == text
     if len(whole.calls) == len(found.calls):
         assert whole == found
+        parts = [part for piece in out for part in piece.parts]
+        assert order_of(parts) == order_of(parse_tool_calls(text, tool_format, names).parts)
     left = iter(text)
     assert all(character in left for character in whole.content)  # in the text's order
 
@@ -227,7 +254,7 @@ def test_any_arguments_come_through_unchanged(value, escapes, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     found, out = streamed(pieces, "hermes")
-    assert found == ToolText(content="Hm.", calls=(f(arguments),))
+    assert found == Said(content="Hm.", calls=(f(arguments),))
     assert all("<" not in piece.content for piece in out)  # no part of a marker leaks
 
 
@@ -242,7 +269,7 @@ def test_a_long_answer_takes_linear_time():
 
 def test_nesting_without_end_is_no_call():
     text = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 100_000
-    assert parse_tool_calls(text, "hermes") == ToolText(content=text, calls=())
+    assert parsed(text, "hermes") == Said(content=text, calls=())
 
 
 HERMES = "{%- if tools %}{{ '<tool_call>\\n{\"name\": <function-name>' }}{% endif %}"

@@ -53,17 +53,18 @@ class AnswerForm:
 
     def read(self, text: str) -> AnswerParts:
         """The parts of a whole text. A call that breaks off is content."""
-        parts = AnswerParts(content=text)
+        parts = AnswerParts()
         if self.tags is not None:
             split = split_reasoning(text, self.tags, begins_inside=self.begins_inside)
-            parts.reasoning, parts.content = split.reasoning, split.content
-        if self.tool_format is not None:
-            found = parse_tool_calls(parts.content, self.tool_format, self.tool_names)
-            parts.content = found.content
-            parts.calls = [
-                NamedCall(new_call_id(self.tool_format), call)
-                for call in found.calls[: self.most_calls]
-            ]
+            parts.reasoning, text = split.reasoning, split.content
+        if self.tool_format is None:
+            parts.add(text)
+            return parts
+        for part in parse_tool_calls(text, self.tool_format, self.tool_names).parts:
+            if isinstance(part, str):
+                parts.add(part)
+            elif self.most_calls is None or len(parts.calls) < self.most_calls:
+                parts.parts.append(NamedCall(new_call_id(self.tool_format), part))
         return parts
 
 
@@ -80,20 +81,42 @@ class AnswerParts:
     """A whole answer."""
 
     reasoning: str = ""
-    content: str = ""
-    calls: list[NamedCall] = field(default_factory=list)
+    parts: list[str | NamedCall] = field(default_factory=list)  # behind it, as they were written
+
+    def add(self, content: str) -> None:
+        """Adds content, of which texts without a call between them are one."""
+        if self.parts and isinstance(last := self.parts[-1], str):
+            self.parts[-1] = last + content
+        elif content:
+            self.parts.append(content)
+
+    @property
+    def content(self) -> str:
+        """All that is no call."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[NamedCall]:
+        """The calls."""
+        return [part for part in self.parts if isinstance(part, NamedCall)]
 
 
 @dataclass
 class NewParts:
-    """What is new of an answer, in the order in which it was written."""
+    """What is new of an answer."""
 
     reasoning: str = ""
-    content: str = ""
-    calls: list[ToolCallDelta] = field(default_factory=list)
+    parts: list[str | ToolCallDelta] = field(default_factory=list)  # behind it, as written
 
-    def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.calls)
+    @property
+    def content(self) -> str:
+        """All that is no call."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[ToolCallDelta]:
+        """What is new of calls."""
+        return [part for part in self.parts if isinstance(part, ToolCallDelta)]
 
 
 class PartReader:
@@ -118,21 +141,22 @@ class PartReader:
             rest = self._splitter.finish() if is_last else None
             new.reasoning = parts.reasoning + (rest.reasoning if rest else "")
             text = parts.content + (rest.content if rest else "")
-        new.content = text
-        if self._parser is not None:
-            self._find_calls(self._parser, text, is_last, new)
+        if self._parser is None:
+            new.parts = [text] if text else []
+        else:
+            pieces = [self._parser.push(text)] + ([self._parser.finish()] if is_last else [])
+            new.parts = [part for piece in pieces for part in piece.parts if self._counts(part)]
         return new
 
-    def _find_calls(self, parser: ToolCallParser, text: str, is_last: bool, new: NewParts) -> None:
-        pieces = [parser.push(text)] + ([parser.finish()] if is_last else [])
-        new.content = "".join(piece.content for piece in pieces)
-        most = self._form.most_calls
-        for delta in (delta for piece in pieces for delta in piece.calls):
-            if most is not None and delta.index >= most:
-                continue
-            if delta.name is not None:
-                self.call_ids.append(new_call_id(self._form.tool_format or ""))
-            new.calls.append(delta)
+    def _counts(self, part: str | ToolCallDelta) -> bool:
+        """Whether a part is given out; a call that begins gets its id."""
+        if isinstance(part, str):
+            return True
+        if self._form.most_calls is not None and part.index >= self._form.most_calls:
+            return False
+        if part.name is not None:
+            self.call_ids.append(new_call_id(self._form.tool_format or ""))
+        return True
 
 
 def find_form(texts: TextWorkers, settings: ServeConfig) -> AnswerForm:

@@ -42,12 +42,13 @@ class Block:
 
 def blocks_of(parts: AnswerParts) -> list[Block]:
     """The blocks of a whole answer."""
-    blocks: list[Block] = []
-    for kind, text in ((REASONING, parts.reasoning), (TEXT, parts.content)):
-        if text:
-            blocks.append(Block(kind, len(blocks), text=text))
-    for each in parts.calls:
-        blocks.append(Block(CALL, len(blocks), each.call.name, each.id, each.call.arguments))
+    blocks = [Block(REASONING, 0, text=parts.reasoning)] if parts.reasoning else []
+    for part in parts.parts:
+        if isinstance(part, str):
+            blocks.append(Block(TEXT, len(blocks), text=part))
+        else:
+            call = part.call
+            blocks.append(Block(CALL, len(blocks), call.name, part.id, call.arguments))
     return blocks
 
 
@@ -124,21 +125,21 @@ class TypedEvents(ABC):
 
     def _blocks_of(self, new: NewParts) -> bytes:
         """Events of what is new of an answer."""
-        events = b""
-        for call in new.calls:
-            if call.name is None:  # goes on with the call that is being written
-                events += self._add(call.arguments)
-        for kind, text in ((REASONING, new.reasoning), (TEXT, new.content)):
-            if not text:
+        events = self._add_text(REASONING, new.reasoning) if new.reasoning else b""
+        for part in new.parts:
+            if isinstance(part, str):
+                events += self._add_text(TEXT, part)
                 continue
-            if self._block is None or self._block.kind != kind:
-                events += self._begin_block(kind)
-            events += self._add(text)
-        for call in new.calls:
-            if call.name is not None:
-                events += self._begin_block(CALL, call.name, self._reader.call_ids[call.index])
-                events += self._add(call.arguments) if call.arguments else b""
+            if part.name is not None:
+                events += self._begin_block(CALL, part.name, self._reader.call_ids[part.index])
+            events += self._add(part.arguments) if part.arguments else b""
         return events
+
+    def _add_text(self, kind: str, text: str) -> bytes:
+        """Events of text, which goes on with the block that is being written if that is one."""
+        if self._block is not None and self._block.kind == kind:
+            return self._add(text)
+        return self._begin_block(kind) + self._add(text)
 
     def _begin_block(self, kind: str, name: str = "", call_id: str = "") -> bytes:
         events = self._end_block()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.call_syntax import SYNTAXES, CallReader
@@ -47,16 +47,34 @@ class ToolCallDelta:
 class ToolPiece:
     """What is new of an answer."""
 
-    content: str = ""
-    calls: tuple[ToolCallDelta, ...] = ()
+    parts: tuple[str | ToolCallDelta, ...] = ()  # content and calls as they were written
+
+    @property
+    def content(self) -> str:
+        """All that is of no call."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> tuple[ToolCallDelta, ...]:
+        """What is new of calls, one each."""
+        return tuple(part for part in self.parts if isinstance(part, ToolCallDelta))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolText:
     """A whole answer."""
 
-    content: str
-    calls: tuple[ToolCall, ...]
+    parts: tuple[str | ToolCall, ...] = ()  # content and calls as they were written
+
+    @property
+    def content(self) -> str:
+        """All that is of no call."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The calls."""
+        return tuple(part for part in self.parts if isinstance(part, ToolCall))
 
 
 def check_tool_format(name: str) -> str:
@@ -137,21 +155,18 @@ class ToolCallParser:
         return self._taken()
 
     def _taken(self) -> ToolPiece:
-        content = ""
-        calls: dict[int, ToolCallDelta] = {}
+        parts: list[str | ToolCallDelta] = []
         for event in self._reader.take_events():
+            last = parts[-1] if parts else None
             if event.kind == "content":
-                content += event.text
+                parts.append(event.text)
             elif event.kind == "name":
-                calls[event.index] = ToolCallDelta(index=event.index, name=event.text)
+                parts.append(ToolCallDelta(index=event.index, name=event.text))
+            elif event.kind == "arguments" and isinstance(last, ToolCallDelta):
+                parts[-1] = replace(last, arguments=last.arguments + event.text)
             elif event.kind == "arguments":
-                before = calls.get(event.index, ToolCallDelta(index=event.index))
-                calls[event.index] = ToolCallDelta(
-                    index=event.index,
-                    name=before.name,
-                    arguments=before.arguments + event.text,
-                )
-        return ToolPiece(content=content, calls=tuple(calls.values()))
+                parts.append(ToolCallDelta(index=event.index, arguments=event.text))
+        return ToolPiece(parts=tuple(part for part in parts if part))
 
 
 def parse_tool_calls(text: str, tool_format: str, names: Iterable[str] | None = None) -> ToolText:
@@ -165,17 +180,16 @@ def parse_tool_calls(text: str, tool_format: str, names: Iterable[str] | None = 
     )
     reader.push(text)
     reader.finish()
-    content: list[str] = []
-    calls: dict[int, ToolCall] = {}
+    parts: list[str | ToolCall] = []
     for event in reader.take_events():
+        last = parts[-1] if parts else None
         if event.kind == "content":
-            content.append(event.text)
+            parts.append(event.text)
         elif event.kind == "name":
-            calls[event.index] = ToolCall(name=event.text, arguments="")
+            parts.append(ToolCall(name=event.text, arguments=""))
         elif event.kind == "arguments":
-            call = calls[event.index]
-            calls[event.index] = ToolCall(name=call.name, arguments=call.arguments + event.text)
+            assert isinstance(last, ToolCall)  # nothing comes between
+            parts[-1] = replace(last, arguments=last.arguments + event.text)
         else:
-            del calls[event.index]
-            content.append(event.text)
-    return ToolText(content="".join(content), calls=tuple(calls.values()))
+            parts[-1] = event.text
+    return ToolText(parts=tuple(part for part in parts if part))
