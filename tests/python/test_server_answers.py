@@ -258,7 +258,8 @@ def test_a_number_of_tokens_that_nobody_asked_for_shrinks_to_the_room(demo_model
         assert chat["total_tokens"] == 64
         asked = {"prompt": prompt, "max_tokens": 7}
         error = served.post(COMPLETIONS, asked).json()["error"]
-        assert error["message"].startswith("max_tokens: got 7, expected at most 6")
+        assert error["message"].startswith("max_tokens: got 7, expected at most 6: input length")
+        assert "exceed context limit: 58 + 7 > 64" in error["message"]
         for field in ("max_tokens", "max_completion_tokens"):
             error = served.post(CHAT, {"messages": MESSAGES, field: 60}).json()["error"]
             assert (error["param"], error["code"]) == (field, "context_length_exceeded")
@@ -270,7 +271,7 @@ def test_a_number_of_tokens_that_nobody_asked_for_shrinks_to_the_room(demo_model
         ):
             error = served.post(route, body).json()["error"]
             assert (error["param"], error["code"]) == (field, "context_length_exceeded")
-            assert error["message"].startswith(f"{field}: has ")
+            assert error["message"].startswith(f"{field}: prompt is too long: ")
             assert "this model's maximum context length is 64 tokens" in error["message"]
 
 

@@ -166,6 +166,12 @@ def test_what_asks_for_nothing_is_taken(served: Served):
     assert served.post(ROUTE, body).status_code == 200
 
 
+def test_integers_of_any_size_are_taken(served: Served):
+    call = {"type": "tool_use", "id": "1", "name": "now", "input": {"n": 2**70}}
+    turns = [USER, {"role": "assistant", "content": [{"type": "text", "text": "A"}, call]}, USER]
+    assert served.post(ROUTE, {"messages": turns, "max_tokens": 1}).status_code == 200
+
+
 def test_errors_are_the_clients_own(client: anthropic.Anthropic, served: Served):
     with pytest.raises(anthropic.NotFoundError) as missing:
         ask(client, USER, model="other")

@@ -156,6 +156,16 @@ def test_what_asks_for_nothing_is_taken(served: Served):
     assert served.post(ROUTE, body).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_integers_of_any_size_come_back(served: Served, stream: bool):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 2**70}}}
+    body = {"input": "Hello", "max_output_tokens": 1, "stream": stream, "tool_choice": "none"}
+    body["tools"] = [{"type": "function", "name": "now", "parameters": schema}]
+    answer = served.post(ROUTE, body)
+    assert answer.status_code == 200 and str(2**70) in answer.text
+    assert not stream or "response.incomplete" in answer.text
+
+
 def test_a_stream_that_fails_before_its_first_token(demo_model: Path):
     engine = {"max_batch_size": 1, "max_seq_len": 16384}
     with serving(demo_model, engine=engine, request_timeout_s=0.5) as served:

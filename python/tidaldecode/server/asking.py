@@ -92,18 +92,20 @@ class Asked:
     def _num_new(self, num_prompt: int, most: int) -> int:
         """Most new tokens behind a prompt, in a context of so many."""
         room = most - num_prompt
-        # In words by which clients know it from other errors.
-        why = f"this model's maximum context length is {most} tokens, prompt and answer"
+        # In the words by which clients of OpenAI's and Anthropic's servers know it.
+        why = f"this model's maximum context length is {most} tokens, with the answer"
         if room < 1:
             raise _no_room(
-                self.prompt_field, f"has {num_prompt} tokens, expected at most {most - 1}: {why}"
+                self.prompt_field,
+                f"prompt is too long: {num_prompt} tokens > {most - 1} maximum; {why}",
             )
         # A request that wants no new token still needs one: its prompt is scored on the way.
         count = room if self.max_tokens is None else max(1, self.max_tokens)
         if self.max_tokens_field is not None and count > room:
             raise _no_room(
                 self.max_tokens_field,
-                f"got {count}, expected at most {room} behind {num_prompt} tokens: {why}",
+                f"got {count}, expected at most {room}: input length and `max_tokens` exceed "
+                f"context limit: {num_prompt} + {count} > {most}; {why}",
             )
         return min(count, room)
 
