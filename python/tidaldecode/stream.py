@@ -78,12 +78,15 @@ class TextStream(Iterator[str], Closing):
             raise
 
     def _advance(self, generation: _core.Generation, timeout: float) -> str:
-        if self._callbacks.wants_stop():
+        wants_stop = self._callbacks.wants_stop()
+        if self._generation is None:  # a callback has closed the stream
+            return ""
+        if wants_stop:
             generation.stop(0, "abort")
         events = generation.advance(timeout)  # nothing once it is stopped
         if not self.token_ids and not self._callbacks.stopped:
             self._callbacks.report(*generation.prefill_progress)
-        if self._generation is None:  # a callback has closed the stream
+        if self._generation is None:  # or the other one
             return ""
         tokens = [token_id for _, token_id in events]
         self.token_ids += tokens

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -122,6 +123,14 @@ class TestThreads:
     def test_a_callback_closes_what_calls_it(self, decoder: Decoder):
         stream = decoder.stream(IDS, max_new_tokens=9, on_prefill=lambda *_: stream.close())
         assert list(stream) == []
+
+        def close_and_say(says: bool) -> bool:
+            stream.close()
+            return says
+
+        for says in (True, False):
+            stream = decoder.stream(IDS, max_new_tokens=9, should_stop=partial(close_and_say, says))
+            assert list(stream) == [] and stream.result.finish_reason == "abort"
         session = decoder.session()
         with pytest.raises(InvalidArgument, match="session: it is closed"):
             session.append(IDS, on_prefill=lambda *_: session.close())
