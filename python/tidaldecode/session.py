@@ -65,7 +65,7 @@ class Session(Closing):
         self._core: _core.Session | None = core
         self._host: SessionHost | None = host
         self._stream: weakref.ref[TextStream] | None = None  # the newest
-        self._turn = CallLock()  # of calls that run a turn to its end
+        self._turn = CallLock()  # of calls that run a turn to its end, or begin one
         host.holders.add(self)
 
     # The conversation
@@ -185,8 +185,9 @@ class Session(Closing):
 
         The turn runs, and any other is refused, until the stream has ended or is closed.
         """
-        ids = self._encode(prompt, add_special_tokens)
-        return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling)
+        with self._turn:  # until it runs
+            ids = self._encode(prompt, add_special_tokens)
+            return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling)
 
     def chat(
         self,
@@ -226,7 +227,10 @@ class Session(Closing):
         """chat(), as pieces of text while they come."""
         sampling, chat = split_options(options)
         ids = self._open()[1].frontend.render_one_chat(messages, **chat)
-        return self._run_stream(ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True)
+        with self._turn:
+            return self._run_stream(
+                ids, Callbacks(on_prefill, should_stop), sampling, is_whole=True
+            )
 
     # Lifetime
 

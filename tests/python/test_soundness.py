@@ -3,6 +3,7 @@ forks, the end of the interpreter, missing memory."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from child_process import check_python, run_python
 from tidaldecode import Decoder, InvalidArgument, TidalError, demo_model_dir
+from tidaldecode.batch import make_request
 
 IDS = list(range(5, 60))
 
@@ -90,6 +92,29 @@ class TestThreads:
             )
             assert all(isinstance(error, InvalidArgument) for error in errors), errors
             assert decoder.num_free_pages == free
+
+    def test_a_stream_that_begins_forgets_nothing_of_others(
+        self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    ):
+        session, appended = decoder.session(), threading.Event()
+
+        def append() -> None:
+            with contextlib.suppress(InvalidArgument):  # the stream runs
+                session.append([7, 8, 9])
+                appended.set()
+
+        other = threading.Thread(target=append)
+
+        def make_late(*args: object) -> object:
+            other.start()
+            appended.wait(0.5)  # as long as a thread may have to wait for its turn
+            return make_request(*args)
+
+        session.append(IDS)
+        monkeypatch.setattr("tidaldecode.session.make_request", make_late)
+        list(session.stream([5], max_new_tokens=1, ignore_eos=True))
+        other.join()
+        assert len(session) == len(IDS) + 2 + 3 * appended.is_set()
 
     def test_a_decoder_is_closed_while_others_use_it(self):
         for _ in range(6):
