@@ -367,6 +367,13 @@ def test_a_folder_without_weights_says_what_it_looked_for(folder: Path):
         read_model_folder(folder)
 
 
+def test_shards_without_an_index_are_called_so(sharded: Path):
+    (sharded / INDEX_FILE).unlink()
+    (sharded / "training_args.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(WeightsError, match=r"found 'model-00001.*without an index; download the"):
+        read_model_folder(sharded)
+
+
 def write_changed(folder: Path, **tensors: np.ndarray | None) -> None:
     weights = random_weights(TINY) | tensors
     kept = {name: value for name, value in weights.items() if value is not None}

@@ -68,6 +68,13 @@ def has_weights(folder: Path) -> bool:
 
 def _explain_no_weights(folder: Path) -> str:
     names = list_folder(folder, WeightsError)
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return (
+            f"{folder}: {expected}, found {list_names(shards)} without an index; download the "
+            f"index too, or rename a file that holds all weights to {SINGLE_FILE}"
+        )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (
@@ -77,7 +84,7 @@ def _explain_no_weights(folder: Path) -> str:
         )
     gguf = [name for name in names if name.endswith(".gguf")]
     found = f"; GGUF files ({list_names(gguf)}) are not read" if gguf else ""
-    return f"{folder}: no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards{found}"
+    return f"{folder}: no weights: {expected}{found}"
 
 
 def _read_index(path: Path) -> dict[str, str]:
