@@ -178,6 +178,7 @@ void RegisterGeneration(py::module_& module) {
       .def_readonly("has_prompt_logprobs", &SequenceResult::has_prompt_logprobs)
       .def_readonly("prompt_tokens", &SequenceResult::prompt_tokens)
       .def_readonly("cached_tokens", &SequenceResult::cached_tokens)
+      .def_readonly("queue_s", &SequenceResult::queue_s)
       .def_readonly("time_to_first_token_s", &SequenceResult::time_to_first_token_s)
       .def_readonly("decode_s", &SequenceResult::decode_s)
       .def_property_readonly("verification",

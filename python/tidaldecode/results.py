@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class Timings:
     """How long a sequence took."""
 
+    queue_s: float  # from the start of its call until its prompt began to be read
     time_to_first_token_s: float  # from the start of its call
     decode_tokens_per_s: float  # from the first token to the last; 0 for a single token
     total_s: float
@@ -114,6 +115,7 @@ def make_result(
         prompt_tokens=core.prompt_tokens,
         cached_tokens=core.cached_tokens,
         timings=Timings(
+            queue_s=core.queue_s,
             time_to_first_token_s=core.time_to_first_token_s,
             decode_tokens_per_s=steps / core.decode_s if steps > 0 and core.decode_s > 0 else 0.0,
             total_s=core.time_to_first_token_s + core.decode_s,

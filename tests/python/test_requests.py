@@ -53,6 +53,18 @@ CALLS: dict[str, Callable[[Decoder], Any]] = {
 }
 
 
+def test_the_time_in_line_is_told(folder: Path):
+    with open_decoder(folder, max_seq_len=4096) as decoder:
+        began = time.monotonic()
+        first, second = (
+            decoder.submit(PROMPT, max_new_tokens=count, **GREEDY) for count in (2000, 1)
+        )
+        between = time.monotonic() - began
+        before, after = first.result().timings, second.result().timings
+        assert before.queue_s < before.total_s / 2
+        assert before.total_s - between <= after.queue_s <= after.time_to_first_token_s
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("reads", [True, False], ids=["read", "unread"])
 def test_a_call_waits_for_the_row_of_a_stream(folder: Path, call, reads: bool):

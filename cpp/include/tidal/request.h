@@ -66,6 +66,7 @@ struct SequenceResult {
   std::string error;                             // non-empty iff finish_reason is kError
   int64_t prompt_tokens = 0;                     // of a session's turn: all tokens it follows
   int64_t cached_tokens = 0;                     // of those, in the cache before the call
+  double queue_s = 0.0;                          // from the start of the call until it was begun
   double time_to_first_token_s = 0.0;            // from the start of the call
   double decode_s = 0.0;                         // from the first to the last token
   Verification verification{};                   // zeros unless it was verified

@@ -109,6 +109,7 @@ void Generation::Impl::HearProgress(int64_t index, const RequestState& request) 
   auto i = static_cast<size_t>(index);
   Running& run = running[i];
   results[i].cached_tokens = request.cached_tokens;
+  results[i].queue_s = (request.begun_ms - start_ms) * 1e-3;
   const Sequence& sequence = request.sequence;
   int64_t num_read = std::min(sequence.cached, sequence.dense_len) - run.num_cached;
   if (num_read <= run.num_read) return;  // or it reads again what it has read before

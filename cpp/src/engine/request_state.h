@@ -205,6 +205,7 @@ class RequestState {
   PageShortage shortage{};  // of kNoRoom
   Verification verification{};
   double arrived_ms;
+  double begun_ms = 0.0;        // when its prompt began to be read
   double first_token_ms = 0.0;  // once there is one
   double finished_ms = 0.0;
   int64_t cached_tokens = 0;  // of the prompt, in the cache when it began to read

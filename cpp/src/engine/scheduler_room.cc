@@ -64,7 +64,10 @@ bool Scheduler::Admit(RequestState& request) {
     sequence.cached = sequence.clean_len = num_pages * pool_.page_size();
     counts_.cached_tokens += sequence.cached;
   }
-  if (request.status == RequestStatus::kQueued) request.cached_tokens = sequence.cached;
+  if (request.status == RequestStatus::kQueued) {
+    request.begun_ms = now_ms_;
+    request.cached_tokens = sequence.cached;
+  }
   request.known_tokens = sequence.cached;
   request.reserve_tokens = ReserveTokens(request);
   request.status = RequestStatus::kReading;

@@ -51,7 +51,7 @@ class Answer:
         self.key = -1  # that the feed has it by
         self.submitted_at = time.monotonic()
         self.prompt_ids = request._stream._prompt_ids
-        self.begun_at = 0.0  # to read its prompt, as far as was heard
+        self.has_begun = False  # its prompt is being read, as far as was heard
         self.first_token_at = 0.0
         self.last_token_at = 0.0
         self.token_ids: list[int] = []

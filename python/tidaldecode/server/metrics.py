@@ -103,8 +103,7 @@ class Metrics:
     def hear(self, answer: Answer, delta: Delta) -> None:
         """Counts what has come of an answer."""
         now = time.monotonic()
-        if not answer.begun_at:
-            answer.begun_at = now
+        answer.has_begun = True
         if delta.token_ids:
             if answer.last_token_at:
                 # Tokens that come together have shared the time.
@@ -134,10 +133,11 @@ class Metrics:
         histograms["request_prompt_tokens"].add(result.prompt_tokens)
         histograms["request_generation_tokens"].add(count)
         if answer.first_token_at:
-            begun_at = answer.begun_at or answer.first_token_at
+            times = result.timings  # the engine's: nothing is heard of what is read in one pass
+            prefill = times.time_to_first_token_s - times.queue_s
             decode = now - answer.first_token_at
-            histograms["request_queue_time_seconds"].add(begun_at - answer.submitted_at)
-            histograms["request_prefill_time_seconds"].add(answer.first_token_at - begun_at)
+            histograms["request_queue_time_seconds"].add(times.queue_s)
+            histograms["request_prefill_time_seconds"].add(prefill)
             histograms["request_decode_time_seconds"].add(decode)
             if count > 1:
                 histograms["request_time_per_output_token_seconds"].add(decode / (count - 1))

@@ -216,7 +216,7 @@ class Service:
         most = self.settings.max_queued_tokens
         if most is None:
             return
-        waiting = sum(len(answer.prompt_ids) for answer in self.feed.answers if not answer.begun_at)
+        waiting = sum(len(answer.prompt_ids) for answer in self.feed.answers if not answer.has_begun)
         if waiting and waiting + num_tokens > most:
             self.metrics.rejected("queue_full")
             raise unavailable("queue_full", f"{waiting} tokens of prompts wait already", 5)
