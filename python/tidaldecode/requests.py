@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidaldecode.config import DecodeConfig, PlanConfig, check_setting
 from tidaldecode.engine_config import core_plan
-from tidaldecode.errors import ConfigError
+from tidaldecode.errors import ConfigError, UnsupportedError
 from tidaldecode.plans import choose_plan
 from tidaldecode.results import GenerationResult, TokenLogprobs, token_logprobs
 from tidaldecode.sampling import check_bool, check_integer, check_seconds
@@ -198,7 +198,10 @@ class Request:
         return self._stream.result
 
     def __repr__(self) -> str:
-        return f"Request({self.status})"
+        try:
+            return f"Request({self.status})"
+        except UnsupportedError:
+            return "Request(of another process)"
 
 
 class _Bell:

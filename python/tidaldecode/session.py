@@ -23,7 +23,7 @@ from tidaldecode.batch import (
 )
 from tidaldecode.call_lock import CallLock
 from tidaldecode.closing import Closing
-from tidaldecode.errors import InvalidArgument
+from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.results import GenerationResult
 from tidaldecode.sampling import SamplingSettings, check_integer
 from tidaldecode.stream import TextStream
@@ -248,6 +248,8 @@ class Session(Closing):
             return "Session(closed)"
         try:
             return f"Session({len(self)} of {self.max_seq_len} tokens)"
+        except UnsupportedError:
+            return "Session(of another process)"
         except InvalidArgument:
             return "Session(a turn is running)"
 

@@ -256,6 +256,7 @@ class TestFork:
             session.append(IDS)
             want = decoder.generate(IDS, max_new_tokens=8).token_ids
             stream = decoder.stream(IDS, max_new_tokens=8)
+            request = decoder.submit(IDS, max_new_tokens=8)
             next(stream)
 
             def child():
@@ -274,10 +275,13 @@ class TestFork:
                     lambda: session.append(IDS),
                     lambda: session.token_ids,
                     lambda: session.fork(),
+                    lambda: request.result(),
                     lambda: replay.greedy(2),
                     lambda: replay.read(),
                 ):
                     refused(UnsupportedError, action)
+                for thing in (session, request):
+                    assert "another process" in repr(thing)
                 for thing in (stream, session, replay, decoder):
                     thing.close()
                 globals().update(stream=None, session=None, replay=None, decoder=None)
