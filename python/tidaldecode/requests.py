@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 MAX_CHOICES = 128  # answers to one prompt
+# How long a call that is late still reads what has come: tokens may come as fast as they are read.
+_READING_SECONDS = 0.1
+_HOLDING_SECONDS = 0.01  # of an event loop, before its other tasks have their turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,7 @@ class Request:
             left, num_tokens = deadline - time.monotonic(), len(self._stream.token_ids)
             self._stream.read(min(max(left, 0.0), 0.1))
             is_late = left <= 0 and len(self._stream.token_ids) == num_tokens
-            if is_late and self._stream.result is None:
+            if (is_late or left < -_READING_SECONDS) and self._stream.result is None:
                 raise TimeoutError(f"request: it is {self.status} after {timeout} s")
         return self._ended()
 
@@ -160,6 +163,7 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         bell: _Bell | None = None  # one for each that waits: its end is nobody else's
+        began = time.monotonic()  # to have the loop for itself
         try:
             while True:
                 if piece := self._stream.read(0.0):
@@ -169,15 +173,19 @@ class Request:
                     return
                 else:
                     bell = bell or _Bell(self._generation)
-                    await self._wait_for(bell)
+                    await self._wait_for(bell.ring())
+                    began = time.monotonic()
+                if time.monotonic() - began > _HOLDING_SECONDS:
+                    await self._wait_for(asyncio.sleep(0))
+                    began = time.monotonic()
         finally:
             if bell is not None:
                 bell.close()
 
-    async def _wait_for(self, bell: _Bell) -> None:
-        """Waits until the engine has something. A task that is cancelled meanwhile cancels it."""
+    async def _wait_for(self, event: Awaitable[None]) -> None:
+        """Waits. A task that is cancelled meanwhile cancels the request."""
         try:
-            await bell.ring()
+            await event
         except asyncio.CancelledError:
             await asyncio.to_thread(self.cancel)
             raise
@@ -221,7 +229,9 @@ class _Bell:
         self._rings.set()
 
     async def ring(self) -> None:
-        """Waits until there is something to read."""
+        """Waits until there is something to read; others have a turn in any case."""
+        if self._generation.has_news:
+            await asyncio.sleep(0)
         while not self._generation.has_news:
             await self._rings.wait()
             self._rings.clear()

@@ -315,6 +315,44 @@ class TestSubmit:
         assert len(os.listdir("/proc/self/fd")) <= num_files
 
 
+class TestTimeout:
+    """An answer that comes as fast as it is read."""
+
+    class Endless:  # a stream and its generation
+        result = error = None
+
+        def __init__(self) -> None:
+            self.token_ids: list[int] = []
+            self.is_closed = False
+
+        def read(self, timeout: float) -> str:
+            time.sleep(0.01)
+            self.token_ids.append(5)
+            assert len(self.token_ids) < 200
+            return "x"
+
+        def status(self, sequence: int) -> str:
+            return "decoding"
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    def test_is_late_too(self):
+        endless = self.Endless()
+        with pytest.raises(TimeoutError, match=r"decoding after 0\.02 s"):
+            Request(endless, endless).result(timeout=0.02)
+
+    def test_leaves_the_event_loop_to_others(self):
+        endless = self.Endless()
+
+        async def wait() -> None:
+            await asyncio.wait_for(Request(endless, endless)._finish(), 0.05)
+
+        with pytest.raises(asyncio.TimeoutError):
+            asyncio.run(wait())
+        assert endless.is_closed
+
+
 class TestAsync:
     """Waiting in an event loop ends, however and wherever the request does."""
 
