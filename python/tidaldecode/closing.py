@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, SupportsIndex, TypeVar
+
+from tidaldecode.errors import UnsupportedError
 
 _Self = TypeVar("_Self", bound="Closing")
 
@@ -15,6 +17,12 @@ class Closing(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back what is held. Any later use is an error."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # A copy would close what both hold.
+        raise UnsupportedError(
+            f"{type(self).__name__}: it cannot be copied or pickled; share it, or open another one"
+        )
 
     def __enter__(self: _Self) -> _Self:
         return self

@@ -4,6 +4,8 @@ forks, the end of the interpreter, missing memory."""
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from functools import partial
 import pytest
 
 from child_process import check_python, run_python
-from tidaldecode import Decoder, InvalidArgument, TidalError, demo_model_dir
+from tidaldecode import Decoder, InvalidArgument, TidalError, UnsupportedError, demo_model_dir
 from tidaldecode.batch import make_request
 
 IDS = list(range(5, 60))
@@ -375,6 +377,26 @@ class TestFork:
             make(progress=fork_once).generate(IDS, max_new_tokens=2)
             assert codes == [0]
         """)
+
+
+class TestCopies:
+    """The copy of what is open closed it when it was dropped."""
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+    def test_what_is_closed_is_not_copied(
+        self, decoder: Decoder, copied: Callable[[object], object]
+    ):
+        want = decoder.generate(IDS, max_new_tokens=8, ignore_eos=True)
+        with (
+            decoder.session() as session,
+            decoder.replay([IDS], max_new_tokens=2) as replay,
+            decoder.stream(IDS, max_new_tokens=8, ignore_eos=True) as stream,
+        ):
+            for each in (decoder, session, replay, stream):
+                with pytest.raises(UnsupportedError, match=f"{type(each).__name__}: .* share it"):
+                    copied(each)
+            assert "".join(stream) == want.text
+            assert session.generate(IDS, max_new_tokens=8, ignore_eos=True).text == want.text
 
 
 class TestMemory:
