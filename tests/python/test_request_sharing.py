@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from test_requests import GREEDY, PROMPT, TINY, open_decoder
+from test_requests import GREEDY, PAGE_SIZE, PROMPT, TINY, open_decoder
 from tidaldecode import Decoder, InvalidArgument, Request
 from tiny_models import random_prompt, write_checkpoint, write_tokenizer
 
@@ -135,3 +135,56 @@ def test_others_decode_while_tokens_are_scored(folder: Path, kind: str):
         assert len(request.token_ids) - num_tokens > 20, "it was held up"
         request.cancel()
         assert (scored.result() == expected).all()
+
+
+class TestPrefixCache:
+    def test_a_known_prompt_is_not_read_again(self, folder: Path):
+        prompt = random_prompt(TINY, 50, seed=1)
+        with open_decoder(folder) as decoder, open_decoder(folder, prefix_cache=False) as without:
+            for new in ([], [3], [4, 5]):
+                found = decoder.generate(prompt + new, max_new_tokens=8, **GREEDY)
+                read = without.generate(prompt + new, max_new_tokens=8, **GREEDY)
+                assert found.token_ids == read.token_ids
+                assert (found.cached_tokens, read.cached_tokens) == (48 if new else 0, 0)
+            stats = decoder.stats()
+            assert stats["cached_tokens"] == 96
+            assert stats["pages_cached"] == 3 and stats["pages_held"] == 0
+            assert decoder.num_free_pages == 4, "what is known is room as well"
+
+    def test_progress_counts_what_was_found(self, folder: Path):
+        prompt = random_prompt(TINY, 50, seed=2)
+        with open_decoder(folder) as decoder:
+            decoder.generate(prompt, max_new_tokens=2)
+            seen: list[tuple[int, int]] = []
+            decoder.generate(prompt, max_new_tokens=2, on_prefill=lambda *p: seen.append(p))
+            assert seen == [(50, 50)]
+
+    def test_known_pages_leave_when_room_is_needed(self, folder: Path):
+        with open_decoder(folder) as decoder:
+            for seed in range(4):
+                decoder.generate(random_prompt(TINY, 50, seed=seed), max_new_tokens=8, **GREEDY)
+            assert decoder.stats()["pages_cached"] == 3
+
+    def test_a_session_shares_what_it_has_read(self, folder: Path):
+        prompt = random_prompt(TINY, 50, seed=3)
+        with open_decoder(folder, num_pages=12) as decoder:
+            session = decoder.session()
+            session.append(prompt)
+            assert decoder.generate(prompt, max_new_tokens=3).cached_tokens == 48
+            # And goes its own way from the midst of a page that others know.
+            session.truncate(20)
+            other = prompt[:20] + [7] * 9
+            want = decoder.generate(other, max_new_tokens=9, **GREEDY).token_ids
+            assert session.generate([7] * 9, max_new_tokens=9, **GREEDY).token_ids == want
+            assert decoder.generate(prompt, max_new_tokens=3).cached_tokens == 48
+
+    def test_sparse_answers_are_not_shared(self, folder: Path):
+        options = {"select_layers": [1], "token_budget": 8, "sparse_min_context": 0}
+        prompt = random_prompt(TINY, 30, seed=4)
+        with Decoder(
+            folder, device="cpu", num_threads=1, max_seq_len=128, page_size=PAGE_SIZE,
+            full_layers=1, recent_tokens=2, sink_tokens=1, **options,
+        ) as decoder:  # fmt: skip
+            answer = decoder.generate(prompt, max_new_tokens=40, **GREEDY).token_ids
+            again = decoder.generate(prompt + list(answer), max_new_tokens=3, **GREEDY)
+            assert again.cached_tokens == 16, "the prompt's whole pages, and none of the answer's"

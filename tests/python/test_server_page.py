@@ -179,7 +179,6 @@ def test_a_hidden_key_is_found_and_its_bin_lights_up(page: Page, book: tuple[Pat
     assert "".join(page.page.locator(".text span").all_text_contents()) == path.read_text()
     assert 450 < len(texts) <= 512
     holds = [i for i, text in enumerate(spans.all_text_contents()) if number in text]
-    assert len(holds) == 1
     (of_key,) = holds
     levels = [int(level) for level in page.page.eval_on_selector_all(
         ".text span", "spans => spans.map((span) => span.dataset.level)")]  # fmt: skip
@@ -201,18 +200,12 @@ def test_a_hidden_key_is_found_and_its_bin_lights_up(page: Page, book: tuple[Pat
 
 
 def test_the_time_a_token_is_the_engines_once_it_is_known(page: Page):
-    """On a busy machine a browser hears all tokens at once, as if they had taken no time."""
     run = {"reading": None, "askedAt": 1.0, "firstAt": 7.0, "lastAt": 7.0, "numPieces": 1}
-    usage = {"completion_tokens": 6, "prompt_tokens_details": {"cached_tokens": 0}}
-    said = []
-    for speed in (None, 250.0):
-        ours = {"decode_tokens_per_s": speed, "kv_bytes_read": 5}
-        known = usage | {"tidaldecode": ours} if speed else None
-        said.append(page.page.evaluate(
-            """async (run) => (await import("/web/conversation.js")).figures(run).msPerToken""",
-            run | {"usage": known},
-        ))  # fmt: skip
-    assert said == [None, 4.0]
+    ours = {"decode_tokens_per_s": 250.0}
+    usage = {"completion_tokens": 6, "prompt_tokens_details": {}, "tidaldecode": ours}
+    figure = """async (run) => (await import("/web/conversation.js")).figures(run).msPerToken"""
+    assert page.page.evaluate(figure, run | {"usage": None}) is None
+    assert page.page.evaluate(figure, run | {"usage": usage}) == 4.0
 
 
 def test_two_modes_side_by_side(page: Page, book: tuple[Path, str, str]):
