@@ -96,6 +96,16 @@ def test_generated_tasks(run, tmp_path: Path):
     assert {r["prompt_tokens"] for r in records} == {1024 - 32, 1024 - 64}
 
 
+def test_what_is_asked_twice_counts_once(run, trained_text: Path, tmp_path: Path):
+    """Else intervals of the answers kept would be of more prompts than there are."""
+    once = ["--task", "single", "--context", "1024", "--limit", "2", *PLAN]
+    text = ["--text", str(trained_text), "--scored-tokens", "64"]
+    code, out, _ = run(*once, *text)
+    assert code == 0 and "single, 1,024 tokens" in out
+    assert run(*once, *text, "--task", "single", "--context", "1024") == (code, out, "")
+    assert json.loads((tmp_path / "out" / "report.json").read_bytes())["asked"] == 2
+
+
 def test_a_second_run_decodes_nothing_and_says_the_same(run, own: Path, tmp_path, monkeypatch):
     arguments = ["--prompts", str(own), *PLAN]
     first = run(*arguments)

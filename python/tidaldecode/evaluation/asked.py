@@ -74,8 +74,8 @@ class Asked:
 
     @property
     def contexts(self) -> list[int]:
-        """The contexts of tasks and windows."""
-        return self.context or [DEFAULT_CONTEXT]
+        """The contexts of tasks and windows, each once: what is asked twice would count twice."""
+        return list(dict.fromkeys(self.context or [DEFAULT_CONTEXT]))
 
     @property
     def _has_prompts(self) -> bool:
@@ -89,7 +89,7 @@ class Asked:
         if self.prompts is not None:
             return [self._own_series(self.prompts, encode, most)]
         return make_series(
-            self.task or list(TASKS),
+            list(dict.fromkeys(self.task or TASKS)),
             encode,
             self.contexts,
             most=self.limit or most or DEFAULT_PROMPTS,
