@@ -75,6 +75,24 @@ def test_a_prompt_comes_from_a_file_or_stdin(run, model: str, tmp_path: Path, mo
         assert run("generate", model, *arguments, *FAST)[:2] == (0, SCRIPT + "\n")
 
 
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_one_line_break_at_the_end_of_a_prompt_is_the_editors(
+    run, model: str, tmp_path: Path, ending: str
+):
+    (tmp_path / "prompt.txt").write_bytes(f"see é>{ending}".encode())
+    assert run("generate", model, "--prompt-file", str(tmp_path / "prompt.txt"), *FAST)[1] == (
+        SCRIPT + "\n"
+    )
+    (tmp_path / "prompt.txt").write_bytes(f"x>\n{ending}".encode())
+    out = run("generate", model, "--prompt-file", str(tmp_path / "prompt.txt"), *FAST)[1]
+    assert (out == SCRIPT + "\n") == (ending == "")  # no more than one is left out
+
+
+def test_options_that_do_not_go_together_are_refused_before_the_model_is_read(run):
+    code, _, err = run("generate", "/no/such/model", "x", "--system", "s")
+    assert (code, err) == (2, "error: system: got a system message without --chat, expected both\n")
+
+
 def test_chat_uses_the_template(run, model: str):
     code, out, _ = run("generate", model, "hi", "--chat", "--system", "be", *FAST)
     assert (code, out) == (0, SCRIPT + "\n")

@@ -34,6 +34,7 @@ from tidaldecode.cli.terminal import (
     one_line,
     print_error,
     say,
+    without_line_break,
 )
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import (
@@ -136,6 +137,8 @@ def generate(
     debug: opt.Debug = False,
 ) -> None:
     """Continue a text; the output streams to stdout."""
+    if system is not None and not chat:
+        raise InvalidArgument("system: got a system message without --chat, expected both")
     text, bars = _read_prompt(prompt, prompt_file), Bars(is_watched())
     model = at_revision(model_dir, revision)
     with bars.loading(f"Loading {model_dir.name}") as on_load:
@@ -229,7 +232,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         except OSError as cause:
             raise InvalidArgument(f"prompt-file: {name}: {cause.strerror}") from cause
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return without_line_break(data.decode("utf-8"))
     except UnicodeDecodeError as cause:
         raise InvalidArgument(f"prompt: {name} is not UTF-8 (byte {cause.start})") from cause
 
@@ -243,8 +246,6 @@ def _stream_text(
     bars: Bars,
 ) -> GenerationResult:
     """Writes the continuation to stdout while it comes."""
-    if system is not None and not chat:
-        raise InvalidArgument("system: got a system message without --chat, expected both")
     prompt: Any = text
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []

@@ -21,7 +21,14 @@ from rich.console import Console
 
 from tidaldecode.batch import PrefillProgress, ShouldStop
 from tidaldecode.cli import options as opt
-from tidaldecode.cli.terminal import Bars, is_watched, print_error, print_note, say
+from tidaldecode.cli.terminal import (
+    Bars,
+    is_watched,
+    print_error,
+    print_note,
+    say,
+    without_line_break,
+)
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import CapacityError, InvalidArgument, TidalError, show
 from tidaldecode.results import GenerationResult
@@ -237,7 +244,7 @@ def _answer_all(conversation: _Conversation, bars: Bars) -> None:
 def _piped_lines() -> Iterator[str]:
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
-            yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            yield without_line_break(line.decode("utf-8"))
         except UnicodeDecodeError as cause:
             raise InvalidArgument(
                 f"stdin: line {number} is not UTF-8 (byte {cause.start})"

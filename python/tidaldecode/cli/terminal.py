@@ -41,6 +41,12 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in joined)
 
 
+def without_line_break(text: str) -> str:
+    """`text` without the one line break at its end, of Unix or of Windows."""
+    shorter = text.removesuffix("\n")
+    return shorter if shorter == text else shorter.removesuffix("\r")
+
+
 def say(line: str) -> None:
     """Writes a line on stderr. What stderr does not take is lost, and nothing ends because of that.
 
