@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from tidaldecode.checkpoint.json_file import check_no_device
+
 # Stands for "nowhere": below a file nothing exists and nothing can be made.
 _NOWHERE = Path(os.devnull)
 
@@ -60,8 +62,9 @@ def write_whole(path: Path, text: str) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Writes beside the file first, so that what was there stays until all is written.
 
-    Raises: OSError.
+    Raises: OSError, also where a device or a FIFO is, which would be gone.
     """
+    check_no_device(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8", errors="replace")

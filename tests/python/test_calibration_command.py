@@ -180,8 +180,13 @@ def test_the_demo_answers_held_out_questions(demo_model: Path, tmp_path: Path, c
         (["--max-choosing-layers", "0"], "max_choosing_layers: got 0"),
         (["--max-loss", "nan"], "max-loss: got nan, expected a number of nats"),
         ([*SMALL, "--output", "/dev/null/x"], "output: /dev/null/x: "),
+        (
+            [*SMALL, "--output", "/dev/null"],
+            "output: /dev/null: not a regular file",
+        ),
         (["--context", "4096"], "context: got 4096, expected an integer from 1 to 2048"),
         (["--context", "60"], "context: got "),
+        (["--kv-dtype", "int3"], "kv_dtype: got 'int3', expected one of"),
     ],
     ids=str,
 )

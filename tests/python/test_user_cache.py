@@ -15,7 +15,7 @@ from tidaldecode import WeightsError
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import find_plan
-from tidaldecode.user_cache import cached_plan_file, is_kept, user_cache_dir
+from tidaldecode.user_cache import cached_plan_file, is_kept, user_cache_dir, write_whole
 from tiny_models import TinyModel, write_checkpoint
 
 # Runs as another user, after all imports: what is imported may lie where that one cannot look.
@@ -132,3 +132,17 @@ def test_a_folder_that_goes_while_a_model_is_named_is_a_typed_error(folder: Path
     folder.rename(folder.with_name("moved"))
     with pytest.raises(WeightsError, match="cannot be listed: No such file"):
         model_fingerprint(model)
+
+
+def test_a_file_is_written_whole_and_a_device_is_never_replaced(tmp_path: Path):
+    """What a user may write to would else be a file afterwards; root may write to /dev."""
+    write_whole(tmp_path / "new" / "file", "a")
+    write_whole(tmp_path / "new" / "file", "b")
+    assert (tmp_path / "new" / "file").read_text() == "b"
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path / "new"):
+        with pytest.raises(OSError, match=r"not a regular file|[Ii]s a directory"):
+            write_whole(path, "c")
+    assert fifo.is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "new"]

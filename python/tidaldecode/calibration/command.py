@@ -22,6 +22,7 @@ from tidaldecode.checkpoint.fingerprint import model_fingerprint
 from tidaldecode.checkpoint.model_folder import ModelFolder, read_model_folder
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import Bars, is_watched, one_line, print_note
+from tidaldecode.config import DecodeConfig
 from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.example import make_encoder
@@ -101,6 +102,7 @@ def calibrate(
 ) -> None:
     """Find the plan that loses least for the bytes it reads, and keep it for the model."""
     _check(text, builtin, max_loss)
+    DecodeConfig(**engine)  # refuses what no engine takes before anybody waits
     folder = read_model_folder(model_dir)
     open_layers(folder.model)  # refuses before anybody waits
     contexts = _contexts(context, folder, engine["device"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from tidaldecode import _core
 from tidaldecode.calibration.run import Job, Outcome
+from tidaldecode.checkpoint.json_file import check_no_device
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.plans import PLAN_FILE
 from tidaldecode.user_cache import cached_plan_file, write_whole
@@ -43,8 +44,7 @@ def check_output(output: Path) -> None:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        check_no_device(output)
         if not os.access(output.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as cause:
