@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tidaldecode import _core
 from tidaldecode.checkpoint.fingerprint import model_fingerprint
@@ -51,6 +51,8 @@ CALIBRATION_KEYS = (
 SAFE = "safe: every layer chooses for itself"
 # Layers in front that are dense wherever nothing else is said: attention is spread out in them.
 FULL_LAYERS = _core.PlanConfig().full_layers
+
+_LARGEST_LOSS = 1e15  # in nats; a plan file may say more
 
 _logger = logging.getLogger("tidaldecode")
 
@@ -115,23 +117,34 @@ def _parse_plan(raw: Mapping[str, Any], path: Path, windows: Sequence[int]) -> P
 def _describe_calibration(raw: Mapping[str, Any]) -> str:
     """How a calibrated plan did, as its file has it; what a file does not say is left out."""
     parts = []
-    held_out, contexts = raw.get("held_out"), raw.get("context")
-    if isinstance(held_out, dict) and isinstance(counted := held_out.get("counted"), int):
-        parts.append(f"{held_out.get('same')} of {counted} held-out answers as dense")
+    contexts = raw.get("context")
+    held_out = raw.get("held_out") if isinstance(raw.get("held_out"), dict) else {}
+    same, counted = held_out.get("same"), held_out.get("counted")
+    if _is_count(same) and _is_count(counted):
+        parts.append(f"{same} of {counted} held-out answers as dense")
         if counted == 0:
             parts = ["judged on text alone (the model answers too few questions)"]
-    lengths = [contexts] if isinstance(contexts, int) else contexts
-    if isinstance(lengths, list) and lengths and all(isinstance(n, int) for n in lengths):
+    lengths = contexts if isinstance(contexts, list) else [contexts]
+    if lengths and all(map(_is_count, lengths)):
         parts.append("at " + " and ".join(f"{length:,}" for length in lengths) + " tokens")
     scores = raw.get("scores")
     loss = scores.get("loss") if isinstance(scores, dict) else None
     text = " ".join(parts)
-    if isinstance(loss, (int, float)):
+    if _is_loss(loss):
         text += f", loss {loss:.3g} nats"
         limit = raw.get("max_loss")
-        if isinstance(limit, (int, float)) and loss > limit:
+        if _is_loss(limit) and loss > limit:
             text += f" (more than the {limit:g} asked for)"
     return "calibrated: " + text.removeprefix(", ") if text else "calibrated"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_loss(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can be, which JSON's integers need not."""
+    return type(value) in (int, float) and abs(value) <= _LARGEST_LOSS
 
 
 def find_plan(folder: ModelFolder) -> Plan | None:

@@ -422,6 +422,10 @@ def test_verify_without_a_plan_says_that_it_is_dense(folder: Path, caplog, optio
             "at 4,096 tokens, loss 2.5 nats (more than the 0.03 asked for)",
         ),
         ({"scores": []}, "plan FFSssSss calibrated"),
+        ({"scores": {"loss": 10**400}, "context": [True], "held_out": {"same": 1, "counted": True}},
+         "plan FFSssSss calibrated"),
+        ({"scores": {"loss": 1}, "max_loss": -(10**400), "held_out": {"same": [1], "counted": 5}},
+         "plan FFSssSss calibrated: loss 1 nats"),
     ],
 )  # fmt: skip
 def test_a_calibrated_plan_says_at_every_start_how_it_did(tmp_path, caplog, extra, expected):
