@@ -117,8 +117,9 @@ def _parse_plan(raw: Mapping[str, Any], path: Path, windows: Sequence[int]) -> P
 def _describe_calibration(raw: Mapping[str, Any]) -> str:
     """How a calibrated plan did, as its file has it; what a file does not say is left out."""
     parts = []
-    contexts = raw.get("context")
-    held_out = raw.get("held_out") if isinstance(raw.get("held_out"), dict) else {}
+    held_out, contexts = raw.get("held_out"), raw.get("context")
+    if not isinstance(held_out, dict):
+        held_out = {}
     same, counted = held_out.get("same"), held_out.get("counted")
     if _is_count(same) and _is_count(counted):
         parts.append(f"{same} of {counted} held-out answers as dense")
