@@ -240,6 +240,16 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path: Path):
     assert (process.returncode, err) == (1, "")
 
 
+@pytest.mark.parametrize("command", ["generate {model} - {fast}", "chat {model} {fast}", "info"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_streams_that_a_shell_has_closed_are_empty(model: str, command: str, closed: str):
+    filled = command.format(model=model, fast=" ".join(FAST))
+    program = f"echo '>' | '{sys.executable}' -m tidaldecode {filled} {closed}"
+    done = subprocess.run(["sh", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed == "<&-" and "chat" not in command)
+
+
 def test_output_survives_a_terminal_without_unicode(model: str):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = start("generate", model, ">", *FAST, env=environment)

@@ -296,6 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    # Where a shell has closed one: nothing comes, and nobody reads.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, for as long as it runs
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     # Whatever the locale, text the terminal cannot show must not end the program.
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
