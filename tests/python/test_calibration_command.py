@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -114,6 +118,17 @@ def test_a_plan_that_can_be_written_nowhere_is_printed(run, model, monkeypatch, 
     assert code == 2 and "the scores are not kept" in err and "save" in err
     content = json.loads(out[out.index("{") :])
     assert content["scored_layers"] == [1] and content["token_budget"] == 32
+
+
+def test_a_plan_is_kept_where_nobody_reads_what_is_printed(run, model: Path, monkeypatch):
+    class Full(StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    code, _, err = run(*SMALL)
+    assert code == 1 and "No space left on device" in err
+    assert json.loads((model / "tidal_plan.json").read_bytes())["token_budget"] == 32
 
 
 def test_a_plan_of_another_model_is_not_used(run, model: Path, caplog):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -87,19 +88,38 @@ def test_a_full_disk_costs_no_work(tmp_path: Path, caplog, monkeypatch):
     assert caplog.text.count("No space left on device; the run goes on") == 1
 
 
-def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path, capsys):
-    model = write_scripted_model(tmp_path / "model", max_position_embeddings=2048)
-    own = tmp_path / "own.jsonl"
+def evaluate(folder: Path) -> int:
+    """Asks one prompt; what comes of it goes to `folder`/out."""
+    model = write_scripted_model(folder / "model", max_position_embeddings=2048)
+    own = folder / "own.jsonl"
     own.write_text(json.dumps({"prompt": "one >", "answers": ["STOP"]}))
-    (tmp_path / "out" / "report.json").mkdir(parents=True)
-    code = cli.main(
+    return cli.main(
         ["eval", str(model), "--device", "cpu", "--num-threads", "1", "--prompts", str(own),
-         "--out", str(tmp_path / "out"), "--tidal", "select_layers=1 token_budget=16"]
+         "--out", str(folder / "out"), "--tidal", "select_layers=1 token_budget=16"]
     )  # fmt: skip
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path, capsys):
+    (tmp_path / "out" / "report.json").mkdir(parents=True)
+    code = evaluate(tmp_path)
     captured = capsys.readouterr()
     assert code == 1 and "100.0" in captured.out and "Report:" not in captured.out
     assert captured.err.endswith("what is printed here was not written\n")
     assert len((tmp_path / "out" / "results.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_a_report_is_written_where_nobody_reads_what_is_printed(
+    tmp_path: Path, capsys, monkeypatch
+):
+    class Full(StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert evaluate(tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "was not written" not in err
+    assert json.loads((tmp_path / "out" / "report.json").read_bytes())["asked"] == 1
 
 
 def test_no_number_of_a_report_is_none(monkeypatch):

@@ -130,13 +130,17 @@ def calibrate(
         print_note("the same command goes on from here")
         raise
     console = Console(highlight=False)
-    console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
-    show_frontier(console, outcome, folder.model.windows)
-    show_judgement(console, job, outcome)
-    if outcome.chosen.scores.loss > max_loss and not keep_anyway:
+    is_good = outcome.chosen.scores.loss <= max_loss
+    try:
+        console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
+        show_frontier(console, outcome, folder.model.windows)
+        show_judgement(console, job, outcome)
+    finally:  # also where stdout takes nothing
+        if is_good or keep_anyway:
+            _keep(console, job, outcome, text, output)
+    if not is_good and not keep_anyway:
         print_note(_not_good_enough(job, outcome))
         raise typer.Exit(EXIT_NOT_GOOD_ENOUGH)
-    _keep(console, job, outcome, text, output)
 
 
 def _check(text: Path | None, builtin: bool, max_loss: float) -> None:

@@ -223,9 +223,11 @@ def evaluate(
         perplexities=summarise_losses(losses, costs),
         attention=_look(work, examples, bars) if attention else None,
     )  # fmt: skip
-    _show(model_dir, found)
-    _remember(model_dir, settings, found.summaries)
-    _keep(folder, found, plots)
+    try:
+        _show(model_dir, found)
+    finally:  # also where stdout takes nothing
+        _remember(model_dir, settings, found.summaries)
+        _keep(folder, found, plots)
 
 
 @contextmanager
@@ -253,11 +255,12 @@ def _keep(folder: Path, found: _Found, plots: bool) -> None:
     """Writes the report, or says that it is lost."""
     console = Console(highlight=False)
     try:
-        for line in _write(folder, found, plots):
-            console.print(line, soft_wrap=True, markup=False)
+        lines = [*_write(folder, found, plots)]
     except OSError as cause:
         print_error(f"{folder}: {cause.strerror}; what is printed here was not written")
         raise typer.Exit(EXIT_NOT_WRITTEN) from None
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _comparison(
