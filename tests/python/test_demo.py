@@ -82,6 +82,8 @@ def test_only_the_hidden_number_is_right(text: str, is_correct: bool):
         ({"select_layers": (1,), "token_budget": 8, "granularity": "layer"}, 50, 2 * 50 + 2 * 8),
         ({"select_layers": (1,), "token_budget": 64}, 50, 4 * 50),
         ({"select_layers": (1,), "token_budget": 8, "sparse_min_context": 50}, 50, 4 * 50),
+        # Two layers read all keys, which are half of the rows, and then their sets.
+        ({"scored_layers": (2, 3), "token_budget": 8}, 50, 2 * 50 + 2 * (25 + 8)),
     ],
     ids=str,
 )
@@ -89,6 +91,14 @@ def test_rows_read_follow_from_the_plan(tmp_path: Path, options, seq_len: int, r
     folder = write_checkpoint(tmp_path, TinyModel(num_layers=4))
     decoder = Decoder(folder, device="cpu", max_seq_len=64, max_batch_size=1, **options)
     assert rows_read_per_step(decoder, seq_len) == rows
+
+
+def test_a_layer_with_a_window_reads_no_more_than_it(tmp_path: Path):
+    model = TinyModel("gemma3_text", num_layers=4, fields={"sliding_window": 16})
+    decoder = Decoder(write_checkpoint(tmp_path, model), device="cpu", max_seq_len=64)
+    num_windows = decoder.plan.count("w")
+    assert 0 < num_windows < 4
+    assert rows_read_per_step(decoder, 50) == num_windows * 16 + (4 - num_windows) * 50
 
 
 def test_the_density_line_shows_where_positions_lie():
@@ -151,6 +161,15 @@ def test_a_model_without_a_plan_gets_an_explanation(tmp_path: Path, capsys):
     assert "dense" in out and "no" in out
     words = " ".join(out.split())
     assert "there is no plan for this model" in words and "tidaldecode calibrate" in words
+
+
+def test_a_budget_stands_in_for_a_plan(tmp_path: Path, capsys):
+    """As in every command: each layer then chooses for itself."""
+    folder = write_scripted_model(tmp_path, max_position_embeddings=4096)
+    arguments = ["--context", "300", *ON_CPU, "--token-budget", "16"]
+    assert cli.main(["demo", "--model", str(folder), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "FFP" in out and "Where the 16 positions lie" in out and "x fewer" in out
 
 
 def test_layers_given_by_hand_stand_in_for_a_plan(tmp_path: Path, capsys):

@@ -18,9 +18,10 @@ import numpy as np
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli.demo_text import HiddenKey, hide_key
-from tidaldecode.config import LAYER_FIELDS
+from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, PlanConfig
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
+from tidaldecode.plan_bytes import kv_bytes_per_step, row_bytes
 from tidaldecode.plans import find_plan
 
 DEFAULT_CONTEXTS = (4096, 16384)
@@ -46,7 +47,7 @@ class Run:
     plan: str  # "FFSsssss"
     answer: str
     is_correct: bool
-    rows_per_step: int  # KV rows (a key and a value) read per KV head, summed over the layers
+    rows_per_step: int  # rows_read_per_step()
     ms_per_token: float
     prefill_s: float
     selection: dict[int, np.ndarray]  # {layer: [num_sets, num_selected] int32}
@@ -62,22 +63,17 @@ class Comparison:
 
 
 def rows_read_per_step(decoder: Decoder, seq_len: int) -> int:
-    """KV rows a decode step reads per KV head, summed over the layers.
+    """KV rows a decode step reads per KV head, summed over the layers: its bytes, in rows.
 
-    Full and select layers read the whole cache. A sparse layer reads its set; with granularity
-    "head" the query heads of a group have sets of their own, at most group_size times as much, and
-    with an adaptive budget a set is at most the budget.
+    Full and select layers read the whole cache, sparse ones their set, as plan_bytes.py counts.
     """
-    config = decoder.config
-    assert not isinstance(config.token_budget, str)  # in use both are numbers
-    assert not isinstance(config.sparse_min_context, str)
-    budget = config.token_budget or seq_len
-    always_taken = config.min_token_budget if (config.top_p_mass or 1) < 1 else budget
-    if config.granularity == "head":
-        budget *= decoder.model.group_size
-    is_dense_step = seq_len <= max(always_taken or 0, config.sparse_min_context or 0)
-    per_sparse_layer = seq_len if is_dense_step else min(budget, seq_len)
-    return sum(per_sparse_layer if kind == "s" else seq_len for kind in decoder.plan)
+    config, model = decoder.config, decoder.model
+    assert not isinstance(config.sparse_min_context, str)  # in use it is a number
+    plan = PlanConfig()
+    if seq_len > (config.sparse_min_context or 0):
+        plan = PlanConfig(**{name: getattr(config, name) for name in PLAN_FIELDS})
+    num_bytes = kv_bytes_per_step(model, plan, seq_len, config.kv_dtype)
+    return round(num_bytes / row_bytes(model, config.kv_dtype))
 
 
 def answer_is_correct(text: str, number: str) -> bool:
@@ -163,8 +159,8 @@ def run_demo(
         ]
         dense_runs = [_reported_ask(dense, prompt, "dense", reporter) for prompt in prompts]
 
-    has_layers = any(options.get(name) is not None for name in LAYER_FIELDS)
-    if not has_layers and find_plan(read_model_folder(model_dir)) is None:
+    is_asked = any(options.get(name) is not None for name in (*LAYER_FIELDS, "token_budget"))
+    if not is_asked and find_plan(read_model_folder(model_dir)) is None:
         for prompt, run in zip(prompts, dense_runs, strict=True):
             yield Comparison(prompt=prompt, dense=run, tidal=None)
         return
