@@ -18,7 +18,12 @@ from tidaldecode.evaluation.attention import chosen_positions, measure_attention
 from tidaldecode.evaluation.example import Example
 from tidaldecode.evaluation.quest import QuestReplay, chosen_tokens
 from tidaldecode.evaluation.reference import ReferenceModel, missing_in_numpy
-from tidaldecode.evaluation.settings import dense_setting, quest_setting, tidal_setting
+from tidaldecode.evaluation.settings import (
+    check_names,
+    dense_setting,
+    quest_setting,
+    tidal_setting,
+)
 from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
 
 CPU = {"device": "cpu", "num_threads": 1, "max_seq_len": 128, "max_batch_size": 1}
@@ -95,6 +100,8 @@ def test_a_covering_budget_is_dense_and_a_small_one_is_not(tmp_path: Path):
     for budget, is_dense in ((128, True), (16, False), (128, True)):
         (got,) = replay.step_logits([more], token_budget=budget, page_size=8)
         assert np.allclose(got, want, rtol=1e-3, atol=1e-3) == is_dense
+        # Two pages, the newest of them not full yet.
+        assert replay.mean_set_size == 0 if is_dense else 8 < replay.mean_set_size < 16
     (tokens,) = replay.greedy(8, eos_token_ids=(), token_budget=128, page_size=8)
     assert tokens == list(decoder.generate(ids, max_new_tokens=8, temperature=0).token_ids)
     (ended,) = replay.greedy(8, eos_token_ids=tokens[:3][-1:], token_budget=128, page_size=8)
@@ -104,9 +111,18 @@ def test_a_covering_budget_is_dense_and_a_small_one_is_not(tmp_path: Path):
 def test_quest_settings_are_read():
     setting = quest_setting("token_budget=128")
     assert setting.name == "quest token_budget=128 page_size=16" and setting.is_quest
-    for text in ("budget=1", "token_budget=x", "token_budget=0", "token_budget=8"):
-        with pytest.raises(InvalidArgument, match="quest: got"):
+    for text, expected in [
+        ("budget=1", "quest: got 'budget=1'"),
+        ("token_budget=x", "quest: got 'token_budget=x'"),
+        ("token_budget=0", "quest: token_budget: got 0"),
+        (f"token_budget={10**22}", "quest: token_budget: got 1"),  # no record could hold it
+        ("token_budget=64 token_budget=32", "quest: token_budget is given twice"),
+        ("token_budget=8", "quest: got page_size 16"),
+    ]:
+        with pytest.raises(InvalidArgument, match=expected):
             quest_setting(text)
+    with pytest.raises(InvalidArgument, match="quest: 'quest token_budget=64 .* is given twice"):
+        check_names([quest_setting(""), quest_setting("token_budget=64")])
 
 
 # Attention

@@ -27,20 +27,26 @@ class QuestReplay:
         self._model = model
         self._cache, self._first = model.read(prompt_ids, room)
         self._num_read = len(prompt_ids)
+        self._set_sizes: list[float] = []  # of the last call
+
+    @property
+    def mean_set_size(self) -> float:
+        """As Replay.mean_set_size."""
+        return float(np.mean(self._set_sizes)) if self._set_sizes else 0.0
 
     def step_logits(
         self, continuations: Sequence[Sequence[int]], **options: Any
     ) -> list[np.ndarray]:
         """As Replay.step_logits, of one continuation; options: token_budget, page_size."""
         (tokens,) = continuations
-        self._cache.num_tokens = self._num_read
+        self._cache.num_tokens, self._set_sizes = self._num_read, []
         return [np.stack([self._first, *(self._step(token, options) for token in tokens)])]
 
     def greedy(
         self, max_new_tokens: int, *, eos_token_ids: Sequence[int], **options: Any
     ) -> list[list[int]]:
         """As Replay.greedy, of one prompt."""
-        self._cache.num_tokens = self._num_read
+        self._cache.num_tokens, self._set_sizes = self._num_read, []
         output, logits = [], self._first
         while True:
             output.append(int(np.argmax(logits)))
@@ -53,6 +59,7 @@ class QuestReplay:
             chosen = None
             if layer >= _DENSE_LAYERS and len(k) > options["token_budget"]:
                 chosen = chosen_tokens(q, k, options["token_budget"], options["page_size"])
+                self._set_sizes.append(chosen.sum(axis=1).mean())
             return _attend(q, k, v, chosen)
 
         return self._model.step(token, self._cache, attend)

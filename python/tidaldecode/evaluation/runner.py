@@ -105,9 +105,8 @@ class Prompt:
 
     def set_size(self, setting: Setting) -> float:
         """Positions of a set in the last call of this setting, on average; 0 if it was dense."""
-        if setting.is_quest:
-            return float(setting.options["token_budget"])
-        return round(self._replay.mean_set_size, 2)
+        replay = self._paged if setting.is_quest else self._replay
+        return round(replay.mean_set_size, 2)
 
     @property
     def _paged(self) -> QuestReplay:

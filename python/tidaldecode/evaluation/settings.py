@@ -15,10 +15,12 @@ from tidaldecode.cli.options import parse_layers
 from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, PlanConfig
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.plans import Plan, choose_plan
+from tidaldecode.sampling import check_integer
 
 DENSE = "dense"
 _TEXT_FIELDS = ("granularity", "pooling", "shadow")
 _FLOAT_FIELDS = ("top_p_mass",)
+_QUEST_DEFAULTS = {"token_budget": 64, "page_size": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +80,17 @@ def quest_setting(text: str) -> Setting:
 
     Raises: InvalidArgument for another form or field.
     """
-    options = {"token_budget": 64, "page_size": 16}
+    given: dict[str, int] = {}
     for part in text.split():
         name, _, value = part.partition("=")
-        if name not in options or not value.isdecimal() or int(value) < 1:
+        if name not in _QUEST_DEFAULTS or not value.isdecimal():
             raise InvalidArgument(
                 f"quest: got {show(part)}, expected settings such as 'token_budget=64 page_size=16'"
             )
-        options[name] = int(value)
+        if name in given:
+            raise InvalidArgument(f"quest: {name} is given twice in {show(text)}, expected once")
+        given[name] = check_integer(f"quest: {name}", int(value), low=1)
+    options = _QUEST_DEFAULTS | given
     if options["page_size"] > options["token_budget"]:
         raise InvalidArgument(
             f"quest: got page_size {options['page_size']}, expected at most token_budget "
@@ -103,8 +108,9 @@ def check_names(settings: Sequence[Setting]) -> None:
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
+            option = name.partition(" ")[0]
             raise InvalidArgument(
-                f"tidal: {show(name)} is given twice, expected different settings"
+                f"{option}: {show(name)} is given twice, expected different settings"
             )
 
 
