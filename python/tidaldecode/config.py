@@ -97,14 +97,18 @@ OPTION_HELP = {
     "pooling": "Over their scores: sum or max.",
     "shadow": "What scored layers choose from: none or int4.",
     "sink_tokens": "First positions, always chosen.",
-    "recent_tokens": "Last positions, always chosen; default: a quarter of the (least) budget.",
-    "sparse_min_context": "Up to this length steps are dense; default: while that is faster.",
+    "recent_tokens": (
+        "Last positions, always chosen; auto, the default: a quarter of the (least) budget."
+    ),
+    "sparse_min_context": (
+        "Up to this length steps are dense; auto, the default: while that is faster."
+    ),
     "correction_interval": (
         "Sparsely decoded tokens after which a dense pass rewrites their cache; 0 is never."
     ),
     "verify": "Tokens are drafted, dense passes decide: the tokens of dense decoding.",
     "drafts": "With --verify, what drafts: tidal (sparse steps), ngram (the text so far) or both.",
-    "draft_tokens": "With --verify, drafts per dense pass.",
+    "draft_tokens": "With --verify, drafts per dense pass, or auto.",
     "max_seq_len": "Tokens of prompt and output together.",
     "max_batch_size": "Sequences decoded together.",
     "num_pages": "Pages of the KV cache.",

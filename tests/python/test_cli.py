@@ -118,6 +118,8 @@ def test_settings_reach_the_call(run, model: str, options, text):
         ["--verify", "--draft-tokens", "3"],
         ["--verify", "--drafts", "both"],
         ["--correction-interval", "2"],
+        ["--recent-tokens", "1", "--sparse-min-context", "8"],
+        ["--recent-tokens", "auto", "--sparse-min-context", "auto", "--draft-tokens", "auto"],
     ],
     ids=" ".join,
 )
@@ -134,7 +136,10 @@ def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypa
     assert run("generate", model, "hello >", *SMALL, *plan, *options)[:2] == (0, SCRIPT + "\n")
     assert seen.get("verify") is ("--verify" in options or None)
     assert seen.get("drafts") == ("both" if "both" in options else None)
-    assert seen.get("draft_tokens") == (3 if "3" in options else None)
+    has_auto = "auto" in options
+    assert seen.get("draft_tokens") == (3 if "3" in options else "auto" if has_auto else None)
+    assert seen.get("recent_tokens") == (1 if "1" in options else "auto" if has_auto else None)
+    assert seen.get("sparse_min_context") == (8 if "8" in options else "auto" if has_auto else None)
     assert seen.get("correction_interval") == (2 if "2" in options else None)
 
 
@@ -154,6 +159,7 @@ def test_settings_of_sparse_decoding_reach_the_decoder(run, model: str, monkeypa
         (["generate", "{model}", "x", "--system", "s"], "system: got a system message without"),
         (["generate", "{model}", "x", "--device", "gpu"], "device: got 'gpu'"),
         (["generate", "{model}", "x", "--select-layers", "a"], "select-layers: got 'a'"),
+        (["generate", "{model}", "x", "--recent-tokens", "a"], "expected an integer or auto"),
         (["generate", "{model}", "x" * 99], "prompt tokens"),
         (["generate", "no/such", "x"], "hf download no/such"),
         (["info", "/no/such"], "no such folder"),

@@ -154,13 +154,11 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
         ) from None
 
 
-def _parse_budget(text: str, name: str) -> int | str:
+def _parse_count(text: str, name: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError:
-        raise InvalidArgument(
-            f"{name}: got {show(text)}, expected a number of positions or auto"
-        ) from None
+        raise InvalidArgument(f"{name}: got {show(text)}, expected an integer or auto") from None
 
 
 def _dashed(name: str) -> str:
@@ -169,7 +167,10 @@ def _dashed(name: str) -> str:
 
 # Settings that are texts on the command line, and what reads them.
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
-    "token_budget": _parse_budget,
+    "token_budget": _parse_count,
+    "recent_tokens": _parse_count,
+    "sparse_min_context": _parse_count,
+    "draft_tokens": _parse_count,
     "select_layers": parse_layers,
     "scored_layers": parse_layers,
 }
