@@ -49,7 +49,7 @@ def describe(folder: ModelFolder, name: str) -> tuple[str, str, PlanConfig]:
     """A setting's label, the kind of its choosing layers, and its plan."""
     if name == DENSE:
         return DENSE, "", PlanConfig()
-    plan = tidal_setting(name.removeprefix("tidal ")).plan(folder).config
+    plan = tidal_setting(name.removeprefix("tidal")).plan(folder).config
     budget = plan.token_budget
     if plan.recent_tokens and plan.recent_tokens > budget // 2:
         return f"sinks and recents, K={budget:,}", "", plan

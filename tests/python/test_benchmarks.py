@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from bench_prefill import model_tflop  # noqa: E402
+from kept_report import describe  # noqa: E402
 from request_targets import num_words  # noqa: E402
 from shapes import NEARLY_EMPTY, SHAPES  # noqa: E402
 from step_bytes import (  # noqa: E402
@@ -269,6 +270,16 @@ def test_the_same_requests_go_to_a_decoder_and_to_a_server(tmp_path: Path):
         if row["through"] == "http":
             assert row["events"] > 0 and row["client_s"] > 0
     assert report["plan"] == "FFSssSss" and "http / submit" in printed
+
+
+def test_settings_of_eval_are_described_and_the_models_own_plan_is_one(demo_model: Path):
+    folder = read_model_folder(demo_model)
+    for name, label in [
+        ("dense", "dense"),
+        ("tidal", "2 S, K=64, kv_head"),
+        ("tidal scored_layers=3 token_budget=32 granularity=layer", "1 P, K=32, layer"),
+    ]:
+        assert describe(folder, name)[0] == label
 
 
 def test_tokens_are_counted_by_words():
