@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quantized_models import KINDS, Kind, write_both
+from scripted_model import write_scripted_model
 from tidaldecode import Decoder, demo_model_dir
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli import app as cli
@@ -204,6 +205,25 @@ def test_everything_together_and_drawn(tmp_path: Path, capsys):
     assert [s["plan"] for s in report["settings"]] == ["FFFFFFFF", "FFSssssS", "page-wise"]
     (entry,) = report["attention"]["masses"]
     assert entry["mass"][2] is None and 0 < entry["mass"][3] <= 1
+
+
+@pytest.mark.parametrize("option", [["--attention"], ["--quest", "token_budget=32"]])
+def test_what_numpy_does_not_have_is_an_error_before_any_work(tmp_path, capsys, option: list[str]):
+    model = write_scripted_model(tmp_path / "model", sliding_window=64, model_type="mistral")
+    out = tmp_path / "out"
+    code = cli.main(["eval", str(model), *arguments(out)[2:-5], "--tidal", "", *option])
+    assert code == 2
+    assert "the model in numpy has no layers with a window" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_attention_of_a_text_alone_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("The sky over the harbour was grey. " * 200)
+    text = ["--text", str(tmp_path / "text.txt"), "--context", "400", "--limit", "1"]
+    at = ["--device", "cpu", "--out", str(tmp_path / "out"), "--attention"]
+    assert cli.main(["eval", str(demo_model_dir()), *text, *at]) == 2
+    assert "attention: got no prompts to look at" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plots_without_matplotlib_are_an_error_before_any_work(tmp_path, monkeypatch, capsys):

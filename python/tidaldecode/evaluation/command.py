@@ -48,6 +48,7 @@ from tidaldecode.evaluation.presets import (
     Lengths,
     make_presets,
 )
+from tidaldecode.evaluation.reference import check_in_numpy
 from tidaldecode.evaluation.report import Summary, as_json, summarise
 from tidaldecode.evaluation.results import LossRecord, Record, ResultFile
 from tidaldecode.evaluation.runner import Run, run
@@ -204,6 +205,10 @@ def evaluate(
     if plots:
         load_matplotlib()  # better now than after hours of work
     bars, series = Bars(is_watched()), asked.series(encode)
+    if attention and not series:
+        raise InvalidArgument("attention: got no prompts to look at; name a --task")
+    if attention or quest:
+        check_in_numpy(model)
     windows = asked.windows(make_encoder(model, False)[0])
     comparison = _comparison(model, asked, lengths_of(series, windows), engine)
     settings += comparison.settings if comparison else []
@@ -354,8 +359,6 @@ def _run_text(work: Run, windows: Sequence[Window], folder: Path, bars: Bars) ->
 
 def _look(work: Run, examples: Sequence[Example], bars: Bars) -> AttentionReport:
     """The attention behind a few of the shortest prompts, all of one context."""
-    if not examples:
-        raise InvalidArgument("attention: got no prompts to look at; name a --task")
     shortest = sorted(examples, key=lambda example: len(example.prompt_ids))[:_LOOKED_AT]
     context = shortest[0].context
     shortest = [example for example in shortest if example.context == context]

@@ -52,6 +52,13 @@ def missing_in_numpy(folder: ModelFolder) -> str | None:
     return None
 
 
+def check_in_numpy(folder: ModelFolder) -> None:
+    """Raises: UnsupportedError for a model that ReferenceModel does not do."""
+    missing = missing_in_numpy(folder)
+    if missing is not None:
+        raise UnsupportedError(f"{folder.title}: the model in numpy has no {missing}")
+
+
 class ReferenceModel:
     """A model of any family with plain rotary positions and full attention; quantised weights are
     decoded.
@@ -60,11 +67,9 @@ class ReferenceModel:
     """
 
     def __init__(self, folder: ModelFolder) -> None:
+        check_in_numpy(folder)
         self.config = folder.model
         rope = self.config.rope
-        missing = missing_in_numpy(folder)
-        if missing is not None:
-            raise UnsupportedError(f"{folder.title}: the model in numpy has no {missing}")
         self._weights = _core.read_weights(core_weights(folder) or [])
         rotary_dim = rope.rotary_dim or self.config.head_dim
         self._inv_freq = rope.theta ** (-2.0 * np.arange(rotary_dim // 2) / rotary_dim)
