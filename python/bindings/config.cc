@@ -42,9 +42,10 @@ constexpr Names<DType, 5> kStoredDTypes = {{{DType::kFloat32, "float32"},
                                             {DType::kFloat16, "float16"},
                                             {DType::kInt32, "int32"},
                                             {DType::kUInt8, "uint8"}}};
-constexpr Names<WeightFormat, 6> kWeightFormats = {{{WeightFormat::kFloat8, "float8"},
+constexpr Names<WeightFormat, 7> kWeightFormats = {{{WeightFormat::kFloat8, "float8"},
                                                     {WeightFormat::kInt8, "int8"},
                                                     {WeightFormat::kInt4Packed, "int4_packed"},
+                                                    {WeightFormat::kInt8Packed, "int8_packed"},
                                                     {WeightFormat::kInt4Gptq, "int4_gptq"},
                                                     {WeightFormat::kInt4Awq, "int4_awq"},
                                                     {WeightFormat::kMxfp4, "mxfp4"}}};

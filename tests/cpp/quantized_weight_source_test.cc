@@ -26,8 +26,9 @@ namespace tidal::test {
 namespace {
 
 constexpr WeightFormat kFormats[] = {WeightFormat::kFloat8,     WeightFormat::kInt8,
-                                     WeightFormat::kInt4Packed, WeightFormat::kInt4Gptq,
-                                     WeightFormat::kInt4Awq,    WeightFormat::kMxfp4};
+                                     WeightFormat::kInt8Packed, WeightFormat::kInt4Packed,
+                                     WeightFormat::kInt4Gptq,   WeightFormat::kInt4Awq,
+                                     WeightFormat::kMxfp4};
 
 // The value of a float8 e4m3fn by the definition of the format.
 double Float8Value(int code) {
@@ -184,6 +185,8 @@ class Stored {
         return Float8Value(static_cast<unsigned char>(codes[static_cast<size_t>(o * in + i)]));
       case WeightFormat::kInt8:
         return static_cast<signed char>(codes[static_cast<size_t>(o * in + i)]);
+      case WeightFormat::kInt8Packed:
+        return static_cast<unsigned char>(codes[static_cast<size_t>(o * ((in + 3) / 4 * 4) + i)]);
       case WeightFormat::kInt4Packed:
         return Nibble(codes, o * ((in + 7) / 8 * 8) + i);
       case WeightFormat::kInt4Gptq:
@@ -200,6 +203,11 @@ class Stored {
     if (weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8 ||
         weight.format == WeightFormat::kMxfp4) {
       return 0;
+    }
+    if (weight.format == WeightFormat::kInt8Packed) {
+      if (!weight.zeros) return 128;
+      const auto place = static_cast<size_t>((o / 4 * blocks + block) * 4 + o % 4);
+      return (static_cast<unsigned char>(zeros[place]) + weight.zero_offset) % 256;
     }
     if (!weight.zeros) return 8;
     const int64_t out = weight.shape[0], row = (out + 7) / 8 * 8;
@@ -283,7 +291,8 @@ TEST(QuantizedWeights, CodesMeanTheSameNumbers) {
   for (WeightFormat format : kFormats) {
     const bool is_float8 = format == WeightFormat::kFloat8;
     const bool is_mxfp4 = format == WeightFormat::kMxfp4;
-    const bool is_int4 = !is_float8 && !is_mxfp4 && format != WeightFormat::kInt8;
+    const bool is_int4 = !is_float8 && !is_mxfp4 && format != WeightFormat::kInt8 &&
+                         format != WeightFormat::kInt8Packed;
     for (const Shape& shape : {Shape{16, 64, 1, 32}, {40, 24, 1, 24}, {72, 256, 8, 128}}) {
       const bool has_zeros = is_int4 && shape.block_rows == 1;
       SCOPED_TRACE(Concat("format ", static_cast<int>(format), ": ", shape.out, " x ", shape.in));
@@ -346,10 +355,12 @@ TEST(QuantizedWeights, ANanAmongCodesIsRefused) {
 
 TEST(QuantizedWeights, RowsOfPackedCodesMayEndInsideAWord) {
   std::mt19937 random(2);
-  for (int64_t in : {1, 7, 9, 15, 61}) {
-    for (bool has_zeros : {false, true}) {
-      const Stored stored(WeightFormat::kInt4Packed, {13, in, 1, in}, has_zeros);
-      ExpectPieces<BFloat16>(stored, DType::kBFloat16, random);
+  for (WeightFormat format : {WeightFormat::kInt4Packed, WeightFormat::kInt8Packed}) {
+    for (int64_t in : {1, 7, 9, 15, 61}) {
+      for (bool has_zeros : {false, true}) {
+        const Stored stored(format, {13, in, 1, in}, has_zeros);
+        ExpectPieces<BFloat16>(stored, DType::kBFloat16, random);
+      }
     }
   }
 }

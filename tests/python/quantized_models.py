@@ -50,22 +50,25 @@ def to_float8(values: np.ndarray) -> np.ndarray:
     return np.array(codes, np.uint8)[np.where(lower, place - 1, place)]
 
 
-def pack(codes: np.ndarray, order: Iterable[int] = range(8)) -> np.ndarray:
-    """[..., n] numbers of 4 bits -> [..., ceil(n / 8)] words; order[k]: what lies at bit 4k."""
-    spare = -codes.shape[-1] % 8
+def pack(codes: np.ndarray, order: Iterable[int] = range(8), bits: int = 4) -> np.ndarray:
+    """[..., n] numbers -> [..., ceil(n / numbers in a word)] words; order[k]: what lies k-th."""
+    in_word = 32 // bits
+    spare = -codes.shape[-1] % in_word
     padded = np.pad(codes.astype(np.uint32), [(0, 0)] * (codes.ndim - 1) + [(0, spare)])
-    eights = padded.reshape(*codes.shape[:-1], -1, 8)
-    words = np.zeros(eights.shape[:-1], np.uint32)
-    for place, index in enumerate(order):
-        words |= eights[..., index] << np.uint32(4 * place)
+    parts = padded.reshape(*codes.shape[:-1], -1, in_word)
+    words = np.zeros(parts.shape[:-1], np.uint32)
+    for place, index in zip(range(in_word), order, strict=False):
+        words |= parts[..., index] << np.uint32(bits * place)
     return words
 
 
-def unpack(words: np.ndarray, count: int, order: Iterable[int] = range(8)) -> np.ndarray:
+def unpack(
+    words: np.ndarray, count: int, order: Iterable[int] = range(8), bits: int = 4
+) -> np.ndarray:
     """The first `count` numbers along the last axis that pack() has put into words."""
-    numbers = np.zeros((*words.shape, 8), np.int64)
-    for place, index in enumerate(order):
-        numbers[..., index] = words >> np.uint32(4 * place) & 15
+    numbers = np.zeros((*words.shape, 32 // bits), np.int64)
+    for place, index in zip(range(32 // bits), order, strict=False):
+        numbers[..., index] = words >> np.uint32(bits * place) & (2**bits - 1)
     return numbers.reshape(*words.shape[:-1], -1)[..., :count]
 
 
@@ -84,6 +87,7 @@ class Kind:
     codes: str  # "float8", "int8", "packed", "awq" or "gptq"
     block: tuple[int, int] = (0, 0)  # rows and columns that share a scale; 0: all
     zeros: bool = False  # whether zero points are stored
+    bits: int = 4  # of what is packed
     scale_name: str = "weight_scale"
     scale_dtype: str = "BF16"
     scale_shape: Callable[[np.ndarray], np.ndarray] = lambda scales: scales
@@ -127,11 +131,12 @@ def quantize(weight: np.ndarray, kind: Kind) -> Tensors:
         for f in (np.min, np.max)
     )
     most = np.maximum(np.abs(low), np.abs(high)) + 1e-6
-    steps = {"float8": 448.0, "int8": 127.0}.get(kind.codes, 7.0)
-    scales = (high - low + 1e-6) / 15 if kind.zeros else most / steps
+    largest, middle = 2**kind.bits - 1, 2 ** (kind.bits - 1)  # codes of packed kinds
+    steps = {"float8": 448.0, "int8": 127.0}.get(kind.codes, middle - 1.0)
+    scales = (high - low + 1e-6) / largest if kind.zeros else most / steps
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     scales = round_to(scales, names[kind.scale_dtype])
-    zeros = np.clip(np.rint(-low / scales), 0, 15).astype(np.int64)
+    zeros = np.clip(np.rint(-low / scales), 0, largest).astype(np.int64)
     scaled = weight / spread(scales, weight.shape, (rows, columns))
     if kind.codes in ("float8", "int8"):
         codes = to_float8(scaled) if kind.codes == "float8" else np.rint(scaled).astype(np.int8)
@@ -140,17 +145,17 @@ def quantize(weight: np.ndarray, kind: Kind) -> Tensors:
             kind.scale_dtype, kind.scale_shape(_float_bits(scales, kind.scale_dtype))
         )  # fmt: skip
         return tensors | kind.extra
-    zero = spread(zeros, weight.shape, (rows, columns)) if kind.zeros else 8
-    codes = np.clip(np.rint(scaled) + zero, 0, 15).astype(np.int64)
+    zero = spread(zeros, weight.shape, (rows, columns)) if kind.zeros else middle
+    codes = np.clip(np.rint(scaled) + zero, 0, largest).astype(np.int64)
     bits = _float_bits(scales, kind.scale_dtype)
     if kind.codes == "packed":
         tensors = {
-            "weight_packed": ("I32", pack(codes)),
+            "weight_packed": ("I32", pack(codes, bits=kind.bits)),
             "weight_scale": (kind.scale_dtype, bits),
             "weight_shape": ("I64", np.array(weight.shape, np.int64)),
         }
         if kind.zeros:
-            tensors["weight_zero_point"] = ("I32", pack(zeros.T).T)
+            tensors["weight_zero_point"] = ("I32", pack(zeros.T, bits=kind.bits).T)
         return tensors | kind.extra
     stored = (zeros - 1) % 16 if kind.stores_zero_less_one else zeros
     order = AWQ_ROWS if kind.codes == "awq" else range(8)
@@ -174,9 +179,10 @@ def dequantize(tensors: Tensors, kind: Kind) -> np.ndarray:
         codes, zero = tensors["weight"][1].astype(np.float32), 0
     elif kind.codes == "packed":
         shape = tensors["weight_shape"][1]
-        codes, zero = unpack(tensors["weight_packed"][1], shape[1]), 8
+        codes = unpack(tensors["weight_packed"][1], shape[1], bits=kind.bits)
+        zero = 2 ** (kind.bits - 1)
         if kind.zeros:
-            zero = unpack(tensors["weight_zero_point"][1].T, shape[0]).T
+            zero = unpack(tensors["weight_zero_point"][1].T, shape[0], bits=kind.bits).T
     else:
         words, zeros = tensors["qweight"][1], tensors["qzeros"][1]
         if kind.codes == "awq":
@@ -292,11 +298,11 @@ PER_TENSOR = _weights(8, "float", "tensor")
 SCALAR = ("F32", np.float32(0.5).reshape(()).view(np.uint32))
 
 
-def int4_group(size: int, symmetric: bool) -> Kind:
-    weights = _weights(4, "int", "group", group_size=size, symmetric=symmetric)
+def packed_group(size: int, symmetric: bool, bits: int = 4) -> Kind:
+    weights = _weights(bits, "int", "group", group_size=size, symmetric=symmetric)
     return Kind(
-        f"int4 in groups of {size}{'' if symmetric else ', with zero points'}",
-        compressed(weights, "pack-quantized"), "packed", (1, size), zeros=not symmetric,
+        f"int{bits} in groups of {size}{'' if symmetric else ', with zero points'}",
+        compressed(weights, "pack-quantized"), "packed", (1, size), not symmetric, bits,
     )  # fmt: skip
 
 
@@ -357,7 +363,10 @@ KINDS = [
          "int8", (1, 0)),
     Kind("int8 per tensor", compressed(_weights(8, "int", "tensor"), "int-quantized"), "int8",
          scale_shape=_first, scale_dtype="F16"),
-    *[int4_group(size, symmetric) for size in (32, 64, 128) for symmetric in (True, False)],
+    *[packed_group(size, symmetric) for size in (32, 64, 128) for symmetric in (True, False)],
+    packed_group(32, False, bits=8),
+    Kind("int8 per channel, packed", compressed(_weights(8, "int", "channel"), "pack-quantized"),
+         "packed", (1, 0), bits=8),
     Kind("int4 per channel", compressed(_weights(4, "int", "channel"), "pack-quantized"), "packed",
          (1, 0)),
     Kind("int4 per channel, with zero points",

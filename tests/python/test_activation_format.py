@@ -18,7 +18,7 @@ from quantized_models import (
     PER_TOKEN,
     Kind,
     compressed,
-    int4_group,
+    packed_group,
     quantized_tensors,
     write_both,
     write_quantized,
@@ -140,7 +140,7 @@ def test_without_fp8_weights_it_is_refused(tmp_path: Path, weight_format: str):
     folder = write_checkpoint(tmp_path, MODEL)
     with pytest.raises(ConfigError, match=r"activation_format: got \"fp8\", but no matrix .* cpu"):
         open_decoder(folder, weight_format=weight_format)
-    stored, _ = write_both(tmp_path / "int4", MODEL, int4_group(32, True))
+    stored, _ = write_both(tmp_path / "int4", MODEL, packed_group(32, True))
     with pytest.raises(ConfigError, match='weight_format "fp8", an fp8 checkpoint, or a GPU'):
         open_decoder(stored)
 

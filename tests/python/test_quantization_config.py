@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantized_models import KINDS, PER_TENSOR, PER_TOKEN, gptq, int4_group
+from quantized_models import KINDS, PER_TENSOR, PER_TOKEN, gptq, packed_group
 from reference_transformers import TRANSFORMERS
 from tidaldecode.checkpoint.quant_scheme import Quantization
 from tidaldecode.checkpoint.quantization import read_quantization
 from tidaldecode.errors import ConfigError
 
 FP8, AWQ = KINDS[0].config, next(kind for kind in KINDS if kind.codes == "awq").config
-GPTQ, INT4 = gptq(128, "gptq").config, int4_group(128, True).config
+GPTQ, INT4 = gptq(128, "gptq").config, packed_group(128, True).config
 BLOCKS = next(kind for kind in KINDS if kind.name.startswith("fp8 in blocks")).config
 PROJECTION = "model.layers.3.mlp.up_proj"
 
@@ -190,7 +190,7 @@ REFUSED = [
     ],
     (FP8 | {"format": None}, "format: got None"),
     (FP8 | {"format": "pack-quantized"}, "'float' of 8 bits in the format 'pack-quantized'"),
-    (with_weights(INT4, num_bits=8), "'int' of 8 bits .*supported is int of 4 bits"),
+    (with_weights(INT4, num_bits=6), "'int' of 6 bits .*supported is int of 4 bits or int of 8"),
     (with_weights(INT4, num_bits=3), "'int' of 3 bits"),
     (with_weights(INT4, actorder="group"), "actorder: got 'group', supported is False or 'weight'"),
     (with_weights(INT4, actorder=True), "actorder: got True"),

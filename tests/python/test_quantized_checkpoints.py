@@ -24,8 +24,8 @@ from quantized_models import (
     awq,
     fp8_blocks,
     gptq,
-    int4_group,
     is_projection,
+    packed_group,
     quantized_tensors,
     write_both,
     write_quantized,
@@ -90,7 +90,7 @@ def test_every_format_means_what_numpy_decodes(tmp_path: Path, kind: Kind, dtype
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_its_biases_and_norms(tmp_path: Path, family: str):
     model = dataclasses.replace(TINY, family=family)
-    assert_same(*write_both(tmp_path, model, int4_group(32, False)), model)
+    assert_same(*write_both(tmp_path, model, packed_group(32, False)), model)
 
 
 @pytest.mark.parametrize("kind", KINDS[::4], ids=lambda kind: kind.name)
@@ -166,7 +166,7 @@ def test_blocks_of_any_size_may_be_ragged(
 )
 def test_groups_of_any_size(tmp_path_factory, groups: int, more: int, size: int, kind: str):
     kinds = {
-        "symmetric": int4_group(size, True), "zeros": int4_group(size, False), "awq": awq(size),
+        "symmetric": packed_group(size, True), "zeros": packed_group(size, False), "awq": awq(size),
         "gptq": gptq(size, "gptq"), "gptq_v2": gptq(size, "gptq_v2"),
     }  # fmt: skip
     model = TinyModel(
@@ -192,7 +192,7 @@ def test_packed_rows_may_end_inside_a_word(tmp_path_factory, hidden: int, interm
 
 def test_ignored_and_mixed_modules(tmp_path: Path):
     """Attention in FP8, the MLP in int4, one layer's parts as they are."""
-    fp8, int4 = KINDS[0], int4_group(32, True)
+    fp8, int4 = KINDS[0], packed_group(32, True)
     stored, meant = quantized_tensors(TINY, fp8, lambda n: "self_attn" in n and is_projection(n))
     other, other_meant = quantized_tensors(TINY, int4, lambda n: ".mlp." in n and ".1." not in n)
     stored = {n: t for n, t in stored.items() if ".mlp." not in n}
@@ -217,7 +217,7 @@ def test_ignored_and_mixed_modules(tmp_path: Path):
     assert_same(one, write_checkpoint(tmp_path / "other", TINY, meant), TINY)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], int4_group(32, False), gptq(32, "gptq")],
+@pytest.mark.parametrize("kind", [KINDS[0], packed_group(32, False), gptq(32, "gptq")],
                          ids=lambda kind: kind.name)  # fmt: skip
 def test_wrapped_names_are_found(tmp_path: Path, kind: Kind):
     stored, meant = quantized_tensors(TINY, kind)
@@ -276,7 +276,7 @@ def test_modules_that_gptq_left_as_they_are_are_used_so(tmp_path: Path):
 
 
 def test_shards_may_part_a_matrix(tmp_path: Path):
-    kind = int4_group(32, False)
+    kind = packed_group(32, False)
     stored, meant = quantized_tensors(TINY, kind)
     one = write_quantized(tmp_path / "one", TINY, kind, {"none": stored["model.norm.weight"]})
     (one / "model.safetensors").unlink()
@@ -360,7 +360,7 @@ def bf16(*shape: int) -> tuple[str, np.ndarray]:
     return "BF16", np.full(shape, 0x3F80, np.uint16)
 
 
-FP8, INT4, GPTQ = KINDS[0], int4_group(32, False), gptq(32, "gptq")
+FP8, INT4, GPTQ = KINDS[0], packed_group(32, False), gptq(32, "gptq")
 AWQ = next(kind for kind in KINDS if kind.name == "AWQ in groups of 32")
 NAN = ("BF16", np.full((96, 1), 0x7FC0, np.uint16))
 DAMAGE = [
@@ -386,8 +386,8 @@ DAMAGE = [
     (INT4, {"weight_zero_point": None}, "weight_zero_point. is missing"),
     (INT4, {"weight_zero_point": words(96, 2)}, r"shape \[96, 2\], expected \[12, 2\]"),
     (INT4, {"weight_zero_point": bf16(12, 2)}, "dtype BF16, expected I32"),
-    (int4_group(32, True), {"weight_zero_point": words(12, 2)}, "weight_zero_point.*no part"),
-    (int4_group(32, True), {"weight_g_idx": ("I32", np.arange(64, dtype=np.int32)[::-1] // 32)},
+    (packed_group(32, True), {"weight_zero_point": words(12, 2)}, "weight_zero_point.*no part"),
+    (packed_group(32, True), {"weight_g_idx": ("I32", np.arange(64, dtype=np.int32)[::-1] // 32)},
      "order of their activations"),
     (GPTQ, {"qzeros": None}, "qzeros. is missing"),
     (GPTQ, {"qzeros": words(2, 11)}, r"qzeros: shape \[2, 11\], expected \[2, 12\]"),
@@ -452,8 +452,8 @@ def test_any_part_may_be_anything(tmp_path_factory, kind: Kind, dtype: str, shap
 
 
 def test_groups_must_divide_the_columns(tmp_path: Path):
-    stored, _ = quantized_tensors(SMALL, int4_group(32, True))
-    folder = write_quantized(tmp_path, SMALL, int4_group(48, True), stored)
+    stored, _ = quantized_tensors(SMALL, packed_group(32, True))
+    folder = write_quantized(tmp_path, SMALL, packed_group(48, True), stored)
     with pytest.raises(tidaldecode.WeightsError, match="64 columns, .*multiple of the group_size"):
         read_model_folder(folder)
 

@@ -27,6 +27,8 @@ enum class WeightFormat : int32_t {
   // int32 [out, ceil(in / 8)], 8 codes along `in`, the first in the lowest bits; scales likewise,
   // zeros int32 [ceil(out / 8), column blocks], 8 along `out`.
   kInt4Packed,
+  // The same of 8 bits: int32 [out, ceil(in / 4)], zeros int32 [ceil(out / 4), column blocks].
+  kInt8Packed,
   // int32 [in / 8, out], 8 codes along `in`, the first in the lowest bits; scales [column blocks,
   // out], zeros int32 [column blocks, out / 8], 8 along `out`.
   kInt4Gptq,
@@ -47,9 +49,10 @@ struct QuantizedWeight {
   int64_t block_rows = 1;     // of a block; the last blocks of a matrix may be smaller
   int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in formats of 4 bits
   WeightFileEntry codes;
-  WeightFileEntry scales;                      // float32, bfloat16 or float16; uint8 of kMxfp4
-  std::optional<WeightFileEntry> zeros;        // of int4 formats, in blocks of one row; absent: 8
-  int32_t zero_offset = 0;                     // added to every stored zero, modulo 16
+  WeightFileEntry scales;  // float32, bfloat16 or float16; uint8 of kMxfp4
+  // Of packed integers, in blocks of one row; absent: the middle, 8 or 128.
+  std::optional<WeightFileEntry> zeros;
+  int32_t zero_offset = 0;                     // added to every stored zero, modulo 16 or 256
   bool quantizes_inputs = false;               // of kFloat8; see CodedInfo
   std::optional<WeightFileEntry> input_scale;  // one number
   std::string stored_name = {};                // of the matrix, as of a WeightInfo

@@ -71,12 +71,14 @@ void CheckParts(const QuantizedWeight& weight) {
   const bool is_bytes =
       weight.format == WeightFormat::kFloat8 || weight.format == WeightFormat::kInt8;
   const bool is_mxfp4 = weight.format == WeightFormat::kMxfp4;
+  const bool is_int8 = weight.format == WeightFormat::kInt8Packed;
   const PartShapes expected = ExpectedParts(weight);
   CheckShape(weight, weight.codes, expected.codes);
   CheckDType(weight.codes, is_bytes || is_mxfp4 ? DType::kUInt8 : DType::kInt32);
   TIDAL_CHECK(!is_mxfp4 || weight.shape[1] % 8 == 0, WeightsError, weight.name, ": ",
               weight.shape[1], " columns, expected a multiple of 8");
-  TIDAL_CHECK(is_bytes || weight.block_columns % 8 == 0 || weight.block_columns == weight.shape[1],
+  TIDAL_CHECK(is_bytes || is_int8 || weight.block_columns % 8 == 0 ||
+                  weight.block_columns == weight.shape[1],
               WeightsError, weight.name, ": groups of ", weight.block_columns,
               " columns, expected a multiple of 8");
   CheckScales(weight, expected.scales);
@@ -119,7 +121,7 @@ std::vector<float> ReadScales(const FileWeightSource& files, const WeightFileEnt
 
 // kNone for what is only decoded.
 CodedInfo CodedInfoOf(const QuantizedWeight& weight) {
-  if (weight.format == WeightFormat::kInt8) return {};
+  if (weight.format == WeightFormat::kInt8 || weight.format == WeightFormat::kInt8Packed) return {};
   CodedInfo coded = {.group_size = weight.block_columns,
                      .scale_dtype = weight.scales.info.dtype,
                      .has_zeros = weight.zeros.has_value(),

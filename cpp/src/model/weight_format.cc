@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kCodesPerWord = 8;  // of 4 bits
 constexpr uint8_t kMiddle = 8;        // the code of zero in symmetric int4 formats
+constexpr uint8_t kMiddleOfBytes = 128;
 
 // The place of row k of 8 in a word: from the lowest bits on.
 constexpr std::array<int, 8> kInOrder = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -30,15 +31,29 @@ uint8_t CodeAt(uint32_t word, int place) {
   return static_cast<uint8_t>((word >> (4 * place)) & 0xfu);
 }
 
-// The numbers that the 256 codes of a byte format stand for, before the scale.
+// Codes in a word of a format of words.
+int64_t CodesInWord(WeightFormat format) {
+  return format == WeightFormat::kInt8Packed ? 4 : kCodesPerWord;
+}
+
+// The numbers that the 256 codes of a byte format stand for, before zero and scale.
 std::array<float, 256> ByteValues(WeightFormat format) {
   std::array<float, 256> values;
   for (size_t code = 0; code < values.size(); ++code) {
     const auto byte = static_cast<uint8_t>(code);
     values[code] = format == WeightFormat::kFloat8 ? Float8ToFloat(byte)
-                                                   : static_cast<float>(static_cast<int8_t>(byte));
+                   : format == WeightFormat::kInt8 ? static_cast<float>(static_cast<int8_t>(byte))
+                                                   : static_cast<float>(byte);
   }
   return values;
+}
+
+// What is subtracted of the codes of a byte format, of rows that share a block.
+float ZeroOfBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, int64_t row,
+                  int64_t block) {
+  if (weight.format != WeightFormat::kInt8Packed) return 0.0f;
+  if (blocks.zeros.empty()) return kMiddleOfBytes;
+  return blocks.zeros[static_cast<size_t>(row * blocks.columns + block)];
 }
 
 // Below so many elements a table costs more than it saves.
@@ -50,6 +65,7 @@ void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, con
   const std::array<float, 256> values = ByteValues(weight.format);
   const auto* codes = reinterpret_cast<const uint8_t*>(rows.codes);
   const int64_t in = weight.shape[1];
+  const int64_t row_bytes = weight.format == WeightFormat::kInt8Packed ? DivideUp(in, 4) * 4 : in;
   std::array<T, 256> table;
   int64_t last;
   for (int64_t first = rows.begin; first < rows.end; first = last) {
@@ -57,19 +73,21 @@ void DecodeBytes(const QuantizedWeight& weight, const DecodedBlocks& blocks, con
     last = std::min(rows.end, (row_block + 1) * weight.block_rows);
     for (int64_t block = 0; block < blocks.columns; ++block) {
       const float scale = blocks.scales[static_cast<size_t>(row_block * blocks.columns + block)];
+      const float zero = ZeroOfBytes(weight, blocks, first, block);
       const int64_t begin = block * weight.block_columns;
       const int64_t count = std::min(in - begin, weight.block_columns);
       const bool has_table = count * (last - first) >= kMinTableElements;
       for (size_t i = 0; has_table && i < table.size(); ++i) {
-        table[i] = FromFloat<T>(values[i] * scale);
+        table[i] = FromFloat<T>((values[i] - zero) * scale);
       }
       for (int64_t row = first; row < last; ++row) {
-        const uint8_t* from = codes + (row - rows.codes_row) * in + begin;
+        const uint8_t* from = codes + (row - rows.codes_row) * row_bytes + begin;
         T* to = out + (row - rows.begin) * in + begin;
         if (has_table) {
           for (int64_t i = 0; i < count; ++i) to[i] = table[from[i]];
         } else {
-          for (int64_t i = 0; i < count; ++i) to[i] = FromFloat<T>(values[from[i]] * scale);
+          for (int64_t i = 0; i < count; ++i)
+            to[i] = FromFloat<T>((values[from[i]] - zero) * scale);
         }
       }
     }
@@ -174,9 +192,11 @@ PartShapes ExpectedParts(const QuantizedWeight& weight) {
   const int64_t out = weight.shape[0], in = weight.shape[1];
   const int64_t blocks = DivideUp(in, weight.block_columns);
   const int64_t row_blocks = DivideUp(out, weight.block_rows);
-  const int64_t out_words = DivideUp(out, kCodesPerWord), in_words = DivideUp(in, kCodesPerWord);
+  const int64_t in_word = CodesInWord(weight.format);
+  const int64_t out_words = DivideUp(out, in_word), in_words = DivideUp(in, in_word);
   switch (weight.format) {
     case WeightFormat::kInt4Packed:
+    case WeightFormat::kInt8Packed:
       return {{out, in_words}, {row_blocks, blocks}, {out_words, blocks}};
     case WeightFormat::kInt4Gptq:
       return {{in_words, out}, {blocks, row_blocks}, {blocks, out_words}};
@@ -208,15 +228,17 @@ DecodedBlocks DecodeBlocks(const QuantizedWeight& weight, const float* scales,
   }
   if (zeros == nullptr) return blocks;
   const std::array<int, 8>& order = weight.format == WeightFormat::kInt4Awq ? kAwqOrder : kInOrder;
-  const int64_t out_words = DivideUp(out, kCodesPerWord);
+  const int64_t in_word = CodesInWord(weight.format), out_words = DivideUp(out, in_word);
+  const auto bits = static_cast<int>(32 / in_word);
+  const uint32_t mask = (1u << bits) - 1;
   blocks.zeros.resize(static_cast<size_t>(out * columns));
   for (int64_t row = 0; row < out; ++row) {
-    const int64_t word = row / kCodesPerWord;
-    const int place = order[static_cast<size_t>(row % kCodesPerWord)];
+    const int64_t word = row / in_word;
+    const int place = order[static_cast<size_t>(row % in_word)];
     for (int64_t block = 0; block < columns; ++block) {
       const uint32_t packed = zeros[apart ? word * columns + block : block * out_words + word];
       blocks.zeros[static_cast<size_t>(row * columns + block)] = static_cast<uint8_t>(
-          (CodeAt(packed, place) + static_cast<uint32_t>(weight.zero_offset)) & 0xfu);
+          ((packed >> (bits * place)) + static_cast<uint32_t>(weight.zero_offset)) & mask);
     }
   }
   return blocks;
@@ -228,6 +250,7 @@ void DecodeRows(const QuantizedWeight& weight, const DecodedBlocks& blocks, cons
   switch (weight.format) {
     case WeightFormat::kFloat8:
     case WeightFormat::kInt8:
+    case WeightFormat::kInt8Packed:  // words are bytes, the first the lowest
       return DecodeBytes(weight, blocks, rows, out);
     case WeightFormat::kInt4Packed:
     case WeightFormat::kMxfp4:

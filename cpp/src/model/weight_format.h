@@ -17,7 +17,7 @@ namespace tidal {
 struct DecodedBlocks {
   int64_t columns = 0;         // blocks beside each other
   std::vector<float> scales;   // [row blocks, columns]
-  std::vector<uint8_t> zeros;  // [out, columns] of int4 formats; empty: every zero is 8
+  std::vector<uint8_t> zeros;  // [out, columns] of packed integers; empty: the middle
 };
 
 // The shapes that the parts of a matrix must have.

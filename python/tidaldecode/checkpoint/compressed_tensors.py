@@ -41,7 +41,7 @@ _FORMATS = {
     "float-quantized": {("float", 8): "float8"},
     "int-quantized": {("int", 8): "int8"},
     "naive-quantized": {("float", 8): "float8", ("int", 8): "int8"},
-    "pack-quantized": {("int", 4): "int4_packed"},
+    "pack-quantized": {("int", 4): "int4_packed", ("int", 8): "int8_packed"},
 }
 
 

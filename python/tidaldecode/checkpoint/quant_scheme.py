@@ -32,11 +32,12 @@ _MAX_GROUP = 2**20
 class QuantScheme:
     """How a matrix [out, in] is stored."""
 
-    # The engine's name: "float8", "int8", "int4_packed", "int4_gptq", "int4_awq" or "mxfp4".
+    # The engine's name: "float8", "int8", "int8_packed", "int4_packed", "int4_gptq", "int4_awq" or
+    # "mxfp4".
     format: str
     block: tuple[int | None, int | None]  # rows and columns that share a scale; None: all
     has_zeros: bool = False  # whether zero points are stored
-    zero_offset: int = 0  # added to a stored zero point, modulo 16
+    zero_offset: int = 0  # added to a stored zero point, modulo 16 or 256
     # Whether a matrix may have one scale instead: of configs that do not name the blocks.
     may_have_one_scale: bool = False
     has_order: bool = False  # whether g_idx must be there, as it may permute the columns
@@ -61,7 +62,8 @@ class QuantScheme:
             scales = "a scale per row" if columns is None else f"groups of {columns}"
         else:
             scales = f"a scale per block of {rows} x {columns}"
-        bits = {"float8": "FP8", "int8": "int8", "mxfp4": "MXFP4"}.get(self.format, "int4")
+        names = {"float8": "FP8", "int8": "int8", "int8_packed": "int8", "mxfp4": "MXFP4"}
+        bits = names.get(self.format, "int4")
         return f"{bits}, {scales}"
 
 

@@ -28,8 +28,8 @@ from tidaldecode.checkpoint.quant_scheme import (
 from tidaldecode.errors import ConfigError, show
 
 SUPPORTED = (
-    "compressed-tensors (float-quantized and int-quantized in 8 bits, pack-quantized in 4), fp8, "
-    "awq (4 bits, gemm), gptq (4 bits) and mxfp4"
+    "compressed-tensors (float-quantized and int-quantized in 8 bits, pack-quantized in 4 and 8), "
+    "fp8, awq (4 bits, gemm), gptq (4 bits) and mxfp4"
 )
 
 

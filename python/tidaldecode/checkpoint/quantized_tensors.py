@@ -29,6 +29,7 @@ _CODES = {
     "float8": ("weight", "F8_E4M3"),
     "int8": ("weight", "I8"),
     "int4_packed": ("weight_packed", "I32"),
+    "int8_packed": ("weight_packed", "I32"),
     "int4_gptq": ("qweight", "I32"),
     "int4_awq": ("qweight", "I32"),
     "mxfp4": ("blocks", "U8"),
@@ -37,15 +38,24 @@ _SCALES = {
     "float8": ("weight_scale", "weight_scale_inv"),
     "int8": ("weight_scale",),
     "int4_packed": ("weight_scale",),
+    "int8_packed": ("weight_scale",),
     "int4_gptq": ("scales",),
     "int4_awq": ("scales",),
     "mxfp4": ("scales",),
 }
-_ZEROS = {"int4_packed": "weight_zero_point", "int4_gptq": "qzeros", "int4_awq": "qzeros"}
-_OTHERS = {"int4_packed": ("weight_shape", "weight_g_idx"), "int4_gptq": ("g_idx",)}
+_ZEROS = {
+    "int4_packed": "weight_zero_point",
+    "int8_packed": "weight_zero_point",
+    "int4_gptq": "qzeros",
+    "int4_awq": "qzeros",
+}
+_OTHERS = {
+    "int4_packed": ("weight_shape", "weight_g_idx"),
+    "int8_packed": ("weight_shape", "weight_g_idx"),
+    "int4_gptq": ("g_idx",),
+}
 # Fixed scales of a product's inputs, and what is known besides.
 _INPUT_SCALES = ("input_scale", "activation_scale")
-CODES_PER_WORD = 8  # of int4 formats, in an I32
 _ACTIVATION_PARTS = frozenset((*_INPUT_SCALES, "input_zero_point"))
 _PARTS = _ACTIVATION_PARTS.union(
     "weight_packed weight_scale weight_scale_inv weight_zero_point weight_shape weight_g_idx "
@@ -118,6 +128,11 @@ class QuantizedTensor:
 
 
 Stored = TensorEntry | StoredParts
+
+
+def codes_per_word(scheme: QuantScheme) -> int:
+    """Codes in an I32 of formats that pack them."""
+    return 4 if scheme.format == "int8_packed" else 8
 
 
 def join_parts(entries: list[TensorEntry]) -> list[Stored]:
@@ -261,26 +276,27 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
         _refuse(codes, f"shape {show(list(codes.shape))}, expected two sizes above 0")
     first, second = codes.shape
     if scheme.format == "int4_gptq":
-        return second, first * CODES_PER_WORD
+        return second, first * codes_per_word(scheme)
     if scheme.format == "int4_awq":
-        return second * CODES_PER_WORD, first
+        return second * codes_per_word(scheme), first
     if scheme.format == "mxfp4":
         return first, second * 2
-    if scheme.format != "int4_packed":
+    if scheme.format not in ("int4_packed", "int8_packed"):
         return first, second
+    in_word = codes_per_word(scheme)
     entry = _take(stored, "weight_shape", scheme, ("I64", "I32"))
     if entry.shape != (2,):
         _refuse(entry, f"shape {show(list(entry.shape))}, expected [2]")
     rows, columns = struct.unpack("<2q" if entry.dtype == "I64" else "<2i", read_tensor(entry))
     if (
         rows != first
-        or not 0 < columns <= second * CODES_PER_WORD
-        or second != -(-columns // CODES_PER_WORD)
+        or not 0 < columns <= second * in_word
+        or second != -(-columns // in_word)
     ):
         _refuse(
             entry,
             f"holds [{rows}, {columns}], which does not fit {show(codes.name, 120)} of shape "
-            f"[{first}, {second}] with 8 values in each; is the file damaged?",
+            f"[{first}, {second}] with {in_word} values in each; is the file damaged?",
         )
     return rows, columns
 

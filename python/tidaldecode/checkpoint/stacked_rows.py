@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tidaldecode.checkpoint.quantized_tensors import (
-    CODES_PER_WORD,
     WEIGHT_DTYPES,
     QuantizedTensor,
     StackPart,
     Stored,
     StoredParts,
+    codes_per_word,
 )
 from tidaldecode.checkpoint.safetensors_header import TensorEntry
 from tidaldecode.errors import WeightsError, show
@@ -71,13 +71,14 @@ def _part_of_matrix(matrix: QuantizedTensor, part: StackPart) -> QuantizedTensor
     _check_rows(matrix.codes, matrix.shape, part)
     along = 1 if matrix.scheme.format in _TRANSPOSED else 0  # the outputs
     # The other formats have codes of several inputs in a word.
-    together = CODES_PER_WORD if matrix.scheme.format == "int4_awq" else 1
+    in_word = codes_per_word(matrix.scheme)
+    together = in_word if matrix.scheme.format == "int4_awq" else 1
     codes = _cut_outputs(matrix.codes, along, part, together)
     has_one_scale = matrix.block[0] == matrix.shape[0]
     scales = matrix.scales
     if not has_one_scale:
         scales = _cut_outputs(scales, along, part, matrix.block[0])
-    zeros = matrix.zeros and _cut_outputs(matrix.zeros, along, part, CODES_PER_WORD)
+    zeros = matrix.zeros and _cut_outputs(matrix.zeros, along, part, in_word)
 
     def own(entry: TensorEntry) -> TensorEntry:
         return replace(entry, name=f"{entry.name} ({matrix.name})")
