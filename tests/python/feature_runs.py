@@ -469,18 +469,17 @@ def eval_command(bench: Bench) -> None:
     )  # fmt: skip
     assert "single" in shown and "all-P K=32" in shown and "Asked 2 prompts" in shown
     check_report(out)
-    # The same command finds its results again, and draws them.
-    plots = ["--plots"] if importlib.util.find_spec("matplotlib") else []
     bench.command(
         "eval", str(bench.model), "--text", str(text_file(bench)), "--context", "400", "--limit",
-        "1", "--scored-tokens", "16", "--no-chat", "--out", str(bench.folder / "text"), *plots,
+        "1", "--scored-tokens", "16", "--no-chat", "--out", str(bench.folder / "text"),
     )  # fmt: skip
     check_report(bench.folder / "text")
     own = bench.folder / "own.jsonl"
     own.write_text(json.dumps({"prompt": "The key is 7. The key is", "answers": ["7"]}) + "\n")
+    plots = ["--plots"] if importlib.util.find_spec("matplotlib") else []
     bench.command(
         "eval", str(bench.model), "--prompts", str(own), "--chat", "--max-new-tokens", "4",
-        "--out", str(bench.folder / "own"),
+        "--out", str(bench.folder / "own"), *plots,
     )  # fmt: skip
     check_report(bench.folder / "own")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from tidaldecode.cli import app as cli
 from tidaldecode.errors import InvalidArgument, UnsupportedError
 from tidaldecode.evaluation.attention import chosen_positions, measure_attention
 from tidaldecode.evaluation.example import Example
+from tidaldecode.evaluation.plots import _split_budget
 from tidaldecode.evaluation.quest import QuestReplay, chosen_tokens
 from tidaldecode.evaluation.reference import ReferenceModel, missing_in_numpy
+from tidaldecode.evaluation.report import summarise
+from tidaldecode.evaluation.results import Record
 from tidaldecode.evaluation.settings import (
     check_names,
     dense_setting,
@@ -217,13 +221,34 @@ def test_what_numpy_does_not_have_is_an_error_before_any_work(tmp_path, capsys, 
     assert not out.exists()
 
 
-def test_attention_of_a_text_alone_is_refused_before_any_work(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["attention", "plots"])
+def test_what_looks_at_prompts_needs_some_before_any_work(tmp_path, capsys, option: str):
+    if option == "plots":
+        pytest.importorskip("matplotlib")
     (tmp_path / "text.txt").write_text("The sky over the harbour was grey. " * 200)
     text = ["--text", str(tmp_path / "text.txt"), "--context", "400", "--limit", "1"]
-    at = ["--device", "cpu", "--out", str(tmp_path / "out"), "--attention"]
+    at = ["--device", "cpu", "--out", str(tmp_path / "out"), f"--{option}"]
     assert cli.main(["eval", str(demo_model_dir()), *text, *at]) == 2
-    assert "attention: got no prompts to look at" in capsys.readouterr().err
+    assert f"{option}: got no prompts to look at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_a_number_of_positions_are_drawn_at_their_mean_set():
+    def split(setting: str) -> tuple[str, float]:
+        return _split_budget(replace(summary, setting=setting))
+
+    records = [
+        Record(
+            key=name, setting=name, plan="F", task="single", index=0, context=9, depth=None,
+            score=1.0, output="7", answers=("7",), prompt_tokens=9, output_tokens=1,
+            finish_reason="stop", same_tokens=1, kl=0.0, set_size=set_size, seconds=0.1,
+        )
+        for name, set_size in (("dense", 0.0), ("tidal", 20.5))
+    ]  # fmt: skip
+    _, summary = summarise(records)
+    assert split("tidal") == ("tidal", 20.5)
+    assert split("tidal select_layers=1 token_budget=auto") == ("tidal select_layers=1", 20.5)
+    assert split("tidal token_budget=64 pooling=max") == ("tidal pooling=max", 64)
 
 
 def test_plots_without_matplotlib_are_an_error_before_any_work(tmp_path, monkeypatch, capsys):

@@ -205,8 +205,9 @@ def evaluate(
     if plots:
         load_matplotlib()  # better now than after hours of work
     bars, series = Bars(is_watched()), asked.series(encode)
-    if attention and not series:
-        raise InvalidArgument("attention: got no prompts to look at; name a --task")
+    for option, is_given in (("attention", attention), ("plots", plots)):
+        if is_given and not series:
+            raise InvalidArgument(f"{option}: got no prompts to look at; name a --task")
     if attention or quest:
         check_in_numpy(model)
     windows = asked.windows(make_encoder(model, False)[0])

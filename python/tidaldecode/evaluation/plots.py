@@ -74,21 +74,21 @@ def _new_figure(pyplot: ModuleType, columns: int = 1, **options: Any) -> tuple[A
     return figure, list(axes[0])
 
 
-def _split_budget(setting: str) -> tuple[str, int | None]:
-    """The setting without its budget, and the budget."""
-    words = setting.split()
+def _split_budget(summary: Summary) -> tuple[str, float]:
+    """The setting without its budget, and the budget: where it says no number, the mean set's."""
+    words = summary.setting.split()
     budgets = [word.partition("=")[2] for word in words if word.startswith("token_budget=")]
     rest = " ".join(word for word in words if not word.startswith("token_budget="))
-    return rest, int(budgets[0]) if budgets else None
+    return rest, int(budgets[0]) if budgets not in ([], ["auto"]) else summary.mean_set_size
 
 
 def _accuracy(pyplot: ModuleType, summaries: Sequence[Summary]) -> Any:
     """Mean (solid) and worst task (dotted) over the budget, a line per setting."""
     figure, (axis,) = _new_figure(pyplot)
-    lines: dict[str, list[tuple[int, Summary]]] = {}
+    lines: dict[str, list[tuple[float, Summary]]] = {}
     for summary in summaries[1:]:
-        name, budget = _split_budget(summary.setting)
-        if budget is not None:
+        name, budget = _split_budget(summary)
+        if budget:  # 0: no step was sparse
             lines.setdefault(name, []).append((budget, summary))
     for name, points in lines.items():
         points.sort(key=lambda point: point[0])
@@ -99,7 +99,7 @@ def _accuracy(pyplot: ModuleType, summaries: Sequence[Summary]) -> Any:
         axis.plot(budgets, worst, marker=".", linestyle=":", color=line.get_color())
     axis.axhline(100 * summaries[0].mean_score, color="black", linewidth=1, label="dense")
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("token budget")
+    axis.set_xlabel("token budget, or positions of a set")
     axis.set_ylabel("score in % (dotted: worst task)")
     axis.set_ylim(-3, 103)
     figure.legend(loc="outside lower center", fontsize="xx-small")
