@@ -313,6 +313,18 @@ def test_help_explains_every_command(run, command: list[str]):
     assert "--help" in out and "Usage" in out
 
 
+def test_names_with_brackets_are_shown_as_they_are(run, tmp_path: Path):
+    """No markup: a folder's name is anybody's."""
+    folder = write_scripted_model(tmp_path / "a[b]c")
+    assert "a[b]c (llama)" in run("info", str(folder))[1]
+    own = tmp_path / "own[bold].jsonl"
+    own.write_text('{"prompt": "one >", "answers": ["STOP"]}')
+    plan = ["--tidal", "select_layers=1 token_budget=16", "--out", str(tmp_path / "out")]
+    at = ["--device", "cpu", "--num-threads", "1", "--prompts", str(own)]
+    code, out, _ = run("eval", str(folder), *at, *plan)
+    assert code == 0 and "\n own[bold] " in out
+
+
 def test_help_names_the_engines_defaults(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run("generate", "--help")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -151,6 +152,13 @@ def test_what_is_printed_fits_80_columns(comparisons, encoding: str):
                  "key is here", "fewer"):  # fmt: skip
         assert part in text
     assert text.count(comparisons[0].prompt.number) == 3  # asked, and answered twice
+
+
+def test_an_answer_in_brackets_is_no_markup(comparisons):
+    console = Console(file=io.StringIO(), width=80)
+    dense = dataclasses.replace(comparisons[0].dense, answer="[/INST] 1234567")
+    show_comparison(console, dataclasses.replace(comparisons[0], dense=dense))
+    assert "[/INST] 1234567" in console.file.getvalue()
 
 
 def test_a_model_without_a_plan_gets_an_explanation(tmp_path: Path, capsys):

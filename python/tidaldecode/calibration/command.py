@@ -129,10 +129,10 @@ def calibrate(
     except KeyboardInterrupt:
         print_note("the same command goes on from here")
         raise
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     is_good = outcome.chosen.scores.loss <= max_loss
     try:
-        console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
+        console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True)
         show_frontier(console, outcome, folder.model.windows)
         show_judgement(console, job, outcome)
     finally:  # also where stdout takes nothing
@@ -174,7 +174,7 @@ def _keep(
         print_note(f"the plan could not be written; it is printed, to be saved as {PLAN_FILE}")
         console.print(json.dumps(content, indent=2), markup=False, soft_wrap=True)
         raise
-    console.print(f"Plan: {one_line(str(place))}", soft_wrap=True, markup=False)
+    console.print(f"Plan: {one_line(str(place))}", soft_wrap=True)
 
 
 def _contexts(asked: list[int] | None, folder: ModelFolder, device: str) -> tuple[int, ...]:

@@ -169,7 +169,7 @@ def info(
 
     from tidaldecode.cli.info import show_installation, show_memory, show_model
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if model_dir is not None:
         max_seq_len = engine.get("max_seq_len")
         folder = read_model_folder(at_revision(model_dir, revision), max_seq_len=max_seq_len)

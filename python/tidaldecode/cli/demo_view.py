@@ -93,10 +93,10 @@ def _comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def _shown_answer(run: Run) -> str:
-    """The answer, printable and cut to fit."""
+def _shown_answer(run: Run) -> Text:
+    """The answer, printable and cut to fit; brackets in it are no markup."""
     shown = "".join(c if c.isprintable() else "?" for c in run.answer) or "(nothing)"
-    return shown if len(shown) <= _CELL_WIDTH else shown[: _CELL_WIDTH - 1] + "…"
+    return Text(shown if len(shown) <= _CELL_WIDTH else shown[: _CELL_WIDTH - 1] + "…")
 
 
 def _verdict(run: Run) -> Text:

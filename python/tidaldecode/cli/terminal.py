@@ -89,7 +89,7 @@ def print_whole(console: Console, table: Table) -> None:
     from rich.console import Console
 
     width = max(console.width, whole_width(console, table))
-    Console(file=console.file, width=width, highlight=False).print(table)
+    Console(file=console.file, width=width, highlight=False, markup=False).print(table)
 
 
 class NoteHandler(logging.Handler):
@@ -182,7 +182,7 @@ def _new_progress() -> Progress:
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),

@@ -259,14 +259,14 @@ class _Found:
 
 def _keep(folder: Path, found: _Found, plots: bool) -> None:
     """Writes the report, or says that it is lost."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     try:
         lines = [*_write(folder, found, plots)]
     except OSError as cause:
         print_error(f"{folder}: {cause.strerror}; what is printed here was not written")
         raise typer.Exit(EXIT_NOT_WRITTEN) from None
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def _comparison(
@@ -284,12 +284,12 @@ def _comparison(
 
 def _show(model_dir: Path, found: _Found) -> None:
     """Prints the report."""
-    console = Console(highlight=False)
-    console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(f"Model: {one_line(str(model_dir))}", soft_wrap=True)
     show_report(console, found.summaries, found.perplexities)
     width = found.head["interval"]
     if width is not None and found.summaries:
-        console.print(_asked_line(width, found.summaries), soft_wrap=True, markup=False)
+        console.print(_asked_line(width, found.summaries), soft_wrap=True)
 
 
 def _asked_line(width: float, summaries: Sequence[Summary]) -> str:
