@@ -216,7 +216,8 @@ class Service:
         most = self.settings.max_queued_tokens
         if most is None:
             return
-        waiting = sum(len(answer.prompt_ids) for answer in self.feed.answers if not answer.has_begun)
+        in_line = [answer for answer in self.feed.answers if not answer.has_begun]
+        waiting = sum(len(answer.prompt_ids) for answer in in_line)
         if waiting and waiting + num_tokens > most:
             self.metrics.rejected("queue_full")
             raise unavailable("queue_full", f"{waiting} tokens of prompts wait already", 5)
