@@ -288,11 +288,7 @@ def _read_shape(stored: StoredParts, codes: TensorEntry, scheme: QuantScheme) ->
     if entry.shape != (2,):
         _refuse(entry, f"shape {show(list(entry.shape))}, expected [2]")
     rows, columns = struct.unpack("<2q" if entry.dtype == "I64" else "<2i", read_tensor(entry))
-    if (
-        rows != first
-        or not 0 < columns <= second * in_word
-        or second != -(-columns // in_word)
-    ):
+    if rows != first or not 0 < columns <= second * in_word or second != -(-columns // in_word):
         _refuse(
             entry,
             f"holds [{rows}, {columns}], which does not fit {show(codes.name, 120)} of shape "
