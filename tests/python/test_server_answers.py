@@ -400,7 +400,7 @@ def test_metrics(demo_model: Path):
             assert f"{prefix}:generation_tokens_total{labels} 7.0" in text
             assert f"{prefix}:inter_token_latency_seconds_count{labels} 6.0" in text
             assert f"{prefix}:num_requests_running{labels} 0.0" in text
-            # Of a prompt that one pass has read, too.
+            # Also after a prompt that one pass has read.
             (seconds,) = re.findall(
                 re.escape(f"{prefix}:request_prefill_time_seconds_sum{labels}") + " (.*)", text
             )

@@ -148,7 +148,7 @@ def test_no_text_is_shown_that_a_stop_string_takes_back():
 
 
 def assembler_of(decode, stop, **settings) -> TextAssembler:
-    """Of one sequence, with a tokenizer that has this decode function."""
+    """An assembler for one sequence, with a tokenizer that has this decode function."""
 
     def detokenize(rows: list[dict]) -> list[dict]:
         answers = []

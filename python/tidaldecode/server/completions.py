@@ -95,7 +95,7 @@ class Completion(Answering):
         return choice
 
     def logprobs_fields(self) -> CompletionLogprobs:
-        """Of a choice that has not begun."""
+        """The fields of a choice that has not begun."""
         return CompletionLogprobs(self.names, skips=self.body.skip_special_tokens is not False)
 
     def scored_prompt(
