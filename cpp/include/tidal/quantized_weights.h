@@ -50,7 +50,7 @@ struct QuantizedWeight {
   int64_t block_columns = 1;  // of a block; a multiple of 8 or all of them in formats of 4 bits
   WeightFileEntry codes;
   WeightFileEntry scales;  // float32, bfloat16 or float16; uint8 of kMxfp4
-  // Of packed integers, in blocks of one row; absent: the middle, 8 or 128.
+  // Those of packed integers, in blocks of one row; absent: the middle, 8 or 128.
   std::optional<WeightFileEntry> zeros;
   int32_t zero_offset = 0;                     // added to every stored zero, modulo 16 or 256
   bool quantizes_inputs = false;               // of kFloat8; see CodedInfo
