@@ -205,9 +205,7 @@ def evaluate(
     if plots:
         load_matplotlib()  # better now than after hours of work
     bars, series = Bars(is_watched()), asked.series(encode)
-    for option, is_given in (("attention", attention), ("plots", plots)):
-        if is_given and not series:
-            raise InvalidArgument(f"{option}: got no prompts to look at; name a --task")
+    _check_prompts(series, attention=attention, plots=plots)
     if attention or quest:
         check_in_numpy(model)
     windows = asked.windows(make_encoder(model, False)[0])
@@ -234,6 +232,13 @@ def evaluate(
     finally:  # also where stdout takes nothing
         _remember(model_dir, settings, found.summaries)
         _keep(folder, found, plots)
+
+
+def _check_prompts(series: Sequence[Any], **options: bool) -> None:
+    """Refuses options that look at prompts where there are none."""
+    for option, is_given in options.items():
+        if is_given and not series:
+            raise InvalidArgument(f"{option}: got no prompts to look at; name a --task")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tidaldecode.text.reasoning import (
     split_reasoning,
 )
 from tidaldecode.text.tool_calls import (
+    InOrder,
     ToolCall,
     ToolCallDelta,
     ToolCallParser,
@@ -77,11 +78,11 @@ class NamedCall:
 
 
 @dataclass
-class AnswerParts:
+class AnswerParts(InOrder[NamedCall]):
     """A whole answer."""
 
     reasoning: str = ""
-    parts: list[str | NamedCall] = field(default_factory=list)  # behind it, as they were written
+    parts: list[str | NamedCall] = field(default_factory=list)  # behind it
 
     def add(self, content: str) -> None:
         """Adds content, of which texts without a call between them are one."""
@@ -90,33 +91,13 @@ class AnswerParts:
         elif content:
             self.parts.append(content)
 
-    @property
-    def content(self) -> str:
-        """All that is no call."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def calls(self) -> list[NamedCall]:
-        """The calls."""
-        return [part for part in self.parts if isinstance(part, NamedCall)]
-
 
 @dataclass
-class NewParts:
+class NewParts(InOrder[ToolCallDelta]):
     """What is new of an answer."""
 
     reasoning: str = ""
-    parts: list[str | ToolCallDelta] = field(default_factory=list)  # behind it, as written
-
-    @property
-    def content(self) -> str:
-        """All that is no call."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def calls(self) -> list[ToolCallDelta]:
-        """What is new of calls."""
-        return [part for part in self.parts if isinstance(part, ToolCallDelta)]
+    parts: list[str | ToolCallDelta] = field(default_factory=list)  # behind it
 
 
 class PartReader:

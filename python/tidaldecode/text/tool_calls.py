@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.call_syntax import SYNTAXES, CallReader
@@ -24,6 +25,9 @@ _OTHER_NAMES = {
     "qwen25": "hermes",
     "qwen3": "hermes",
 }
+
+
+_Call = TypeVar("_Call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +47,10 @@ class ToolCallDelta:
     arguments: str = ""  # goes on from the one before
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToolPiece:
-    """What is new of an answer."""
+class InOrder(Generic[_Call]):
+    """Content and calls in the order in which they were written."""
 
-    parts: tuple[str | ToolCallDelta, ...] = ()  # content and calls as they were written
+    parts: Sequence[str | _Call]
 
     @property
     def content(self) -> str:
@@ -55,26 +58,23 @@ class ToolPiece:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def calls(self) -> tuple[ToolCallDelta, ...]:
-        """What is new of calls, one each."""
-        return tuple(part for part in self.parts if isinstance(part, ToolCallDelta))
+    def calls(self) -> tuple[_Call, ...]:
+        """All that is no content."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolText:
+class ToolPiece(InOrder[ToolCallDelta]):
+    """What is new of an answer; of a call one part."""
+
+    parts: tuple[str | ToolCallDelta, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolText(InOrder[ToolCall]):
     """A whole answer."""
 
-    parts: tuple[str | ToolCall, ...] = ()  # content and calls as they were written
-
-    @property
-    def content(self) -> str:
-        """All that is of no call."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def calls(self) -> tuple[ToolCall, ...]:
-        """The calls."""
-        return tuple(part for part in self.parts if isinstance(part, ToolCall))
+    parts: tuple[str | ToolCall, ...] = ()
 
 
 def check_tool_format(name: str) -> str:
