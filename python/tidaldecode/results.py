@@ -106,7 +106,7 @@ def make_result(
     if is_stopped and token_ids and token_ids[-1] in stop_token_ids:
         stop_reason = token_ids[-1]
     counts = core.verification
-    steps = len(token_ids) - 1
+    steps = len(core.token_ids) - 1  # those that the time was for
     return GenerationResult(
         text=text,
         token_ids=token_ids,

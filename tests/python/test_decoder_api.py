@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import tidaldecode
 from scripted_model import BOS, EOS, SCRIPT, update_json, write_scripted_model
 from tidaldecode import Decoder, GenerationResult
 from tidaldecode.errors import CapacityError, InvalidArgument
+from tidaldecode.results import make_result
 from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 TINY = TinyModel(num_layers=4)
@@ -288,6 +290,26 @@ def test_timings_are_there_and_make_sense(decoder: Decoder):
     assert 0 <= timings.queue_s < timings.time_to_first_token_s < timings.total_s < 60
     assert timings.decode_tokens_per_s > 0
     assert decoder.generate(">", max_new_tokens=1).timings.decode_tokens_per_s == 0.0
+
+
+def test_speed_counts_the_steps_past_a_stop_string_as_their_time_does():
+    core = SimpleNamespace(
+        token_ids=[1, 2, 3, 4, 5],
+        finish_reason="abort",
+        prompt_tokens=1,
+        cached_tokens=0,
+        queue_s=0.0,
+        time_to_first_token_s=1.0,
+        decode_s=2.0,
+        error="",
+        has_logprobs=False,
+        has_prompt_logprobs=False,
+        verification=SimpleNamespace(dense_passes=0),
+    )
+    text = {"text": "ab", "matched_stop": "c", "num_tokens": 3}
+    result = make_result(core, prompt_ids=[0], stop_token_ids=(), **text)
+    assert result.token_ids == (1, 2, 3)
+    assert result.timings.decode_tokens_per_s == 2.0
 
 
 def test_nan_logits_end_only_their_sequence(tmp_path: Path):
