@@ -172,7 +172,7 @@ def _keep(
         place = store_plan(content, job.folder.path, output)
     except InvalidArgument:
         print_note(f"the plan could not be written; it is printed, to be saved as {PLAN_FILE}")
-        console.print(json.dumps(content, indent=2), markup=False, soft_wrap=True)
+        console.print(json.dumps(content, indent=2), soft_wrap=True)
         raise
     console.print(f"Plan: {one_line(str(place))}", soft_wrap=True)
 

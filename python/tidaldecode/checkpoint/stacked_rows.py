@@ -70,8 +70,8 @@ def _part_of_numbers(entry: TensorEntry, part: StackPart) -> TensorEntry:
 def _part_of_matrix(matrix: QuantizedTensor, part: StackPart) -> QuantizedTensor:
     _check_rows(matrix.codes, matrix.shape, part)
     along = 1 if matrix.scheme.format in _TRANSPOSED else 0  # the outputs
-    # The other formats have codes of several inputs in a word.
     in_word = codes_per_word(matrix.scheme)
+    # The other formats have codes of several inputs in a word.
     together = in_word if matrix.scheme.format == "int4_awq" else 1
     codes = _cut_outputs(matrix.codes, along, part, together)
     has_one_scale = matrix.block[0] == matrix.shape[0]

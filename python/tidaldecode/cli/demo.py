@@ -18,7 +18,7 @@ import numpy as np
 from tidaldecode.batch import PrefillProgress
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.cli.demo_text import HiddenKey, hide_key
-from tidaldecode.config import LAYER_FIELDS, PLAN_FIELDS, PlanConfig
+from tidaldecode.config import LAYER_FIELDS, PlanConfig, plan_part
 from tidaldecode.decoder import Decoder
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.plan_bytes import kv_bytes_per_step, row_bytes
@@ -71,7 +71,7 @@ def rows_read_per_step(decoder: Decoder, seq_len: int) -> int:
     assert not isinstance(config.sparse_min_context, str)  # in use it is a number
     plan = PlanConfig()
     if seq_len > (config.sparse_min_context or 0):
-        plan = PlanConfig(**{name: getattr(config, name) for name in PLAN_FIELDS})
+        plan = plan_part(config)
     num_bytes = kv_bytes_per_step(model, plan, seq_len, config.kv_dtype)
     return round(num_bytes / row_bytes(model, config.kv_dtype))
 

@@ -142,7 +142,8 @@ def broken_off(message: str) -> ApiError:
     model's numbers none."""
     _, is_guided, reason = message.partition("guide: ")
     if is_guided:
-        reason = reason.replace("min_new_tokens", "min_tokens")
+        engine_name = "min_new_tokens"  # the one setting that a guide complains of
+        reason = reason.replace(engine_name, _PARAMS[engine_name])
         return ApiError(400, "invalid_value", f"the format that was asked for: {reason}")
     return ApiError(500, "numeric_error", message, headers=_NO_RETRY)
 

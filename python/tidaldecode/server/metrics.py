@@ -102,9 +102,9 @@ class Metrics:
 
     def hear(self, answer: Answer, delta: Delta) -> None:
         """Counts what has come of an answer."""
-        now = time.monotonic()
         answer.has_begun = True
         if delta.token_ids:
+            now = time.monotonic()
             if answer.last_token_at:
                 # Tokens that come together have shared the time.
                 each = (now - answer.last_token_at) / len(delta.token_ids)

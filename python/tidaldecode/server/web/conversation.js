@@ -205,11 +205,11 @@ export function figures(run) {
   const ours = run.usage ? run.usage.tidaldecode : null;
   const perToken = run.reading ? run.reading.kvBytesPerToken : 0;
   // What is heard here may come bundled: the engine's clock is right, once it is known.
-  const heardMs = steps > 0 ? (run.lastAt - run.firstAt) / steps : 0;
-  const msPerToken = ours ? (steps > 0 ? 1000 / ours.decode_tokens_per_s : 0) : heardMs;
+  const heardMs = (run.lastAt - run.firstAt) / steps;
+  const msPerToken = ours ? 1000 / ours.decode_tokens_per_s : heardMs;
   return {
     firstTokenMs: run.firstAt ? run.firstAt - run.askedAt : null,
-    msPerToken: msPerToken > 0 ? msPerToken : null,
+    msPerToken: steps > 0 && msPerToken > 0 ? msPerToken : null,
     tokensPerStep: ours && perToken && steps > 0 ? ours.kv_bytes_read / perToken / steps : null,
     promptTokens: run.reading ? run.reading.promptTokens : null,
     cachedTokens: run.usage ? run.usage.prompt_tokens_details.cached_tokens : null,
