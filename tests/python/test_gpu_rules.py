@@ -61,15 +61,21 @@ CAPPED = dataclasses.replace(MIXED, seed=42)
 CAPPED_RULES = {"attention_sinks": True, "attention_softcap": 5.0, "logit_softcap": 8.0}
 
 
+def read_with_rules(patch: pytest.MonkeyPatch, **rules: Any) -> None:
+    """Folders' models have these rules besides those of their config.json."""
+
+    def read(*args: Any, **kwargs: Any) -> CheckpointConfig:
+        config = read_checkpoint_config(*args, **kwargs)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **rules))
+
+    patch.setattr(model_folder, "read_checkpoint_config", read)
+
+
 @pytest.fixture
 def capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of CAPPED, read with its rules."""
 
-    def read(path: Path) -> CheckpointConfig:
-        config = read_checkpoint_config(path)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, **CAPPED_RULES))
-
-    monkeypatch.setattr(model_folder, "read_checkpoint_config", read)
+    read_with_rules(monkeypatch, **CAPPED_RULES)
     weights = random_weights(CAPPED)
     rng = np.random.default_rng(7)
     for layer in range(CAPPED.num_layers):
@@ -107,17 +113,11 @@ def test_sinks_and_soft_caps(capped: Path):
     assert_matches_the_cpu(capped, CAPPED)
     # And they matter: without them other logits come out.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_folder, "read_checkpoint_config", _without_caps)
+        read_with_rules(patch, attention_sinks=True)
         plain = open_decoder(capped, "cuda")
     prompt = prompts_for(CAPPED)[0]
     ours, others = all_logits(open_decoder(capped, "cuda"), prompt), all_logits(plain, prompt)
     assert relative_difference(others, ours) > 10 * TOLERANCE[CAPPED.dtype]
-
-
-def _without_caps(path: Path) -> CheckpointConfig:
-    config = read_checkpoint_config(path)
-    model = dataclasses.replace(config.model, attention_sinks=True)
-    return dataclasses.replace(config, model=model)
 
 
 @pytest.mark.parametrize("plan", [TIDAL, SCORED, SHADOW], ids=["tidal", "scored", "shadow"])
