@@ -277,6 +277,7 @@ class DecodeWarp {
         }
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
+          if (step + i / 2 == kSteps) break;  // heads of 80
           // A register has dims 4 (lane % 4) to 4 (lane % 4) + 3 of a token.
           const uint32_t a[4] = {DecodeFloat8Pair<T>(codes[i] << 8),
                                  DecodeFloat8Pair<T>(codes[i + 1] << 8),
@@ -410,6 +411,7 @@ class DecodeWarp {
         }
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
+          if (step + i / 2 == kSteps) break;  // heads of 80
           // A register has dims 2 (lane / 4) and 2 (lane / 4) + 1 of two tokens.
           const uint32_t a[4] = {DecodeFloat8Pair<T>(codes[i] << 8), DecodeFloat8Pair<T>(codes[i]),
                                  DecodeFloat8Pair<T>(codes[i + 1] << 8),

@@ -10,7 +10,7 @@
 namespace tidal {
 
 // Elements from one row of a head to the next where rows lie in shared memory or in scratch: a
-// power of two, of which heads of 96 leave the last ones unused.
+// power of two, of which heads of 80 and 96 leave the last ones unused.
 constexpr int64_t PaddedHeadDim(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }

@@ -8,7 +8,7 @@
 
 namespace tidal {
 
-// head_dim 64, 96, 128 or 256 (common/head_dims.h); anything else is an UnsupportedError.
+// head_dim 64, 80, 96, 128 or 256 (common/head_dims.h); anything else is an UnsupportedError.
 void LaunchRopeAppendKv(const RopeAppendKvArgs& args, cudaStream_t stream);
 
 }  // namespace tidal

@@ -184,7 +184,7 @@ class ShadowWarp {
   }
 
  private:
-  static constexpr int kWords = kHeadDim / 32;  // of a key in a lane: an mma each
+  static constexpr int kWords = (kHeadDim + 31) / 32;  // of a key in a lane: an mma each
   static constexpr int kLoadWords = kWords == 3 ? 1 : kWords < 4 ? kWords : 4;
   static constexpr int kLoads = kWords / kLoadWords;
   static constexpr int kLoadBytes = 4 * kLoadWords;
@@ -197,9 +197,12 @@ class ShadowWarp {
   };
 
   // Byte of a row of codes from which on this lane has those of its load-th load: loads of the
-  // lanes of a row lie side by side.
+  // lanes of a row lie side by side. Of heads of 80 half of the last one is none, and reads others.
   __device__ __forceinline__ int FirstByte(int load) const {
-    return (load * 4 + lane_ % 4) * kLoadBytes;
+    return HasCodes(load) ? (load * 4 + lane_ % 4) * kLoadBytes : 0;
+  }
+  __device__ __forceinline__ bool HasCodes(int load) const {
+    return kHeadDim % 32 == 0 || (load * 4 + lane_ % 4) * kLoadBytes < kHeadDim / 2;
   }
 
   // The first token of this lane's quad; past the end that of the last quad, of which nothing is
@@ -229,6 +232,7 @@ class ShadowWarp {
       int byte = FirstByte(w / kLoadWords) + w % kLoadWords * 4;
       query_[w][0] = *reinterpret_cast<const uint32_t*>(codes + byte);
       query_[w][1] = *reinterpret_cast<const uint32_t*>(codes + kHeadDim / 2 + byte);
+      if (!HasCodes(w / kLoadWords)) query_[w][0] = query_[w][1] = 0;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

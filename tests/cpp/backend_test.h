@@ -30,7 +30,7 @@ struct BackendCase {
 
   DType kv_dtype() const { return other_kv_dtype.value_or(dtype); }
   bool is_cpu() const { return device == DeviceType::kCpu; }
-  // Whether there are heads of 96 and 256.
+  // Whether there are heads of 80, 96 and 256.
   bool has_all_head_dims() const { return is_cpu() || dtype != DType::kFloat16; }
 };
 

@@ -104,7 +104,7 @@ TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
     for (int64_t num_kv_heads : {1, 2, 3, 8, 40}) {
       for (int64_t group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
         for (int64_t batch_size : {1, 2, 7, 64}) {
-          for (int64_t head_dim : {64, 96, 128, 256}) {
+          for (int64_t head_dim : {64, 80, 96, 128, 256}) {
             ExpectRoomForFewQueries(splitting, num_kv_heads, group_size, batch_size, head_dim);
           }
         }
@@ -113,13 +113,16 @@ TEST(AttentionScratchSize, HoldsAFewQueriesOfAnyGroup) {
   }
 }
 
-// Their kernel splits no prompts.
+// Their kernel splits no prompts: decode steps ask for all, of as many heads whatever their size.
 TEST(AttentionScratchSize, HoldsNoPartsOfPromptsWithOtherHeads) {
-  for (int64_t head_dim : {96, 256}) {
+  const auto parts = [](int64_t head_dim) {
     const AttentionScratchSize scratch =
         SizeOfAttentionScratch(Splitting::kByBatch, 1, 32, head_dim, kSms);
-    EXPECT_LT(scratch.partial_bytes, PromptPartBytes(kMaxPromptWaves * kSms, head_dim));
-  }
+    return scratch.partial_bytes / PartialBytes(1, head_dim);
+  };
+  EXPECT_EQ(parts(80), parts(96));
+  EXPECT_EQ(parts(96), parts(256));
+  EXPECT_LT(PartialBytes(parts(256), 256), PromptPartBytes(kMaxPromptWaves * kSms, 256));
 }
 
 }  // namespace

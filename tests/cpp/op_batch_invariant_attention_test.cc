@@ -267,6 +267,7 @@ std::vector<OpCase<HeadShape>> AllCases() {
                                       {"group16", 32, 2, 64, 32}});
   for (const BackendCase& on : CudaCaches()) {
     if (!on.has_all_head_dims()) continue;
+    cases.push_back({on, {"d80", 4, 4, 80, 16}});
     cases.push_back({on, {"d96", 4, 4, 96, 16}});
     cases.push_back({on, {"d256", 8, 4, 256, 32}});
   }

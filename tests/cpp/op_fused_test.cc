@@ -247,6 +247,7 @@ std::vector<OpCase<LayerShape>> AllCases() {
       Cases<LayerShape>(AllBackends(), EverywhereShapes(), {{"odd", 3, 131, 2, 1, 6, 77}});
   for (const BackendCase& on : AllBackends()) {
     if (!on.has_all_head_dims()) continue;
+    cases.push_back({on, {"tokens3_d80", 3, 480, 4, 2, 80, 640}});
     cases.push_back({on, {"tokens2_d96", 2, 480, 4, 2, 96, 640}});
     cases.push_back({on, {"tokens4_d256", 4, 640, 4, 1, 256, 1000}});
   }

@@ -73,6 +73,7 @@ std::vector<OpCase<HeadShape>> HeadCases(const std::vector<BackendCase>& backend
       backends, everywhere, {{"group3_d20_page7", 6, 2, 20, 7}, {"group1_d12_page1", 3, 3, 12, 1}});
   for (const BackendCase& on : backends) {
     if (!on.has_all_head_dims()) continue;
+    cases.push_back({on, {"group3_d80_page16", 6, 2, 80, 16}});
     cases.push_back({on, {"group2_d96_page32", 4, 2, 96, 32}});
     cases.push_back({on, {"group4_d256_page16", 4, 1, 256, 16}});
     cases.push_back({on, {"group11_d256_page64", 11, 1, 256, 64}});

@@ -22,8 +22,8 @@ struct HeadShape {
 std::vector<HeadShape> CommonHeadShapes();
 // Two that every backend takes, where more of them would tell little.
 std::vector<HeadShape> FewHeadShapes();
-// `everywhere` on all given backends, heads of 96 and 256 on those that have them, and on the CPU's
-// sizes that divide nothing.
+// `everywhere` on all given backends, heads of 80, 96 and 256 on those that have them, and on the
+// CPU's sizes that divide nothing.
 std::vector<OpCase<HeadShape>> HeadCases(const std::vector<BackendCase>& backends,
                                          const std::vector<HeadShape>& everywhere);
 

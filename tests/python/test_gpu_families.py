@@ -27,7 +27,8 @@ TOLERANCES = {"granitemoehybrid": 2 * TOLERANCE["bfloat16"]}
 # Families whose heads are of another size. The scale spreads their scores as BASE's.
 _GEMMA: dict[str, Any] = {"head_dim": 256, "fields": {"query_pre_attn_scalar": 32}}
 OTHER_HEADS: dict[str, dict[str, Any]] = {
-    "gemma2": _GEMMA, "gemma3_text": _GEMMA, "phi3": {"head_dim": 96, "hidden_size": 768}
+    "gemma2": _GEMMA, "gemma3_text": _GEMMA, "mistral": {"head_dim": 80, "hidden_size": 1024},
+    "phi3": {"head_dim": 96, "hidden_size": 768},
 }  # fmt: skip
 LENGTHS = (200, 33, 65, 1)
 NEW_TOKENS = 32
@@ -55,7 +56,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp(family), tiny(family))
 
 
-@pytest.mark.parametrize(("family", "head_dim"), [("gemma2", 256), ("phi3", 96)])
+@pytest.mark.parametrize(("family", "head_dim"), [("gemma2", 256), ("mistral", 80), ("phi3", 96)])
 def test_other_heads_are_of_bfloat16(tmp_path: Path, family: str, head_dim: int):
     folder = write_checkpoint(tmp_path, tiny(family))
     with pytest.raises(UnsupportedError, match=f"head_dim {head_dim} in float16 .*=.bfloat16"):
