@@ -141,6 +141,7 @@ class CudaBackend final : public Backend {
   // Whether the product, with its number of tokens, is one for kernels/skinny_linear.h.
   bool Streams(const LinearArgs& linear) const;
   void* LinearWorkspace();
+  SkinnyRun NewRun() const;
   // The norm that makes a product's inputs: done, or left, wholly or in part, to the product.
   SkinnyRun NormBefore(const LinearArgs& linear, const RmsNormArgs& norm);
   void LinearAfter(const SkinnyRun& run, const LinearArgs& linear);

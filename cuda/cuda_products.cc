@@ -59,12 +59,16 @@ void* CudaBackend::LinearWorkspace() {
   return Grow(linear_workspace_, kLinearWorkspaceBytes, kProductsPurpose);
 }
 
+SkinnyRun CudaBackend::NewRun() const {
+  return {.in_one_order = batch_invariant_, .num_sms = num_sms_, .stream = stream()};
+}
+
 // The norm that a kernel makes for a weight in codes adds squares in another order than the one in
 // front of it.
 SkinnyRun CudaBackend::NormBefore(const LinearArgs& linear, const RmsNormArgs& norm) {
   CheckNormDType("rms_norm", norm.out, norm.weight);
   CheckLinearDTypes(linear);
-  SkinnyRun run = {.num_sms = num_sms_, .stream = stream()};
+  SkinnyRun run = NewRun();
   if (!Streams(linear)) {
     LaunchRmsNorm(norm, LaunchNext::kAfterWait, stream());
   } else if (linear.output != LinearOutput::kStore || !FoldsNorm(norm)) {
@@ -151,7 +155,7 @@ void CudaBackend::Linear(const LinearArgs& args) {
   Enter();
   Check(args);
   CheckLinearDTypes(args);
-  LinearAfter({.num_sms = num_sms_, .stream = stream()}, args);
+  LinearAfter(NewRun(), args);
 }
 
 void CudaBackend::NormLinear(const NormLinearArgs& args) {

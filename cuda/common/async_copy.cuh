@@ -29,15 +29,6 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bo
                : "memory");
 }
 
-// Copies 8 bytes, through L1, or writes 8 zero bytes; both addresses are multiples of 8.
-__device__ __forceinline__ void CopyAsync8(void* shared, const void* global, bool valid) {
-  auto destination = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  int source_bytes = valid ? 8 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(destination), "l"(global),
-               "r"(source_bytes)
-               : "memory");
-}
-
 // An L2 policy for what is read once: it makes room before anything else does.
 __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   uint64_t policy;

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMaxInputs = 1 << 20;  // keeps byte counts within 32 bits
 constexpr int kMaxGridY = 65535;
 
-// The epilogue of a tile of many choices (skinny_linear.cuh): ExpertLinear, or with GateMul behind
+// The epilogue of a tile of many choices (skinny_block.cuh): ExpertLinear, or with GateMul behind
 // it.
 template <typename T, bool kGated>
 struct ExpertEpilogue {

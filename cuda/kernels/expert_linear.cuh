@@ -90,24 +90,6 @@ __device__ __forceinline__ void StoreExpertOutputs(const ExpertRows<kGated>& row
   }
 }
 
-// As many neighbouring codes of a row as a lane takes at once: 8 inputs.
-template <WeightKind kKind>
-struct CodesOfLane {
-  using Type = uint4;
-};
-template <>
-struct CodesOfLane<WeightKind::kFloat8> {
-  using Type = uint2;
-};
-template <>
-struct CodesOfLane<WeightKind::kFloat8Grouped> {
-  using Type = uint2;
-};
-template <>
-struct CodesOfLane<WeightKind::kInt4> {
-  using Type = uint32_t;
-};
-
 // A tile and 16 outputs: what does not depend on how the weight is kept.
 template <typename T, bool kGated>
 class ExpertTileBlock {
@@ -160,7 +142,7 @@ template <typename T, WeightKind kKind, bool kGated>
 class ExpertBlock : public ExpertTileBlock<T, kGated> {
   using Base = ExpertTileBlock<T, kGated>;
   using Base::lane_, Base::p_, Base::rows_, Base::tile_;
-  using Codes = typename CodesOfLane<kKind>::Type;
+  using Codes = typename WeightReader<T, kKind>::Codes;
   using Reader = WeightReader<T, kKind>;
   static constexpr int kLaneInputs = 8;
   static constexpr int kAhead = kKind == WeightKind::kHalf ? 4 : 8;  // steps that are read at once
@@ -274,7 +256,7 @@ class ExpertBlock : public ExpertTileBlock<T, kGated> {
     return read;
   }
   __device__ static uint4 Decode(const Codes& codes, uint32_t zeros) {
-    return Reader::Load(reinterpret_cast<const unsigned char*>(&codes), zeros);
+    return Reader::Decode(codes, zeros);
   }
   __device__ static void AddScaled(const float4& part, const ScalesOfStep& scales, float4& total) {
     total.x = __fmaf_rn(part.x, scales.scale[0], total.x);

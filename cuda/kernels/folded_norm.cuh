@@ -1,9 +1,9 @@
 // An RmsNorm folded into the product behind it: the inputs of the product are hidden states times
 // the norm's weights, and its results are multiplied by 1 / sqrt(mean of squares + eps), which is
 // the same for all of a token. The skinny products do this on their way through the first tile
-// (skinny_linear.cuh), or take what the kernel of folded_norm.cu made; both give the same bits,
-// since both add up a token's squares in this order: of every 8 neighbours; of a chunk's, 4 lanes
-// each; of every eighth chunk; of the lanes; of the 8 parts.
+// (skinny_block.cuh), or take what the kernel of folded_norm.cu made; with weights of 16 bits both
+// give the same bits, since both add up a token's squares in this order: of every 8 neighbours; of
+// a chunk's, 4 lanes each; of every eighth chunk; of the lanes; of the 8 parts.
 #pragma once
 
 #include "common/reduce.cuh"

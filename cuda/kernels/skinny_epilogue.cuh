@@ -1,5 +1,5 @@
 // What the finishing warp of a skinny product does with a tile of 16 outputs by 8 tokens
-// (skinny_linear.cuh, Epilogue).
+// (skinny_block.cuh, Epilogue).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include "common/float8.cuh"
 #include "common/paged_kv.cuh"
 #include "common/vec.cuh"
-#include "kernels/skinny_linear.cuh"
+#include "kernels/skinny_block.cuh"
 
 namespace tidal {
 

@@ -6,6 +6,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "kernels/coded_linear.cuh"
+#include "kernels/int4_linear.cuh"
 #include "kernels/skinny_epilogue.cuh"
 #include "kernels/skinny_linear.cuh"
 #include "kernels/skinny_run.h"
@@ -16,7 +18,6 @@ namespace tidal {
 struct SkinnyGrid {
   int num_tiles;
   int max_stages;
-  int scale_bytes_per_row;
 };
 
 // Blocks of a cluster: so that the blocks of the last wave are many, and waves few, as each costs
@@ -55,6 +56,51 @@ void LaunchTiled(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue&
   LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue);
 }
 
+// A weight's codes in boxes of half a tile's rows by a chunk.
+template <WeightKind kKind, typename T>
+CUtensorMap MapOfCodes(const SkinnyParams<T>& params) {
+  static const auto encode = FindTensorMapEncode();
+  auto row_bytes = static_cast<uint64_t>(params.num_inputs) * BitsOf(kKind) / 8;
+  return MakeTensorMap<uint8_t, 2>(encode, params.weight,
+                                   {row_bytes, static_cast<uint64_t>(params.num_outputs)},
+                                   {kChunk * BitsOf(kKind) / 8, kTileRows / 2});
+}
+
+// Of a kernel whose blocks each take an SM: as many as there are, or fewer for few tiles.
+template <int kTokens, WeightKind kKind, typename Kernel, typename T, typename Epilogue,
+          typename... More>
+void LaunchBlocks(Kernel kernel, const SkinnyParams<T>& params, const Epilogue& epilogue,
+                  const SkinnyRun& run, const More&... more) {
+  LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(run.num_sms, params.num_tiles))),
+                       .block = dim3(SkinnyShape<kTokens, kKind>::kThreads),
+                       .shared_bytes = static_cast<size_t>(params.layout.Total())};
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shape.shared_bytes)));
+  LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue, more...);
+}
+
+// As LaunchSkinny; returns false where that is not for int4_linear.cuh.
+template <typename T, bool kNormed, typename Epilogue>
+bool LaunchInDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                    const SkinnyRun& run) {
+  if (run.in_one_order || params.num_tokens > kMaxDigitTokens ||
+      params.weight_scales.groups_per_chunk != 1) {
+    return false;
+  }
+  params.num_tiles = grid.num_tiles;
+  params.layout = MakeSkinnyLayout<kTileTokens, WeightKind::kInt4>({.num_inputs = params.num_inputs,
+                                                                    .num_tokens = params.num_tokens,
+                                                                    .normed = kNormed,
+                                                                    .max_stages = grid.max_stages,
+                                                                    .in_digits = true});
+  if (params.layout.Total() > kMaxSharedBytes) return false;
+  auto kernel = params.num_tokens <= 2 ? Int4LinearKernel<T, Epilogue, kNormed, 1>
+                                       : Int4LinearKernel<T, Epilogue, kNormed, 2>;
+  LaunchBlocks<kTileTokens, WeightKind::kInt4>(kernel, params, epilogue, run,
+                                               MapOfCodes<WeightKind::kInt4>(params));
+  return true;
+}
+
 template <typename T, bool kNormed, int kTokens, WeightKind kKind, typename Epilogue>
 void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
                   const SkinnyRun& run) {
@@ -62,20 +108,21 @@ void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue
     LaunchTiled(params, grid, epilogue, run);
     return;
   } else {
+    if constexpr (kTokens == kTileTokens && kKind == WeightKind::kInt4) {
+      if (LaunchInDigits<T, kNormed>(params, grid, epilogue, run)) return;
+    }
     params.num_tiles = grid.num_tiles;
-    params.layout =
-        MakeSkinnyLayout<kTokens, kKind>({.num_inputs = params.num_inputs,
-                                          .num_tokens = params.num_tokens,
-                                          .normed = kNormed,
-                                          .max_stages = grid.max_stages,
-                                          .scale_bytes_per_row = grid.scale_bytes_per_row});
-    auto kernel = SkinnyLinearKernel<T, Epilogue, kNormed, kTokens, kKind>;
-    LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(run.num_sms, grid.num_tiles))),
-                         .block = dim3(SkinnyShape<kTokens, kKind>::kThreads),
-                         .shared_bytes = static_cast<size_t>(params.layout.Total())};
-    TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shape.shared_bytes)));
-    LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue);
+    params.layout = MakeSkinnyLayout<kTokens, kKind>({.num_inputs = params.num_inputs,
+                                                      .num_tokens = params.num_tokens,
+                                                      .normed = kNormed,
+                                                      .max_stages = grid.max_stages});
+    if constexpr (kKind == WeightKind::kHalf) {
+      LaunchBlocks<kTokens, kKind>(SkinnyLinearKernel<T, Epilogue, kNormed, kTokens>, params,
+                                   epilogue, run);
+    } else {
+      LaunchBlocks<kTokens, kKind>(CodedLinearKernel<T, Epilogue, kNormed, kTokens, kKind>, params,
+                                   epilogue, run, MapOfCodes<kKind>(params));
+    }
   }
 }
 
@@ -128,8 +175,7 @@ void RunSkinnyLinear(const LinearArgs& args, const SkinnyRun& run) {
   int num_tokens = static_cast<int>(args.x.dim(0));
   auto* bias = static_cast<const T*>(args.bias.ptr);
   SkinnyGrid grid = {.num_tiles = static_cast<int>(CeilDiv(num_outputs, kTileRows)),
-                     .max_stages = kMaxStages,
-                     .scale_bytes_per_row = ScaleBytesPerRow(args.weight)};
+                     .max_stages = kMaxStages};
   if (args.output == LinearOutput::kAccumulate) {
     AccumulateEpilogue<T> epilogue = {args.out.data<float>(), bias, num_outputs, num_tokens};
     LaunchSkinny<T, false, kTokens, kKind>(MakeSkinnyParams<T>(args, run), grid, epilogue, run);
@@ -167,8 +213,7 @@ void RunLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& appen
   // Few stages leave room for a block of the sparse attention that follows, which reads its keys
   // and values early.
   SkinnyGrid grid = {.num_tiles = static_cast<int>(linear.weight.num_outputs() / kTileRows),
-                     .max_stages = kStagesBeforeAttention,
-                     .scale_bytes_per_row = ScaleBytesPerRow(linear.weight)};
+                     .max_stages = kStagesBeforeAttention};
   LaunchSkinnyMaybeNormed<T, kTokens, kKind>(linear, grid, epilogue, run);
 }
 
@@ -181,8 +226,7 @@ void RunLinearGateMul(const LinearArgs& linear, const GateMulArgs& gate_mul, con
   epilogue.intermediate_size = static_cast<int>(gate_mul.out.dim(1));
   epilogue.num_tokens = static_cast<int>(gate_mul.out.dim(0));
   SkinnyGrid grid = {.num_tiles = epilogue.intermediate_size / (kTileRows / 2),
-                     .max_stages = kMaxStages,
-                     .scale_bytes_per_row = ScaleBytesPerRow(linear.weight)};
+                     .max_stages = kMaxStages};
   LaunchSkinnyMaybeNormed<T, kTokens, kKind>(linear, grid, epilogue, run);
 }
 

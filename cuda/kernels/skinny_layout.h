@@ -1,4 +1,4 @@
-// How a block of the skinny products divides its work and its shared memory (skinny_linear.cuh).
+// How a block of the skinny products divides its work and its shared memory (skinny_block.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,6 +31,11 @@ inline constexpr int kMaxSharedBytes = 227 * 1024;
 
 inline constexpr int kChunkBytes = kChunk * 2;  // of a token's inputs, and of a 16-bit row
 
+// Inputs in digits (int4_linear.cuh): of a token and chunk, and what belongs to them.
+inline constexpr int kDigits = 3;
+inline constexpr int kDigitBytes = kDigits * kChunk + 32;
+inline constexpr int64_t kMaxDigitTokens = 4;
+
 // How a kernel finds the weight's numbers.
 enum class WeightKind : int32_t {
   kHalf,           // as they are, in 16 bits
@@ -58,7 +63,7 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
 // smaller part of what is copied; a group has a finishing warp for each of its row tiles. Codes
 // take many instructions that wait for each other, so more warps share them, and with many tokens
 // there is room for one tile only. Every output is the same sum, in the same order, for every
-// width.
+// width, but for inputs in digits.
 template <int kTokens, WeightKind kKind = WeightKind::kHalf>
 struct SkinnyShape {
   static constexpr int kTokenTiles = kTokens / kTileTokens;
@@ -67,12 +72,11 @@ struct SkinnyShape {
   static constexpr int kWarps = kKind == WeightKind::kHalf ? kMultiplyWarps : 2 * kMultiplyWarps;
   static constexpr int kRowBytes = kChunk * BitsOf(kKind) / 8;            // of a stage's rows
   static constexpr int kWeightBytes = kRowTiles * kTileRows * kRowBytes;  // of a stage
-  static constexpr int kGroupRows = kRowTiles * kTileRows;
   static constexpr int kPartFloats = kRowTiles * kTokenTiles * kFragmentFloats;
   static constexpr int kThreads = (kWarps + kRowTiles) * 32;
   static constexpr int kMinStages = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 2 : 3;
-  // Blocks that must find room for their registers in an SM.
-  static constexpr int kMinBlocks = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 1 : 2;
+  // Blocks that must find room for their registers in an SM, of 16-bit weights.
+  static constexpr int kMinBlocks = kTokens > kTileTokens ? 1 : 2;
 };
 
 // The dynamic shared memory of a block, in bytes.
@@ -80,31 +84,32 @@ struct SkinnyShape {
 // Who waits for a barrier must see every one of its phases: a parity tells only neighbours apart.
 // So there are as many buffers for groups as bring each warp back to the buffers that it had.
 struct SkinnyLayout {
-  int num_warps;     // that multiply
-  int num_stages;    // of each of them
-  int scale_bytes;   // of a stage: scales and zeros of its groups of inputs, behind weight rows
-  int stage_bytes;   // the inputs are last
-  int normed_bytes;  // inputs made from hidden states, of all chunks and tokens
-  int num_parts;     // of a group: chunks, but no more than warps
+  int num_warps;       // that multiply
+  int num_stages;      // of each of them
+  int stage_bytes;     // weight rows, and behind those of 16 bits inputs
+  int input_bytes;     // of a stage of codes, which lie apart
+  int stage_barriers;  // 1 for codes, of which one more is for the inputs made; else 0
+  int made_bytes;      // inputs made by the block, of all chunks and tokens
+  int num_parts;       // of a group: chunks, but no more than warps
   int part_bytes;
-  int num_buffers;  // groups whose parts may wait for the finishing warps
+  int num_buffers;  // groups whose parts may wait for the finishing warps: a power of two
 
-  __host__ __device__ int Partials() const { return num_warps * num_stages * stage_bytes; }
-  __host__ __device__ int Normed() const {
-    return Partials() + num_buffers * num_parts * part_bytes;
+  __host__ __device__ int Inputs() const { return num_warps * num_stages * stage_bytes; }
+  __host__ __device__ int Partials() const {
+    return Inputs() + num_warps * num_stages * input_bytes;
   }
+  __host__ __device__ int Made() const { return Partials() + num_buffers * num_parts * part_bytes; }
   // Sums of squares of the tokens' hidden states, one for each part of a group and token.
-  __host__ __device__ int SumsOfSquares() const { return Normed() + normed_bytes; }
+  __host__ __device__ int SumsOfSquares() const { return Made() + made_bytes; }
   __host__ __device__ int Barriers() const { return SumsOfSquares() + num_parts * kTileTokens * 4; }
-  __host__ __device__ int Total() const {
+  __host__ __device__ int StageBarriers() const {
     return Barriers() + 2 * num_buffers * static_cast<int>(sizeof(uint64_t));
   }
+  __host__ __device__ int Total() const {
+    return StageBarriers() +
+           (num_warps * num_stages + 1) * stage_barriers * static_cast<int>(sizeof(uint64_t));
+  }
 };
-
-// The inputs of a chunk: of a normed product hidden states in float32 and norm weights.
-inline int InputBytes(int num_tokens, bool normed) {
-  return normed ? num_tokens * kHiddenRowBytes + kChunkBytes : num_tokens * kChunkBytes;
-}
 
 // What a product asks of a block's memory.
 struct SkinnyNeeds {
@@ -112,8 +117,22 @@ struct SkinnyNeeds {
   int num_tokens;
   bool normed;
   int max_stages;
-  int scale_bytes_per_row;  // of a chunk: scales and zeros
+  bool in_digits = false;
 };
+
+// The inputs of a chunk in a stage: of a normed product hidden states in float32 and norm weights,
+// which the products of codes read at once, as those in digits.
+inline int InputBytes(const SkinnyNeeds& needs, bool is_coded) {
+  if (needs.in_digits) return 0;
+  if (!needs.normed) return needs.num_tokens * kChunkBytes;
+  return is_coded ? 0 : needs.num_tokens * kHiddenRowBytes + kChunkBytes;
+}
+
+// What a block makes of all inputs of a token and chunk.
+inline int MadeBytes(const SkinnyNeeds& needs) {
+  if (needs.in_digits) return kDigitBytes;
+  return needs.normed ? kChunkBytes : 0;
+}
 
 // As many stages as fit, at most max_stages.
 template <int kTokens, WeightKind kKind = WeightKind::kHalf>
@@ -121,13 +140,15 @@ SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
   using Shape = SkinnyShape<kTokens, kKind>;
   int num_chunks = static_cast<int>((needs.num_inputs + kChunk - 1) / kChunk);
   int num_parts = std::min(num_chunks, Shape::kWarps);
-  int scale_bytes = Shape::kGroupRows * needs.scale_bytes_per_row;
+  constexpr bool kCoded = kKind != WeightKind::kHalf;
+  int input_bytes = InputBytes(needs, kCoded);
   SkinnyLayout layout = {
       .num_warps = Shape::kWarps,
       .num_stages = needs.max_stages,
-      .scale_bytes = scale_bytes,
-      .stage_bytes = Shape::kWeightBytes + scale_bytes + InputBytes(needs.num_tokens, needs.normed),
-      .normed_bytes = needs.normed ? needs.num_tokens * num_chunks * kChunkBytes : 0,
+      .stage_bytes = Shape::kWeightBytes + (kCoded ? 0 : input_bytes),
+      .input_bytes = kCoded ? input_bytes : 0,
+      .stage_barriers = kCoded ? 1 : 0,
+      .made_bytes = needs.num_tokens * num_chunks * MadeBytes(needs),
       .num_parts = num_parts,
       .part_bytes = Shape::kPartFloats * 4,
       .num_buffers = num_parts == Shape::kWarps
@@ -162,13 +183,6 @@ void DispatchKind(const Weight& weight, const Fn& fn) {
 // Groups of inputs in a chunk; 1 if they are as long or longer.
 inline int GroupsPerChunk(const Weight& weight) {
   return weight.group_size < kChunk ? static_cast<int>(kChunk / weight.group_size) : 1;
-}
-
-// Bytes of scales and zeros that lie in a stage, for each weight row.
-inline int ScaleBytesPerRow(const Weight& weight) {
-  if (!IsGrouped(weight)) return 0;
-  auto bytes = static_cast<int>(DTypeBytes(weight.scales.dtype));
-  return GroupsPerChunk(weight) * (bytes + (weight.zeros ? 1 : 0));
 }
 
 // --- for more tokens: tiled_linear.cuh ---

@@ -36,8 +36,7 @@ bool FitsTokens(const Weight& weight) {
   return MakeSkinnyLayout<kTokens, kKind>({.num_inputs = weight.num_inputs(),
                                            .num_tokens = kTokens,
                                            .normed = false,
-                                           .max_stages = SkinnyShape<kTokens, kKind>::kMinStages,
-                                           .scale_bytes_per_row = ScaleBytesPerRow(weight)})
+                                           .max_stages = SkinnyShape<kTokens, kKind>::kMinStages})
              .Total() <= kMaxSharedBytes;
 }
 
@@ -116,8 +115,7 @@ bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
                {.num_inputs = norm.x.dim(1),
                 .num_tokens = static_cast<int>(num_tokens),
                 .normed = true,
-                .max_stages = SkinnyShape<kTileTokens, kind()>::kMinStages,
-                .scale_bytes_per_row = ScaleBytesPerRow(weight)})
+                .max_stages = SkinnyShape<kTileTokens, kind()>::kMinStages})
                .Total() <= kMaxSharedBytes;
   });
   return fits;

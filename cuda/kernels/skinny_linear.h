@@ -1,6 +1,7 @@
 // Matrix products of a decode step: a few tokens times a weight that is read once, with what stands
-// before and behind it in a layer. Each token's results are the same bit for bit, whatever the
-// number of tokens. For many tokens there is cuda_linear.h.
+// before and behind it in a layer. Each token's results are the same bit for bit whatever the
+// number of tokens, but for a few tokens of int4 (SkinnyRun). For many tokens there is
+// cuda_linear.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,6 +25,7 @@ bool FitsNorm(const RmsNormArgs& norm, const Weight& weight);
 struct SkinnyRun {
   const RmsNormArgs* norm = nullptr;  // makes linear.x, which is then neither read nor written
   const float* scales = nullptr;      // [T]: what LaunchFoldedNorm left to do
+  bool in_one_order = false;          // sums do not depend on the number of tokens
   int num_sms = 0;
   cudaStream_t stream = nullptr;
 };

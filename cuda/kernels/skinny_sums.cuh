@@ -1,4 +1,4 @@
-// The sums of the skinny products, in the one order in which they are made (skinny_linear.cuh).
+// The sums of the skinny products, in the one order in which they are made (skinny_block.cuh).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Weights kept in codes, as the skinny products read them: where a lane's codes lie in shared
-// memory, and what they become, two numbers of T in a register.
+// Weights kept in codes, as the products of few tokens read them: what codes become, two numbers of
+// T in a register, and where they lie in shared memory.
 //
 // A lane takes 8 neighbouring inputs of a row, as of 16-bit weights; within a register they pair up
 // otherwise, as a few operations on four or eight codes at once give them, and the tokens' inputs
@@ -44,33 +44,40 @@ struct Int4Ops<__half> {
 // Two int4 in the lowest bits of both halves of a register, less `zeros`: two kIntegers + zero.
 template <typename T>
 __device__ __forceinline__ uint32_t DecodeInt4Pair(uint32_t codes, uint32_t zeros) {
-  using Ops = Int4Ops<T>;
-  return Ops::Subtract((codes & 0x000f000fu) | Ops::kIntegers, zeros);
+  uint32_t integers;  // (codes & 0x000f000f) | kIntegers, for which the compiler takes two
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+      : "=r"(integers)
+      : "r"(codes), "n"(0x000f000f), "r"(Int4Ops<T>::kIntegers));
+  return Int4Ops<T>::Subtract(integers, zeros);
 }
 
 // What differs between kinds:
-//   int Place(int row, int offset): where byte `offset` of a row of a tile lies in the row's bytes,
-//     so that the loads of the lanes that read together meet in no bank;
-//   uint4 Load(const unsigned char* codes, uint32_t zeros): 8 inputs of a row;
+//   Codes: a run of 8 inputs of a row, as it is stored;
+//   uint4 Decode(const Codes& codes, uint32_t zeros): their numbers;
 //   uint4 Order(const uint4& inputs): those of a token, in the same order.
+// And for kinds in codes (coded_linear.cuh):
+//   kRunsOfLoad: in 16 bytes; Codes Run(const uint4& load, int index): one of them;
+//   int Place(int row, int column): where 16 bytes of a row of a copied box lie in that row.
 template <typename T, WeightKind kKind>
 struct WeightReader;
 
 template <typename T>
 struct WeightReader<T, WeightKind::kHalf> {
-  __device__ static int Place(int row, int offset) { return SwapHalves(row, offset); }
-  __device__ static uint4 Load(const unsigned char* numbers, uint32_t) {
-    return *reinterpret_cast<const uint4*>(numbers);
-  }
+  using Codes = uint4;
+  __device__ static uint4 Decode(const uint4& numbers, uint32_t) { return numbers; }
   __device__ static uint4 Order(const uint4& inputs) { return inputs; }
 };
 
 // Pairs 1 and 3, 0 and 2; 5 and 7, 4 and 6.
 template <typename T>
 struct Float8Reader {
-  __device__ static int Place(int row, int offset) { return offset ^ ((row & 3) * 32); }
-  __device__ static uint4 Load(const unsigned char* codes, uint32_t) {
-    uint2 packed = *reinterpret_cast<const uint2*>(codes);
+  using Codes = uint2;
+  static constexpr int kRunsOfLoad = 2;
+  __device__ static int Place(int row, int column) { return column ^ row; }
+  __device__ static uint2 Run(const uint4& load, int index) {
+    return index == 0 ? make_uint2(load.x, load.y) : make_uint2(load.z, load.w);
+  }
+  __device__ static uint4 Decode(const uint2& packed, uint32_t) {
     return make_uint4(DecodeFloat8Pair<T>(packed.x), DecodeFloat8Pair<T>(packed.x << 8),
                       DecodeFloat8Pair<T>(packed.y), DecodeFloat8Pair<T>(packed.y << 8));
   }
@@ -89,9 +96,13 @@ struct WeightReader<T, WeightKind::kFloat8Grouped> : Float8Reader<T> {};
 // Pairs 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 template <typename T>
 struct WeightReader<T, WeightKind::kInt4> {
-  __device__ static int Place(int row, int offset) { return offset ^ ((row & 6) * 8); }
-  __device__ static uint4 Load(const unsigned char* codes, uint32_t zeros) {
-    uint32_t packed = *reinterpret_cast<const uint32_t*>(codes);
+  using Codes = uint32_t;
+  static constexpr int kRunsOfLoad = 4;
+  __device__ static int Place(int, int column) { return column; }
+  __device__ static uint32_t Run(const uint4& load, int index) {
+    return index == 0 ? load.x : index == 1 ? load.y : index == 2 ? load.z : load.w;
+  }
+  __device__ static uint4 Decode(uint32_t packed, uint32_t zeros) {
     return make_uint4(DecodeInt4Pair<T>(packed, zeros), DecodeInt4Pair<T>(packed >> 4, zeros),
                       DecodeInt4Pair<T>(packed >> 8, zeros),
                       DecodeInt4Pair<T>(packed >> 12, zeros));
@@ -114,6 +125,10 @@ struct WeightScales {
   int chunks_per_group;  // 1 if groups_per_chunk is more
 
   __device__ int scale_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  // The group of a chunk's first input.
+  __device__ int FirstGroup(int chunk) const {
+    return chunks_per_group == 1 ? chunk * groups_per_chunk : chunk / chunks_per_group;
+  }
 };
 
 __device__ __forceinline__ float ReadScale(const unsigned char* scale, DType dtype) {

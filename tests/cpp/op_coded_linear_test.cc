@@ -30,8 +30,11 @@ class OpCodedLinear : public CodedProductTest<CodedShape> {
 
   void SetUp() override {
     OpTest::SetUp();
-    if (IsSkipped()) return;
-    Open(GetParam().on, Limits());
+    if (!IsSkipped()) OpenWith({});
+  }
+
+  void OpenWith(BackendOptions options) {
+    Open(GetParam().on, Limits(), options);
     MakeMatrix();
     weight_ = PutMatrix();
     if (!backend().ReadsCodes(weight_)) GTEST_SKIP() << "this device's products read no codes";
@@ -47,7 +50,7 @@ class OpCodedLinear : public CodedProductTest<CodedShape> {
 };
 
 TEST_P(OpCodedLinear, IsTheProductWithWhatTheCodesStandFor) {
-  for (int64_t tokens : {1, 3, 8, 9, 16, 17, 32, 33, 65, 130}) {
+  for (int64_t tokens : {1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65, 130}) {
     SCOPED_TRACE(tokens);
     const TensorView out = Output(act(), {tokens, shape().out_features});
     LinearArgs args = Args(tokens, out);
@@ -61,7 +64,7 @@ TEST_P(OpCodedLinear, IsTheProductWithWhatTheCodesStandFor) {
 }
 
 TEST_P(OpCodedLinear, AccumulatesIntoTheResidualStream) {
-  for (int64_t tokens : {1, 8, 16, 33, 100}) {
+  for (int64_t tokens : {1, 2, 3, 8, 16, 33, 100}) {
     SCOPED_TRACE(tokens);
     const Values residual = random_.Normal(tokens * shape().out_features, DType::kFloat32);
     const TensorView out = Put(residual, DType::kFloat32, {tokens, shape().out_features});
@@ -74,21 +77,41 @@ TEST_P(OpCodedLinear, AccumulatesIntoTheResidualStream) {
   }
 }
 
+// Few tokens of int4 have sums of their own, but in batch-invariant steps.
 TEST_P(OpCodedLinear, ATokenIsTheSameWhateverIsBesideIt) {
+  OpenWith({.device = {}, .batch_invariant = shape().how.codes == WeightCodes::kInt4});
   const TensorView all = Output(act(), {kMostStreamed, shape().out_features});
-  backend().Linear(Args(kMostStreamed, all));
+  const LinearArgs args = Args(kMostStreamed, all);
+  backend().RunStep(NewStep(), [&] { backend().Linear(args); });
   const Values want = Get(all);
-  for (int64_t tokens : {1, 2, 7, 8, 9, 15, 16, 31}) {
+  for (int64_t tokens : {1, 2, 4, 5, 7, 8, 9, 15, 16, 31}) {
     SCOPED_TRACE(tokens);
     const TensorView out = Output(act(), {tokens, shape().out_features});
-    backend().Linear(Args(tokens, out));
+    const LinearArgs fewer = Args(tokens, out);
+    backend().RunStep(NewStep(), [&] { backend().Linear(fewer); });
     EXPECT_EQ(Get(out), FirstRows(want, tokens, shape().out_features));
+  }
+}
+
+TEST_P(OpCodedLinear, NanStaysInItsToken) {
+  const auto columns = static_cast<size_t>(shape().out_features);
+  x_[static_cast<size_t>(shape().in_features) + 5] = std::nan("");
+  for (int64_t tokens : {2, 3, 9}) {
+    SCOPED_TRACE(tokens);
+    const TensorView out = Output(DType::kFloat32, {tokens, shape().out_features});
+    backend().Linear(Args(tokens, out));
+    Values got = Get(out), want = Want(tokens, {});
+    for (size_t i = columns; i < 2 * columns; ++i) {
+      ASSERT_TRUE(std::isnan(got[i])) << i;
+      got[i] = want[i] = 0.0;
+    }
+    EXPECT_TRUE(Close(got, want, kUnrounded));
   }
 }
 
 TEST_P(OpCodedLinear, ANormInFrontIsTheSame) {
   const int64_t in = shape().in_features, outputs = shape().out_features;
-  for (int64_t tokens : {1, 2, 4, 5, 16, 70}) {
+  for (int64_t tokens : {1, 2, 3, 4, 5, 16, 70}) {
     SCOPED_TRACE(tokens);
     RmsNormArgs norm = {
         .x = Put(random_.Normal(tokens * in, DType::kFloat32, 3.0), DType::kFloat32, {tokens, in}),
@@ -183,6 +206,9 @@ std::vector<OpCase<CodedShape>> AllCases() {
     small.push_back(ShapeOf(how, 576, 192));
     ragged.push_back(ShapeOf(how, 328, 192));
     large.push_back(ShapeOf(how, 1056, 1280));
+    large.push_back(ShapeOf(how, 96, 192));
+    large.push_back(ShapeOf(how, 2048, 192));
+    large.push_back(ShapeOf(how, 2080, 192));
   }
   for (size_t kind : {size_t{0}, size_t{2}, size_t{5}}) {
     large.push_back(ShapeOf(kKinds[kind], 4096, 6144));
