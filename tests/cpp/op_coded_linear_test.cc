@@ -215,6 +215,11 @@ std::vector<OpCase<CodedShape>> AllCases() {
     large.push_back(ShapeOf(kKinds[kind], 14336, 256));
     large.push_back(ShapeOf(kKinds[kind], 128, 20480));
   }
+  // So many outputs that few tokens' inputs become digits; int4 in groups of whole chunks.
+  for (size_t kind : {size_t{4}, size_t{8}, size_t{9}}) {
+    large.push_back(ShapeOf(kKinds[kind], 352, 17408));
+  }
+  large.push_back(ShapeOf(kKinds[5], 2048, 17408));
   std::vector<OpCase<CodedShape>> cases = Cases(AllBackends(), small, ragged);
   std::vector<BackendCase> devices = AllBackends();
   std::erase_if(devices, [](const BackendCase& on) { return on.is_cpu(); });
