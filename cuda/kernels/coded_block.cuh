@@ -107,7 +107,7 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
     return p_.weight_scales.FirstGroup(chunk);
   }
 
-  // Of a group of inputs.
+  // Reads those of a group of inputs.
   __device__ void LoadScales(int group, const Rows& rows, Scales& scales) const {
     const WeightScales& s = p_.weight_scales;
     const int64_t first = int64_t{min(group, s.num_groups - 1)} * p_.num_outputs;

@@ -110,8 +110,8 @@ class DigitProducts {
     return min(token, b_.p_.num_tokens - 1) * kDigitBytes;
   }
 
-  // Of this warp's chunks: half a warp a token, 8 neighbouring inputs a lane. With a norm each warp
-  // has some (FitsNorm).
+  // Makes those of this warp's chunks: half a warp a token, 8 neighbouring inputs a lane. With a
+  // norm each warp has some (FitsNorm).
   __device__ void MakeInputs(int warp) const {
     const int run = lane_ % kRunsOfToken;
 #pragma unroll
@@ -167,7 +167,8 @@ class DigitProducts {
     return value;
   }
 
-  // Of the largest of a token's inputs of a chunk, as float32 has it; kNoNumber of infinities too.
+  // The exponent of the largest of a token's inputs of a chunk, as float32 has it; kNoNumber of
+  // infinities too.
   __device__ static int LargestExponent(const float (&values)[8]) {
     uint32_t largest = 0;
 #pragma unroll
@@ -225,7 +226,7 @@ class DigitProducts {
 
   // --- products ---
 
-  // Of 8 codes of a row of each half, and of as many inputs: even ones, then odd ones.
+  // Adds 8 codes of a row of each half times as many inputs: even ones, then odd ones.
   __device__ static void MultiplyRun(uint32_t low, uint32_t high, int run,
                                      const uint2 (&digits)[kPairs][4], int (&sums)[kPairs][4]) {
     constexpr uint32_t kEven = 0x0f0f0f0f;

@@ -66,7 +66,7 @@ CUtensorMap MapOfCodes(const SkinnyParams<T>& params) {
                                    {kChunk * BitsOf(kKind) / 8, kTileRows / 2});
 }
 
-// Of a kernel whose blocks each take an SM: as many as there are, or fewer for few tiles.
+// Launches a kernel whose blocks each take an SM: as many as there are, or fewer for few tiles.
 template <int kTokens, WeightKind kKind, typename Kernel, typename T, typename Epilogue,
           typename... More>
 void LaunchBlocks(Kernel kernel, const SkinnyParams<T>& params, const Epilogue& epilogue,
