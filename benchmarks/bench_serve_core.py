@@ -96,7 +96,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {
         "count": len(values),
         "p50": round(median(values), 2),
-        "p99": round(quantiles(values, n=100)[98], 2),
+        "p99": round(quantiles(values, n=100, method="inclusive")[98], 2),
         "max": round(max(values), 2),
     }
 

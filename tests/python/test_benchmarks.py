@@ -266,7 +266,8 @@ def test_the_same_requests_go_to_a_decoder_and_to_a_server(tmp_path: Path):
         else:
             assert row["tokens_per_s"] > 0
             # A reader that has to wait for the processor finds several tokens at once.
-            assert row["ms_between_tokens"]["p99"] >= row["ms_between_tokens"]["p50"] >= 0
+            between = row["ms_between_tokens"]
+            assert between["max"] >= between["p99"] >= between["p50"] >= 0
         if row["through"] == "http":
             assert row["events"] > 0 and row["client_s"] > 0
     assert report["plan"] == "FFSssSss" and "http / submit" in printed
