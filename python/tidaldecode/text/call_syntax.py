@@ -29,9 +29,10 @@ _SEPARATORS = " \t\n\r;"
 @dataclass(frozen=True)
 class Event:
     """What has been read: text outside of calls, of a call its name and then its arguments piece by
-    piece, or the whole raw text of a call that broke off after that."""
+    piece, or the whole raw text of a call that broke off after that; in harmony.py reasoning too.
+    """
 
-    kind: Literal["content", "name", "arguments", "broken"]
+    kind: Literal["reasoning", "content", "name", "arguments", "broken"]
     text: str
     index: int = -1  # of the call
 

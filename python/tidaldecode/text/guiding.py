@@ -31,6 +31,7 @@ _MAX_COMPILED = 64
 _WORD_BITS = 32
 _END_SECONDS = 10.0
 _DEAD = ("NoExtension", "NoExtensionBias")
+_MARKER = re.compile(r"(<\|[^|]*\|>)")  # a special token within a text
 _DEAD_END = "no token of the vocabulary goes on from here"
 
 Mask = npt.NDArray[np.uint32]  # [words]: token id i is bit i % 32 of word i / 32
@@ -97,7 +98,11 @@ class Vocabulary:
         return self._tokens.special_token_ids
 
     def literal(self, text: str) -> str:
-        """A text in a Lark grammar: the special token of this name, or else its characters."""
+        """A text in a Lark grammar: the special tokens of these names, and else its characters."""
+        pieces = (self._special_token(piece) for piece in _MARKER.split(text) if piece)
+        return " ".join(pieces)
+
+    def _special_token(self, text: str) -> str:
         name = text.encode()
         for token_id in self.special_token_ids:
             if self._tokens.tokens[token_id].removeprefix(b"\xff") == name:
@@ -214,14 +219,21 @@ def compile_guide(guide: Guide, vocabulary: Vocabulary) -> Any:
 
 def _behind_reasoning(grammar: str, guide: Guide, vocabulary: Vocabulary) -> str:
     """A grammar of llguidance for what comes behind reasoning."""
-    assert guide.reasoning is not None
-    begin, end = (vocabulary.literal(tag) for tag in (guide.reasoning.begin, guide.reasoning.end))
+    tags = guide.reasoning
+    assert tags is not None
+    begin, end, next_one, head = (
+        vocabulary.literal(tag) for tag in (tags.begin, tags.end, tags.next, tags.answer)
+    )
     thought = f"thought: /(.|\\n)*/ {end}"  # no text runs into a special token
     if end.startswith('"'):
-        escaped = re.escape(guide.reasoning.end).replace("/", r"\/")
+        escaped = re.escape(tags.end).replace("/", r"\/")
         thought = f"thought[lazy]: /(.|\\n)*{escaped}/"
-    start = f"({begin})? thought space" if guide.begins_inside else f"({begin} thought space)?"
-    first = f"start: {start} @answer\n{thought}\nspace: /[ \\n]*/\n"
+    between = next_one or "space"
+    if guide.begins_inside:
+        start = f"({begin})? thought {between}"
+    else:
+        start = f"({begin} thought {between})?"
+    first = f"start: {start} {head} @answer\n{thought}\nspace: /[ \\n]*/\n"
     grammars = json.loads(grammar)["grammars"]
     grammars[0]["name"] = "answer"
     return json.dumps({"grammars": [{"lark_grammar": first}, *grammars]})

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidaldecode.text.harmony import CHANNEL, MESSAGE, START, writes_harmony
 from tidaldecode.text.markers import beginning_at_end
 
 
 @dataclass(frozen=True)
 class ReasoningTags:
-    """What stands around a model's reasoning."""
+    """What stands around a model's reasoning.
+
+    Args:
+        begin: in front of it.
+        end: behind it.
+        next: between that and what follows, where something must stand there.
+        answer: in front of what follows, whether there was reasoning or not.
+    """
 
     begin: str
     end: str
+    next: str = ""
+    answer: str = ""
 
 
 THINK = ReasoningTags("<think>", "</think>")
 # Mistral's models that reason; there the tags are special tokens.
 BRACKETS = ReasoningTags("[THINK]", "[/THINK]")
+# gpt-oss: a message in a channel of its own (harmony.py reads those).
+ANALYSIS = ReasoningTags(
+    f"{CHANNEL}analysis{MESSAGE}", "<|end|>",
+    next=f"{START}assistant", answer=f"{CHANNEL}final{MESSAGE}",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +54,8 @@ def find_reasoning_tags(chat_template: str | None) -> ReasoningTags | None:
     """
     if chat_template is None:
         return None
+    if writes_harmony(chat_template):
+        return ANALYSIS
     for tags in (THINK, BRACKETS):
         if tags.begin in chat_template or tags.end in chat_template:
             return tags

@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from tidaldecode.errors import InvalidArgument, show
-from tidaldecode.text.call_syntax import SYNTAXES, CallReader
+from tidaldecode.text.call_syntax import SYNTAXES, CallReader, Event
+from tidaldecode.text.harmony import CHANNEL, HarmonyReader, writes_harmony
 
-TOOL_FORMATS = tuple(SYNTAXES)
+TOOL_FORMATS = (*SYNTAXES, "harmony")  # which harmony.py reads
 # What other engines call the same.
 _OTHER_NAMES = {
     "llama3_json": "llama3",
     "llama4_json": "llama3",
+    "gpt_oss": "harmony",
+    "openai": "harmony",
     "qwen": "hermes",
     "qwen25": "hermes",
     "qwen3": "hermes",
@@ -83,7 +86,7 @@ def check_tool_format(name: str) -> str:
     Raises: InvalidArgument.
     """
     known = _OTHER_NAMES.get(name, name) if isinstance(name, str) else name
-    if not isinstance(known, str) or known not in SYNTAXES:
+    if not isinstance(known, str) or known not in TOOL_FORMATS:
         expected = ", ".join(repr(one) for one in TOOL_FORMATS)
         raise InvalidArgument(f"tool format: got {show(name)}, expected one of {expected}")
     return known
@@ -98,6 +101,8 @@ def find_tool_format(chat_template: str | None, special_tokens: Collection[str])
     """
     if chat_template is None:
         return None
+    if writes_harmony(chat_template):
+        return "harmony"
     if "[TOOL_CALLS]" in chat_template or "[TOOL_CALLS]" in special_tokens:
         return "mistral"
     if "<tool_call>" in chat_template:
@@ -110,7 +115,8 @@ def find_tool_format(chat_template: str | None, special_tokens: Collection[str])
 
 def has_special_marker(tool_format: str, special_tokens: Collection[str]) -> bool:
     """Whether calls begin with a special token, which text must then show to be found in it."""
-    return SYNTAXES[check_tool_format(tool_format)].marker in special_tokens
+    known = check_tool_format(tool_format)
+    return (CHANNEL if known == "harmony" else SYNTAXES[known].marker) in special_tokens
 
 
 def new_call_id(tool_format: str) -> str:
@@ -134,10 +140,7 @@ class ToolCallParser:
             tool_format: one of TOOL_FORMATS.
             names: of the tools; a call of any other is content. None: any name is a tool.
         """
-        self._format = check_tool_format(tool_format)
-        self._reader = CallReader(
-            SYNTAXES[self._format], None if names is None else frozenset(names)
-        )
+        self._reader = _reader_of(tool_format, names)
 
     @property
     def num_calls(self) -> int:
@@ -155,18 +158,23 @@ class ToolCallParser:
         return self._taken()
 
     def _taken(self) -> ToolPiece:
-        parts: list[str | ToolCallDelta] = []
-        for event in self._reader.take_events():
-            last = parts[-1] if parts else None
-            if event.kind == "content":
-                parts.append(event.text)
-            elif event.kind == "name":
-                parts.append(ToolCallDelta(index=event.index, name=event.text))
-            elif event.kind == "arguments" and isinstance(last, ToolCallDelta):
-                parts[-1] = replace(last, arguments=last.arguments + event.text)
-            elif event.kind == "arguments":
-                parts.append(ToolCallDelta(index=event.index, arguments=event.text))
-        return ToolPiece(parts=tuple(part for part in parts if part))
+        return piece_of(self._reader.take_events())
+
+
+def piece_of(events: Iterable[Event]) -> ToolPiece:
+    """What events say is new."""
+    parts: list[str | ToolCallDelta] = []
+    for event in events:
+        last = parts[-1] if parts else None
+        if event.kind in ("content", "reasoning"):
+            parts.append(event.text)
+        elif event.kind == "name":
+            parts.append(ToolCallDelta(index=event.index, name=event.text))
+        elif event.kind == "arguments" and isinstance(last, ToolCallDelta):
+            parts[-1] = replace(last, arguments=last.arguments + event.text)
+        elif event.kind == "arguments":
+            parts.append(ToolCallDelta(index=event.index, arguments=event.text))
+    return ToolPiece(parts=tuple(part for part in parts if part))
 
 
 def parse_tool_calls(text: str, tool_format: str, names: Iterable[str] | None = None) -> ToolText:
@@ -175,15 +183,18 @@ def parse_tool_calls(text: str, tool_format: str, names: Iterable[str] | None = 
     As ToolCallParser finds them, but for a call that breaks off within its arguments or behind
     them: here it is content as a whole.
     """
-    reader = CallReader(
-        SYNTAXES[check_tool_format(tool_format)], None if names is None else frozenset(names)
-    )
+    reader = _reader_of(tool_format, names)
     reader.push(text)
     reader.finish()
+    return text_of(reader.take_events())
+
+
+def text_of(events: Iterable[Event]) -> ToolText:
+    """A whole answer, by its events."""
     parts: list[str | ToolCall] = []
-    for event in reader.take_events():
+    for event in events:
         last = parts[-1] if parts else None
-        if event.kind == "content":
+        if event.kind in ("content", "reasoning"):
             parts.append(event.text)
         elif event.kind == "name":
             parts.append(ToolCall(name=event.text, arguments=""))
@@ -193,3 +204,9 @@ def parse_tool_calls(text: str, tool_format: str, names: Iterable[str] | None = 
         else:
             parts[-1] = event.text
     return ToolText(parts=tuple(part for part in parts if part))
+
+
+def _reader_of(tool_format: str, names: Iterable[str] | None) -> CallReader | HarmonyReader:
+    known = check_tool_format(tool_format)
+    tools = None if names is None else frozenset(names)
+    return HarmonyReader(tools) if known == "harmony" else CallReader(SYNTAXES[known], tools)

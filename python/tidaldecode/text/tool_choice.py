@@ -12,6 +12,7 @@ from typing import Any
 from tidaldecode.errors import InvalidArgument, show
 from tidaldecode.text.chat import plain_data
 from tidaldecode.text.guide import JSON_OPTIONS, Guide
+from tidaldecode.text.harmony import CHANNEL, CONSTRAIN, FUNCTIONS, MESSAGE
 from tidaldecode.text.tool_calls import check_tool_format
 
 _MAX_TOOLS = 128
@@ -22,8 +23,9 @@ _AROUND = {
     "llama3": ("", "; ", ""),
     "mistral": ("[", ", ", "]"),
     "json": ("", "\n", ""),
+    "harmony": ("", "", ""),  # a call ends the answer
 }
-_MARKERS = ("[TOOL_CALLS]", "[ARGS]")
+_MARKERS = ("[TOOL_CALLS]", "[ARGS]", CHANNEL, CONSTRAIN, MESSAGE)
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,7 +99,7 @@ def tool_guide(
         return None
     if choice != "required":
         known = [(name, schema) for name, schema in known if f"={name}" == choice]
-    is_single = choice != "required" or not parallel
+    is_single = choice != "required" or not parallel or tool_format == "harmony"
     return Guide.grammar(_Writer(tool_format, markers or {}).grammar(known, is_single))
 
 
@@ -129,6 +131,12 @@ class _Writer:
     def _call(self, name: str, index: int) -> str:
         if self._is_split:
             return f"{_text(name)} {self._marker('[ARGS]')} arguments_{index}"
+        if self._format == "harmony":
+            said_to = _text(f"commentary to={FUNCTIONS}{name} ")
+            return (
+                f"{self._marker(CHANNEL)} {said_to} {self._marker(CONSTRAIN)} {_text('json')} "
+                f"{self._marker(MESSAGE)} arguments_{index}"
+            )
         key = "parameters" if self._format == "llama3" else "arguments"
         quoted = json.dumps(name, ensure_ascii=False)
         head = _text(f'{{"name": {quoted}, "{key}": ')
