@@ -89,6 +89,18 @@ def test_verified_decoding_is_dense(family: str, folder: Path):
     assert verified.token_ids == dense.token_ids
 
 
+def test_a_corrected_cache_is_the_one_of_a_prompt(family: str, folder: Path):
+    text = random_prompt(tiny(family), 96, seed=7)
+    corrected = open_decoder(folder, correction_interval=1, **plan(family))
+    sparse = open_decoder(folder, prefix_cache=False, **plan(family))
+    steps = corrected.step_logits(text, prefill=90)
+    apart = sparse.step_logits(text, prefill=90)
+    for index in range(1, len(steps)):
+        read = sparse.step_logits(text[: 90 + index], prefill=89 + index)
+        np.testing.assert_allclose(steps[index], read[-1], rtol=0, atol=2e-4)
+    assert np.abs(apart[2:] - steps[2:]).max() > 1e-3  # what sparse steps write is another
+
+
 def test_chunks_turns_and_what_is_found_again_change_nothing(family: str, folder: Path):
     first, _, second, _ = prompts(family)
     text = first + second[:60]
