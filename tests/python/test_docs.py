@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tidaldecode.checkpoint.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 # Those that show Python, and those that show commands.
 WITH_PYTHON = ("README.md", "docs/guide.md", "docs/structured.md")
@@ -105,3 +107,10 @@ def test_links_lead_somewhere(path: Path):
     for target in LINK.findall(path.read_text()):
         if "://" not in target and not target.startswith("#"):
             assert (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+
+
+def test_the_guide_names_every_family():
+    loads = (ROOT / "docs/guide.md").read_text().partition("## What loads")[2]
+    rows = [line for line in loads.split("\n") if line.startswith("| `")]
+    named = set(re.findall(r"`([a-z0-9_]+)`", " ".join(row.split("|")[1] for row in rows)))
+    assert named >= set(FAMILIES)

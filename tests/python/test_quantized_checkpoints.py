@@ -87,10 +87,15 @@ def test_every_format_means_what_numpy_decodes(tmp_path: Path, kind: Kind, dtype
     assert_same(*write_both(tmp_path, model, kind), model, dtype=dtype)
 
 
+# The common ones: FP8 by tensor and channel and in blocks, int4 in groups, AWQ, GPTQ.
+COMMON = (KINDS[0], fp8_blocks(64, 128), packed_group(32, False), awq(32), gptq(64, "gptq"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_its_biases_and_norms(tmp_path: Path, family: str):
+@pytest.mark.parametrize("kind", COMMON, ids=lambda kind: kind.name)
+def test_every_family_has_its_biases_and_norms(tmp_path: Path, family: str, kind: Kind):
     model = dataclasses.replace(TINY, family=family)
-    assert_same(*write_both(tmp_path, model, packed_group(32, False)), model)
+    assert_same(*write_both(tmp_path, model, kind), model)
 
 
 @pytest.mark.parametrize("kind", KINDS[::4], ids=lambda kind: kind.name)
