@@ -87,7 +87,7 @@ def test_every_format_means_what_numpy_decodes(tmp_path: Path, kind: Kind, dtype
     assert_same(*write_both(tmp_path, model, kind), model, dtype=dtype)
 
 
-# The common ones: FP8 by tensor and channel and in blocks, int4 in groups, AWQ, GPTQ.
+# Common formats: FP8 by tensor and channel and in blocks, int4 in groups, AWQ, GPTQ.
 COMMON = (KINDS[0], fp8_blocks(64, 128), packed_group(32, False), awq(32), gptq(64, "gptq"))
 
 

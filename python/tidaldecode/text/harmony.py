@@ -58,7 +58,7 @@ class HarmonyReader:
         self._names = names
         self._events: list[Event] = []
         self._held = ""  # taken in, not given out: a head, or what may become a marker
-        # Of the message that goes on; None: in front of one.
+        # The message that goes on is of this kind; None: in front of one.
         self._kind: _Kind | None = None
         self._told: set[_Kind] = set()  # of which there was a message before
         self._gap = ""  # stands before what comes next
