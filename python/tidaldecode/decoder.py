@@ -40,6 +40,7 @@ from tidaldecode.engine_config import (
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.measuring import MeasuringMethods
 from tidaldecode.memory_plan import MemoryPlan
+from tidaldecode.plan_bytes import log_gain
 from tidaldecode.plans import Plan, choose_plan, log_plan_notes
 from tidaldecode.replay import Replay
 from tidaldecode.requests import MAX_CHOICES, CallOptions, Request
@@ -139,6 +140,8 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, settings.attention, folder)
         log_plan_notes(settings, plan, folder)
+        if plan is None and settings.attention != "full":
+            log_gain(folder)
         self._settings, self._folder = settings, folder
         self._plan_source = plan.description if plan else "dense"
         self._frontend = Frontend(folder, settings)

@@ -5,11 +5,15 @@ Used by calibration/search.py, evaluation/ and the benchmarks, so that all count
 
 from __future__ import annotations
 
+import logging
+
 from tidaldecode import _core
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.config import PlanConfig
-from tidaldecode.plans import plan_letters
+from tidaldecode.plans import layers_free_to_choose, plan_letters, safe_config
+
+_logger = logging.getLogger(__name__)
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # of a number
 _SCALE_BYTES = {"int8": 4}  # of one head of a token, by dtype
@@ -61,6 +65,43 @@ def weight_bytes_per_step(folder: ModelFolder) -> int:
             continue
         total += entry.num_bytes * (share if ".mlp.experts." in entry.name else 1.0)
     return round(total)
+
+
+def best_gain(folder: ModelFolder, config: PlanConfig, seq_len: int) -> float:
+    """How much faster than a dense step one of a plan can be at best, by the bytes of one sequence.
+
+    Args:
+        folder: its model, weights and cache as stored.
+        config: the plan.
+        seq_len: tokens in the cache.
+    """
+    weights = weight_bytes_per_step(folder)
+    dense, sparse = (
+        weights + kv_bytes_per_step(folder.model, each, seq_len, folder.dtype)
+        for each in (PlanConfig(), config)
+    )
+    return dense / sparse
+
+
+def note_on_gain(folder: ModelFolder) -> str | None:
+    """What sparse steps can gain where most layers have windows; None for other models."""
+    windows, seq_len = folder.model.windows, folder.model.max_position_embeddings
+    has_gain = any(windows) and layers_free_to_choose(windows)
+    if not has_gain or folder.load_format == "dummy":  # whose weights are not known here
+        return None
+    gain = best_gain(folder, safe_config(windows), seq_len)
+    return (
+        f"{windows.count(0)} of {len(windows)} layers see more than a window: with {seq_len:,} "
+        f"tokens a sparse step is at best {gain:.1f}x as fast as a dense one (tidaldecode info "
+        "shows other lengths)"
+    )
+
+
+def log_gain(folder: ModelFolder) -> None:
+    """Says note_on_gain() through the package's log."""
+    note = note_on_gain(folder)
+    if note is not None:
+        _logger.warning("%s", note)
 
 
 def layer_kv_bytes(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
+from tidaldecode import Decoder
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.config import PlanConfig
-from tidaldecode.plan_bytes import kv_bytes_per_step
+from tidaldecode.plan_bytes import best_gain, kv_bytes_per_step, note_on_gain
+from tidaldecode.plans import safe_config
 from tiny_models import TinyModel, write_checkpoint
 
 
@@ -41,3 +44,20 @@ def test_bytes_of_every_kind_of_layer(tmp_path: Path):
     for budget, most in ((None, 1024), ("auto", 4096)):
         plan = PlanConfig(select_layers=(2,), token_budget=budget)
         assert kv_bytes_per_step(model, plan, 5000, "float32") == half * (3 * 10000 + 3 * 2 * most)
+
+
+def test_models_whose_layers_have_windows_say_what_can_be_gained(tmp_path: Path, caplog):
+    plain = read_model_folder(write_checkpoint(tmp_path / "plain", TinyModel(num_layers=6)))
+    assert note_on_gain(plain) is None
+    model = TinyModel(family="gemma3_text", num_layers=12)
+    folder = read_model_folder(write_checkpoint(tmp_path / "windows", model))
+    longest = folder.model.max_position_embeddings
+    gain = best_gain(folder, safe_config(folder.model.windows), longest)
+    note = note_on_gain(folder)
+    assert gain >= 1 and note is not None
+    assert f"4 of 12 layers see more than a window: with {longest:,} tokens" in note
+    assert f"at best {gain:.1f}x as fast" in note
+    with caplog.at_level(logging.WARNING, logger="tidaldecode"):
+        Decoder(folder.path, device="cpu", max_seq_len=64).close()
+        Decoder(folder.path, device="cpu", max_seq_len=64, attention="full").close()
+    assert [record.getMessage() for record in caplog.records].count(note) == 1

@@ -13,7 +13,7 @@ from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.terminal import one_line
 from tidaldecode.config import PlanConfig
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plan_bytes import kv_bytes_per_step, weight_bytes_per_step
+from tidaldecode.plan_bytes import best_gain, kv_bytes_per_step, weight_bytes_per_step
 from tidaldecode.plans import (
     HOW_TO_CHOOSE,
     Plan,
@@ -156,7 +156,8 @@ def _describe_steps(folder: ModelFolder, plan: Plan | None) -> list[tuple[str, s
         text = f"dense {_amount(dense)}"
         if config is not None:
             sparse = weights + kv_bytes_per_step(model, config, context, kv_dtype)
-            text += f"; {name} {_amount(sparse)}, at best {dense / sparse:.1f}x as fast"
+            gain = best_gain(folder, config, context)
+            text += f"; {name} {_amount(sparse)}, at best {gain:.1f}x as fast"
         rows.append((f"{context:,} tokens", text))
     return rows
 
