@@ -47,13 +47,14 @@ build/public-models/gemma-3-270m: | $(BIN)/python $(VENV)/.test-deps
 	$(BIN)/python tools/public_models.py gemma3
 
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, but for those of float16
-# and of whole decoders in bfloat16, which are float32's or bfloat16's again, attention in bfloat16 in
-# more than one shape, likewise, and prompts and sets beside a reference that takes minutes here.
+# and of whole decoders in bfloat16, which are float32's or bfloat16's again, attention and products
+# in bfloat16 in more than one shape, likewise, prompts and sets beside a reference that takes minutes
+# here, and what the sanitizer for threads runs anyway.
 test-sanitize: $(VENV)/.tools
 	tools/install_googletest.sh
 	$(BIN)/cmake --preset cpu-asan -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build --preset cpu-asan
-	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*:*cpu_float16*:*cpu_bfloat16:*OpAttention*cpu_bfloat16_group*:*PromptsMatchReference*_group*:*OpAttentionPrefill.MatchesReference*_group*:*ShortChunksBehindLongContexts*_group*:*SetsOfAnySize*_group*
+	tests/run_gtest.sh build/cpu-asan/tidal_tests --gtest_filter=-*cuda*:*cpu_float16*:*cpu_bfloat16:*OpAttention*cpu_bfloat16_group*:*PromptsMatchReference*_group*:*OpAttentionPrefill.MatchesReference*_group*:*ShortChunksBehindLongContexts*_group*:*SetsOfAnySize*_group*:*WindowsBehindLongContexts*_group*:*OpFused*cpu_bfloat16*:*OpLinear*cpu_bfloat16*parts*:*OpQuantizedInputs*cpu_bfloat16*:ThreadPool.CallsEveryThreadOnce
 
 # The tests of many threads under ThreadSanitizer. Without address space randomisation, of which
 # newer kernels do more than older compilers' ThreadSanitizer knows.
