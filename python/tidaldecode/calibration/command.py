@@ -27,7 +27,7 @@ from tidaldecode.engine_config import resolve_device
 from tidaldecode.errors import InvalidArgument
 from tidaldecode.evaluation.example import make_encoder
 from tidaldecode.evaluation.perplexity import read_text
-from tidaldecode.plan_bytes import note_on_gain
+from tidaldecode.plan_bytes import log_gain
 from tidaldecode.plans import PLAN_FILE
 from tidaldecode.sampling import check_integer
 from tidaldecode.text.tokenizer import Tokenizer
@@ -106,9 +106,7 @@ def calibrate(
     DecodeConfig(**engine)  # refuses what no engine takes before anybody waits
     folder = read_model_folder(model_dir)
     open_layers(folder.model)  # refuses before anybody waits
-    gain = note_on_gain(folder)
-    if gain is not None:
-        print_note(gain)
+    log_gain(folder)
     contexts = _contexts(context, folder, engine["device"])
     if max_choosing_layers is not None:
         check_integer("max_choosing_layers", max_choosing_layers, low=1)
