@@ -139,9 +139,7 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         )
         folder.log_notes(settings.max_seq_len)
         plan = choose_plan(settings, settings.attention, folder)
-        log_plan_notes(settings, plan, folder)
-        if plan is None and settings.attention != "full":
-            log_gain(folder)
+        _log_notes(settings, plan, folder)
         self._settings, self._folder = settings, folder
         self._plan_source = plan.description if plan else "dense"
         self._frontend = Frontend(folder, settings)
@@ -452,3 +450,10 @@ class Decoder(TextMethods, MeasuringMethods, Closing):
         if core is None:
             raise InvalidArgument("decoder: it is closed; create a new Decoder")
         return core
+
+
+def _log_notes(settings: DecodeConfig, plan: Plan | None, folder: ModelFolder) -> None:
+    """What a user should know at every start."""
+    log_plan_notes(settings, plan, folder)
+    if plan is None and settings.attention != "full":
+        log_gain(folder)
