@@ -4,9 +4,9 @@
 //
 // A token's inputs of a chunk become integers of 23 bits under a power of two that is theirs, so
 // what is lost is at most 2^-22 of the largest: nothing of bfloat16, where none is smaller by 2^14.
-// They are written as three digits to the base
-// of 256 from -128 to 127. A token has four columns of an mma: its digits, highest first, and the
-// lowest again. The sums of a chunk are exact; times the scales they are added up in float32.
+// They are written as three digits to the base of 256 from -128 to 127. A token has four columns of
+// an mma: its digits, highest first, and the lowest again. The sums of a chunk are exact; times the
+// scales they are added up in float32.
 #pragma once
 
 #include <cstdint>

@@ -67,6 +67,18 @@ def weight_bytes_per_step(folder: ModelFolder) -> int:
     return round(total)
 
 
+def bytes_per_step(folder: ModelFolder, config: PlanConfig, seq_len: int) -> int:
+    """Bytes of weights, keys and values that a step of one sequence reads.
+
+    Args:
+        folder: its model, weights and cache as stored.
+        config: the plan.
+        seq_len: tokens in the cache.
+    """
+    cache = kv_bytes_per_step(folder.model, config, seq_len, folder.dtype)
+    return weight_bytes_per_step(folder) + cache
+
+
 def best_gain(folder: ModelFolder, config: PlanConfig, seq_len: int) -> float:
     """How much faster than a dense step one of a plan can be at best, by the bytes of one sequence.
 
@@ -75,12 +87,7 @@ def best_gain(folder: ModelFolder, config: PlanConfig, seq_len: int) -> float:
         config: the plan.
         seq_len: tokens in the cache.
     """
-    weights = weight_bytes_per_step(folder)
-    dense, sparse = (
-        weights + kv_bytes_per_step(folder.model, each, seq_len, folder.dtype)
-        for each in (PlanConfig(), config)
-    )
-    return dense / sparse
+    return bytes_per_step(folder, PlanConfig(), seq_len) / bytes_per_step(folder, config, seq_len)
 
 
 def note_on_gain(folder: ModelFolder) -> str | None:

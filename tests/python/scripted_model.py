@@ -7,6 +7,7 @@ one alone: every byte of the script is followed by the next. Bytes of a script m
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,12 @@ def write_byte_tokenizer(
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def name_special_tokens(folder: Path, names: Sequence[str]) -> None:
+    """Gives the further special tokens of a write_byte_tokenizer(), from 258 on, these names."""
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    for index, name in enumerate(names, 258):
+        text = text.replace(f"<x{index}>", name)
+    path.write_text(text)

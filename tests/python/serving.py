@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tidaldecode import Decoder
+from tidaldecode import Decoder, Guide
 from tidaldecode.server.run import Run
 from tidaldecode.server.service import Service
 from tidaldecode.server.settings import ServeConfig
@@ -168,6 +168,16 @@ class Command:
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+def let_write(served: Served, monkeypatch: pytest.MonkeyPatch, guide: Guide) -> None:
+    """Lets a model write what a guide says, whatever it is asked."""
+    submit = type(served.decoder).submit
+    monkeypatch.setattr(
+        served.decoder,
+        "submit",
+        lambda ids, **options: submit(served.decoder, ids, **options | {"guide": guide}),
+    )
 
 
 def events_of(text: str) -> list[str]:

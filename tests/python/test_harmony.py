@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripted_model import write_byte_tokenizer
+from scripted_model import name_special_tokens, write_byte_tokenizer
 from test_guides import MODEL
 from test_reasoning import chunked_texts
 from tidaldecode import Guide
@@ -130,41 +131,23 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = write_checkpoint(tmp_path_factory.mktemp("channels"), MODEL)
     write_byte_tokenizer(folder, TEMPLATE, vocab_size=258 + len(SPECIAL) * request.param)
     if request.param:
-        name_special_tokens(folder)
+        name_special_tokens(folder, SPECIAL)
     with serving(folder, engine={"max_seq_len": 1024, "attention": "full"}) as served:
         served.has_special_tokens = request.param
         yield served
 
 
-def name_special_tokens(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    text = path.read_text()
-    for index, marker in enumerate(SPECIAL):
-        text = text.replace(f"<x{258 + index}>", marker)
-    path.write_text(text)
-
-
 def guide_of(text: str, has_special_tokens: bool) -> Guide:
     """What lets a model write a text and nothing else."""
-    rest, rule = text, []
-    while rest:
-        found = min((rest.find(m), m) for m in (*SPECIAL, rest) if m in rest)
-        before, marker = rest[: found[0]], found[1] if found[1] in SPECIAL else rest
-        rule += [json.dumps(before)] * bool(before)
-        is_token = marker in SPECIAL and has_special_tokens
-        rule.append(f"<[{258 + SPECIAL.index(marker)}]>" if is_token else json.dumps(marker))
-        rest = rest[len(before) + len(marker) :]
+    pieces = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
+    rule = (
+        f"<[{258 + SPECIAL.index(piece)}]>"
+        if has_special_tokens and piece in SPECIAL
+        else json.dumps(piece)
+        for piece in pieces
+        if piece
+    )
     return Guide.grammar("start: " + " ".join(rule))
-
-
-def let_write(served: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Lets the model write a text, whatever it is asked."""
-    guide = guide_of(text, served.has_special_tokens)
-    submit = type(served.decoder).submit
-    monkeypatch.setattr(
-        served.decoder, "submit",
-        lambda ids, **options: submit(served.decoder, ids, **options | {"guide": guide}),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -181,9 +164,9 @@ def test_answers_over_http(
     served: Any, monkeypatch: pytest.MonkeyPatch, text: str, more: dict[str, Any],
     reasoning: str | None, content: str | None, calls: list[tuple[str, str]],
 ):  # fmt: skip
-    from serving import events_of
+    from serving import events_of, let_write
 
-    let_write(served, monkeypatch, text)
+    let_write(served, monkeypatch, guide_of(text, served.has_special_tokens))
     body = {"messages": ASK, **more}
     choice = served.post("/v1/chat/completions", body).json()["choices"][0]
     message = choice["message"]
@@ -211,7 +194,7 @@ def test_the_chat_command_shows_reasoning_and_keeps_content(
     pytest.importorskip("llguidance", reason="needs tidaldecode[structured]")
     folder = write_checkpoint(tmp_path, MODEL)
     write_byte_tokenizer(folder, TEMPLATE, vocab_size=258 + len(SPECIAL))
-    name_special_tokens(folder)
+    name_special_tokens(folder, SPECIAL)
     guide, stream = guide_of(ANALYSED + FINAL, True), Session.chat_stream
     monkeypatch.setattr(
         Session, "chat_stream",

@@ -15,8 +15,8 @@ pytest.importorskip("llguidance", reason="needs tidaldecode[structured]")
 openai = pytest.importorskip("openai", reason="needs the openai client")
 
 from json_schemas import is_valid  # noqa: E402
-from scripted_model import write_byte_tokenizer  # noqa: E402
-from serving import Served, events_of, serving  # noqa: E402
+from scripted_model import name_special_tokens, write_byte_tokenizer  # noqa: E402
+from serving import Served, events_of, let_write, serving  # noqa: E402
 from test_guides import MODEL  # noqa: E402
 from tidaldecode import Guide  # noqa: E402
 from tidaldecode.text.reasoning import THINK  # noqa: E402
@@ -56,16 +56,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
-
-
-def let_write(served: Served, monkeypatch: pytest.MonkeyPatch, guide: Guide) -> None:
-    """Lets a model write what a guide says, whatever it is asked."""
-    submit = type(served.decoder).submit
-    monkeypatch.setattr(
-        served.decoder,
-        "submit",
-        lambda ids, **options: submit(served.decoder, ids, **options | {"guide": guide}),
-    )
 
 
 @pytest.fixture
@@ -462,8 +452,7 @@ def test_responses_take_calls_and_their_outputs(served: Served):
 def test_markers_that_are_special_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_checkpoint(tmp_path, MODEL)
     write_byte_tokenizer(folder, TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]"), vocab_size=259)
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace("<x258>", "[TOOL_CALLS]"))
+    name_special_tokens(folder, ("[TOOL_CALLS]",))
     text = json.dumps('[{"name": "now", "arguments": {}}]')
     with serving(folder, engine={"max_seq_len": 1024, "attention": "full"}) as served:
         let_write(served, monkeypatch, Guide.grammar(f"start: <[258]> {text}"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from json_schemas import is_valid
-from scripted_model import BOS, EOS, write_byte_tokenizer
+from scripted_model import BOS, EOS, name_special_tokens, write_byte_tokenizer
 from test_guides import MODEL, OPTIONS
 from tidaldecode import Decoder, Guide
 from tidaldecode.errors import InvalidArgument
@@ -47,11 +47,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory):
     """A random model whose tokenizer has special tokens for markers."""
     folder = write_checkpoint(tmp_path_factory.mktemp("tools"), MODEL)
     write_byte_tokenizer(folder, vocab_size=258 + len(SPECIAL))
-    path = folder / "tokenizer.json"
-    text = path.read_text()
-    for index, marker in enumerate(SPECIAL):
-        text = text.replace(f"<x{258 + index}>", marker)
-    path.write_text(text)
+    name_special_tokens(folder, SPECIAL)
     with Decoder(folder, attention="full", **OPTIONS) as decoder:
         yield decoder
 

@@ -13,7 +13,7 @@ from tidaldecode.checkpoint.model_folder import ModelFolder
 from tidaldecode.cli.terminal import one_line
 from tidaldecode.config import PlanConfig
 from tidaldecode.memory_plan import MemoryPlan
-from tidaldecode.plan_bytes import best_gain, kv_bytes_per_step, weight_bytes_per_step
+from tidaldecode.plan_bytes import bytes_per_step
 from tidaldecode.plans import (
     HOW_TO_CHOOSE,
     Plan,
@@ -143,21 +143,19 @@ def _describe(folder: ModelFolder, plan: Plan | None) -> list[tuple[str, str]]:
 
 def _describe_steps(folder: ModelFolder, plan: Plan | None) -> list[tuple[str, str]]:
     """By context: weights with keys and values, dense and sparse, and what the latter can gain."""
-    model, kv_dtype = folder.model, folder.dtype
+    model = folder.model
     config, name = (plan.config, "the plan") if plan else (None, "every layer chooses")
     if config is None and layers_free_to_choose(model.windows):
         config = safe_config(model.windows)
-    weights = weight_bytes_per_step(folder)
     rows = []
     for context in sorted({*_CONTEXTS, model.max_position_embeddings}):
         if context > model.max_position_embeddings:
             break
-        dense = weights + kv_bytes_per_step(model, PlanConfig(), context, kv_dtype)
+        dense = bytes_per_step(folder, PlanConfig(), context)
         text = f"dense {_amount(dense)}"
         if config is not None:
-            sparse = weights + kv_bytes_per_step(model, config, context, kv_dtype)
-            gain = best_gain(folder, config, context)
-            text += f"; {name} {_amount(sparse)}, at best {gain:.1f}x as fast"
+            sparse = bytes_per_step(folder, config, context)
+            text += f"; {name} {_amount(sparse)}, at best {dense / sparse:.1f}x as fast"
         rows.append((f"{context:,} tokens", text))
     return rows
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tidaldecode.text.call_syntax import Event
-from tidaldecode.text.harmony import CHANNEL, HarmonyReader
+from tidaldecode.text.harmony import HarmonyReader
 from tidaldecode.text.reasoning import (
     ANALYSIS,
     ReasoningSplitter,
@@ -197,7 +197,7 @@ def find_form(texts: TextWorkers, settings: ServeConfig) -> AnswerForm:
 def shows_special_tokens(form: AnswerForm, special_tokens: frozenset[str]) -> bool:
     """Whether tags or markers of a form are special tokens: a text must show those to have them."""
     if form.in_channels:
-        return CHANNEL in special_tokens
+        return has_special_marker("harmony", special_tokens)
     is_marked = form.tool_format is not None and has_special_marker(
         form.tool_format, special_tokens
     )

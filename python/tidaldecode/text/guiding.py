@@ -99,10 +99,10 @@ class Vocabulary:
 
     def literal(self, text: str) -> str:
         """A text in a Lark grammar: the special tokens of these names, and else its characters."""
-        pieces = (self._special_token(piece) for piece in _MARKER.split(text) if piece)
+        pieces = (self._literal_piece(piece) for piece in _MARKER.split(text) if piece)
         return " ".join(pieces)
 
-    def _special_token(self, text: str) -> str:
+    def _literal_piece(self, text: str) -> str:
         name = text.encode()
         for token_id in self.special_token_ids:
             if self._tokens.tokens[token_id].removeprefix(b"\xff") == name:
