@@ -1,4 +1,5 @@
-// Asynchronous 16-byte copies from global to shared memory (PTX ISA, cp.async; sm_80 and later).
+// Asynchronous copies of 16 bytes, and of 4, from global to shared memory (PTX ISA, cp.async; sm_80
+// and later).
 //
 // Each thread counts its own groups. A thread sees its own copies after WaitCopies; other threads
 // see them after a barrier that follows it.
@@ -26,6 +27,13 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bo
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(
                    destination),
                "l"(global), "r"(source_bytes), "l"(policy)
+               : "memory");
+}
+
+// Copies 4 bytes; both addresses are multiples of 4.
+__device__ __forceinline__ void CopyAsync4(void* shared, const void* global) {
+  auto destination = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(destination), "l"(global)
                : "memory");
 }
 

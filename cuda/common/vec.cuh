@@ -61,6 +61,11 @@ __device__ __forceinline__ void LoadFloats(const T* source, float (&values)[N]) 
 }
 
 template <int N, typename T>
+__device__ __forceinline__ void CopyVec(const T* source, T* destination) {
+  *reinterpret_cast<Vec<T, N>*>(destination) = *reinterpret_cast<const Vec<T, N>*>(source);
+}
+
+template <int N, typename T>
 __device__ __forceinline__ void StoreFloats(T* destination, const float (&values)[N]) {
   Vec<T, N> packed;
 #pragma unroll

@@ -3,8 +3,9 @@
 // times as many numbers in a byte as in 16 bits.
 //
 // So the copy engine brings the codes: a box of 8 rows by a chunk of inputs is one instruction of
-// one lane. Each multiplying warp has stages of its own, and a barrier for each; the first codes
-// are started before the kernel in front has ended. Scales are read by each lane, a stage ahead.
+// one lane. Each multiplying warp has stages of its own, and a barrier for each, which it makes
+// itself (one thread took 1 to 2 us for all); the first codes are started before the kernel in
+// front has ended. Scales of groups of inputs are copied into the same stage, by all lanes.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +18,15 @@ namespace tidal {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-template <typename T_, typename Epilogue, bool kNormed_, int kTokens, WeightKind kKind_>
-class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
-  using Base = SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_>;
+template <typename T, typename Epilogue, bool kNormed, typename Shape>
+class CodedBlock : public SkinnyBlock<T, Epilogue, kNormed, Shape> {
+  using Base = SkinnyBlock<T, Epilogue, kNormed, Shape>;
   using Base::epilogue_, Base::shared_, Base::num_tiles_, Base::num_groups_;
 
  public:
-  using T = T_;
-  static constexpr bool kNormed = kNormed_;
-  static constexpr WeightKind kKind = kKind_;
-  using Base::kRowTiles, Base::kTokenTiles, Base::kRowBytes, Base::kWeightBytes, Base::kWarps;
   using Base::p_, Base::num_chunks_, Base::HandInSquares, Base::SquaresOf;
+  using Shape::kKind, Shape::kRowTiles, Shape::kTokenTiles, Shape::kWarps;
+  using Shape::kRowBytes, Shape::kWeightBytes;
   using typename Base::Cursor;
   static constexpr bool kGrouped = IsGrouped(kKind);
   static constexpr int kHalfRows = kTileRows / 2;
@@ -40,12 +39,9 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
     stage_full_ = reinterpret_cast<SharedBarrier*>(shared + p_.layout.StageBarriers());
   }
 
-  // By one thread. stage_arrivals: of a stage, besides the one with the codes.
-  __device__ void InitBarriers(uint32_t stage_arrivals) {
+  // By one thread: those of the whole block.
+  __device__ void InitBarriers() {
     Base::InitBarriers();
-    for (int stage = 0; stage < kWarps * p_.layout.num_stages; ++stage) {
-      InitBarrier(stage_full_ + stage, 1 + stage_arrivals);
-    }
     InitBarrier(InputsMade(), kWarps);
     PublishBarriers();
   }
@@ -81,72 +77,39 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
     return stage_full_ + kWarps * p_.layout.num_stages;
   }
 
-  // A lane's rows, of both halves of a group's tiles.
-  struct Rows {
-    int of[kRowTiles][2];
-  };
-  // As they are stored, of a group of inputs.
-  struct Scales {
-    uint32_t scale[kRowTiles][2];
-    uint32_t zero[kRowTiles][2];
-  };
-
-  // Rows past the last are the last: nobody takes their sums.
-  __device__ void FindRows(const Cursor& at, int lane, Rows& rows) const {
-    if (!IsInside(at)) return;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      TileRows first = RowsOf(at, m);
-      rows.of[m][0] = min(first.first + lane / 4, p_.num_outputs - 1);
-      rows.of[m][1] = min(first.second + lane / 4, p_.num_outputs - 1);
-    }
-  }
-
-  // The group of a chunk's first input.
-  __device__ int FirstGroup(int chunk) const {
-    return p_.weight_scales.FirstGroup(chunk);
-  }
-
-  // Reads those of a group of inputs.
-  __device__ void LoadScales(int group, const Rows& rows, Scales& scales) const {
-    const WeightScales& s = p_.weight_scales;
-    const int64_t first = int64_t{min(group, s.num_groups - 1)} * p_.num_outputs;
-    auto load = [&](auto type) {
-      using Stored = decltype(type);
-      const auto* stored = reinterpret_cast<const Stored*>(s.scales);
+  // Reads the scales of a lane's rows, of both halves of a group's tiles; group: of inputs, among
+  // those of the chunk. Tiles begin at even rows: of an odd one the upper 16 bits of the word that
+  // it was copied in are its scale.
+  __device__ void ReadScales(const Stage& stage, int group, int lane,
+                             float2 (&scales)[kRowTiles]) const {
+    auto read = [&](auto number) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        scales.scale[m][0] = __ldg(stored + (first + rows.of[m][0]));
-        scales.scale[m][1] = __ldg(stored + (first + rows.of[m][1]));
+        const uint2 words = WordsOf(stage, group, m, lane);
+        scales[m] = make_float2(number(words.x), number(words.y));
       }
     };
-    if (s.dtype == DType::kFloat32) {
-      load(uint32_t());
-    } else {
-      load(static_cast<unsigned short>(0));
-    }
-    if constexpr (kKind == WeightKind::kInt4) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        scales.zero[m][0] = s.zeros == nullptr ? 8u : __ldg(s.zeros + (first + rows.of[m][0]));
-        scales.zero[m][1] = s.zeros == nullptr ? 8u : __ldg(s.zeros + (first + rows.of[m][1]));
-      }
-    }
-  }
-
-  // Calls fn(read), where read(scale) is the number that a scale as it is stored stands for.
-  template <typename Fn>
-  __device__ void WithScales(const Fn& fn) const {
-    DType dtype = p_.weight_scales.dtype;
+    const bool is_odd = lane / 4 % 2 != 0;
+    const DType dtype = p_.weight_scales.dtype;
     if (dtype == DType::kBFloat16) {
-      fn([](uint32_t scale) { return __uint_as_float(scale << 16); });
+      const uint32_t to_upper = is_odd ? 0x3244 : 0x1044;
+      read([=](uint32_t word) { return __uint_as_float(__byte_perm(word, 0, to_upper)); });
     } else if (dtype == DType::kFloat16) {
-      fn([](uint32_t scale) {
-        return __half2float(__ushort_as_half(static_cast<unsigned short>(scale)));
+      const uint32_t to_lower = is_odd ? 0x4432 : 0x4410;
+      read([=](uint32_t word) {
+        const uint32_t bits = __byte_perm(word, 0, to_lower);
+        return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
       });
     } else {
-      fn([](uint32_t scale) { return __uint_as_float(scale); });
+      read([](uint32_t word) { return __uint_as_float(word); });
     }
+  }
+  // The zeros of the lane's rows of the m-th tile.
+  __device__ uint2 ZerosOf(const Stage& stage, int group, int m, int lane) const {
+    if (!HasZeros()) return make_uint2(8, 8);
+    const uint2 words = WordsOf(stage, p_.weight_scales.groups_per_chunk + group, m, lane);
+    const uint32_t byte = 0x4440 | static_cast<uint32_t>(lane / 4 % 4);
+    return make_uint2(__byte_perm(words.x, 0, byte), __byte_perm(words.y, 0, byte));
   }
 
   // Into the L2 cache while the kernel in front still runs.
@@ -168,10 +131,10 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
   // As HalfBlock, its part of a group is given by its chunks alone.
   //
   // What Products offers, made from (block, lane):
-  //   kStageArrivals: of a stage's barrier, when inputs have landed;
-  //   void Begin(first, first stage, warp): makes the inputs, or starts the first copies of them;
-  //   void Copy(at, stage): starts those of a later stage;
-  //   void Multiply(at, stage, rows, scales): adds what has landed;
+  //   kCopiesInputs: whether they are copied stage by stage, by
+  //   void Copy(at, stage);
+  //   void Begin(warp): otherwise makes all of them;
+  //   void Multiply(at, stage): adds what has landed;
   //   float4 Take(m, n): a fragment of what is added up of a group, which starts afresh.
   template <typename Products>
   __device__ void Multiply() {
@@ -181,39 +144,43 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
     Stage stage(warp, num_stages);
     Cursor at(num_chunks_, warp), ahead = at;  // ahead: of the next copy
     Boxes boxes;
+    for (int i = lane; i < num_stages; i += kWarpSize) {
+      InitBarrier(stage_full_ + stage.slot + i, 1 + (kLanesCopy<Products> ? kWarpSize : 0));
+    }
+    PublishBarriers();
+    __syncwarp();
     for (int i = 0; i < num_stages; ++i) {
-      CopyCodes(ahead, stage, boxes);
+      CopyCodes(ahead, stage, lane, boxes);
       ahead.Next();
       stage.Next();
     }
-    Rows rows = {};
-    Scales scales;
-    if constexpr (kGrouped) {
-      FindRows(at, lane, rows);
-      LoadScales(FirstGroup(at.chunk), rows, scales);
-    }
     if constexpr (kNormed) FetchNorm(warp, lane);
+    __syncthreads();  // the block's barriers are made
     WaitForPreviousKernel();
     LetNextKernelStart();
     Products products(*this, lane);
-    products.Begin(at, stage, warp);
+    products.Begin(warp);
+    ahead = at;
+    for (int i = 0; i < num_stages; ++i) {
+      FinishCopies(products, ahead, stage);
+      ahead.Next();
+      stage.Next();
+    }
 
     stage.parity = 0;
     while (IsInside(at)) {
       WaitBarrier(FullBarrier(stage), stage.parity);
-      products.Multiply(at, stage, rows, scales);
+      products.Multiply(at, stage);
       __syncwarp();  // all are done with the stage
-      CopyCodes(ahead, stage, boxes);
-      products.Copy(ahead, stage);
+      CopyCodes(ahead, stage, lane, boxes);
+      FinishCopies(products, ahead, stage);
       ahead.Next();
       stage.Next();
       int group = at.group, part = at.chunk % kWarps;
       at.Next();
       if (at.group != group) {
         this->HandIn(group, part, lane, [&](int m, int n) { return products.Take(m, n); });
-        if constexpr (kGrouped) FindRows(at, lane, rows);
       }
-      if constexpr (kGrouped) LoadScales(FirstGroup(at.chunk), rows, scales);
     }
   }
 
@@ -223,23 +190,50 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
   }
 
  private:
+  static constexpr int kHalves = 2 * kRowTiles;          // of a group's tiles
+  static constexpr int kRowsOfLane = (kHalves + 3) / 4;  // whose scales it copies
+
+  // Whether the lanes copy something into every stage, which they then report to its barrier.
+  template <typename Products>
+  static constexpr bool kLanesCopy = kGrouped || Products::kCopiesInputs;
+
   // The rows of a group of tiles; those past the last tile are none.
   struct Boxes {
     int group = -1;
     int num_tiles;
     TileRows rows[kRowTiles];
+    int scaled[kRowsOfLane];                   // rows whose scales this lane copies, and
+    const unsigned char* scales[kRowsOfLane];  // where those of the first group lie
   };
+
+  __device__ void FindRows(const Cursor& at, int lane, Boxes& boxes) const {
+    boxes.group = at.group;
+    boxes.num_tiles = NumTiles(at);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) boxes.rows[m] = RowsOf(at, m);
+    if constexpr (kGrouped) {
+      const WeightScales& scales = p_.weight_scales;
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        const int half = HalfOf(i, lane);
+        const TileRows tile = RowsOf(at, half / 2);
+        const int first = half % 2 == 0 ? tile.first : tile.second;
+        boxes.scaled[i] = min(first + lane / 4, p_.num_outputs - 1);
+        boxes.scales[i] = scales.scales + WordOf(int64_t{boxes.scaled[i]} * scales.scale_bytes());
+      }
+    }
+  }
+  // Lanes 4 g to 4 g + 3 copy those of the g-th rows of four halves of tiles, and of four more.
+  __device__ static int HalfOf(int index, int lane) {
+    return min(index * 4 + lane % 4, kHalves - 1);
+  }
 
   // Starts the copies of a stage's part of a group's rows. Nothing past the last tile, whose sums
   // nobody takes; zeros past the ends of rows and weight.
-  __device__ void CopyCodes(const Cursor& at, const Stage& stage, Boxes& boxes) {
+  __device__ void CopyCodes(const Cursor& at, const Stage& stage, int lane, Boxes& boxes) {
     if (!IsInside(at)) return;
-    if (at.group != boxes.group) {
-      boxes.group = at.group;
-      boxes.num_tiles = NumTiles(at);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) boxes.rows[m] = RowsOf(at, m);
-    }
+    if (at.group != boxes.group) FindRows(at, lane, boxes);
+    if constexpr (kGrouped) CopyScales(at, stage, lane, boxes);
     if (!IsElected()) return;
     SharedBarrier* full = stage_full_ + stage.slot;
     ArriveExpecting(full, static_cast<uint32_t>(boxes.num_tiles * 2 * kBoxBytes));
@@ -251,6 +245,49 @@ class CodedBlock : public SkinnyBlock<T_, Epilogue, kNormed_, kTokens, kKind_> {
       CopyBox(target, weight_, full, first_byte, boxes.rows[m].first, policy_);
       CopyBox(target + kBoxBytes, weight_, full, first_byte, boxes.rows[m].second, policy_);
     }
+  }
+
+  // Scales of 16 bits and zeros with their neighbours in a word of 4 bytes. Rows of scales are
+  // multiples of 8 numbers.
+  __device__ void CopyScales(const Cursor& at, const Stage& stage, int lane,
+                             const Boxes& boxes) const {
+    const WeightScales& s = p_.weight_scales;
+    for (int group = 0; group < s.groups_per_chunk; ++group) {
+      const int index = min(s.FirstGroup(at.chunk) + group, s.num_groups - 1);
+      const int64_t first = int64_t{index} * p_.num_outputs;
+      uint32_t* words = Set(stage, group) + lane / 4 * kHalves;
+      uint32_t* zeros = words + s.groups_per_chunk * (Shape::kScaleBytes / 4);
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        CopyAsync4(words + HalfOf(i, lane), boxes.scales[i] + first * s.scale_bytes());
+        if (HasZeros()) {
+          CopyAsync4(zeros + HalfOf(i, lane), s.zeros + first + WordOf(boxes.scaled[i]));
+        }
+      }
+    }
+  }
+  __device__ static int64_t WordOf(int64_t byte) {
+    return byte / 4 * 4;
+  }
+  __device__ bool HasZeros() const {
+    return kKind == WeightKind::kInt4 && p_.weight_scales.zeros != nullptr;
+  }
+  // [8 rows, halves of a group's tiles] words.
+  __device__ uint32_t* Set(const Stage& stage, int index) const {
+    unsigned char* first = shared_ + p_.layout.Scales() + stage.slot * p_.layout.scale_bytes;
+    return reinterpret_cast<uint32_t*>(first + index * Shape::kScaleBytes);
+  }
+  __device__ uint2 WordsOf(const Stage& stage, int set, int m, int lane) const {
+    return *reinterpret_cast<const uint2*>(Set(stage, set) + lane / 4 * kHalves + m * 2);
+  }
+
+  // Then all of a stage is under way.
+  template <typename Products>
+  __device__ void FinishCopies(const Products& products, const Cursor& at,
+                               const Stage& stage) const {
+    if (!IsInside(at)) return;
+    if constexpr (Products::kCopiesInputs) products.Copy(at, stage);
+    if constexpr (kLanesCopy<Products>) ArriveWithCopies(FullBarrier(stage));
   }
 
   // Tiles of a group that are there.
@@ -273,9 +310,10 @@ __device__ void RunCodedBlock(const SkinnyParams<T>& params, const Epilogue& epi
                               const CUtensorMap& weight, unsigned char* shared) {
   using Block = typename Products::Block;
   Block block(params, epilogue, weight, shared);
-  if (threadIdx.x == 0) block.InitBarriers(Products::kStageArrivals);
-  __syncthreads();
-  if (threadIdx.x / kWarpSize >= Block::kWarps) {
+  constexpr int kFirstFinisher = Block::kWarps * kWarpSize;
+  if (threadIdx.x == kFirstFinisher) block.InitBarriers();
+  if (threadIdx.x >= kFirstFinisher) {
+    __syncthreads();
     block.Finish();
   } else {
     block.template Multiply<Products>();

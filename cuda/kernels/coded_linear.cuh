@@ -19,12 +19,10 @@ namespace tidal {
 template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind>
 class NumberProducts {
  public:
-  using Block = CodedBlock<T, Epilogue, kNormed, kTokens, kKind>;
+  using Block = CodedBlock<T, Epilogue, kNormed, SkinnyShape<kTokens, kKind>>;
   using Cursor = typename Block::Cursor;
   using Stage = typename Block::Stage;
-  using Rows = typename Block::Rows;
-  using Scales = typename Block::Scales;
-  static constexpr uint32_t kStageArrivals = kNormed ? 0 : kWarpSize;
+  static constexpr bool kCopiesInputs = !kNormed;
 
   __device__ NumberProducts(const Block& block, int lane)
       : b_(block), lane_(lane), row_(lane / 4), quarter_(lane % 4) {
@@ -39,22 +37,12 @@ class NumberProducts {
     }
   }
 
-  __device__ void Begin(Cursor at, Stage stage, int warp) {
-    if constexpr (kNormed) {
-      b_.HandInSquares(warp, lane_, MakeInputs(warp));
-    } else {
-      for (int i = 0; i < b_.p_.layout.num_stages; ++i) {
-        Copy(at, stage);
-        at.Next();
-        stage.Next();
-      }
-    }
+  __device__ void Begin(int warp) {
+    if constexpr (kNormed) b_.HandInSquares(warp, lane_, MakeInputs(warp));
   }
 
-  // Copies the inputs of all tokens, 16 bytes a lane; then all of a stage is under way.
+  // Starts the copies of all tokens' inputs, 16 bytes a lane.
   __device__ void Copy(const Cursor& at, const Stage& stage) const {
-    if constexpr (kNormed) return;
-    if (!b_.IsInside(at)) return;
     constexpr int kRuns = kChunkBytes / 16, kRows = kWarpSize / kRuns;
     int index = lane_ % kRuns, input = at.FirstInput() + index * 8;
     bool inside = input < b_.p_.num_inputs;
@@ -62,10 +50,9 @@ class NumberProducts {
       const T* source = b_.p_.x + int64_t{token} * b_.p_.num_inputs + input;
       CopyAsync16(b_.InputsOf(stage) + PlaceOfRun(index, token), inside ? source : b_.p_.x, inside);
     }
-    ArriveWithCopies(b_.FullBarrier(stage));
   }
 
-  __device__ void Multiply(const Cursor& at, const Stage& stage, const Rows& rows, Scales& scales) {
+  __device__ void Multiply(const Cursor& at, const Stage& stage) {
     const unsigned char* inputs = kNormed ? NormedInputs(at.chunk) : b_.InputsOf(stage);
     const unsigned char* codes = b_.CodesOf(stage) + row_ * Block::kRowBytes;
     Inputs x[kSteps];
@@ -75,23 +62,20 @@ class NumberProducts {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         if (b_.HasTile(at, m)) {
-          MultiplyChunk(codes + m * 2 * kBoxBytes, ZerosOf(scales, m), x, sums_[m]);
+          MultiplyChunk(codes + m * 2 * kBoxBytes, ZerosOf(stage, 0, m), x, sums_[m]);
         }
       }
-      if constexpr (kGrouped) AddGroup(scales);
+      if constexpr (kGrouped) AddGroup(stage, 0);
     } else {
-      const int steps = kSteps / b_.p_.weight_scales.groups_per_chunk,
-                group = b_.FirstGroup(at.chunk);
+      const int steps = kSteps / b_.p_.weight_scales.groups_per_chunk;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          MultiplyStepInTurn(codes + m * 2 * kBoxBytes, step, ZerosOf(scales, m), x[step],
-                             sums_[m]);
+          MultiplyStepInTurn(codes + m * 2 * kBoxBytes, step, ZerosOf(stage, step / steps, m),
+                             x[step], sums_[m]);
         }
-        if ((step + 1) % steps != 0) continue;
-        AddGroup(scales);
-        if (step + 1 < kSteps) b_.LoadScales(group + (step + 1) / steps, rows, scales);
+        if ((step + 1) % steps == 0) AddGroup(stage, step / steps);
       }
     }
   }
@@ -139,10 +123,11 @@ class NumberProducts {
   }
 
   // What is subtracted of the codes of a tile's rows in both halves, two in a register.
-  __device__ static uint2 ZerosOf(const Scales& scales, int m) {
+  __device__ uint2 ZerosOf(const Stage& stage, int group, int m) const {
     if constexpr (kKind != WeightKind::kInt4) return uint2();
-    return make_uint2(Int4Ops<T>::kIntegers + scales.zero[m][0] * 0x00010001u,
-                      Int4Ops<T>::kIntegers + scales.zero[m][1] * 0x00010001u);
+    const uint2 zeros = b_.ZerosOf(stage, group, m, lane_);
+    return make_uint2(Int4Ops<T>::kIntegers + zeros.x * 0x00010001u,
+                      Int4Ops<T>::kIntegers + zeros.y * 0x00010001u);
   }
 
   // All of a chunk, a lane's 32 neighbouring inputs. codes: its row of a tile.
@@ -179,21 +164,21 @@ class NumberProducts {
     for (int n = 0; n < kTokenTiles; ++n) MultiplyStep<T>(low, high, x[n], sums[n]);
   }
 
-  // Adds what is summed up of a group of inputs to the totals, scaled, and starts afresh.
-  __device__ void AddGroup(const Scales& scales) {
-    b_.WithScales([&](auto read) {
+  // Adds what is summed up of a chunk's group of inputs to the totals, scaled, and starts afresh.
+  __device__ void AddGroup(const Stage& stage, int group) {
+    float2 scales[kRowTiles];
+    b_.ReadScales(stage, group, lane_, scales);
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        float low = read(scales.scale[m][0]), high = read(scales.scale[m][1]);
+    for (int m = 0; m < kRowTiles; ++m) {
+      const float low = scales[m].x, high = scales[m].y;
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-          float4 part = TakePart(sums_[m][n]);
-          float4& total = totals_[m][n];
-          total = make_float4(__fmaf_rn(part.x, low, total.x), __fmaf_rn(part.y, low, total.y),
-                              __fmaf_rn(part.z, high, total.z), __fmaf_rn(part.w, high, total.w));
-        }
+      for (int n = 0; n < kTokenTiles; ++n) {
+        float4 part = TakePart(sums_[m][n]);
+        float4& total = totals_[m][n];
+        total = make_float4(__fmaf_rn(part.x, low, total.x), __fmaf_rn(part.y, low, total.y),
+                            __fmaf_rn(part.z, high, total.z), __fmaf_rn(part.w, high, total.w));
       }
-    });
+    }
   }
 
   // Hidden states times norm weights, of this warp's chunks, which are those it multiplies

@@ -18,15 +18,13 @@ namespace tidal {
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 // For CodedBlock::Multiply; of at most 2 kPairs tokens, and scales of whole chunks.
-template <typename T, typename Epilogue, bool kNormed, int kPairs>
+template <typename T, typename Epilogue, bool kNormed, int kPairs, typename Shape>
 class DigitProducts {
  public:
-  using Block = CodedBlock<T, Epilogue, kNormed, kTileTokens, WeightKind::kInt4>;
+  using Block = CodedBlock<T, Epilogue, kNormed, Shape>;
   using Cursor = typename Block::Cursor;
   using Stage = typename Block::Stage;
-  using Rows = typename Block::Rows;
-  using Scales = typename Block::Scales;
-  static constexpr uint32_t kStageArrivals = 0;
+  static constexpr bool kCopiesInputs = false;
 
   __device__ DigitProducts(const Block& block, int lane)
       : b_(block), lane_(lane), codes_(lane / 4 * Block::kRowBytes + lane % 4 * 16) {
@@ -39,17 +37,14 @@ class DigitProducts {
     }
   }
 
-  __device__ void Begin(const Cursor&, const Stage&, int warp) const {
+  __device__ void Begin(int warp) const {
     MakeInputs(warp);
     __syncwarp();
     if (lane_ == 0) Arrive(b_.InputsMade());
     WaitBarrier(b_.InputsMade(), 0);
   }
 
-  __device__ void Copy(const Cursor&, const Stage&) const {}
-
-  __device__ void Multiply(const Cursor& at, const Stage& stage, const Rows&,
-                           const Scales& scales) {
+  __device__ void Multiply(const Cursor& at, const Stage& stage) {
     const unsigned char* inputs = InputsOf(at.chunk);
     uint2 digits[kPairs][4];
     float2 factors[kPairs];
@@ -63,6 +58,8 @@ class DigitProducts {
       }
       factors[pair] = *reinterpret_cast<const float2*>(inputs + factors_[pair]);
     }
+    float2 scales[kRowTiles];
+    b_.ReadScales(stage, 0, lane_, scales);
     const unsigned char* codes = b_.CodesOf(stage) + codes_;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -74,7 +71,7 @@ class DigitProducts {
       for (int run = 0; run < 4; ++run) {
         MultiplyRun(Reader::Run(low, run), Reader::Run(high, run), run, digits, sums);
       }
-      AddChunk(m, sums, factors, scales);
+      AddChunk(m, sums, factors, b_.ZerosOf(stage, 0, m, lane_), scales[m]);
     }
   }
 
@@ -89,7 +86,7 @@ class DigitProducts {
                                 __fadd_rn(total.y, __shfl_xor_sync(kFullWarp, total.y, 1)));
       total = float2();
     }
-    float2 first = token[lane_ % 2 * (kPairs - 1)];
+    float2 first = lane_ % 2 == 0 ? token[0] : token[kPairs - 1];
     float2 second =
         make_float2(__shfl_xor_sync(kFullWarp, first.x, 2), __shfl_xor_sync(kFullWarp, first.y, 2));
     return make_float4(first.x, second.x, first.y, second.y);
@@ -110,52 +107,81 @@ class DigitProducts {
     return min(token, b_.p_.num_tokens - 1) * kDigitBytes;
   }
 
-  // Makes those of this warp's chunks: half a warp a token, 8 neighbouring inputs a lane. With a
-  // norm each warp has some (FitsNorm).
+  // Eight neighbouring inputs of a token as they are read; zeros where there are none.
+  struct RawInputs {
+    alignas(16) float hidden[8];  // if kNormed
+    alignas(16) T numbers[8];     // the inputs, or the norm's weights
+  };
+
+  // Makes those of this warp's chunks: half a warp a token, 8 neighbouring inputs a lane; of one
+  // token each half has chunks of its own. With a norm each warp has some (FitsNorm).
   __device__ void MakeInputs(int warp) const {
-    const int run = lane_ % kRunsOfToken;
+    const int half = lane_ / kRunsOfToken, run = lane_ % kRunsOfToken;
+    const bool is_alone = b_.p_.num_tokens == 1;
+    const int step = is_alone ? 2 * Block::kWarps : Block::kWarps;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int token = pair * 2 + lane_ / kRunsOfToken;
-      const bool is_there = token < b_.p_.num_tokens;
+      const int token = is_alone ? 0 : pair * 2 + half;
+      const int first = is_alone ? half * Block::kWarps : 0;
       float squares = 0.0f;
-      for (int chunk = warp; chunk < b_.num_chunks_; chunk += Block::kWarps) {
-        float values[8] = {};
-        int input = chunk * kChunk + run * 8;
-        if (is_there && input < b_.p_.num_inputs) ReadInputs(token, input, values, squares);
-        const int exponent = LargestExponent(values);
-        int numbers[8];
-        uint32_t sum = 0;  // of what is no number anything
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          numbers[i] = ToInteger(values[i], UnitsOfOne(exponent));
-          sum += static_cast<uint32_t>(numbers[i]);
-        }
-        sum = SumOfToken(sum);
-        if (!is_there) continue;
-        unsigned char* target = InputsOf(chunk) + token * kDigitBytes;
-        WriteDigits(numbers, target, run);
-        if (run == 0) {
-          WriteFactors(exponent, static_cast<int>(sum), target + kDigits * kChunk);
-        }
+      RawInputs next;
+      ReadInputs(token, warp + first, run, next);
+      for (int chunk = warp; chunk < b_.num_chunks_; chunk += step) {
+        float values[8];
+        TakeInputs(next, values, squares);
+        ReadInputs(token, chunk + step + first, run, next);
+        MakeChunk(token, chunk + first, run, values);
       }
       if constexpr (kNormed) {
         squares = SumOfToken(squares);
-        if (is_there && run == 0) *b_.SquaresOf(warp, token) = squares;
+        if (is_alone) squares += __shfl_xor_sync(kFullWarp, squares, kRunsOfToken);
+        if (token < b_.p_.num_tokens && run == 0) *b_.SquaresOf(warp, token) = squares;
       }
     }
   }
 
-  __device__ void ReadInputs(int token, int input, float (&values)[8], float& squares) const {
+  __device__ bool IsThere(int token, int chunk) const {
+    return token < b_.p_.num_tokens && chunk < b_.num_chunks_;
+  }
+
+  __device__ void ReadInputs(int token, int chunk, int run, RawInputs& inputs) const {
+    const int input = chunk * kChunk + run * 8;
+    inputs = RawInputs();
+    if (!IsThere(token, chunk) || input >= b_.p_.num_inputs) return;
+    const int64_t place = int64_t{token} * b_.p_.num_inputs + input;
+    if constexpr (kNormed) {
+      CopyVec<4>(b_.p_.hidden + place, inputs.hidden);
+      CopyVec<4>(b_.p_.hidden + place + 4, inputs.hidden + 4);
+      CopyVec<8>(b_.p_.norm_weight + input, inputs.numbers);
+    } else {
+      CopyVec<8>(b_.p_.x + place, inputs.numbers);
+    }
+  }
+
+  __device__ void TakeInputs(const RawInputs& inputs, float (&values)[8], float& squares) const {
     if constexpr (kNormed) {
       alignas(16) T rounded[8];
-      FoldNorm(b_.p_.hidden + int64_t{token} * b_.p_.num_inputs + input, b_.p_.norm_weight + input,
-               rounded, squares);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = ToFloat32(rounded[i]);
+      FoldNorm(inputs.hidden, inputs.numbers, rounded, squares);
+      LoadFloats<8>(rounded, values);
     } else {
-      LoadFloats<8>(b_.p_.x + int64_t{token} * b_.p_.num_inputs + input, values);
+      LoadFloats<8>(inputs.numbers, values);
     }
+  }
+
+  __device__ void MakeChunk(int token, int chunk, int run, const float (&values)[8]) const {
+    const int exponent = LargestExponent(values);
+    uint32_t numbers[8];
+    uint32_t sum = 0 - 8 * kZero;  // of what is no number anything
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      numbers[i] = ToInteger(values[i], UnitsOfOne(exponent));
+      sum += numbers[i];
+    }
+    sum = SumOfToken(sum);
+    if (!IsThere(token, chunk)) return;
+    unsigned char* target = InputsOf(chunk) + token * kDigitBytes;
+    WriteDigits(numbers, target, run);
+    if (run == 0) WriteFactors(exponent, static_cast<int>(sum), target + kDigits * kChunk);
   }
 
   template <typename Number>
@@ -170,14 +196,19 @@ class DigitProducts {
   // The exponent of the largest of a token's inputs of a chunk, as float32 has it; kNoNumber of
   // infinities too.
   __device__ static int LargestExponent(const float (&values)[8]) {
-    uint32_t largest = 0;
+    float largest = fabsf(values[0]);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(values[i]) & 0x7fffffffu);
+    for (int i = 1; i < 8; ++i) largest = LargerOrNan(largest, fabsf(values[i]));
 #pragma unroll
     for (int distance = 1; distance < kRunsOfToken; distance *= 2) {
-      largest = max(largest, __shfl_xor_sync(kFullWarp, largest, distance));
+      largest = LargerOrNan(largest, __shfl_xor_sync(kFullWarp, largest, distance));
     }
-    return static_cast<int>(largest >> 23);
+    return static_cast<int>(__float_as_uint(largest) >> 23);
+  }
+  __device__ static float LargerOrNan(float a, float b) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
   }
 
   // By what inputs are multiplied, 2^(21 - exponent without its bias): below 2^22 then. The unit,
@@ -185,10 +216,12 @@ class DigitProducts {
   __device__ static float UnitsOfOne(int exponent) {
     return __int_as_float((kFloatBias * 2 + 21 - max(exponent, kLeastExponent)) << 23);
   }
-  __device__ static int ToInteger(float value, float units) {
+  // Returns kZero + the integer.
+  __device__ static uint32_t ToInteger(float value, float units) {
     constexpr float kIntegers = 12582912.0f;  // 1.5 * 2^23, whose last bits count by 1
-    return __float_as_int(__fmaf_rn(value, units, kIntegers)) - __float_as_int(kIntegers);
+    return __float_as_uint(__fmaf_rn(value, units, kIntegers));
   }
+  static constexpr uint32_t kZero = 0x4b400000;  // the bits of that number
 
   // The sums of a chunk times the scale are what the lanes of even columns have, upper digits of
   // which the second counts by one, times 256 units, and what those of odd ones have, the lowest
@@ -202,26 +235,28 @@ class DigitProducts {
   }
 
   // The digits of 8 neighbours: those of even ones in a register, and those of odd ones.
-  __device__ static void WriteDigits(const int (&numbers)[8], unsigned char* target, int run) {
-    constexpr uint32_t kHalves = 0x00808080;
-    uint32_t digits[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      digits[i] = (static_cast<uint32_t>(numbers[i]) + kHalves) ^ kHalves;
-    }
+  __device__ static void WriteDigits(const uint32_t (&numbers)[8], unsigned char* target, int run) {
+    uint32_t even[kDigits], odd[kDigits];
+    DigitsOf(numbers[0], numbers[2], numbers[4], numbers[6], even);
+    DigitsOf(numbers[1], numbers[3], numbers[5], numbers[7], odd);
 #pragma unroll
     for (int digit = 0; digit < kDigits; ++digit) {
-      const int byte = kDigits - 1 - digit;
       const int place =
           digit * kChunk + run / 4 * 32 + ((run / 2 % 2) ^ (digit % 2)) * 16 + run % 2 * 8;
-      *reinterpret_cast<uint2*>(target + place) =
-          make_uint2(BytesOf(byte, digits[0], digits[2], digits[4], digits[6]),
-                     BytesOf(byte, digits[1], digits[3], digits[5], digits[7]));
+      *reinterpret_cast<uint2*>(target + place) = make_uint2(even[digit], odd[digit]);
     }
   }
-  __device__ static uint32_t BytesOf(int byte, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const auto pick = static_cast<uint32_t>(byte | (byte + 4) << 4);
-    return __byte_perm(__byte_perm(a, b, pick), __byte_perm(c, d, pick), kLowerHalves);
+  // A number's bytes and half of 256 in each, less these halves, are its digits.
+  __device__ static void DigitsOf(uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                                  uint32_t (&digits)[kDigits]) {
+    constexpr uint32_t kHalves = 0x80808080, kShift = (kHalves & 0xffffff) - kZero;
+    const uint32_t low = __byte_perm(a + kShift, b + kShift, 0x5140);
+    const uint32_t high = __byte_perm(c + kShift, d + kShift, 0x5140);
+    digits[2] = __byte_perm(low, high, kLowerHalves) ^ kHalves;
+    digits[1] = __byte_perm(low, high, kUpperHalves) ^ kHalves;
+    digits[0] = __byte_perm(__byte_perm(a + kShift, b + kShift, 0x62),
+                            __byte_perm(c + kShift, d + kShift, 0x62), kLowerHalves) ^
+                kHalves;
   }
 
   // --- products ---
@@ -237,22 +272,19 @@ class DigitProducts {
     }
   }
 
+  // zeros, scales: of both halves of the m-th tile.
   __device__ void AddChunk(int m, const int (&sums)[kPairs][4], const float2 (&factors)[kPairs],
-                           const Scales& scales) {
-    const auto zero_low = static_cast<float>(scales.zero[m][0]);
-    const auto zero_high = static_cast<float>(scales.zero[m][1]);
-    b_.WithScales([&](auto read) {
-      const float low = read(scales.scale[m][0]), high = read(scales.scale[m][1]);
+                           const uint2& zeros, const float2& scales) {
+    const auto zero_low = static_cast<float>(zeros.x), zero_high = static_cast<float>(zeros.y);
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const float2& factor = factors[pair];
-        const auto sum_low = static_cast<float>(sums[pair][0] * 256 + sums[pair][1]);
-        const auto sum_high = static_cast<float>(sums[pair][2] * 256 + sums[pair][3]);
-        float2& total = totals_[m][pair];
-        total.x = __fmaf_rn(__fmaf_rn(-zero_low, factor.y, sum_low), low * factor.x, total.x);
-        total.y = __fmaf_rn(__fmaf_rn(-zero_high, factor.y, sum_high), high * factor.x, total.y);
-      }
-    });
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const float2& factor = factors[pair];
+      const auto sum_low = static_cast<float>(sums[pair][0] * 256 + sums[pair][1]);
+      const auto sum_high = static_cast<float>(sums[pair][2] * 256 + sums[pair][3]);
+      float2& total = totals_[m][pair];
+      total.x = __fmaf_rn(__fmaf_rn(-zero_low, factor.y, sum_low), scales.x * factor.x, total.x);
+      total.y = __fmaf_rn(__fmaf_rn(-zero_high, factor.y, sum_high), scales.y * factor.x, total.y);
+    }
   }
 
   static constexpr int kFloatBias = 127, kNoNumber = 255;
@@ -268,15 +300,15 @@ class DigitProducts {
 
 #endif
 
-template <typename T, typename Epilogue, bool kNormed, int kPairs>
-__global__ void __launch_bounds__(SkinnyShape<kTileTokens, WeightKind::kInt4>::kThreads, 1)
+template <typename T, typename Epilogue, bool kNormed, int kPairs, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     Int4LinearKernel(const __grid_constant__ SkinnyParams<T> params,
                      const __grid_constant__ Epilogue epilogue,
                      const __grid_constant__ CUtensorMap weight) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  RunCodedBlock<DigitProducts<T, Epilogue, kNormed, kPairs>>(params, epilogue, weight,
-                                                             shared_bytes);
+  RunCodedBlock<DigitProducts<T, Epilogue, kNormed, kPairs, Shape>>(params, epilogue, weight,
+                                                                    shared_bytes);
 #endif
 }
 

@@ -70,12 +70,11 @@ __device__ __forceinline__ float GivenScale(const SkinnyParams<T>& params, int t
 //     Finish(tile, started, values): lane l holds rows l / 4 of the first and the second 8, for
 //     tokens 2 (l % 4) and 2 (l % 4) + 1: values[0], [1] of the first, [2], [3] of the second.
 
-template <typename T, typename Epilogue, bool kNormed, int kTokens, WeightKind kKind>
-class SkinnyBlock : public SkinnyShape<kTokens, kKind> {
+template <typename T, typename Epilogue, bool kNormed, typename Shape>
+class SkinnyBlock : public Shape {
  protected:
-  using Shape = SkinnyShape<kTokens, kKind>;
-  using Shape::kRowTiles, Shape::kTokenTiles, Shape::kWarps;
-  static_assert(!kNormed || kTokens == kTileTokens);
+  using Shape::kKind, Shape::kRowTiles, Shape::kTokenTiles, Shape::kWarps;
+  static_assert(!kNormed || kTokenTiles == 1);
 
  public:
   __device__ SkinnyBlock(const SkinnyParams<T>& params, const Epilogue& epilogue,

@@ -67,44 +67,55 @@ CUtensorMap MapOfCodes(const SkinnyParams<T>& params) {
 }
 
 // Launches a kernel whose blocks each take an SM: as many as there are, or fewer for few tiles.
-template <int kTokens, WeightKind kKind, typename Kernel, typename T, typename Epilogue,
-          typename... More>
+template <typename Shape, typename Kernel, typename T, typename Epilogue, typename... More>
 void LaunchBlocks(Kernel kernel, const SkinnyParams<T>& params, const Epilogue& epilogue,
                   const SkinnyRun& run, const More&... more) {
   LaunchShape shape = {.grid = dim3(static_cast<unsigned>(std::min(run.num_sms, params.num_tiles))),
-                       .block = dim3(SkinnyShape<kTokens, kKind>::kThreads),
+                       .block = dim3(Shape::kThreads),
                        .shared_bytes = static_cast<size_t>(params.layout.Total())};
   TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shape.shared_bytes)));
   LaunchOverlapped("linear", kernel, shape, run.stream, params, epilogue, more...);
 }
 
-// Tiles of a block from which on faster ones make up for the time that digits take to make: with 14
-// tiles (gate and up of an 8B model) 26.1 us instead of 27.9, with 3 of them (qkv) 11.6 instead of
-// 10.5.
+// Three or four tokens take so long to become digits that only blocks of so many tiles make up for
+// it: gate and up of an 8B model (14 tiles) 28.0 us instead of 33, but o (2 tiles) 10.6 instead of
+// 8.4.
 constexpr int kLeastTilesInDigits = 8;
+
+// Of up to 2 kPairs tokens, kRowTiles tiles at a time; returns false where there is no room.
+template <typename T, bool kNormed, int kPairs, int kRowTiles, typename Epilogue>
+bool LaunchInDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                    const SkinnyRun& run) {
+  using Shape = SkinnyShape<kTileTokens, WeightKind::kInt4, kRowTiles>;
+  params.num_tiles = grid.num_tiles;
+  params.layout = MakeSkinnyLayout<Shape>({.num_inputs = params.num_inputs,
+                                           .num_tokens = params.num_tokens,
+                                           .normed = kNormed,
+                                           .max_stages = grid.max_stages,
+                                           .scale_sets = params.weight_scales.num_sets,
+                                           .in_digits = true});
+  if (params.layout.Total() > kMaxSharedBytes) return false;
+  LaunchBlocks<Shape>(Int4LinearKernel<T, Epilogue, kNormed, kPairs, Shape>, params, epilogue, run,
+                      MapOfCodes<WeightKind::kInt4>(params));
+  return true;
+}
 
 // As LaunchSkinny; returns false where that is not for int4_linear.cuh.
 template <typename T, bool kNormed, typename Epilogue>
-bool LaunchInDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+bool LaunchInDigits(const SkinnyParams<T>& params, const SkinnyGrid& grid, const Epilogue& epilogue,
                     const SkinnyRun& run) {
-  if (run.in_one_order || params.num_tokens > kMaxDigitTokens ||
-      params.weight_scales.groups_per_chunk != 1 ||
-      grid.num_tiles < kLeastTilesInDigits * run.num_sms) {
-    return false;
+  const int num_tokens = params.num_tokens;
+  if (run.in_one_order || params.weight_scales.groups_per_chunk != 1) return false;
+  if (num_tokens > 2) {
+    return num_tokens <= kMaxDigitTokens && grid.num_tiles >= kLeastTilesInDigits * run.num_sms &&
+           LaunchInDigits<T, kNormed, 2, 2>(params, grid, epilogue, run);
   }
-  params.num_tiles = grid.num_tiles;
-  params.layout = MakeSkinnyLayout<kTileTokens, WeightKind::kInt4>({.num_inputs = params.num_inputs,
-                                                                    .num_tokens = params.num_tokens,
-                                                                    .normed = kNormed,
-                                                                    .max_stages = grid.max_stages,
-                                                                    .in_digits = true});
-  if (params.layout.Total() > kMaxSharedBytes) return false;
-  auto kernel = params.num_tokens <= 2 ? Int4LinearKernel<T, Epilogue, kNormed, 1>
-                                       : Int4LinearKernel<T, Epilogue, kNormed, 2>;
-  LaunchBlocks<kTileTokens, WeightKind::kInt4>(kernel, params, epilogue, run,
-                                               MapOfCodes<WeightKind::kInt4>(params));
-  return true;
+  if (grid.num_tiles > 4 * run.num_sms &&
+      LaunchInDigits<T, kNormed, 1, 4>(params, grid, epilogue, run)) {
+    return true;
+  }
+  return LaunchInDigits<T, kNormed, 1, 2>(params, grid, epilogue, run);
 }
 
 template <typename T, bool kNormed, int kTokens, WeightKind kKind, typename Epilogue>
@@ -117,17 +128,18 @@ void LaunchSkinny(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue
     if constexpr (kTokens == kTileTokens && kKind == WeightKind::kInt4) {
       if (LaunchInDigits<T, kNormed>(params, grid, epilogue, run)) return;
     }
+    using Shape = SkinnyShape<kTokens, kKind>;
     params.num_tiles = grid.num_tiles;
-    params.layout = MakeSkinnyLayout<kTokens, kKind>({.num_inputs = params.num_inputs,
-                                                      .num_tokens = params.num_tokens,
-                                                      .normed = kNormed,
-                                                      .max_stages = grid.max_stages});
+    params.layout = MakeSkinnyLayout<Shape>({.num_inputs = params.num_inputs,
+                                             .num_tokens = params.num_tokens,
+                                             .normed = kNormed,
+                                             .max_stages = grid.max_stages,
+                                             .scale_sets = params.weight_scales.num_sets});
     if constexpr (kKind == WeightKind::kHalf) {
-      LaunchBlocks<kTokens, kKind>(SkinnyLinearKernel<T, Epilogue, kNormed, kTokens>, params,
-                                   epilogue, run);
+      LaunchBlocks<Shape>(SkinnyLinearKernel<T, Epilogue, kNormed, kTokens>, params, epilogue, run);
     } else {
-      LaunchBlocks<kTokens, kKind>(CodedLinearKernel<T, Epilogue, kNormed, kTokens, kKind>, params,
-                                   epilogue, run, MapOfCodes<kKind>(params));
+      LaunchBlocks<Shape>(CodedLinearKernel<T, Epilogue, kNormed, kTokens, kKind>, params, epilogue,
+                          run, MapOfCodes<kKind>(params));
     }
   }
 }
@@ -140,7 +152,8 @@ inline WeightScales MakeWeightScales(const Weight& weight) {
           .dtype = weight.scales.dtype,
           .num_groups = static_cast<int>(weight.scales.dim(0)),
           .groups_per_chunk = GroupsPerChunk(weight),
-          .chunks_per_group = chunks(weight.group_size)};
+          .chunks_per_group = chunks(weight.group_size),
+          .num_sets = ScaleSets(weight)};
 }
 
 template <typename T>

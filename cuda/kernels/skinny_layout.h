@@ -58,20 +58,29 @@ __host__ __device__ __forceinline__ int SwapHalves(int row, int byte_offset) {
   return byte_offset ^ ((row & 1) * 64);
 }
 
+// Tiles of weight rows that a block's warps work on at a time, unless digits are made.
+constexpr int RowTilesOf(int tokens, WeightKind kind) {
+  int token_tiles = tokens / kTileTokens;
+  return kind == WeightKind::kHalf ? token_tiles : 2 / token_tiles;
+}
+
 // What a block's warps work on at a time. The inputs of more tokens, and those beside weights of
 // fewer bits, are shared by more tiles of weight rows, a group of them, so that they stay the
 // smaller part of what is copied; a group has a finishing warp for each of its row tiles. Codes
 // take many instructions that wait for each other, so more warps share them, and with many tokens
 // there is room for one tile only. Every output is the same sum, in the same order, for every
 // width, but for inputs in digits.
-template <int kTokens, WeightKind kKind = WeightKind::kHalf>
+template <int kTokens_, WeightKind kKind_ = WeightKind::kHalf,
+          int kRowTiles_ = RowTilesOf(kTokens_, kKind_)>
 struct SkinnyShape {
+  static constexpr int kTokens = kTokens_;
+  static constexpr WeightKind kKind = kKind_;
   static constexpr int kTokenTiles = kTokens / kTileTokens;
-  static constexpr int kRowTiles =
-      kKind == WeightKind::kHalf ? kTokenTiles : 2 / kTokenTiles;  // of a group
+  static constexpr int kRowTiles = kRowTiles_;  // of a group
   static constexpr int kWarps = kKind == WeightKind::kHalf ? kMultiplyWarps : 2 * kMultiplyWarps;
   static constexpr int kRowBytes = kChunk * BitsOf(kKind) / 8;            // of a stage's rows
   static constexpr int kWeightBytes = kRowTiles * kTileRows * kRowBytes;  // of a stage
+  static constexpr int kScaleBytes = kRowTiles * kTileRows * 4;           // of a group of inputs
   static constexpr int kPartFloats = kRowTiles * kTokenTiles * kFragmentFloats;
   static constexpr int kThreads = (kWarps + kRowTiles) * 32;
   static constexpr int kMinStages = kTokens > kTileTokens || kKind != WeightKind::kHalf ? 2 : 3;
@@ -88,6 +97,7 @@ struct SkinnyLayout {
   int num_stages;      // of each of them
   int stage_bytes;     // weight rows, and behind those of 16 bits inputs
   int input_bytes;     // of a stage of codes, which lie apart
+  int scale_bytes;     // likewise
   int stage_barriers;  // 1 for codes, of which one more is for the inputs made; else 0
   int made_bytes;      // inputs made by the block, of all chunks and tokens
   int num_parts;       // of a group: chunks, but no more than warps
@@ -95,8 +105,9 @@ struct SkinnyLayout {
   int num_buffers;  // groups whose parts may wait for the finishing warps: a power of two
 
   __host__ __device__ int Inputs() const { return num_warps * num_stages * stage_bytes; }
+  __host__ __device__ int Scales() const { return Inputs() + num_warps * num_stages * input_bytes; }
   __host__ __device__ int Partials() const {
-    return Inputs() + num_warps * num_stages * input_bytes;
+    return Scales() + num_warps * num_stages * scale_bytes;
   }
   __host__ __device__ int Made() const { return Partials() + num_buffers * num_parts * part_bytes; }
   // Sums of squares of the tokens' hidden states, one for each part of a group and token.
@@ -117,6 +128,7 @@ struct SkinnyNeeds {
   int num_tokens;
   bool normed;
   int max_stages;
+  int scale_sets = 0;  // of a stage (ScaleSets)
   bool in_digits = false;
 };
 
@@ -135,18 +147,18 @@ inline int MadeBytes(const SkinnyNeeds& needs) {
 }
 
 // As many stages as fit, at most max_stages.
-template <int kTokens, WeightKind kKind = WeightKind::kHalf>
+template <typename Shape>
 SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
-  using Shape = SkinnyShape<kTokens, kKind>;
   int num_chunks = static_cast<int>((needs.num_inputs + kChunk - 1) / kChunk);
   int num_parts = std::min(num_chunks, Shape::kWarps);
-  constexpr bool kCoded = kKind != WeightKind::kHalf;
+  constexpr bool kCoded = Shape::kKind != WeightKind::kHalf;
   int input_bytes = InputBytes(needs, kCoded);
   SkinnyLayout layout = {
       .num_warps = Shape::kWarps,
       .num_stages = needs.max_stages,
       .stage_bytes = Shape::kWeightBytes + (kCoded ? 0 : input_bytes),
       .input_bytes = kCoded ? input_bytes : 0,
+      .scale_bytes = needs.scale_sets * Shape::kScaleBytes,
       .stage_barriers = kCoded ? 1 : 0,
       .made_bytes = needs.num_tokens * num_chunks * MadeBytes(needs),
       .num_parts = num_parts,
@@ -183,6 +195,11 @@ void DispatchKind(const Weight& weight, const Fn& fn) {
 // Groups of inputs in a chunk; 1 if they are as long or longer.
 inline int GroupsPerChunk(const Weight& weight) {
   return weight.group_size < kChunk ? static_cast<int>(kChunk / weight.group_size) : 1;
+}
+
+// Of scales that are copied with a chunk's codes, and as many of zeros if there are any.
+inline int ScaleSets(const Weight& weight) {
+  return IsGrouped(weight) ? GroupsPerChunk(weight) * (weight.zeros ? 2 : 1) : 0;
 }
 
 // --- for more tokens: tiled_linear.cuh ---

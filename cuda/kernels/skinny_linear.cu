@@ -1,6 +1,7 @@
 // Which products the skinny kernels take, and the way to their instantiations in cuda/inst.
 #include "kernels/skinny_linear.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/dependent_launch.cuh"
@@ -30,28 +31,37 @@ bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
 
-// Short rows have so few parts that their buffers may leave no room for the stages of many tokens.
+// So many tokens, up to kTokens, find room beside the stages of a weight: short rows have so few
+// parts that their buffers may leave none, and scales of groups take some of 8 tokens'.
 template <int kTokens, WeightKind kKind>
-bool FitsTokens(const Weight& weight) {
-  return MakeSkinnyLayout<kTokens, kKind>({.num_inputs = weight.num_inputs(),
-                                           .num_tokens = kTokens,
-                                           .normed = false,
-                                           .max_stages = SkinnyShape<kTokens, kKind>::kMinStages})
-             .Total() <= kMaxSharedBytes;
+int64_t TokensThatFit(const Weight& weight) {
+  using Shape = SkinnyShape<kTokens, kKind>;
+  int num_tokens = kTokens;
+  auto fits = [&] {
+    return MakeSkinnyLayout<Shape>({.num_inputs = weight.num_inputs(),
+                                    .num_tokens = num_tokens,
+                                    .normed = false,
+                                    .max_stages = Shape::kMinStages,
+                                    .scale_sets = ScaleSets(weight)})
+               .Total() <= kMaxSharedBytes;
+  };
+  while (num_tokens > 0 && !fits()) --num_tokens;
+  return num_tokens;
 }
+
+constexpr int kSixteen = static_cast<int>(kMaxSkinnyTokens);
 
 // Calls fn(dtype, width, kind) for the narrowest kernel that takes the tokens; kAnyWidth takes any
 // number, of plain weights.
 template <typename Fn>
 void DispatchKernel(const char* op, const LinearArgs& linear, const Fn& fn) {
-  constexpr int kSixteen = static_cast<int>(kMaxSkinnyTokens);
   const int64_t num_tokens = linear.x.dim(0);
   DispatchHalf(linear.x.dtype, op, [&](auto tag) {
     DispatchKind(linear.weight, [&](auto kind) {
-      if (num_tokens <= kTileTokens) {
+      if (num_tokens <= TokensThatFit<kTileTokens, kind()>(linear.weight)) {
         fn(tag, std::integral_constant<int, kTileTokens>(), kind);
       } else if (kind() != WeightKind::kHalf ||
-                 (num_tokens <= kSixteen && FitsTokens<kSixteen, kind()>(linear.weight))) {
+                 num_tokens <= TokensThatFit<kSixteen, kind()>(linear.weight)) {
         fn(tag, std::integral_constant<int, kSixteen>(), kind);
       } else if constexpr (kind() == WeightKind::kHalf) {
         fn(tag, std::integral_constant<int, kAnyWidth>(), kind);
@@ -60,11 +70,14 @@ void DispatchKernel(const char* op, const LinearArgs& linear, const Fn& fn) {
   });
 }
 
-template <int kTokens>
-bool FitsTokens(const Weight& weight) {
-  bool fits = false;
-  DispatchKind(weight, [&](auto kind) { fits = FitsTokens<kTokens, kind()>(weight); });
-  return fits;
+// The most tokens that some kernel of codes takes; it takes fewer, too.
+int64_t MostTokensOfCodes(const Weight& weight) {
+  int64_t most = 0;
+  DispatchKind(weight, [&](auto kind) {
+    most = std::max(TokensThatFit<kTileTokens, kind()>(weight),
+                    TokensThatFit<kSixteen, kind()>(weight));
+  });
+  return most;
 }
 
 // Whether a weight in codes has what copies of 16 bytes, and groups of whole steps, ask of it.
@@ -74,7 +87,7 @@ bool HasGoodCodes(const Weight& weight) {
   int64_t group = weight.group_size;
   bool divides = group == weight.num_inputs() || group == 32 || group == 64 || group % kChunk == 0;
   return divides && weight.num_outputs() % (kTileRows / 2) == 0 && IsAligned(weight.scales) &&
-         (!weight.zeros || IsAligned(weight.zeros)) && FitsTokens<kTileTokens>(weight);
+         (!weight.zeros || IsAligned(weight.zeros)) && MostTokensOfCodes(weight) > 0;
 }
 
 }  // namespace
@@ -91,8 +104,7 @@ bool StreamsLinear(const LinearArgs& args) {
 }
 
 int64_t MaxStreamedTokens(const Weight& weight) {
-  if (!weight.is_coded()) return INT64_MAX;
-  return FitsTokens<static_cast<int>(kMaxSkinnyTokens)>(weight) ? kMaxSkinnyTokens : kTileTokens;
+  return weight.is_coded() ? MostTokensOfCodes(weight) : INT64_MAX;
 }
 
 bool StreamsLinearRopeAppend(const LinearArgs& linear, const RopeAppendKvArgs& append) {
@@ -111,11 +123,12 @@ bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
   if (weight.is_coded() && norm.x.dim(1) % (kChunk * kCodedWarps) != 0) return false;
   bool fits = false;
   DispatchKind(weight, [&](auto kind) {
-    fits = MakeSkinnyLayout<kTileTokens, kind()>(
-               {.num_inputs = norm.x.dim(1),
-                .num_tokens = static_cast<int>(num_tokens),
-                .normed = true,
-                .max_stages = SkinnyShape<kTileTokens, kind()>::kMinStages})
+    using Shape = SkinnyShape<kTileTokens, kind()>;
+    fits = MakeSkinnyLayout<Shape>({.num_inputs = norm.x.dim(1),
+                                    .num_tokens = static_cast<int>(num_tokens),
+                                    .normed = true,
+                                    .max_stages = Shape::kMinStages,
+                                    .scale_sets = ScaleSets(weight)})
                .Total() <= kMaxSharedBytes;
   });
   return fits;

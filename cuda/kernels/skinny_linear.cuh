@@ -19,8 +19,8 @@ namespace tidal {
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
 template <typename T, typename Epilogue, bool kNormed, int kTokens>
-class HalfBlock : public SkinnyBlock<T, Epilogue, kNormed, kTokens, WeightKind::kHalf> {
-  using Base = SkinnyBlock<T, Epilogue, kNormed, kTokens, WeightKind::kHalf>;
+class HalfBlock : public SkinnyBlock<T, Epilogue, kNormed, SkinnyShape<kTokens>> {
+  using Base = SkinnyBlock<T, Epilogue, kNormed, SkinnyShape<kTokens>>;
   using Base::kRowTiles, Base::kTokenTiles, Base::kRowBytes, Base::kWeightBytes, Base::kWarps;
   using Base::p_, Base::epilogue_, Base::shared_, Base::num_chunks_, Base::num_tiles_,
       Base::num_groups_;

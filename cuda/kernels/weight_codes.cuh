@@ -123,6 +123,7 @@ struct WeightScales {
   int num_groups;
   int groups_per_chunk;  // 1, 2 or 4
   int chunks_per_group;  // 1 if groups_per_chunk is more
+  int num_sets;          // ScaleSets
 
   __device__ int scale_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
   // The group of a chunk's first input.
