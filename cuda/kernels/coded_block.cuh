@@ -150,7 +150,7 @@ class CodedBlock : public SkinnyBlock<T, Epilogue, kNormed, Shape> {
     PublishBarriers();
     __syncwarp();
     for (int i = 0; i < num_stages; ++i) {
-      CopyCodes(ahead, stage, lane, boxes);
+      CopyWeight(ahead, stage, lane, boxes);
       ahead.Next();
       stage.Next();
     }
@@ -172,7 +172,7 @@ class CodedBlock : public SkinnyBlock<T, Epilogue, kNormed, Shape> {
       WaitBarrier(FullBarrier(stage), stage.parity);
       products.Multiply(at, stage);
       __syncwarp();  // all are done with the stage
-      CopyCodes(ahead, stage, lane, boxes);
+      CopyWeight(ahead, stage, lane, boxes);
       FinishCopies(products, ahead, stage);
       ahead.Next();
       stage.Next();
@@ -228,9 +228,9 @@ class CodedBlock : public SkinnyBlock<T, Epilogue, kNormed, Shape> {
     return min(index * 4 + lane % 4, kHalves - 1);
   }
 
-  // Starts the copies of a stage's part of a group's rows. Nothing past the last tile, whose sums
-  // nobody takes; zeros past the ends of rows and weight.
-  __device__ void CopyCodes(const Cursor& at, const Stage& stage, int lane, Boxes& boxes) {
+  // Starts the copies of a stage's part of a group's rows, codes and scales. Nothing past the last
+  // tile, whose sums nobody takes; zeros past the ends of rows and weight.
+  __device__ void CopyWeight(const Cursor& at, const Stage& stage, int lane, Boxes& boxes) {
     if (!IsInside(at)) return;
     if (at.group != boxes.group) FindRows(at, lane, boxes);
     if constexpr (kGrouped) CopyScales(at, stage, lane, boxes);

@@ -87,7 +87,7 @@ bool HasGoodCodes(const Weight& weight) {
   int64_t group = weight.group_size;
   bool divides = group == weight.num_inputs() || group == 32 || group == 64 || group % kChunk == 0;
   return divides && weight.num_outputs() % (kTileRows / 2) == 0 && IsAligned(weight.scales) &&
-         (!weight.zeros || IsAligned(weight.zeros)) && MostTokensOfCodes(weight) > 0;
+         (!weight.zeros || IsAligned(weight.zeros)) && MostTokensOfCodes(weight) >= kTileTokens;
 }
 
 }  // namespace
