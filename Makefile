@@ -35,7 +35,7 @@ test-public: $(VENV)/.test-deps $(VENV)/.public-deps $(VENV)/.installed \
              build/public-models/SmolLM2-135M-Instruct build/public-models/gemma-3-270m
 	$(BIN)/python -m pytest -m public
 
-# Programs of others against the server, with more cases than in the suite.
+# Programs of others against the server, with more cases than in the suite, and their libraries.
 conformance: $(VENV)/.test-deps $(VENV)/.conformance-deps $(VENV)/.installed
 	$(BIN)/python -m pytest -m "conformance or not conformance" tests/python/test_conformance_*.py \
 	  tests/python/test_server_messages.py
@@ -154,7 +154,7 @@ $(VENV)/.public-deps: $(BIN)/python pyproject.toml
 
 $(VENV)/.conformance-deps: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet 'anthropic>=2' 'schemathesis>=4.32' 'vllm-router>=0.1.17' \
-	  'lm_eval[api]>=0.4.13' 'guidellm>=0.8.1' 'ray[serve]>=2.60,<3'
+	  'lm_eval[api]>=0.4.13' 'guidellm>=0.8.1' 'ray[serve]>=2.60,<3' 'compressed-tensors>=0.20'
 	touch $@
 
 $(VENV)/.lint-deps: $(BIN)/python pyproject.toml
