@@ -83,7 +83,7 @@ void LaunchBlocks(Kernel kernel, const SkinnyParams<T>& params, const Epilogue& 
 // 8.4.
 constexpr int kLeastTilesInDigits = 8;
 
-// Of up to 2 kPairs tokens, kRowTiles tiles at a time; returns false where there is no room.
+// With up to 2 kPairs tokens, kRowTiles tiles at a time; returns false where there is no room.
 template <typename T, bool kNormed, int kPairs, int kRowTiles, typename Epilogue>
 bool LaunchInDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
                     const SkinnyRun& run) {

@@ -197,7 +197,7 @@ inline int GroupsPerChunk(const Weight& weight) {
   return weight.group_size < kChunk ? static_cast<int>(kChunk / weight.group_size) : 1;
 }
 
-// Of scales that are copied with a chunk's codes, and as many of zeros if there are any.
+// Sets of scales copied with a chunk's codes, and as many of zeros if there are any.
 inline int ScaleSets(const Weight& weight) {
   return IsGrouped(weight) ? GroupsPerChunk(weight) * (weight.zeros ? 2 : 1) : 0;
 }
