@@ -85,8 +85,8 @@ constexpr int kLeastTilesInDigits = 8;
 
 // With up to 2 kPairs tokens, kRowTiles tiles at a time; returns false where there is no room.
 template <typename T, bool kNormed, int kPairs, int kRowTiles, typename Epilogue>
-bool LaunchInDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
-                    const SkinnyRun& run) {
+bool LaunchDigits(SkinnyParams<T> params, const SkinnyGrid& grid, const Epilogue& epilogue,
+                  const SkinnyRun& run) {
   using Shape = SkinnyShape<kTileTokens, WeightKind::kInt4, kRowTiles>;
   params.num_tiles = grid.num_tiles;
   params.layout = MakeSkinnyLayout<Shape>({.num_inputs = params.num_inputs,
@@ -109,13 +109,13 @@ bool LaunchInDigits(const SkinnyParams<T>& params, const SkinnyGrid& grid, const
   if (run.in_one_order || params.weight_scales.groups_per_chunk != 1) return false;
   if (num_tokens > 2) {
     return num_tokens <= kMaxDigitTokens && grid.num_tiles >= kLeastTilesInDigits * run.num_sms &&
-           LaunchInDigits<T, kNormed, 2, 2>(params, grid, epilogue, run);
+           LaunchDigits<T, kNormed, 2, 2>(params, grid, epilogue, run);
   }
   if (grid.num_tiles > 4 * run.num_sms &&
-      LaunchInDigits<T, kNormed, 1, 4>(params, grid, epilogue, run)) {
+      LaunchDigits<T, kNormed, 1, 4>(params, grid, epilogue, run)) {
     return true;
   }
-  return LaunchInDigits<T, kNormed, 1, 2>(params, grid, epilogue, run);
+  return LaunchDigits<T, kNormed, 1, 2>(params, grid, epilogue, run);
 }
 
 template <typename T, bool kNormed, int kTokens, WeightKind kKind, typename Epilogue>
