@@ -235,7 +235,7 @@ class CodedBlock : public SkinnyBlock<T, Epilogue, kNormed, Shape> {
     if (at.group != boxes.group) FindRows(at, lane, boxes);
     if constexpr (kGrouped) CopyScales(at, stage, lane, boxes);
     if (!IsElected()) return;
-    SharedBarrier* full = stage_full_ + stage.slot;
+    SharedBarrier* full = FullBarrier(stage);
     ArriveExpecting(full, static_cast<uint32_t>(boxes.num_tiles * 2 * kBoxBytes));
     const int first_byte = at.chunk * kRowBytes;
 #pragma unroll

@@ -31,21 +31,24 @@ bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
 
+// Whether a weight and as many tokens find room in a block, with as few stages as there may be.
+template <typename Shape>
+bool FitsBlock(const Weight& weight, int64_t num_tokens, bool normed) {
+  return MakeSkinnyLayout<Shape>({.num_inputs = weight.num_inputs(),
+                                  .num_tokens = static_cast<int>(num_tokens),
+                                  .normed = normed,
+                                  .max_stages = Shape::kMinStages,
+                                  .scale_sets = ScaleSets(weight)})
+             .Total() <= kMaxSharedBytes;
+}
+
 // So many tokens, up to kTokens, find room beside the stages of a weight: short rows have so few
 // parts that their buffers may leave none, and scales of groups take some of 8 tokens'.
 template <int kTokens, WeightKind kKind>
 int64_t TokensThatFit(const Weight& weight) {
   using Shape = SkinnyShape<kTokens, kKind>;
-  int num_tokens = kTokens;
-  auto fits = [&] {
-    return MakeSkinnyLayout<Shape>({.num_inputs = weight.num_inputs(),
-                                    .num_tokens = num_tokens,
-                                    .normed = false,
-                                    .max_stages = Shape::kMinStages,
-                                    .scale_sets = ScaleSets(weight)})
-               .Total() <= kMaxSharedBytes;
-  };
-  while (num_tokens > 0 && !fits()) --num_tokens;
+  int64_t num_tokens = kTokens;
+  while (num_tokens > 0 && !FitsBlock<Shape>(weight, num_tokens, false)) --num_tokens;
   return num_tokens;
 }
 
@@ -123,13 +126,7 @@ bool FitsNorm(const RmsNormArgs& norm, const Weight& weight) {
   if (weight.is_coded() && norm.x.dim(1) % (kChunk * kCodedWarps) != 0) return false;
   bool fits = false;
   DispatchKind(weight, [&](auto kind) {
-    using Shape = SkinnyShape<kTileTokens, kind()>;
-    fits = MakeSkinnyLayout<Shape>({.num_inputs = norm.x.dim(1),
-                                    .num_tokens = static_cast<int>(num_tokens),
-                                    .normed = true,
-                                    .max_stages = Shape::kMinStages,
-                                    .scale_sets = ScaleSets(weight)})
-               .Total() <= kMaxSharedBytes;
+    fits = FitsBlock<SkinnyShape<kTileTokens, kind()>>(weight, num_tokens, true);
   });
   return fits;
 }

@@ -62,9 +62,8 @@ def test_the_library_decodes_a_matrix_to_the_same_numbers(kind: Kind, shape: tup
 def test_logits_are_those_of_transformers(tmp_path: Path, kind: Kind):
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(kind.config)
-    config["config_groups"]["group_0"]["input_activations"] = None
-    kind = dataclasses.replace(kind, config=config, extra={})
+    kind = dataclasses.replace(kind, config=copy.deepcopy(kind.config), extra={})
+    group_of(kind)["input_activations"] = None
     folder = write_quantized(tmp_path / "model", TINY, kind)
     prompt = random_prompt(TINY, 24)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
