@@ -146,7 +146,7 @@ inline int MadeBytes(const SkinnyNeeds& needs) {
   return needs.normed ? kChunkBytes : 0;
 }
 
-// As many stages as fit, at most max_stages.
+// As many stages as fit, at most max_stages; a second buffer for groups only beside them.
 template <typename Shape>
 SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
   int num_chunks = static_cast<int>((needs.num_inputs + kChunk - 1) / kChunk);
@@ -168,6 +168,10 @@ SkinnyLayout MakeSkinnyLayout(const SkinnyNeeds& needs) {
                          : std::max(2, Shape::kWarps / std::gcd(Shape::kWarps, num_chunks))};
   while (layout.num_stages > Shape::kMinStages && layout.Total() > kMaxSharedBytes) {
     --layout.num_stages;
+  }
+  // Inputs in digits have narrower groups of tiles to go to instead.
+  if (!needs.in_digits && num_parts == Shape::kWarps && layout.Total() > kMaxSharedBytes) {
+    layout.num_buffers = 1;
   }
   return layout;
 }

@@ -43,7 +43,7 @@ bool FitsBlock(const Weight& weight, int64_t num_tokens, bool normed) {
 }
 
 // So many tokens, up to kTokens, find room beside the stages of a weight: short rows have so few
-// parts that their buffers may leave none, and scales of groups take some of 8 tokens'.
+// parts that their buffers may leave none, and scales of groups take some.
 template <int kTokens, WeightKind kKind>
 int64_t TokensThatFit(const Weight& weight) {
   using Shape = SkinnyShape<kTokens, kKind>;
