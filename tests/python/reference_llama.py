@@ -112,11 +112,19 @@ def choose_positions(
     return sets
 
 
+FLOAT32_NOISE = 1e-6
+
+
 class ReferenceLlama:
     """Llama, Mistral, Qwen2 or Qwen3 with rope type default, linear or llama3.
 
     `kv_dtype` rounds keys and values as a cache of that type would.
+
+    What float32 computes in another order may fall to the other side of a rounding: `noise` adds
+    FLOAT32_NOISE of the largest number to what is rounded to codes.
     """
+
+    noise: np.random.Generator | None = None
 
     def __init__(self, config: dict, weights: dict[str, np.ndarray], kv_dtype: str = "float32"):
         self.num_layers = config["num_hidden_layers"]
@@ -180,6 +188,7 @@ class ReferenceLlama:
     def _round(self, kv: np.ndarray, scale_name: str) -> np.ndarray:
         if self.kv_dtype == "float32":
             return kv
+        kv = self._noisy(kv)
         if self.kv_dtype == "fp8":
             scale = self.weights.get(scale_name, np.float64(1.0))
             return round_to(kv / scale, "fp8").astype(np.float64) * scale
@@ -188,6 +197,12 @@ class ReferenceLlama:
             scale = np.abs(kv).max(-1, keepdims=True) / np.float32(127)
             return (np.round(kv / scale) * scale).astype(np.float64)
         return round_to(kv.astype(np.float32), self.kv_dtype).astype(np.float64)
+
+    def _noisy(self, numbers: np.ndarray) -> np.ndarray:
+        if self.noise is None:
+            return numbers
+        scale = FLOAT32_NOISE * np.abs(numbers).max()
+        return numbers + scale * self.noise.standard_normal(numbers.shape)
 
     def _mlp(self, x: np.ndarray, layer: int) -> np.ndarray:
         prefix = f"model.layers.{layer}.mlp."
@@ -257,7 +272,8 @@ class ReferenceLlama:
             if kind in "SP":
                 seen = scores
                 if kind == "P" and settings.shadow == "int4":
-                    seen = shadow_scores(q[0], cache.k, self.balance[layer])
+                    queries, keys = self._noisy(q[0]), self._noisy(cache.k)
+                    seen = shadow_scores(queries, keys, self.balance[layer])
                     seen = seen / np.sqrt(self.head_dim)
                 chosen = choose_positions(seen, self.num_kv_heads, settings)
                 selection[layer] = chosen

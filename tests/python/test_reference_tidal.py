@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tidaldecode
-from reference_llama import ReferenceLlama, TidalSettings, plan_letters
+from reference_llama import Cache, ReferenceLlama, TidalSettings, plan_letters
 from tiny_models import TinyModel, random_prompt, random_weights, read_checkpoint, write_checkpoint
 
 MODEL = TinyModel(num_layers=6, num_q_heads=8, num_kv_heads=4, seed=21)
@@ -90,21 +90,47 @@ def test_tokens_logits_and_sets(
     assert_same_decoding(folder, reference, settings)
 
 
-def assert_nearly_same_decoding(
+def assert_same_decoding_but_for_ties(
     folder: Path, reference: ReferenceLlama, settings: TidalSettings
 ) -> None:
-    """For choices by rounded keys: what float32 rounds differently tips one position in some steps.
+    """For choices by rounded keys, where float32 may exchange two positions and float64 not.
 
-    Noise of 1e-6 in keys and queries changes the sets of a step in three of a hundred layers. On
-    a processor with AVX-512 VNNI 6 of 16 steps of a case stay within TOLERANCE; why was not found.
+    A step that differs must be what the reference makes with some noise of float32's size; later
+    steps read what followed from it, and are compared with the reference that took the same way.
     """
     expected = reference.generate(PROMPT, NEW_TOKENS, settings)
     decoder = open_decoder(folder, settings)
     assert decoder.plan == plan_letters(reference.num_layers, settings)
     steps = decoder.step_logits(PROMPT + expected.token_ids[:-1], prefill=len(PROMPT))
-    want = np.stack(expected.logits)
-    errors = np.abs(steps - want).max(axis=-1) / np.abs(want).max()
-    assert (errors <= 10 * TOLERANCE).mean() >= 0.8 and errors.max() <= 0.3, errors
+    _, caches = reference.prefill(PROMPT)
+    num_exchanged = 0
+    for token_id, actual in zip(expected.token_ids, steps[1:], strict=False):
+        caches, attempt = step_like(reference, actual, token_id, caches, settings)
+        num_exchanged += attempt > 0
+    assert num_exchanged <= 0.2 * NEW_TOKENS
+
+
+def step_like(
+    reference: ReferenceLlama,
+    actual: np.ndarray,
+    token_id: int,
+    caches: list[Cache],
+    settings: TidalSettings,
+) -> tuple[list[Cache], int]:
+    """A step of the reference with these logits: the caches behind it, and how often it took noise.
+
+    The first attempt has none.
+    """
+    errors = []
+    for attempt in range(100):
+        tried = [dataclasses.replace(cache) for cache in caches]
+        reference.noise = np.random.default_rng(attempt) if attempt > 0 else None
+        logits, _ = reference.step(token_id, tried, settings)
+        reference.noise = None
+        errors.append(np.abs(actual - logits).max() / np.abs(logits).max())
+        if errors[-1] <= TOLERANCE:
+            return tried, attempt
+    raise AssertionError(f"relative difference {min(errors):.2e}")
 
 
 SCORED_PLANS = [
@@ -132,7 +158,7 @@ def test_shadow_keys(
         select_layers, full_layers, 16, granularity, pooling, 1, 4, scored_layers=scored_layers,
         shadow="int4",
     )  # fmt: skip
-    assert_nearly_same_decoding(folder, reference, settings)
+    assert_same_decoding_but_for_ties(folder, reference, settings)
 
 
 @pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
@@ -141,7 +167,7 @@ def test_shadow_keys_with_adaptive_budgets(folder, reference, granularity):
         (), 1, 30, granularity, sink_tokens=1, recent_tokens=2, top_p_mass=0.65,
         min_token_budget=6, scored_layers=(1, 3, 4), shadow="int4",
     )  # fmt: skip
-    assert_nearly_same_decoding(folder, reference, settings)
+    assert_same_decoding_but_for_ties(folder, reference, settings)
 
 
 @pytest.mark.parametrize("granularity", ["kv_head", "head", "layer"])
@@ -289,31 +315,52 @@ def test_equal_scores_choose_the_lowest_positions(tmp_path, granularity, pooling
     assert_same_decoding(folder, ReferenceLlama(*read_checkpoint(folder)), settings)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
-    [
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-        ("float32", "int8"),
-        ("bfloat16", "int8"),
-        ("float32", "fp8"),
-        ("bfloat16", "fp8"),
-    ],  # fmt: skip
-)
-def test_smaller_weights_and_cache(folder, tmp_path, dtype, kv_dtype):
-    model = dataclasses.replace(MODEL, dtype=dtype)
-    written = read_checkpoint(write_checkpoint(tmp_path, model))
-    reference = ReferenceLlama(*written, kv_dtype=kv_dtype)
-    # A value beside a rounding boundary may round the other way, and then rarely a set changes; of
-    # the coarser types not so rarely, so they are asked densely.
+SMALLER_FORMATS = [
+    ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "int8"), ("bfloat16", "int8"),
+    ("float32", "fp8"), ("bfloat16", "fp8"),
+]  # fmt: skip
+
+
+def written_in(folder: Path, dtype: str, kv_dtype: str, **changes) -> ReferenceLlama:
+    model = dataclasses.replace(MODEL, dtype=dtype, **changes)
+    return ReferenceLlama(*read_checkpoint(write_checkpoint(folder, model)), kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), SMALLER_FORMATS)
+def test_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
+    """Of one layer, whose keys and values are rounded alike: no other layer enlarges a difference.
+
+    One number between two codes may fall to the other side.
+    """
+    reference = written_in(tmp_path, dtype, kv_dtype, num_layers=1)
+    settings = TidalSettings()
+    expected = reference.generate(PROMPT, NEW_TOKENS, settings)
+    decoder = open_decoder(tmp_path, settings, dtype=dtype, kv_dtype=kv_dtype)
+    assert greedy(decoder, [PROMPT])[0] == expected.token_ids
+    assert_same_logits(decoder, PROMPT, expected.token_ids, expected.logits)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), SMALLER_FORMATS)
+def test_layers_of_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
+    """Of six layers: no further off than float32's noise in front of the rounding moves them."""
+    reference = written_in(tmp_path, dtype, kv_dtype)
+    # Of the coarser types a set changes too often to be asked for.
     is_coarse = kv_dtype in ("int8", "fp8")
     settings = TidalSettings() if is_coarse else TidalSettings((2, 4), 2, 16)
     expected = reference.generate(PROMPT, NEW_TOKENS, settings)
     decoder = open_decoder(tmp_path, settings, dtype=dtype, kv_dtype=kv_dtype)
+    token_ids = PROMPT + expected.token_ids[:-1]
     assert greedy(decoder, [PROMPT])[0] == expected.token_ids
-    steps = decoder.step_logits(PROMPT + expected.token_ids[:-1], prefill=len(PROMPT))
-    errors = np.abs(steps - np.stack(expected.logits)).max(-1) / np.abs(expected.logits).max()
-    assert np.median(errors) <= 2e-3  # 1.03e-3 on a processor with AVX-512 VNNI
+    steps = decoder.step_logits(token_ids, prefill=len(PROMPT))
+
+    reference.noise = np.random.default_rng(1)
+    moved, _ = reference.prefill(token_ids)
+    reference.noise = None
+    exact, _ = reference.prefill(token_ids)
+    largest = np.abs(expected.logits).max()
+    by_noise = np.abs(moved - exact)[-NEW_TOKENS:].max(-1) / largest
+    errors = np.abs(steps - np.stack(expected.logits)).max(-1) / largest
+    assert np.median(errors) <= np.median(by_noise)
     assert errors.max() <= 5e-2
 
 
