@@ -58,7 +58,7 @@ void CudaBackend::ExpertLinear(const ExpertLinearArgs& args) {
   if (args.out.dim(0) == 0) return;
   const ExpertOrder order = OrderFor(args);
   LaunchOrderChoices(args.expert_ids, NumExperts(args), order, stream());
-  LaunchExpertLinear(args, nullptr, order, stream());
+  LaunchExpertLinear(args, nullptr, order, num_sms_, stream());
 }
 
 void CudaBackend::AddExperts(const AddExpertsArgs& args) {
@@ -81,9 +81,9 @@ void CudaBackend::ExpertMlp(const ExpertMlpArgs& args) {
     LaunchSelectExperts(args.select, stream());
     LaunchOrderChoices(args.select.expert_ids, args.select.logits.dim(1), order, stream());
   }
-  LaunchExpertLinear(args.gate_up, &args.gate_mul, order, stream());
+  LaunchExpertLinear(args.gate_up, &args.gate_mul, order, num_sms_, stream());
   if (ChoicesOfTile(args.down) == order.tile_choices) {
-    LaunchExpertLinear(args.down, nullptr, order, stream());
+    LaunchExpertLinear(args.down, nullptr, order, num_sms_, stream());
   } else {
     ExpertLinear(args.down);
   }

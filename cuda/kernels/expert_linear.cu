@@ -7,6 +7,7 @@
 #include "common/dispatch.h"
 #include "kernels/expert_linear.cuh"
 #include "kernels/expert_mxfp4.cuh"
+#include "kernels/expert_stream.cuh"
 #include "kernels/skinny_launch.cuh"
 #include "kernels/tiled_linear.cuh"
 
@@ -118,6 +119,42 @@ void LaunchStreamed(const ExpertParams<T>& params, cudaStream_t stream) {
   }
 }
 
+// Rows so long are read faster through shared memory: those of 2,048 inputs, but not of 768.
+constexpr int64_t kLeastCopiedInputs = 1024;
+
+// Whether the copy engine brings the weight (expert_stream.cuh).
+bool CopiesWeight(const Weight& weight) {
+  if (weight.is_coded() || weight.num_inputs() < kLeastCopiedInputs) return false;
+  int device = 0, bytes = 0;
+  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
+  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return weight.num_outputs() <= INT32_MAX &&
+         reinterpret_cast<uintptr_t>(weight.data.ptr) % 16 == 0 && bytes >= kMaxSharedBytes &&
+         RunsHopperCode(ExpertStreamKernel<__nv_bfloat16, false>);
+}
+
+// Its boxes.
+template <typename T>
+CUtensorMap MapOfExperts(const Weight& weight) {
+  static const auto encode = FindTensorMapEncode();
+  return MakeTensorMap<T, 2>(
+      encode, weight.data.ptr,
+      {static_cast<uint64_t>(weight.num_inputs()), static_cast<uint64_t>(weight.num_outputs())},
+      {kBoxSteps * kStepInputs, kBoxRows});
+}
+
+template <typename T, bool kGated>
+void LaunchCopied(const ExpertParams<T>& params, const Weight& weight, int num_sms,
+                  cudaStream_t stream) {
+  LaunchShape shape = {.grid = static_cast<unsigned>(num_sms),
+                       .block = kUnitThreads,
+                       .shared_bytes = static_cast<size_t>(kRingsBytes)};
+  auto kernel = ExpertStreamKernel<T, kGated>;
+  TIDAL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shape.shared_bytes)));
+  LaunchOverlapped("expert_linear", kernel, shape, stream, params, MapOfExperts<T>(weight));
+}
+
 template <typename T, bool kGated>
 void LaunchTiledExperts(const ExpertParams<T>& params, cudaStream_t stream) {
   const int64_t row_tiles = CeilDiv(params.num_outputs, kTileRows);
@@ -151,7 +188,7 @@ bool TilesExperts(const Weight& weight) {
 }
 
 void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mul,
-                        const ExpertOrder& order, cudaStream_t stream) {
+                        const ExpertOrder& order, int num_sms, cudaStream_t stream) {
   const bool is_tiled = order.tile_choices == kTiledChoices;
   DispatchHalf(args.x.dtype, "expert_linear", [&](auto tag) {
     using T = typename decltype(tag)::Type;
@@ -159,6 +196,10 @@ void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mu
     auto launch = [&](auto gated) {
       if (is_tiled) {
         LaunchTiledExperts<T, gated()>(params, stream);
+        return;
+      }
+      if (CopiesWeight(args.weight)) {
+        LaunchCopied<T, gated()>(params, args.weight, num_sms, stream);
         return;
       }
       if (args.weight.codes == WeightCodes::kMxfp4) {

@@ -1,7 +1,7 @@
 // The product of few tokens with their experts: bound by reading the weights of each chosen expert
 // once, at memory speed. A tile is up to 8 choices of one expert; a block has 32 of its outputs.
 // Four warps share the inputs of 16 outputs, read them straight into registers, as the fragments of
-// an mma (skinny_sums.cuh), and add up.
+// an mma (skinny_sums.cuh), and add up. Long rows of 16 bits come otherwise: expert_stream.cuh.
 #pragma once
 
 #include <cstdint>

@@ -22,6 +22,6 @@ bool TilesExperts(const Weight& weight);
 // it makes of the product is stored in its `out`, and args.out is not written. A choice's results
 // do not depend on the others.
 void LaunchExpertLinear(const ExpertLinearArgs& args, const GateMulArgs* gate_mul,
-                        const ExpertOrder& order, cudaStream_t stream);
+                        const ExpertOrder& order, int num_sms, cudaStream_t stream);
 
 }  // namespace tidal

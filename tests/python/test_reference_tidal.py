@@ -328,7 +328,7 @@ def written_in(folder: Path, dtype: str, kv_dtype: str, **changes) -> ReferenceL
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), SMALLER_FORMATS)
 def test_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
-    """Of one layer, whose keys and values are rounded alike: no other layer enlarges a difference.
+    """One layer, whose keys and values are rounded alike: no other layer enlarges a difference.
 
     One number between two codes may fall to the other side.
     """
@@ -342,9 +342,9 @@ def test_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), SMALLER_FORMATS)
 def test_layers_of_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
-    """Of six layers: no further off than float32's noise in front of the rounding moves them."""
+    """Six layers: no further off than float32's noise in front of the rounding moves them."""
     reference = written_in(tmp_path, dtype, kv_dtype)
-    # Of the coarser types a set changes too often to be asked for.
+    # With the coarser types a set changes too often to be asked for.
     is_coarse = kv_dtype in ("int8", "fp8")
     settings = TidalSettings() if is_coarse else TidalSettings((2, 4), 2, 16)
     expected = reference.generate(PROMPT, NEW_TOKENS, settings)
