@@ -134,7 +134,7 @@ class ExpertUnits {
     return {num_steps_ * part / kExpertParts, num_steps_ * (part + 1) / kExpertParts};
   }
 
-  // Of a copy.
+  // Where a copy comes from.
   struct Place {
     int unit = 0, part = 0, step = 0;
     int first_row, second_row;  // of the weight; negative: no unit
