@@ -102,9 +102,10 @@ def assert_same_decoding_but_for_ties(
     decoder = open_decoder(folder, settings)
     assert decoder.plan == plan_letters(reference.num_layers, settings)
     steps = decoder.step_logits(PROMPT + expected.token_ids[:-1], prefill=len(PROMPT))
+    assert np.abs(steps[0] - expected.logits[0]).max() <= TOLERANCE * np.abs(steps[0]).max()
     _, caches = reference.prefill(PROMPT)
     num_exchanged = 0
-    for token_id, actual in zip(expected.token_ids, steps[1:], strict=False):
+    for token_id, actual in zip(expected.token_ids[:-1], steps[1:], strict=True):
         caches, attempt = step_like(reference, actual, token_id, caches, settings)
         num_exchanged += attempt > 0
     assert num_exchanged <= 0.2 * NEW_TOKENS
@@ -360,7 +361,7 @@ def test_layers_of_smaller_weights_and_cache(tmp_path, dtype, kv_dtype):
     largest = np.abs(expected.logits).max()
     by_noise = np.abs(moved - exact)[-NEW_TOKENS:].max(-1) / largest
     errors = np.abs(steps - np.stack(expected.logits)).max(-1) / largest
-    assert np.median(errors) <= np.median(by_noise)
+    assert np.median(errors) <= min(np.median(by_noise), 2e-3)
     assert errors.max() <= 5e-2
 
 
