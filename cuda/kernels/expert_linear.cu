@@ -9,6 +9,7 @@
 #include "kernels/expert_mxfp4.cuh"
 #include "kernels/expert_stream.cuh"
 #include "kernels/skinny_launch.cuh"
+#include "kernels/skinny_linear.h"
 #include "kernels/tiled_linear.cuh"
 
 namespace tidal {
@@ -124,12 +125,10 @@ constexpr int64_t kLeastCopiedInputs = 1024;
 
 // Whether the copy engine brings the weight (expert_stream.cuh).
 bool CopiesWeight(const Weight& weight) {
-  if (weight.is_coded() || weight.num_inputs() < kLeastCopiedInputs) return false;
-  int device = 0, bytes = 0;
-  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return weight.num_outputs() <= INT32_MAX &&
-         reinterpret_cast<uintptr_t>(weight.data.ptr) % 16 == 0 && bytes >= kMaxSharedBytes &&
+  constexpr int kCopiedNumbers = 8;  // rows and the weight begin at multiples of 16 bytes
+  return !weight.is_coded() && weight.num_inputs() >= kLeastCopiedInputs &&
+         weight.num_outputs() <= INT32_MAX &&
+         IsVectorizable(weight.data, weight.num_inputs(), kCopiedNumbers) && HasSharedMemory() &&
          RunsHopperCode(ExpertStreamKernel<__nv_bfloat16, false>);
 }
 

@@ -63,6 +63,21 @@ struct ExpertRows {
   }
 };
 
+// The steps of 32 inputs that belong to a part.
+struct StepRange {
+  int begin, end;
+};
+__device__ __forceinline__ StepRange StepsOfPart(int num_steps, int part) {
+  return {num_steps * part / kExpertParts, num_steps * (part + 1) / kExpertParts};
+}
+
+__device__ __forceinline__ void StartSums(const float4& from, TileSums& sums) {
+  sums[0][0] = from.x;
+  sums[0][1] = from.y;
+  sums[0][2] = from.z;
+  sums[0][3] = from.w;
+}
+
 // Reads the biases of two of an expert's outputs in a tile, the row-th of both halves.
 template <typename T, bool kGated>
 __device__ __forceinline__ float2 ReadExpertBiases(const ExpertRows<kGated>& rows, int row,
@@ -90,6 +105,15 @@ __device__ __forceinline__ void StoreExpertOutputs(const ExpertRows<kGated>& row
   }
 }
 
+// Likewise, the sums of two choices, of which -1 is none.
+template <typename T, bool kGated>
+__device__ __forceinline__ void StoreExpertSums(const ExpertRows<kGated>& rows, int row,
+                                                const float4& sums, const int (&choices)[2],
+                                                const ExpertParams<T>& p) {
+  if (choices[0] >= 0) StoreExpertOutputs(rows, row, sums.x, sums.z, choices[0], p);
+  if (choices[1] >= 0) StoreExpertOutputs(rows, row, sums.y, sums.w, choices[1], p);
+}
+
 // A tile and 16 outputs: what does not depend on how the weight is kept.
 template <typename T, bool kGated>
 class ExpertTileBlock {
@@ -102,13 +126,8 @@ class ExpertTileBlock {
 
   // The sums of a tile: lane l has outputs l / 4 of both halves, of choices 2 (l % 4) and the next.
   __device__ void Store(const float4& sums) const {
-    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int choice = ChoiceOf(lane_ % 4 * 2 + i);
-      if (choice < 0) continue;
-      StoreExpertOutputs(rows_, lane_ / 4, values[i], values[i + 2], choice, p_);
-    }
+    const int first = lane_ % 4 * 2;
+    StoreExpertSums(rows_, lane_ / 4, sums, {ChoiceOf(first), ChoiceOf(first + 1)}, p_);
   }
 
   __device__ static int RowTile() {
@@ -124,12 +143,6 @@ class ExpertTileBlock {
     if (part != 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     const float2 of = ReadExpertBiases(rows_, lane_ / 4, tile_.expert, p_);
     return make_float4(of.x, of.x, of.y, of.y);
-  }
-  __device__ static void StartSums(const float4& from, TileSums& sums) {
-    sums[0][0] = from.x;
-    sums[0][1] = from.y;
-    sums[0][2] = from.z;
-    sums[0][3] = from.w;
   }
 
   const ExpertParams<T>& p_;
@@ -163,12 +176,12 @@ class ExpertBlock : public ExpertTileBlock<T, kGated> {
     const T* x = p_.x + int64_t{max(choice, 0) / p_.choices_of_row} * p_.num_inputs;
 
     const int num_steps = (p_.num_inputs + kStepInputs - 1) / kStepInputs;
-    const int end = num_steps * (part + 1) / kExpertParts;
+    const auto [begin, end] = StepsOfPart(num_steps, part);
     TileSums sums = {};
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if constexpr (kGrouped) total = this->ReadBiases(part);
-    if constexpr (kKind == WeightKind::kHalf) Base::StartSums(this->ReadBiases(part), sums);
-    for (int step = num_steps * part / kExpertParts; step < end; step += kAhead) {
+    if constexpr (kKind == WeightKind::kHalf) StartSums(this->ReadBiases(part), sums);
+    for (int step = begin; step < end; step += kAhead) {
       Codes read[kAhead][2];
       uint4 inputs[kAhead];
       ScalesOfStep scales[kGrouped ? kAhead : 1] = {};

@@ -87,11 +87,11 @@ class ExpertBlock<T, WeightKind::kMxfp4, kGated> : public ExpertTileBlock<T, kGa
   __device__ float4 Multiply(int part) {
     const int num_groups = this->p_.num_inputs / kGroup;
     const int num_spans = (num_groups + kSpanGroups - 1) / kSpanGroups;
-    const int end = num_spans * (part + 1) / kExpertParts;
+    const auto [begin, end] = StepsOfPart(num_spans, part);
     const Sources from(*this);
     TileSums sums = {};
-    Base::StartSums(this->ReadBiases(part), sums);
-    for (int span = num_spans * part / kExpertParts; span < end; span += kAhead) {
+    StartSums(this->ReadBiases(part), sums);
+    for (int span = begin; span < end; span += kAhead) {
       Spans read;
       int largest = 0;
 #pragma unroll

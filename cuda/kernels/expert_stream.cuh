@@ -28,11 +28,6 @@ inline constexpr int kRingsBytes = kUnitWarps * (kRingBytes + kUnitStages * 8);
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// Some of the inputs' steps.
-struct StepRange {
-  int begin, end;
-};
-
 // All units, dealt to the warps of all blocks: the tile of a warp's i-th, or -1 behind the last,
 // and which of an expert's tiles of outputs.
 struct DealtUnits {
@@ -67,57 +62,24 @@ class ExpertUnits {
     __syncwarp();
   }
 
-  // Calls store(tile, rows, row, sums) for each unit: lane l has outputs `row` of both halves, of
-  // choices 2 (l % 4) and the next of the tile, of which it is told the numbers.
-  template <typename Store>
-  __device__ void Run(const DealtUnits& units, const Store& store) {
+  __device__ void Run(const DealtUnits& units) {
     Place ahead(units, *this);
     StartFirst(units, ahead);
-    int slot = 0;
-    uint32_t parity = 0;
     for (int i = 0; units.tile(i) >= 0; ++i) {
       const ExpertTile tile = p_.order.tiles[units.tile(i)];
       const int choice = ChoiceOf(tile, lane_ / 4);
       const int choices[2] = {ChoiceOf(tile, lane_ % 4 * 2), ChoiceOf(tile, lane_ % 4 * 2 + 1)};
       const ExpertRows<kGated> rows(units.row_tile(i), p_.num_outputs);
-      const T* x = p_.x + int64_t{max(choice, 0) / p_.choices_of_row} * p_.num_inputs;
       const float2 bias = ReadExpertBiases(rows, row_, tile.expert, p_);
       float4 parts[kExpertParts];
 #pragma unroll
       for (int part = 0; part < kExpertParts; ++part) {
         TileSums sums = {};
-        if (part == 0) {
-          sums[0][0] = sums[0][1] = bias.x;
-          sums[0][2] = sums[0][3] = bias.y;
-        }
-        const StepRange range = StepsOf(part);
-        for (int step = range.begin; step < range.end; step += kStepsAhead) {
-          uint4 inputs[kStepsAhead];
-#pragma unroll
-          for (int j = 0; j < kStepsAhead; ++j) {
-            const int input = (step + j) * kStepInputs + lane_ % 4 * 8;
-            inputs[j] = {};
-            if (step + j < range.end && input < p_.num_inputs && choice >= 0) {
-              inputs[j] = *reinterpret_cast<const uint4*>(x + input);
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < kStepsAhead; j += kBoxSteps) {
-            if (step + j >= range.end) break;
-            WaitBarrier(full_ + slot, parity);
-            MultiplyBox(slot, range.end - step - j, inputs + j, sums);
-            __syncwarp();
-            if (IsElected()) Start(slot, ahead);
-            ahead.Next(units, *this);
-            if (++slot == kUnitStages) {
-              slot = 0;
-              parity ^= 1;
-            }
-          }
-        }
+        if (part == 0) StartSums(make_float4(bias.x, bias.x, bias.y, bias.y), sums);
+        MultiplyPart(StepsOf(part), choice, units, ahead, sums);
         parts[part] = TakePart(sums);
       }
-      store(tile, rows, row_, choices, AddTree(parts));
+      StoreExpertSums(rows, row_, AddTree(parts), choices, p_);
     }
   }
 
@@ -131,7 +93,7 @@ class ExpertUnits {
     return index < tile.count ? p_.order.order[tile.first + index] : -1;
   }
   __device__ StepRange StepsOf(int part) const {
-    return {num_steps_ * part / kExpertParts, num_steps_ * (part + 1) / kExpertParts};
+    return StepsOfPart(num_steps_, part);
   }
 
   // Where a copy comes from.
@@ -189,6 +151,37 @@ class ExpertUnits {
     CopyBox(stage + kBoxBytes, weight_, full_ + slot, input, at.second_row, policy_);
   }
 
+  // A part of a unit; choice: of this lane's inputs, or -1. Each stage that is done with is filled
+  // anew.
+  __device__ void MultiplyPart(const StepRange& range, int choice, const DealtUnits& units,
+                               Place& ahead, TileSums& sums) {
+    const T* x = p_.x + int64_t{max(choice, 0) / p_.choices_of_row} * p_.num_inputs;
+    for (int step = range.begin; step < range.end; step += kStepsAhead) {
+      uint4 inputs[kStepsAhead];
+#pragma unroll
+      for (int j = 0; j < kStepsAhead; ++j) {
+        const int input = (step + j) * kStepInputs + lane_ % 4 * 8;
+        inputs[j] = {};
+        if (step + j < range.end && input < p_.num_inputs && choice >= 0) {
+          inputs[j] = *reinterpret_cast<const uint4*>(x + input);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kStepsAhead; j += kBoxSteps) {
+        if (step + j >= range.end) break;
+        WaitBarrier(full_ + slot_, parity_);
+        MultiplyBox(slot_, range.end - step - j, inputs + j, sums);
+        __syncwarp();
+        if (IsElected()) Start(slot_, ahead);
+        ahead.Next(units, *this);
+        if (++slot_ == kUnitStages) {
+          slot_ = 0;
+          parity_ ^= 1;
+        }
+      }
+    }
+  }
+
   __device__ void MultiplyBox(int slot, int num_steps, const uint4* inputs, TileSums& sums) const {
     const unsigned char* low = ring_ + slot * 2 * kBoxBytes + row_ * kBoxRowBytes;
 #pragma unroll
@@ -205,6 +198,8 @@ class ExpertUnits {
   int lane_, row_, num_steps_;
   unsigned char* ring_;  // [kUnitStages] two boxes
   SharedBarrier* full_;  // [kUnitStages]
+  int slot_ = 0;         // of the stage that comes next, and the parity of its barrier's phase
+  uint32_t parity_ = 0;
   uint64_t policy_ = EvictFirstPolicy();
 };
 
@@ -227,16 +222,7 @@ __global__ void __launch_bounds__(kUnitThreads, 1)
             row_tiles = (p.num_outputs + kTileRows - 1) / kTileRows;
   const DealtUnits dealt = {static_cast<int>(blockIdx.x) + warp * blocks, blocks * kUnitWarps,
                             row_tiles, *p.order.num_tiles * row_tiles};
-  units.Run(dealt, [&](const ExpertTile&, const ExpertRows<kGated>& rows, int row,
-                       const int(&choices)[2], const float4& sums) {
-    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (choices[i] >= 0) {
-        StoreExpertOutputs(rows, row, values[i], values[i + 2], choices[i], p);
-      }
-    }
-  });
+  units.Run(dealt);
 #endif
 }
 

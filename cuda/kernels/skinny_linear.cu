@@ -19,14 +19,6 @@ constexpr int kMaxInputs = 1 << 20;       // keeps byte counts within 32 bits
 // Stands for the kernels in cuda/inst, which are compiled for the same devices.
 __global__ void ProbeKernel() {}
 
-// Other chips of the kinds that run this code have less shared memory.
-bool DeviceHasRoom() {
-  int device = 0, bytes = 0;
-  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
-  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes >= kMaxSharedBytes;
-}
-
 bool IsAligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.ptr) % kCopyAlignment == 0;
 }
@@ -95,11 +87,18 @@ bool HasGoodCodes(const Weight& weight) {
 
 }  // namespace
 
+bool HasSharedMemory() {
+  int device = 0, bytes = 0;
+  TIDAL_CUDA_CHECK(cudaGetDevice(&device));
+  TIDAL_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes >= kMaxSharedBytes;
+}
+
 bool StreamsWeight(const Weight& weight) {
   int64_t num_outputs = weight.num_outputs(), num_inputs = weight.num_inputs();
   return num_outputs >= 1 && num_outputs <= INT32_MAX - kTileRows && num_inputs >= kStepInputs &&
          num_inputs <= kMaxInputs && num_inputs % kStepInputs == 0 && IsAligned(weight.data) &&
-         HasGoodCodes(weight) && RunsHopperCode(ProbeKernel) && DeviceHasRoom();
+         HasGoodCodes(weight) && RunsHopperCode(ProbeKernel) && HasSharedMemory();
 }
 
 bool StreamsLinear(const LinearArgs& args) {

@@ -10,6 +10,10 @@
 
 namespace tidal {
 
+// Whether the current device has the shared memory of this code's blocks (kMaxSharedBytes): other
+// chips of the kinds that run it have less.
+bool HasSharedMemory();
+
 // Whether the kernels take the product of these arguments, alone or with what follows it, of up to
 // MaxStreamedTokens; with others they must not be launched.
 bool StreamsWeight(const Weight& weight);
