@@ -49,6 +49,13 @@ def failures(decoder, call, num_calls: int = 12) -> list[str]:
     return report(soak, start, Resources.now(decoder))
 
 
+def test_its_own_threads_are_gone_when_it_ends(decoder):
+    soak, before = Soak(decoder, (), seed=0), set(os.listdir("/proc/self/task"))
+    for _ in range(200):
+        soak.run(0, 8)
+        assert set(os.listdir("/proc/self/task")) <= before
+
+
 def test_right_answers_are_no_failure(decoder):
     assert failures(decoder, lambda d, variant: generate_ids(d, variant)) == []
 

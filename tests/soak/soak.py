@@ -119,6 +119,11 @@ class Soak:
             thread.start()
         for thread in threads:
             thread.join()
+        # To join is to wait for Python's end of a thread: the system counts it a moment longer.
+        deadline = time.monotonic() + 10
+        while any((_TASKS / str(thread.native_id)).exists() for thread in threads):
+            assert time.monotonic() < deadline, "a thread that was joined is still there"
+            time.sleep(0.001)
 
     def _call(self, call: Call, variant: int) -> None:
         kind, failure = call.__name__, ""
