@@ -74,12 +74,14 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
     norms = 2 * hidden * (model.input_norms + model.branch_norms)
     if model.qk_norm:
         norms += q_size + kv_size if model.wide_qk_norm else 2 * model.head_dim
-    matrices, experts, small = 0, 0, model.num_layers * biases
+    matrices, experts, corrections, small = 0, 0, 0, model.num_layers * biases
     for has_experts in _expert_layers(model):
         matrices += attention
         if has_experts:
             experts += 3 * num_experts * hidden * model.expert_intermediate_size
-            small += model.num_experts * hidden  # the router
+            matrices += 3 * hidden * model.shared_expert_size
+            small += (model.num_experts + model.shared_expert_gate) * hidden  # the router
+            corrections += model.num_experts if model.router_correction else 0
             if model.mlp_bias:
                 of_expert = 2 * model.expert_intermediate_size + hidden
                 small += model.num_experts + num_experts * of_expert
@@ -92,7 +94,7 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
         matrices * _CODED_BYTES.get(weight_format, number)
         + experts * _EXPERT_BYTES.get(weight_format, number)
     )
-    return matrix_bytes + small * number + norm_bytes + sinks
+    return matrix_bytes + small * number + norm_bytes + sinks + 4 * corrections
 
 
 def _expert_layers(model: ModelConfig) -> list[bool]:

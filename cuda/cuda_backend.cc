@@ -43,7 +43,7 @@ constexpr const char* kSelectionPurpose = "selection";
 // the libraries', as they are first used. The test of the plan in tests/python/test_gpu.py compares
 // it with what the device then really has less.
 constexpr int64_t kLaunchesPerLayer = 15;  // a scored layer, and biases of o and down
-constexpr int64_t kLaunchesOfExperts = 5;  // more than those of one MLP
+constexpr int64_t kLaunchesOfExperts = 8;  // more than those of one MLP
 constexpr int64_t kLaunchesPerStep = 8;
 constexpr int64_t kBytesPerLaunch = 64 << 10;
 constexpr int64_t kCodeBytes = 256 << 20;

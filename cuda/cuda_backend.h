@@ -69,6 +69,7 @@ class CudaBackend final : public Backend {
   void SelectTopK(const SelectTopKArgs& args) override;
   void AttentionSparse(const AttentionSparseArgs& args) override;
   void GateMul(const GateMulArgs& args) override;
+  void GateRows(const GateRowsArgs& args) override;
   void SelectExperts(const SelectExpertsArgs& args) override;
   void ExpertLinear(const ExpertLinearArgs& args) override;
   void AddExperts(const AddExpertsArgs& args) override;

@@ -5,6 +5,7 @@
 #include "cuda_dtypes.h"
 #include "kernels/expert_choices.h"
 #include "kernels/expert_linear.h"
+#include "kernels/gate_rows.h"
 
 namespace tidal {
 namespace {
@@ -43,6 +44,13 @@ ExpertOrder CudaBackend::OrderFor(const ExpertLinearArgs& args) {
 
 bool CudaBackend::ReadsCodesOfExperts(const Weight& weight) const {
   return TakesExperts(weight, weight.num_outputs());
+}
+
+void CudaBackend::GateRows(const GateRowsArgs& args) {
+  Enter();
+  Check(args);
+  CheckSameDType("gate_rows", {&args.x, &args.weight, &args.out});
+  LaunchGateRows(args, stream());
 }
 
 void CudaBackend::SelectExperts(const SelectExpertsArgs& args) {

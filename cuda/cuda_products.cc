@@ -183,7 +183,8 @@ void CudaBackend::GateUpMul(const GateUpMulArgs& args) {
   Enter();
   Check(args);
   CheckSameDType("gate_up_mul", {&args.linear.x, &args.gate_mul.out});
-  SkinnyRun run = NormBefore(args.linear, args.norm);
+  CheckLinearDTypes(args.linear);
+  SkinnyRun run = args.norm.x ? NormBefore(args.linear, args.norm) : NewRun();
   if (!Streams(args.linear) || !StreamsLinearGateMul(args.linear, args.gate_mul)) {
     LinearAfter(run, args.linear);
     GateMul(args.gate_mul);

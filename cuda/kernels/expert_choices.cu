@@ -21,21 +21,25 @@ constexpr int kAddVec = 4;
 constexpr int64_t kAlignment = 16;
 
 struct SelectParams {
-  const float* logits;  // [T, E]
-  int32_t* expert_ids;  // [T, k]
-  float* weights;       // [T, k]
+  const float* logits;      // [T, E]
+  const float* correction;  // [E], or nullptr
+  int32_t* expert_ids;      // [T, k]
+  float* weights;           // [T, k]
   int num_tokens;
   int num_experts;
   int chosen;
+  RouterScore score;
   bool normalized;
+  float scale;
 };
 
-// Likelihoods as integers in the same order, NaN below all.
-__device__ __forceinline__ unsigned KeyOf(float likely) {
-  return isnan(likely) ? 0u : __float_as_uint(likely) + 1;
-}
-__device__ __forceinline__ float LikelihoodOf(unsigned key) {
-  return key == 0 ? NAN : __uint_as_float(key - 1);
+// Is added to a token's likelihoods before they are divided by their sum, as transformers does.
+constexpr float kLeastSum = 1e-20f;
+
+// Numbers as integers in the same order, NaN below all.
+__device__ __forceinline__ unsigned KeyOf(float choice) {
+  unsigned bits = __float_as_uint(choice);
+  return isnan(choice) ? 0u : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
 // By a warp. NaN makes all weights of a token NaN. Up to kHeld experts a lane are held in
@@ -55,20 +59,34 @@ __device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
     top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
   }
   is_nan = __any_sync(kFullWarp, is_nan);
-  unsigned held[kHeld > 0 ? kHeld : 1];
-  float total = 0.0f, sum = 0.0f;
+  const bool is_sigmoid = p.score == RouterScore::kSigmoid;
+  auto likely_of = [&](int e) {  // not yet divided by total
+    return is_sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - top);
+  };
+  float likely[kHeld > 0 ? kHeld : 1];
+  float total = 0.0f;
   if constexpr (kHeld > 0) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       int e = lane + i * kWarpSize;
-      float likely = e < p.num_experts ? expf(logits[e] - top) : 0.0f;
-      total += likely;
-      held[i] = KeyOf(likely);
+      likely[i] = e < p.num_experts ? likely_of(e) : 0.0f;
+      total += likely[i];
     }
   } else {
-    for (int e = lane; e < p.num_experts; e += kWarpSize) total += expf(logits[e] - top);
+    for (int e = lane; e < p.num_experts; e += kWarpSize) total += likely_of(e);
   }
-  total = WarpSum(total);
+  total = is_sigmoid ? 1.0f : WarpSum(total);
+  auto key_of = [&](float likely, int e) {
+    return KeyOf(p.correction ? likely / total + p.correction[e] : likely);
+  };
+  unsigned held[kHeld > 0 ? kHeld : 1];
+  if constexpr (kHeld > 0) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      int e = lane + i * kWarpSize;
+      held[i] = e < p.num_experts ? key_of(likely[i], e) : 0u;
+    }
+  }
 
   unsigned last = UINT_MAX;
   int last_id = -1;
@@ -90,20 +108,18 @@ __device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
         if (lane + i * kWarpSize < p.num_experts) take(held[i], lane + i * kWarpSize);
       }
     } else {
-      for (int e = lane; e < p.num_experts; e += kWarpSize) take(KeyOf(expf(logits[e] - top)), e);
+      for (int e = lane; e < p.num_experts; e += kWarpSize) take(key_of(likely_of(e), e), e);
     }
     unsigned key = __reduce_max_sync(kFullWarp, best);
     int id = __reduce_min_sync(kFullWarp, best == key ? best_id : INT_MAX);
     last = key;
     last_id = id;
-    float likely = LikelihoodOf(key);
-    sum += likely;
-    if (lane == j % kWarpSize) {  // which scales it below
-      ids[j] = id;
-      weights[j] = likely;
-    }
+    if (lane == j % kWarpSize) ids[j] = id;  // which weighs it below
   }
-  float share = is_nan ? NAN : 1.0f / (p.normalized ? sum : total);
+  float sum = 0.0f;
+  for (int j = lane; j < p.chosen; j += kWarpSize) sum += weights[j] = likely_of(ids[j]);
+  sum = WarpSum(sum);
+  float share = is_nan ? NAN : p.scale / (p.normalized ? sum + kLeastSum : total);
   for (int j = lane; j < p.chosen; j += kWarpSize) weights[j] *= share;
 }
 
@@ -208,12 +224,15 @@ __global__ void AddExpertsKernel(const T* x, const float* weights, float* out, i
 
 SelectParams MakeParams(const SelectExpertsArgs& args) {
   return {.logits = args.logits.data<float>(),
+          .correction = args.correction ? args.correction.data<float>() : nullptr,
           .expert_ids = args.expert_ids.data<int32_t>(),
           .weights = args.weights.data<float>(),
           .num_tokens = static_cast<int>(args.logits.dim(0)),
           .num_experts = static_cast<int>(args.logits.dim(1)),
           .chosen = static_cast<int>(args.expert_ids.dim(1)),
-          .normalized = args.normalized};
+          .score = args.score,
+          .normalized = args.normalized,
+          .scale = args.scale};
 }
 
 LaunchShape OneBlock(int64_t num_threads, int64_t num_experts) {

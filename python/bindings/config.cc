@@ -26,6 +26,8 @@ constexpr Names<RopeType, 6> kRopeTypes = {{{RopeType::kDefault, "default"},
                                             {RopeType::kLlama3, "llama3"},
                                             {RopeType::kYarn, "yarn"},
                                             {RopeType::kLongrope, "longrope"}}};
+constexpr Names<RouterScore, 2> kRouterScores = {
+    {{RouterScore::kSoftmax, "softmax"}, {RouterScore::kSigmoid, "sigmoid"}}};
 constexpr Names<Activation, 3> kActivations = {{{Activation::kSilu, "silu"},
                                                 {Activation::kGeluTanh, "gelu_tanh"},
                                                 {Activation::kClampedSwiglu, "clamped_swiglu"}}};
@@ -147,7 +149,11 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("num_experts", &ModelConfig::num_experts)
       .def_readwrite("experts_per_token", &ModelConfig::experts_per_token)
       .def_readwrite("expert_intermediate_size", &ModelConfig::expert_intermediate_size)
+      .def_readwrite("router_correction", &ModelConfig::router_correction)
       .def_readwrite("normalized_routing", &ModelConfig::normalized_routing)
+      .def_readwrite("routing_scale", &ModelConfig::routing_scale)
+      .def_readwrite("shared_expert_size", &ModelConfig::shared_expert_size)
+      .def_readwrite("shared_expert_gate", &ModelConfig::shared_expert_gate)
       .def_readwrite("attention_sinks", &ModelConfig::attention_sinks)
       .def_readwrite("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
       .def_readwrite("embedding_scale", &ModelConfig::embedding_scale)
@@ -160,6 +166,7 @@ void RegisterModelConfig(py::module_& module) {
       .def_readwrite("window_rope", &ModelConfig::window_rope)
       .def_readwrite("layers", &ModelConfig::layers);
   DefEnum(model, "activation", &ModelConfig::activation, kActivations);
+  DefEnum(model, "router_score", &ModelConfig::router_score, kRouterScores);
 }
 
 void RegisterDecodeConfig(py::module_& module) {

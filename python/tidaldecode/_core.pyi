@@ -58,7 +58,12 @@ class ModelConfig:
     num_experts: int
     experts_per_token: int
     expert_intermediate_size: int
+    router_score: str
+    router_correction: bool
     normalized_routing: bool
+    routing_scale: float
+    shared_expert_size: int
+    shared_expert_gate: bool
     attention_sinks: bool
     tie_word_embeddings: bool
     embedding_scale: float

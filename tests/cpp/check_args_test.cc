@@ -223,6 +223,30 @@ TEST(CheckArgs, ExpertsHaveABiasForEachOutput) {
   ExpectRefused(bad, {"ExpertLinear", "bias", "float32", "bfloat16"});
 }
 
+TEST(CheckArgs, ACorrectionIsOfEachExpert) {
+  SelectExpertsArgs good = {.logits = Float({3, 8}),
+                            .correction = Float({8}),
+                            .expert_ids = Int({3, 2}),
+                            .weights = Float({3, 2})};
+  EXPECT_NO_THROW(Check(good));
+  SelectExpertsArgs bad = good;
+  bad.correction = Float({3});
+  ExpectRefused(bad, {"SelectExperts", "correction", "[3]", "E = 8"});
+  bad.correction = Half({8});
+  ExpectRefused(bad, {"SelectExperts", "correction", "bfloat16", "float32"});
+}
+
+TEST(CheckArgs, AGateOfRowsIsOneRow) {
+  GateRowsArgs good = {.x = Float({3, 8}), .weight = Half({1, 8}), .out = Float({3, 20})};
+  EXPECT_NO_THROW(Check(good));
+  GateRowsArgs bad = good;
+  bad.weight = Half({2, 8});
+  ExpectRefused(bad, {"GateRows", "weight", "[2, 8]"});
+  bad = good;
+  bad.out = Float({4, 20});
+  ExpectRefused(bad, {"GateRows", "x", "T"});
+}
+
 TEST(CheckArgs, SparseTakesAnyKindOfSet) {
   AttentionSparseArgs args;
   args.attention = Attention();

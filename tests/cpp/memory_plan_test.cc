@@ -102,11 +102,13 @@ TEST_P(MemoryPlanTest, CountsTheCodesOfWeightsThatStayInThem) {
   EXPECT_EQ(weight_bytes(WeightCodes::kInt4), plain - m.num_layers * (numbers - int4));
 }
 
-// Half a byte, and a byte for 32: 4.25 bits.
+// Half a byte, and a byte for 32: 4.25 bits. What all tokens have stays as it is.
 TEST_P(MemoryPlanTest, CountsTheCodesOfExperts) {
   model_.num_experts = 6;
   model_.experts_per_token = 2;
   model_.expert_intermediate_size = 96;
+  model_.shared_expert_size = 1100;
+  model_.shared_expert_gate = model_.router_correction = true;
   model_.mlp_bias = true;
   model_.layers.resize(static_cast<size_t>(model_.num_layers), {.has_experts = true});
   const DecodeConfig config = Dense();

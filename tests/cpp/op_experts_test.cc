@@ -1,10 +1,11 @@
-// Experts: SelectExperts, ExpertLinear, AddExperts.
+// Experts: SelectExperts, ExpertLinear, AddExperts; and the gate of one that all tokens have.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <set>
 
 #include "coded_weight.h"
 #include "throws.h"
@@ -81,35 +82,74 @@ class OpExperts : public OpTest<ExpertShape> {
     }
   }
 
+  // What `args` ask for of tokens with these logits.
+  void ExpectSelection(SelectExpertsArgs args, const Values& logits, const Values& correction);
+
   Random random_{31};
 };
 
+// How likely each expert is for a token with these logits.
+Values Likelihoods(RouterScore score, const Values& logits) {
+  Values likely;
+  double total = 0.0;
+  for (double logit : logits) total += std::exp(logit);
+  for (double logit : logits) {
+    likely.push_back(score == RouterScore::kSigmoid ? 1.0 / (1.0 + std::exp(-logit))
+                                                    : std::exp(logit) / total);
+  }
+  return likely;
+}
+
+void OpExperts::ExpectSelection(SelectExpertsArgs args, const Values& logits,
+                                const Values& correction) {
+  const int64_t num_experts = shape().num_experts, chosen = shape().chosen;
+  const int64_t tokens = static_cast<int64_t>(logits.size()) / num_experts;
+  args.logits = Put(logits, DType::kFloat32, {tokens, num_experts});
+  if (!correction.empty()) args.correction = Put(correction, DType::kFloat32, {num_experts});
+  args.expert_ids = Output(DType::kInt32, {tokens, chosen});
+  args.weights = Output(DType::kFloat32, {tokens, chosen});
+  backend().SelectExperts(args);
+  Ints want_ids;
+  Values want_weights;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const auto own = logits.begin() + t * num_experts;
+    const Values likely = Likelihoods(args.score, Values(own, own + num_experts));
+    Values choice = likely;
+    for (size_t e = 0; e < correction.size(); ++e) choice[e] += correction[e];
+    Ints order(static_cast<size_t>(num_experts));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return choice[a] > choice[b]; });
+    order.resize(static_cast<size_t>(chosen));
+    double some = 0.0;
+    for (int32_t e : order) some += likely[e];
+    want_ids.insert(want_ids.end(), order.begin(), order.end());
+    for (int32_t e : order) {
+      want_weights.push_back(args.scale * likely[e] / (args.normalized ? some : 1.0));
+    }
+  }
+  EXPECT_EQ(GetInts(args.expert_ids), want_ids);
+  EXPECT_TRUE(Close(Get(args.weights), want_weights, {1e-6, 1e-5}));
+}
+
 TEST_P(OpExperts, TheMostLikelyAreSelected) {
-  const int64_t tokens = 50, num_experts = shape().num_experts, chosen = shape().chosen;
-  const Values logits = random_.Normal(tokens * num_experts, DType::kFloat32, 3.0);
-  for (bool normalized : {true, false}) {
-    const SelectExpertsArgs args = {.logits = Put(logits, DType::kFloat32, {tokens, num_experts}),
-                                    .expert_ids = Output(DType::kInt32, {tokens, chosen}),
-                                    .weights = Output(DType::kFloat32, {tokens, chosen}),
-                                    .normalized = normalized};
-    backend().SelectExperts(args);
-    Ints want_ids;
-    Values want_weights;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const double* own = &logits[t * num_experts];
-      Ints order(num_experts);
-      std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return own[a] > own[b]; });
-      double all = 0.0, some = 0.0;
-      for (int64_t e = 0; e < num_experts; ++e) all += std::exp(own[e]);
-      for (int64_t j = 0; j < chosen; ++j) some += std::exp(own[order[j]]);
-      for (int64_t j = 0; j < chosen; ++j) {
-        want_ids.push_back(order[j]);
-        want_weights.push_back(std::exp(own[order[j]]) / (normalized ? some : all));
+  const int64_t num_experts = shape().num_experts;
+  const Values logits = random_.Normal(50 * num_experts, DType::kFloat32, 3.0);
+  // Likelihoods with it are negative too.
+  const Values correction = random_.Normal(num_experts, DType::kFloat32, 0.7);
+  for (RouterScore score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
+    for (bool normalized : {true, false}) {
+      for (bool is_corrected : {true, false}) {
+        SCOPED_TRACE(Concat(static_cast<int>(score), ", normalized ", normalized, ", corrected ",
+                            is_corrected));
+        SelectExpertsArgs args;
+        args.score = score;
+        args.normalized = normalized;
+        ExpectSelection(args, logits, is_corrected ? correction : Values());
+        args.scale = 2.5f;
+        ExpectSelection(args, logits, is_corrected ? correction : Values());
       }
     }
-    EXPECT_EQ(GetInts(args.expert_ids), want_ids);
-    EXPECT_TRUE(Close(Get(args.weights), want_weights, {1e-6, 1e-5}));
   }
 }
 
@@ -129,16 +169,43 @@ TEST_P(OpExperts, EqualLogitsSelectTheLowerIds) {
 TEST_P(OpExperts, NanStaysInItsToken) {
   const int64_t num_experts = shape().num_experts, chosen = shape().chosen;
   Values logits = random_.Normal(3 * num_experts, DType::kFloat32);
-  std::fill_n(logits.begin() + num_experts, num_experts, std::nan(""));
-  const SelectExpertsArgs args = {.logits = Put(logits, DType::kFloat32, {3, num_experts}),
-                                  .expert_ids = Output(DType::kInt32, {3, chosen}),
-                                  .weights = Output(DType::kFloat32, {3, chosen})};
-  backend().SelectExperts(args);
-  const Values weights = Get(args.weights);
-  const Ints ids = GetInts(args.expert_ids);
-  for (int64_t i = 0; i < 3 * chosen; ++i) {
-    ASSERT_EQ(std::isnan(weights[i]), i / chosen == 1) << i;
-    ASSERT_TRUE(ids[i] >= 0 && ids[i] < num_experts) << i;
+  for (RouterScore score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
+    for (int64_t num_nan : {num_experts, int64_t{1}}) {
+      Values some = logits;
+      std::fill_n(some.begin() + num_experts, num_nan, std::nan(""));
+      const SelectExpertsArgs args = {.logits = Put(some, DType::kFloat32, {3, num_experts}),
+                                      .expert_ids = Output(DType::kInt32, {3, chosen}),
+                                      .weights = Output(DType::kFloat32, {3, chosen}),
+                                      .score = score};
+      backend().SelectExperts(args);
+      const Values weights = Get(args.weights);
+      const Ints ids = GetInts(args.expert_ids);
+      for (int64_t t = 0; t < 3; ++t) {
+        const auto own = ids.begin() + t * chosen;
+        const std::set<int32_t> different(own, own + chosen);
+        EXPECT_EQ(different.size(), static_cast<size_t>(chosen));
+        EXPECT_TRUE(*different.begin() >= 0 && *different.rbegin() < num_experts);
+      }
+      for (int64_t i = 0; i < 3 * chosen; ++i) {
+        ASSERT_EQ(std::isnan(weights[i]), i / chosen == 1) << i;
+      }
+    }
+  }
+}
+
+TEST_P(OpExperts, AGateOfEachTokenWeighsItsRow) {
+  const int64_t hidden = shape().in_features, size = shape().out_features;
+  for (int64_t tokens : {1, 7, 100}) {
+    const Values x = random_.Normal(tokens * hidden, act());
+    const Values weight = random_.Normal(hidden, dtype(), 0.1);
+    Values want = random_.Normal(tokens * size, act());
+    const TensorView out = Put(want, act(), {tokens, size});
+    backend().GateRows({.x = Put(x, act(), {tokens, hidden}),
+                        .weight = Put(weight, dtype(), {1, hidden}),
+                        .out = out});
+    const Values logits = reference::Linear(x, weight, {}, hidden);
+    for (int64_t i = 0; i < tokens * size; ++i) want[i] /= 1.0 + std::exp(-logits[i / size]);
+    EXPECT_TRUE(Close(Get(out), want, ToleranceFor(Op::kLinear, act())));
   }
 }
 
@@ -239,11 +306,11 @@ class OpExpertMlp : public OpExperts {
   static constexpr int64_t kInner = 32;
 
   void ExpectItsParts(Activation activation, const TensorView& gate_up_bias,
-                      const TensorView& down_bias);
+                      const TensorView& down_bias, RouterScore score = RouterScore::kSoftmax);
 };
 
 void OpExpertMlp::ExpectItsParts(Activation activation, const TensorView& gate_up_bias,
-                                 const TensorView& down_bias) {
+                                 const TensorView& down_bias, RouterScore score) {
   const auto [name, num_experts, chosen, hidden, out] = shape();
   const double size = 1.0 / std::sqrt(static_cast<double>(hidden));
   const Weight gate_up(Put(random_.Normal(num_experts * 2 * kInner * hidden, dtype(), size),
@@ -260,7 +327,9 @@ void OpExpertMlp::ExpectItsParts(Activation activation, const TensorView& gate_u
       ExpertMlpArgs args;
       args.select = {.logits = Put(logits, DType::kFloat32, {tokens, num_experts}),
                      .expert_ids = Output(DType::kInt32, {tokens, chosen}),
-                     .weights = Output(DType::kFloat32, {tokens, chosen})};
+                     .weights = Output(DType::kFloat32, {tokens, chosen}),
+                     .score = score,
+                     .scale = 1.5f};
       args.gate_up = {.x = Put(x, act(), {tokens, hidden}),
                       .weight = gate_up,
                       .bias = gate_up_bias,
@@ -304,6 +373,10 @@ TEST_P(OpExpertMlp, IsItsPartsWithBiasesAndAClamp) {
     return Put(random_.Normal(num_experts * outputs, dtype()), dtype(), {num_experts * outputs});
   };
   ExpectItsParts(Activation::kClampedSwiglu, bias(2 * kInner), bias(hidden));
+}
+
+TEST_P(OpExpertMlp, IsItsPartsBySigmoids) {
+  ExpectItsParts(Activation::kSilu, {}, {}, RouterScore::kSigmoid);
 }
 
 TEST_P(OpExperts, AnMlpIsOfTensorsThatBelongTogether) {

@@ -168,6 +168,22 @@ TEST_P(OpFused, GateUpMul) {
   }
 }
 
+TEST_P(OpFused, GateUpMulOfInputsThatAreNormed) {
+  const int64_t size = shape().intermediate_size;
+  const RmsNormArgs norm = Norm();
+  backend().RmsNorm(norm);
+  LinearArgs linear = Projection(norm, 2 * size, act(), /*with_bias=*/false);
+  GateMulArgs gate_mul = {.gate_up = linear.out, .out = Output(act(), {shape().num_tokens, size})};
+  backend().GateUpMul({{}, linear, gate_mul});
+  const Values fused = Get(gate_mul.out);
+  gate_mul.out = Output(act(), {shape().num_tokens, size});
+  backend().Linear(linear);
+  backend().GateMul(gate_mul);
+  const Values sizes = FactorSizes(Get(linear.out), size);
+  EXPECT_TRUE(Close(Divided(fused, sizes), Divided(Get(gate_mul.out), sizes),
+                    ToleranceFor(Op::kFused, act())));
+}
+
 TEST_P(OpFused, QkvRopeAppend) {
   for (bool with_norms : {false, true}) {
     RmsNormArgs norm = Norm();

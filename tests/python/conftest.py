@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_REFERENCE_MODEL = ROOT.parent / "shared" / "models" / "reflm-30m"
 DEFAULT_PUBLIC_MODELS = ROOT / "build" / "public-models"
+
+# A shell has the programs that it starts in the background ignore it, and theirs too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):  # not among what the tests of a GPU need
     from hypothesis import settings

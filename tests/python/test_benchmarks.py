@@ -17,7 +17,8 @@ import pytest
 from tidaldecode import DecodeConfig, Decoder, PlanConfig, demo_model_dir, plan_memory
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.plans import choose_plan, plan_letters
-from tiny_models import FAMILIES, TinyModel, config_json
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, config_json
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -29,7 +29,8 @@ from tidaldecode.evaluation.settings import (
     quest_setting,
     tidal_setting,
 )
-from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 CPU = {"device": "cpu", "num_threads": 1, "max_seq_len": 128, "max_batch_size": 1}
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tidaldecode import ConfigError, Decoder
-from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
 # So many layers that of those without a window one is sparse.

@@ -14,14 +14,18 @@ import test_families
 from test_families import ONLY_WINDOWS
 from test_gpu import BASE, TOLERANCE, cuda_is_missing, greedy, open_decoder, open_pair
 from tidaldecode import UnsupportedError
-from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(bool(cuda_is_missing()), reason=cuda_is_missing()),
 ]
 
-EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss")
+EXPERTS = (
+    "qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe",
+    "minimax_m2",
+)  # fmt: skip
 # Scores of this one are twice as large as others'.
 TOLERANCES = {"granitemoehybrid": 2 * TOLERANCE["bfloat16"]}
 # Families whose heads are of another size. The scale spreads their scores as BASE's.

@@ -11,7 +11,8 @@ import pytest
 from tidaldecode import Decoder
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import CapacityError, ConfigError, InvalidArgument, WeightsError
-from tiny_models import FAMILIES, TinyModel, config_json, random_prompt, write_checkpoint
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, config_json, random_prompt, write_checkpoint
 
 TINY = TinyModel(num_layers=6, dtype="bfloat16")
 OPTIONS = {"device": "cpu", "num_threads": 1, "max_seq_len": 256, "max_batch_size": 2}

@@ -15,7 +15,8 @@ from tidaldecode.checkpoint.json_file import MAX_JSON_BYTES
 from tidaldecode.checkpoint.model_config import CheckpointConfig, read_checkpoint_config
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.errors import ConfigError
-from tiny_models import FAMILIES, ROPE_TYPES, TinyModel, config_json, write_checkpoint
+from tiny_families import FAMILIES, ROPE_TYPES, WITH_QK_NORM, WITH_QKV_BIAS, WITH_WIDE_QK_NORM
+from tiny_models import TinyModel, config_json, write_checkpoint
 
 REMOVED = ...
 
@@ -44,8 +45,8 @@ def test_every_family_is_read(tmp_path: Path, family: str):
         2,
         16,
     )
-    assert model.qkv_bias == (family in ("qwen2", "seed_oss", "glm4", "gpt_oss"))
-    assert model.qk_norm == (family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text"))
+    assert model.qkv_bias == (family in WITH_QKV_BIAS)
+    assert model.qk_norm == (family in WITH_QK_NORM + WITH_WIDE_QK_NORM)
     assert model.o_bias == model.mlp_bias == model.attention_sinks == (family == "gpt_oss")
     assert not model.tie_word_embeddings
     kinds = TinyModel(family=family).kinds
@@ -152,7 +153,7 @@ def test_what_the_model_does_not_need_may_be_anything(tmp_path: Path, changes: d
         ({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config: .*'hqq'"),
         ({"num_local_experts": 8}, "num_local_experts: got 8: experts are not supported in models"),
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe', .*Qwen3-MoE, Mixtral and gpt-oss are"),
+        ({"model_type": "phimoe"}, "'phimoe', .*with experts are supported of these types only"),
         ({"model_type": "gemma4"}, "'gemma4', .*Gemma 2 and the text part of Gemma 3"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu' or 'gelu_pytorch_tanh'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: .* both directions"),
@@ -197,6 +198,45 @@ def test_layers_without_rotation_are_read(tmp_path: Path, changes: dict, rotates
     assert not any(layer.has_rope for layer in hybrid.layers)
 
 
+def test_experts_are_read(tmp_path: Path):
+    def experts(family: str, **changes: Any):
+        model = read(tmp_path, family, **changes).model
+        return (
+            "".join("Ee"[not layer.has_experts] for layer in model.layers),
+            (model.router_score, model.router_correction, model.normalized_routing),
+            model.routing_scale,
+            (model.shared_expert_size, model.shared_expert_gate),
+        )
+
+    softmax, sigmoid = ("softmax", False, False), ("sigmoid", True, True)
+    assert experts("qwen2_moe") == ("EeEE", softmax, 1.0, (128, True))
+    none = {"shared_expert_intermediate_size": 0, "decoder_sparse_step": 2}
+    assert experts("qwen2_moe", **none) == ("eeeE", softmax, 1.0, (0, False))
+    assert experts("glm4_moe") == ("eEEE", sigmoid, 1.5, (64, False))
+    assert experts("glm4_moe", n_shared_experts=3, first_k_dense_replace=3)[::3] == (
+        "eeeE",
+        (192, False),
+    )
+    assert experts("dots1") == ("eEEE", ("sigmoid", True, False), 0.8, (128, False))
+    assert experts("dots1", n_group=2, topk_group=2, norm_topk_prob=True)[1] == sigmoid
+    assert experts("ernie4_5_moe") == ("eEEe", ("softmax", True, True), 1.0, (128, False))
+    assert experts("ernie4_5_moe", moe_layer_interval=2)[0] == "eEee"
+    assert experts("ernie4_5_moe", moe_layer_end_index=-1)[0] == "eEEE"
+    assert experts("minimax_m2") == ("EEEE", sigmoid, 1.0, (0, False))
+    assert read(tmp_path, "minimax_m2").model.rope.rotary_dim == 8
+    assert not read(tmp_path, "glm4_moe", use_qk_norm=REMOVED).model.qk_norm
+
+
+def test_code_of_a_folder_is_no_more_than_its_type_says(tmp_path: Path):
+    """Folders that are older than transformers' own classes bring these; they are not run."""
+    for family, stem in (("phi3", "Phi3"), ("ernie4_5_moe", "Ernie4_5_Moe")):
+        own = {"AutoConfig": f"a.{stem}Config", "AutoModelForCausalLM": f"b.{stem}ForCausalLM"}
+        assert read(tmp_path, family, auto_map=own).family == family
+        for other in (own | {"AutoModel": "b.OtherModel"}, ["a"], {"AutoConfig": 1}, "x"):
+            with pytest.raises(ConfigError, match="auto_map: the model wants to run Python code"):
+                read(tmp_path, family, auto_map=other)
+
+
 def test_a_part_of_a_head_turns(tmp_path: Path):
     model = read(tmp_path, "phi3", partial_rotary_factor=0.5, **rope(rope_type="default")).model
     assert model.rope.rotary_dim == 8
@@ -226,6 +266,16 @@ def test_phi3s_older_names_of_longrope(tmp_path: Path, name: str):
         ("qwen3_moe", {"mlp_only_layers": [1.5]}, "mlp_only_layers: got"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: got 0"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob: got 1"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": -1},
+         "shared_expert_intermediate_size: got -1"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 2}, "topk_group: got 2 of n_group 4, expected"),
+        ("glm4_moe", {"n_shared_experts": "one"}, "n_shared_experts: got 'one'"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor: got 0"),
+        ("dots1", {"first_k_dense_replace": -1}, "first_k_dense_replace: got -1"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias: got True, expected false"),
+        ("ernie4_5_moe", {"moe_k": 7}, "moe_k: got 7, expected at most moe_num_experts 6"),
+        ("minimax_m2", {"rotary_dim": 32}, "rotary_dim: got 32, expected an integer from 2 to 16"),
+        ("minimax_m2", {"rotary_dim": 5}, "rotary_dim: 5 of 16 dims turn, expected an even"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit: got 0"),
         ("gpt_oss", {"swiglu_alpha": "steep"}, "swiglu_alpha: got 'steep'"),
         ("gpt_oss", {"num_local_experts": 1}, "num_experts_per_tok: got 2, expected at most"),

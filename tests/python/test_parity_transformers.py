@@ -18,11 +18,9 @@ import pytest
 
 import tidaldecode
 from reference_transformers import TRANSFORMERS
+from tiny_families import FAMILIES, FAMILY_ROPES, ROPE_TYPES
 from tiny_models import (
-    FAMILIES,
-    FAMILY_ROPES,
     ORIGINAL_POSITIONS,
-    ROPE_TYPES,
     TinyModel,
     config_json,
     random_prompt,
@@ -343,7 +341,10 @@ def test_a_folder_written_without_transformers_equals_its_own(
     assert np.array_equal(theirs, ours)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2"],
+)
 def test_experts_in_one_tensor_as_transformers_has_them(
     family: str, make_folder: MakeFolder, tmp_path: Path
 ):

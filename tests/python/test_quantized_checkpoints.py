@@ -36,7 +36,8 @@ from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.checkpoint.quantized_tensors import QuantizedTensor
 from tidaldecode.cli import app
 from tidaldecode.errors import WeightsError
-from tiny_models import FAMILIES, TinyModel, random_prompt, write_checkpoint
+from tiny_families import FAMILIES
+from tiny_models import TinyModel, random_prompt, write_checkpoint
 
 TINY = TinyModel(
     hidden_size=128, intermediate_size=384, num_layers=2, head_dim=32, dtype="bfloat16"

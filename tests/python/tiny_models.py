@@ -17,126 +17,21 @@ from typing import Any
 
 import numpy as np
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-# The families with every rope type; of the others those that are used.
-_FEW_ROPES = {
-    "granite": ("default",),
-    "granitemoehybrid": ("default",),
-    "smollm3": ("default", "yarn"),
-    "seed_oss": ("default",),
-    "phi3": ("default", "longrope"),
-    "glm4": ("default", "yarn"),
-    "ministral": ("default",),
-    "ministral3": ("yarn",),
-    "qwen3_moe": ("default", "yarn"),
-    "mixtral": ("default",),
-    "gpt_oss": ("default", "yarn"),
-    "olmo2": ("default",),
-    "olmo3": ("default", "yarn"),
-    "gemma2": ("default",),
-    "gemma3_text": ("default", "linear"),
-}
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "glm4": "Glm4ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "ministral": "MinistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-FAMILIES = tuple(ARCHITECTURES)
-FAMILY_ROPES = [(name, rope) for name in FAMILIES for rope in _FEW_ROPES.get(name, ROPE_TYPES)]
-
-# What a config.json of a family says beyond what all say, over that; None removes a field.
-_OWN_FIELDS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False},
-    "granite": {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.22,
-        "attention_multiplier": 0.4, "logits_scaling": 10.0,
-    },
-    "granitemoehybrid": {
-        "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
-        "attention_multiplier": 0.3, "logits_scaling": 8.0, "num_local_experts": 0,
-        "num_experts_per_tok": 0, "position_embedding_type": "rope", "mamba_n_heads": 16,
-    },
-    "smollm3": {"no_rope_layer_interval": 3, "use_sliding_window": False},
-    "seed_oss": {"attention_out_bias": False},
-    "phi3": {"sliding_window": None},
-    "glm4": {},
-    "qwen3_moe": {
-        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-        "norm_topk_prob": True, "mlp_only_layers": [0], "use_sliding_window": False,
-    },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "gpt_oss": {
-        "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 1.5,
-    },
-    "ministral": {"sliding_window": 24},
-    "ministral3": {"sliding_window": None},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 24},
-    "gemma2": {
-        "sliding_window": 24, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 4.0,
-        "final_logit_softcapping": 3.0, "hidden_activation": "gelu_pytorch_tanh",
-    },
-    "gemma3_text": {
-        "sliding_window": 24, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8,
-        "hidden_activation": "gelu_pytorch_tanh",
-    },
-}  # fmt: skip
-# Families whose layers attend to a window, which layer by layer (w) or to everything (F).
-_EVERY = {"ministral": "w", "gpt_oss": "wF", "olmo3": "wwwF", "gemma2": "wF", "gemma3_text": "wwF"}
-_GEMMAS = ("gemma2", "gemma3_text")
-_BRANCH_NORMS = ("glm4", "olmo2", "olmo3", *_GEMMAS)
-# Their names of the norms, where they are not glm4's.
-_NORMS_OF_BRANCHES = {
-    "post_attention_layernorm": ("post_self_attn_layernorm",),
-    "post_feedforward_layernorm": ("post_mlp_layernorm",),
-}
-_NORMS_AROUND_BRANCHES = {
-    "pre_feedforward_layernorm": ("post_attention_layernorm",), **_NORMS_OF_BRANCHES
-}  # fmt: skip
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
-# How a family names parts of a layer, some of them several of ours below each other.
-OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "phi3": {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
-    "glm4": {"mlp.gate_up_proj": _GATE_UP},
-    "granitemoehybrid": {
-        "shared_mlp.input_linear": _GATE_UP, "shared_mlp.output_linear": ("mlp.down_proj",)
-    },
-    "mixtral": {
-        "block_sparse_moe.gate": ("mlp.gate",),
-        **{
-            f"block_sparse_moe.experts.{expert}.{own}": (f"mlp.experts.{expert}.{part}_proj",)
-            for expert in range(4)
-            for own, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
-        },
-    },
-    "gpt_oss": {"mlp.router": ("mlp.gate",)},  # and fused_experts()
-    "olmo2": _NORMS_OF_BRANCHES,
-    "olmo3": _NORMS_OF_BRANCHES,
-    "gemma2": _NORMS_AROUND_BRANCHES,
-    "gemma3_text": _NORMS_AROUND_BRANCHES,
-}  # fmt: skip
+from tiny_families import (
+    ARCHITECTURES,
+    BRANCH_NORMS,
+    CORRECTION_PARTS,
+    EVERY,
+    GEMMAS,
+    HALF_ROTATED,
+    NULLS,
+    OWN_FIELDS,
+    OWN_NAMES,
+    WITH_QK_NORM,
+    WITH_QKV_BIAS,
+    WITH_WIDE_QK_NORM,
+    WITHOUT_ATTENTION_BIAS,
+)
 
 # Length up to which the scaled rope types behave as trained; prompts longer than this reach the
 # part of each formula that a short prompt never sees.
@@ -169,13 +64,14 @@ class TinyModel:
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family in ("qwen2", "seed_oss", "glm4", "gpt_oss") or self.attention_bias
+        return self.family in WITH_QKV_BIAS or self.attention_bias
 
     @property
     def o_bias(self) -> bool:
         if self.family in ("seed_oss", "gpt_oss"):
             return self.family == "gpt_oss" or bool(self.fields.get("attention_out_bias"))
-        return self.family not in ("qwen2", "glm4") and self.attention_bias
+        without = ("qwen2", "qwen2_moe", "glm4", "glm4_moe")
+        return self.family not in without and self.attention_bias
 
     @property
     def has_mlp_bias(self) -> bool:
@@ -188,25 +84,35 @@ class TinyModel:
     @property
     def kinds(self) -> str:
         """A letter a layer: w with a window, F without."""
-        pattern = _EVERY.get(self.family, "F")
+        pattern = EVERY.get(self.family, "F")
         return (pattern * self.num_layers)[: self.num_layers]
 
     def num_experts(self, layer: int) -> int:
         """Experts of a layer; 0: it has one MLP."""
-        own = _OWN_FIELDS[self.family] | self.fields
-        if layer in own.get("mlp_only_layers", ()):
+        own = OWN_FIELDS[self.family] | self.fields
+        first = own.get("first_k_dense_replace", own.get("moe_layer_start_index", 0))
+        last = own.get("moe_layer_end_index", self.num_layers)
+        if layer in own.get("mlp_only_layers", ()) or not first <= layer <= last:
             return 0
-        return own.get("num_local_experts") or own.get("num_experts") or 0
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        return next((own[name] for name in names if name in own), 0)
+
+    @property
+    def shared_expert_size(self) -> int:
+        """The size of the expert that all tokens have; 0: there is none."""
+        own = OWN_FIELDS[self.family] | self.fields
+        count = own.get("n_shared_experts", own.get("moe_num_shared_experts", 0))
+        return own.get("shared_expert_intermediate_size", count * self.expert_size)
 
     @property
     def expert_size(self) -> int:
-        own = _OWN_FIELDS[self.family] | self.fields
+        own = OWN_FIELDS[self.family] | self.fields
         return own.get("moe_intermediate_size", self.intermediate_size)
 
     @property
     def rotary_dim(self) -> int:
         """Dims of a head that turn."""
-        share = 0.5 if self.family == "glm4" else 1.0
+        share = 0.5 if self.family in HALF_ROTATED else 1.0
         return int(self.head_dim * self.rope_extra.get("partial_rotary_factor", share))
 
     @property
@@ -265,19 +171,19 @@ def config_json(model: TinyModel) -> dict[str, Any]:
         "pad_token_id": None,
         "dtype": model.dtype,
     }
-    if model.family not in ("qwen2", "phi3"):  # those derive it
+    if model.family not in ("qwen2", "qwen2_moe", "phi3"):  # those derive it
         config["head_dim"] = model.head_dim
-    if model.family not in ("mistral", "qwen2", "phi3", "ministral", "ministral3", "mixtral"):
+    if model.family not in WITHOUT_ATTENTION_BIAS:
         config["attention_bias"] = model.qkv_bias
-    if model.family in _GEMMAS:
+    if model.family in GEMMAS:
         del config["hidden_act"]
     if model.family in ("llama", "granite", "smollm3", "seed_oss"):
         config["mlp_bias"] = model.mlp_bias
     if model.family == "granitemoehybrid":
         config["layer_types"] = ["full_attention"] * model.num_layers
         config["shared_intermediate_size"] = model.intermediate_size
-    config |= _OWN_FIELDS[model.family] | model.fields
-    return {key: value for key, value in config.items() if value is not None or key in _NULLS}
+    config |= OWN_FIELDS[model.family] | model.fields
+    return {key: value for key, value in config.items() if value is not None or key in NULLS}
 
 
 def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
@@ -290,7 +196,7 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         return rng.normal(0.0, gain / np.sqrt(columns), (rows, columns))
 
     def norm(size: int, mean: float = 1.0) -> np.ndarray:
-        offset = 1.0 if model.family in _GEMMAS else 0.0
+        offset = 1.0 if model.family in GEMMAS else 0.0
         return mean * (1.0 + 0.2 * rng.normal(size=size)) - offset
 
     weights = {"model.embed_tokens.weight": rng.normal(0.0, 0.4, (model.vocab_size, hidden))}
@@ -307,13 +213,13 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         weights[prefix + "self_attn.o_proj.weight"] = matrix(hidden, q_size, model.gain)
         if model.o_bias:
             weights[prefix + "self_attn.o_proj.bias"] = 0.3 * rng.normal(size=hidden)
-        if model.family in _BRANCH_NORMS:
+        if model.family in BRANCH_NORMS:
             weights[prefix + "post_self_attn_layernorm.weight"] = norm(hidden)
             weights[prefix + "post_mlp_layernorm.weight"] = norm(hidden)
-        if model.family in ("qwen3", "qwen3_moe", "gemma3_text"):
+        if model.family in WITH_QK_NORM:
             weights[prefix + "self_attn.q_norm.weight"] = norm(model.head_dim, model.gain)
             weights[prefix + "self_attn.k_norm.weight"] = norm(model.head_dim, model.gain)
-        if model.family in ("olmo2", "olmo3"):
+        if model.family in WITH_WIDE_QK_NORM:
             weights[prefix + "self_attn.q_norm.weight"] = norm(q_size, model.gain)
             weights[prefix + "self_attn.k_norm.weight"] = norm(kv_size, model.gain)
         if model.family == "gpt_oss":
@@ -323,8 +229,16 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
             weights[prefix + "mlp.gate.weight"] = matrix(count, hidden, 2.0)
             if model.has_mlp_bias:
                 weights[prefix + "mlp.gate.bias"] = rng.normal(size=count)
-        for mlp in [f"mlp.experts.{i}." for i in range(count)] or ["mlp."]:
-            inner = model.expert_size if count else model.intermediate_size
+            if model.family in CORRECTION_PARTS:
+                part = f"{prefix}{CORRECTION_PARTS[model.family]}.e_score_correction_bias"
+                shape = (1, count) if model.family == "ernie4_5_moe" else (count,)
+                weights[part] = rng.normal(0.0, 0.2, shape)
+            if model.family == "qwen2_moe":
+                weights[prefix + "mlp.shared_expert_gate.weight"] = matrix(1, hidden, 2.0)
+        sizes = {f"mlp.experts.{i}.": model.expert_size for i in range(count)}
+        if count and model.shared_expert_size:
+            sizes["mlp.shared_experts."] = model.shared_expert_size
+        for mlp, inner in (sizes or {"mlp.": model.intermediate_size}).items():
             for name, rows, columns in (
                 ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)
             ):  # fmt: skip
@@ -474,7 +388,9 @@ def save_with_transformers(folder: Path, model: TinyModel, max_shard_size: str =
     config = AutoConfig.for_model(**config_json(model))
     torch_dtype = getattr(torch, model.dtype)
     state = {k: torch.from_numpy(v).to(torch_dtype) for k, v in random_weights(model).items()}
-    if model.num_experts(model.num_layers - 1):  # which transformers stacks as it loads them
+    if any(
+        map(model.num_experts, range(model.num_layers))
+    ):  # which transformers stacks as it loads them
         own = write_checkpoint(folder / "own", model)
         torch_model = AutoModelForCausalLM.from_pretrained(own, dtype=torch_dtype)
     else:

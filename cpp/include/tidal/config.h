@@ -60,6 +60,12 @@ enum class Activation : int32_t {
   kClampedSwiglu,  // (up + 1) * gate / (1 + exp(-alpha * gate)), both clamped first (gpt_oss)
 };
 
+// How likely an expert is, of the numbers that a token's router gives.
+enum class RouterScore : int32_t {
+  kSoftmax,  // over all experts
+  kSigmoid,  // each for itself
+};
+
 // A decoder-only transformer of the Llama kind: RMSNorm, RoPE, grouped-query attention, gated MLP.
 struct ModelConfig {
   int64_t vocab_size = 0;
@@ -83,13 +89,20 @@ struct ModelConfig {
   // For kClampedSwiglu: a gate is at most the limit, up at most that far from 0.
   double swiglu_limit = 7.0;
   double swiglu_alpha = 1.702;
-  // Experts of a layer, each an MLP of expert_intermediate_size, of which every token has some,
-  // chosen and weighted by a softmax.
+  // Experts of a layer, each an MLP of expert_intermediate_size, of which every token has the most
+  // likely ones, weighted by how likely they are.
   int64_t num_experts = 0;
   int64_t experts_per_token = 0;
   int64_t expert_intermediate_size = 0;
+  RouterScore router_score = RouterScore::kSoftmax;
+  bool router_correction = false;  // a number of each expert counts in the choice, not in weights
   bool normalized_routing = true;  // a token's weights add up to 1
-  bool attention_sinks = false;    // a score of each head without a value, in the softmax (gpt_oss)
+  double routing_scale = 1.0;      // multiplies the weights
+  // Beside them an MLP of this size that all tokens have (a shared expert); 0: none. With a gate it
+  // is weighted by the sigmoid of a product with the token (qwen2_moe).
+  int64_t shared_expert_size = 0;
+  bool shared_expert_gate = false;
+  bool attention_sinks = false;  // a score of each head without a value, in the softmax (gpt_oss)
   bool tie_word_embeddings = false;
   double embedding_scale = 1.0;  // multiplies the embeddings
   double residual_scale = 1.0;   // multiplies what attention and MLP add

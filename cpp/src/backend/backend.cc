@@ -20,7 +20,7 @@ void Backend::QkvRopeAppend(const QkvRopeAppendArgs& args) {
 
 void Backend::GateUpMul(const GateUpMulArgs& args) {
   Check(args);
-  RmsNorm(args.norm);
+  if (args.norm.x) RmsNorm(args.norm);
   Linear(args.linear);
   GateMul(args.gate_mul);
 }

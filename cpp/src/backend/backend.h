@@ -136,6 +136,7 @@ class Backend {
   virtual void SelectTopK(const SelectTopKArgs& args) = 0;
   virtual void AttentionSparse(const AttentionSparseArgs& args) = 0;
   virtual void GateMul(const GateMulArgs& args) = 0;
+  virtual void GateRows(const GateRowsArgs& args) = 0;
   virtual void SelectExperts(const SelectExpertsArgs& args) = 0;
   virtual void ExpertLinear(const ExpertLinearArgs& args) = 0;
   virtual void AddExperts(const AddExpertsArgs& args) = 0;

@@ -209,10 +209,19 @@ void Check(const GateMulArgs& args, std::optional<DType> act) {
   op.Tensor("gate_up", args.gate_up, {&tokens, &both}, op.act());
 }
 
+void Check(const GateRowsArgs& args, std::optional<DType> act) {
+  OpCheck op("GateRows", act);
+  Dim tokens{"T"}, hidden{"H"}, one{"1", 1}, intermediate{"I"};
+  op.Tensor("x", args.x, {&tokens, &hidden}, op.act());
+  op.Tensor("weight", args.weight, {&one, &hidden}, op.weight());
+  op.Tensor("out", args.out, {&tokens, &intermediate}, op.act());
+}
+
 void Check(const SelectExpertsArgs& args, std::optional<DType> act) {
   OpCheck op("SelectExperts", act);
   Dim tokens{"T"}, experts{"E"}, chosen{"k"};
   op.Tensor("logits", args.logits, {&tokens, &experts}, op.float32());
+  op.Optional("correction", args.correction, {&experts}, op.float32());
   op.Tensor("expert_ids", args.expert_ids, {&tokens, &chosen}, op.int32());
   op.Tensor("weights", args.weights, {&tokens, &chosen}, op.float32());
   TIDAL_CHECK(chosen.size >= 1 && chosen.size <= experts.size, InvalidArgument,

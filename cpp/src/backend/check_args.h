@@ -26,6 +26,7 @@ void Check(const ScoreKeysArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectTopKArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AttentionSparseArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const GateMulArgs& args, std::optional<DType> act = std::nullopt);
+void Check(const GateRowsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const SelectExpertsArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const ExpertLinearArgs& args, std::optional<DType> act = std::nullopt);
 void Check(const AddExpertsArgs& args, std::optional<DType> act = std::nullopt);

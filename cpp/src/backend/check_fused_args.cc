@@ -30,7 +30,11 @@ void Check(const QkvRopeAppendArgs& args, std::optional<DType> act) {
 }
 
 void Check(const GateUpMulArgs& args, std::optional<DType> act) {
-  Check(NormLinearArgs{args.norm, args.linear}, act);
+  if (args.norm.x) {
+    Check(NormLinearArgs{args.norm, args.linear}, act);
+  } else {
+    Check(args.linear, act);
+  }
   Check(args.gate_mul, act);
   CheckSameTensor("GateUpMul", "linear.out", args.linear.out, "gate_mul.gate_up",
                   args.gate_mul.gate_up);

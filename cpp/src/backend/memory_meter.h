@@ -52,6 +52,7 @@ class MemoryMeter : public Backend {
   void SelectTopK(const SelectTopKArgs&) override { Refuse(); }
   void AttentionSparse(const AttentionSparseArgs&) override { Refuse(); }
   void GateMul(const GateMulArgs&) override { Refuse(); }
+  void GateRows(const GateRowsArgs&) override { Refuse(); }
   void SelectExperts(const SelectExpertsArgs&) override { Refuse(); }
   void ExpertLinear(const ExpertLinearArgs&) override { Refuse(); }
   void AddExperts(const AddExpertsArgs&) override { Refuse(); }

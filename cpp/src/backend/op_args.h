@@ -246,13 +246,23 @@ struct GateMulArgs {
   float alpha = 0.0f;
 };
 
-// Which experts a token has, the most likely ones by its softmax over all, and their weights: these
-// likelihoods, or their shares. Equal likelihoods: the lower id.
+// In place: each token's row times sigmoid(x . weight).
+struct GateRowsArgs {
+  TensorView x;       // [T, H] act
+  TensorView weight;  // [1, H] weight
+  TensorView out;     // [T, I] act
+};
+
+// Which experts a token has, the most likely ones, and their weights: these likelihoods, or their
+// shares, times scale. Equal likelihoods: the lower id.
 struct SelectExpertsArgs {
-  TensorView logits;       // [T, E] float32
-  TensorView expert_ids;   // out [T, k] int32, all different, the most likely first
-  TensorView weights;      // out [T, k] float32
-  bool normalized = true;  // shares: a token's weights add up to 1
+  TensorView logits;           // [T, E] float32
+  TensorView correction = {};  // [E] float32, added to likelihoods in the choice only, or absent
+  TensorView expert_ids;       // out [T, k] int32, all different, the first choice first
+  TensorView weights;          // out [T, k] float32
+  RouterScore score = RouterScore::kSoftmax;  // what is likely
+  bool normalized = true;                     // shares: a token's weights add up to scale
+  float scale = 1.0f;
 };
 
 // Products with the experts that tokens have chosen.
@@ -289,7 +299,7 @@ struct QkvRopeAppendArgs {
 
 // RmsNorm, Linear, GateMul: the first half of the MLP.
 struct GateUpMulArgs {
-  RmsNormArgs norm;
+  RmsNormArgs norm;      // or absent, without norm.x: linear.x is normed
   LinearArgs linear;     // .x is norm.out
   GateMulArgs gate_mul;  // .gate_up is linear.out
 };

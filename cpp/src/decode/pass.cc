@@ -42,6 +42,8 @@ PassBuffers::PassBuffers(Backend& backend, const ModelConfig& model, DType act,
            .expert_gate_up = {},
            .expert_mlp = {},
            .expert_out = {},
+           .shared_gate_up = {},
+           .shared_mlp = {},
            .branch = {},
            .rotations = {}};
   if (m.branch_norms) full_.branch = activations_.Make(DType::kFloat32, {t, m.hidden_size});
@@ -58,6 +60,9 @@ void PassBuffers::MakeExperts(const ModelConfig& model, DType act) {
   full_.expert_gate_up = activations_.Make(act, {t * k, 2 * inner});
   full_.expert_mlp = activations_.Make(act, {t * k, inner});
   full_.expert_out = activations_.Make(act, {t * k, model.hidden_size});
+  if (model.shared_expert_size == 0) return;
+  full_.shared_gate_up = activations_.Make(act, {t, 2 * model.shared_expert_size});
+  full_.shared_mlp = activations_.Make(act, {t, model.shared_expert_size});
 }
 
 void PassBuffers::MakeRotations(const ModelConfig& model) {
@@ -102,6 +107,10 @@ Pass PassBuffers::Take(const PassSize& size) const {
     for (TensorView* view : {&pass.expert_gate_up, &pass.expert_mlp, &pass.expert_out}) {
       *view = view->Rows(0, choices);
     }
+  }
+  if (pass.shared_mlp) {
+    pass.shared_gate_up = pass.shared_gate_up.Rows(0, num_tokens);
+    pass.shared_mlp = pass.shared_mlp.Rows(0, num_tokens);
   }
   for (Rotation& rotation : pass.rotations) {
     if (rotation.cos_sin.rank == 0) continue;

@@ -68,6 +68,9 @@ struct Pass {
   TensorView expert_gate_up;  // [T * k, 2 I'] act
   TensorView expert_mlp;      // [T * k, I'] act
   TensorView expert_out;      // [T * k, H] act
+  // For the expert that all tokens have, if there is one, of size S.
+  TensorView shared_gate_up;  // [T, 2 S] act
+  TensorView shared_mlp;      // [T, S] act
   TensorView branch;          // [T, H] float32: what a layer adds; absent without norms of it
 
   std::array<Rotation, kNumRotations> rotations;  // by RotationKind

@@ -112,16 +112,37 @@ void Transformer::AddMlp(const LayerWeights& w, const Pass& pass) const {
   AddBranch({.x = pass.mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, w.down_norm, pass);
 }
 
+void Transformer::BeginSharedExpert(const LayerWeights& w, const Pass& pass) const {
+  backend_.GateUpMul({
+      .norm = {},
+      .linear = InPass({.x = pass.normed,
+                        .weight = w.gate_up,
+                        .bias = w.gate_up_bias,
+                        .out = pass.shared_gate_up},
+                       pass),
+      .gate_mul = GateMul(pass.shared_gate_up, pass.shared_mlp),
+  });
+  // In front of the product with down, which is linear, so that it can be added at once.
+  if (w.shared_gate) {
+    backend_.GateRows({.x = pass.normed, .weight = w.shared_gate, .out = pass.shared_mlp});
+  }
+}
+
 void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
   // The experts read the normed inputs too, which NormLinear would not keep.
   backend_.RmsNorm(InputNorm(w.post_norm, pass));
   backend_.Linear(
       {.x = pass.normed, .weight = w.router, .bias = w.router_bias, .out = pass.router_logits});
+  const bool has_shared = model_.shared_expert_size > 0;
+  if (has_shared) BeginSharedExpert(w, pass);
   backend_.ExpertMlp({
       .select = {.logits = pass.router_logits,
+                 .correction = w.router_correction,
                  .expert_ids = pass.expert_ids,
                  .weights = pass.expert_weights,
-                 .normalized = model_.normalized_routing},
+                 .score = model_.router_score,
+                 .normalized = model_.normalized_routing,
+                 .scale = static_cast<float>(model_.routing_scale)},
       .gate_up = {.x = pass.normed,
                   .weight = w.experts_gate_up,
                   .bias = w.experts_gate_up_bias,
@@ -135,6 +156,9 @@ void Transformer::AddExperts(const LayerWeights& w, const Pass& pass) const {
                .out = pass.expert_out},
       .add = {.x = pass.expert_out, .weights = pass.expert_weights, .out = pass.hidden},
   });
+  if (has_shared) {
+    AddBranch({.x = pass.shared_mlp, .weight = w.down, .bias = w.down_bias, .out = {}}, {}, pass);
+  }
 }
 
 void Transformer::AddBranch(LinearArgs product, const TensorView& norm, const Pass& pass) const {

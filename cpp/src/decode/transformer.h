@@ -43,6 +43,8 @@ class Transformer {
   // The MLP of a layer into the residual stream.
   void AddMlp(const LayerWeights& w, const Pass& pass) const;
   void AddExperts(const LayerWeights& w, const Pass& pass) const;
+  // The first half of the expert that all tokens have.
+  void BeginSharedExpert(const LayerWeights& w, const Pass& pass) const;
   GateMulArgs GateMul(const TensorView& gate_up, const TensorView& out) const;
   RmsNormArgs InputNorm(const TensorView& weight, const Pass& pass) const;
   // A product into the residual stream, normalised on the way if there is a norm.

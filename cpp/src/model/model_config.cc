@@ -85,6 +85,12 @@ void ValidateLayers(const ModelConfig& model) {
   CheckRange("num_experts", model.num_experts, kMaxExperts);
   CheckRange("experts_per_token", model.experts_per_token, model.num_experts);
   CheckRange("expert_intermediate_size", model.expert_intermediate_size, kMaxHidden);
+  CheckPositive("routing_scale", model.routing_scale);
+  TIDAL_CHECK(model.shared_expert_size >= 0 && model.shared_expert_size <= kMaxHidden, ConfigError,
+              "shared_expert_size: got ", model.shared_expert_size, ", expected 0 to ", kMaxHidden);
+  TIDAL_CHECK(!model.shared_expert_gate || model.shared_expert_size > 0, ConfigError,
+              "shared_expert_gate: got true without a shared expert; expected a "
+              "shared_expert_size");
 }
 
 void ValidateScales(const ModelConfig& model) {

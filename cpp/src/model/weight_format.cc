@@ -186,6 +186,11 @@ void DecodeAwq(const QuantizedWeight& weight, const DecodedBlocks& blocks, const
   }
 }
 
+// Small, and what it chooses and weighs is sensitive.
+bool IsOfRouter(const std::string& name) {
+  return name.ends_with(".mlp.gate.weight") || name.ends_with(".mlp.shared_expert_gate.weight");
+}
+
 }  // namespace
 
 PartShapes ExpectedParts(const QuantizedWeight& weight) {
@@ -268,10 +273,9 @@ bool IsOfExpert(const std::string& name) {
 
 CodedInfo CodesOf(const std::string& name, const WeightInfo& info, const MadeCodes& made) {
   constexpr int64_t kInt4Group = 128;
-  // A router is small, and what it chooses is sensitive.
-  const bool is_of_part = made.part == CodedPart::kLmHead ? name == kLmHeadName
-                                                          : name.starts_with("model.layers.") &&
-                                                                !name.ends_with(".mlp.gate.weight");
+  const bool is_of_part = made.part == CodedPart::kLmHead
+                              ? name == kLmHeadName
+                              : name.starts_with("model.layers.") && !IsOfRouter(name);
   if (made.codes == WeightCodes::kNone || !is_of_part || info.shape.size() != 2 ||
       info.shape[1] % kCodesPerWord != 0) {
     return {};

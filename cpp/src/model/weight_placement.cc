@@ -68,7 +68,7 @@ class Planner {
     if (m.layer(index).has_experts) {
       PlanExperts(mlp, layer);
     } else {
-      PlanMlp(mlp, layer);
+      PlanMlp(mlp, m.intermediate_size, "intermediate_size", layer);
     }
     if (m.branch_norms) {
       AddNorm(&layer.o_norm, prefix + "post_self_attn_layernorm.weight");
@@ -76,14 +76,14 @@ class Planner {
     }
   }
 
-  void PlanMlp(const std::string& mlp, LayerWeights& layer) {
+  // `field`: what says its intermediate size.
+  void PlanMlp(const std::string& mlp, int64_t size, const char* field, LayerWeights& layer) {
     const ModelConfig& m = model_;
-    const std::string sizes =
-        Concat("hidden_size ", m.hidden_size, ", intermediate_size ", m.intermediate_size);
+    const std::string sizes = Concat("hidden_size ", m.hidden_size, ", ", field, " ", size);
     const std::vector<std::string> gate_up = {mlp + "gate_proj", mlp + "up_proj"};
-    const std::vector<int64_t> rows = {m.intermediate_size, m.intermediate_size};
+    const std::vector<int64_t> rows = {size, size};
     AddMatrix(&layer.gate_up, WithSuffix(gate_up, ".weight"), rows, m.hidden_size, sizes);
-    AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, m.intermediate_size, sizes);
+    AddMatrix(&layer.down, {mlp + "down_proj.weight"}, {m.hidden_size}, size, sizes);
     if (!m.mlp_bias) return;
     Add(&layer.gate_up_bias, WithSuffix(gate_up, ".bias"), rows, 0, sizes);
     Add(&layer.down_bias, {mlp + "down_proj.bias"}, {m.hidden_size}, 0, "hidden_size");
@@ -94,6 +94,17 @@ class Planner {
     const std::string sizes = Concat("num_experts ", m.num_experts, ", hidden_size ", m.hidden_size,
                                      ", expert_intermediate_size ", m.expert_intermediate_size);
     Add(&layer.router, {mlp + "gate.weight"}, {m.num_experts}, m.hidden_size, sizes);
+    if (m.router_correction) {
+      Add(&layer.router_correction, {mlp + "gate.e_score_correction_bias"}, {m.num_experts}, 0,
+          sizes);
+      placements_.back().is_float32 = true;
+    }
+    if (m.shared_expert_size > 0) {
+      PlanMlp(mlp + "shared_experts.", m.shared_expert_size, "shared_expert_size", layer);
+    }
+    if (m.shared_expert_gate) {
+      Add(&layer.shared_gate, {mlp + "shared_expert_gate.weight"}, {1}, m.hidden_size, sizes);
+    }
     std::vector<std::string> gate_up, down;
     for (int64_t e = 0; e < m.num_experts; ++e) {
       const std::string expert = Concat(mlp, "experts.", e, ".");

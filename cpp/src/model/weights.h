@@ -13,24 +13,27 @@ namespace tidal {
 
 // Norms are float32 where ModelConfig::norm_offset was added to them.
 struct LayerWeights {
-  TensorView input_norm;    // [H], or absent
-  Weight qkv;               // [(Hq + 2 Hkv) * D, H]: q_proj, k_proj, v_proj stacked
-  TensorView qkv_bias;      // [(Hq + 2 Hkv) * D], or absent
-  TensorView q_norm;        // [D], of all heads [Hq * D], or absent
-  TensorView k_norm;        // [D], of all heads [Hkv * D], or absent
-  TensorView sinks;         // [Hq] float32, or absent
-  Weight o;                 // [H, Hq * D]
-  TensorView o_bias;        // [H], or absent
-  TensorView post_norm;     // [H], or absent
+  TensorView input_norm;  // [H], or absent
+  Weight qkv;             // [(Hq + 2 Hkv) * D, H]: q_proj, k_proj, v_proj stacked
+  TensorView qkv_bias;    // [(Hq + 2 Hkv) * D], or absent
+  TensorView q_norm;      // [D], of all heads [Hq * D], or absent
+  TensorView k_norm;      // [D], of all heads [Hkv * D], or absent
+  TensorView sinks;       // [Hq] float32, or absent
+  Weight o;               // [H, Hq * D]
+  TensorView o_bias;      // [H], or absent
+  TensorView post_norm;   // [H], or absent
+  // The MLP; in a layer with experts the one that all tokens have, or absent.
   Weight gate_up;           // [2 I, H]: gate_proj, up_proj stacked
   TensorView gate_up_bias;  // [2 I], or absent
   Weight down;              // [H, I]
   TensorView down_bias;     // [H], or absent
   TensorView o_norm;        // [H]: of what attention adds, or absent
   TensorView down_norm;     // [H]: of what the MLP adds, or absent
-  // A layer with experts has these in place of gate_up and down; I' is their intermediate size.
+  // A layer with experts has these; I' is their intermediate size.
   TensorView router;                // [E, H], of numbers
   TensorView router_bias;           // [E], or absent
+  TensorView router_correction;     // [E] float32, or absent
+  TensorView shared_gate;           // [1, H], of numbers, or absent
   Weight experts_gate_up;           // [E * 2 I', H]: expert by expert gate_proj, up_proj stacked
   TensorView experts_gate_up_bias;  // [E * 2 I'], or absent
   Weight experts_down;              // [E * H, I']

@@ -11,10 +11,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Always, never, or as a field of config.json says, which may be absent: never, or as stands here.
+Presence = bool | str | tuple[str, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a family: fields of config.json, and what it means if they are not there."""
+
+    num_experts: int
+    per_token: int
+    size: tuple[str, int | None] = ("moe_intermediate_size", None)
+    router_score: str = "softmax"
+    has_correction: bool = False
+    is_normalized: bool = True
+    normalized_field: str | None = None  # that says otherwise
+    scale_field: str | None = None
+    has_groups: bool = False  # n_group, topk_group
+    # An MLP that all tokens have beside them: its size, or how many of theirs it is; and whether
+    # it has a gate.
+    shared_size: tuple[str, int] | None = None
+    shared_count: tuple[str, int] | None = None
+    has_shared_gate: bool = False
+    # Layers with experts: from the first to the last, every so-manyth, but for some.
+    first_layer: tuple[str, int] | None = None
+    last_layer_field: str | None = None  # -1: of the model
+    step_field: str | None = None
+    other_layers_field: str | None = None
+    are_transposed: bool = False  # where they lie in one tensor: fused_experts.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One `model_type`. A bias is there always, never, or as a field of config.json says."""
+    """One `model_type`."""
 
     # If config.json does not say; None: it must.
     vocab_size: int | None = None
@@ -34,19 +63,19 @@ class Family:
     window_rope_theta: float | None = None
     window_rope_field: str | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # the field, if config.json does not say
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
+    qkv_bias: Presence = False
+    o_bias: Presence = False
+    mlp_bias: Presence = False
     input_norms: bool = True
     branch_norms: bool = False
-    qk_norm: bool = False
+    qk_norm: Presence = False
     wide_qk_norm: bool = False
     norm_offset: float = 0.0
     activation: tuple[str, str] = ("hidden_act", "silu")  # the field, and what absent means
     has_clamped_swiglu: bool = False  # in place of it, with swiglu_limit and swiglu_alpha
     attention_sinks: bool = False
     partial_rotary_factor: float | None = None  # if config.json does not say; None: no such field
+    rotary_dim_field: str | None = None  # in place of it
     has_interleaved_rotation: bool = False
     # A sliding window: the field that switches it on, if there is one; sliding_window if
     # config.json does not say; and which layers have it.
@@ -54,20 +83,14 @@ class Family:
     window_switch: str | None = None
     sliding_window: int | None = None
     has_layer_types: bool = False  # layer_types says which, if it is there
-    max_window_layers: int = 0  # else: those from this field on; 0: no such field
+    # Else: those from this field on; 0: no such field. With an interval: those before it.
+    max_window_layers: int = 0
     full_layer_interval: int = 0  # else: all but every so-manyth; 0: all of them
     full_layer_field: str | None = None  # that has this interval, where configs give it
     windows_without_rope: bool = False  # else: those without rotation
     intermediate_size: str = "intermediate_size"  # the field
-    # Experts: their number and those of a token if config.json does not say, the fields of their
-    # size, and whether a token's weights add up to 1; None: norm_topk_prob says.
-    has_experts: bool = False
-    num_experts: int = 0
-    experts_per_token: int = 0
-    expert_intermediate_size: tuple[str, int | None] = ("moe_intermediate_size", None)
-    normalized_routing: bool | None = True
-    has_layers_without_experts: bool = False  # decoder_sparse_step, mlp_only_layers
-    has_transposed_experts: bool = False  # where they lie in one tensor: fused_experts.py
+    experts: Experts | None = None
+    must_be_false: tuple[str, ...] = ()  # fields of what is not supported
     # Granite's: embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     has_multipliers: bool = False
     # Gemma's: embeddings times the root of hidden_size, query_pre_attn_scalar; and the soft caps
@@ -97,6 +120,13 @@ BESIDE_TEXT_CONFIG = (
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL_NAMES = {
+    "block_sparse_moe.gate": "mlp.gate",
+    "block_sparse_moe.experts.*.w1": "mlp.experts.*.gate_proj",
+    "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
+    "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
+}
 _NORMS_OF_BRANCHES = {
     "post_attention_layernorm": "post_self_attn_layernorm",
     "post_feedforward_layernorm": "post_mlp_layernorm",
@@ -171,12 +201,119 @@ FAMILIES: dict[str, Family] = {
         has_window=True,
         window_switch="use_sliding_window",
         sliding_window=4096,
-        has_experts=True,
-        num_experts=128,
-        experts_per_token=8,
-        expert_intermediate_size=("moe_intermediate_size", 768),
-        normalized_routing=None,
-        has_layers_without_experts=True,
+        experts=Experts(
+            num_experts=128,
+            per_token=8,
+            size=("moe_intermediate_size", 768),
+            is_normalized=False,
+            normalized_field="norm_topk_prob",
+            step_field="decoder_sparse_step",
+            other_layers_field="mlp_only_layers",
+        ),
+    ),
+    "qwen2_moe": Family(
+        num_key_value_heads=16,
+        max_position_embeddings=32768,
+        qkv_bias=("qkv_bias", True),
+        has_window=True,
+        window_switch="use_sliding_window",
+        sliding_window=4096,
+        has_layer_types=True,
+        max_window_layers=28,
+        full_layer_interval=2,
+        experts=Experts(
+            num_experts=60,
+            per_token=4,
+            size=("moe_intermediate_size", 1408),
+            is_normalized=False,
+            normalized_field="norm_topk_prob",
+            shared_size=("shared_expert_intermediate_size", 5632),
+            has_shared_gate=True,
+            step_field="decoder_sparse_step",
+            other_layers_field="mlp_only_layers",
+        ),
+        renamed={f"mlp.shared_expert.{part}": f"mlp.shared_experts.{part}" for part in _MLP_PARTS},
+    ),
+    "glm4_moe": Family(  # GLM-4.5 to 4.7
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        qkv_bias="attention_bias",
+        qk_norm="use_qk_norm",
+        partial_rotary_factor=0.5,
+        experts=Experts(
+            num_experts=128,
+            per_token=8,
+            size=("moe_intermediate_size", 1408),
+            router_score="sigmoid",
+            has_correction=True,
+            normalized_field="norm_topk_prob",
+            scale_field="routed_scaling_factor",
+            has_groups=True,
+            shared_count=("n_shared_experts", 1),
+            first_layer=("first_k_dense_replace", 1),
+        ),
+    ),
+    "dots1": Family(
+        num_key_value_heads=32,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        has_window=True,
+        sliding_window=4096,
+        has_layer_types=True,
+        max_window_layers=62,
+        experts=Experts(
+            num_experts=128,
+            per_token=6,
+            size=("moe_intermediate_size", 1408),
+            router_score="sigmoid",
+            has_correction=True,
+            is_normalized=False,
+            normalized_field="norm_topk_prob",
+            scale_field="routed_scaling_factor",
+            has_groups=True,
+            shared_count=("n_shared_experts", 2),
+            first_layer=("first_k_dense_replace", 0),
+        ),
+    ),
+    "ernie4_5_moe": Family(
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+        has_interleaved_rotation=True,
+        must_be_false=("use_bias",),
+        experts=Experts(
+            num_experts=64,
+            per_token=6,
+            size=("moe_intermediate_size", 1536),
+            has_correction=True,
+            shared_count=("moe_num_shared_experts", 2),
+            first_layer=("moe_layer_start_index", 1),
+            last_layer_field="moe_layer_end_index",
+            step_field="moe_layer_interval",
+        ),
+        renamed={"mlp.moe_statics": "mlp.gate", "mlp.gate.moe_statics": "mlp.gate"},
+    ),
+    "minimax_m2": Family(
+        num_key_value_heads=8,
+        max_position_embeddings=196608,
+        head_dim=128,
+        rope_theta=5000000.0,
+        qk_norm=True,
+        wide_qk_norm=True,
+        partial_rotary_factor=1.0,
+        rotary_dim_field="rotary_dim",
+        experts=Experts(
+            num_experts=256,
+            per_token=8,
+            size=("intermediate_size", 1536),
+            router_score="sigmoid",
+            has_correction=True,
+        ),
+        renamed=_MIXTRAL_NAMES | {"block_sparse_moe": "mlp.gate", "mlp": "mlp.gate"},
     ),
     "mixtral": Family(
         num_key_value_heads=8,
@@ -184,16 +321,8 @@ FAMILIES: dict[str, Family] = {
         rms_norm_eps=1e-5,
         rope_theta=1000000.0,
         has_window=True,
-        has_experts=True,
-        num_experts=8,
-        experts_per_token=2,
-        expert_intermediate_size=("intermediate_size", 14336),
-        renamed={
-            "block_sparse_moe.gate": "mlp.gate",
-            "block_sparse_moe.experts.*.w1": "mlp.experts.*.gate_proj",
-            "block_sparse_moe.experts.*.w3": "mlp.experts.*.up_proj",
-            "block_sparse_moe.experts.*.w2": "mlp.experts.*.down_proj",
-        },
+        experts=Experts(num_experts=8, per_token=2, size=("intermediate_size", 14336)),
+        renamed=_MIXTRAL_NAMES,
     ),
     "gpt_oss": Family(
         vocab_size=201088,
@@ -211,9 +340,8 @@ FAMILIES: dict[str, Family] = {
             "truncate": False,
             "original_max_position_embeddings": 4096,
         },
-        attention_bias=True,
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
+        qkv_bias=("attention_bias", True),
+        o_bias=("attention_bias", True),
         mlp_bias=True,
         has_clamped_swiglu=True,
         attention_sinks=True,
@@ -221,11 +349,12 @@ FAMILIES: dict[str, Family] = {
         sliding_window=128,
         has_layer_types=True,
         full_layer_interval=2,
-        has_experts=True,
-        num_experts=128,
-        experts_per_token=4,
-        expert_intermediate_size=("intermediate_size", 2880),
-        has_transposed_experts=True,
+        experts=Experts(
+            num_experts=128,
+            per_token=4,
+            size=("intermediate_size", 2880),
+            are_transposed=True,
+        ),
         renamed={"mlp.router": "mlp.gate"},
     ),
     "granite": Family(
@@ -262,8 +391,7 @@ FAMILIES: dict[str, Family] = {
         num_key_value_heads=8,
         max_position_embeddings=524288,
         head_dim=128,
-        attention_bias=True,
-        qkv_bias="attention_bias",
+        qkv_bias=("attention_bias", True),
         o_bias="attention_out_bias",
         mlp_bias="mlp_bias",
     ),
@@ -281,8 +409,7 @@ FAMILIES: dict[str, Family] = {
         max_position_embeddings=131072,
         head_dim=128,
         rms_norm_eps=1.5625e-7,
-        attention_bias=True,
-        qkv_bias="attention_bias",
+        qkv_bias=("attention_bias", True),
         branch_norms=True,
         partial_rotary_factor=0.5,
         has_interleaved_rotation=True,

@@ -1,4 +1,4 @@
-"""What the layers of a model differ in: which rotate, and which see a window only.
+"""What the layers of a model differ in: which rotate, which see a window only, which have experts.
 
 Called by model_config.py. The fields and their defaults are transformers'.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tidaldecode.checkpoint.expert_config import layers_with_experts
 from tidaldecode.checkpoint.families import Family
 from tidaldecode.checkpoint.fields import read_bool, read_int
 from tidaldecode.errors import ConfigError, show
@@ -62,7 +63,7 @@ def read_layers(
             )
         if window >= longest and family.window_rope_theta is None:  # never reached
             window = 0
-    has_experts = _layers_with_experts(raw, family, num_layers, where)
+    has_experts = layers_with_experts(raw, family.experts, num_layers, where)
     layers = tuple(
         LayerConfig(has_rope=turns, window=window if own and window else 0, has_experts=experts)
         for turns, own, experts in zip(rotates, has_window, has_experts, strict=True)
@@ -131,7 +132,7 @@ def _windows_by_rule(
     raw: Mapping[str, Any], family: Family, rotates: list[bool], where: str
 ) -> list[bool]:
     """Which layers have the window where config.json does not say by layer."""
-    count = len(rotates)
+    count = first = len(rotates)
     if family.windows_without_rope:
         return [not turns for turns in rotates]
     if family.max_window_layers:
@@ -139,7 +140,8 @@ def _windows_by_rule(
             raw, "max_window_layers", low=0, high=_MAX_WINDOW, where=where,
             default=family.max_window_layers,
         )  # fmt: skip
-        return [layer >= first for layer in range(count)]
+        if not family.full_layer_interval:
+            return [layer >= first for layer in range(count)]
     interval = family.full_layer_interval
     if family.full_layer_field is not None:
         interval = read_int(
@@ -147,24 +149,7 @@ def _windows_by_rule(
         )
     if not interval:
         return [True] * count
-    return [(layer + 1) % interval != 0 for layer in range(count)]
-
-
-def _layers_with_experts(
-    raw: Mapping[str, Any], family: Family, num_layers: int, where: str
-) -> list[bool]:
-    if not family.has_layers_without_experts:
-        return [family.has_experts] * num_layers
-    step = read_int(raw, "decoder_sparse_step", low=1, high=_MAX_LAYERS, where=where, default=1)
-    plain = raw.get("mlp_only_layers") or []
-    if not isinstance(plain, list) or any(
-        isinstance(layer, bool) or not isinstance(layer, int) for layer in plain
-    ):
-        raise ConfigError(
-            f"{where}: mlp_only_layers: got {show(plain)}, expected a list of layers without "
-            "experts"
-        )
-    return [layer not in plain and (layer + 1) % step == 0 for layer in range(num_layers)]
+    return [layer < first and (layer + 1) % interval != 0 for layer in range(count)]
 
 
 def _rotating_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> list[bool]:

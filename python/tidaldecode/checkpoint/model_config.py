@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidaldecode.checkpoint.families import BESIDE_TEXT_CONFIG, FAMILIES, WRAPPERS, Family
+from tidaldecode.checkpoint.expert_config import EXPERT_COUNTS, read_experts
+from tidaldecode.checkpoint.families import (
+    BESIDE_TEXT_CONFIG,
+    FAMILIES,
+    WRAPPERS,
+    Family,
+    Presence,
+)
 from tidaldecode.checkpoint.fields import read_bool, read_float, read_int
 from tidaldecode.checkpoint.json_file import read_json_object
 from tidaldecode.checkpoint.layer_kinds import LayerConfig, read_layers
@@ -27,14 +34,12 @@ _MAX_HIDDEN = 2**17
 _MAX_INTERMEDIATE = 2**20
 _MAX_LAYERS = 1024
 _MAX_HEADS = 4096
-_MAX_EXPERTS = 4096
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of one field
 _MAX_HEAD_DIM = 1024
 _MAX_POSITIONS = 2**28
 
 # Parts of a model_type and why models with it are refused; the first that fits speaks.
 _REFUSAL_REASONS = (
-    ("moe", "of models with experts Qwen3-MoE, Mixtral and gpt-oss are supported"),
+    ("moe", "models with experts are supported of these types only"),
     ("deepseek", "latent attention and mixture-of-experts layers are not supported"),
     ("llama4", "chunked attention layers are not supported"),
     ("qwen3_next", "linear attention layers are not supported"),
@@ -77,7 +82,12 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
+    router_score: str = "softmax"
+    router_correction: bool = False
     normalized_routing: bool = True
+    routing_scale: float = 1.0
+    shared_expert_size: int = 0
+    shared_expert_gate: bool = False
     attention_sinks: bool = False
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0
@@ -222,7 +232,7 @@ def _read_family(raw: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    if raw.get("auto_map"):
+    if not _is_code_of_family(raw.get("auto_map"), raw["model_type"]):
         raise ConfigError(
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
             "never done; if it is a plain model of its type, remove the field"
@@ -232,10 +242,16 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             f"{where}: use_bidirectional_attention: the model reads its text in both directions, "
             "so it cannot continue one"
         )
-    if family.has_experts:
+    for key in family.must_be_false:
+        if raw.get(key):
+            raise ConfigError(
+                f"{where}: {key}: got {show(raw[key])}, expected false: what it means is not "
+                "supported in models of this type"
+            )
+    if family.experts is not None:
         return
     most = 0 if family.is_hybrid else 1  # beside a hybrid's experts there is an MLP
-    for key in _EXPERT_COUNTS:
+    for key in EXPERT_COUNTS:
         count = raw.get(key)
         if count is None and family.is_hybrid and key == "num_local_experts":
             raise ConfigError(
@@ -248,17 +264,29 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             )
 
 
+def _is_code_of_family(auto_map: Any, family: str) -> bool:
+    """Whether the classes that the folder brings are named as transformers names those that it has
+    for the family itself (Phi3ForCausalLM): the folder is older than they are."""
+    if not auto_map:
+        return True
+    if not isinstance(auto_map, Mapping):
+        return False
+    stem = family.replace("_", "")
+    names = (str(path).rpartition(".")[2].replace("_", "").lower() for path in auto_map.values())
+    return all(name.startswith(stem) for name in names)
+
+
 def _read_model(
     raw: Mapping[str, Any], family: Family, max_seq_len: int | None, where: str
 ) -> ModelConfig:
     def size(key: str, high: int, **options: Any) -> Any:
         return read_int(raw, key, low=1, high=high, where=where, **options)
 
-    def has(bias: bool | str) -> bool:
-        if isinstance(bias, bool):
-            return bias
-        default = bias == "attention_bias" and family.attention_bias
-        return read_bool(raw, bias, where=where, default=default)
+    def has(part: Presence) -> bool:
+        if isinstance(part, bool):
+            return part
+        key, default = (part, False) if isinstance(part, str) else part
+        return read_bool(raw, key, where=where, default=default)
 
     num_layers = size("num_hidden_layers", _MAX_LAYERS)
     hidden_size = size("hidden_size", _MAX_HIDDEN)
@@ -290,7 +318,7 @@ def _read_model(
         mlp_bias=has(family.mlp_bias),
         input_norms=family.input_norms,
         branch_norms=family.branch_norms,
-        qk_norm=family.qk_norm,
+        qk_norm=has(family.qk_norm),
         wide_qk_norm=family.wide_qk_norm,
         norm_offset=family.norm_offset,
         attention_sinks=family.attention_sinks,
@@ -301,7 +329,7 @@ def _read_model(
         window_rope=read_window_rope(raw, **rope),
         layers=read_layers(raw, family, num_layers, max(max_positions, max_seq_len or 0), where),
         **_read_activation(raw, family, where),
-        **_read_experts(raw, family, where),
+        **read_experts(raw, family, where),
         **_read_multipliers(raw, family, where),
         **_read_gemma_scales(raw, family, hidden_size, where),
     )
@@ -330,34 +358,6 @@ def _read_heads(raw: Mapping[str, Any], family: Family, where: str) -> tuple[int
             f"num_attention_heads {num_q_heads}"
         )
     return num_q_heads, num_kv_heads
-
-
-def _read_experts(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    if not family.has_experts:
-        return {}
-
-    def size(key: str, high: int, default: int | None) -> int:
-        value: int = read_int(raw, key, low=1, high=high, where=where, default=default)
-        return value
-
-    count_field = next((key for key in _EXPERT_COUNTS if raw.get(key) is not None), "num_experts")
-    num_experts = size(count_field, _MAX_EXPERTS, family.num_experts)
-    chosen = size("num_experts_per_tok", _MAX_EXPERTS, family.experts_per_token)
-    if chosen > num_experts:
-        raise ConfigError(
-            f"{where}: num_experts_per_tok: got {chosen}, expected at most {count_field} "
-            f"{num_experts}"
-        )
-    normalized = family.normalized_routing
-    if normalized is None:
-        normalized = read_bool(raw, "norm_topk_prob", where=where, default=False)
-    size_field, default = family.expert_intermediate_size
-    return {
-        "num_experts": num_experts,
-        "experts_per_token": chosen,
-        "expert_intermediate_size": size(size_field, _MAX_INTERMEDIATE, default),
-        "normalized_routing": normalized,
-    }
 
 
 def _read_activation(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:

@@ -220,6 +220,10 @@ def _read_rotary_dim(
 ) -> int:
     """How many dims of a head turn; rope_parameters' share wins over the top-level one."""
     rotary_dim = int(head_dim * (family.partial_rotary_factor or 1.0))
+    if family.rotary_dim_field is not None:
+        rotary_dim = read_int(
+            raw, family.rotary_dim_field, low=2, high=head_dim, where=where, default=rotary_dim
+        )
     for source in (raw, parameters):
         share = read_float(source, "partial_rotary_factor", where=where, default=None, high=1.0)
         if share is None:
@@ -231,9 +235,9 @@ def _read_rotary_dim(
                 "rotate all of a head"
             )
     if rotary_dim < 2 or rotary_dim % 2 != 0:
+        key = family.rotary_dim_field or "partial_rotary_factor"
         raise ConfigError(
-            f"{where}: partial_rotary_factor: {rotary_dim} of {head_dim} dims turn, expected an "
-            "even number of them"
+            f"{where}: {key}: {rotary_dim} of {head_dim} dims turn, expected an even number of them"
         )
     return rotary_dim
 

@@ -37,6 +37,7 @@ _HEAD = "lm_head.weight"
 _ANCHOR = "layers.0.post_attention_layernorm.weight"
 
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_CORRECTION = "e_score_correction_bias"
 _EXPERT = re.compile(r"\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _OWN_MODULE = re.compile(r"(model\.embed_tokens|model\.norm|lm_head)\.")
@@ -92,7 +93,13 @@ def expected_tensor_names(model: ModelConfig) -> list[str]:
             names.append(f"{prefix}.post_mlp_layernorm.weight")
         if model.layers and model.layers[layer].has_experts:
             experts = [f"experts.{expert}." for expert in range(model.num_experts)]
+            if model.shared_expert_size:
+                experts.append("shared_experts.")
             modules = ["gate", *(expert + part for expert in experts for part in _MLP_PARTS)]
+            if model.router_correction:
+                names.append(f"{prefix}.mlp.gate.{_CORRECTION}")
+            if model.shared_expert_gate:
+                names.append(f"{prefix}.mlp.shared_expert_gate.weight")
         else:
             modules = list(_MLP_PARTS)
         for module in modules:
@@ -122,8 +129,8 @@ def select_tensors(
     family = FAMILIES[checkpoint.family]
     prefix = _find_prefix({entry.name for entry in stored}, model, folder)
     found = _canonical_names(stored, prefix)
-    if family.has_experts:
-        found = split_experts(found, model, are_transposed=family.has_transposed_experts)
+    if family.experts is not None:
+        found = split_experts(found, model, are_transposed=family.experts.are_transposed)
     found = _in_engine_parts(found, family, model)
     notes: list[str] = []
     if checkpoint.ties_without_head and _HEAD not in found:
@@ -181,6 +188,8 @@ def _in_engine_parts(
         if layer and pattern in family.renamed:
             own = family.renamed[pattern].replace("*", expert[1] if expert else "")
             name = f"{layer[0]}{own}{dot}{kind}"
+        if kind == _CORRECTION and isinstance(entry, TensorEntry) and entry.shape[:-1] == (1,):
+            entry = replace(entry, shape=entry.shape[1:])  # ernie4_5_moe's, of one group
         if layer is None or part not in family.stacked:
             result[name] = entry
             continue

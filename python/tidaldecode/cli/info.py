@@ -101,6 +101,8 @@ def _describe_layers(model: ModelConfig) -> str:
     if experts:
         text += f"; {experts} have {model.num_experts} experts of {model.expert_intermediate_size}"
         text += f", {model.experts_per_token} a token"
+        if model.shared_expert_size:
+            text += f", and one of {model.shared_expert_size} for all"
     windows = sorted({window for window in model.windows if window})
     for window in windows:
         text += f"; {model.windows.count(window)} see a window of {window:,} tokens"

@@ -194,12 +194,20 @@ class ReferenceModel:
 
     def _experts(self, x: np.ndarray, prefix: str) -> np.ndarray:
         """The most likely experts of each token, weighted."""
-        likely = softmax(x @ self._weights[prefix + "gate.weight"].T)
-        ids = np.argsort(-likely, axis=-1, kind="stable")[:, : self.config.experts_per_token]
+        logits = x @ self._weights[prefix + "gate.weight"].T
+        is_sigmoid = self.config.router_score == "sigmoid"
+        likely = 1 / (1 + np.exp(-logits)) if is_sigmoid else softmax(logits)
+        choice = likely + self._weights.get(prefix + "gate.e_score_correction_bias", 0)
+        ids = np.argsort(-choice, axis=-1, kind="stable")[:, : self.config.experts_per_token]
         weights = np.take_along_axis(likely, ids, axis=-1)
         if self.config.normalized_routing:
             weights = weights / weights.sum(axis=-1, keepdims=True)
+        weights = weights * np.float32(self.config.routing_scale)
         out = np.zeros_like(x)
+        if self.config.shared_expert_size:
+            out = self._mlp(x, prefix + "shared_experts.")
+        if self.config.shared_expert_gate:
+            out /= 1 + np.exp(-x @ self._weights[prefix + "shared_expert_gate.weight"].T)
         for expert in np.unique(ids):
             token, choice = np.nonzero(ids == expert)
             own = self._mlp(x[token], f"{prefix}experts.{expert}.")

@@ -94,6 +94,7 @@ class CpuBackend final : public Backend {
   void SelectTopK(const SelectTopKArgs& args) override { Run(CpuSelectTopK, args); }
   void AttentionSparse(const AttentionSparseArgs& args) override { Run(CpuAttentionSparse, args); }
   void GateMul(const GateMulArgs& args) override { Run(CpuGateMul, args); }
+  void GateRows(const GateRowsArgs& args) override { Run(CpuGateRows, args); }
   void SelectExperts(const SelectExpertsArgs& args) override { Run(CpuSelectExperts, args); }
   void ExpertLinear(const ExpertLinearArgs& args) override { Run(CpuExpertLinear, args); }
   void AddExperts(const AddExpertsArgs& args) override { Run(CpuAddExperts, args); }
@@ -197,8 +198,8 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
       std::max(AttendRecordFloats(rows, few, model.num_q_heads, head_dim, limits.max_seq_len),
                AttendRecordFloats(1, kFewQueries, model.num_q_heads, head_dim, limits.max_seq_len)),
       float());
-  const int64_t in_features = std::max(
-      {model.hidden_size, model.q_size(), model.intermediate_size, model.expert_intermediate_size});
+  const int64_t in_features = std::max({model.hidden_size, model.q_size(), model.intermediate_size,
+                                        model.expert_intermediate_size, model.shared_expert_size});
   // Sample's candidates take two floats each.
   const int64_t thread_floats = std::max({LinearScratchFloats(in_features),
                                           PrefillScratchFloats(model.group_size(), head_dim),
@@ -207,7 +208,8 @@ void ForScratch(int num_threads, const StepLimits& limits, const Visit& visit) {
   if (model.has_experts()) {
     const int64_t inner = model.expert_intermediate_size;
     visit(Scratch::kExperts,
-          std::max(model.num_experts, Product({choices, model.hidden_size + 2 * inner})), float());
+          std::max(2 * model.num_experts, Product({choices, model.hidden_size + 2 * inner})),
+          float());
   }
   if (limits.quantized_inputs > 0) {
     const int64_t tokens = std::max(rows, limits.prefill_chunk);

@@ -12,24 +12,50 @@
 namespace tidal {
 namespace {
 
-// `likely` [num_experts]: taken apart. NaN is never more likely than another.
-void SelectOf(const SelectExpertsArgs& args, int64_t t, float* likely) {
+// Is added to a token's likelihoods before they are divided by their sum, as transformers does.
+constexpr float kLeastSum = 1e-20f;
+
+// How likely each of a token's experts is, not yet divided by what is returned; NaN for a token
+// that has one.
+float Likelihoods(RouterScore score, const float* logits, int64_t num_experts, float* likely) {
+  float total = 0.0f;
+  if (score == RouterScore::kSigmoid) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      total += likely[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    }
+    return std::isnan(total) ? total : 1.0f;
+  }
+  const float top = *std::max_element(logits, logits + num_experts);
+  for (int64_t e = 0; e < num_experts; ++e) total += likely[e] = std::exp(logits[e] - top);
+  return total;
+}
+
+// `memory` [2 * num_experts]: scratch. NaN is chosen last.
+void SelectOf(const SelectExpertsArgs& args, int64_t t, float* memory) {
+  constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
   const int64_t num_experts = args.logits.dim(1), chosen = args.expert_ids.dim(1);
   const float* logits = args.logits.data<float>() + t * num_experts;
-  const float top = *std::max_element(logits, logits + num_experts);
-  float total = 0.0f;
-  for (int64_t e = 0; e < num_experts; ++e) total += likely[e] = std::exp(logits[e] - top);
+  float *likely = memory, *choice = memory + num_experts;
+  const float total = Likelihoods(args.score, logits, num_experts, likely);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const float corrected =
+        args.correction ? likely[e] / total + args.correction.data<float>()[e] : likely[e];
+    choice[e] = std::isnan(corrected) ? -std::numeric_limits<float>::infinity() : corrected;
+  }
   int32_t* ids = args.expert_ids.data<int32_t>() + t * chosen;
   float* weights = args.weights.data<float>() + t * chosen;
   float sum = 0.0f;
   for (int64_t j = 0; j < chosen; ++j) {
-    const int64_t best = std::max_element(likely, likely + num_experts) - likely;
+    int64_t best = -1;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (!std::isnan(choice[e]) && (best < 0 || choice[e] > choice[best])) best = e;
+    }
     ids[j] = static_cast<int32_t>(best);
     sum += weights[j] = likely[best];
-    likely[best] = -1.0f;
+    choice[best] = kNone;
   }
-  const float share = 1.0f / (args.normalized ? sum : total);
-  for (int64_t j = 0; j < chosen; ++j) weights[j] *= share;
+  const float share = args.scale / (args.normalized ? sum + kLeastSum : total);
+  for (int64_t j = 0; j < chosen; ++j) weights[j] *= std::isnan(total) ? kNone : share;
 }
 
 // Choices by expert: those of e are order[first[e]] to order[first[e + 1]], ascending.
@@ -66,10 +92,23 @@ int64_t ChoiceInts(int64_t num_choices, int64_t num_experts) {
   return num_choices + num_experts + 1;
 }
 
+void CpuGateRows(CpuContext& context, const GateRowsArgs& args) {
+  const int64_t num_tokens = args.x.dim(0), size = args.out.dim(1);
+  float* gates = context.scratch.Take<float>(Scratch::kExperts, num_tokens);
+  CpuLinear(context, {.x = args.x,
+                      .weight = args.weight,
+                      .bias = {},
+                      .out = TensorView(gates, DType::kFloat32, {num_tokens, 1})});
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    float* row = args.out.data<float>() + t * size;
+    context.kernels->scale(row, 1.0f / (1.0f + std::exp(-gates[t])), size, row);
+  }
+}
+
 void CpuSelectExperts(CpuContext& context, const SelectExpertsArgs& args) {
   const int64_t num_experts = args.logits.dim(1);
-  float* likely = context.scratch.Take<float>(Scratch::kExperts, num_experts);
-  for (int64_t t = 0; t < args.logits.dim(0); ++t) SelectOf(args, t, likely);
+  float* memory = context.scratch.Take<float>(Scratch::kExperts, 2 * num_experts);
+  for (int64_t t = 0; t < args.logits.dim(0); ++t) SelectOf(args, t, memory);
 }
 
 void CpuExpertLinear(CpuContext& context, const ExpertLinearArgs& args) {

@@ -21,6 +21,7 @@ void CpuScoreKeys(CpuContext& context, const ScoreKeysArgs& args);
 void CpuSelectTopK(CpuContext& context, const SelectTopKArgs& args);
 void CpuAttentionSparse(CpuContext& context, const AttentionSparseArgs& args);
 void CpuGateMul(CpuContext& context, const GateMulArgs& args);
+void CpuGateRows(CpuContext& context, const GateRowsArgs& args);
 void CpuSelectExperts(CpuContext& context, const SelectExpertsArgs& args);
 void CpuExpertLinear(CpuContext& context, const ExpertLinearArgs& args);
 void CpuAddExperts(CpuContext& context, const AddExpertsArgs& args);
