@@ -33,6 +33,9 @@
 
 namespace tidal {
 
+// How often whoever waits looks whether the process ends.
+inline constexpr double kLookSeconds = 0.1;
+
 // What a desk shares with its decoder.
 struct GuideDesk::Impl {
   void Put(std::vector<GuideQuestion> questions);

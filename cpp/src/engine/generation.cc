@@ -11,9 +11,6 @@
 namespace tidal {
 namespace {
 
-// How often a caller that waits looks whether the process ends.
-constexpr double kLookSeconds = 0.1;
-
 // A row has one number for its draws and for the tokens before them.
 void KeepTop(int64_t num_top, TokenLogprobs& logprobs) {
   const auto count = std::min(static_cast<size_t>(num_top), logprobs.top_ids.size());

@@ -13,8 +13,6 @@
 namespace tidal {
 namespace {
 
-// How often whoever waits looks whether the process ends.
-constexpr double kLookSeconds = 0.1;
 // Answers come within some 0.1 ms a row. So long a pass waits for those of the pass before, that
 // rows with guides and without stay together.
 constexpr double kMostWaitMs = 5.0;

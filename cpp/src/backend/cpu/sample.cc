@@ -10,7 +10,7 @@
 namespace tidal {
 namespace {
 
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 // Gumbel noise lies in (-2.9, 16.7): u has 23 bits and a half step (core/philox.h).
 constexpr float kMaxNoise = 17.0f;
 
@@ -30,7 +30,7 @@ bool Worse(const Candidate& a, const Candidate& b) {
 
 // Lowest id of the highest logit; -1 if the row holds a NaN or +inf, or nothing above -inf.
 int32_t ArgMax(const float* logits, int64_t vocab_size) {
-  float best = kMinusInf;
+  float best = kNoLogit;
   int64_t best_id = -1;
   bool usable = true;
   for (int64_t i = 0; i < vocab_size; ++i) {
@@ -84,7 +84,7 @@ void Mask(float* logits, int64_t vocab_size, const int32_t* mask) {
     if (word == ~uint32_t{0}) continue;
     const int64_t end = std::min(first + kMaskWordBits, vocab_size);
     for (int64_t i = first; i < end; ++i) {
-      if ((word >> (i - first) & 1) == 0) logits[i] = kMinusInf;
+      if ((word >> (i - first) & 1) == 0) logits[i] = kNoLogit;
     }
   }
 }
@@ -116,7 +116,7 @@ int64_t KeepMinP(Candidate* candidates, int64_t count, float min_p, float best) 
 }
 
 int32_t Draw(const Candidate* candidates, int64_t count, uint64_t seed, int32_t position) {
-  float best = kMinusInf;
+  float best = kNoLogit;
   int32_t best_id = -1;
   for (int64_t i = 0; i < count; ++i) {
     const Candidate& candidate = candidates[i];
@@ -148,7 +148,7 @@ int32_t SampleRow(float* logits, int64_t vocab_size, const RowInputs& inputs,
   int64_t count = 0;
   for (int64_t i = 0; i < vocab_size; ++i) {
     const float value = logits[i] / row.temperature;
-    if (value > kMinusInf) candidates[count++] = {value, static_cast<int32_t>(i)};
+    if (value > kNoLogit) candidates[count++] = {value, static_cast<int32_t>(i)};
   }
   if (row.top_k > 0 && row.top_k < count) {
     std::nth_element(candidates, candidates + row.top_k - 1, candidates + count, Better);
