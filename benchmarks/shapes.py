@@ -67,6 +67,7 @@ def _config(family: str, **values: Any) -> dict[str, Any]:
         "llama": "LlamaForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM",
+        "glm4_moe": "Glm4MoeForCausalLM",
         "gpt_oss": "GptOssForCausalLM",
         "granite": "GraniteForCausalLM",
         "gemma3_text": "Gemma3ForCausalLM",
@@ -167,6 +168,23 @@ _ALL = (
         points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 8), (32768, 8), (131072, 4)),
         select_layers=(2, 19),
         notes={"about": "no published plan: layers 2 and 19 stand for one"},
+        with_peers=False,
+    ),
+    Shape(
+        name="glm-4.5-air",
+        config=_config(
+            "glm4_moe", layers=46, hidden=4096, intermediate=10944, q_heads=96, kv_heads=8,
+            head_dim=128, vocab=151552, positions=131072, theta=1000000.0, eps=1e-5, tied=False,
+            dtype="bfloat16", n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=1,
+            moe_intermediate_size=1408, norm_topk_prob=True, first_k_dense_replace=1,
+            routed_scaling_factor=1.0, attention_bias=True, partial_rotary_factor=0.5,
+        ),
+        points=((NEARLY_EMPTY, 1), (131072, 1), (NEARLY_EMPTY, 4), (32768, 4)),
+        select_layers=(2, 18),
+        notes={
+            "about": "no published plan: layers 2 and 18 stand for one; needs 4-bit weights "
+            "(--weight-format int4)",
+        },
         with_peers=False,
     ),
     Shape(

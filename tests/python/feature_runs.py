@@ -416,7 +416,8 @@ def chat_command(bench: Bench) -> None:
     roles = [m["role"] for m in json.loads((bench.folder / "talk.json").read_text())]
     assert roles == ["system", "user", "assistant"]
     bench.type("Hello\n")
-    bench.command("chat", str(bench.model), *ENGINE, *DRAFTING, "-n", "4")
+    bench.cache_model("org/name")
+    bench.command("chat", "org/name", *ENGINE, *DRAFTING, "-n", "4", "--revision", "main")
 
 
 @uses("tidaldecode info")

@@ -198,45 +198,6 @@ def test_layers_without_rotation_are_read(tmp_path: Path, changes: dict, rotates
     assert not any(layer.has_rope for layer in hybrid.layers)
 
 
-def test_experts_are_read(tmp_path: Path):
-    def experts(family: str, **changes: Any):
-        model = read(tmp_path, family, **changes).model
-        return (
-            "".join("Ee"[not layer.has_experts] for layer in model.layers),
-            (model.router_score, model.router_correction, model.normalized_routing),
-            model.routing_scale,
-            (model.shared_expert_size, model.shared_expert_gate),
-        )
-
-    softmax, sigmoid = ("softmax", False, False), ("sigmoid", True, True)
-    assert experts("qwen2_moe") == ("EeEE", softmax, 1.0, (128, True))
-    none = {"shared_expert_intermediate_size": 0, "decoder_sparse_step": 2}
-    assert experts("qwen2_moe", **none) == ("eeeE", softmax, 1.0, (0, False))
-    assert experts("glm4_moe") == ("eEEE", sigmoid, 1.5, (64, False))
-    assert experts("glm4_moe", n_shared_experts=3, first_k_dense_replace=3)[::3] == (
-        "eeeE",
-        (192, False),
-    )
-    assert experts("dots1") == ("eEEE", ("sigmoid", True, False), 0.8, (128, False))
-    assert experts("dots1", n_group=2, topk_group=2, norm_topk_prob=True)[1] == sigmoid
-    assert experts("ernie4_5_moe") == ("eEEe", ("softmax", True, True), 1.0, (128, False))
-    assert experts("ernie4_5_moe", moe_layer_interval=2)[0] == "eEee"
-    assert experts("ernie4_5_moe", moe_layer_end_index=-1)[0] == "eEEE"
-    assert experts("minimax_m2") == ("EEEE", sigmoid, 1.0, (0, False))
-    assert read(tmp_path, "minimax_m2").model.rope.rotary_dim == 8
-    assert not read(tmp_path, "glm4_moe", use_qk_norm=REMOVED).model.qk_norm
-
-
-def test_code_of_a_folder_is_no_more_than_its_type_says(tmp_path: Path):
-    """Folders that are older than transformers' own classes bring these; they are not run."""
-    for family, stem in (("phi3", "Phi3"), ("ernie4_5_moe", "Ernie4_5_Moe")):
-        own = {"AutoConfig": f"a.{stem}Config", "AutoModelForCausalLM": f"b.{stem}ForCausalLM"}
-        assert read(tmp_path, family, auto_map=own).family == family
-        for other in (own | {"AutoModel": "b.OtherModel"}, ["a"], {"AutoConfig": 1}, "x"):
-            with pytest.raises(ConfigError, match="auto_map: the model wants to run Python code"):
-                read(tmp_path, family, auto_map=other)
-
-
 def test_a_part_of_a_head_turns(tmp_path: Path):
     model = read(tmp_path, "phi3", partial_rotary_factor=0.5, **rope(rope_type="default")).model
     assert model.rope.rotary_dim == 8

@@ -271,7 +271,7 @@ def _is_code_of_family(auto_map: Any, family: str) -> bool:
         return True
     if not isinstance(auto_map, Mapping):
         return False
-    stem = family.replace("_", "")
+    stem = family.replace("_", "").removesuffix("moe")
     names = (str(path).rpartition(".")[2].replace("_", "").lower() for path in auto_map.values())
     return all(name.startswith(stem) for name in names)
 

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from tidaldecode.batch import PrefillProgress, ShouldStop
+from tidaldecode.checkpoint.model_folder import at_revision
 from tidaldecode.cli import options as opt
 from tidaldecode.cli.terminal import (
     Bars,
@@ -53,6 +54,7 @@ def chat(
     model_dir: opt.ModelDir,
     *,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    revision: opt.Revision = None,
     engine: dict[str, Any],
     sampling: dict[str, Any],
     debug: opt.Debug = False,
@@ -60,10 +62,10 @@ def chat(
     """Talk with a model in the terminal; /help shows what can be typed.
 
     Piped, every line of stdin is a message and every answer a text on stdout."""
-    bars = Bars(is_watched())
+    bars, model = Bars(is_watched()), at_revision(model_dir, revision)
     with bars.loading(f"Loading {model_dir.name}") as on_load:
         # One sequence: a cache for more would only take memory.
-        decoder = Decoder(model_dir, **engine, max_batch_size=1, progress=on_load)
+        decoder = Decoder(model, **engine, max_batch_size=1, progress=on_load)
     with decoder:
         conversation = _Conversation(decoder, system, sampling)
         if sys.stdin.isatty() and sys.stdout.isatty():
