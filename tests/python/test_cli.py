@@ -294,6 +294,7 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
         (TinyModel(family="gemma3_text"), "RoPE base 10000; in a window base 500"),
         (TinyModel(family="gemma2"), "MLP 96; 2 see a window of 24 tokens"),
         (TinyModel(family="qwen3_moe"), "MLP 96; 3 have 6 experts of 64, 2 a token"),
+        (TinyModel(family="dots1"), "3 have 6 experts of 64, 2 a token, and one of 128 for all"),
         # 4 layers of 30,848 numbers, the last norm and the output matrix; 4 x 512 x 64 of K and V.
         (TinyModel(), "512 tokens dense 1.1 MB; every layer chooses 1.1 MB, at best 1.0x as fast"),
         # 24 tokens of K and V in each of the 4 layers, which have nothing to choose.
@@ -304,6 +305,12 @@ def test_info_describes_a_folder_without_loading_it(run, tmp_path: Path):
 def test_info_says_what_is_special(run, tmp_path: Path, model: TinyModel, expected: str):
     folder = write_checkpoint(tmp_path / "model", model)
     assert expected in " ".join(run("info", str(folder))[1].split())
+
+
+def test_info_says_once_that_a_plan_is_of_another_model(run, tmp_path: Path):
+    folder = write_checkpoint(tmp_path / "model", TinyModel())
+    (folder / "tidal_plan.json").write_text('{"select_layers": [2], "fingerprint": "0123"}')
+    assert run("info", str(folder))[2].count("calibrated for the model '0123'") == 1
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"], ["demo"], ["eval"], ["calibrate"]])

@@ -93,10 +93,15 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 class NoteHandler(logging.Handler):
-    """Shows the package's log lines as notes."""
+    """Shows the package's log lines as notes; the same several times in a row once."""
+
+    _last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_note(record.getMessage())
+        message = record.getMessage()
+        if message != self._last:
+            self._last = message
+            print_note(message)
 
 
 class Bars:
