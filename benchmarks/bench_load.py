@@ -36,6 +36,7 @@ import tidaldecode
 from provenance import command_line, commit, hardware_name, has_uncommitted_changes
 from shapes import SHAPES
 from tidaldecode import _core
+from tidaldecode.checkpoint.families import FAMILIES
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.checkpoint.tensor_names import expected_tensor_names
@@ -46,6 +47,14 @@ NOISE_BYTES = 1 << 26  # repeated: no cache or file system makes use of that
 PIECE_BYTES = 16 << 20
 SAMPLE_S = 0.005
 
+# The shapes whose tensors tensor_shape() knows.
+_DENSE = [
+    name
+    for name, shape in SHAPES.items()
+    if FAMILIES[shape.config["model_type"]].experts is None
+    and not FAMILIES[shape.config["model_type"]].branch_norms
+]
+
 console = Console()
 
 
@@ -53,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--folder", type=Path, help="load this model instead of writing one")
-    add("--shape", choices=list(SHAPES), default="llama-3.1-8b")
+    add("--shape", choices=_DENSE, default="llama-3.1-8b")
     add("--layers", type=int, help="of the model that is written; default: the shape's own")
     add("--directory", type=Path, help="where it is written; default: a temporary folder")
     add("--device", default="auto")
@@ -69,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tensor_shape(name: str, model: ModelConfig) -> list[int]:
-    """The shape of a tensor by its name in checkpoints."""
+    """The shape of a tensor by its name in checkpoints; of dense models without biases."""
     q_size, kv_size = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     shapes = {

@@ -31,6 +31,7 @@ import tidaldecode
 from peers import one_line, version
 from provenance import command_line, commit, hardware_name, has_uncommitted_changes
 from shapes import SHAPES
+from step_bytes import expert_layers
 from tidaldecode.checkpoint.model_config import ModelConfig
 from tidaldecode.checkpoint.model_folder import read_model_folder
 from tidaldecode.engine_config import resolve_device
@@ -76,9 +77,11 @@ def model_tflop(model: ModelConfig, num_tokens: int) -> float:
     """What reading a prompt costs, in 10^12 operations."""
     qkv = (model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
     out = model.num_q_heads * model.head_dim
-    inner = model.experts_per_token * model.expert_intermediate_size or model.intermediate_size
-    layer = model.hidden_size * (qkv + out + 3 * inner)
-    products = num_tokens * model.num_layers * layer + model.hidden_size * model.vocab_size
+    of_experts = model.experts_per_token * model.expert_intermediate_size + model.shared_expert_size
+    layers = expert_layers(model)
+    inner = sum(of_experts if each else model.intermediate_size for each in layers)
+    weights = model.hidden_size * (len(layers) * (qkv + out) + 3 * inner)
+    products = num_tokens * weights + model.hidden_size * model.vocab_size
     visible = num_tokens * (num_tokens + 1) // 2
     attention = 2 * model.num_layers * model.num_q_heads * model.head_dim * visible
     return 2 * (products + attention) / 1e12

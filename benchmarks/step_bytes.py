@@ -75,7 +75,7 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
     if model.qk_norm:
         norms += q_size + kv_size if model.wide_qk_norm else 2 * model.head_dim
     matrices, experts, corrections, small = 0, 0, 0, model.num_layers * biases
-    for has_experts in _expert_layers(model):
+    for has_experts in expert_layers(model):
         matrices += attention
         if has_experts:
             experts += 3 * num_experts * hidden * model.expert_intermediate_size
@@ -97,7 +97,8 @@ def _layers_bytes(model: ModelConfig, dtype: str, weight_format: str, num_expert
     return matrix_bytes + small * number + norm_bytes + sinks + 4 * corrections
 
 
-def _expert_layers(model: ModelConfig) -> list[bool]:
+def expert_layers(model: ModelConfig) -> list[bool]:
+    """Layer by layer, whether its MLP is one of experts."""
     return [layer.has_experts for layer in model.layers] or [False] * model.num_layers
 
 

@@ -119,7 +119,7 @@ __device__ void SelectOf(const SelectParams& p, int64_t token, int lane) {
   float sum = 0.0f;
   for (int j = lane; j < p.chosen; j += kWarpSize) sum += weights[j] = likely_of(ids[j]);
   sum = WarpSum(sum);
-  float share = is_nan ? NAN : p.scale / (p.normalized ? sum + kLeastSum : total);
+  float share = is_nan || isnan(total) ? NAN : p.scale / (p.normalized ? sum + kLeastSum : total);
   for (int j = lane; j < p.chosen; j += kWarpSize) weights[j] *= share;
 }
 

@@ -408,9 +408,9 @@ TEST_P(OpExperts, AnMlpIsOfTensorsThatBelongTogether) {
 }
 
 std::vector<OpCase<ExpertShape>> AllCases() {
-  auto cases =
-      Cases<ExpertShape>(AllBackends(), {{"8_of_2", 8, 2, 256, 512}, {"128_of_8", 128, 8, 64, 96}},
-                         {{"5_of_5", 5, 5, 64, 37}});
+  auto cases = Cases<ExpertShape>(
+      AllBackends(), {{"8_of_2", 8, 2, 256, 512}, {"128_of_8", 128, 8, 64, 96}},
+      {{"5_of_5", 5, 5, 64, 37}, {"256_of_8", 256, 8, 64, 16}, {"600_of_40", 600, 40, 32, 16}});
   // Rows that the copy engine brings, and more units than there are warps.
   for (const BackendCase& on : AllBackends()) {
     if (!on.is_cpu()) cases.push_back({on, {"48_of_3_long_rows", 48, 3, 1032, 520}});

@@ -301,6 +301,14 @@ def test_model_flops_are_those_worked_out_by_hand(tmp_path: Path):
     assert model_tflop(folder.model, n) == pytest.approx(by_hand / 1e12)
 
 
+def test_model_flops_of_experts_are_those_of_a_token(tmp_path: Path):
+    model = read_model_folder(SHAPES["glm-4.5-air"].write(tmp_path), "dummy").model
+    # q, k, v and o in 46 layers; 8 experts of 128 and the shared one in 45, an MLP in the first.
+    attention, mlps = 46 * (12288 + 2 * 1024 + 12288), 3 * (45 * 9 * 1408 + 10944)
+    by_hand = 2 * 4096 * (attention + mlps) * 1000 + 4 * 12288 * 46 * 500_500 + 2 * 151552 * 4096
+    assert model_tflop(model, 1000) == pytest.approx(by_hand / 1e12)
+
+
 def test_a_widened_model_is_the_same_function(tmp_path: Path):
     small = demo_model_dir()
     config = json.loads((small / "config.json").read_text())

@@ -135,7 +135,10 @@ def test_code_of_a_folder_is_no_more_than_its_type_says(tmp_path: Path):
             "AutoModelForCausalLM": f"b.{stem}ForCausalLM",
             "AutoModel": f"b.{model}",
         }
-        assert read(tmp_path, family, auto_map=own).family == family
-        for other in (own | {"AutoModel": "b.OtherModel"}, ["a"], {"AutoConfig": 1}, "x"):
+        checkpoint = read(tmp_path, family, auto_map=own)
+        assert checkpoint.family == family
+        assert "Python code of the folder is not run" in checkpoint.notes[0]
+        other_model = {"AutoModelForCausalLM": f"b.{stem}ThingForCausalLM"}
+        for other in (own | other_model, ["a"], {"AutoConfig": 1}, "x"):
             with pytest.raises(ConfigError, match="auto_map: the model wants to run Python code"):
                 read(tmp_path, family, auto_map=other)

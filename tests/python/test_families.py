@@ -5,6 +5,7 @@ That they are transformers' is in test_parity_transformers.py.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from tidaldecode import ConfigError, Decoder
 from tiny_families import FAMILIES
-from tiny_models import TinyModel, random_prompt, write_checkpoint
+from tiny_models import TinyModel, random_prompt, random_weights, round_to, write_checkpoint
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
 # So many layers that of those without a window one is sparse.
@@ -135,3 +136,32 @@ def test_windows_hold_in_every_cache(family: str, folder: Path, kv_dtype: str):
     decoder = open_decoder(folder, attention="full", kv_dtype=kv_dtype, prefix_cache=False)
     logits = [decoder.logits(random_prompt(tiny(family), 60, seed=s) + tail) for s in (2, 3)]
     assert np.array_equal(*logits)
+
+
+def test_a_router_in_float32_beside_16_bits_chooses_as_it_is_stored(tmp_path: Path):
+    """ERNIE 4.5 stores its routers so; rounded they choose other experts for some tokens."""
+    model = dataclasses.replace(tiny("ernie4_5_moe"), dtype="bfloat16")
+    weights = random_weights(model)
+    rng = np.random.default_rng(5)
+    for name, value in weights.items():
+        # Experts so alike that a rounding decides between them.
+        if name.endswith("mlp.gate.weight"):
+            weights[name] = value[:1] * (1 + 1e-3 * rng.normal(size=value.shape))
+        elif name.endswith("e_score_correction_bias"):
+            weights[name] = np.zeros_like(value)
+    mixed = write_checkpoint(tmp_path / "mixed", model, weights, float32="mlp.gate.weight")
+    whole = write_checkpoint(
+        tmp_path / "whole", dataclasses.replace(model, dtype="float32"), weights
+    )
+    rounded = {
+        name: round_to(value, "bfloat16") if name.endswith("mlp.gate.weight") else value
+        for name, value in weights.items()
+    }
+    other = write_checkpoint(tmp_path / "rounded", model, rounded)
+    prompt = random_prompt(model, 64)
+    logits = []
+    for folder in (mixed, whole, other):
+        with Decoder(folder, device="cpu", max_seq_len=128, kv_dtype="float32") as decoder:
+            logits.append(decoder.logits(prompt))
+    near, far = (np.abs(each - logits[1]).max() for each in (logits[0], logits[2]))
+    assert near < 1e-4 < 0.1 < far

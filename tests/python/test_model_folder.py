@@ -157,6 +157,7 @@ def test_what_the_model_does_not_need_may_be_anything(tmp_path: Path, changes: d
         ({"model_type": "gemma4"}, "'gemma4', .*Gemma 2 and the text part of Gemma 3"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu' or 'gelu_pytorch_tanh'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: .* both directions"),
+        ({"is_causal": False}, "is_causal: got False: .* both directions"),
         ({"model_type": "nonsense"}, "'nonsense', expected one of llama, mistral, qwen2, qwen3"),
         ({"model_type": REMOVED}, "model_type: got None"),
         ({"model_type": ["llama"]}, "model_type: got"),

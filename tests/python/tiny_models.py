@@ -109,6 +109,13 @@ class TinyModel:
         own = OWN_FIELDS[self.family] | self.fields
         return own.get("moe_intermediate_size", self.intermediate_size)
 
+    def mlps(self, layer: int) -> dict[str, int]:
+        """Names in a layer, and sizes, of its MLP or its experts."""
+        sizes = {f"mlp.experts.{i}.": self.expert_size for i in range(self.num_experts(layer))}
+        if sizes and self.shared_expert_size:
+            sizes["mlp.shared_experts."] = self.shared_expert_size
+        return sizes or {"mlp.": self.intermediate_size}
+
     @property
     def rotary_dim(self) -> int:
         """Dims of a head that turn."""
@@ -224,21 +231,9 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
             weights[prefix + "self_attn.k_norm.weight"] = norm(kv_size, model.gain)
         if model.family == "gpt_oss":
             weights[prefix + "self_attn.sinks"] = rng.normal(size=model.num_q_heads)
-        count = model.num_experts(layer)
-        if count:
-            weights[prefix + "mlp.gate.weight"] = matrix(count, hidden, 2.0)
-            if model.has_mlp_bias:
-                weights[prefix + "mlp.gate.bias"] = rng.normal(size=count)
-            if model.family in CORRECTION_PARTS:
-                part = f"{prefix}{CORRECTION_PARTS[model.family]}.e_score_correction_bias"
-                shape = (1, count) if model.family == "ernie4_5_moe" else (count,)
-                weights[part] = rng.normal(0.0, 0.2, shape)
-            if model.family == "qwen2_moe":
-                weights[prefix + "mlp.shared_expert_gate.weight"] = matrix(1, hidden, 2.0)
-        sizes = {f"mlp.experts.{i}.": model.expert_size for i in range(count)}
-        if count and model.shared_expert_size:
-            sizes["mlp.shared_experts."] = model.shared_expert_size
-        for mlp, inner in (sizes or {"mlp.": model.intermediate_size}).items():
+        if count := model.num_experts(layer):
+            weights |= _router(model, prefix, count, rng)
+        for mlp, inner in model.mlps(layer).items():
             for name, rows, columns in (
                 ("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)
             ):  # fmt: skip
@@ -250,6 +245,24 @@ def random_weights(model: TinyModel) -> dict[str, np.ndarray]:
         weights["lm_head.weight"] = matrix(model.vocab_size, hidden, 3.0)
     weights = {name: round_to(value, model.dtype) for name, value in weights.items()}
     return _in_own_parts(weights, model)
+
+
+def _router(
+    model: TinyModel, prefix: str, count: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """What chooses and weighs the experts of a layer."""
+    spread = 2.0 / np.sqrt(model.hidden_size)
+    weights = {prefix + "mlp.gate.weight": rng.normal(0.0, spread, (count, model.hidden_size))}
+    if model.has_mlp_bias:
+        weights[prefix + "mlp.gate.bias"] = rng.normal(size=count)
+    if model.family in CORRECTION_PARTS:
+        part = f"{prefix}{CORRECTION_PARTS[model.family]}.e_score_correction_bias"
+        shape = (1, count) if model.family == "ernie4_5_moe" else (count,)
+        weights[part] = rng.normal(0.0, 0.2, shape)
+    if model.family == "qwen2_moe":
+        gate = rng.normal(0.0, spread, (1, model.hidden_size))
+        weights[prefix + "mlp.shared_expert_gate.weight"] = gate
+    return weights
 
 
 def _in_own_parts(weights: dict[str, np.ndarray], model: TinyModel) -> dict[str, np.ndarray]:
@@ -331,18 +344,23 @@ SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_checkpoint(
-    folder: Path, model: TinyModel, weights: dict[str, np.ndarray] | None = None
+    folder: Path,
+    model: TinyModel,
+    weights: dict[str, np.ndarray] | None = None,
+    float32: str = "",
 ) -> Path:
-    """Writes config.json and one model.safetensors. `weights` replaces the random ones."""
+    """Writes config.json and one model.safetensors. `weights` replaces the random ones; those whose
+    names end in `float32`, if that is given, are stored so."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = random_weights(model) if weights is None else weights
     (folder / "config.json").write_text(json.dumps(config_json(model), indent=2))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blobs, offset = [], 0
     for name in sorted(weights):
-        blob = encode(weights[name], model.dtype)
+        dtype = "float32" if float32 and name.endswith(float32) else model.dtype
+        blob = encode(weights[name], dtype)
         header[name] = {
-            "dtype": SAFETENSORS_NAMES[model.dtype],
+            "dtype": SAFETENSORS_NAMES[dtype],
             "shape": list(weights[name].shape),
             "data_offsets": [offset, offset + len(blob)],
         }

@@ -94,6 +94,7 @@ class Planner {
     const std::string sizes = Concat("num_experts ", m.num_experts, ", hidden_size ", m.hidden_size,
                                      ", expert_intermediate_size ", m.expert_intermediate_size);
     Add(&layer.router, {mlp + "gate.weight"}, {m.num_experts}, m.hidden_size, sizes);
+    placements_.back().may_be_float32 = !m.mlp_bias;  // which would be of the same dtype
     if (m.router_correction) {
       Add(&layer.router_correction, {mlp + "gate.e_score_correction_bias"}, {m.num_experts}, 0,
           sizes);

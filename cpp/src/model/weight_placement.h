@@ -25,6 +25,8 @@ struct Placement {
   std::vector<RowRuns> runs = {};  // of each name's rows, in the order in which they are stacked
   bool is_float32 = false;         // whatever the dtype of the others is
   float added = 0.0f;              // to each number; with is_float32
+  // Whether it is float32 where it is stored so and products take it beside weights of 16 bits.
+  bool may_be_float32 = false;
   // Whether the matrix's products may be of many tokens, for which codes may be decoded first: not
   // the output matrix's, nor those of experts, which work as they are stored.
   bool is_for_prompts = false;

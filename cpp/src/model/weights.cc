@@ -67,6 +67,19 @@ void CheckIsNumbers(const WeightInfo& info, const std::string& name) {
               ", expected float32, bfloat16 or float16");
 }
 
+// All tensors of a model as this backend has them.
+std::vector<Placement> PlanFor(const Backend& backend, const ModelConfig& model, DType dtype,
+                               const WeightSource& source, ModelWeights& weights) {
+  std::vector<Placement> placements = PlanWeights(model, HeadOf(model, source), weights);
+  if (backend.activation_dtype(dtype) != DType::kFloat32) return placements;
+  for (Placement& placement : placements) {
+    if (!placement.may_be_float32) continue;
+    const WeightInfo* info = source.Find(placement.names[0]);
+    placement.is_float32 = info != nullptr && info->dtype == DType::kFloat32;
+  }
+  return placements;
+}
+
 class Loader {
  public:
   Loader(Backend& backend, const ModelConfig& model, DType dtype, const WeightSource& source)
@@ -74,8 +87,7 @@ class Loader {
 
   ModelWeights Load(const LoadProgress& progress) {
     ModelWeights weights;
-    const Head head = HeadOf(model_, source_);
-    std::vector<Placement> placements = PlanWeights(model_, head, weights);
+    std::vector<Placement> placements = PlanFor(backend_, model_, dtype_, source_, weights);
     for (const Placement& placement : placements) CheckShapes(placement);
     // All of the memory first: an allocation would hold up the copies under way.
     for (const Placement& placement : placements) Allocate(placement, weights);
@@ -87,7 +99,7 @@ class Loader {
       }
     }
     source_.CheckUnchanged();
-    if (head == Head::kTied) weights.lm_head = weights.embedding;
+    if (HeadOf(model_, source_) == Head::kTied) weights.lm_head = weights.embedding;
     weights.bytes = total_;
     return weights;
   }
@@ -320,7 +332,7 @@ WeightMemory MeasureWeights(const Backend& backend, const ModelConfig& model, DT
                             const WeightSource& source) {
   ModelWeights weights;
   WeightMemory memory;
-  for (const Placement& placement : PlanWeights(model, HeadOf(model, source), weights)) {
+  for (const Placement& placement : PlanFor(backend, model, dtype, source, weights)) {
     const int64_t bytes = NumElements(placement) * DTypeBytes(placement.dtype(dtype));
     const Weight coded = InCodes(backend, placement, source);
     memory.bytes += coded.is_coded() ? BytesOf(coded) : bytes;

@@ -7,6 +7,7 @@ factor "abc"), so nothing is taken over from it; defaults for absent fields are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,12 @@ _REFUSAL_REASONS = (
     ("gpt2", "learned position embeddings are not supported"),
     ("t5", "encoder-decoder models are not supported"),
     ("bert", "encoder models are not supported"),
+)
+
+
+# What transformers' names of a family's classes end in.
+_CLASS_ENDS = (
+    "config|model|pretrainedmodel|for(causallm|sequenceclassification|tokenclassification)"
 )
 
 
@@ -165,7 +172,12 @@ def read_checkpoint_config(path: Path, max_seq_len: int | None = None) -> Checkp
         quantization=quantization,
         # The default of wrappers, whose text part does not decide.
         ties_without_head=_is_wrapper(whole) and whole.get("tie_word_embeddings") is None,
-        notes=text_notes + notes + (quantization.notes if quantization else ()),
+        notes=(
+            *text_notes,
+            *notes,
+            *(quantization.notes if quantization else ()),
+            *([_not_run(where, family)] if raw.get("auto_map") else []),
+        ),
     )
 
 
@@ -237,11 +249,15 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             f"{where}: auto_map: the model wants to run Python code from its folder, which is "
             "never done; if it is a plain model of its type, remove the field"
         )
-    if raw.get("use_bidirectional_attention"):
-        raise ConfigError(
-            f"{where}: use_bidirectional_attention: the model reads its text in both directions, "
-            "so it cannot continue one"
-        )
+    for key, is_wrong in (
+        ("use_bidirectional_attention", bool(raw.get("use_bidirectional_attention"))),
+        ("is_causal", raw.get("is_causal") is False),
+    ):
+        if is_wrong:
+            raise ConfigError(
+                f"{where}: {key}: got {show(raw[key])}: the model reads its text in both "
+                "directions, so it cannot continue one"
+            )
     for key in family.must_be_false:
         if raw.get(key):
             raise ConfigError(
@@ -264,6 +280,13 @@ def _refuse_unsupported_features(raw: Mapping[str, Any], family: Family, where: 
             )
 
 
+def _not_run(where: str, family: str) -> str:
+    return (
+        f"{where}: auto_map: the Python code of the folder is not run; the model is read as its "
+        f"type, {family}, says"
+    )
+
+
 def _is_code_of_family(auto_map: Any, family: str) -> bool:
     """Whether the classes that the folder brings are named as transformers names those that it has
     for the family itself (Phi3ForCausalLM): the folder is older than they are."""
@@ -273,7 +296,7 @@ def _is_code_of_family(auto_map: Any, family: str) -> bool:
         return False
     stem = family.replace("_", "").removesuffix("moe")
     names = (str(path).rpartition(".")[2].replace("_", "").lower() for path in auto_map.values())
-    return all(name.startswith(stem) for name in names)
+    return all(re.fullmatch(f"{stem}(moe)?({_CLASS_ENDS})", name) for name in names)
 
 
 def _read_model(
